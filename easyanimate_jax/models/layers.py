@@ -1,0 +1,76 @@
+"""Layers whose weights name their axes: dense, patch and norm layers, the time sinusoid, stacks.
+
+`dtype` is always the compute dtype; weights are float32 masters.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+def axes(*names: str | None) -> dict:
+    """Variable metadata that names its axes. Placement happens once, in the jitted init."""
+    return {"out_sharding": names, "eager_sharding": False}
+
+
+def linear(
+    d_in: int,
+    d_out: int,
+    names: tuple[str | None, str | None],
+    *,
+    dtype,
+    rngs: nnx.Rngs,
+    use_bias: bool = True,
+) -> nnx.Linear:
+    """A dense layer: float32 weights, `dtype` compute, kernel axes named (in, out)."""
+    return nnx.Linear(
+        d_in,
+        d_out,
+        use_bias=use_bias,
+        dtype=dtype,
+        rngs=rngs,
+        kernel_metadata=axes(*names),
+        bias_metadata=axes(names[1]),
+    )
+
+
+def layer_norm(width: int, *, eps: float, rngs: nnx.Rngs, name: str | None = None) -> nnx.LayerNorm:
+    """Affine LayerNorm in float32 (spec 2.3); the caller casts the result back."""
+    return nnx.LayerNorm(
+        width,
+        epsilon=eps,
+        dtype=jnp.float32,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 cancels; parity needs the two-pass form
+        rngs=rngs,
+        scale_metadata=axes(name),
+        bias_metadata=axes(name),
+    )
+
+
+def sinusoid(time: Float[Array, "B"], width: int) -> Float[Array, "B E"]:
+    """Timestep embedding, cosine half first, frequencies 10000^(-2k/width) (spec 2.2)."""
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = time.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def stack(make_block: Callable, depth: int, *, rngs: nnx.Rngs):
+    """`depth` blocks as one block whose weights have a leading "layers" axis."""
+    build = nnx.vmap(make_block, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    return build(rngs.split(depth))
+
+
+def scan_blocks(block: Callable, carry, blocks, *, save: Sequence[str] = ()):
+    """Run `carry = block(b, carry)` over the stack; the backward pass recomputes all but `save`."""
+
+    def body(carry, b):
+        return block(b, carry), None
+
+    policy = jax.checkpoint_policies.save_only_these_names(*save)
+    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+    carry, _ = jax.lax.scan(body, carry, blocks)
+    return carry

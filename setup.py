@@ -1,0 +1,39 @@
+"""Packaging. Extras: `tpu`, `cuda` choose the accelerator; `dev` is what the tests need."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="easyanimate_jax",
+    version="0.1.0",
+    description="EasyAnimateV5 and V5.1 in JAX and Flax: video diffusion transformers on TPU and GPU meshes",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.14",
+    packages=find_packages(include=["easyanimate_jax", "easyanimate_jax.*"]),
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12,<0.13",
+        "grain>=0.2.18",
+        "array-record>=0.8",
+        "transformers>=5,<6",
+        "tokenizers>=0.22",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources",  # tensorflow-datasets imports it and does not declare it
+        "safetensors>=0.6",
+        "einops>=0.8",
+        "jaxtyping>=0.3",
+        "tyro>=1.0",
+        "av>=14",
+        "pillow>=11",
+        "scikit-learn>=1.5",  # the handwritten digits of the demo world
+        "tensorboardx>=2.6",
+        "tqdm",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cuda": ["jax[cuda12]>=0.10,<0.13"],
+        # torch 2.13.0 has a build for CPUs alone; any other spec pulls gigabytes of CUDA.
+        "dev": ["pytest>=8", "beartype>=0.19", "ruff>=0.6", "torch==2.13.0", "diffusers>=0.35,<1"],
+    },
+)
