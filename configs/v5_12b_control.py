@@ -1,0 +1,21 @@
+"""The control model of the report: 13312, then 53248, from the 12B text-to-video weights."""
+
+from dataclasses import replace
+
+from easyanimate_jax.data.records import LatentSet
+from easyanimate_jax.training.stages import Stage
+from configs.v5_12b import TOKENS_13312, TOKENS_53248
+from configs.v5_12b import config as v5_12b
+
+config = replace(
+    v5_12b,
+    run="runs/v5_12b_control",
+    sets=(
+        LatentSet("13312", TOKENS_13312, condition_draws=1),
+        LatentSet("53248", TOKENS_53248, condition_draws=1),
+    ),
+    stages=(
+        Stage("13312_control", "13312", task="control", batch_size=128, steps=5_000),
+        Stage("53248_control", "53248", task="control", batch_size=96, microbatch=32, steps=2_000),
+    ),
+)

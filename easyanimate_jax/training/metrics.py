@@ -1,0 +1,87 @@
+"""What a run says while it runs: `metrics.jsonl`, TensorBoard, and one progress line."""
+
+import json
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+class MetricsWriter:
+    """Appends one JSON line a step; a resumed run first drops the lines of steps it will redo."""
+
+    def __init__(self, folder: Path, first_step: int):
+        path = Path(folder) / "metrics.jsonl"
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step(line) < first_step]
+            path.write_text("".join(line + "\n" for line in kept))
+        self.file = path.open("a", buffering=1)
+        self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=first_step)
+
+    def write(self, row: dict) -> None:
+        """`row` holds "step" and plain numbers or strings."""
+        self.file.write(json.dumps(row) + "\n")
+        for name, value in row.items():
+            if name != "step" and isinstance(value, int | float):
+                self.board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def _step(line: str) -> int:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):  # a line cut short by a kill
+        return sys.maxsize
+
+
+class Progress:
+    """The progress line: where the run is, how fast, and when stage and schedule will end.
+
+    Times are estimated from tokens: `remaining` maps a (stage, step) to the tokens still to come.
+    """
+
+    def __init__(self):
+        self.window = deque(maxlen=50)  # (seconds, tokens, seconds spent waiting for data)
+
+    def add(self, seconds: float, tokens: int, waited: float) -> None:
+        self.window.append((seconds, tokens, waited))
+
+    @property
+    def tokens_per_second(self) -> float:
+        return sum(t for _, t, _ in self.window) / max(1e-9, sum(s for s, _, _ in self.window))
+
+    @property
+    def data_wait(self) -> float:
+        """The share of recent time spent waiting for a batch."""
+        return sum(w for *_, w in self.window) / max(1e-9, sum(s for s, _, _ in self.window))
+
+    def show(self, text: str, stage_tokens: float, all_tokens: float) -> None:
+        """Print `text` with rates and ETAs: rewritten in place on a terminal, a line elsewhere."""
+        rate = max(1e-9, self.tokens_per_second)
+        line = (
+            f"{text}  {rate:,.0f} tok/s  data wait {self.data_wait:.0%}"
+            f"  eta stage {clock(stage_tokens / rate)}, all {clock(all_tokens / rate)}"
+        )
+        if sys.stdout.isatty():
+            print(f"\r\x1b[K{line}", end="", flush=True)
+        else:
+            print(line, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """`75.2` as `1:15`, days written out."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    text = f"{hours}:{minutes:02}:{seconds:02}" if hours or days else f"{minutes}:{seconds:02}"
+    return f"{days}d {text}" if days else text
+
+
+def now() -> float:
+    """Seconds on a clock that never jumps."""
+    return time.perf_counter()

@@ -1,0 +1,120 @@
+"""One optimizer step, accumulated over microbatches, and the state it carries.
+
+Letters beyond the legend: A microbatches of a global batch, P token width (4 x 16 channels).
+Every random draw of a row comes from `fold_in(key, step)` and the row's index in the global batch,
+so neither the mesh nor the microbatch size changes the numbers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from easyanimate_jax.data.loader import Batch
+from easyanimate_jax.diffusion.losses import masked_squared_error
+from easyanimate_jax.models.mmdit import MMDiT, widen_input
+
+
+class TrainState(NamedTuple):
+    step: jax.Array  # () int32, updates made so far
+    skipped: jax.Array  # () int32, of them skipped because loss or gradient was not finite
+    model: MMDiT
+    ema: MMDiT
+    opt_state: optax.OptState
+
+
+def init_state(make_model, optimizer: optax.GradientTransformation, key: PRNGKeyArray) -> TrainState:
+    """Fresh weights, their average, and zero moments. `make_model(key)` builds the network."""
+    model = make_model(key)
+    zero = jnp.zeros((), jnp.int32)
+    ema = jax.tree.map(jnp.copy, model)
+    return TrainState(zero, zero, model, ema, optimizer.init(model))
+
+
+def widen_state(state: TrainState, in_channels: int) -> TrainState:
+    """The same state for a network with more input channels: new weights and moments zero (2.9)."""
+
+    def widen(x):
+        return widen_input(x, in_channels) if isinstance(x, MMDiT) else x
+
+    return jax.tree.map(widen, state, is_leaf=lambda x: isinstance(x, MMDiT))
+
+
+def denoising_loss(
+    model: MMDiT,
+    batch: Batch,
+    time: Float[Array, "B"],
+    rows: Int[Array, "B"],
+    key: PRNGKeyArray,
+    *,
+    process,
+) -> Float[Array, ""]:
+    """The weighted sum over rows of each row's mean squared error over its real tokens.
+
+    Latents are drawn from the VAE's posterior, `mean + std * eps`, anew at every visit (spec 3.4).
+    """
+
+    def draw(row):
+        posterior, noise = jax.random.split(jax.random.fold_in(key, row))
+        shape = batch.mean.shape[1:]
+        return jax.random.normal(posterior, shape), jax.random.normal(noise, shape)
+
+    posterior, noise = jax.vmap(draw)(rows)
+    tokens = batch.mean + jnp.exp(batch.logvar / 2) * posterior
+    inputs = process.add_noise(tokens, noise, time)
+    if batch.condition is not None:
+        inputs = jnp.concatenate([inputs, batch.condition], axis=-1)
+
+    prediction = model(inputs, batch.grid, batch.lengths, time, batch.texts)
+    errors = masked_squared_error(prediction, process.target(tokens, noise, time)).mean(axis=-1)
+    real = jnp.arange(errors.shape[1])[None] < batch.lengths[:, None]
+    row_loss = jnp.sum(errors * real, axis=1) / jnp.maximum(batch.lengths, 1)
+    return jnp.sum(row_loss * process.weight(time) * batch.weight)
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    key: PRNGKeyArray,
+    learning_rate: Float[Array, ""],
+    *,
+    optimizer: optax.GradientTransformation,
+    process,
+    ema_decay: float,
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """One update from a global batch of (A, B) rows. A non-finite update is counted, not made.
+
+    The average's decay warms up as (1 + n) / (10 + n), so early samples show the current weights.
+    """
+    time_key, noise_key = jax.random.split(jax.random.fold_in(key, state.step))
+    num_micro, num_rows = batch.weight.shape
+    rows = jnp.arange(num_micro * num_rows).reshape(num_micro, num_rows)
+    time = process.sample_time(time_key, (num_micro * num_rows,)).reshape(num_micro, num_rows)
+    batch = batch._replace(weight=batch.weight / batch.weight.sum())
+
+    def accumulate(carry, micro):
+        rows, time, batch = micro
+        loss, grads = jax.value_and_grad(denoising_loss)(
+            state.model, batch, time, rows, noise_key, process=process
+        )
+        return jax.tree.map(jnp.add, carry, (loss, grads)), None
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
+    (loss, grads), _ = jax.lax.scan(accumulate, zeros, (rows, time, batch))
+
+    grad_norm = optax.tree.norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+    model = optax.apply_updates(state.model, jax.tree.map(lambda u: -learning_rate * u, updates))
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    ema = optax.incremental_update(model, state.ema, 1 - decay)
+
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    model, ema, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (model, ema, opt_state),
+        (state.model, state.ema, state.opt_state),
+    )
+    metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": state.skipped + ~finite}
+    return TrainState(state.step + 1, metrics["skipped"], model, ema, opt_state), metrics
