@@ -1,0 +1,144 @@
+"""Guidance, and the clean extra channels that tell the inpaint model what is given.
+
+Follows sections 4.5 and 6 of the specification. A mask is 1 where the picture is to be generated
+and 0 where it is given; only the channel that enters the network is the other way round.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+MASK_SCALE = 0.7125  # the reference scales the mask channel with the latents (spec 6.1)
+UNKNOWN = -1.0  # the value of pixels that are not given
+SAMPLING_NOISE = 0.0563  # noise_aug_strength of the released transformers
+
+KINDS_OF_VIDEO = (0.05, 0.20, 0.20, 0.20, 0.05, 0.05, 0.05, 0.10, 0.05, 0.05)  # spec 6.5
+KINDS_OF_IMAGE = (0.2, 0.8)
+
+
+def guide(
+    uncond: Float[Array, "B ..."],
+    cond: Float[Array, "B ..."],
+    scale: float | Float[Array, ""],
+    rescale: float = 0.0,
+    where: Bool[Array, "B ..."] | None = None,
+) -> Float[Array, "B ..."]:
+    """Classifier-free guidance; `rescale` pulls each row's deviation back to that of `cond`.
+
+    `where` marks the real tokens: padding does not enter the deviations.
+    """
+    guided = uncond + scale * (cond - uncond)
+    if rescale == 0:
+        return guided
+    dims = tuple(range(1, cond.ndim))
+    std = lambda x: jnp.std(x, axis=dims, keepdims=True, where=where)  # noqa: E731
+    return rescale * guided * (std(cond) / std(guided)) + (1 - rescale) * guided
+
+
+def masked_video(
+    video: Float[Array, "B F H W 3"], mask: Float[Array, "B F H W 1"]
+) -> Float[Array, "B F H W 3"]:
+    """The given pixels; the others are exactly -1."""
+    return jnp.where(mask > 0.5, UNKNOWN, video)
+
+
+def reference_strength(key: PRNGKeyArray, batch: int) -> Float[Array, "B"]:
+    """How much noise each row's given pixels get in training (spec 6.4)."""
+    return jnp.exp(-3.0 + 0.5 * jax.random.normal(key, (batch,)))
+
+
+def reference_noise(
+    key: PRNGKeyArray, video: Float[Array, "B F H W 3"], strength: Float[Array, "B"]
+) -> Float[Array, "B F H W 3"]:
+    """Noise on every value of `video` that is not exactly -1, the mark of an unknown pixel."""
+    noise = jax.random.normal(key, video.shape, video.dtype) * strength[:, None, None, None, None]
+    return jnp.where(video == UNKNOWN, video, video + noise)
+
+
+def resize_mask(mask: Float[Array, "B F H W 1"]) -> Float[Array, "B T h w 1"]:
+    """A pixel mask at the size of its latents; frame 0 alone, then fours (spec 6.3).
+
+    Trilinear sampling at whole ratios reads two samples per axis: pixels 8y+3 and 8y+4, and of
+    every four frames the middle two.
+    """
+    _, frames, height, width, _ = mask.shape
+    if frames % 4 != 1 or height % 8 or width % 8:
+        raise ValueError(
+            f"mask has {frames} frames of {height}x{width}: frames must be 4n+1 and sides "
+            f"multiples of 8; use {frames // 4 * 4 + 1} frames of "
+            f"{height // 8 * 8}x{width // 8 * 8}"
+        )
+    mask = (mask[:, :, 3::8] + mask[:, :, 4::8]) / 2
+    mask = (mask[:, :, :, 3::8] + mask[:, :, :, 4::8]) / 2
+    return jnp.concatenate([mask[:, :1], (mask[:, 2::4] + mask[:, 3::4]) / 2], axis=1)
+
+
+def inpaint_condition(
+    mask: Float[Array, "B F H W 1"], masked_latents: Float[Array, "B T h w C"]
+) -> Float[Array, "B T h w C+1"]:
+    """The extra channels of the inpaint model: where the picture is given, and what it shows."""
+    return jnp.concatenate([resize_mask(1 - mask) * MASK_SCALE, masked_latents], axis=-1)
+
+
+def random_mask(
+    rng: np.random.Generator, frames: int, height: int, width: int
+) -> Float[np.ndarray, "F H W 1"]:
+    """A training mask of one of the ten kinds of spec 6.5; images know the first two only."""
+    kinds = KINDS_OF_VIDEO if frames > 1 else KINDS_OF_IMAGE
+    kind = rng.choice(len(kinds), p=kinds)
+    return draw_mask(rng, kind, frames, height, width)
+
+
+def draw_mask(
+    rng: np.random.Generator, kind: int, frames: int, height: int, width: int
+) -> Float[np.ndarray, "F H W 1"]:
+    """A mask of the given kind, 0 ... 9 in the order of spec 6.5."""
+    mask = np.zeros((frames, height, width, 1), np.float32)
+    y, x = np.ogrid[:height, :width]
+    shorter = min(height, width)
+    match kind:
+        case 0:  # a box on all frames
+            mask[:, *_box(rng, height, width)] = 1
+        case 1:  # everything
+            mask[:] = 1
+        case 2:  # the first k frames are given
+            mask[rng.integers(1, 5) :] = 1
+        case 3:  # the first and the last k frames are given
+            k = rng.integers(1, 5)
+            mask[k : max(frames - k, k)] = 1
+        case 4:  # a box on some frames
+            start, stop = rng.integers(0, frames // 2), rng.integers(frames // 2, frames)
+            mask[start:stop, *_box(rng, height, width)] = 1
+        case 5:  # half of all pixels
+            mask[:] = rng.integers(0, 2, mask.shape)
+        case 6:  # a small box of its own on each of n frames
+            count = rng.integers(1, max(frames // 2, 1), endpoint=True)
+            for frame in rng.choice(frames, count, replace=False):
+                h = rng.integers(1, height // 4, endpoint=True)
+                w = rng.integers(1, width // 4, endpoint=True)
+                top = rng.integers(0, height - h, endpoint=True)
+                left = rng.integers(0, width - w, endpoint=True)
+                mask[frame, top : top + h, left : left + w] = 1
+        case 7:  # an ellipse on all frames
+            cy, cx = rng.integers(0, height), rng.integers(0, width)
+            a, b = rng.integers(shorter // 8, shorter // 4, 2)
+            mask[:, ((x - cx) / a) ** 2 + ((y - cy) / b) ** 2 < 1] = 1
+        case 8:  # a disc on all frames
+            cy, cx = rng.integers(0, height), rng.integers(0, width)
+            mask[
+                :, (x - cx) ** 2 + (y - cy) ** 2 < rng.integers(shorter // 8, shorter // 4) ** 2
+            ] = 1
+        case 9:  # half of all frames
+            mask[:] = rng.integers(0, 2, (frames, 1, 1, 1))
+        case _:
+            raise ValueError(f"there is no mask kind {kind}: choose 0 to 9")
+    return mask
+
+
+def _box(rng: np.random.Generator, height: int, width: int) -> tuple[slice, slice]:
+    """A box around a uniform centre, a quarter to three quarters of each side, clipped."""
+    cy, cx = rng.integers(0, height), rng.integers(0, width)
+    h = rng.integers(height // 4, height // 4 * 3) // 2
+    w = rng.integers(width // 4, width // 4 * 3) // 2
+    return slice(max(cy - h, 0), cy + h), slice(max(cx - w, 0), cx + w)

@@ -1,0 +1,67 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from test_ddpm import reference_trajectory, rows, trajectory
+
+from easyanimate_jax.diffusion.flow import Flow
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "first", "last"),
+    [
+        (50, [1, 0.9924018, 0.9846027, 0.9765944, 0.9683685], [0.0560771, 0.0027136]),
+        (30, [1, 0.987045, 0.973500], [0.090826, 0.002714]),
+        (25, [1, 0.984273, 0.967673], []),
+    ],
+)
+def test_sampling_visits_the_released_sigmas(num_steps, first, last):
+    sigmas = Flow().timesteps(num_steps) / 1000
+    np.testing.assert_allclose(sigmas[: len(first)], first, atol=6e-7)
+    np.testing.assert_allclose(sigmas[num_steps - len(last) :], last, atol=6e-7)
+    assert Flow().intervals(num_steps)[-1, 1] == 0
+
+
+def test_euler_goes_the_way_of_diffusers():
+    x = rows(2, 16, 4)
+    # mu = 1 is the exponential shift; the grid of sigmas is the released 1 ... 0.001
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    expected = reference_trajectory(scheduler, x, sigmas=np.linspace(1, 0.001, 50).tolist(), mu=1.0)
+    np.testing.assert_allclose(trajectory(Flow(), x, 50), expected, atol=2e-5)
+    np.testing.assert_allclose(Flow().timesteps(50), scheduler.timesteps, rtol=1e-6)
+
+
+def test_noising_is_that_of_diffusers():
+    x, noise = rows(3, 4, 5), rows(3, 4, 5, seed=1)
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    time = scheduler.timesteps[torch.tensor([0, 400, 999])]
+    expected = scheduler.scale_noise(torch.from_numpy(x), time, torch.from_numpy(noise))
+    noisy = Flow().add_noise(x, noise, jnp.asarray(time.numpy()))
+    np.testing.assert_allclose(noisy, expected, atol=1e-6)
+
+
+def test_the_target_leads_back_to_clean_data():
+    x, noise, time = rows(3, 5), rows(3, 5, seed=1), jnp.array([1.0, 400.0, 1000.0])
+    noisy, v = Flow().add_noise(x, noise, time), Flow().target(x, noise, time)
+    np.testing.assert_allclose(Flow().predict_clean(noisy, v, time), x, atol=1e-5)
+    np.testing.assert_allclose(Flow().step(noisy, v, time, jnp.zeros(3)), x, atol=1e-5)
+
+
+def test_training_times_are_unshifted_and_whole():
+    times = np.asarray(Flow().sample_time(jax.random.key(0), (50_000,)))
+    assert set(times) == set(range(1, 1001))
+    assert abs(times.mean() - 500.5) < 5
+
+
+def test_stratified_rows_draw_in_their_own_strata():
+    times = np.asarray(Flow(stratified=True).sample_time(jax.random.key(0), (2, 5)))
+    assert sorted(((times - 1) // 100).ravel()) == list(range(10))
+
+
+def test_logit_normal_times_gather_in_the_middle():
+    times = np.asarray(Flow(logit_normal=True).sample_time(jax.random.key(0), (20_000,)))
+    logits = np.log(times / (1000.5 - times))
+    assert times.min() >= 1 and times.max() <= 1000
+    assert abs(logits.mean()) < 0.03 and abs(logits.std() - 1) < 0.03
