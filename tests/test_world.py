@@ -1,0 +1,97 @@
+"""The captioned world is what its captions say, and keeps its held-out combinations to itself."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from easyanimate_jax.data.media import probe, read_clip
+from easyanimate_jax.evaluation.score import attributes
+from easyanimate_jax.evaluation.world import (
+    BACKGROUNDS,
+    COLOURS,
+    DIRECTIONS,
+    DURATIONS,
+    Attributes,
+    WorldConfig,
+    caption,
+    durations,
+    held_out,
+    prompts,
+    read_prompts,
+    render,
+    write_world,
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    out = tmp_path_factory.mktemp("world")
+    write_world(out, WorldConfig(images=6, clips=60, large_clips=4, heldout=12))
+    return out
+
+
+def test_captions_name_every_attribute_in_both_languages():
+    moving = caption(Attributes("red", "black", "circle", "left", "slowly"))
+    assert moving.en == "a red circle moves left slowly on a black background"
+    assert moving.zh == "红色的圆形在黑色背景上慢慢向左移动"
+    still = caption(Attributes("cyan", "white", "digit 7"))
+    assert still.en == "a cyan digit 7 on a white background"
+    assert still.zh == "青色的数字7在白色背景上"
+
+
+def test_held_out_triples_leave_every_pair_of_values_in_training():
+    seen = {p.attributes[:2] + p.attributes[3:4] for p in prompts("seen", 600, seed=0)}
+    assert len(seen) == 60 and not seen & set(held_out())
+    assert {p.attributes[:2] + p.attributes[3:4] for p in prompts("heldout", 60, seed=0)} == set(
+        held_out()
+    )
+    values = (COLOURS, BACKGROUNDS, DIRECTIONS)
+    for i, j in itertools.combinations(range(3), 2):
+        assert {(t[i], t[j]) for t in seen} == set(itertools.product(values[i], values[j]))
+
+
+def test_files_show_what_their_captions_say(world):
+    clips = [(path, p) for path, p in read_prompts(world) if p.attributes.direction]
+    assert len(clips) == 64
+    for path, prompt in clips:
+        assert attributes(read_clip(path, 0, probe(path).num_frames)) == prompt.attributes, path
+
+
+def test_training_files_mix_sizes_and_durations_and_hold_nothing_back_out(world):
+    clips = [(path, p) for path, p in read_prompts(world) if p.attributes.direction]
+    probes = [probe(path) for path, _ in clips]
+    assert len({(p.height, p.width) for p in probes}) >= 5
+    assert len({round(p.height / p.width, 1) for p in probes}) >= 5
+    assert {p.num_frames for p in probes} == set(DURATIONS)
+    assert {p.fps for p in probes} == {8.0}
+    assert max(min(p.height, p.width) for p in probes) >= 192
+    triple = lambda a: (a.colour, a.background, a.direction)  # noqa: E731
+    assert not {triple(p.attributes) for _, p in clips} & set(held_out())
+    assert {triple(p.attributes) for _, p in read_prompts(world / "heldout")} == set(held_out())
+
+
+def test_metadata_has_an_english_and_a_chinese_row_per_file(world):
+    rows = json.loads((world / "metadata.json").read_text("utf-8"))
+    assert len(rows) == 2 * 70
+    for en, zh in zip(rows[::2], rows[1::2], strict=True):
+        assert en["file_path"] == zh["file_path"] and en["type"] == zh["type"]
+        assert en["text"].startswith("a ") and "背景" in zh["text"]
+
+
+def test_objects_stay_inside_the_picture_for_every_duration_offered():
+    a = Attributes("red", "black", "square", "down", "quickly")
+    assert durations(a, 64, 64) == (5, 9) and durations(a, 128, 64) == DURATIONS
+    video = render(a, 25, 128, 64, np.random.default_rng(0)).astype(int)
+    ink = (video[..., 0] > 120).sum((1, 2))
+    assert ink.min() > 0.9 * ink.max()
+    with pytest.raises(ValueError, match="no room"):
+        render(a, 25, 64, 64, np.random.default_rng(0))
+
+
+def test_a_seed_repeats_the_world_and_another_does_not():
+    assert prompts("seen", 50, seed=1) == prompts("seen", 50, seed=1)
+    assert prompts("seen", 50, seed=1) != prompts("seen", 50, seed=2)
+    with pytest.raises(ValueError, match="seen"):
+        prompts("train", 1, seed=0)
