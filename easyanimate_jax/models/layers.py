@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+LECUN_NORMAL = nnx.initializers.lecun_normal()
+
 
 def axes(*names: str | None) -> dict:
     """Variable metadata that names its axes. Placement happens once, in the jitted init."""
@@ -24,6 +26,7 @@ def linear(
     dtype,
     rngs: nnx.Rngs,
     use_bias: bool = True,
+    kernel_init: nnx.Initializer = LECUN_NORMAL,
 ) -> nnx.Linear:
     """A dense layer: float32 weights, `dtype` compute, kernel axes named (in, out)."""
     return nnx.Linear(
@@ -31,6 +34,7 @@ def linear(
         d_out,
         use_bias=use_bias,
         dtype=dtype,
+        kernel_init=kernel_init,
         rngs=rngs,
         kernel_metadata=axes(*names),
         bias_metadata=axes(names[1]),
@@ -48,6 +52,11 @@ def layer_norm(width: int, *, eps: float, rngs: nnx.Rngs, name: str | None = Non
         scale_metadata=axes(name),
         bias_metadata=axes(name),
     )
+
+
+def rms_norm(width: int, *, eps: float, rngs: nnx.Rngs, name: str | None = None) -> nnx.RMSNorm:
+    """RMSNorm in float32; the caller casts the result back."""
+    return nnx.RMSNorm(width, epsilon=eps, dtype=jnp.float32, rngs=rngs, scale_metadata=axes(name))
 
 
 def sinusoid(time: Float[Array, "B"], width: int) -> Float[Array, "B E"]:

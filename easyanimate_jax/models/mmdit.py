@@ -1,0 +1,387 @@
+"""The multimodal diffusion transformer: text and video tokens, own weights, one attention.
+
+Follows section 2 of the specification. The 7B models share weights between the modalities in
+their upper blocks; the 12B models never do. The transformer knows tokens, a grid and a length;
+`patchify`, `unpatchify` and `denoise_latents` lead there from latent videos and back.
+
+E: width of the time embedding.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from easyanimate_jax.models.attention import attention
+from easyanimate_jax.models.layers import (
+    layer_norm,
+    linear,
+    rms_norm,
+    scan_blocks,
+    sinusoid,
+    stack,
+)
+from easyanimate_jax.models.rope import MAX_GRID, Angles, rotary_angles, rotate
+from easyanimate_jax.sharding import shard
+
+Video = Float[Array, "B N D"]
+Text = Float[Array, "B L D"]
+Gate = Float[Array, "B 1 D"]
+Time = Float[Array, "B E"]
+
+QK_NORM_EPS = 1e-6  # spec 2.4: not the config's norm_eps
+TEXT_NORM_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class MMDiTConfig:
+    """One released or trained size. `round_time` rounds the timestep to `dtype` (spec 2.9)."""
+
+    depth: int
+    mmdit_depth: int  # the first blocks, with weights of their own for text; the rest share
+    heads: int
+    text_widths: tuple[int, ...]
+    text_norm: bool
+    round_time: bool
+    head_width: int = 64
+    in_channels: int = 16
+    out_channels: int = 16
+    patch: int = 2
+    time_width: int = 512
+    norm_eps: float = 1e-5
+    dtype: str = "bfloat16"
+    save: tuple[str, ...] = ("attention",)  # kept for the backward pass, the rest is recomputed
+
+    def __post_init__(self):
+        if self.head_width % 16:
+            raise ValueError(
+                f"head_width={self.head_width}: rotary angles split a head into 1/4, 3/8 and 3/8, "
+                f"in pairs; use a multiple of 16."
+            )
+        if not 0 <= self.mmdit_depth <= self.depth or self.depth < 1:
+            raise ValueError(
+                f"mmdit_depth={self.mmdit_depth} of depth={self.depth}: "
+                f"it counts the first blocks of the stack; use 0 to {self.depth}."
+            )
+
+    @property
+    def width(self) -> int:
+        return self.heads * self.head_width
+
+
+class AdaLN(nnx.Module):
+    """One LayerNorm for both streams, with shift, scale and gate of each from the time."""
+
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.dtype = config.dtype
+        self.linear = modulation(config, 6, rngs=rngs)
+        self.norm = layer_norm(config.width, eps=config.norm_eps, rngs=rngs)
+
+    def __call__(self, video: Video, text: Text, time: Time) -> tuple[Video, Text, Gate, Gate]:
+        shift, scale, gate, t_shift, t_scale, t_gate = split_modulation(self.linear(time), 6)
+        video = self.norm(video).astype(self.dtype) * (1 + scale) + shift
+        text = self.norm(text).astype(self.dtype) * (1 + t_scale) + t_shift
+        return video, text, gate, t_gate
+
+
+def modulation(config: MMDiTConfig, parts: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+    """From the time to `parts` vectors of the model width. Zero at first, as in DiT."""
+    return linear(
+        config.time_width,
+        parts * config.width,
+        ("mlp", "embed"),
+        dtype=config.dtype,
+        rngs=rngs,
+        kernel_init=nnx.initializers.zeros,
+    )
+
+
+def split_modulation(x: Float[Array, "B parts_D"], parts: int) -> Float[Array, "parts B 1 D"]:
+    # Gathered first: splitting a sharded dimension makes XLA rematerialize all of it.
+    return rearrange(shard(x, "batch", None), "B (parts D) -> parts B 1 D", parts=parts)
+
+
+class QKVO(nnx.Module):
+    """The four projections around an attention, and the norms of queries and keys."""
+
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        D, K, dtype = config.width, config.head_width, config.dtype
+        self.q, self.k, self.v = (
+            linear(D, D, ("embed", "heads"), dtype=dtype, rngs=rngs) for _ in range(3)
+        )
+        self.out = linear(D, D, ("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.q_norm = layer_norm(K, eps=QK_NORM_EPS, rngs=rngs)
+        self.k_norm = layer_norm(K, eps=QK_NORM_EPS, rngs=rngs)
+
+    def qkv(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S heads K"], ...]:
+        q, k, v = (
+            rearrange(f(x), "B S (heads K) -> B S heads K", K=self.config.head_width)
+            for f in (self.q, self.k, self.v)
+        )
+        return self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype), v
+
+    def project(self, x: Float[Array, "B S heads K"]) -> Float[Array, "B S D"]:
+        return self.out(rearrange(checkpoint_name(x, "attention"), "B S heads K -> B S (heads K)"))
+
+
+def joint_attention(
+    video_weights: QKVO,
+    text_weights: QKVO,
+    video: Video,
+    text: Text,
+    angles: Angles,
+    lengths: Int[Array, "B"],
+) -> tuple[Video, Text]:
+    """Video and text attend to [text, video]; only video is rotated.
+
+    Two calls and not one over joined queries: under context parallelism video queries stay split
+    over the devices, and only keys and values are gathered.
+    """
+    q, k, v = video_weights.qkv(video)
+    t_q, t_k, t_v = text_weights.qkv(text)
+    q, k = rotate(q, angles), rotate(k, angles)
+    k, v = (
+        jnp.concatenate([t, shard(x, "batch", None, "heads", None)], axis=1)
+        for t, x in ((t_k, k), (t_v, v))
+    )
+    lengths = text.shape[1] + lengths
+    video = video_weights.project(attention(q, k, v, lengths))
+    text = text_weights.project(attention(t_q, k, v, lengths))
+    return video, text
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        D, dtype = config.width, config.dtype
+        self.up = linear(D, 4 * D, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.down = linear(4 * D, D, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+
+
+class Stream(nnx.Module):
+    """What a modality owns in a block."""
+
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.attention = QKVO(config, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+
+class MMDiTBlock(nnx.Module):
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.norm1 = AdaLN(config, rngs=rngs)
+        self.norm2 = AdaLN(config, rngs=rngs)
+        self.video = Stream(config, rngs=rngs)
+        self.text = Stream(config, rngs=rngs)
+
+    def __call__(
+        self, video: Video, text: Text, time: Time, angles: Angles, lengths: Int[Array, "B"]
+    ) -> tuple[Video, Text]:
+        v, t, v_gate, t_gate = self.norm1(video, text, time)
+        v, t = joint_attention(self.video.attention, self.text.attention, v, t, angles, lengths)
+        video, text = video + v_gate * v, text + t_gate * t
+
+        v, t, v_gate, t_gate = self.norm2(video, text, time)
+        video = video + v_gate * self.video.mlp(v)
+        text = text + t_gate * self.text.mlp(t)
+        return shard(video, "batch", "tokens", None), shard(text, "batch", None, None)
+
+
+class SharedBlock(MMDiTBlock):
+    """A block that sends text through the weights of the video."""
+
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.norm1 = AdaLN(config, rngs=rngs)
+        self.norm2 = AdaLN(config, rngs=rngs)
+        self.video = Stream(config, rngs=rngs)
+
+    @property
+    def text(self) -> Stream:
+        return self.video
+
+
+class TimeEmbedding(nnx.Module):
+    """Sinusoid and a two-layer MLP; the SiLU that every consumer applies first is included."""
+
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        E, dtype = config.time_width, config.dtype
+        self.up = linear(config.width, E, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.down = linear(E, E, ("mlp", None), dtype=dtype, rngs=rngs)
+
+    def __call__(self, time: Float[Array, "B"]) -> Time:
+        if self.config.round_time:
+            # The reference casts the timestep to the latents' dtype; released weights expect it.
+            time = time.astype(self.config.dtype)
+        x = sinusoid(time, self.config.width).astype(self.config.dtype)
+        return jax.nn.silu(self.down(jax.nn.silu(self.up(x))))
+
+
+class TextProjection(nnx.Module):
+    """From the width of one text encoder to the model's."""
+
+    def __init__(self, config: MMDiTConfig, text_width: int, *, rngs: nnx.Rngs):
+        self.dtype = config.dtype
+        self.norm = rms_norm(text_width, eps=TEXT_NORM_EPS, rngs=rngs) if config.text_norm else None
+        self.linear = linear(
+            text_width, config.width, (None, "embed"), dtype=config.dtype, rngs=rngs
+        )
+
+    def __call__(self, text: Float[Array, "B L width"]) -> Text:
+        if self.norm is not None:
+            text = self.norm(text)
+        return self.linear(text.astype(self.dtype))
+
+
+class Output(nnx.Module):
+    """Two LayerNorms back to back, the second modulated (shift first), and the patch values."""
+
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.dtype = config.dtype
+        self.final_norm = layer_norm(config.width, eps=config.norm_eps, rngs=rngs)
+        self.norm = layer_norm(config.width, eps=config.norm_eps, rngs=rngs)
+        self.modulation = modulation(config, 2, rngs=rngs)
+        self.linear = linear(
+            config.width,
+            config.out_channels * config.patch**2,
+            ("embed", None),
+            dtype=config.dtype,
+            rngs=rngs,
+            kernel_init=nnx.initializers.zeros,
+        )
+
+    def __call__(self, video: Video, time: Time) -> Float[Array, "B N out"]:
+        shift, scale = split_modulation(self.modulation(time), 2)
+        video = self.norm(self.final_norm(video).astype(self.dtype)).astype(self.dtype)
+        return self.linear(video * (1 + scale) + shift)
+
+
+class MMDiT(nnx.Module):
+    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.patches = linear(
+            config.in_channels * config.patch**2,
+            config.width,
+            (None, "embed"),
+            dtype=config.dtype,
+            rngs=rngs,
+        )
+        self.time = TimeEmbedding(config, rngs=rngs)
+        self.texts = nnx.List(
+            [TextProjection(config, width, rngs=rngs) for width in config.text_widths]
+        )
+
+        def blocks(block, depth):
+            return stack(lambda rngs: block(config, rngs=rngs), depth, rngs=rngs)
+
+        depths = {MMDiTBlock: config.mmdit_depth, SharedBlock: config.depth - config.mmdit_depth}
+        self.blocks = nnx.List([blocks(block, depth) for block, depth in depths.items() if depth])
+        self.output = Output(config, rngs=rngs)
+
+    def __call__(
+        self,
+        tokens: Float[Array, "B N in"],
+        grid: Int[Array, "B 3"],
+        lengths: Int[Array, "B"],
+        time: Float[Array, "B"],
+        texts: tuple[Float[Array, "B _ _"], ...],
+    ) -> Float[Array, "B N out"]:
+        """The prediction for every token; tokens past a sample's length influence nothing else."""
+        time = self.time(time)
+        angles = rotary_angles(grid, tokens.shape[1], self.config.head_width)
+        video = self.patches(tokens.astype(self.config.dtype))
+        text = jnp.concatenate(
+            [project(text) for project, text in zip(self.texts, texts, strict=True)], axis=1
+        )
+
+        def run(block, streams):
+            return block(*streams, time, angles, lengths)
+
+        for blocks in self.blocks:
+            video, text = scan_blocks(run, (video, text), blocks, save=self.config.save)
+        return self.output(video, time)
+
+
+def patchify(latents: Float[Array, "B T h w C"], patch: int = 2) -> Float[Array, "B N patch_C"]:
+    """Tokens in (t, y, x) order; inside a token the channel is slowest."""
+    return rearrange(latents, "B T (gh ph) (gw pw) C -> B (T gh gw) (C ph pw)", ph=patch, pw=patch)
+
+
+def unpatchify(
+    tokens: Float[Array, "B N patch_C"], grid: tuple[int, int, int], patch: int = 2
+) -> Float[Array, "B T h w C"]:
+    """The inverse of `patchify`, for tokens without padding."""
+    T, gh, gw = grid
+    return rearrange(
+        tokens,
+        "B (T gh gw) (C ph pw) -> B T (gh ph) (gw pw) C",
+        T=T,
+        gh=gh,
+        gw=gw,
+        ph=patch,
+        pw=patch,
+    )
+
+
+def denoise_latents(
+    model: MMDiT,
+    latents: Float[Array, "B T h w C"],
+    time: Float[Array, "B"],
+    texts: tuple[Float[Array, "B _ _"], ...],
+    condition: Float[Array, "B T h w extra"] | None = None,
+) -> Float[Array, "B T h w C"]:
+    """The model on latent videos of one size; `condition` joins as further channels."""
+    config = model.config
+    if condition is not None:
+        latents = jnp.concatenate([latents, condition], axis=-1)
+    B, T, h, w, C = latents.shape
+    if config.in_channels != C:
+        raise ValueError(
+            f"latents and condition have {C} channels together, and the model takes "
+            f"{config.in_channels}: give the condition it was trained with, or widen_input it."
+        )
+    if h % config.patch or w % config.patch or max(h, w) > MAX_GRID * config.patch:
+        raise ValueError(
+            f"latents of {h} x {w} do not split into patches of {config.patch} x {config.patch}, "
+            f"at most {MAX_GRID} a side: use a video whose sides are multiples of {8 * config.patch}."
+        )
+    grid = (T, h // config.patch, w // config.patch)
+    tokens = patchify(latents, config.patch)
+    lengths = jnp.full((B,), tokens.shape[1])
+    tokens = model(tokens, jnp.tile(jnp.array([grid]), (B, 1)), lengths, time, texts)
+    return unpatchify(tokens, grid, config.patch)
+
+
+def widen_input(tree, in_channels: int):
+    """Every MMDiT in a tree (a model, its EMA, Adam's moments) with `in_channels` input channels.
+
+    New channels come last and are zero, so a T2V model becomes an inpainting or control model that
+    at first ignores its condition; with fewer channels the leading ones stay (spec 2.9).
+    """
+
+    def widen(model):
+        if not isinstance(model, MMDiT):
+            return model
+        model = jax.tree.map(lambda x: x, model)  # a copy of the module, not of the arrays
+        rows = in_channels * model.config.patch**2
+        kernel = model.patches.kernel.get_value()[:rows]
+        kernel = jnp.pad(kernel, ((0, rows - kernel.shape[0]), (0, 0)))
+        model.patches.kernel.set_value(kernel)
+        model.patches.in_features = rows
+        model.config = dataclasses.replace(model.config, in_channels=in_channels)
+        return model
+
+    return jax.tree.map(widen, tree, is_leaf=lambda x: isinstance(x, MMDiT))
+
+
+def count_parameters(config: MMDiTConfig) -> int:
+    """By abstract evaluation: no array is made."""
+    model = jax.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
+    return sum(x.size for x in jax.tree.leaves(model))
