@@ -145,3 +145,11 @@ def test_resize_covers_and_crops_the_centre(size):
     cropped = media.resize_crop(ramp(2, 48, 64), *size)
     assert cropped.shape == (2, *size, 3)
     assert abs(cropped[0].mean() - ramp(2, 48, 64)[0].mean()) < 2
+
+
+def test_a_contact_sheet_shows_first_and_last_frames():
+    videos = np.stack([ramp(13, 16, 32), ramp(13, 16, 32)])
+    sheet = media.contact_sheet(videos, columns=4)
+    assert sheet.shape == (2 * 16, 4 * 32, 3)
+    np.testing.assert_array_equal(sheet[16:, :32], videos[1, 0])
+    np.testing.assert_array_equal(sheet[:16, -32:], videos[0, -1])

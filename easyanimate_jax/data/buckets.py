@@ -121,7 +121,8 @@ class Budget:
         """The shape that fills a compiled length best, or None if none reaches `min_fill`.
 
         Small sizes floored to whole tokens distort and leave gaps; then grids beside the table
-        compete too. Among good fills the clip's name decides.
+        compete too. Among good fills the clip's name decides. A video keeps at least five frames:
+        its caption speaks of motion.
         """
         table = self._table(height, width)
         true = [sides for sides in table if _stretch(*sides, height, width) <= MAX_STRETCH]
@@ -136,6 +137,8 @@ class Budget:
                 and _stretch(h + dh, w + dw, height, width) <= MAX_STRETCH
             }
             shapes += self._shapes(sorted(beside - set(true)), frames, height, width)
+        if frames > TIME_FACTOR:
+            shapes = [shape for shape in shapes if shape.frames > 1]
         good = [shape for shape in shapes if self.fill(shape) >= GOOD_FILL]
         if good:
             digest = hashlib.blake2b(clip.encode(), digest_size=8).digest()

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
+from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
@@ -152,6 +153,14 @@ def write_video(path: Path, frames: Frames, fps: int = 8, crf: int = 18) -> None
 
 def write_png(path: Path, picture: Picture) -> None:
     Image.fromarray(picture).save(path, format="PNG")
+
+
+def contact_sheet(
+    videos: UInt8[np.ndarray, "B F H W 3"], columns: int = 8
+) -> UInt8[np.ndarray, "_ _ 3"]:
+    """One row per video: up to `columns` of its frames, first and last among them."""
+    picks = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
+    return rearrange(videos[:, picks], "B F H W C -> (B H) (F W) C")
 
 
 @contextmanager

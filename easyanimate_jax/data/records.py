@@ -1,0 +1,200 @@
+"""Encoded examples on disk: ArrayRecord shards, an index, a header.
+
+    SET/shard-00000.arrayrecord   each record the safetensors bytes of a dict of arrays
+    SET/shard-00000.npz           the shard's rows of the index, until all shards are there
+    SET/index.npz                 one row per record; a record's id is its row
+    SET/header.json               what the set was made from, and the records of every shard
+
+Every file appears whole or not at all, so writing resumes at the first missing shard.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.numpy import load, load_file, save, save_file
+
+from easyanimate_jax.data.buckets import Budget
+
+VERSION = 1
+INDEX_TYPES = {
+    "clip": str,  # file name in the source folder
+    "kind": str,  # "video" or "image"
+    "frames": np.int32,  # as encoded; so are height and width
+    "height": np.int32,
+    "width": np.int32,
+    "T": np.int32,
+    "gh": np.int32,
+    "gw": np.int32,
+    "tokens": np.int32,
+    "source_height": np.int32,
+    "source_width": np.int32,
+    "num_captions": np.int32,
+}
+
+Texts = tuple[Float[np.ndarray, "_rows _L _width"], ...]
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """Clips of one source folder encoded under one budget.
+
+    `condition_draws` masks and noised references per clip (spec 6.1) are encoded with it for I2V.
+    """
+
+    name: str
+    budget: Budget
+    kinds: tuple[str, ...] = ("image", "video")
+    min_side: int = 0  # of the source, in pixels
+    condition_draws: int = 0
+
+    def __post_init__(self):
+        if not self.kinds or not set(self.kinds) <= {"image", "video"}:
+            raise ValueError(f"set {self.name!r}: kinds {self.kinds} must be of 'image', 'video'")
+
+
+class Writer:
+    """Writes a set shard by shard. `identity` is what the records are a function of."""
+
+    def __init__(self, folder: Path, identity: dict):
+        self.folder, self.identity = folder, identity
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "identity.json"
+        if path.is_file():
+            before = json.loads(path.read_text())
+            changed = [k for k in identity | before if identity.get(k) != before.get(k)]
+            if changed:
+                raise ValueError(
+                    f"{folder} was begun with another {', '.join(changed)}; remove the folder, or "
+                    f"choose another one, to prepare anew"
+                )
+        _replace(path, lambda new: new.write_text(json.dumps(identity, indent=1)))
+
+    def has(self, shard: int) -> bool:
+        return _shard_path(self.folder, shard).is_file()
+
+    def write(self, shard: int, records: Sequence[dict[str, np.ndarray]], rows: list[dict]) -> None:
+        """One shard: its records and, for each, a row of the index."""
+        path = _shard_path(self.folder, shard)
+        columns = {
+            name: np.array([row[name] for row in rows], kind) for name, kind in INDEX_TYPES.items()
+        }
+        _replace(path.with_suffix(".npz"), lambda new: _save_columns(new, columns))
+        _replace(path, lambda new: _write_records(new, records))
+
+    def finish(self, num_shards: int) -> None:
+        """Join the shards' rows into the index. The header comes last: it makes the set readable."""
+        parts = [
+            _load_columns(_shard_path(self.folder, s).with_suffix(".npz"))
+            for s in range(num_shards)
+        ]
+        index = {name: np.concatenate([part[name] for part in parts]) for name in INDEX_TYPES}
+        header = {
+            "version": VERSION,
+            **self.identity,
+            "records": len(index["clip"]),
+            "shards": [len(part["clip"]) for part in parts],
+        }
+        _replace(self.folder / "index.npz", lambda new: _save_columns(new, index))
+        _replace(
+            self.folder / "header.json", lambda new: new.write_text(json.dumps(header, indent=1))
+        )
+
+
+class Records:
+    """A finished set: `index` columns, `header`, and records by id, from any thread."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        if not (self.folder / "header.json").is_file():
+            raise ValueError(
+                f"{folder} holds no finished set; run python -m easyanimate_jax.prepare"
+            )
+        self.header = json.loads((self.folder / "header.json").read_text())
+        if self.header["version"] != VERSION:
+            raise ValueError(
+                f"{folder} is of version {self.header['version']}, this code reads {VERSION}; "
+                f"prepare the set again"
+            )
+        self.index = _load_columns(self.folder / "index.npz")
+        self.ends = np.cumsum(self.header["shards"])
+        if len(self) != self.ends[-1]:
+            raise ValueError(
+                f"{self.folder / 'index.npz'} has {len(self)} rows, and the header counts "
+                f"{self.ends[-1]} records; prepare the set again"
+            )
+        self.readers = [
+            self._open(shard, count) for shard, count in enumerate(self.header["shards"])
+        ]
+
+    def __len__(self) -> int:
+        return len(self.index["clip"])
+
+    def __getitem__(self, record: int) -> dict[str, np.ndarray]:
+        shard = int(np.searchsorted(self.ends, record, side="right"))
+        first = self.ends[shard] - self.header["shards"][shard]
+        try:
+            return load(self.readers[shard].read([int(record - first)])[0])
+        except (RuntimeError, ValueError, SafetensorError) as error:
+            raise ValueError(self._damaged(shard, f"record {record}: {error}")) from error
+
+    def _open(self, shard: int, count: int) -> ArrayRecordReader:
+        path = _shard_path(self.folder, shard)
+        if not path.is_file():
+            raise ValueError(self._damaged(shard, "the file is missing"))
+        # A damaged file opens without complaint and counts no records.
+        reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
+        if reader.num_records() != count:
+            raise ValueError(self._damaged(shard, f"{reader.num_records()} of {count} records"))
+        return reader
+
+    def _damaged(self, shard: int, what: str) -> str:
+        return (
+            f"{_shard_path(self.folder, shard)} is damaged ({what}); remove it and run "
+            f"python -m easyanimate_jax.prepare again"
+        )
+
+
+def write_texts(path: Path, texts: Texts) -> None:
+    """Text states, one array per encoder."""
+    _replace(path, lambda new: save_file({f"text{i}": t for i, t in enumerate(texts)}, new))
+
+
+def read_texts(path: str | os.PathLike) -> Texts:
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is missing; run python -m easyanimate_jax.prepare")
+    return tuple(text.astype(np.float32) for _, text in sorted(load_file(path).items()))
+
+
+def _shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"shard-{shard:05d}.arrayrecord"
+
+
+def _write_records(path: Path, records: Sequence[dict[str, np.ndarray]]) -> None:
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    for record in records:
+        writer.write(save(record))
+    writer.close()
+
+
+def _save_columns(path: Path, columns: dict[str, np.ndarray]) -> None:
+    with open(path, "wb") as file:  # np.savez would append .npz to a name
+        np.savez(file, **columns)
+
+
+def _load_columns(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as columns:
+        return dict(columns)
+
+
+def _replace(path: Path, write) -> None:
+    """`path` as `write` makes it, in one rename."""
+    new = path.with_name(path.name + ".new")
+    write(new)
+    os.replace(new, path)

@@ -1,0 +1,88 @@
+"""Shards are written whole, read by id, and never silently short."""
+
+import numpy as np
+import pytest
+
+from easyanimate_jax.data import records
+from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.records import LatentSet, Records, Writer
+
+
+def row(i):
+    sizes = dict.fromkeys(records.INDEX_TYPES, i)
+    return sizes | {"clip": f"剪辑{i}.mp4", "kind": "video"}
+
+
+def record(i):
+    return {"mean": np.full((3, 4), i, np.float16), "text0": np.arange(i + 1)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    writer = Writer(tmp_path / "set", {"vae": "abc"})
+    writer.write(0, [record(0), record(1)], [row(0), row(1)])
+    writer.write(1, [], [])  # every clip of it was unreadable
+    writer.write(2, [record(2)], [row(2)])
+    writer.finish(3)
+    return tmp_path / "set"
+
+
+def test_records_read_back_by_id_beside_their_index_rows(folder):
+    read = Records(folder)
+    assert len(read) == 3 and read.header["vae"] == "abc" and read.header["shards"] == [2, 0, 1]
+    for i in (2, 0, 1):
+        np.testing.assert_array_equal(read[i]["mean"], record(i)["mean"])
+        np.testing.assert_array_equal(read[i]["text0"], record(i)["text0"])
+        assert read.index["clip"][i] == f"剪辑{i}.mp4" and read.index["tokens"][i] == i
+
+
+def test_writing_resumes_and_refuses_another_origin(folder):
+    again = Writer(folder, {"vae": "abc"})
+    assert again.has(0) and again.has(2) and not again.has(3)
+    with pytest.raises(ValueError, match="another vae"):
+        Writer(folder, {"vae": "other"})
+
+
+def test_an_unfinished_set_is_refused(tmp_path):
+    Writer(tmp_path / "set", {}).write(0, [record(0)], [row(0)])
+    with pytest.raises(ValueError, match="no finished set"):
+        Records(tmp_path / "set")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+def test_a_damaged_shard_is_named_when_the_set_is_opened(folder, damage):
+    shard = folder / "shard-00002.arrayrecord"
+    data = shard.read_bytes()
+    shard.unlink() if damage == "gone" else shard.write_bytes(
+        data[: {"cut": -1, "empty": 0}[damage]]
+    )
+    with pytest.raises(ValueError, match=r"shard-00002.*damaged"):
+        Records(folder)
+
+
+def test_a_flipped_bit_is_named_when_the_record_is_read(tmp_path):
+    writer = Writer(tmp_path, {})
+    noise = np.random.default_rng(0).integers(0, 255, 50_000, np.uint8)
+    writer.write(0, [{"x": noise}], [row(0)])
+    writer.finish(1)
+    path = tmp_path / "shard-00000.arrayrecord"
+    data = bytearray(path.read_bytes())
+    data[20_000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"shard-00000.*record 0"):
+        Records(tmp_path)[0]
+
+
+def test_texts_read_back_as_float32(tmp_path):
+    texts = (np.ones((2, 3, 4), np.float16), np.zeros((2, 5, 6), np.float16))
+    records.write_texts(tmp_path / "empty.safetensors", texts)
+    for a, b in zip(records.read_texts(tmp_path / "empty.safetensors"), texts, strict=True):
+        assert a.dtype == np.float32
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match="prepare"):
+        records.read_texts(tmp_path / "prompts.safetensors")
+
+
+def test_a_set_knows_two_kinds():
+    with pytest.raises(ValueError, match="sound"):
+        LatentSet("s", Budget(48, (48,), (64,)), kinds=("sound",))
