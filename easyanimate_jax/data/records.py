@@ -89,7 +89,7 @@ class Writer:
         _replace(path, lambda new: _write_records(new, records))
 
     def finish(self, num_shards: int) -> None:
-        """Join the shards' rows into the index. The header comes last: it makes the set readable."""
+        """Join the shards' rows into the index. The header, last, makes it readable."""
         parts = [
             _load_columns(_shard_path(self.folder, s).with_suffix(".npz"))
             for s in range(num_shards)
