@@ -1,0 +1,146 @@
+"""Batches are a function of the step, padded without harm, and follow the plan."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from easyanimate_jax.data.loader import Loader
+from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.data.records import INDEX_TYPES, Records, Writer, write_texts
+
+GRIDS = [(1, 2, 2), (2, 2, 2), (3, 2, 3), (2, 3, 3)]
+DRAWS = 3
+
+
+def record(i, rng):
+    tokens = int(np.prod(GRIDS[i % 4]))
+    return {
+        "mean": rng.standard_normal((tokens, 64)).astype(np.float16),
+        "logvar": np.full((tokens, 64), -20, np.float16),
+        "text0": np.full((1 + i % 2, 5, 6), i, np.float16)
+        + np.arange(1 + i % 2)[:, None, None] / 2,
+        "text1": np.full((1 + i % 2, 7, 8), i, np.float16),
+        "condition_mean": np.full((DRAWS, tokens, 64), i, np.float16),
+        "condition_logvar": np.full((DRAWS, tokens, 64), -20, np.float16),
+        "condition_mask": np.full((DRAWS, tokens, 4), 0.5, np.float16),
+        "condition_flag": np.array([1, 1, 0], np.float16),
+    }
+
+
+def row(i):
+    T, gh, gw = GRIDS[i % 4]
+    return dict.fromkeys(INDEX_TYPES, 0) | {
+        "clip": f"{i}.mp4",
+        "kind": "video",
+        "T": T,
+        "gh": gh,
+        "gw": gw,
+        "tokens": T * gh * gw,
+        "source_height": 64,
+        "source_width": 64,
+        "num_captions": 1 + i % 2,
+    }
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("prepared"), np.random.default_rng(0)
+    writer = Writer(folder / "small", {"set": {"condition_draws": DRAWS}})
+    for shard in range(2):
+        members = range(10 * shard, 10 * shard + 10)
+        writer.write(shard, [record(i, rng) for i in members], [row(i) for i in members])
+    writer.finish(2)
+    empty = (np.full((1, 5, 6), -1, np.float16), np.full((1, 7, 8), -1, np.float16))
+    write_texts(folder / "empty.safetensors", empty)
+    return Records(folder / "small")
+
+
+def loader(records, **changes):
+    plan = Plan(records.index, lengths=(8, 18), batch_size=7, seed=3, name="small")
+    fields = {"task": "t2v", "microbatch": 3, "text_drop": 0.1} | changes
+    return Loader(records, plan, **fields)
+
+
+def same(a, b):
+    flat = lambda batch: [*batch[:4], *batch.texts, batch.condition, batch.weight]  # noqa: E731
+    return all(np.array_equal(x, y) for x, y in zip(flat(a), flat(b), strict=True))
+
+
+def test_starting_at_a_step_gives_what_walking_there_gives(records):
+    walked = list(itertools.islice(loader(records, task="i2v").batches(), 9))
+    jumped = list(itertools.islice(loader(records, task="i2v").batches(6), 3))
+    for (length, batch), (length2, batch2) in zip(walked[6:], jumped, strict=True):
+        assert length == length2 and same(batch, batch2)
+
+
+def test_rows_are_the_plans_records_zero_past_their_length(records):
+    one = loader(records)
+    for step in range(4):
+        length, batch = one.batch(step)
+        ids = one.plan(step)[1]
+        mean, grid = batch.mean.reshape(9, length, 64), batch.grid.reshape(9, 3)
+        for i, record in enumerate(ids):
+            tokens = int(np.prod(GRIDS[record % 4]))
+            assert tuple(grid[i]) == GRIDS[record % 4]
+            assert batch.lengths.reshape(9)[i] == tokens
+            np.testing.assert_array_equal(mean[i, :tokens], records[int(record)]["mean"])
+            assert not mean[i, tokens:].any()
+
+
+def test_the_last_microbatch_is_filled_with_rows_of_no_weight(records):
+    _, batch = loader(records).batch(0)
+    np.testing.assert_array_equal(batch.weight, [[1, 1, 1], [1, 1, 1], [1, 0, 0]])
+    assert np.all(batch.lengths >= 1) and np.all(batch.grid >= 1)
+    np.testing.assert_array_equal(batch.texts[0][2, 1:], np.full((2, 5, 6), -1))
+
+
+def test_shapes_and_types_are_those_of_the_step(records):
+    length, batch = loader(records, task="i2v").batch(0)
+    assert batch.mean.shape == batch.logvar.shape == (3, 3, length, 64)
+    assert batch.condition.shape == (3, 3, length, 68)
+    assert [t.shape for t in batch.texts] == [(3, 3, 5, 6), (3, 3, 7, 8)]
+    floats = (batch.mean, batch.logvar, batch.condition, *batch.texts, batch.weight)
+    assert {x.dtype for x in floats} == {np.dtype(np.float32)}
+    assert batch.grid.dtype == batch.lengths.dtype == np.int32
+
+
+def test_the_microbatch_changes_no_row(records):
+    _, small = loader(records, task="i2v").batch(5)
+    _, whole = loader(records, task="i2v", microbatch=100).batch(5)
+    assert whole.weight.shape == (1, 7)
+    np.testing.assert_array_equal(
+        small.condition.reshape(9, -1)[:7], whole.condition.reshape(7, -1)
+    )
+    np.testing.assert_array_equal(small.texts[0].reshape(9, -1)[:7], whole.texts[0].reshape(7, -1))
+
+
+def test_captions_take_turns_and_are_dropped_as_often_as_asked(records):
+    one = loader(records, text_drop=0.3)
+    rows = [one._row(step, 0, 1) for step in range(600)]  # record 1 has two captions: 1 and 1.5
+    values = np.array([row["texts"][0][0, 0] for row in rows])
+    for value, share in ((-1, 0.3), (1, 0.35), (1.5, 0.35)):
+        assert abs(np.mean(values == value) - share) < 0.07
+    assert all((row["texts"][0][0, 0] == -1) == (row["texts"][1][0, 0] == -1) for row in rows)
+
+
+def test_conditions_put_the_mask_first_and_obey_their_flag(records):
+    one = loader(records, task="i2v")
+    conditions = [one._row(step, 0, 6)["condition"] for step in range(60)]  # every value is 6
+    given = [c for c in conditions if c.any()]
+    assert 0.5 < len(given) / len(conditions) < 0.85
+    assert np.all(given[0][:, :4] == 0.5)
+    np.testing.assert_allclose(given[0][:, 4:], 6, atol=1e-3)
+
+
+def test_latent_noise_of_the_condition_differs_between_steps(records):
+    one = loader(records, task="i2v")
+    drawn = {one._row(step, 0, 6)["condition"][0, 4:].tobytes() for step in range(20)}
+    assert len(drawn) > 10
+
+
+def test_a_set_without_conditions_refuses_i2v(records):
+    bare = Records(records.folder)
+    bare.header["set"]["condition_draws"] = 0
+    with pytest.raises(ValueError, match="condition_draws"):
+        loader(bare, task="i2v")
