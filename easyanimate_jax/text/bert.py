@@ -1,0 +1,134 @@
+"""Bert's encoder, the first text tower of V5 (spec 5.1): token ids to last hidden states.
+
+Numerically transformers' BertModel without pooler; weights from and to its folders.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from easyanimate_jax.models.layers import axes, layer_norm, linear, scan_blocks, stack
+from easyanimate_jax.sharding import shard
+from easyanimate_jax.text import weights
+
+States = Float[Array, "B L D"]
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Field names are those of transformers' config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_act: str = "gelu"
+
+    def __post_init__(self):
+        if self.hidden_act != "gelu":
+            raise ValueError(f"hidden_act is {self.hidden_act!r}: only Bert's exact gelu is built")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} "
+                f"heads; change num_attention_heads"
+            )
+
+
+class BertBlock(nnx.Module):
+    def __init__(self, config: BertConfig, *, dtype: str, rngs: nnx.Rngs):
+        self.num_heads = config.num_attention_heads
+        D, mlp = config.hidden_size, config.intermediate_size
+        self.q = linear(D, D, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.k = linear(D, D, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.v = linear(D, D, ("embed", "heads"), dtype=dtype, rngs=rngs)
+        self.out = linear(D, D, ("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.attention_norm = layer_norm(D, eps=config.layer_norm_eps, rngs=rngs)
+        self.up = linear(D, mlp, ("embed", "mlp"), dtype=dtype, rngs=rngs)
+        self.down = linear(mlp, D, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.mlp_norm = layer_norm(D, eps=config.layer_norm_eps, rngs=rngs)
+
+    def __call__(self, x: States, mask: Bool[Array, "B L"] | None) -> States:
+        q, k, v = (
+            rearrange(f(x), "B L (heads K) -> B L heads K", heads=self.num_heads)
+            for f in (self.q, self.k, self.v)
+        )
+        mask = None if mask is None else mask[:, None, None]
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        attended = self.out(rearrange(attended, "B L heads K -> B L (heads K)"))
+        x = self.attention_norm(x + attended).astype(x.dtype)
+        mlp = self.down(jax.nn.gelu(self.up(x), approximate=False))
+        return shard(self.mlp_norm(x + mlp).astype(x.dtype), "batch", None, None)
+
+
+class Bert(nnx.Module):
+    """Last hidden states; released V5 passes no mask, so padding is part of the text (spec 5.1)."""
+
+    def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: str = "float32"):
+        self.config, self.dtype = config, dtype
+        embed = lambda rows: nnx.Embed(  # noqa: E731
+            rows, config.hidden_size, embedding_metadata=axes(None, "embed"), rngs=rngs
+        )
+        self.words = embed(config.vocab_size)
+        self.positions = embed(config.max_position_embeddings)
+        self.types = embed(config.type_vocab_size)
+        self.norm = layer_norm(config.hidden_size, eps=config.layer_norm_eps, rngs=rngs)
+        self.blocks = stack(
+            lambda r: BertBlock(config, dtype=dtype, rngs=r), config.num_hidden_layers, rngs=rngs
+        )
+
+    def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None) -> States:
+        positions = self.positions(jnp.arange(ids.shape[1]))[None]
+        x = self.words(ids) + positions + self.types(jnp.zeros_like(ids))
+        x = self.norm(x).astype(self.dtype)
+        return scan_blocks(lambda block, x: block(x, mask), x, self.blocks)
+
+
+def _names() -> dict[str, str]:
+    """Our variables and transformers' names for them."""
+    dense = {
+        "q": "attention.self.query",
+        "k": "attention.self.key",
+        "v": "attention.self.value",
+        "out": "attention.output.dense",
+        "up": "intermediate.dense",
+        "down": "output.dense",
+    }
+    norms = {
+        "norm": "embeddings.LayerNorm",
+        "blocks.attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
+        "blocks.mlp_norm": "encoder.layer.{}.output.LayerNorm",
+    }
+    return {
+        "words.embedding": "embeddings.word_embeddings.weight",
+        "positions.embedding": "embeddings.position_embeddings.weight",
+        "types.embedding": "embeddings.token_type_embeddings.weight",
+        **{f"{ours}.scale": f"{theirs}.weight" for ours, theirs in norms.items()},
+        **{f"{ours}.bias": f"{theirs}.bias" for ours, theirs in norms.items()},
+        **{f"blocks.{o}.kernel": f"encoder.layer.{{}}.{t}.weight" for o, t in dense.items()},
+        **{f"blocks.{o}.bias": f"encoder.layer.{{}}.{t}.bias" for o, t in dense.items()},
+    }
+
+
+NAMES = _names()
+
+
+def load_bert(folder: Path, *, dtype: str = "float32") -> Bert:
+    """A Bert from a transformers folder."""
+    config = weights.config_from(BertConfig, weights.read_config(folder))
+    abstract = jax.eval_shape(lambda: Bert(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return weights.load(abstract, folder, NAMES, prefixes=("bert.",))
+
+
+def save_bert(model: Bert, folder: Path) -> None:
+    """Write a folder that transformers' BertModel loads."""
+    about = {"model_type": "bert", "architectures": ["BertModel"], "pad_token_id": 0}
+    weights.save(model, folder, NAMES, about)

@@ -1,0 +1,169 @@
+"""The encoder of T5 v1.1 and mT5, the second text tower of V5 (spec 5.1).
+
+Numerically transformers' T5EncoderModel: RMSNorm before each part, gated GELU, one table of
+relative position biases for all layers, logits not scaled. Weights from and to its folders.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from easyanimate_jax.models.layers import axes, linear, scan_blocks, stack
+from easyanimate_jax.sharding import shard
+from easyanimate_jax.text import weights
+
+States = Float[Array, "B L D"]
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """Field names are those of transformers' config.json."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "gated-gelu"
+
+    def __post_init__(self):
+        if self.feed_forward_proj != "gated-gelu":
+            raise ValueError(
+                f"feed_forward_proj is {self.feed_forward_proj!r}: the gated-gelu of T5 v1.1 and "
+                f"mT5 is built, the first T5 is not"
+            )
+
+
+def rms_norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm in float32; the caller casts the result back."""
+    return nnx.RMSNorm(width, epsilon=eps, dtype=jnp.float32, scale_metadata=axes(None), rngs=rngs)
+
+
+class T5Block(nnx.Module):
+    def __init__(self, config: T5Config, *, dtype: str, rngs: nnx.Rngs):
+        self.num_heads = config.num_heads
+        D, inner, mlp = config.d_model, config.num_heads * config.d_kv, config.d_ff
+        dense = lambda *a: linear(*a, use_bias=False, dtype=dtype, rngs=rngs)  # noqa: E731
+        self.attention_norm = rms_norm(D, config.layer_norm_epsilon, rngs)
+        self.q = dense(D, inner, ("embed", "heads"))
+        self.k = dense(D, inner, ("embed", "heads"))
+        self.v = dense(D, inner, ("embed", "heads"))
+        self.out = dense(inner, D, ("heads", "embed"))
+        self.mlp_norm = rms_norm(D, config.layer_norm_epsilon, rngs)
+        self.gate = dense(D, mlp, ("embed", "mlp"))
+        self.up = dense(D, mlp, ("embed", "mlp"))
+        self.down = dense(mlp, D, ("mlp", "embed"))
+
+    def __call__(
+        self, x: States, bias: Float[Array, "1 heads L L"], mask: Bool[Array, "B L"] | None
+    ) -> States:
+        y = self.attention_norm(x).astype(x.dtype)
+        q, k, v = (
+            rearrange(f(y), "B L (heads K) -> B L heads K", heads=self.num_heads)
+            for f in (self.q, self.k, self.v)
+        )
+        mask = None if mask is None else mask[:, None, None]
+        attended = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=1.0)
+        x = x + self.out(rearrange(attended, "B L heads K -> B L (heads K)"))
+        y = self.mlp_norm(x).astype(x.dtype)
+        x = x + self.down(jax.nn.gelu(self.gate(y), approximate=True) * self.up(y))
+        return shard(x, "batch", None, None)
+
+
+class T5(nnx.Module):
+    """Last hidden states; released V5 passes no mask, so padding is part of the text (spec 5.1)."""
+
+    def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype: str = "float32"):
+        self.config, self.dtype = config, dtype
+        self.words = nnx.Embed(
+            config.vocab_size,
+            config.d_model,
+            embedding_init=nnx.initializers.normal(1.0),
+            embedding_metadata=axes(None, "embed"),
+            rngs=rngs,
+        )
+        self.distances = nnx.Embed(
+            config.relative_attention_num_buckets,
+            config.num_heads,
+            embedding_metadata=axes(None, "heads"),
+            rngs=rngs,
+        )
+        self.blocks = stack(
+            lambda r: T5Block(config, dtype=dtype, rngs=r), config.num_layers, rngs=rngs
+        )
+        self.norm = rms_norm(config.d_model, config.layer_norm_epsilon, rngs)
+
+    def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None) -> States:
+        buckets = relative_buckets(
+            ids.shape[1],
+            self.config.relative_attention_num_buckets,
+            self.config.relative_attention_max_distance,
+        )
+        bias = rearrange(self.distances(buckets), "query key heads -> 1 heads query key")
+        x = self.words(ids).astype(self.dtype)
+        x = scan_blocks(lambda block, x: block(x, bias.astype(x.dtype), mask), x, self.blocks)
+        return self.norm(x).astype(self.dtype)
+
+
+def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "L L"]:
+    """Bucket of key position minus query position: half per sign, exact when near, then log."""
+    positions = np.arange(length)
+    distance = positions[None, :] - positions[:, None]
+    half = num_buckets // 2
+    exact = half // 2
+    near = np.abs(distance)
+    # float32, like the reference: where the logarithm meets an integer the rounding decides
+    scale = np.float32(math.log(max_distance / exact))
+    far = np.log(np.maximum(near, 1).astype(np.float32) / exact) / scale * (half - exact)
+    far = np.minimum(exact + far.astype(np.int64), half - 1)
+    return np.where(distance > 0, half, 0) + np.where(near < exact, near, far)
+
+
+def _names() -> dict[str, str]:
+    """Our variables and transformers' names for them."""
+    block = {
+        "attention_norm.scale": "layer.0.layer_norm",
+        "q.kernel": "layer.0.SelfAttention.q",
+        "k.kernel": "layer.0.SelfAttention.k",
+        "v.kernel": "layer.0.SelfAttention.v",
+        "out.kernel": "layer.0.SelfAttention.o",
+        "mlp_norm.scale": "layer.1.layer_norm",
+        "gate.kernel": "layer.1.DenseReluDense.wi_0",
+        "up.kernel": "layer.1.DenseReluDense.wi_1",
+        "down.kernel": "layer.1.DenseReluDense.wo",
+    }
+    return {
+        "words.embedding": "shared.weight",
+        "distances.embedding": (
+            "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        ),
+        "norm.scale": "encoder.final_layer_norm.weight",
+        **{f"blocks.{o}": f"encoder.block.{{}}.{t}.weight" for o, t in block.items()},
+    }
+
+
+NAMES = _names()
+
+
+def load_t5(folder: Path, *, dtype: str = "float32") -> T5:
+    """The encoder from a transformers folder of T5 v1.1 or mT5."""
+    config = weights.config_from(T5Config, weights.read_config(folder))
+    abstract = jax.eval_shape(lambda: T5(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return weights.load(abstract, folder, NAMES)
+
+
+def save_t5(model: T5, folder: Path) -> None:
+    """Write a folder that transformers' T5EncoderModel loads."""
+    about = {"model_type": "t5", "architectures": ["T5EncoderModel"], "is_encoder_decoder": False}
+    weights.save(model, folder, NAMES, about)
