@@ -1,0 +1,312 @@
+"""From captioned files to encoded records: `python -m easyanimate_jax.prepare CONFIG`.
+
+Every clip is cut to a shape of its set's budget and encoded once, mean and log-variance, so that
+training reads tokens and draws fresh samples. What cannot be encoded ahead stays a draw: captions
+are all kept, and of I2V masks and noised references (spec 6.1) there are several per clip.
+
+    OUT/SET/                  the records of one latent set, see data/records.py
+    OUT/empty.safetensors     text states of the empty prompt
+    OUT/prompts.safetensors   text states of the config's sample prompts
+    OUT/quarantine.jsonl      rows and clips that were left out, with the reason
+
+Letters beyond the legend: R rows encoded at once, M condition draws of a clip, P token width.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from tqdm import tqdm
+
+from easyanimate_jax.data import media
+from easyanimate_jax.data.buckets import Shape, grid_of
+from easyanimate_jax.data.records import LatentSet, Texts, Writer, write_texts
+from easyanimate_jax.data.sources import Clip, read_folder
+from easyanimate_jax.diffusion.conditioning import (
+    MASK_SCALE,
+    masked_video,
+    random_mask,
+    reference_noise,
+    reference_strength,
+    resize_mask,
+)
+from easyanimate_jax.models.mmdit import patchify
+from easyanimate_jax.models.vae import CausalVAE
+
+FPS = 8  # of training clips (spec 8.2)
+SHARD_SIZE = 128  # records
+ROWS, PIXELS = 16, 2**24  # encoded at once: at most so many clips, and so many pixels
+TEXT_ROWS, TEXT_CACHE = 32, 2**30  # prompts encoded at once; bytes of states kept
+NO_TASK = 0.9  # share of all-masked draws that become plain T2V (spec 6.1)
+MAX_BAD = 0.05  # share of a set's clips that may be unreadable
+
+
+class Job(NamedTuple):
+    """A clip, the shape it becomes, and where in the file it is read."""
+
+    clip: Clip
+    shape: Shape
+    start: int
+    stride: int
+
+
+def prepare(
+    source: str | Path,
+    output: str | Path,
+    sets: Sequence[LatentSet],
+    vae: CausalVAE,
+    text_encoder,
+    prompts: Sequence[str],
+    seed: int,
+    *,
+    weights: dict[str, str],
+    shard_size: int = SHARD_SIZE,
+) -> None:
+    """Encode the clips of `source` for every set; finished shards are kept, others made.
+
+    `text_encoder.encode(prompts)` gives one array of states per encoder. `weights` are the
+    fingerprints of the VAE's and the text encoders' folders: records of others are not mixed in.
+    Raises ValueError when more than `MAX_BAD` of a set's clips cannot be read.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    clips, problems = read_folder(source)
+    quarantine = Quarantine(output / "quarantine.jsonl")
+    for problem in problems:
+        quarantine.add(problem._asdict())
+    texts = TextStates(text_encoder)
+    write_texts(output / "empty.safetensors", texts([""]))
+    if prompts:
+        write_texts(output / "prompts.safetensors", texts(prompts))
+    for latent_set in sets:
+        jobs = select(latent_set, clips, seed)
+        identity = {
+            "set": dataclasses.asdict(latent_set),
+            "weights": weights,
+            "seed": seed,
+            "jobs": _digest(repr([(j.clip.name, j.clip.captions, *j[1:]) for j in jobs])),
+            "shard_size": shard_size,
+        }
+        writer = Writer(output / latent_set.name, json.loads(json.dumps(identity)))
+        _encode_set(latent_set, jobs, writer, vae, texts, quarantine, seed, shard_size)
+
+
+def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]:
+    """The set's clips, each with its shape, ordered so that equal shapes are neighbours."""
+    jobs = []
+    for clip in clips:
+        if clip.kind not in latent_set.kinds or min(clip.height, clip.width) < latent_set.min_side:
+            continue
+        stride = max(1, round(clip.fps / FPS))
+        frames = (clip.num_frames - 1) // stride + 1
+        shape = latent_set.budget.choose(frames, clip.height, clip.width, clip.name)
+        if shape is not None:
+            last_start = clip.num_frames - 1 - (shape.frames - 1) * stride
+            start = int(_rng(seed, latent_set.name, clip.name).integers(last_start + 1))
+            jobs.append(Job(clip, shape, start, stride))
+    if not jobs:
+        raise ValueError(
+            f"set {latent_set.name!r}: none of {len(clips)} clips is of kind "
+            f"{'/'.join(latent_set.kinds)}, at least {latent_set.min_side} pixels wide, and large "
+            f"enough for {latent_set.budget}; change the set or add clips"
+        )
+    return sorted(jobs, key=lambda job: (job.shape, job.clip.name))
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A hash of a folder's files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "blake2b").digest()
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + content)
+    return digest.hexdigest()
+
+
+class Quarantine:
+    """A JSON line for each thing left out; a resumed run does not repeat them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines = set(path.read_text().splitlines()) if path.is_file() else set()
+
+    def add(self, entry: dict) -> None:
+        line = json.dumps(entry, ensure_ascii=False)
+        if line not in self.lines:
+            self.lines.add(line)
+            with open(self.path, "a") as file:
+                file.write(line + "\n")
+
+
+class TextStates:
+    """Text states as float16, each distinct prompt encoded once while the cache lasts."""
+
+    def __init__(self, text_encoder):
+        self.text_encoder, self.cache = text_encoder, {}
+
+    def __call__(self, prompts: Sequence[str]) -> Texts:
+        """The states of `prompts`, per encoder."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
+        for i in range(0, len(new), TEXT_ROWS):
+            some = new[i : i + TEXT_ROWS]
+            padded = [*some, *[""] * (TEXT_ROWS - len(some))]  # one compiled shape
+            states = [np.asarray(s, np.float16) for s in self.text_encoder.encode(padded)]
+            if not all(np.isfinite(s).all() for s in states):
+                raise ValueError(f"text states of {some} are not finite in float16")
+            self.cache |= {p: tuple(s[row] for s in states) for row, p in enumerate(some)}
+        rows = [self.cache[prompt] for prompt in prompts]
+        if len(self.cache) * sum(s.nbytes for s in rows[0]) > TEXT_CACHE:
+            self.cache = {}
+        return tuple(np.stack(column) for column in zip(*rows, strict=True))
+
+
+def _encode_set(latent_set, jobs, writer, vae, texts, quarantine, seed, shard_size) -> None:
+    shards = [jobs[i : i + shard_size] for i in range(0, len(jobs), shard_size)]
+    done = sum(len(shard) for number, shard in enumerate(shards) if writer.has(number))
+    num_bad = 0
+    progress = tqdm(total=len(jobs), initial=done, desc=latent_set.name, unit="clip")
+    with progress, ThreadPoolExecutor() as pool:
+        for number, shard in enumerate(shards):
+            if writer.has(number):
+                continue
+            records, rows = [], []
+            for group in _groups(shard):
+                good = []
+                for job, frames in zip(group, pool.map(_read, group), strict=True):
+                    if isinstance(frames, ValueError):
+                        num_bad += 1
+                        quarantine.add({"file": job.clip.name, "reason": str(frames)})
+                    else:
+                        good.append((job, frames))
+                if num_bad > max(1, MAX_BAD * len(jobs)):
+                    raise ValueError(
+                        f"set {latent_set.name!r}: {num_bad} of {len(jobs)} clips cannot be read; "
+                        f"the reasons are in {quarantine.path}"
+                    )
+                encoded = _encode_group(vae, latent_set, good, seed) if good else []
+                for (job, _), record in zip(good, encoded, strict=True):
+                    states = texts(job.clip.captions)
+                    records.append(record | {f"text{i}": s for i, s in enumerate(states)})
+                    rows.append(_index_row(job))
+                progress.update(len(group))
+            writer.write(number, records, rows)
+    writer.finish(len(shards))
+
+
+def _groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """Neighbours of one shape, as many as are encoded at once."""
+    for shape, same in itertools.groupby(jobs, key=lambda job: job.shape):
+        same = list(same)
+        for i in range(0, len(same), _rows(shape)):
+            yield same[i : i + _rows(shape)]
+
+
+def _rows(shape: Shape) -> int:
+    return max(1, min(ROWS, PIXELS // (shape.frames * shape.height * shape.width)))
+
+
+def _read(job: Job) -> UInt8[np.ndarray, "F H W 3"] | ValueError:
+    try:
+        if job.clip.kind == "image":
+            frames = media.read_image(job.clip.path)[None]
+        else:
+            frames = media.read_clip(job.clip.path, job.start, job.shape.frames, job.stride)
+    except ValueError as error:
+        return error
+    return media.resize_crop(frames, job.shape.height, job.shape.width)
+
+
+def _encode_group(vae, latent_set: LatentSet, good: list, seed: int) -> list[dict[str, np.ndarray]]:
+    """Latents and condition draws of clips of one shape; missing rows repeat the last clip."""
+    jobs, frames = zip(*good, strict=True)
+    missing = _rows(jobs[0].shape) - len(jobs)
+    videos = np.stack(frames + frames[-1:] * missing).astype(np.float32) / 127.5 - 1
+    names = [job.clip.name for job in jobs + jobs[-1:] * missing]
+    mean, logvar = _encode(vae, videos)
+    fields = {"mean": mean, "logvar": logvar}
+    draws = [
+        _draw_condition(vae, videos, [_rng(seed, latent_set.name, name, draw) for name in names])
+        for draw in range(latent_set.condition_draws)
+    ]
+    if draws:
+        fields |= {name: np.stack([draw[name] for draw in draws], axis=1) for name in draws[0]}
+    fields = {name: np.asarray(field, np.float16) for name, field in fields.items()}
+    for name, field in fields.items():
+        if not np.isfinite(field).all():
+            raise ValueError(f"set {latent_set.name!r}: {name} of {names} is not finite in float16")
+    return [{name: field[i] for name, field in fields.items()} for i in range(len(jobs))]
+
+
+def _draw_condition(vae, videos, rngs: list[np.random.Generator]) -> dict[str, np.ndarray]:
+    """What the inpaint model is given of each video, spec 6.1; a flag of 0 takes all of it away."""
+    masks = np.stack([random_mask(rng, *videos.shape[1:4]) for rng in rngs])
+    flags = [
+        not (mask.all() and rng.random() < NO_TASK) for mask, rng in zip(masks, rngs, strict=True)
+    ]
+    seeds = np.array([rng.integers(2**31) for rng in rngs], np.uint32)
+    given, mask = _noised_reference(seeds, videos, masks)
+    mean, logvar = _encode(vae, given)
+    return {
+        "condition_mean": np.asarray(mean),
+        "condition_logvar": np.asarray(logvar),
+        "condition_mask": np.asarray(mask),
+        "condition_flag": np.array(flags),
+    }
+
+
+@jax.jit
+def _encode(
+    vae: CausalVAE, videos: Float[Array, "R F H W 3"]
+) -> tuple[Float[Array, "R N P"], Float[Array, "R N P"]]:
+    """Mean and log-variance of the normalised latents, as tokens."""
+    mean, logvar = vae.encode(videos)
+    scale = jnp.array(vae.config.latent_scale).reshape(1, 1, 1, 1, -1)
+    return patchify(vae.normalize(mean)), patchify(logvar + 2 * jnp.log(scale))
+
+
+@jax.jit
+def _noised_reference(
+    seeds: Array, videos: Float[Array, "R F H W 3"], masks: Float[Array, "R F H W 1"]
+) -> tuple[Float[Array, "R F H W 3"], Float[Array, "R N 4"]]:
+    """The given pixels with noise, and the mask as latent tokens, 1 where given."""
+
+    def reference(seed, video, mask):
+        strength_key, noise_key = jax.random.split(jax.random.key(seed))
+        given = masked_video(video[None], mask[None])
+        return reference_noise(noise_key, given, reference_strength(strength_key, 1))[0]
+
+    tokens = patchify(resize_mask(1 - masks) * MASK_SCALE)
+    return jax.vmap(reference)(seeds, videos, masks), tokens
+
+
+def _index_row(job: Job) -> dict:
+    T, gh, gw = grid_of(*job.shape)
+    return {
+        "clip": job.clip.name,
+        "kind": job.clip.kind,
+        **job.shape._asdict(),
+        "T": T,
+        "gh": gh,
+        "gw": gw,
+        "tokens": T * gh * gw,
+        "source_height": job.clip.height,
+        "source_width": job.clip.width,
+        "num_captions": len(job.clip.captions),
+    }
+
+
+def _rng(seed: int, *names) -> np.random.Generator:
+    return np.random.default_rng([seed, int(_digest(repr(names)), 16)])
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

@@ -1,0 +1,198 @@
+"""Files become records: right latents, all captions, honest draws, resumable, nothing silent."""
+
+import json
+
+import flax.nnx as nnx
+import jax
+import numpy as np
+import pytest
+
+from easyanimate_jax import prepare as prepare_module
+from easyanimate_jax.data import media
+from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.records import LatentSet, Records, read_texts
+from easyanimate_jax.models.mmdit import patchify
+from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.prepare import fingerprint, prepare
+
+SET = LatentSet("small", Budget(12, (4, 12), (32,), frames=9), condition_draws=3)
+PROMPTS = ("a prompt",)
+
+
+class FakeText:
+    """States that tell their prompt's length; counts the prompts it was asked for."""
+
+    def __init__(self):
+        self.asked = []
+
+    def encode(self, prompts):
+        self.asked += [p for p in prompts if p]
+        size = np.array([len(p) for p in prompts], np.float32)[:, None, None]
+        return np.tile(size, (1, 3, 4)), np.tile(size, (1, 5, 2))
+
+
+@pytest.fixture(scope="module")
+def vae():
+    config = VAEConfig(
+        channels=(8, 8, 8),
+        layers=1,
+        groups=4,
+        unshuffle=4,
+        latent_mean=(0.1,) * 16,
+        latent_scale=tuple(0.5 + 0.1 * i for i in range(16)),
+        dtype="float32",
+    )
+    return CausalVAE(config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder, rng = tmp_path / "source", np.random.default_rng(0)
+    folder.mkdir()
+    rows = []
+    for i in range(5):
+        frames = np.repeat(rng.integers(20, 255, (9, 5, 5, 3), np.uint8), 8, 1).repeat(8, 2)
+        media.write_video(folder / f"{i}.mp4", frames)
+        rows += [{"file_path": f"{i}.mp4", "text": t, "type": "video"} for t in (f"clip {i}", "片")]
+    media.write_png(folder / "p.png", rng.integers(0, 255, (40, 40, 3), np.uint8))
+    rows.append({"file_path": "p.png", "text": "picture"})
+    (folder / "broken.mp4").write_bytes(b"<html>")
+    rows.append({"file_path": "broken.mp4", "text": "broken", "type": "video"})
+    (folder / "metadata.json").write_text(json.dumps(rows))
+    return folder
+
+
+def run(source, vae, text=None, sets=(SET,), **changes):
+    options = {"weights": {"vae": "v", "text": "t"}, "shard_size": 2} | changes
+    text = text or FakeText()
+    prepare(source, source.parent / "out", sets, vae, text, PROMPTS, 0, **options)
+    return Records(source.parent / "out" / "small")
+
+
+def test_records_hold_normalised_latents_of_the_file(source, vae):
+    records = run(source, vae)
+    assert sorted(records.index["clip"]) == ["0.mp4", "1.mp4", "2.mp4", "3.mp4", "4.mp4", "p.png"]
+    i = list(records.index["clip"]).index("3.mp4")
+    video = media.resize_crop(media.read_clip(source / "3.mp4", 0, 9), 32, 32)[None] / 127.5 - 1
+    mean, logvar = jax.jit(lambda vae, x: vae.encode(x))(vae, video.astype(np.float32))
+    latents = patchify(vae.normalize(mean))[0]
+    np.testing.assert_allclose(records[i]["mean"], latents, atol=5e-3)
+    scale = jax.numpy.array(vae.config.latent_scale).reshape(1, 1, 1, 1, 16)
+    np.testing.assert_allclose(
+        np.exp(records[i]["logvar"].astype(np.float32) / 2),
+        patchify(jax.numpy.exp(logvar / 2) * scale)[0],
+        rtol=1e-2,
+    )
+    assert records.index["tokens"][i] == len(latents) == 12
+    assert records.index["num_captions"][i] == 2 and records.index["source_height"][i] == 40
+
+
+def test_a_picture_is_one_latent_frame(source, vae):
+    records = run(source, vae)
+    i = list(records.index["kind"]).index("image")
+    assert (records.index["frames"][i], records.index["T"][i]) == (1, 1)
+    assert records[i]["mean"].shape == (4, 64)
+
+
+def test_every_caption_is_kept_and_encoded_once(source, vae):
+    text = FakeText()
+    records = run(source, vae, text)
+    i = list(records.index["clip"]).index("2.mp4")
+    assert records[i]["text0"].shape == (2, 3, 4) and records[i]["text1"].shape == (2, 5, 2)
+    np.testing.assert_array_equal(records[i]["text0"][:, 0, 0], [len("clip 2"), len("片")])
+    assert sorted(text.asked) == sorted(
+        [*PROMPTS, "片", "picture", *(f"clip {i}" for i in range(5))]
+    )
+    out = source.parent / "out"
+    assert [t.shape for t in read_texts(out / "empty.safetensors")] == [(1, 3, 4), (1, 5, 2)]
+    assert read_texts(out / "prompts.safetensors")[0][0, 0, 0] == len(PROMPTS[0])
+
+
+def test_conditions_are_the_encoded_given_pixels(source, vae, monkeypatch):
+    monkeypatch.setattr(prepare_module, "random_mask", lambda rng, *s: np.ones((*s, 1), np.float32))
+    records = run(source, vae)
+    record = records[list(records.index["clip"]).index("0.mp4")]
+    black = np.full((1, 9, 32, 32, 3), -1, np.float32)
+    mean, _ = jax.jit(lambda vae, x: vae.encode(x))(vae, black)
+    unknown = patchify(vae.normalize(mean))[0]
+    assert record["condition_mean"].shape == (3, 12, 64)
+    np.testing.assert_allclose(record["condition_mean"][1], unknown, atol=5e-3)
+    assert record["condition_mask"].shape == (3, 12, 4) and not record["condition_mask"].any()
+    flags = np.concatenate([records[i]["condition_flag"] for i in range(len(records))])
+    assert set(flags) <= {0, 1} and flags.mean() < 0.5  # 10 % stay
+
+
+def test_a_given_first_frame_is_marked_and_noised(source, vae, monkeypatch):
+    def first_given(rng, frames, height, width):
+        mask = np.ones((frames, height, width, 1), np.float32)
+        mask[0] = 0
+        return mask
+
+    monkeypatch.setattr(prepare_module, "random_mask", first_given)
+    records = run(source, vae)
+    record = records[list(records.index["clip"]).index("0.mp4")]
+    mask = record["condition_mask"][0].reshape(3, 4, 4)
+    np.testing.assert_allclose(mask[0], 0.7125, atol=1e-3)
+    assert not mask[1:].any()
+    assert record["condition_flag"].all()
+    first, second = record["condition_mean"][:2]
+    assert not np.array_equal(first, second)  # the noise differs between draws
+
+
+def test_a_second_run_encodes_nothing_and_a_lost_shard_comes_back_equal(source, vae):
+    before = run(source, vae)
+    kept = [before[i] for i in range(len(before))]
+    text = FakeText()
+    run(source, vae, text)
+    assert text.asked == list(PROMPTS)
+    (source.parent / "out" / "small" / "shard-00001.arrayrecord").unlink()
+    after = run(source, vae)
+    for i, record in enumerate(kept):
+        for name in record:
+            np.testing.assert_array_equal(record[name], after[i][name])
+
+
+def test_other_weights_or_sources_are_not_mixed_in(source, vae):
+    run(source, vae)
+    with pytest.raises(ValueError, match="another weights"):
+        run(source, vae, weights={"vae": "other", "text": "t"})
+
+
+def test_unreadable_files_are_skipped_with_a_reason(source, vae):
+    data = (source / "4.mp4").read_bytes()
+    (source / "4.mp4").write_bytes(data[:-200])  # the header stays, the last frames go
+    at = data.index(b"mdat")
+    (source / "4.mp4").write_bytes(data[: at + 600] + bytes(len(data) - at - 600 - 1))
+    records = run(source, vae)
+    left_out = (source.parent / "out" / "quarantine.jsonl").read_text()
+    assert "broken.mp4" in left_out and "4.mp4" in left_out
+    assert "4.mp4" not in records.index["clip"]
+
+
+def test_too_many_unreadable_clips_stop_the_run(source, vae, monkeypatch):
+    monkeypatch.setattr(prepare_module, "_read", lambda job: ValueError(f"{job.clip.name} is bad"))
+    with pytest.raises(ValueError, match=r"2 of 6 clips cannot be read"):
+        run(source, vae)
+
+
+def test_fast_films_are_read_at_eight_frames_a_second(source, vae):
+    media.write_video(source / "film.mp4", np.zeros((40, 40, 40, 3), np.uint8), fps=24)
+    rows = [{"file_path": "film.mp4", "text": "film", "type": "video"}]
+    (source / "metadata.json").write_text(json.dumps(rows))
+    (clip,), _ = prepare_module.read_folder(source)
+    (job,) = prepare_module.select(SET, [clip], seed=0)
+    assert job.stride == 3 and job.shape.frames == 9
+    assert 0 <= job.start <= 40 - 1 - 8 * 3
+
+
+def test_a_set_that_no_clip_fits_is_named(source, vae):
+    with pytest.raises(ValueError, match=r"'small'.*none of 6"):
+        run(source, vae, sets=(LatentSet("small", SET.budget, min_side=1000),))
+
+
+def test_a_fingerprint_follows_names_and_contents(tmp_path):
+    (tmp_path / "a").write_text("1")
+    one = fingerprint(tmp_path)
+    assert fingerprint(tmp_path) == one
+    (tmp_path / "a").write_text("2")
+    assert fingerprint(tmp_path) != one
