@@ -110,8 +110,8 @@ class QKVO(nnx.Module):
     """The four projections around an attention, and the norms of queries and keys."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
-        self.config = config
         D, K, dtype = config.width, config.head_width, config.dtype
+        self.head_width = K
         self.q, self.k, self.v = (
             linear(D, D, ("embed", "heads"), dtype=dtype, rngs=rngs) for _ in range(3)
         )
@@ -121,7 +121,7 @@ class QKVO(nnx.Module):
 
     def qkv(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S heads K"], ...]:
         q, k, v = (
-            rearrange(f(x), "B S (heads K) -> B S heads K", K=self.config.head_width)
+            rearrange(f(x), "B S (heads K) -> B S heads K", K=self.head_width)
             for f in (self.q, self.k, self.v)
         )
         return self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype), v
@@ -211,16 +211,16 @@ class TimeEmbedding(nnx.Module):
     """Sinusoid and a two-layer MLP; the SiLU that every consumer applies first is included."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
-        self.config = config
+        self.width, self.dtype, self.round_time = config.width, config.dtype, config.round_time
         E, dtype = config.time_width, config.dtype
         self.up = linear(config.width, E, ("embed", "mlp"), dtype=dtype, rngs=rngs)
         self.down = linear(E, E, ("mlp", None), dtype=dtype, rngs=rngs)
 
     def __call__(self, time: Float[Array, "B"]) -> Time:
-        if self.config.round_time:
+        if self.round_time:
             # The reference casts the timestep to the latents' dtype; released weights expect it.
-            time = time.astype(self.config.dtype)
-        x = sinusoid(time, self.config.width).astype(self.config.dtype)
+            time = time.astype(self.dtype)
+        x = sinusoid(time, self.width).astype(self.dtype)
         return jax.nn.silu(self.down(jax.nn.silu(self.up(x))))
 
 
@@ -350,7 +350,8 @@ def denoise_latents(
     if h % config.patch or w % config.patch or max(h, w) > MAX_GRID * config.patch:
         raise ValueError(
             f"latents of {h} x {w} do not split into patches of {config.patch} x {config.patch}, "
-            f"at most {MAX_GRID} a side: use a video whose sides are multiples of {8 * config.patch}."
+            f"at most {MAX_GRID} a side: use a video whose sides are multiples of "
+            f"{8 * config.patch} pixels."
         )
     grid = (T, h // config.patch, w // config.patch)
     tokens = patchify(latents, config.patch)
