@@ -133,12 +133,13 @@ def main(argv: list[str] | None = None) -> int:
         check(a)
         pictures = read_pictures(a)
         # JAX is imported here, and no device is touched before `load_for_sampling`.
-        from easyanimate_jax.text.encode import TextEncoder
         from easyanimate_jax.training.checkpoint import load_for_sampling, read_meta
 
         step, meta = read_meta(a.checkpoint)
         complete(a, meta)
         a.output.mkdir(parents=True, exist_ok=True)
+        from easyanimate_jax.text.encode import TextEncoder
+
         loaded = load_for_sampling(a.checkpoint)
         encoder = TextEncoder.load(loaded.text_encoder_folder)
     except (ValueError, OSError) as error:

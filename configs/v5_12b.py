@@ -26,12 +26,8 @@ MODEL = MMDiTConfig(
 
 # Lengths are multiples of 256; the largest sample of each table fits the last one.
 TOKENS_3328 = Budget(tokens=3328, lengths=(3072, 3328, 3584), sizes=(256, 384, 512, 640))
-TOKENS_13312 = Budget(
-    tokens=13312, lengths=(12544, 13312, 13824), sizes=(512, 640, 768, 896, 1024)
-)
-TOKENS_53248 = Budget(
-    tokens=53248, lengths=(46080, 49152, 53248), sizes=(896, 1024, 1152, 1280)
-)
+TOKENS_13312 = Budget(tokens=13312, lengths=(12544, 13312, 13824), sizes=(512, 640, 768, 896, 1024))
+TOKENS_53248 = Budget(tokens=53248, lengths=(46080, 49152, 53248), sizes=(896, 1024, 1152, 1280))
 
 config = TrainConfig(
     source="data/clips",

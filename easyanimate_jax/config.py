@@ -76,12 +76,12 @@ class TrainConfig:
                 )
             if stage.task != "t2v" and self.set(stage.data).condition_draws == 0:
                 raise ValueError(
-                    f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} holds "
-                    f"no conditioning; give the set `condition_draws` of 1 or more."
+                    f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
+                    f"holds no conditioning; give the set `condition_draws` of 1 or more."
                 )
-        for names in (names, [s.name for s in self.stages]):
-            if len(set(names)) < len(names):
-                raise ValueError(f"names must differ: {names}")
+        for group in (names, [s.name for s in self.stages]):
+            if len(set(group)) < len(group):
+                raise ValueError(f"names must differ: {group}")
 
     def set(self, name: str) -> LatentSet:
         """The latent set of that name."""
@@ -106,10 +106,9 @@ def load(path: str, overrides: Sequence[str] = ()):
     )
 
 
+_ROOMS = (VAETrainConfig, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)
 _CLASSES = {
-    c.__name__: c
-    for c in (TrainConfig, VAETrainConfig, SampleConfig, MMDiTConfig, VAEConfig, DDPM, Flow)
-    + (LatentSet, Budget, Stage, OptimizerConfig, MeshConfig)
+    c.__name__: c for c in (TrainConfig, SampleConfig, OptimizerConfig, MeshConfig, *_ROOMS)
 }
 
 

@@ -48,7 +48,11 @@ def describe_run(config: TrainConfig) -> str:
             f"nominal {budget.tokens:,} tokens, compiled lengths "
             f"{', '.join(f'{n:,}' for n in budget.lengths)}",
         ]
-        lines += [f"  {row}" for row in budget.describe()]
+        by_size = {}
+        for (frames, height, width), tokens, length in budget.describe():
+            by_size.setdefault((frames, tokens, length), []).append(f"{height} x {width}")
+        for (frames, tokens, length), sizes in sorted(by_size.items(), key=lambda x: x[0][::-1]):
+            lines += [f"  {length:>6} <- {tokens:>6} tokens: {frames} x {', '.join(sizes)}"]
     return "\n".join(lines)
 
 

@@ -8,7 +8,6 @@ anywhere and started again makes the same updates.
 import dataclasses
 import json
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -111,47 +110,10 @@ class Schedule:
     def _start(self) -> tuple[int, TrainState]:
         latest = self.checkpoints.latest()
         if latest is None:
-            make, placed, _ = self._abstract(self.config.stages[0].in_channels)
-            return 0, jax.jit(make, out_shardings=placed)(jax.random.fold_in(self.key, 1))
-        meta = self.checkpoints.meta(latest)
-        self._check_position(latest, meta)
-        *_, like = self._abstract(meta["in_channels"])
-        print(f"resuming at step {latest} (stage {meta['stage']!r})", flush=True)
-        return latest, self.checkpoints.restore(latest, like)
-
-    def _check_position(self, step: int, meta: dict) -> None:
-        stage = next((s for s in self.config.stages if s.name == meta["stage"]), None)
-        if stage is None or meta["seed"] != self.config.seed:
-            raise ValueError(
-                f"checkpoint {step} belongs to stage {meta['stage']!r} and seed {meta['seed']}, "
-                f"and the config has no such run; restore the config, or start in a new run folder."
-            )
-        plan = self.loaders[stage.name].plan
-        if meta["plan"] != plan.hash:
-            raise ValueError(
-                f"checkpoint {step} was made with plan {meta['plan']} of stage {stage.name!r}, and "
-                f"the prepared data now gives {plan.hash}. Restore the data, or start a new run."
-            )
-
-    def _abstract(self, in_channels: int):
-        """(function of a key that makes the state, its shardings, the state as shapes)."""
-        model = dataclasses.replace(self.config.model, in_channels=in_channels)
-        make = partial(
-            init_state, lambda key: MMDiT(model, rngs=nnx.Rngs(params=key)), self.optimizer
-        )
-        shapes = jax.eval_shape(make, jax.random.key(0))
-        placed = shardings(self.mesh, shapes)
-        like = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed
-        )
-        return make, placed, like
-
-    def _enter(self, stage: Stage) -> None:
-        have = self.state.model.config.in_channels
-        make, placed, _ = self._abstract(stage.in_channels)
+            _, placed, _ = self._abstract(stage.in_channels)
         if have != stage.in_channels:
-            widen = jax.jit(partial(widen_state, in_channels=stage.in_channels), out_shardings=placed)
-            self.state = widen(self.state)
+            widen = partial(widen_state, in_channels=stage.in_channels)
+            self.state = jax.jit(widen, out_shardings=placed)(self.state)
             print(f"stage {stage.name!r}: input channels {have} -> {stage.in_channels}", flush=True)
         if stage.in_channels not in self.step_programs:
             program = partial(
@@ -180,15 +142,18 @@ class Schedule:
         self.state, metrics = program(self.state, batch, self.key, jnp.float32(rate))
         self._flush()
         tokens = batch.weight.size * bucket
-        self.pending = metrics, {
-            "step": self.step,
-            "stage": stage.name,
-            "task": stage.task,
-            "bucket": bucket,
-            "learning_rate": rate,
-            "real_tokens": int(np.sum(np.asarray(batch.lengths) * np.asarray(batch.weight))),
-            "tokens": tokens,
-        }
+        self.pending = (
+            metrics,
+            {
+                "step": self.step,
+                "stage": stage.name,
+                "task": stage.task,
+                "bucket": bucket,
+                "learning_rate": rate,
+                "real_tokens": int(np.sum(np.asarray(batch.lengths) * np.asarray(batch.weight))),
+                "tokens": tokens,
+            },
+        )
         self.step += 1
         self.progress.add(self.waited + now() - began, tokens, self.waited)
         if self.step % self.config.log_every == 0 or stage_step == 0:
@@ -205,14 +170,14 @@ class Schedule:
         self.pending = None
 
     def _show(self, stage: Stage, stage_step: int) -> None:
-        left = [(s, s.steps) for s in self.config.stages[stage_at(self.config.stages, self.step - 1)[0] + 1 :]]
+        later = self.config.stages[self.config.stages.index(stage) + 1 :]
         stage_left = self._tokens(stage) * (stage.steps - stage_step - 1)
         self.progress.show(
             f"{stage.name} {stage_step + 1}/{stage.steps}  step {self.step}"
             f"/{boundaries(self.config.stages)[-1]}  loss {self.row['loss']:.4f}"
             f"  grad {self.row['grad_norm']:.3f}  bucket {self.row['bucket']}",
             stage_left,
-            stage_left + sum(self._tokens(s) * steps for s, steps in left),
+            stage_left + sum(self._tokens(s) * s.steps for s in later),
         )
 
     def _tokens(self, stage: Stage) -> int:
@@ -233,9 +198,15 @@ class Schedule:
         self._flush()
         self.writer.close()
         compiled = sum(program._cache_size() for program in self.step_programs.values())
-        summary = {"steps": self.step, "seconds": now() - begin, "compiled_train_programs": compiled}
+        summary = {
+            "steps": self.step,
+            "seconds": now() - begin,
+            "compiled_train_programs": compiled,
+        }
         (Path(self.config.run) / "summary.json").write_text(json.dumps(summary, indent=1))
-        print(f"\n{self.step} steps in {clock(now() - begin)}, {compiled} train programs", flush=True)
+        print(
+            f"\n{self.step} steps in {clock(now() - begin)}, {compiled} train programs", flush=True
+        )
 
 
 class Sampler:
@@ -273,7 +244,21 @@ class Sampler:
 
 def make_loader(config: TrainConfig, stage: Stage) -> Loader:
     """The loader of one stage over its prepared latents."""
-    raise NotImplementedError
+    prepared = records.Records(Path(config.prepared) / stage.data)
+    plan = Plan(
+        prepared.index,
+        lengths=config.set(stage.data).budget.lengths,
+        batch_size=stage.batch_size,
+        seed=config.seed,
+        name=stage.name,
+    )
+    return Loader(
+        prepared,
+        plan,
+        task=stage.task,
+        microbatch=stage.microbatch or stage.batch_size,
+        text_drop=config.text_drop,
+    )
 
 
 def place(batch: Batch, mesh) -> Batch:

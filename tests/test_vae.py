@@ -90,3 +90,175 @@ def test_the_original_s_golden_values(attention):
     ):
         np.testing.assert_allclose((found.mean(), np.abs(found).mean()), means, atol=1e-4)
         np.testing.assert_allclose(found.ravel()[indices], values, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("attention", "tensors", "parameters"),
+    [
+        (False, 228, 244_375_507),
+        (True, 248, 246_478_803),
+    ],
+)
+def test_released_sizes(attention, tensors, parameters):
+    config = VAEConfig(attention=attention)
+    leaves = jax.tree.leaves(nnx.eval_shape(lambda: CausalVAE(config, rngs=nnx.Rngs(0))))
+    assert len(leaves) == tensors
+    assert sum(leaf.size for leaf in leaves) == parameters
+
+
+def test_weights_survive_the_round_trip_through_pytorch_s_layout():
+    weights = golden_weights(replace(GOLDEN, attention=True))
+    back = to_torch(from_torch(weights | {"loss.logvar": np.zeros(())}))
+    assert weights.keys() == back.keys()
+    assert all(np.array_equal(weights[name], back[name]) for name in weights)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Our tiny model and diffusers' with the same random weights."""
+    import torch
+    from diffusers import AutoencoderKLMagvit
+
+    torch.manual_seed(0)
+    theirs = AutoencoderKLMagvit(
+        block_out_channels=TINY.channels,
+        layers_per_block=TINY.layers,
+        norm_num_groups=TINY.groups,
+        latent_channels=TINY.latent_channels,
+    ).eval()
+    state = {name: value.numpy() for name, value in theirs.state_dict().items()}
+    return build(CausalVAE, TINY, from_torch(state)), theirs
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 49])
+def test_one_pass_equals_chunks_equals_diffusers(pair, frames):
+    import torch
+
+    ours, theirs = pair
+    video = normal(3, 1, frames, 16, 24, 3)
+    z = normal(4, 1, (frames - 1) // 4 + 1, 2, 3, 16)
+    with torch.no_grad():
+        posterior = theirs.encode(torch.from_numpy(channels_second(video).copy())).latent_dist
+        pixels = theirs.decode(torch.from_numpy(channels_second(z).copy())).sample.numpy()
+    for mean, logvar in (encode(ours, video), chunked_encode(ours, video)):
+        np.testing.assert_allclose(channels_second(mean), posterior.mean.numpy(), atol=2e-5)
+        np.testing.assert_allclose(channels_second(logvar), posterior.logvar.numpy(), atol=2e-5)
+    for decoded in (decode(ours, z), chunked_decode(ours, z)):
+        np.testing.assert_allclose(channels_second(decoded), pixels, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "config", [SMALL, replace(SMALL, unshuffle=2), replace(SMALL, unshuffle=8)]
+)
+def test_every_unshuffle_compresses_4_8_8_and_runs_in_chunks(config):
+    vae, video = make(config), normal(5, 2, 9, 16, 24, 3)
+    mean, logvar = encode(vae, video)
+    assert mean.shape == logvar.shape == (2, 3, 2, 3, 16)
+    assert decode(vae, mean).shape == video.shape
+    np.testing.assert_allclose(chunked_encode(vae, video)[0], mean, atol=1e-5)
+    np.testing.assert_allclose(chunked_decode(vae, mean), decode(vae, mean), atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [TINY, SMALL])
+def test_nothing_looks_into_the_future(config):
+    vae, video = make(config), normal(6, 1, 9, 16, 16, 3)
+    changed = np.concatenate([video[:, :5], video[:, 5:] + 1], axis=1)
+    mean, other = encode(vae, video)[0], encode(vae, changed)[0]
+    np.testing.assert_array_equal(mean[:, :2], other[:, :2])
+    assert not np.allclose(mean[:, 2], other[:, 2])
+    later = mean.at[:, 2].add(1)
+    pixels, others = decode(vae, mean), decode(vae, later)
+    np.testing.assert_array_equal(pixels[:, :5], others[:, :5])
+    assert not np.allclose(pixels[:, 5], others[:, 5])
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_both_convolutions_agree(strides):
+    x, kernel = normal(7, 2, 7, 8, 10, 4), normal(8, 3, 3, 3, 4, 5)
+    pad = (0, 1) if strides[1] == 2 else (1, 1)
+    ways = [
+        jax.jit(form, static_argnums=(2, 3))(x, kernel, strides, pad)
+        for form in (vae_module._sum_of_2d, vae_module._native_3d)
+    ]
+    np.testing.assert_allclose(*ways, atol=1e-4)
+
+
+def reference_blend(a, b, extent, axis):
+    """The reference's loop, in place on `b`."""
+    a, b = np.moveaxis(a, axis, 0), np.moveaxis(b, axis, 0)
+    extent = min(len(a), len(b), extent)
+    for k in range(extent):
+        b[k] = a[k - extent] * (1 - k / extent) + b[k] * (k / extent)
+
+
+def reference_tiles(network, x, size, overlap, extent, limit):
+    rows = [
+        [
+            np.array(network(x[:, :, i : i + size, j : j + size]))
+            for j in range(0, x.shape[3], overlap)
+        ]
+        for i in range(0, x.shape[2], overlap)
+    ]
+    result = []
+    for i, row in enumerate(rows):
+        cropped = []
+        for j, tile in enumerate(row):
+            if i > 0:
+                reference_blend(rows[i - 1][j], tile, extent, axis=2)
+            if j > 0:
+                reference_blend(row[j - 1], tile, extent, axis=3)
+            cropped.append(tile[:, :, :limit, :limit])
+        result.append(np.concatenate(cropped, axis=3))
+    return np.concatenate(result, axis=2)
+
+
+def test_tiles_are_the_reference_s():
+    """Tiles of 32 pixels every 24, uneven at both borders: 6 latents wide, 5 high."""
+    vae = make(TINY)
+    video, z = normal(9, 1, 5, 40, 48, 3), normal(10, 1, 2, 5, 6, 16)
+    expected = reference_tiles(lambda x: np.stack(encode(vae, x), -1), video, 32, 24, 1, 3)
+    found = jax.jit(lambda vae, x: vae.tiled_encode(x, tile=32))(vae, video)
+    np.testing.assert_allclose(np.stack(found, -1), expected, atol=2e-5)
+
+    expected = reference_tiles(lambda z: decode(vae, z), z, 4, 3, 8, 24)
+    corner = decode(vae, z[:, :, -4:, -4:])
+    weight = np.minimum(np.linspace(0, 1, 32)[:, None], np.linspace(0, 1, 32)[None])[..., None]
+    expected[:, :, -32:, -32:] = (1 - weight) * expected[:, :, -32:, -32:] + weight * corner
+    found = jax.jit(lambda vae, z: vae.tiled_decode(z, tile=32))(vae, z)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_normalisation_is_undone():
+    config = replace(SMALL, latent_mean=tuple(range(16)), latent_scale=tuple(range(1, 17)))
+    vae, z = make(config), normal(11, 1, 2, 3, 4, 16)
+    np.testing.assert_allclose(vae.denormalize(vae.normalize(z)), z, atol=1e-5)
+    np.testing.assert_allclose(make(TINY).normalize(z), 0.7125 * z, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("frames", "nearest"), [(2, 1), (8, 9), (48, 49)])
+def test_frames_that_do_not_fit_are_refused(frames, nearest):
+    with pytest.raises(ValueError, match=f"{frames} frames.*use {nearest}"):
+        make(SMALL).encode(jnp.zeros((1, frames, 16, 16, 3)))
+
+
+def test_every_weight_names_its_axes():
+    model = nnx.eval_shape(lambda: CausalVAE(replace(TINY, attention=True), rngs=nnx.Rngs(0)))
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    for path, p in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_variable):
+        assert len(p.out_sharding) == p.get_value().ndim, jax.tree_util.keystr(path)
+
+
+def test_a_folder_gives_back_the_same_model(tmp_path):
+    vae = make(replace(SMALL, latent_mean=(0.5,)))
+    save_module(tmp_path / "vae", vae)
+    loaded = load_vae(tmp_path / "vae")
+    assert loaded.config == vae.config
+    before, after = flat_weights(vae), flat_weights(loaded)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_weights_that_do_not_fit_are_listed():
+    weights = flat_weights(make(SMALL))
+    weights["extra"] = weights.pop("quant_conv.bias")
+    with pytest.raises(ValueError, match=r"quant_conv.bias is missing; extra is not known"):
+        build(CausalVAE, SMALL, weights)

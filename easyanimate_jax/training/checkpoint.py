@@ -49,7 +49,9 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """The position and config stored with a step."""
-        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
+            "meta"
+        ]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state of `step`, straight onto the shardings of the abstract state `like`."""

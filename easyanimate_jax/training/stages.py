@@ -31,7 +31,9 @@ class Stage:
     def __post_init__(self):
         for name in ("batch_size", "steps", "microbatch"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"stage {self.name!r}: {name} is {getattr(self, name)}; use 1 or more")
+                raise ValueError(
+                    f"stage {self.name!r}: {name} is {getattr(self, name)}; use 1 or more"
+                )
 
     @property
     def in_channels(self) -> int:

@@ -25,7 +25,9 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
 
 
-def init_state(make_model, optimizer: optax.GradientTransformation, key: PRNGKeyArray) -> TrainState:
+def init_state(
+    make_model, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+) -> TrainState:
     """Fresh weights, their average, and zero moments. `make_model(key)` builds the network."""
     model = make_model(key)
     zero = jnp.zeros((), jnp.int32)

@@ -1,0 +1,69 @@
+import dataclasses
+
+import pytest
+
+from easyanimate_jax import config as configs
+from easyanimate_jax.describe import describe_run
+
+TRAIN_CONFIGS = ("v5_12b", "v5_12b_control", "v51_12b", "v5_7b", "v51_7b", "tpu_12b", "demo")
+
+
+def load(name, *overrides):
+    return configs.load(f"configs/{name}.py", overrides)
+
+
+@pytest.mark.parametrize("name", (*TRAIN_CONFIGS, "demo_vae"))
+def test_a_config_survives_json(name):
+    config = load(name)
+    assert configs.from_json(configs.to_json(config)) == config
+
+
+def test_the_12b_runs_the_schedule_of_the_report():
+    stages = load("v5_12b").stages + load("v5_12b_control").stages
+    assert [(s.name, s.batch_size, s.steps) for s in stages[1:]] == [
+        ("3328_t2v", 1536, 66_500),
+        ("13312_t2v", 768, 30_000),
+        ("13312_i2v", 384, 5_000),
+        ("53248_i2v", 196, 5_000),
+        ("13312_control", 128, 5_000),
+        ("53248_control", 96, 2_000),
+    ]
+    assert (stages[0].name, stages[0].steps) == ("image", 120_000)
+
+
+@pytest.mark.parametrize("name", TRAIN_CONFIGS)
+def test_every_config_describes_itself(name):
+    text = describe_run(load(name))
+    for stage in load(name).stages:
+        assert stage.name in text
+
+
+def test_the_12b_describes_its_parameters_bytes_and_sizes():
+    text = describe_run(load("v5_12b"))
+    assert "11,797,692,480 parameters" in text  # spec 1.1
+    assert "128 devices" in text and "GB a device" in text
+    for size in ("49 x 512 x 512", "21 x 768 x 768", "9 x 1024 x 1024"):
+        assert size in text
+
+
+def test_overrides_reach_nested_fields():
+    config = load("v5_12b", "--stages.0.steps", "7", "--mesh.fsdp", "8", "--seed", "3")
+    assert (config.stages[0].steps, config.mesh.fsdp, config.seed) == (7, 8, 3)
+    assert config.stages[1:] == load("v5_12b").stages[1:]
+
+
+def test_bad_configs_are_refused_by_name(tmp_path):
+    config = load("v5_12b")
+    with pytest.raises(ValueError, match="no config 'nowhere.py'"):
+        configs.load("nowhere.py")
+    (tmp_path / "empty.py").write_text("x = 1")
+    with pytest.raises(ValueError, match="defines no `config"):
+        configs.load(str(tmp_path / "empty.py"))
+    with pytest.raises(ValueError, match="reads latent set 'elsewhere'"):
+        stage = dataclasses.replace(config.stages[0], data="elsewhere")
+        dataclasses.replace(config, stages=(stage,))
+    with pytest.raises(ValueError, match="holds no conditioning"):
+        stage = dataclasses.replace(config.stages[0], task="i2v")
+        dataclasses.replace(config, stages=(stage,))
+    with pytest.raises(ValueError, match="class 'Unknown'"):
+        configs.from_json('{"class": "Unknown"}')

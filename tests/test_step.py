@@ -1,0 +1,136 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from easyanimate_jax.data.loader import Batch
+from easyanimate_jax.diffusion.ddpm import DDPM
+from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
+from easyanimate_jax.sharding import MeshConfig, make_mesh, shardings
+from easyanimate_jax.trainer import place
+from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
+from easyanimate_jax.training.step import init_state, train_step, widen_state
+
+TINY = MMDiTConfig(
+    depth=2,
+    mmdit_depth=1,
+    heads=2,
+    head_width=16,
+    text_widths=(8, 12),
+    text_norm=False,
+    round_time=False,
+    time_width=16,
+    dtype="float32",
+)
+# A large eps: Adam turns rounding of near-zero gradients into whole updates.
+OPTIMIZER = make_optimizer(OptimizerConfig(max_grad_norm=1.0, eps=1e-3))
+ONE = MeshConfig(1, 1, 1, 1)
+
+
+def make_batch(num_micro: int, rows: int, lengths=(24, 18), channels: int = 16) -> Batch:
+    rng = np.random.RandomState(0)
+    total, N = num_micro * rows, 24
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    count = np.resize(lengths, total).astype(np.int32)
+    grid = np.stack([count // 6, np.full(total, 2), np.full(total, 3)], 1).astype(np.int32)
+    flat = Batch(
+        mean=draw(total, N, 64),
+        logvar=draw(total, N, 64) - 4,
+        grid=grid,
+        lengths=count,
+        texts=(draw(total, 4, 8), draw(total, 3, 12)),
+        condition=draw(total, N, 4 * (channels - 16)) if channels > 16 else None,
+        weight=np.ones(total, np.float32),
+    )
+    return jax.tree.map(lambda x: x.reshape(num_micro, rows, *x.shape[1:]), flat)
+
+
+def regroup(batch: Batch, num_micro: int) -> Batch:
+    return jax.tree.map(lambda x: x.reshape(num_micro, -1, *x.shape[2:]), batch)
+
+
+def start():
+    state = init_state(lambda k: MMDiT(TINY, rngs=nnx.Rngs(params=k)), OPTIMIZER, jax.random.key(0))
+    # A zero output layer would hide the blocks from the first gradient.
+    kernel = state.model.output.linear.kernel
+    kernel.set_value(0.1 * jax.random.normal(jax.random.key(1), kernel.get_value().shape))
+    return state
+
+
+def steps(mesh_config: MeshConfig, batch: Batch, count: int = 2, num_devices: int = 1):
+    """The state and losses after `count` steps on a mesh."""
+    mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
+    with jax.set_mesh(mesh):
+        placed = shardings(mesh, jax.eval_shape(start))
+        state = jax.jit(start, out_shardings=placed)()
+        program = jax.jit(
+            lambda *a: train_step(*a, optimizer=OPTIMIZER, process=DDPM(), ema_decay=0.9),
+            out_shardings=(placed, None),
+        )
+        losses = []
+        for _ in range(count):
+            state, metrics = program(
+                state, place(batch, mesh), jax.random.key(7), jnp.float32(1e-2)
+            )
+            losses.append(float(metrics["loss"]))
+        assert program._cache_size() == 1
+    return jax.device_get(state), losses
+
+
+def assert_same_weights(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a.model, b.model)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return steps(ONE, make_batch(1, 8))
+
+
+def test_a_batch_may_be_accumulated(one_device):
+    state, losses = steps(ONE, regroup(make_batch(1, 8), 4))
+    np.testing.assert_allclose(losses, one_device[1], rtol=1e-5)
+    assert_same_weights(state, one_device[0], atol=2e-5)
+
+
+def test_rows_of_weight_zero_change_nothing(one_device):
+    padded = jax.tree.map(lambda x: np.concatenate([x, x[:, :2]], axis=1), make_batch(1, 8))
+    padded.weight[:, 8:] = 0
+    state, losses = steps(ONE, regroup(padded, 2))
+    np.testing.assert_allclose(losses, one_device[1], rtol=1e-5)
+    assert_same_weights(state, one_device[0], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(1, 2, 2, 2), MeshConfig(2, 2, 2, 1)], ids=lambda m: str(m)
+)
+def test_eight_devices_train_like_one(one_device, mesh):
+    state, losses = steps(mesh, make_batch(1, 8), num_devices=8)
+    np.testing.assert_allclose(losses, one_device[1], rtol=1e-4)
+    assert_same_weights(state, one_device[0], atol=1e-4)
+
+
+def test_padding_past_a_length_is_not_seen(one_device):
+    batch = make_batch(1, 8)
+    past = np.arange(24)[None, None, :, None] >= batch.lengths[..., None, None]
+    batch = batch._replace(mean=np.where(past, 1e3, batch.mean).astype(np.float32))
+    np.testing.assert_allclose(steps(ONE, batch)[1], one_device[1], rtol=1e-5)
+
+
+def test_a_batch_that_is_not_finite_changes_no_weight():
+    batch = make_batch(1, 8)
+    batch.mean[0, 3, 5, 7] = np.nan
+    state, _ = steps(ONE, batch, count=1)
+    jax.tree.map(np.testing.assert_array_equal, state.model, jax.jit(start)().model)
+    assert (int(state.step), int(state.skipped)) == (1, 1)
+
+
+def test_a_widened_state_goes_on_with_zero_weights_for_the_new_channels(one_device):
+    state = widen_state(one_device[0], 33)
+    assert {m.config.in_channels for m in (state.model, state.ema, state.opt_state[1].mu)} == {33}
+    assert not np.any(state.model.patches.kernel.get_value()[64:])
+    with jax.set_mesh(make_mesh(ONE, jax.devices()[:1])):
+        _, metrics = jax.jit(
+            lambda *a: train_step(*a, optimizer=OPTIMIZER, process=DDPM(), ema_decay=0.9)
+        )(state, make_batch(1, 8, channels=33), jax.random.key(7), jnp.float32(1e-2))
+    assert np.isfinite(metrics["loss"])
