@@ -110,7 +110,44 @@ class Schedule:
     def _start(self) -> tuple[int, TrainState]:
         latest = self.checkpoints.latest()
         if latest is None:
-            _, placed, _ = self._abstract(stage.in_channels)
+            make, placed, _ = self._abstract(self.config.stages[0].in_channels)
+            return 0, jax.jit(make, out_shardings=placed)(jax.random.fold_in(self.key, 1))
+        meta = self.checkpoints.meta(latest)
+        self._check_position(latest, meta)
+        *_, like = self._abstract(meta["in_channels"])
+        print(f"resuming at step {latest} (stage {meta['stage']!r})", flush=True)
+        return latest, self.checkpoints.restore(latest, like)
+
+    def _check_position(self, step: int, meta: dict) -> None:
+        stage = next((s for s in self.config.stages if s.name == meta["stage"]), None)
+        if stage is None or meta["seed"] != self.config.seed:
+            raise ValueError(
+                f"checkpoint {step} belongs to stage {meta['stage']!r} and seed {meta['seed']}, "
+                f"and the config has no such run; restore the config, or start in a new run folder."
+            )
+        plan = self.loaders[stage.name].plan
+        if meta["plan"] != plan.hash:
+            raise ValueError(
+                f"checkpoint {step} was made with plan {meta['plan']} of stage {stage.name!r}, and "
+                f"the prepared data now gives {plan.hash}. Restore the data, or start a new run."
+            )
+
+    def _abstract(self, in_channels: int):
+        """(function of a key that makes the state, its shardings, the state as shapes)."""
+        model = dataclasses.replace(self.config.model, in_channels=in_channels)
+        make = partial(
+            init_state, lambda key: MMDiT(model, rngs=nnx.Rngs(params=key)), self.optimizer
+        )
+        shapes = jax.eval_shape(make, jax.random.key(0))
+        placed = shardings(self.mesh, shapes)
+        like = jax.tree.map(
+            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed
+        )
+        return make, placed, like
+
+    def _enter(self, stage: Stage) -> None:
+        have = self.state.model.config.in_channels
+        _, placed, _ = self._abstract(stage.in_channels)
         if have != stage.in_channels:
             widen = partial(widen_state, in_channels=stage.in_channels)
             self.state = jax.jit(widen, out_shardings=placed)(self.state)
