@@ -132,29 +132,30 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check(a)
         pictures = read_pictures(a)
-        # JAX is imported here, and no device is touched before `load_for_sampling`.
-        from easyanimate_jax.training.checkpoint import load_for_sampling, read_meta
+        # JAX is imported here, and no device is touched before `load_run`.
+        from easyanimate_jax.runs import load_run
+        from easyanimate_jax.training.checkpoint import read_meta
 
         step, meta = read_meta(a.checkpoint)
         complete(a, meta)
         a.output.mkdir(parents=True, exist_ok=True)
         from easyanimate_jax.text.encode import TextEncoder
 
-        loaded = load_for_sampling(a.checkpoint)
-        encoder = TextEncoder.load(loaded.text_encoder_folder)
+        run = load_run(a.checkpoint)
+        encoder = TextEncoder.load(run.config.text)
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
 
     pictures = {place: fit(p, a.height, a.width) for place, p in pictures.items()}
     began = time.perf_counter()
-    frames = generate(a, loaded, encoder, pictures)
+    frames = generate(a, run, encoder, pictures)
     path = write(a, frames, record(a, step, meta, time.perf_counter() - began))
     print(path)
     return 0
 
 
-def generate(a: argparse.Namespace, loaded, encoder, pictures: dict[str, np.ndarray]) -> np.ndarray:
+def generate(a: argparse.Namespace, run, encoder, pictures: dict[str, np.ndarray]) -> np.ndarray:
     """(F, H, W, 3) uint8."""
     import jax
     from tqdm import tqdm
@@ -173,9 +174,9 @@ def generate(a: argparse.Namespace, loaded, encoder, pictures: dict[str, np.ndar
     pipeline = image_to_video if pictures else text_to_video
     with tqdm(total=a.steps, desc="denoising", unit="step") as bar:
         videos = pipeline(
-            loaded.model,
-            loaded.vae,
-            loaded.process,
+            run.model,
+            run.vae,
+            run.config.process,
             encoder.encode([a.prompt]),
             encoder.encode([a.negative_prompt]),
             **pictures,

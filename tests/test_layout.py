@@ -14,7 +14,7 @@ ROWS = [
     {"convert"},
     {"training", "prepare", "pipelines", "evaluation"},
     {"config"},
-    {"trainer", "describe"},
+    {"trainer", "describe", "runs"},
 ]
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))

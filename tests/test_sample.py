@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 
 import sample
+from easyanimate_jax import runs
 from easyanimate_jax.data import media
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.training import checkpoint
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
 
@@ -81,7 +81,7 @@ REFUSED = [
 @pytest.mark.parametrize(("arguments", "message"), REFUSED)
 def test_what_cannot_work_is_refused_in_one_line(run, arguments, message, capfd, monkeypatch):
     loaded = []
-    monkeypatch.setattr(checkpoint, "load_for_sampling", loaded.append, raising=False)
+    monkeypatch.setattr(runs, "load_run", loaded.append)
     monkeypatch.setitem(sys.modules, "easyanimate_jax.text.encode", SimpleNamespace(TextEncoder=0))
     assert run(*arguments) == 2
     line = capfd.readouterr().err
@@ -121,9 +121,7 @@ def loaded():
     return SimpleNamespace(
         model=jax.jit(lambda: MMDiT(config, rngs=nnx.Rngs(0)))(),
         vae=jax.jit(lambda: CausalVAE(vae, rngs=nnx.Rngs(1)))(),
-        process=Flow(),
-        text_encoder_folder="text",
-        config=None,
+        config=SimpleNamespace(text="text", process=Flow()),
     )
 
 
@@ -142,7 +140,7 @@ class Encoder:
 @pytest.fixture
 def working(run, loaded, monkeypatch):
     """`run`, with a tiny model in the checkpoint and a stub for the text encoders."""
-    monkeypatch.setattr(checkpoint, "load_for_sampling", lambda folder: loaded, raising=False)
+    monkeypatch.setattr(runs, "load_run", lambda folder: loaded)
     monkeypatch.setitem(
         sys.modules, "easyanimate_jax.text.encode", SimpleNamespace(TextEncoder=Encoder)
     )

@@ -14,7 +14,7 @@ from easyanimate_jax.models import vae as vae_module
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 
 GOLDEN = VAEConfig(channels=(32, 32, 64, 64), dtype="float32")
-TINY = VAEConfig(channels=(8, 8, 16, 16), groups=4, layers=1, dtype="float32")
+TINY = VAEConfig(channels=(8, 8, 16, 16), groups=4, dtype="float32")
 SMALL = VAEConfig(channels=(16, 16, 16), layers=1, unshuffle=4, norm="rms", dtype="float32")
 
 encode = jax.jit(lambda vae, video: vae.encode(video))

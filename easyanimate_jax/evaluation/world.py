@@ -272,14 +272,16 @@ def _write_folder(out: Path, items: list[tuple[Prompt, tuple[int, ...]]], seed: 
 def read_prompts(folder: Path) -> list[tuple[Path, Prompt]]:
     """The files of a world's folder with what they show."""
     rows = json.loads((folder / "metadata.json").read_text("utf-8"))
-    known = {p.en: p for p in map(caption, _everything())}
+    known = {p.en: p for p in every_prompt()}
     return [(folder / row["file_path"], known[row["text"]]) for row in rows[::2]]
 
 
-def _everything() -> Iterator[Attributes]:
+def every_prompt() -> Iterator[Prompt]:
+    """All that the world can show, images and clips, held out or not."""
     for pair in itertools.product(COLOURS, BACKGROUNDS, SHAPES):
-        yield Attributes(*pair)
-        yield from (Attributes(*pair, *m) for m in itertools.product(DIRECTIONS, SPEEDS))
+        yield caption(Attributes(*pair))
+        for motion in itertools.product(DIRECTIONS, SPEEDS):
+            yield caption(Attributes(*pair, *motion))
 
 
 def main(out: tyro.conf.Positional[Path], config: tyro.conf.OmitArgPrefixes[WorldConfig]) -> None:

@@ -57,6 +57,7 @@ class T5Block(nnx.Module):
         dense = lambda *a: linear(*a, use_bias=False, dtype=dtype, rngs=rngs)  # noqa: E731
         self.attention_norm = rms_norm(D, config.layer_norm_epsilon, rngs)
         self.q = dense(D, inner, ("embed", "heads"))
+        self.q.kernel[...] *= config.d_kv**-0.5  # the logits are not scaled, so the start of q is
         self.k = dense(D, inner, ("embed", "heads"))
         self.v = dense(D, inner, ("embed", "heads"))
         self.out = dense(inner, D, ("heads", "embed"))

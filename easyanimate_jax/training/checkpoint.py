@@ -1,7 +1,7 @@
 """Checkpoints: an orbax manager with three items a step: `state`, `ema` and `meta`.
 
 `ema` is an item of its own because sampling reads only that. `meta` is JSON: the position in the
-schedule, the plan it belongs to, and the whole config, from which `load_for_sampling` rebuilds
+schedule, the plan it belongs to, and the whole config, from which `runs.load_run` rebuilds
 everything. A step directory appears under its name only when it is complete (orbax renames it).
 """
 
@@ -9,7 +9,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -66,13 +65,6 @@ class Checkpoints:
         """Wait for the writes under way, and raise what went wrong in them."""
         self.manager.wait_until_finished()
         self.manager.close()
-
-
-class Saved(NamedTuple):
-    """One restored set of weights and the JSON that was stored with it."""
-
-    weights: object
-    meta: dict
 
 
 def read_meta(folder: str | Path, step: int | None = None) -> tuple[int, dict]:

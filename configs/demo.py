@@ -1,0 +1,86 @@
+"""The whole staged schedule, small: what `make demo` trains and the tests cut down.
+
+Token lengths stand to each other as 3328, 13312 and 53248 do: 48, 192, 768. Every clip of the world
+keeps its aspect ratio and goes through the one program of its stage's length.
+"""
+
+from easyanimate_jax.config import SampleConfig, TrainConfig
+from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.records import LatentSet
+from easyanimate_jax.diffusion.ddpm import DDPM
+from easyanimate_jax.models.mmdit import MMDiTConfig
+from easyanimate_jax.sharding import MeshConfig
+from easyanimate_jax.training.optimizer import OptimizerConfig
+from easyanimate_jax.training.stages import Stage
+
+SMALL = Budget(48, lengths=(48,), sizes=(48, 64, 80), frames=13, min_fill=0.94)
+MEDIUM = Budget(192, lengths=(192,), sizes=(80, 96, 128), frames=17, min_fill=0.94)
+LARGE = Budget(768, lengths=(768,), sizes=(192, 256), frames=13, min_fill=0.94)
+
+PROMPTS = (
+    "a red circle moves right slowly on a black background",
+    "a blue square moves up quickly on a white background",
+    "a yellow triangle moves left quickly on a grey background",
+    "a green cross moves down slowly on a white background",
+    "a purple digit 3 moves right quickly on a black background",
+    "a cyan digit 7 moves up slowly on a grey background",
+    "红色的圆形在黑色背景上慢慢向右移动",
+    "蓝色的正方形在白色背景上快速向上移动",
+    "黄色的三角形在灰色背景上快速向左移动",
+    "绿色的十字形在白色背景上慢慢向下移动",
+    "紫色的数字3在黑色背景上快速向右移动",
+    "青色的数字7在灰色背景上慢慢向上移动",
+)
+
+config = TrainConfig(
+    source="runs/demo/data",
+    prepared="runs/demo/latents",
+    vae="runs/demo/vae",
+    text="runs/demo/text",
+    run="runs/demo/train",
+    model=MMDiTConfig(
+        depth=4,
+        mmdit_depth=4,
+        heads=4,
+        head_width=32,
+        text_widths=(128, 128),
+        text_norm=False,
+        round_time=False,
+        time_width=128,
+        dtype="float32",
+    ),
+    process=DDPM(),
+    sets=(
+        LatentSet("image", Budget(48, (48,), (112,), frames=1, min_fill=0.9), kinds=("image",)),
+        LatentSet("small", SMALL, kinds=("video",)),
+        LatentSet("medium", MEDIUM, kinds=("video",), condition_draws=3),
+        LatentSet("large", LARGE, kinds=("video",), min_side=192, condition_draws=1),
+    ),
+    stages=(
+        Stage("image", "image", batch_size=16, steps=300, learning_rate=2e-3),
+        Stage("small_t2v", "small", batch_size=16, steps=700, learning_rate=2e-3, warmup=20),
+        Stage("medium_t2v", "medium", batch_size=8, steps=400, learning_rate=1.5e-3, warmup=20),
+        Stage(
+            "medium_i2v",
+            "medium",
+            task="i2v",
+            batch_size=8,
+            steps=250,
+            learning_rate=1.5e-3,
+            end_learning_rate=2e-4,
+            warmup=20,
+        ),
+        Stage(
+            "large_i2v", "large", task="i2v", batch_size=2, steps=40, learning_rate=2e-4, warmup=5
+        ),
+    ),
+    optimizer=OptimizerConfig(b2=0.99, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0),
+    mesh=MeshConfig(),
+    samples=SampleConfig(
+        PROMPTS, every=400, frames=9, height=128, width=128, steps=16, guidance=3.0
+    ),
+    ema_decay=0.99,
+    save_every=500,
+    keep=2,
+    log_every=25,
+)
