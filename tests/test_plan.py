@@ -48,6 +48,11 @@ def test_every_record_comes_once_an_epoch(batch_size):
     assert list(first) != list(second)
 
 
+def test_an_epoch_longer_than_a_cycle_skips_nothing():
+    p = plan(index(CYCLE + 500), lengths=(48,), batch_size=1)
+    assert sorted(p(step)[1][0] for step in range(CYCLE + 500)) == list(range(CYCLE + 500))
+
+
 def test_buckets_take_turns_in_proportion_from_the_first_steps_on():
     p = plan(records := index())
     share = np.mean(records["tokens"] <= 16)

@@ -1,6 +1,7 @@
 """`python -m easyanimate_jax.prepare CONFIG [--field value ...]`: encode a config's latent sets."""
 
 import sys
+from pathlib import Path
 
 from easyanimate_jax.config import load
 from easyanimate_jax.convert.folder import load_vae
@@ -20,7 +21,7 @@ def main(arguments: list[str]) -> int:
             config.prepared,
             config.sets,
             load_vae(config.vae),
-            TextEncoder.load(config.text),
+            TextEncoder.load(Path(config.text)),
             config.samples.prompts,
             config.seed,
             weights={"vae": fingerprint(config.vae), "text": fingerprint(config.text)},
