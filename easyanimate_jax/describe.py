@@ -40,19 +40,17 @@ def describe_run(config: TrainConfig) -> str:
         )
     steps = sum(stage.steps for stage in config.stages)
     lines += [f"{'all':<47}{steps:>9,}{total_samples:>14,}{total_tokens:>16.3e}"]
-    for latents in config.sets:
-        budget = latents.budget
-        lines += [
-            "",
-            f"set {latents.name}: {'/'.join(latents.kinds)}, short side >= {latents.min_side}, "
-            f"nominal {budget.tokens:,} tokens, compiled lengths "
-            f"{', '.join(f'{n:,}' for n in budget.lengths)}",
-        ]
+    for budget in dict.fromkeys(latents.budget for latents in config.sets):
+        lines += ["", f"nominal {budget.tokens:,} tokens"]
+        for latents in config.sets:
+            if latents.budget == budget:
+                kinds = " and ".join(f"{kind}s" for kind in latents.kinds)
+                lines += [f"  set {latents.name}: {kinds}, short side >= {latents.min_side}"]
         by_size = {}
         for (frames, height, width), tokens, length in budget.describe():
-            by_size.setdefault((frames, tokens, length), []).append(f"{height} x {width}")
-        for (frames, tokens, length), sizes in sorted(by_size.items(), key=lambda x: x[0][::-1]):
-            lines += [f"  {length:>6} <- {tokens:>6} tokens: {frames} x {', '.join(sizes)}"]
+            by_size.setdefault((length, tokens, frames), []).append(f"{height}x{width}")
+        for (length, tokens, frames), sizes in sorted(by_size.items()):
+            lines += [f"  {length:>6} <- {tokens:>6} tokens: {frames} frames of {', '.join(sizes)}"]
     return "\n".join(lines)
 
 
