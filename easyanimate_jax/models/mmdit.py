@@ -237,7 +237,7 @@ class TextProjection(nnx.Module):
     def __call__(self, text: Float[Array, "B L width"]) -> Text:
         if self.norm is not None:
             text = self.norm(text)
-        return self.linear(text.astype(self.dtype))
+        return shard(self.linear(text.astype(self.dtype)), "batch", None, None)
 
 
 class Output(nnx.Module):
@@ -296,7 +296,7 @@ class MMDiT(nnx.Module):
         """The prediction for every token; tokens past a sample's length influence nothing else."""
         time = self.time(time)
         angles = rotary_angles(grid, tokens.shape[1], self.config.head_width)
-        video = self.patches(tokens.astype(self.config.dtype))
+        video = shard(self.patches(tokens.astype(self.config.dtype)), "batch", "tokens", None)
         text = jnp.concatenate(
             [project(text) for project, text in zip(self.texts, texts, strict=True)], axis=1
         )
