@@ -1,13 +1,18 @@
 """Our Bert and T5 equal transformers'; prompts become states that the demo can learn from."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 import torch
 import transformers
 
+from easyanimate_jax.evaluation.world import image_prompts, prompts
 from easyanimate_jax.text.bert import load_bert, save_bert
+from easyanimate_jax.text.encode import TextConfig, TextEncoder, clean
 from easyanimate_jax.text.t5 import load_t5, relative_buckets, save_t5
+from easyanimate_jax.text.train import TextTrainConfig, train
 
 IDS = np.random.default_rng(0).integers(0, 90, (3, 40))
 MASK = np.arange(40)[None] < np.array([[40], [7], [23]])
@@ -81,3 +86,83 @@ def test_weights_that_do_not_fit_are_all_named(tmp_path):
         load_bert(tmp_path)
     with pytest.raises(ValueError, match="not a folder of a text encoder"):
         load_bert(tmp_path / "nothing")
+
+
+def rows(path, texts):
+    return [{"file_path": path, "text": text, "type": "video"} for text in texts]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    source, out = tmp_path_factory.mktemp("captions"), tmp_path_factory.mktemp("text")
+    asked = [(p.en, p.zh) for p in prompts("seen", 200, seed=0)]
+    metadata = [row for i, texts in enumerate(asked) for row in rows(f"{i}.mp4", texts)]
+    (source / "metadata.json").write_text(json.dumps(metadata), "utf-8")
+    train(source, out, TextTrainConfig(width=32, layers=1, heads=2, steps=50, batch=24))
+    return out
+
+
+def test_two_encoders_are_made_from_captions_alone(folder):
+    encoder = TextEncoder.load(folder)
+    assert encoder.config == TextConfig(lengths=(20, 20), widths=(32, 32))
+    unseen = prompts("heldout", 40, seed=0)
+    en, zh = (encoder.encode([getattr(p, language) for p in unseen]) for language in ("en", "zh"))
+    for a, b, length in zip(en, zh, encoder.config.lengths, strict=True):
+        assert a.shape == (40, length, 32)
+        assert 0.7 < a.var(-1).mean() < 1.4
+        a, b = (x.mean(1) / np.linalg.norm(x.mean(1), axis=-1, keepdims=True) for x in (a, b))
+        similarity = a @ b.T
+        assert np.diag(similarity).mean() > similarity.mean() + 0.3
+
+
+def test_no_caption_has_unknown_tokens_and_none_is_cut(folder):
+    for name, last in (("tokenizer", "[SEP]"), ("tokenizer_2", "</s>")):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / name)
+        for p in prompts("heldout", 60, seed=0) + image_prompts(60, seed=0):
+            for text in (p.en, p.zh):
+                ids = tokenizer(text, truncation=True, max_length=20)["input_ids"]
+                assert tokenizer.unk_token_id not in ids, text
+                assert tokenizer.convert_ids_to_tokens(ids)[-1] == last
+                assert len(ids) == len(tokenizer(text)["input_ids"])
+
+
+def test_the_made_folders_are_transformers_folders(folder):
+    encoder = TextEncoder.load(folder)
+    theirs = (
+        transformers.BertModel.from_pretrained(folder / "text_encoder"),
+        transformers.T5EncoderModel.from_pretrained(folder / "text_encoder_2"),
+    )
+    text = ["a red circle"]
+    for ours, model, name in zip(
+        encoder.encode(text), theirs, ("tokenizer", "tokenizer_2"), strict=True
+    ):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / name)
+        ids = tokenizer(text, padding="max_length", max_length=20, return_tensors="pt").input_ids
+        with torch.no_grad():
+            expected = model(ids).last_hidden_state
+        np.testing.assert_allclose(ours, expected, atol=5e-5)
+
+
+def test_batches_do_not_change_a_prompt(folder):
+    encoder = TextEncoder.load(folder)
+    alone = encoder.encode(["红色的圆形"])
+    among = encoder.encode([""] * 40 + ["红色的圆形"])
+    for a, b in zip(alone, among, strict=True):
+        np.testing.assert_allclose(a[0], b[40], atol=1e-5)
+
+
+def test_prompts_are_cleaned_before_any_tokenizer_sees_them(folder):
+    encoder = TextEncoder.load(folder)
+    with pytest.raises(ValueError, match="prompt 7 is a int; give a string"):
+        encoder.encode(["a circle", 7])
+    assert clean("a \ud800 circle", 20) == "a ? circle"
+    assert len(clean("红" * 10_000, 20)) == 160
+    long, cut = encoder.encode(["a red circle " * 5000, "a red circle " * 50])[0]
+    np.testing.assert_array_equal(long, cut)
+
+
+def test_a_folder_without_encoders_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no text_encoder"):
+        TextEncoder.load(tmp_path)
+    with pytest.raises(ValueError, match=r"metadata.json is missing"):
+        train(tmp_path, tmp_path, TextTrainConfig())

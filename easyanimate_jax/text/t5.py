@@ -90,7 +90,6 @@ class T5(nnx.Module):
         self.words = nnx.Embed(
             config.vocab_size,
             config.d_model,
-            embedding_init=nnx.initializers.normal(1.0),
             embedding_metadata=axes(None, "embed"),
             rngs=rngs,
         )

@@ -1,0 +1,225 @@
+"""Two small text encoders from nothing but captions, in the layout of the released ones.
+
+    python -m easyanimate_jax.text.train SOURCE OUT
+
+SOURCE holds a metadata.json whose files may have captions in several languages. The tokenizers'
+vocabularies are the captions' words (and single Chinese characters); the encoders learn to keep
+every word readable (from its own state) and to give the captions of one file the same mean
+state, different from any other file's (contrastive), so that languages meet.
+"""
+
+import functools
+import json
+import string
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertTokenizer, PreTrainedTokenizerFast
+
+from easyanimate_jax.text.bert import Bert, BertConfig, save_bert
+from easyanimate_jax.text.encode import token_ids
+from easyanimate_jax.text.t5 import T5, T5Config, save_t5
+
+CHARACTERS = string.ascii_lowercase + string.digits + ".,;:!?'-"
+CHINESE = Regex("[\u4e00-\u9fff]")
+
+
+@dataclass(frozen=True)
+class TextTrainConfig:
+    """Sizes of both encoders and their training."""
+
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    steps: int = 120
+    batch: int = 64  # caption pairs
+    learning_rate: float = 2e-3
+    temperature: float = 0.1
+    seed: int = 0
+
+
+def read_captions(source: Path) -> list[tuple[str, ...]]:
+    """The captions of each file of a metadata.json, one tuple per different set of captions."""
+    path = source / "metadata.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: captions are read from a metadata.json")
+    files = defaultdict(list)
+    for row in json.loads(path.read_text("utf-8")):
+        files[row["file_path"]].append(row["text"])
+    return sorted({tuple(captions) for captions in files.values()})
+
+
+def word_tokenizer(captions: Sequence[str]) -> BertTokenizer:
+    """Bert's WordPiece tokenizer whose vocabulary is the captions' words and single letters."""
+    normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    words = Counter(
+        word
+        for caption in captions
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption))
+    )
+    letters = [*CHARACTERS, *(f"##{character}" for character in CHARACTERS)]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = dict.fromkeys([*special, *letters, *sorted(words)])
+    return BertTokenizer(vocab={token: i for i, token in enumerate(vocabulary)})
+
+
+def piece_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A T5-like Unigram tokenizer whose pieces are the captions' words and single letters.
+
+    Unigram's own trainer wants a large corpus: on few sentences it cuts words to pieces.
+    """
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(CHINESE, "isolated")]
+    )
+    words = Counter(
+        word
+        for caption in captions
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(
+            tokenizer.normalizer.normalize_str(caption)
+        )
+    )
+    total = sum(words.values())
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces = {character: -20.0 for character in ["▁", *CHARACTERS]}
+    pieces |= {word: float(np.log(count / total)) for word, count in sorted(words.items())}
+    tokenizer.model = models.Unigram([*special, *pieces.items()], unk_id=2)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+    )
+
+
+class Learner(nnx.Module):
+    """An encoder with the linear head that reads its tokens back."""
+
+    def __init__(self, encoder: Bert | T5, *, rngs: nnx.Rngs):
+        self.encoder = encoder
+        self.head = nnx.Linear(*encoder.words.embedding.shape[::-1], rngs=rngs)
+
+
+def pair_loss(
+    learner: Learner, pairs: Int[Array, "B 2 L"], *, pad_id: int, temperature: float
+) -> Float[Array, ""]:
+    """Every token read back from its own state, and a file's two captions found by mean state.
+
+    The means include padding, for the transformer sees it too. No token is hidden, as it would be
+    in Bert's own training: that slowed the meeting of the languages, which the sampler needs more.
+    """
+    states = learner.encoder(rearrange(pairs, "B two L -> (B two) L"))
+    means = rearrange(states.mean(1), "(B two) D -> B two D", two=2)
+    means = means / jnp.linalg.norm(means, axis=-1, keepdims=True)
+    similarity = means[:, 0] @ means[:, 1].T / temperature
+    files = jnp.arange(len(pairs))
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    finding = cross_entropy(similarity, files) + cross_entropy(similarity.T, files)
+
+    logits = rearrange(learner.head(states), "(B two) L V -> B two L V", two=2)
+    reading = cross_entropy(logits, pairs).mean(where=pairs != pad_id)
+    return reading + finding.mean() / 2
+
+
+def train_encoder(
+    encoder: Bert | T5, tokenizer, pairs: Int[np.ndarray, "files 2 L"], config: TextTrainConfig
+):
+    """The encoder after `config.steps` steps of AdamW on random caption pairs."""
+    learner = Learner(encoder, rngs=nnx.Rngs(config.seed))
+    schedule = optax.warmup_cosine_decay_schedule(
+        0, config.learning_rate, config.steps // 10, config.steps
+    )
+    optimizer = optax.adamw(schedule, weight_decay=0.01)
+    loss = functools.partial(
+        pair_loss, pad_id=tokenizer.pad_token_id, temperature=config.temperature
+    )
+
+    @jax.jit
+    def step(learner, opt_state, pairs):
+        value, grads = jax.value_and_grad(loss)(learner, pairs)
+        updates, opt_state = optimizer.update(grads, opt_state, learner)
+        return optax.apply_updates(learner, updates), opt_state, value
+
+    opt_state, rng = optimizer.init(learner), np.random.default_rng(config.seed)
+    for i in range(config.steps):
+        rows = rng.choice(len(pairs), config.batch, replace=len(pairs) < config.batch)
+        learner, opt_state, value = step(learner, opt_state, pairs[rows])
+        if (i + 1) % 50 == 0:
+            print(
+                f"{type(encoder).__name__} step {i + 1}/{config.steps} loss {value:.3f}", flush=True
+            )
+    return learner.encoder
+
+
+def train(source: Path, out: Path, config: TextTrainConfig) -> None:
+    """Write tokenizer, text_encoder, tokenizer_2, text_encoder_2 and text.json into `out`."""
+    files = read_captions(source)
+    captions = [caption for captions in files for caption in captions]
+    lengths = []
+    for suffix, make_tokenizer, make_encoder, save in (
+        ("", word_tokenizer, bert, save_bert),
+        ("_2", piece_tokenizer, t5, save_t5),
+    ):
+        tokenizer = make_tokenizer(captions)
+        length = max(len(ids) for ids in tokenizer(captions)["input_ids"])
+        length = -(-length // 4) * 4
+        tokenizer.model_max_length = length
+        ids = token_ids(tokenizer, [text for file in files for text in (file[0], file[-1])], length)
+        encoder = make_encoder(len(tokenizer), length, config)
+        encoder = train_encoder(encoder, tokenizer, ids.reshape(-1, 2, length), config)
+        tokenizer.save_pretrained(out / f"tokenizer{suffix}")
+        save(encoder, out / f"text_encoder{suffix}")
+        lengths.append(length)
+    (out / "text.json").write_text(json.dumps({"lengths": lengths}), "utf-8")
+
+
+def bert(vocabulary: int, length: int, config: TextTrainConfig) -> Bert:
+    sizes = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        intermediate_size=2 * config.width,
+        max_position_embeddings=length,
+    )
+    return Bert(sizes, rngs=nnx.Rngs(config.seed))
+
+
+def t5(vocabulary: int, length: int, config: TextTrainConfig) -> T5:
+    sizes = T5Config(
+        vocab_size=vocabulary,
+        d_model=config.width,
+        d_kv=config.width // config.heads,
+        d_ff=config.width,
+        num_layers=config.layers,
+        num_heads=config.heads,
+    )
+    return T5(sizes, rngs=nnx.Rngs(config.seed))
+
+
+def main(
+    source: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    config: tyro.conf.OmitArgPrefixes[TextTrainConfig],
+) -> None:
+    """Train two small text encoders on the captions of SOURCE into OUT."""
+    train(source, out, config)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
