@@ -27,7 +27,7 @@ from easyanimate_jax.models.mmdit import (
 V51 = {"text_widths": (3584,), "text_norm": True, "round_time": True}
 V5 = {"text_widths": (1024, 2048), "text_norm": False, "round_time": True}
 TINY = MMDiTConfig(
-    depth=3,
+    depth=2,
     mmdit_depth=2,
     heads=2,
     head_width=32,
@@ -39,12 +39,11 @@ TINY = MMDiTConfig(
 )
 
 
-def random_model(config, seed=0):
-    """Every weight away from its initial value: zero gates would hide the blocks."""
-    model = MMDiT(config, rngs=nnx.Rngs(0))
-    rng = np.random.RandomState(seed)
-    shake = lambda x: x + 0.1 * rng.standard_normal(x.shape).astype(np.float32)  # noqa: E731
-    return jax.tree.map(shake, model)
+def random_model(config):
+    """No weight at its initial value: zero gates would hide the blocks."""
+    rng = np.random.RandomState(0)
+    model = jax.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
+    return jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), model)
 
 
 def normal(seed, *shape):
@@ -182,9 +181,6 @@ def run_reference(model, latents, time, texts, **condition):
         pytest.param({"in_channels": 33}, {"inpaint_latents": 17}, id="inpaint"),
         pytest.param({"in_channels": 48}, {"control_latents": 32}, id="control"),
         pytest.param({"in_channels": 32}, {"control_latents": 16}, id="v5-control"),
-        pytest.param({"in_channels": 38}, {"control_latents": 22}, id="camera"),
-        pytest.param({"mmdit_layers": 1}, {}, id="one-shared-block"),
-        pytest.param({"attention_head_dim": 128}, {}, id="wide-heads"),
     ],
 )
 def test_equals_diffusers(options, extra):
@@ -263,6 +259,9 @@ def test_a_token_holds_a_patch_with_its_channel_slowest():
     np.testing.assert_array_equal(unpatchify(tokens, (3, 2, 3)), latents)
 
 
+call = jax.jit(lambda model, *args: model(*args))
+
+
 def inputs(grids, padded):
     """Tokens of several sizes in one batch, zeros at the end."""
     grid = np.array(grids, np.int32)
@@ -275,8 +274,7 @@ def inputs(grids, padded):
 
 def test_a_mixed_padded_batch_equals_its_samples_alone():
     model = random_model(TINY)
-    tokens, grid, lengths, time, texts = inputs([(1, 5, 4), (2, 2, 4), (3, 2, 2)], padded=24)
-    call = jax.jit(lambda m, *args: m(*args))
+    tokens, grid, lengths, time, texts = inputs([(1, 5, 4), (2, 2, 4)], padded=24)
     together = call(model, tokens, grid, lengths, time, texts)
     for i, n in enumerate(lengths):
         one = slice(i, i + 1)
@@ -289,7 +287,6 @@ def test_a_mixed_padded_batch_equals_its_samples_alone():
 def test_what_stands_in_the_padding_changes_nothing():
     model = random_model(TINY)
     tokens, grid, lengths, time, texts = inputs([(1, 5, 4), (2, 2, 4)], padded=24)
-    call = jax.jit(lambda m, *args: m(*args))
     clean = call(model, tokens, grid, lengths, time, texts)
     tokens[1, 16:] = 7.0
     dirty = call(model, tokens, grid, lengths, time, texts)
@@ -297,38 +294,27 @@ def test_what_stands_in_the_padding_changes_nothing():
     assert np.isfinite(dirty).all()
 
 
-def test_an_empty_padding_row_stays_finite():
-    model = random_model(TINY)
-    tokens, grid, lengths, time, texts = inputs([(1, 5, 4), (0, 0, 0)], padded=24)
-    loss = lambda m: jnp.sum(m(tokens, grid, lengths, time, texts)[:1] ** 2)  # noqa: E731
-    grads = jax.jit(jax.grad(loss))(model)
-    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
-
-
 def test_rounding_the_time_is_a_switch():
     tokens, grid, lengths, _, texts = inputs([(1, 2, 2)] * 2, padded=4)
     tokens, texts = tokens[:1].repeat(2, 0), tuple(t[:1].repeat(2, 0) for t in texts)
     time = np.array([999.0, 1000.0], np.float32)  # one number in bfloat16
-    call = jax.jit(lambda m, *args: m(*args))
     for rounds in (True, False):
         config = dataclasses.replace(TINY, round_time=rounds, dtype="bfloat16")
         a, b = call(random_model(config), tokens, grid, lengths, time, texts)
         assert np.array_equal(a, b) == rounds
 
 
-def test_saving_more_for_the_backward_pass_changes_no_gradient():
-    batch = inputs([(1, 5, 4), (2, 2, 4)], padded=24)
+def test_gradients_are_finite_with_an_empty_row_and_the_same_whatever_is_saved():
+    batch = inputs([(1, 5, 4), (0, 0, 0)], padded=24)
 
     def gradient(save):
-        model = random_model(dataclasses.replace(TINY, save=save))
-        return jax.jit(jax.grad(lambda m: jnp.mean(m(*batch) ** 2)))(model)
+        model = random_model(dataclasses.replace(TINY, depth=1, mmdit_depth=1, save=save))
+        return jax.jit(jax.grad(lambda m, *args: jnp.mean(m(*args)[:1] ** 2)))(model, *batch)
 
     some, none = gradient(("attention",)), gradient(())
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
-        jax.tree.leaves(some),
-        jax.tree.leaves(none),
-    )
+    for a, b in zip(jax.tree.leaves(some), jax.tree.leaves(none), strict=True):
+        assert np.isfinite(a).all()
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_a_widened_model_ignores_its_new_channels_until_trained():
@@ -355,13 +341,14 @@ def test_widening_reaches_every_model_in_a_training_state():
     widened = jax.eval_shape(lambda: widen_input(state(TINY), 33))
     fresh = jax.eval_shape(lambda: state(dataclasses.replace(TINY, in_channels=33)))
     assert jax.tree.structure(widened) == jax.tree.structure(fresh)
-    assert jax.tree.map(jnp.shape, widened) == jax.tree.map(jnp.shape, fresh)
+    shapes = lambda tree: [x.shape for x in jax.tree.leaves(tree)]  # noqa: E731
+    assert shapes(widened) == shapes(fresh)
 
 
 def test_refusals_name_the_repair():
     with pytest.raises(ValueError, match="head_width=40"):
         dataclasses.replace(TINY, head_width=40)
-    with pytest.raises(ValueError, match="mmdit_depth=4 of depth=3"):
+    with pytest.raises(ValueError, match="mmdit_depth=4 of depth=2"):
         dataclasses.replace(TINY, mmdit_depth=4)
     model = jax.eval_shape(lambda: MMDiT(TINY, rngs=nnx.Rngs(0)))
     time, texts = jnp.zeros(1), (jnp.zeros((1, 5, 24)), jnp.zeros((1, 7, 40)))

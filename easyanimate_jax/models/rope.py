@@ -20,8 +20,8 @@ Angles = tuple[Float[Array, "B N half"], Float[Array, "B N half"]]  # cosines, s
 def _fitted_sizes() -> np.ndarray:
     """(MAX_GRID + 1, MAX_GRID + 1, 2): height and width on the base grid of every token grid.
 
-    A table, because the reference rounds in float64: integer or float32 arithmetic on the device
-    gives another row for grids such as 44 x 11, where 45 / 11 * ... lands just beside a half.
+    A table, because the reference rounds in float64: exact or float32 arithmetic differs for some
+    grids of its own aspect table, such as 44 x 11, where 30 / 44 * 11 falls just short of 7.5.
     """
     rows, columns = np.mgrid[: MAX_GRID + 1, : MAX_GRID + 1].clip(1).astype(np.float64)
     tall = rows / columns > BASE_HEIGHT / BASE_WIDTH
