@@ -178,7 +178,7 @@ def test_both_convolutions_agree(strides):
     pad = (0, 1) if strides[1] == 2 else (1, 1)
     ways = [
         jax.jit(form, static_argnums=(2, 3))(x, kernel, strides, pad)
-        for form in (vae_module._sum_of_2d, vae_module._native_3d)
+        for form in (vae_module._taps_as_channels, vae_module._native_3d)
     ]
     np.testing.assert_allclose(*ways, atol=1e-4)
 

@@ -1,0 +1,129 @@
+"""Training of the autoencoder: it learns, resumes exactly, and its losses mean what they say."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from easyanimate_jax.convert.folder import flat_weights, load_vae
+from easyanimate_jax.data import media
+from easyanimate_jax.data.sources import read_folder
+from easyanimate_jax.models.vae import VAEConfig
+from easyanimate_jax.training import vae as training
+from easyanimate_jax.training.vae import Crops, VAEStage, VAETrainConfig, train
+
+TINY = VAEConfig(channels=(8, 8, 8), layers=1, unshuffle=8, norm="rms", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> VAETrainConfig:
+    """A folder of 20 clips in which a square moves, and a run of three steps on it."""
+    root, rows = tmp_path_factory.mktemp("vae"), []
+    for i in range(20):
+        clip = np.zeros((9, 32, 32, 3), np.uint8)
+        for frame in range(9):
+            clip[frame, i : i + 10, 2 * frame : 2 * frame + 10] = 255 - 8 * i
+        media.write_video(root / f"{i}.mp4", clip)
+        rows.append({"file_path": f"{i}.mp4", "text": "a square moves", "type": "video"})
+    (root / "metadata.json").write_text(json.dumps(rows))
+    return VAETrainConfig(
+        vae=TINY,
+        data=str(root),
+        output=str(root / "whole"),
+        stages=(VAEStage(steps=3, batch_size=8, frames=5, size=16),),
+        learning_rate=1e-3,
+        warmup_steps=1,
+        discriminator_start=None,
+        save_every=2,
+        log_every=1,
+    )
+
+
+def test_a_stopped_run_resumes_bit_for_bit(config, monkeypatch):
+    whole = flat_weights(train(config))
+
+    class Stopped(Exception):
+        pass
+
+    def stops(state, frames, **options):
+        if state.step == 2:
+            raise Stopped
+        return step(state, frames, **options)
+
+    step, config = training.train_step, replace(config, output=config.output + "-resumed")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_step", stops)
+        with pytest.raises(Stopped):
+            train(config)
+    resumed = flat_weights(train(config))
+    assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
+
+    output = Path(config.output)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    report = json.loads((output / "vae_report.json").read_text())
+    assert report["steps"] == 3 and np.isfinite(report["psnr"])
+
+
+def test_statistics_normalise_the_latents(config):
+    """Held to the crops they were computed from."""
+    vae = train(replace(config, output=config.output + "-statistics"))
+    assert load_vae(config.output + "-statistics").config == vae.config
+    assert len(vae.config.latent_mean) == len(vae.config.latent_scale) == 16
+    clips, _ = read_folder(config.data)
+    crops = Crops(clips[:19], config.seed)
+    stage = config.stages[-1]
+    frames = np.concatenate([crops.batch(stage, 3 + i, range(8)) for i in range(16)])
+    mean, logvar = jax.jit(lambda vae, x: vae.encode(x))(vae, training.pixels(frames))
+    noise = jax.random.normal(jax.random.key(0), mean.shape)
+    latents = vae.normalize(mean + jnp.exp(logvar / 2) * noise)
+    np.testing.assert_allclose(latents.mean((0, 1, 2, 3)), 0, atol=0.1)
+    np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=0.1)
+
+
+def test_crops_do_not_depend_on_who_reads_them(config):
+    clips, _ = read_folder(config.data)
+    stage = config.stages[0]
+    whole = Crops(clips, 0).batch(stage, 7, range(8))
+    halves = [Crops(clips, 0).batch(stage, 7, rows) for rows in (range(4), range(4, 8))]
+    np.testing.assert_array_equal(whole, np.concatenate(halves))
+
+
+def test_crops_larger_than_every_clip_are_refused(config):
+    with pytest.raises(ValueError, match="none of 20 clips has 5 frames of 64x64"):
+        train(replace(config, stages=(VAEStage(1, 8, 5, 64),)))
+
+
+def test_the_adversarial_step_trains_both_sides(config):
+    """The generator's weight balances gradients; the judges learn to tell real from fake."""
+    config = replace(config, discriminator_start=0, gan_weight=0.5)
+    state = training.init_state(config)
+    before = flat_weights(state.judges)
+    rows = np.random.default_rng(0).integers(0, 256, (2, 5, 16, 16, 3)).astype(np.uint8)
+    losses = []
+    for _ in range(3):
+        state, metrics = training.train_step(state, rows, config=config, adversarial=True)
+        losses.append(float(metrics["judge"]))
+    assert 0 < metrics["gan_weight"] <= 0.5e4
+    assert losses[-1] < losses[0]
+    after = flat_weights(state.judges)
+    assert any(not np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_blur_costs_more_than_a_shift_of_brightness():
+    """At equal L1 error; this is what the perceptual term is for."""
+    edge = jnp.zeros((1, 1, 32, 32, 3)).at[:, :, :, 16:].set(1.0)
+    blurred = jax.scipy.signal.convolve(edge, jnp.ones((1, 1, 1, 5, 1)) / 5, mode="same")
+    error = (blurred - edge)[:, :, :, 4:-4]
+    brightness = jnp.full_like(error, jnp.abs(error).mean())
+    assert training.perceptual(error[..., :24, :]) > training.perceptual(brightness)
+
+
+def test_outliers_begin_at_three_deviations():
+    z = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (1, 1, 8, 8, 2)), jnp.float32)
+    assert training.outliers(z) == 0
+    assert training.outliers(z.at[0, 0, 0, 0, 0].set(10.0)) > 0
