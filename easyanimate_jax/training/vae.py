@@ -54,6 +54,8 @@ class VAEStage:
 
     def __post_init__(self):
         check_video((self.batch_size, self.frames, self.size, self.size, 3))
+        if self.size < 2**PYRAMID_LEVELS:
+            raise ValueError(f"{self}: size must be {2**PYRAMID_LEVELS} or more.")
 
 
 @dataclass(frozen=True)
@@ -155,10 +157,11 @@ def init_state(config: VAETrainConfig) -> VAEState:
 def perceptual(difference: Video) -> Float[Array, ""]:
     """Mean absolute image gradient of `difference` over a pyramid of halved scales."""
     total = 0.0
-    for _ in range(PYRAMID_LEVELS):
+    for level in range(PYRAMID_LEVELS):
+        if level > 0:
+            difference = reduce(difference, "B F (H y) (W x) C -> B F H W C", "mean", y=2, x=2)
         total += jnp.mean(jnp.abs(jnp.diff(difference, axis=2)))
         total += jnp.mean(jnp.abs(jnp.diff(difference, axis=3)))
-        difference = reduce(difference, "B F (H y) (W x) C -> B F H W C", "mean", y=2, x=2)
     return total / PYRAMID_LEVELS
 
 
@@ -336,8 +339,10 @@ def train(config: VAETrainConfig) -> CausalVAE:
     )
     first_step = manager.latest_step() or 0
     if first_step:
-        restored = manager.restore(first_step, args=ocp.args.StandardRestore(_named(state)))
-        state = jax.tree.unflatten(jax.tree.structure(state), list(restored.values()))
+        named = _named(state)
+        restored = manager.restore(first_step, args=ocp.args.StandardRestore(named))
+        leaves = [restored[name] for name in named]
+        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
 
     metrics_file = MetricsWriter(output, first_step + 1)
     last_log = time.perf_counter()
