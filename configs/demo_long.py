@@ -8,7 +8,7 @@ FACTORS = {"image": 4, "small_t2v": 4, "medium_t2v": 5, "medium_i2v": 4, "large_
 
 config = replace(
     demo,
-    run="runs/demo/train_long",
+    run="runs/demo_long/train",
     stages=tuple(replace(s, steps=s.steps * FACTORS[s.name]) for s in demo.stages),
     ema_decay=0.995,
 )

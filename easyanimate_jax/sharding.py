@@ -96,7 +96,9 @@ def shardings(mesh: Mesh, tree):
 
     is_variable = lambda x: hasattr(x, "get_metadata")  # noqa: E731
     placed = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.tree.map(lambda _: place(path, leaf), leaf), tree, is_leaf=is_variable
+        lambda path, leaf: jax.tree.map(lambda _: place(path, leaf), leaf),
+        tree,
+        is_leaf=is_variable,
     )
     if problems:
         raise ValueError(

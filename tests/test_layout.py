@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "easyanimate_jax"
 ROWS = [
     {"sharding"},
-    {"models", "text", "diffusion", "data"},
+    {"models", "diffusion", "data"},
+    {"text"},
     {"convert"},
     {"training", "prepare", "pipelines", "evaluation"},
     {"config"},

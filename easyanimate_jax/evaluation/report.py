@@ -1,4 +1,4 @@
-"""The parts of a self-contained HTML page: tables, line charts as SVG, pictures and videos inline."""
+"""The parts of a self-contained HTML page: tables, charts as SVG, pictures and videos inline."""
 
 import base64
 import html
@@ -14,7 +14,7 @@ from PIL import Image
 from easyanimate_jax.data import media
 
 STYLE = """
-body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em;color:#1c2330}
+body{font:15px/1.5 system-ui,sans-serif;max-width:1080px;margin:2em auto;padding:0 1em}
 h1{font-size:1.7em} h2{margin-top:2em;border-bottom:1px solid #d5dae3;padding-bottom:.2em}
 table{border-collapse:collapse;margin:1em 0} th,td{padding:.25em .8em;text-align:right}
 th:first-child,td:first-child{text-align:left} tr:nth-child(even){background:#f4f6fa}

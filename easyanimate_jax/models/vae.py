@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from easyanimate_jax.models.layers import axes, linear
 
 TIME_FACTOR, SPACE_FACTOR = 4, 8
+FIRST_LOGVAR = -6.0  # of an untrained posterior; at 0 its noise would drown the latents for long
 TILE_OVERLAP = 0.25  # share of a tile that is blended with the next one (spec 3.6)
 
 Video = Float[Array, "B F H W 3"]
@@ -138,12 +139,30 @@ def _taps_as_channels(x, kernel, strides, pad):
     return rearrange(x, "(B F) H W C -> B F H W C", B=batch)
 
 
+def _centred(key, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    """A random map of the newest frame's own position, zero elsewhere.
+
+    Down- and upsamplers have no shortcut. As random mixtures of 27 neighbours they would have to be
+    unmixed before anything is learned; as maps of single positions the picture passes at once.
+    """
+    kernel = nnx.initializers.lecun_normal()(key, shape[3:], dtype)
+    return jnp.zeros(shape, dtype).at[2, 1, 1].set(kernel)
+
+
 class CausalConv(nnx.Module):
     """A 3x3x3 convolution that sees its own frame and the two before it."""
 
-    def __init__(self, d_in: int, d_out: int, strides=(1, 1), *, dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        strides=(1, 1),
+        *,
+        dtype,
+        rngs: nnx.Rngs,
+        init=_centred,
+    ):
         self.strides, self.dtype = strides, dtype
-        init = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(init(rngs.params(), (3, 3, 3, d_in, d_out)), **axes(*[None] * 5))
         self.bias = nnx.Param(jnp.zeros(d_out), **axes(None))
 
@@ -168,7 +187,7 @@ class FrameNorm(nnx.Module):
         scale = self.scale[...].reshape(1, 1, 1, 1, -1)
         if self.groups is None:
             power = jnp.mean(x * x, axis=-1, keepdims=True)
-            return (x * jax.lax.rsqrt(power + 1e-6) * scale).astype(dtype)
+            return (x * jax.lax.rsqrt(power + 1.0) * scale).astype(dtype)
         x = rearrange(x, "B F H W (groups C) -> B F H W groups C", groups=self.groups)
         x = jax.nn.standardize(x, axis=(2, 3, 5), epsilon=1e-6)
         x = rearrange(x, "B F H W groups C -> B F H W (groups C)")
@@ -181,7 +200,8 @@ class ResBlock(nnx.Module):
         self.norm1 = FrameNorm(d_in, config)
         self.conv1 = CausalConv(d_in, d_out, dtype=dtype, rngs=rngs)
         self.norm2 = FrameNorm(d_out, config)
-        self.conv2 = CausalConv(d_out, d_out, dtype=dtype, rngs=rngs)
+        zero = nnx.initializers.zeros  # blocks begin as identities: deep stacks then train at once
+        self.conv2 = CausalConv(d_out, d_out, dtype=dtype, rngs=rngs, init=zero)
         if d_in != d_out:
             self.shortcut = linear(d_in, d_out, (None, None), dtype=dtype, rngs=rngs)
         else:
@@ -331,8 +351,18 @@ class CausalVAE(nnx.Module):
         self.config, C = config, config.latent_channels
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
-        self.quant_conv = linear(2 * C, 2 * C, (None, None), dtype=config.dtype, rngs=rngs)
-        self.post_quant_conv = linear(C, C, (None, None), dtype=config.dtype, rngs=rngs)
+        self.quant_conv, self.post_quant_conv = (
+            linear(
+                width,
+                width,
+                (None, None),
+                dtype=config.dtype,
+                rngs=rngs,
+                kernel_init=lambda key, shape, dtype: jnp.eye(shape[0], dtype=dtype),
+            )
+            for width in (2 * C, C)
+        )
+        self.quant_conv.bias[...] = jnp.repeat(jnp.array([0.0, FIRST_LOGVAR]), C)
 
     def encode(self, video: Video) -> tuple[Latents, Latents]:
         """Mean and log-variance of z. A sample is `mean + exp(logvar / 2) * noise`."""

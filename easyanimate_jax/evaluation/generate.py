@@ -1,0 +1,73 @@
+"""Videos of a run: from prompts, from first frames, and through the VAE and back.
+
+A `run` has the model, the VAE and the config (`runs.load_run`).
+"""
+
+import math
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from easyanimate_jax.pipelines import image_to_video, text_to_video
+from easyanimate_jax.text.encode import TextEncoder
+
+ROWS = 32  # videos at once
+
+Videos = UInt8[np.ndarray, "B F H W 3"]
+
+
+def generate(run, encoder: TextEncoder, texts: list[str], start=None) -> Videos:
+    """One video per text at the config's sample size, with consecutive seeds.
+
+    `start`: their first frames, (B, H, W, 3) uint8.
+    """
+    samples, videos = run.config.samples, []
+    empty = encoder.encode([""])
+    options = {
+        "frames": samples.frames,
+        "height": samples.height,
+        "width": samples.width,
+        "steps": samples.steps,
+        "guidance": samples.guidance,
+    }
+    for first in range(0, len(texts), ROWS):
+        rows = slice(first, first + ROWS)
+        seeds = [samples.seed + i for i in range(len(texts))[rows]]
+        states = encoder.encode(texts[rows])
+        if start is None:
+            pipeline, pictures = text_to_video, {}
+        else:
+            pipeline, pictures = image_to_video, {"start": start[rows]}
+        videos.append(
+            pipeline(
+                run.model,
+                run.vae,
+                run.config.process,
+                states,
+                empty,
+                seeds=seeds,
+                **pictures,
+                **options,
+            )
+        )
+    return np.concatenate(videos)
+
+
+def reconstruct(vae, videos: Videos) -> Videos:
+    """Videos through the VAE and back."""
+    program = jax.jit(lambda vae, x: vae.decode(vae.encode(x)[0]))
+    out = []
+    for first in range(0, len(videos), ROWS):
+        pixels = np.stack(videos[first : first + ROWS]).astype(np.float32) / 127.5 - 1
+        pixels = np.asarray(program(vae, pixels))
+        out += list(((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8))
+    return out
+
+
+def psnr(a, b) -> float:
+    """Peak signal-to-noise ratio in dB over all frames."""
+    error = np.mean(
+        [np.mean((np.float32(x) - np.float32(y)) ** 2) for x, y in zip(a, b, strict=True)]
+    )
+    return float(20 * math.log10(255) - 10 * math.log10(max(error, 1e-9)))
