@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 setup(
     name="easyanimate_jax",
     version="0.1.0",
-    description="EasyAnimateV5 and V5.1 in JAX and Flax: video diffusion transformers on TPU and GPU meshes",
+    description="EasyAnimateV5 in JAX and Flax: video diffusion transformers on TPU and GPU",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["easyanimate_jax", "easyanimate_jax.*"]),
@@ -34,6 +34,13 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         # torch 2.13.0 has a build for CPUs alone; any other spec pulls gigabytes of CUDA.
-        "dev": ["pytest>=8", "beartype>=0.19", "ruff>=0.6", "torch==2.13.0", "diffusers>=0.35,<1"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3",
+            "beartype>=0.19",
+            "ruff>=0.6",
+            "torch==2.13.0",
+            "diffusers>=0.35,<1",
+        ],
     },
 )

@@ -15,7 +15,7 @@ from easyanimate_jax.training.stages import Stage
 
 SMALL = Budget(48, lengths=(48,), sizes=(48, 64, 80), frames=13, min_fill=0.94)
 MEDIUM = Budget(192, lengths=(192,), sizes=(80, 96, 128), frames=17, min_fill=0.94)
-LARGE = Budget(768, lengths=(768,), sizes=(192, 256), frames=13, min_fill=0.94)
+LARGE = Budget(768, lengths=(768,), sizes=(256,), frames=9, min_fill=0.94)
 
 PROMPTS = (
     "a red circle moves right slowly on a black background",

@@ -55,7 +55,7 @@ def test_overrides_reach_nested_fields():
 
 def test_bad_configs_are_refused_by_name(tmp_path):
     config = load("v5_12b")
-    with pytest.raises(ValueError, match="no config 'nowhere.py'"):
+    with pytest.raises(ValueError, match=r"no config 'nowhere\.py'"):
         configs.load("nowhere.py")
     (tmp_path / "empty.py").write_text("x = 1")
     with pytest.raises(ValueError, match="defines no `config"):

@@ -186,6 +186,7 @@ class FrameNorm(nnx.Module):
         dtype, x = x.dtype, x.astype(jnp.float32)
         scale = self.scale[...].reshape(1, 1, 1, 1, -1)
         if self.groups is None:
+            # Flat patches of black, grey and white differ in amplitude: the 1 lets it through.
             power = jnp.mean(x * x, axis=-1, keepdims=True)
             return (x * jax.lax.rsqrt(power + 1.0) * scale).astype(dtype)
         x = rearrange(x, "B F H W (groups C) -> B F H W groups C", groups=self.groups)
