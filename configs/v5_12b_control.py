@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from easyanimate_jax.data.records import LatentSet
-from easyanimate_jax.training.stages import Stage
 from configs.v5_12b import TOKENS_13312, TOKENS_53248
 from configs.v5_12b import config as v5_12b
+from easyanimate_jax.data.records import LatentSet
+from easyanimate_jax.training.stages import Stage
 
 config = replace(
     v5_12b,
