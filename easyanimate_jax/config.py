@@ -22,7 +22,7 @@ from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.optimizer import OptimizerConfig
 from easyanimate_jax.training.stages import Stage
-from easyanimate_jax.training.vae import VAETrainConfig
+from easyanimate_jax.training.vae import VAEStage, VAETrainConfig
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def load(path: str, overrides: Sequence[str] = ()):
     )
 
 
-_ROOMS = (VAETrainConfig, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)
+_ROOMS = (VAETrainConfig, VAEStage, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)
 _CLASSES = {
     c.__name__: c for c in (TrainConfig, SampleConfig, OptimizerConfig, MeshConfig, *_ROOMS)
 }

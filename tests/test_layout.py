@@ -13,7 +13,8 @@ ROWS = [
     {"models", "diffusion", "data"},
     {"text"},
     {"convert"},
-    {"training", "prepare", "pipelines", "evaluation"},
+    {"training", "prepare", "pipelines"},
+    {"evaluation"},
     {"config"},
     {"trainer", "describe", "runs"},
 ]

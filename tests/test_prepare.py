@@ -191,8 +191,9 @@ def test_a_set_that_no_clip_fits_is_named(source, vae):
 
 
 def test_a_fingerprint_follows_names_and_contents(tmp_path):
-    (tmp_path / "a").write_text("1")
+    (tmp_path / "config.json").write_text("1")
     one = fingerprint(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("what training leaves does not count")
     assert fingerprint(tmp_path) == one
-    (tmp_path / "a").write_text("2")
+    (tmp_path / "config.json").write_text("2")
     assert fingerprint(tmp_path) != one

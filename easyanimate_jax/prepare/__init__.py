@@ -40,6 +40,7 @@ SHARD_SIZE = 128  # records
 ROWS, PIXELS = 16, 2**24  # encoded at once: at most so many clips, and so many pixels
 TEXT_ROWS, TEXT_CACHE = 32, 2**30  # prompts encoded at once; bytes of states kept
 NO_TASK = 0.9  # share of all-masked draws that become plain T2V (spec 6.1)
+MODEL_FILES = ("*.safetensors", "config.json", "text.json", "tokenizer*", "vocab*", "*.model")
 MAX_BAD = 0.05  # share of a set's clips that may be unreadable
 
 
@@ -116,9 +117,9 @@ def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A hash of a folder's files."""
+    """A hash of a model folder: weights, configs and tokenizers, not what its training left."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+    for path in sorted(p for pattern in MODEL_FILES for p in Path(folder).rglob(pattern)):
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, "blake2b").digest()
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + content)

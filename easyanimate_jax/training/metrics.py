@@ -6,8 +6,6 @@ import time
 from collections import deque
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
-
 
 class MetricsWriter:
     """Appends one JSON line a step; a resumed run first drops the lines of steps it will redo."""
@@ -18,7 +16,7 @@ class MetricsWriter:
             kept = [line for line in path.read_text().splitlines() if _step(line) < first_step]
             path.write_text("".join(line + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
-        self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=first_step)
+        self.board = _board(Path(folder) / "tensorboard", first_step)
 
     def write(self, row: dict) -> None:
         """`row` holds "step" and plain numbers or strings."""
@@ -30,6 +28,18 @@ class MetricsWriter:
     def close(self) -> None:
         self.file.close()
         self.board.close()
+
+
+def _board(folder: Path, first_step: int):
+    """A TensorBoard writer. Its package imports torch where that is installed; we hide it."""
+    hide = "torch" not in sys.modules
+    if hide:
+        sys.modules["torch"] = None
+    from tensorboardX import SummaryWriter
+
+    if hide:
+        del sys.modules["torch"]
+    return SummaryWriter(str(folder), purge_step=first_step)
 
 
 def _step(line: str) -> int:
