@@ -119,7 +119,8 @@ def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]
 def fingerprint(folder: str | Path) -> str:
     """A hash of a model folder: weights, configs and tokenizers, not what its training left."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(p for pattern in MODEL_FILES for p in Path(folder).rglob(pattern)):
+    found = (path for pattern in MODEL_FILES for path in Path(folder).rglob(pattern))
+    for path in sorted(path for path in found if path.is_file()):
         with open(path, "rb") as file:
             content = hashlib.file_digest(file, "blake2b").digest()
         digest.update(str(path.relative_to(folder)).encode() + b"\0" + content)
