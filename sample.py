@@ -147,6 +147,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
 
+    for name, prompt in (("prompt", a.prompt), ("negative-prompt", a.negative_prompt)):
+        if encoder.is_cut(prompt):
+            print(f"sample.py: --{name} is too long, its end is not used", file=sys.stderr)
     pictures = {place: fit(p, a.height, a.width) for place, p in pictures.items()}
     began = time.perf_counter()
     frames = generate(a, run, encoder, pictures)

@@ -53,7 +53,7 @@ config = TrainConfig(
     sets=(
         LatentSet("image", Budget(48, (48,), (112,), frames=1, min_fill=0.9), kinds=("image",)),
         LatentSet("small", SMALL, kinds=("video",)),
-        LatentSet("medium", MEDIUM, kinds=("video",), condition_draws=3),
+        LatentSet("medium", MEDIUM, kinds=("video",), condition_draws=1),
         LatentSet("large", LARGE, kinds=("video",), min_side=192, condition_draws=1),
     ),
     stages=(

@@ -133,6 +133,9 @@ class Encoder:
         assert folder == "text"
         return cls()
 
+    def is_cut(self, prompt):
+        return len(prompt) > 50
+
     def encode(self, prompts):
         return (np.stack([np.full((3, 8), len(p), np.float32) for p in prompts]),)
 
@@ -168,6 +171,11 @@ def test_pictures_begin_and_end_a_video(working, tmp_path):
     assert working("--prompt", "", "--image", "start.png", "--end-image", "start.png") == 0
     sidecar = json.loads((tmp_path / "samples" / "00000001.json").read_text())
     assert set(sidecar["pictures_sha256"]) == {"image", "end-image"}
+
+
+def test_a_prompt_that_is_cut_is_named(working, capsys):
+    assert working("--prompt", "x" * 51, "--frames", 1, "--guidance", 1) == 0
+    assert "--prompt is too long" in capsys.readouterr().err
 
 
 def test_one_frame_is_a_png(working, tmp_path):

@@ -159,6 +159,8 @@ def test_prompts_are_cleaned_before_any_tokenizer_sees_them(folder):
     assert len(clean("红" * 10_000, 20)) == 160
     long, cut = encoder.encode(["a red circle " * 5000, "a red circle " * 50])[0]
     np.testing.assert_array_equal(long, cut)
+    cuts = [encoder.is_cut("a red circle " * times) for times in (1, 50, 5000)]
+    assert cuts == [False, True, True]
 
 
 def test_a_folder_without_encoders_is_refused(tmp_path):

@@ -75,6 +75,14 @@ class TextEncoder:
         states = (np.concatenate(parts) for parts in zip(*batches, strict=True))
         return tuple(part[: len(prompts)] for part in states)
 
+    def is_cut(self, prompt: str) -> bool:
+        """Whether an encoder does not see the end of `prompt`."""
+        known = clean(prompt, max(self.config.lengths))
+        return len(known) < len(prompt) or any(
+            len(tokenizer(known)["input_ids"]) > length
+            for tokenizer, length in zip(self._tokenizers, self.config.lengths, strict=True)
+        )
+
     def _ids(self, prompts: list[str]) -> list[np.ndarray]:
         """Token ids of up to BATCH prompts, filled with empty ones: one shape, one program."""
         prompts = prompts + [""] * (BATCH - len(prompts))
