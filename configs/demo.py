@@ -57,8 +57,8 @@ config = TrainConfig(
         LatentSet("large", LARGE, kinds=("video",), min_side=192, condition_draws=1),
     ),
     stages=(
-        Stage("image", "image", batch_size=16, steps=300, learning_rate=2e-3),
-        Stage("small_t2v", "small", batch_size=16, steps=700, learning_rate=2e-3, warmup=20),
+        Stage("image", "image", batch_size=16, steps=200, learning_rate=2e-3),
+        Stage("small_t2v", "small", batch_size=16, steps=1000, learning_rate=2e-3, warmup=20),
         Stage("medium_t2v", "medium", batch_size=8, steps=400, learning_rate=1.5e-3, warmup=20),
         Stage(
             "medium_i2v",
@@ -71,7 +71,7 @@ config = TrainConfig(
             warmup=20,
         ),
         Stage(
-            "large_i2v", "large", task="i2v", batch_size=2, steps=40, learning_rate=2e-4, warmup=5
+            "large_i2v", "large", task="i2v", batch_size=2, steps=30, learning_rate=2e-4, warmup=5
         ),
     ),
     optimizer=OptimizerConfig(b2=0.99, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0),

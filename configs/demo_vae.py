@@ -16,6 +16,7 @@ config = VAETrainConfig(
     betas=(0.9, 0.99),
     weight_decay=0.01,
     l2_weight=1.0,
+    kl_weight=0.1,  # enough noise on the latents that the decoder forgives what diffusion misses
     discriminator_start=None,  # flat colours have no texture to judge
     save_every=500,
     log_every=50,
