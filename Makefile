@@ -47,7 +47,7 @@ slow: setup
 	$(CPU) $(BIN)/pytest -m slow
 
 bench: setup
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for script in $(wildcard benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
 
 lint: setup
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ setup(
         "einops>=0.8",
         "jaxtyping>=0.3",
         "tyro>=1.0",
-        "av>=14",
+        "av>=18",
         "pillow>=11",
         "scikit-learn>=1.5",  # the handwritten digits of the demo world
         "tensorboardx>=2.6",
