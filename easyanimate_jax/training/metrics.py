@@ -52,7 +52,7 @@ def _step(line: str) -> int:
 class Progress:
     """The progress line: where the run is, how fast, and when stage and schedule will end.
 
-    Times are estimated from tokens: `remaining` maps a (stage, step) to the tokens still to come.
+    Times to come are estimated from tokens to come, at the rate of the last 50 steps.
     """
 
     def __init__(self):
