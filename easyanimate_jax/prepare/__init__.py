@@ -40,7 +40,15 @@ SHARD_SIZE = 128  # records
 ROWS, PIXELS = 16, 2**24  # encoded at once: at most so many clips, and so many pixels
 TEXT_ROWS, TEXT_CACHE = 32, 2**30  # prompts encoded at once; bytes of states kept
 NO_TASK = 0.9  # share of all-masked draws that become plain T2V (spec 6.1)
-MODEL_FILES = ("*.safetensors", "config.json", "text.json", "tokenizer*", "vocab*", "merges.txt", "*.model")
+MODEL_FILES = (
+    "*.safetensors",
+    "config.json",
+    "text.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
 MAX_BAD = 0.05  # share of a set's clips that may be unreadable
 
 

@@ -191,9 +191,8 @@ class TextEncoder:
 
 
 def _states(encoders, inputs):
-    """Rows are shared among the devices, and the states come back to every host."""
-    shared = jax.tree.map(lambda x: shard(x, "batch", *[None] * (x.ndim - 1)), inputs)
-    states = [encoder(*x) for encoder, x in zip(encoders, shared, strict=True)]
+    """States in float32, whole on every device, so that any host can read them."""
+    states = [encoder(*x) for encoder, x in zip(encoders, inputs, strict=True)]
     return [shard(x.astype(jnp.float32), None, None, None) for x in states]
 
 

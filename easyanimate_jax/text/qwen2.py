@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from safetensors import safe_open
 
-from easyanimate_jax.models.layers import axes, linear, rms_norm, scan_blocks, stack
+from easyanimate_jax.models.layers import axes, linear, rms_norm, scan_blocks, spread, stack
 from easyanimate_jax.sharding import shard
 from easyanimate_jax.text import weights
 
@@ -75,6 +75,8 @@ class Qwen2Block(nnx.Module):
     def __init__(self, config: Qwen2Config, *, dtype: str, rngs: nnx.Rngs):
         self.head_width = config.head_width
         D, mlp = config.hidden_size, config.intermediate_size
+        # Keys are split over `tensor` like queries. Where that is wider than the key heads it cuts
+        # through heads, and XLA moves them: a mesh that divides both counts is faster.
         keys = config.num_key_value_heads * config.head_width
         dense = partial(linear, dtype=dtype, rngs=rngs)
         self.attention_norm = rms_norm(D, eps=config.rms_norm_eps, rngs=rngs)
@@ -129,7 +131,7 @@ class Qwen2(nnx.Module):
         angles = rotary_angles(positions, self.config.head_width, self.config.rope_theta)
         causal = place[:, None] >= place[None]
         mask = causal[None, None] & real[:, None, None]
-        x = shard(self.words(ids).astype(self.dtype), "batch", None, None)
+        x = spread(self.words(ids).astype(self.dtype))
         return scan_blocks(lambda block, x: block(x, angles, mask), x, self.blocks)
 
 
