@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
-from easyanimate_jax.data.records import read_texts, write_texts
-from easyanimate_jax.prepare import TextStates, fingerprint
+from easyanimate_jax.convert.folder import save_module
+from easyanimate_jax.data.media import write_png
+from easyanimate_jax.data.records import Records, read_texts
+from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.prepare import fingerprint
+from easyanimate_jax.prepare.__main__ import main as prepare_command
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.text.encode import CHAT, Chat, TextConfig, TextEncoder
 from easyanimate_jax.text.qwen2 import load_qwen2
@@ -293,14 +298,52 @@ def test_a_bfloat16_folder_is_held_and_run_in_bfloat16(folder, encoder, tmp_path
     assert 0 < np.abs(states - exact).max() < 0.1 * np.abs(exact).max()
 
 
-def test_prepare_keeps_the_states_of_a_v51_folder(folder, encoder, tmp_path):
-    write_texts(tmp_path / "prompts.safetensors", TextStates(encoder)(PROMPTS))
-    (kept,) = read_texts(tmp_path / "prompts.safetensors")
-    np.testing.assert_allclose(kept, encoder.encode(PROMPTS)[0], rtol=1e-3, atol=1e-3)
+def test_other_merges_are_another_folder(folder, tmp_path):
     other = copied(folder, tmp_path / "other")
     before = fingerprint(other)
     (other / "tokenizer" / "merges.txt").write_text("h e")
     assert fingerprint(other) != before
+
+
+CONFIG = """
+from dataclasses import replace
+from configs.demo import config as demo
+from easyanimate_jax.config import SampleConfig
+from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.records import LatentSet
+
+config = replace(
+    demo,
+    source="{source}",
+    prepared="{out}",
+    vae="{vae}",
+    text="{text}",
+    sets=(LatentSet("image", Budget(4, (4,), (32,), frames=1), kinds=("image",)),),
+    stages=demo.stages[:1],
+    samples=SampleConfig(("红色的圆形",)),
+)
+"""
+
+
+def test_the_prepare_command_takes_a_v51_folder_onto_every_device(folder, encoder, tmp_path):
+    vae = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, unshuffle=4, dtype="float32")
+    save_module(tmp_path / "vae", CausalVAE(vae, rngs=nnx.Rngs(0)))
+    rows = [{"file_path": f"{i}.png", "text": text} for i, text in enumerate(PROMPTS) if text]
+    (tmp_path / "source").mkdir()
+    for row in rows:
+        picture = np.full((40, 40, 3), len(row["text"]) % 256, np.uint8)
+        write_png(tmp_path / "source" / row["file_path"], picture)
+    (tmp_path / "source" / "metadata.json").write_text(json.dumps(rows))
+    places = {name: tmp_path / name for name in ("source", "out", "vae")}
+    (tmp_path / "config.py").write_text(CONFIG.format(**places, text=folder))
+    assert prepare_command([str(tmp_path / "config.py")]) == 0
+    records = Records(tmp_path / "out" / "image")
+    assert len(records) == 4
+    for i, clip in enumerate(records.index["clip"]):
+        (expected,) = encoder.encode([PROMPTS[int(clip[0])]])
+        np.testing.assert_allclose(records[i]["text0"], expected, rtol=1e-3, atol=1e-3)
+    (shown,) = read_texts(tmp_path / "out" / "prompts.safetensors")
+    np.testing.assert_allclose(shown, encoder.encode(["红色的圆形"])[0], rtol=1e-3, atol=1e-3)
 
 
 ROPELESS = {"text_config": {k: v for k, v in SIZES.items() if k != "rms_norm_eps"}}
