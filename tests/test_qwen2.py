@@ -19,9 +19,9 @@ from easyanimate_jax.data.records import Records, read_texts
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.prepare import fingerprint
 from easyanimate_jax.prepare.__main__ import main as prepare_command
-from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.sharding import MeshConfig, make_mesh, shardings
 from easyanimate_jax.text.encode import CHAT, Chat, TextConfig, TextEncoder
-from easyanimate_jax.text.qwen2 import load_qwen2
+from easyanimate_jax.text.qwen2 import Qwen2, Qwen2Config, load_qwen2, read_qwen2_config
 
 SIZES = dict(
     vocab_size=270,
@@ -176,6 +176,67 @@ def test_the_last_layer_is_not_held(tmp_path):
     reference().save_pretrained(tmp_path)
     model = load_qwen2(tmp_path)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(model.blocks)} == {3}
+
+
+RELEASED = {  # Qwen2-VL-7B-Instruct's config.json, flat, without its vision_config
+    "model_type": "qwen2_vl",
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_window_layers": 28,
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    "sliding_window": 32768,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+
+
+def test_the_released_model_splits_over_a_mesh(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(RELEASED))
+    config = read_qwen2_config(tmp_path)
+    assert (config.head_width, config.rope_theta) == (128, 1e6)
+    model = jax.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(model)) == 6_837_557_760  # 27 layers, words
+    placed = shardings(make_mesh(MeshConfig(fsdp=2, context=2, tensor=2)), model)
+    held = sum(
+        np.prod(sharding.shard_shape(leaf.shape))
+        for leaf, sharding in zip(jax.tree.leaves(model), jax.tree.leaves(placed), strict=True)
+    )
+    assert held < 6_837_557_760 / 8 * 1.1  # the words are not split over `tensor`
+
+
+def test_every_weight_names_its_axes():
+    config = Qwen2Config(270, 32, 48, 4, 4, 2, 1e-6, 1e6)
+    model = jax.eval_shape(lambda: Qwen2(config, rngs=nnx.Rngs(0)))
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    for path, p in jax.tree_util.tree_leaves_with_path(model, is_leaf=is_variable):
+        assert len(p.out_sharding) == p.get_value().ndim, jax.tree_util.keystr(path)
+
+
+@pytest.mark.slow
+def test_real_tokens_equal_transformers_at_the_released_width(tmp_path):
+    sizes = SIZES | {n: RELEASED[n] for n in ("hidden_size", "intermediate_size")}
+    sizes |= {"num_attention_heads": 28, "num_key_value_heads": 4, "num_hidden_layers": 3}
+    rope = {**ROPE, "mrope_section": [16, 24, 24]}
+    config = transformers.Qwen2VLConfig(
+        text_config={**sizes, "rope_parameters": rope}, vision_config=VISION | {"hidden_size": 3584}
+    )
+    torch.manual_seed(0)
+    theirs = Qwen2VLTextModel(config.text_config).eval()
+    theirs.save_pretrained(tmp_path)
+    lengths = np.array([256, 100], np.int32)
+    mask = np.arange(256)[None] < lengths[:, None]
+    ids = np.where(mask, np.random.default_rng(0).integers(0, 256, (2, 256)), PAD)
+    expected = penultimate(theirs, ids, mask, old_positions(mask))
+    ours = np.asarray(run(load_qwen2(tmp_path), ids, lengths))
+    print(f"max abs error {np.abs(ours - expected).max():.1e}, states' std {expected.std():.2f}")
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

