@@ -165,10 +165,19 @@ def test_unreadable_files_are_skipped_with_a_reason(source, vae):
     (source / "4.mp4").write_bytes(data[:-200])  # the header stays, the last frames go
     at = data.index(b"mdat")
     (source / "4.mp4").write_bytes(data[: at + 600] + bytes(len(data) - at - 600 - 1))
-    records = run(source, vae, shard_size=1)  # one shard is left without a record
+    records = run(source, vae)
     left_out = (source.parent / "out" / "quarantine.jsonl").read_text()
     assert "broken.mp4" in left_out and "4.mp4" in left_out
     assert "4.mp4" not in records.index["clip"]
+
+
+def test_a_shard_may_lose_all_its_clips(source, vae, monkeypatch):
+    read = prepare_module._read
+    bad = lambda job: ValueError("bad") if job.clip.name == "1.mp4" else read(job)  # noqa: E731
+    monkeypatch.setattr(prepare_module, "_read", bad)
+    records = run(source, vae, shard_size=1)
+    assert sorted(records.index["clip"]) == ["0.mp4", "2.mp4", "3.mp4", "4.mp4", "p.png"]
+    assert records[4]["text0"].shape[1:] == (3, 4)
 
 
 def test_too_many_unreadable_clips_stop_the_run(source, vae, monkeypatch):

@@ -294,6 +294,17 @@ def test_every_prompt_is_the_chat_of_the_tokenizers_template(folder):
     assert (ids[:3, short.shape[1] - 1 :] == PAD).all() and short.shape[1] in (128, 192)
 
 
+def test_a_chat_always_ends_in_a_row_of_padding_that_stands_for_the_rest(folder, encoder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    chat = Chat(tokenizer, 256)
+    full = "b" * (128 - chat.num_tokens(""))
+    ids, lengths = chat([full])
+    assert lengths == [128] and ids.shape == (1, 192)
+    ids, mask = diffusers_tokens(folder, [full])
+    expected = penultimate(reference(), ids, mask, old_positions(mask))
+    np.testing.assert_allclose(encoder.encode([full])[0], expected, rtol=0, atol=1e-4)
+
+
 def test_a_long_prompt_loses_the_closing_turn(folder, encoder):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
