@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
-from easyanimate_jax.convert.folder import save_module
 from easyanimate_jax.data.media import write_png
 from easyanimate_jax.data.records import Records, read_texts
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.prepare import __main__ as command
 from easyanimate_jax.prepare import fingerprint
-from easyanimate_jax.prepare.__main__ import main as prepare_command
 from easyanimate_jax.sharding import MeshConfig, make_mesh, shardings
 from easyanimate_jax.text.encode import CHAT, Chat, TextConfig, TextEncoder
 from easyanimate_jax.text.qwen2 import Qwen2, Qwen2Config, load_qwen2, read_qwen2_config
@@ -397,9 +396,10 @@ config = replace(
 """
 
 
-def test_the_prepare_command_takes_a_v51_folder_onto_every_device(folder, encoder, tmp_path):
-    vae = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, unshuffle=4, dtype="float32")
-    save_module(tmp_path / "vae", CausalVAE(vae, rngs=nnx.Rngs(0)))
+def test_the_prepare_command_takes_a_v51_folder(folder, encoder, tmp_path, monkeypatch):
+    config = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, unshuffle=4, dtype="float32")
+    vae = CausalVAE(config, rngs=nnx.Rngs(0))
+    monkeypatch.setattr(command, "load_vae", lambda folder: vae)
     rows = [{"file_path": f"{i}.png", "text": text} for i, text in enumerate(PROMPTS) if text]
     (tmp_path / "source").mkdir()
     for row in rows:
@@ -408,7 +408,7 @@ def test_the_prepare_command_takes_a_v51_folder_onto_every_device(folder, encode
     (tmp_path / "source" / "metadata.json").write_text(json.dumps(rows))
     places = {name: tmp_path / name for name in ("source", "out", "vae")}
     (tmp_path / "config.py").write_text(CONFIG.format(**places, text=folder))
-    assert prepare_command([str(tmp_path / "config.py")]) == 0
+    assert command.main([str(tmp_path / "config.py")]) == 0
     records = Records(tmp_path / "out" / "image")
     assert len(records) == 4
     for i, clip in enumerate(records.index["clip"]):
