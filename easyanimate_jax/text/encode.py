@@ -80,7 +80,7 @@ class Chat:
         return len(self.tokenizer(CHAT.format(prompt))["input_ids"])
 
     def __call__(self, prompts: list[str]) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B"]]:
-        """Ids and numbers of real tokens. Beyond L, which ends in padding, there is only more."""
+        """Ids and numbers of real tokens. A row past L, if any, is padding like the last of L."""
         chats = self.tokenizer([CHAT.format(prompt) for prompt in prompts])["input_ids"]
         chats = [chat[: self.length] for chat in chats]
         lengths = np.array([len(chat) for chat in chats], np.int32)
