@@ -16,7 +16,7 @@ setup: .venv/ready
 # The staged schedule, small but whole: files -> VAE -> latents -> five stages -> score and report.
 demo: setup
 	mkdir -p runs/demo && touch runs/demo/started
-	$(BIN)/python -m easyanimate_jax.evaluation.world runs/demo/data --large-clips 60
+	$(BIN)/python -m easyanimate_jax.evaluation.world runs/demo/data
 	$(BIN)/python train.py configs/demo_vae.py
 	$(BIN)/python -m easyanimate_jax.text.train runs/demo/data runs/demo/text
 	$(BIN)/python -m easyanimate_jax.prepare configs/demo.py

@@ -18,6 +18,7 @@ from easyanimate_jax.evaluation.world import (
     DIGITS,
     DIRECTIONS,
     FORMS,
+    FORMS_PER_DIGIT,
     SHAPES,
     SPEEDS,
     WRITERS,
@@ -38,7 +39,7 @@ CHANCE = {
     "background": 1 / len(BACKGROUNDS),
     "direction": 1 / len(DIRECTIONS),
     "speed": 1 / len(SPEEDS),
-    "shape": 1 / (2 * len(FORMS)),
+    "shape": FORMS_PER_DIGIT / (FORMS_PER_DIGIT + 1) / len(FORMS),
     "joint": 1 / (len(COLOURS) * len(BACKGROUNDS) * len(DIRECTIONS)),
 }
 

@@ -5,7 +5,7 @@ and a Chinese caption that state all there is to know about it, so `score.py` ca
 clip against its prompt without a learned judge. Some (colour, background, direction) triples never
 occur in training, though every pair of their values does: they show whether words compose.
 
-    python -m easyanimate_jax.evaluation.world OUT --images 600 --clips 1500 --large-clips 200
+    python -m easyanimate_jax.evaluation.world OUT --images 600 --clips 2000 --large-clips 24
 
 writes `OUT/metadata.json` (two rows per file: English, then Chinese) and, as a data set of its own,
 `OUT/heldout/metadata.json` with ground truth for the held-out triples.
@@ -38,7 +38,7 @@ COLOURS = {
 # Not quite black and white: -1 exactly would mean "unknown" to the noised references (spec 6.4).
 BACKGROUNDS = {"black": (16, 16, 16), "white": (240, 240, 240), "grey": (128, 128, 128)}
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
-SPEEDS = {"slowly": 0.018, "quickly": 0.045}  # short sides per frame
+SPEEDS = {"slowly": 0.028, "quickly": 0.058}  # short sides per frame
 FORMS = ("circle", "square", "triangle", "cross")
 DIGITS = tuple(f"digit {d}" for d in range(10))
 SHAPES = FORMS + DIGITS
@@ -53,11 +53,13 @@ CHINESE = {
 }
 
 FPS = 8
-DURATIONS = (5, 9, 13, 17, 25)
+DURATIONS = (9, 13, 17, 25)
 ASPECTS = (1.0, 0.75, 1.33, 0.67, 1.5, 0.5, 2.0)  # height / width
 SHORT_SIDES = (64, 80, 96, 112, 128)
 LARGE_SHORT_SIDES = (192, 224, 256)
-RADII = (0.20, 0.27)  # half the object's box, in short sides
+RADII = (0.20, 0.26)  # half the object's box, in short sides
+OFF_CENTRE = 0.10  # the middle of a path lies this near to the picture's, in short sides
+FORMS_PER_DIGIT = 3  # of every four objects three are drawn forms and one is a digit
 WRITERS = 20  # handwritten images per digit
 
 
@@ -82,8 +84,8 @@ class WorldConfig:
     """How many files of each kind; `large_clips` have a short side of 192 to 256 pixels."""
 
     images: int = 600
-    clips: int = 1500
-    large_clips: int = 200
+    clips: int = 2000
+    large_clips: int = 24
     heldout: int = 96
     seed: int = 0
 
@@ -120,7 +122,7 @@ def held_out() -> tuple[tuple[str, str, str], ...]:
 def prompts(split: str, count: int, seed: int) -> list[Prompt]:
     """`count` prompts for clips of the "seen" or "heldout" triples, all values equally often.
 
-    Half of the objects are drawn forms and half are digits.
+    One object in four is a digit, the others are drawn forms.
     """
     if split not in ("seen", "heldout"):
         raise ValueError(f'split is {split!r}: choose "seen" or "heldout"')
@@ -152,7 +154,7 @@ def _cycle(values, rng: np.random.Generator) -> Iterator:
 
 def _shapes(rng: np.random.Generator) -> Iterator[str]:
     forms, digits = _cycle(FORMS, rng), _cycle(DIGITS, rng)
-    for choice in _cycle((forms, digits), rng):
+    for choice in _cycle((*[forms] * FORMS_PER_DIGIT, digits), rng):
         yield next(choice)
 
 
@@ -177,7 +179,7 @@ def _fill_box(ink: np.ndarray) -> np.ndarray:
     return ndimage.map_coordinates(ink, np.meshgrid(y, x, indexing="ij"), order=1)
 
 
-INK = 0.45  # grey level of a digit's outline
+INK = 0.25  # grey level of a digit's outline
 
 
 def mask(
@@ -216,8 +218,9 @@ def render(
             f"{num_frames} frames of {height}x{width} have no room for an object that moves "
             f"{a.direction} {a.speed}; choose fewer frames (see `durations`)"
         )
-    centre = radius + np.maximum(0, -travel) + rng.uniform(0, 1, 2) * room
-    centres = np.float32(centre + np.arange(num_frames)[:, None] * step)
+    off = np.minimum(room / 2, OFF_CENTRE * short)
+    middle = np.array([height, width]) / 2 + rng.uniform(-off, off)
+    centres = np.float32(middle + (np.arange(num_frames) - (num_frames - 1) / 2)[:, None] * step)
     y = (np.float32(np.arange(height)) + 0.5 - centres[:, :1])[:, :, None] / radius
     x = (np.float32(np.arange(width)) + 0.5 - centres[:, 1:])[:, None, :] / radius
     alpha = mask(a.shape, y, x, 1 / radius, int(rng.integers(WRITERS)))[..., None]
