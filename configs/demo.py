@@ -7,15 +7,15 @@ keeps its aspect ratio and goes through the one program of its stage's length.
 from easyanimate_jax.config import SampleConfig, TrainConfig
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
-from easyanimate_jax.diffusion.ddpm import DDPM
+from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.optimizer import OptimizerConfig
 from easyanimate_jax.training.stages import Stage
 
-SMALL = Budget(48, lengths=(48,), sizes=(48, 64, 80), frames=13, min_fill=0.94)
-MEDIUM = Budget(192, lengths=(192,), sizes=(80, 96, 128), frames=17, min_fill=0.94)
-LARGE = Budget(768, lengths=(768,), sizes=(256,), frames=9, min_fill=0.94)
+SMALL = Budget(48, lengths=(48,), sizes=(64,), frames=13, min_fill=0.93)
+MEDIUM = Budget(192, lengths=(192,), sizes=(80, 96, 128), frames=17, min_fill=0.93)
+LARGE = Budget(768, lengths=(768,), sizes=(256,), frames=9, min_fill=0.93)
 
 PROMPTS = (
     "a red circle moves right slowly on a black background",
@@ -49,35 +49,46 @@ config = TrainConfig(
         time_width=128,
         dtype="float32",
     ),
-    process=DDPM(),
+    process=Flow(stratified=True),
     sets=(
         LatentSet("image", Budget(48, (48,), (112,), frames=1, min_fill=0.9), kinds=("image",)),
         LatentSet("small", SMALL, kinds=("video",)),
-        LatentSet("medium", MEDIUM, kinds=("video",), condition_draws=1),
+        LatentSet("medium", MEDIUM, kinds=("video",), min_side=112, condition_draws=1),
         LatentSet("large", LARGE, kinds=("video",), min_side=192, condition_draws=1),
     ),
     stages=(
-        Stage("image", "image", batch_size=16, steps=200, learning_rate=2e-3),
-        Stage("small_t2v", "small", batch_size=16, steps=1000, learning_rate=2e-3, warmup=20),
-        Stage("medium_t2v", "medium", batch_size=8, steps=400, learning_rate=1.5e-3, warmup=20),
+        Stage("image", "image", batch_size=16, steps=150, learning_rate=1e-2),
+        Stage(
+            "small_t2v",
+            "small",
+            batch_size=16,
+            steps=1500,
+            learning_rate=1e-2,
+            end_learning_rate=2e-3,
+        ),
+        Stage(
+            "medium_t2v",
+            "medium",
+            batch_size=8,
+            steps=600,
+            learning_rate=4e-3,
+            end_learning_rate=2e-3,
+        ),
         Stage(
             "medium_i2v",
             "medium",
             task="i2v",
             batch_size=8,
-            steps=250,
-            learning_rate=1.5e-3,
-            end_learning_rate=2e-4,
-            warmup=20,
+            steps=500,
+            learning_rate=2e-3,
+            end_learning_rate=1e-4,
         ),
-        Stage(
-            "large_i2v", "large", task="i2v", batch_size=2, steps=30, learning_rate=2e-4, warmup=5
-        ),
+        Stage("large_i2v", "large", task="i2v", batch_size=2, steps=20, learning_rate=1e-4),
     ),
     optimizer=OptimizerConfig(b2=0.99, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0),
     mesh=MeshConfig(),
     samples=SampleConfig(
-        PROMPTS, every=400, frames=9, height=128, width=128, steps=16, guidance=3.0
+        PROMPTS, every=1000, frames=9, height=128, width=128, steps=12, guidance=3.0
     ),
     ema_decay=0.99,
     save_every=500,

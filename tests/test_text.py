@@ -3,17 +3,19 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 
 from easyanimate_jax.evaluation.world import image_prompts, prompts
 from easyanimate_jax.sharding import MeshConfig, make_mesh
-from easyanimate_jax.text.bert import load_bert, save_bert
+from easyanimate_jax.text.bert import Bert, load_bert, save_bert
 from easyanimate_jax.text.encode import TextConfig, TextEncoder, clean
 from easyanimate_jax.text.t5 import load_t5, relative_buckets, save_t5
-from easyanimate_jax.text.train import TextTrainConfig, train
+from easyanimate_jax.text.train import Learner, TextTrainConfig, multi_hot, pair_loss, train
 
 IDS = np.random.default_rng(0).integers(0, 90, (3, 40))
 MASK = np.arange(40)[None] < np.array([[40], [7], [23]])
@@ -148,21 +150,63 @@ def folder(tmp_path_factory):
     asked = [(p.en, p.zh) for p in prompts("seen", 200, seed=0)]
     metadata = [row for i, texts in enumerate(asked) for row in rows(f"{i}.mp4", texts)]
     (source / "metadata.json").write_text(json.dumps(metadata), "utf-8")
-    train(source, out, TextTrainConfig(width=32, layers=1, heads=2, steps=50, batch=24))
+    train(source, out, TextTrainConfig(width=32, layers=1, heads=2, steps=10, batch=24))
     return out
 
 
 def test_two_encoders_are_made_from_captions_alone(folder):
     encoder = TextEncoder.load(folder)
     assert encoder.config == TextConfig(lengths=(20, 20), widths=(32, 32))
+    for states in encoder.encode(["a red circle", "红色的圆形"]):
+        assert states.shape == (2, 20, 32)
+        assert 0.7 < states.var(-1).mean() < 1.4
+
+
+def test_a_file_tells_the_words_of_both_captions():
+    pairs = np.array([[[2, 7, 0], [2, 8, 7]], [[2, 9, 0], [2, 9, 9]]])  # 0 pads, 2 starts
+    words = multi_hot(pairs, 10, special=[0, 2])
+    assert [np.flatnonzero(row).tolist() for row in words] == [[7, 8], [9]]
+
+
+class Lookup(Bert):
+    """An encoder without context: every token is its own state."""
+
+    def __init__(self, states):
+        self.words = nnx.Embed(*states.shape, rngs=nnx.Rngs(0))
+        self.words.embedding[...] = states
+
+    def __call__(self, ids):
+        return self.words(ids)
+
+
+def test_captions_are_asked_to_meet_at_every_place():
+    pairs = jnp.array([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
+    met = jnp.eye(8)[jnp.array([0, 1, 0, 1, 2, 3, 2, 3])]
+    crossed = met[jnp.array([0, 1, 3, 2, 4, 5, 7, 6])]  # right files, places exchanged
+
+    def loss(states):
+        learner = Learner(Lookup(states), rngs=nnx.Rngs(0))
+        learner.head.kernel[...] = jnp.zeros((8, 8))
+        return pair_loss(learner, pairs, jnp.zeros((2, 8)), temperature=0.1)
+
+    told_nothing = 8 * np.log(2)
+    assert abs(loss(met) - told_nothing) < 1e-3
+    assert loss(crossed) > told_nothing + 0.5
+
+
+@pytest.mark.slow  # three minutes on two cores
+def test_held_out_captions_meet_their_translation_at_every_place(tmp_path):
+    asked = [(p.en, p.zh) for p in prompts("seen", 1000, seed=0)]
+    metadata = [row for i, texts in enumerate(asked) for row in rows(f"{i}.mp4", texts)]
+    (tmp_path / "metadata.json").write_text(json.dumps(metadata), "utf-8")
+    train(tmp_path, tmp_path / "text", TextTrainConfig())
+    encoder = TextEncoder.load(tmp_path / "text")
     unseen = prompts("heldout", 40, seed=0)
     en, zh = (encoder.encode([getattr(p, language) for p in unseen]) for language in ("en", "zh"))
-    for a, b, length in zip(en, zh, encoder.config.lengths, strict=True):
-        assert a.shape == (40, length, 32)
-        assert 0.7 < a.var(-1).mean() < 1.4
-        a, b = (x.mean(1) / np.linalg.norm(x.mean(1), axis=-1, keepdims=True) for x in (a, b))
-        similarity = a @ b.T
-        assert np.diag(similarity).mean() > similarity.mean() + 0.3
+    for a, b in zip(en, zh, strict=True):
+        a, b = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (a, b))
+        similarity = np.einsum("BLD,CLD->LBC", a, b)
+        assert (similarity.argmax(-1) == np.arange(40)).mean() > 0.95
 
 
 def test_no_caption_has_unknown_tokens_and_none_is_cut(folder):

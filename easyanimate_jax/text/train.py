@@ -42,7 +42,7 @@ class TextTrainConfig:
     width: int = 128
     layers: int = 2
     heads: int = 4
-    steps: int = 120
+    steps: int = 400
     batch: int = 64  # caption pairs
     learning_rate: float = 2e-3
     temperature: float = 0.1
@@ -108,7 +108,7 @@ def piece_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 class Learner(nnx.Module):
-    """An encoder with the linear head that reads its tokens back."""
+    """An encoder with the linear head that reads a file's words from any one state."""
 
     def __init__(self, encoder: Bert | T5, *, rngs: nnx.Rngs):
         self.encoder = encoder
@@ -116,24 +116,39 @@ class Learner(nnx.Module):
 
 
 def pair_loss(
-    learner: Learner, pairs: Int[Array, "B 2 L"], *, pad_id: int, temperature: float
+    learner: Learner,
+    pairs: Int[Array, "B 2 L"],
+    words: Float[Array, "B V"],
+    *,
+    temperature: float,
 ) -> Float[Array, ""]:
-    """Every token read back from its own state, and a file's two captions found by mean state.
+    """Every state tells the words of both captions, and states of one place find each other.
 
-    The means include padding, for the transformer sees it too. No token is hidden, as it would be
-    in Bert's own training: that slowed the meeting of the languages, which the sampler needs more.
+    Places are compared with the same place of the other caption, padding included, for the
+    transformer reads it too: so a file's languages give it the same text. States that kept their
+    own word readable instead made the transformer learn every word in every place and language.
     """
     states = learner.encoder(rearrange(pairs, "B two L -> (B two) L"))
-    means = rearrange(states.mean(1), "(B two) D -> B two D", two=2)
-    means = means / jnp.linalg.norm(means, axis=-1, keepdims=True)
-    similarity = means[:, 0] @ means[:, 1].T / temperature
-    files = jnp.arange(len(pairs))
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-    finding = cross_entropy(similarity, files) + cross_entropy(similarity.T, files)
-
     logits = rearrange(learner.head(states), "(B two) L V -> B two L V", two=2)
-    reading = cross_entropy(logits, pairs).mean(where=pairs != pad_id)
-    return reading + finding.mean() / 2
+    telling = optax.sigmoid_binary_cross_entropy(logits, words[:, None, None]).sum(-1).mean()
+
+    states = states / jnp.linalg.norm(states, axis=-1, keepdims=True)
+    first, second = rearrange(states, "(B two) L D -> two L B D", two=2)
+    similarity = jnp.einsum("LBD,LCD->LBC", first, second) / temperature
+    files = jnp.broadcast_to(jnp.arange(len(pairs)), similarity.shape[:2])
+    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+    finding = cross_entropy(similarity, files) + cross_entropy(similarity.swapaxes(1, 2), files)
+    return telling + finding.mean() / 2
+
+
+def multi_hot(
+    pairs: Int[np.ndarray, "files 2 L"], vocabulary: int, special: Sequence[int]
+) -> Float[np.ndarray, "files V"]:
+    """1 for every token that either caption of a file has, special tokens left out."""
+    words = np.zeros((len(pairs), vocabulary), np.float32)
+    np.put_along_axis(words, pairs.reshape(len(pairs), -1), 1, axis=1)
+    words[:, list(special)] = 0
+    return words
 
 
 def train_encoder(
@@ -145,20 +160,19 @@ def train_encoder(
         0, config.learning_rate, config.steps // 10, config.steps
     )
     optimizer = optax.adamw(schedule, weight_decay=0.01)
-    loss = functools.partial(
-        pair_loss, pad_id=tokenizer.pad_token_id, temperature=config.temperature
-    )
+    loss = functools.partial(pair_loss, temperature=config.temperature)
+    words = multi_hot(pairs, len(tokenizer), tokenizer.all_special_ids)
 
     @jax.jit
-    def step(learner, opt_state, pairs):
-        value, grads = jax.value_and_grad(loss)(learner, pairs)
+    def step(learner, opt_state, pairs, words):
+        value, grads = jax.value_and_grad(loss)(learner, pairs, words)
         updates, opt_state = optimizer.update(grads, opt_state, learner)
         return optax.apply_updates(learner, updates), opt_state, value
 
     opt_state, rng = optimizer.init(learner), np.random.default_rng(config.seed)
     for i in range(config.steps):
         rows = rng.choice(len(pairs), config.batch, replace=len(pairs) < config.batch)
-        learner, opt_state, value = step(learner, opt_state, pairs[rows])
+        learner, opt_state, value = step(learner, opt_state, pairs[rows], words[rows])
         if (i + 1) % 50 == 0:
             print(
                 f"{type(encoder).__name__} step {i + 1}/{config.steps} loss {value:.3f}", flush=True
