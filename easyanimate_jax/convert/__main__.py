@@ -51,7 +51,7 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     a = vars(parser().parse_args(argv))
     source, target = a.pop("source"), a.pop("target")
-    with tqdm(desc=target, unit="B", unit_scale=True) as bar:
+    with tqdm(desc=target, unit="B", unit_scale=True, delay=0.5) as bar:
 
         def progress(size, total):
             bar.total = total

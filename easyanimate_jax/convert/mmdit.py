@@ -75,12 +75,12 @@ SUPPORTED = {
     "sample_height": (60,),
     "dropout": (0, None),
 }
-NEEDED = (
-    "proj.weight",
-    "proj_out.weight",
-    "time_embedding.linear_1.weight",
-    "transformer_blocks.0.attn1.norm_q.weight",
-)
+NEEDED = {  # what a config is made of, and the number of dimensions
+    "proj.weight": 4,
+    "proj_out.weight": 2,
+    "time_embedding.linear_1.weight": 2,
+    "transformer_blocks.0.attn1.norm_q.weight": 1,
+}
 
 
 def from_torch(
@@ -133,16 +133,19 @@ def config_of(weights: Mapping, fields: Mapping | None = None) -> MMDiTConfig:
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     blocks = {int(m[1]) for m in (re.match(r"transformer_blocks\.(\d+)\.", n) for n in shapes) if m}
     with_text = {i for i in blocks if f"transformer_blocks.{i}.attn2.to_q.weight" in shapes}
-    missing = [name for name in NEEDED if name not in shapes]
-    if missing or with_text != set(range(len(with_text))) or max(blocks) + 1 != len(blocks):
-        raise ValueError(
-            f"not a whole EasyAnimate transformer: it has blocks {sorted(blocks)}, of them "
-            f"{sorted(with_text)} with text weights"
-            + "".join(f"; {name} is missing" for name in missing)
-            + ". Give all files of one model."
-        )
     text_norm = "text_proj.0.weight" in shapes
     texts = [f"{name}.1.weight" if text_norm else f"{name}.weight" for name in TEXTS]
+    needed = NEEDED | {texts[0]: 2} | ({texts[1]: 2} if texts[1] in shapes else {})
+    faults = [
+        f"; {name} has shape {shapes[name]}" if name in shapes else f"; {name} is missing"
+        for name, rank in needed.items()
+        if len(shapes.get(name, ())) != rank or 0 in shapes[name]
+    ]
+    if faults or with_text != set(range(len(with_text))) or blocks != set(range(len(blocks))):
+        raise ValueError(
+            f"not a whole EasyAnimate transformer: it has blocks {sorted(blocks)}, of them "
+            f"{sorted(with_text)} with text weights{''.join(faults)}. Give all files of one model."
+        )
     width, in_channels, patch, _ = shapes["proj.weight"]
     (head_width,) = shapes["transformer_blocks.0.attn1.norm_q.weight"]
     return MMDiTConfig(

@@ -19,6 +19,7 @@ MODEL_CLASS, CONFIG_CLASS = CausalVAE, VAEConfig
 FOREIGN_CLASS = "AutoencoderKLMagvit"
 STEM = "diffusion_pytorch_model"
 WRAPPER = "state_dict."
+ENCODER_CONV = re.compile(r"encoder\.down_blocks\.(\d+)\.convs\.(\d+)\.conv2\.weight")
 CONV = (2, 3, 4, 1, 0)  # (out, in, time, y, x) in the order of ours
 DOWN = ("SpatialDownBlock3D", *["SpatialTemporalDownBlock3D"] * 3)
 UP = ("SpatialUpBlock3D", *["SpatialTemporalUpBlock3D"] * 3)
@@ -61,21 +62,18 @@ def config_of(weights: Mapping, fields: Mapping | None = None) -> VAEConfig:
     Raises ValueError where the tensors are no whole VAE.
     """
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
-    found = (
-        re.match(r"encoder\.down_blocks\.(\d+)\.convs\.(\d+)\.conv2\.weight", n) for n in shapes
-    )
-    convs = {(int(m[1]), int(m[2])) for m in found if m}
-    blocks, layers = {block for block, _ in convs}, {layer for _, layer in convs}
-    quant = shapes.get("quant_conv.weight")
-    if len(blocks) != len(UP) or blocks != set(range(len(UP))) or quant is None:
+    convs = {(int(m[1]), int(m[2])) for m in map(ENCODER_CONV.fullmatch, shapes) if m}
+    layers = range(1 + max((layer for _, layer in convs), default=0))
+    quant = shapes.get("quant_conv.weight", ())
+    if convs != {(block, layer) for block in range(4) for layer in layers} or len(quant) != 5:
         raise ValueError(
-            f"not a whole EasyAnimate VAE: it has encoder.down_blocks {sorted(blocks)}, wanted 0 "
-            f"to 3{'' if quant else '; quant_conv.weight is missing'}. Give all files of one model."
+            f"not a whole EasyAnimate VAE: of encoder.down_blocks 0 to 3 it has convs "
+            f"{sorted(convs)}, and quant_conv.weight of shape {quant}. Give all files of one model."
         )
     fields = fields or {}
     width = lambda block: shapes[f"encoder.down_blocks.{block}.convs.0.conv2.weight"][0]  # noqa: E731
     return VAEConfig(
-        channels=tuple(width(block) for block in sorted(blocks)),
+        channels=tuple(width(block) for block in range(4)),
         layers=len(layers),
         groups=fields.get("norm_num_groups", 32),
         latent_channels=quant[0] // 2,

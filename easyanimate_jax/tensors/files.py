@@ -141,7 +141,7 @@ def _from_file(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype)
         raw = np.fromfile(
             path, np.uint8, math.prod(rest) * dtype.itemsize, offset=offset + begin * dtype.itemsize
         )
-        values = raw.view(dtype).reshape(*kept, *rest)
+        values = raw.view(dtype).reshape((*kept, *rest))
         return values[(..., *box[axis + 1 :])]
 
     return Tensor(shape, dtype, read)

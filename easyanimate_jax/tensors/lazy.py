@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 Box = tuple[slice, ...]  # a start and a stop for every dimension
 BLOCK = 256  # rows of a transposed copy that stay in the cache
@@ -17,7 +18,7 @@ class Tensor:
     """`read_box` gets a complete box and returns an array of its shape; it may be a view."""
 
     def __init__(
-        self, shape: Sequence[int], dtype: np.dtype, read_box: Callable[[Box], np.ndarray]
+        self, shape: Sequence[int], dtype: DTypeLike, read_box: Callable[[Box], np.ndarray]
     ):
         self.shape, self.dtype, self._read_box = tuple(shape), np.dtype(dtype), read_box
 
@@ -41,7 +42,7 @@ class Tensor:
     def nbytes(self) -> int:
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
-    def astype(self, dtype) -> "Tensor":
+    def astype(self, dtype: DTypeLike) -> "Tensor":
         """With each value rounded to `dtype`; whole numbers stay what they are."""
         if self.dtype == dtype or not is_float(self.dtype):
             return self

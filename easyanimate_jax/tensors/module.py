@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -34,6 +35,7 @@ def flat_weights(module: nnx.Module) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in named_weights(module).items()}
 
 
+@cache
 def abstract(model_class: type, config) -> nnx.Module:
     """`model_class(config)` with shapes in place of arrays."""
     return jax.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
@@ -44,7 +46,7 @@ def shapes_of(module) -> dict[str, tuple[int, ...]]:
 
 
 def misfits(tensors: Mapping[str, Tensor], module) -> list[str]:
-    """A line for each weight of `module` that is missing or misshapen, and each it does not have."""
+    """A line for each weight that is missing, misshapen, or not of `module`."""
     wanted = shapes_of(module)
     return [
         *(f"{name} is missing" for name in wanted if name not in tensors),
