@@ -14,11 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from disk import write_run
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from easyanimate_jax.config import from_json, to_json
-from easyanimate_jax.config import load as load_config
 from easyanimate_jax.convert import load_mmdit, load_vae, lora, mmdit, vae
 from easyanimate_jax.convert.__main__ import main
 from easyanimate_jax.convert.pipeline import Options, convert
@@ -35,8 +34,6 @@ from easyanimate_jax.tensors.module import (
     save_module,
     shapes_of,
 )
-from easyanimate_jax.training.checkpoint import Checkpoints
-from easyanimate_jax.training.step import TrainState
 
 TINY = MMDiTConfig(
     depth=4,
@@ -610,23 +607,6 @@ def test_memory_is_bounded_by_one_stacked_tensor_and_not_by_the_model(tmp_path):
         assert peak < 1.3 * max(sizes) + 20e6, (to, peak, max(sizes), sum(sizes))
 
 
-def write_run(folder, models, vae_folder="weights/vae", text_folder="weights"):
-    """A run folder with checkpoints 3 and 7; `models` are raw and averaged weights at 7."""
-    config = replace(
-        load_config("configs/demo.py"),
-        model=replace(models[0].config, in_channels=16),
-        vae=str(vae_folder),
-        text=str(text_folder),
-    )
-    checkpoints = Checkpoints(folder / "checkpoints", keep=2)
-    meta = {"in_channels": models[0].config.in_channels, "config": json.loads(to_json(config))}
-    zero = jax.numpy.zeros((), jax.numpy.int32)
-    for step, (raw, ema) in ((3, models[::-1]), (7, models)):
-        checkpoints.save(step, TrainState(zero, zero, raw, ema, ()), meta)
-    checkpoints.close()
-    assert from_json(json.dumps(meta["config"])) == config
-
-
 def test_a_run_gives_its_averaged_or_raw_weights_of_any_step(tmp_path):
     config = replace(TINY, in_channels=33, mmdit_depth=3, dtype="float32")
     states = [random_state(config, seed=seed) for seed in range(2)]
@@ -806,7 +786,5 @@ def test_lora_files_that_do_not_fit_are_refused(tmp_path, change, message):
 def test_a_lora_for_some_layers_only_is_measured_against_the_model(tmp_path):
     state = {n: x for n, x in lora_state(TINY, "original").items() if "_blocks_3_" not in n}
     save_file(state, tmp_path / "lora.safetensors")
-    with pytest.raises(
-        ValueError, match=r"transformer_blocks_3_attn1_to_q.lora_down.weight is m"
-    ):
+    with pytest.raises(ValueError, match=r"transformer_blocks_3_attn1_to_q.lora_down.weight is m"):
         lora.read(tmp_path / "lora.safetensors", TINY)

@@ -40,6 +40,7 @@ def load_mmdit(
     weight_dtype: str = "float32",
     mesh: Mesh | None = None,
     in_channels: int | None = None,
+    config: MMDiTConfig | None = None,
     weights: Weights = "ema",
     step: int | None = None,
     allow_pickle: bool = False,
@@ -48,7 +49,8 @@ def load_mmdit(
 
     `dtype` is what it computes in (None: what its config says, bfloat16 for foreign weights). With
     a mesh every device reads its own part. `in_channels` adapts the patch embedding to another
-    task (spec 2.9) and prints how. Raises ValueError listing all that is wrong.
+    task (spec 2.9) and prints how. `config` is built in place of the one found with the weights,
+    which must fit it. Raises ValueError listing all that is wrong.
     """
     problems = []
     model = open_model(
@@ -59,6 +61,10 @@ def load_mmdit(
         *changed, lines = mmdit.widen(model.tensors, model.config, in_channels)
         model = Model(*changed)
         print("\n".join(lines))
+    if config is not None:
+        faults = misfits(model.tensors, abstract(MMDiT, config))
+        files.raise_all(f"{path} does not fit {config}", faults)
+        model = Model(config, model.tensors)
     return _load(MMDiT, model, problems, dtype, weight_dtype, mesh)
 
 

@@ -7,7 +7,7 @@ are named by their path in the module, for example `encoder.conv_in.kernel`.
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -92,18 +92,24 @@ def fill(
     every device reads its own part from the files and no host holds more than its share.
     `problems` is the list that reading adds to; if it is not empty in the end, ValueError.
     """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(module)
-    named = [(tensors[_name(path)].astype(np.dtype(weight_dtype)), leaf) for path, leaf in leaves]
-    if mesh:
-        placed = jax.tree.leaves(shardings(mesh, module))
-        values = [
-            jax.make_array_from_callback(leaf.shape, sharding, tensor.read)
-            for (tensor, leaf), sharding in zip(named, placed, strict=True)
-        ]
-    else:  # not committed to a device, so that a jitted call may combine them with any others
-        values = [jnp.asarray(tensor.read()) for tensor, _ in named]
+    placed = iter(jax.tree.leaves(shardings(mesh, module)) if mesh else ())
+
+    def place(name, shape):
+        tensor = tensors[name].astype(weight_dtype)
+        if mesh:
+            return jax.make_array_from_callback(shape, next(placed), tensor.read)
+        # Not committed to a device, so that a jitted call may combine it with any others.
+        return jnp.asarray(tensor.read())
+
+    filled = with_weights(module, place)
     files.raise_all("the weights cannot be used", problems)
-    return jax.tree.unflatten(structure, values)
+    return filled
+
+
+def with_weights(module, value: Callable):
+    """The abstract module with `value(name, shape)` in place of every weight, in their order."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(module)
+    return jax.tree.unflatten(structure, [value(_name(path), leaf.shape) for path, leaf in leaves])
 
 
 def save_module(folder: str | os.PathLike, module: nnx.Module) -> None:

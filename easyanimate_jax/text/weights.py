@@ -13,7 +13,7 @@ from flax import nnx
 
 from easyanimate_jax.tensors import files
 from easyanimate_jax.tensors.lazy import Tensor
-from easyanimate_jax.tensors.module import fill, named_weights, shapes_of
+from easyanimate_jax.tensors.module import named_weights, shapes_of, with_weights
 from easyanimate_jax.tensors.table import Rule, Table, to_ours, to_theirs
 
 
@@ -30,8 +30,8 @@ def config_from(cls, values: Mapping):
     return cls(**{name: value for name, value in values.items() if name in names})
 
 
-def load(abstract: nnx.Module, folder: Path, names: Mapping[str, str], prefixes=("",), mesh=None):
-    """The module shaped like `abstract` with the weights of `folder`, float32, on the mesh if any.
+def load(abstract: nnx.Module, folder: Path, names: Mapping[str, str], prefixes=("",)):
+    """The module shaped like `abstract` with the weights of `folder`, as float32 numpy arrays.
 
     Some files put a name such as `bert.` before every tensor: `prefixes` lists what to strip.
     Tensors that the table does not name (heads, poolers, other towers) are left alone.
@@ -46,7 +46,9 @@ def load(abstract: nnx.Module, folder: Path, names: Mapping[str, str], prefixes=
     theirs = {name: tensor for name, tensor in tensors.items() if name in wanted}
     ours = to_ours(files.checked(theirs, problems, "float32"), rules, shapes, problems)
     files.raise_all(f"{folder}: weights do not fit", problems)
-    return fill(abstract, ours, problems, mesh=mesh)
+    model = with_weights(abstract, lambda name, shape: ours[name].read())
+    files.raise_all(f"{folder}: weights cannot be used", problems)
+    return model
 
 
 def save(model: nnx.Module, folder: Path, names: Mapping[str, str], config: Mapping) -> None:
