@@ -382,7 +382,7 @@ MALFORMED = {
     "infinity": (spoil_state(poison("proj.weight", -np.inf)), "proj.weight holds NaN or inf"),
     "both layouts": (
         spoil_state(put(f"{BLOCK}attn1.add_q_proj.weight", np.zeros((32, 32), np.float32))),
-        "attn2.to_q.weight and .*add_q_proj.weight are the same weight in both layouts",
+        "add_q_proj.weight and .*attn2.to_q.weight are the same weight in both layouts",
     ),
     "a block is missing": (spoil_state(keep_blocks(0, 1, 3)), r"it has blocks \[0, 1, 3\]"),
     "no patch embedding": (spoil_state(drop("proj.weight")), "proj.weight is missing"),
@@ -524,7 +524,7 @@ def test_files_are_those_of_the_safetensors_library(tmp_path):
     rng = np.random.default_rng(0)
     dtypes = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int64, np.uint8]
     arrays = {
-        f"{np.dtype(dtype)}.{i}": (9 * rng.standard_normal(shape)).astype(dtype)
+        f"{np.dtype(dtype)}.{i}": np.asarray(9 * rng.standard_normal(shape)).astype(dtype)
         for dtype in dtypes
         for i, shape in enumerate([(3, 5, 7), (11,), (), (4, 0), (1, 1, 6)])
     }
@@ -638,7 +638,7 @@ def test_a_t2v_model_becomes_an_inpaint_or_control_model_by_name(tmp_path, wante
     command = [str(tmp_path / "model"), str(tmp_path / "out"), "--to", "original"]
     assert main([*command, "--in-channels", str(wanted)]) == 0
     out = capsys.readouterr().out
-    assert "copied: 145 tensors" in out and "extended: patches.kernel" in out
+    assert "tensors as they are" in out and "extended: patches.kernel" in out
     assert f"zeroed: patches.kernel, input channels 16 to {wanted - 1}" in out
     found = load_folder(tmp_path / "out")
     kernel = found.pop("proj.weight")

@@ -160,9 +160,9 @@ OURS = {
 
 def test_diffusers_makes_our_video_from_an_exported_run(tmp_path, parts):
     folder, model, vae = exported(tmp_path, parts, random_module(MMDiT, MODEL))
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(folder)
     assert type(pipe) is EasyAnimatePipeline
-    pipe = EasyAnimatePipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = EasyAnimatePipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(PROMPT, negative_prompt=NEGATIVE, latents=noise_of(SEED), **OPTIONS).frames
     texts, negative = states_of(pipe, PROMPT), states_of(pipe, NEGATIVE)
@@ -179,7 +179,7 @@ def test_diffusers_makes_our_video_from_a_picture(tmp_path, parts, monkeypatch):
     """
     model = random_module(MMDiT, MMDiTConfig(**{**MODEL.__dict__, "in_channels": 33}))
     folder, model, vae = exported(tmp_path, parts, model)
-    pipe = EasyAnimateInpaintPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = EasyAnimateInpaintPipeline.from_pretrained(folder)
     assert type(DiffusionPipeline.from_pretrained(folder)) is EasyAnimateInpaintPipeline
     pipe.set_progress_bar_config(disable=True)
     latents = noise_of(SEED)
