@@ -413,6 +413,8 @@ MALFORMED = {
         spoil_config(swa_layers=[1]),
         r"swa_layers is \[1\], and only None is supported",
     ),
+    "config without an epsilon": (spoil_config(norm_eps=None), "norm_eps is None"),
+    "config with a word for a number": (spoil_config(mmdit_layers="all"), "mmdit_layers is 'all'"),
     "config of after-norm": (spoil_config(after_norm=True), "after_norm is True"),
     "pickle": (
         lambda f: (f / WHOLE).rename(f / "diffusion_pytorch_model.bin"),

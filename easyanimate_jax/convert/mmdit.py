@@ -133,6 +133,9 @@ def config_of(weights: Mapping, fields: Mapping | None = None) -> MMDiTConfig:
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     blocks = {int(m[1]) for m in (re.match(r"transformer_blocks\.(\d+)\.", n) for n in shapes) if m}
     with_text = {i for i in blocks if f"transformer_blocks.{i}.attn2.to_q.weight" in shapes}
+    norm_eps = (fields or {}).get("norm_eps", 1e-5)
+    if type(norm_eps) is not float:
+        raise ValueError(f"config.json: norm_eps is {norm_eps!r}; the released models have 1e-05")
     text_norm = "text_proj.0.weight" in shapes
     texts = [f"{name}.1.weight" if text_norm else f"{name}.weight" for name in TEXTS]
     needed = NEEDED | {texts[0]: 2} | ({texts[1]: 2} if texts[1] in shapes else {})
@@ -160,7 +163,7 @@ def config_of(weights: Mapping, fields: Mapping | None = None) -> MMDiTConfig:
         text_widths=tuple(shapes[name][1] for name in texts if name in shapes),
         text_norm=text_norm,
         round_time=True,
-        norm_eps=(fields or {}).get("norm_eps", 1e-5),
+        norm_eps=norm_eps,
     )
 
 
@@ -293,7 +296,7 @@ def _contradictions(config: MMDiTConfig, fields: Mapping) -> list[str]:
         "text_embed_dim_t5",
     ):
         says = fields.get(name, told[name])
-        if name == "mmdit_layers":
+        if name == "mmdit_layers" and type(says) is int:
             says = min(says, config.depth)  # the original writes 10000 for "all"
         if says != told[name]:
             problems.append(f"config.json: {name} is {says!r}, and the tensors have {told[name]!r}")

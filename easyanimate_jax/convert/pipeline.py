@@ -288,6 +288,7 @@ class Plan:
             "scheduler": ["diffusers", self._scheduler_class(places)],
         }
         missing = {name: [None, None] for name in REQUIRED if name not in places}
+        self.notes += [f"there is no {name}, so diffusers loads None for it" for name in missing]
         self.parts.append(Part("", texts={INDEX: _json(index | missing)}))
 
     def _scheduler_class(self, places: Mapping[str, Path]) -> str:

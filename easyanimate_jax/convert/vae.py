@@ -71,14 +71,20 @@ def config_of(weights: Mapping, fields: Mapping | None = None) -> VAEConfig:
             f"{sorted(convs)}, and quant_conv.weight of shape {quant}. Give all files of one model."
         )
     fields = fields or {}
+    groups, scale = fields.get("norm_num_groups", 32), fields.get("scaling_factor", 0.7125)
+    if type(groups) is not int or type(scale) not in (int, float):
+        raise ValueError(
+            f"config.json: norm_num_groups is {groups!r} and scaling_factor {scale!r}; the "
+            f"released model has 32 and 0.7125"
+        )
     width = lambda block: shapes[f"encoder.down_blocks.{block}.convs.0.conv2.weight"][0]  # noqa: E731
     return VAEConfig(
         channels=tuple(width(block) for block in range(4)),
         layers=len(layers),
-        groups=fields.get("norm_num_groups", 32),
+        groups=groups,
         latent_channels=quant[0] // 2,
         attention="encoder.mid_block.attentions.0.to_q.weight" in shapes,
-        latent_scale=(fields.get("scaling_factor", 0.7125),),
+        latent_scale=(float(scale),),
     )
 
 

@@ -92,11 +92,11 @@ def fill(
     every device reads its own part from the files and no host holds more than its share.
     `problems` is the list that reading adds to; if it is not empty in the end, ValueError.
     """
-    placed = iter(jax.tree.leaves(shardings(mesh, module)) if mesh else ())
+    placed = iter(jax.tree.leaves(shardings(mesh, module)) if mesh is not None else ())
 
     def place(name, shape):
         tensor = tensors[name].astype(weight_dtype)
-        if mesh:
+        if mesh is not None:
             return jax.make_array_from_callback(shape, next(placed), tensor.read)
         # Not committed to a device, so that a jitted call may combine it with any others.
         return jnp.asarray(tensor.read())

@@ -8,10 +8,9 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
-from easyanimate_jax.tensors.lazy import Tensor
+from easyanimate_jax.tensors.lazy import SHORT_FLOATS, Tensor
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -46,6 +45,9 @@ def open_pickle(path: Path, problems: list[str], allow: bool) -> dict[str, Tenso
 def _tensor(x) -> Tensor:
     import torch
 
-    if x.dtype != torch.bfloat16:
+    x = x.detach().contiguous()
+    name = str(x.dtype).removeprefix("torch.")
+    if name not in {dtype.name for dtype in SHORT_FLOATS}:
         return Tensor.of(x.numpy())
-    return Tensor.of(x.view(torch.int16).numpy().view(np.dtype(ml_dtypes.bfloat16)))
+    bits = torch.int16 if x.itemsize == 2 else torch.int8
+    return Tensor.of(x.view(bits).numpy().view(np.dtype(name)))
