@@ -25,7 +25,7 @@ from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.tensors import files
-from easyanimate_jax.tensors.lazy import Tensor
+from easyanimate_jax.tensors.lazy import Tensor, dense
 from easyanimate_jax.tensors.module import (
     abstract,
     flat_weights,
@@ -540,6 +540,15 @@ def test_files_are_those_of_the_safetensors_library(tmp_path):
     box = (slice(1, 3), slice(2, 3), slice(0, 5))
     part = found["bfloat16.0"].read(box)
     np.testing.assert_array_equal(part, arrays["bfloat16.0"][box])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "float8_e4m3fn"])
+@pytest.mark.parametrize("shape", [(300, 1048), (7, 5), (1, 8), (8, 1), (257, 129), (0, 8)])
+def test_transposed_copies_are_those_of_numpy(dtype, shape):
+    x = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)
+    np.testing.assert_array_equal(dense(x.T), x.T)
+    assert dense(x.T).flags.c_contiguous
+    np.testing.assert_array_equal(dense(x[:, 3:-1].T), x[:, 3:-1].T)
 
 
 def test_a_loaded_model_computes_in_the_dtype_asked_for(tmp_path):

@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from diffusers import DiffusionPipeline, EasyAnimateInpaintPipeline, EasyAnimatePipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EasyAnimateInpaintPipeline,
+    EasyAnimatePipeline,
+)
 from disk import write_run
 from einops import rearrange
 from tokenizers.pre_tokenizers import ByteLevel
@@ -19,6 +24,7 @@ from easyanimate_jax import pipelines
 from easyanimate_jax.convert import load_mmdit, load_vae
 from easyanimate_jax.convert.__main__ import main
 from easyanimate_jax.data.buckets import grid_of
+from easyanimate_jax.diffusion.ddpm import DDPM, SIGNAL_POWER
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, unpatchify
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
@@ -206,9 +212,10 @@ def test_diffusers_makes_our_video_from_a_picture(tmp_path, parts, monkeypatch):
     assert np.abs(ours - make(start=255 - picture).astype(np.float32)).mean() > 1
 
 
-def test_a_text_encoder_is_the_same_after_the_way_there_and_back(tmp_path, parts):
+def test_text_encoder_tokenizer_and_scheduler_come_along(tmp_path, parts):
     """Sharded by transformers, in bfloat16 from us, and read by transformers again."""
-    write_run(tmp_path / "run", [random_module(MMDiT, MODEL)] * 2, vae=parts / "vae", text=parts)
+    models = [random_module(MMDiT, MODEL)] * 2
+    write_run(tmp_path / "run", models, vae=parts / "vae", text=parts, process=DDPM())
     command = [str(tmp_path / "run"), str(tmp_path / "mine"), "--to", "original"]
     assert main([*command, "--dtype", "bfloat16"]) == 0
     load = transformers.Qwen2VLForConditionalGeneration.from_pretrained
@@ -221,3 +228,5 @@ def test_a_text_encoder_is_the_same_after_the_way_there_and_back(tmp_path, parts
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "mine" / "tokenizer")
     original = transformers.AutoTokenizer.from_pretrained(parts / "tokenizer")
     assert tokenizer(PROMPT)["input_ids"] == original(PROMPT)["input_ids"]
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "mine" / "scheduler")  # the run's process
+    np.testing.assert_allclose(scheduler.alphas_cumprod, SIGNAL_POWER, atol=1e-6)

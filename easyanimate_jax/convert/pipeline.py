@@ -20,6 +20,8 @@ from typing import Literal, NamedTuple
 
 from easyanimate_jax.convert import lora, mmdit, run, vae
 from easyanimate_jax.convert.folder import KINDS, Model, Weights, open_model, read_json
+from easyanimate_jax.diffusion.ddpm import DDPM
+from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.tensors import files
 from easyanimate_jax.tensors.lazy import Tensor
 from easyanimate_jax.tensors.module import CONFIG, WEIGHTS, config_text
@@ -27,12 +29,13 @@ from easyanimate_jax.tensors.pickles import PICKLES
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-PARTS = (*KINDS, *TEXT_ENCODERS, *TOKENIZERS, "scheduler")
+TEXTS = (*TEXT_ENCODERS, *TOKENIZERS)
+PARTS = (*KINDS, *TEXTS, "scheduler")
 REQUIRED = ("vae", "text_encoder", "tokenizer")  # of diffusers' pipelines; null where absent
 LORA = "lora"
-INDEX = "model_index.json"
-SCHEDULERS = {  # spec 1.3, by the number of text encoders
-    2: {
+INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
+SCHEDULERS = {  # spec 1.3
+    DDPM: {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": 1000,
         "beta_schedule": "scaled_linear",
@@ -45,7 +48,7 @@ SCHEDULERS = {  # spec 1.3, by the number of text encoders
         "steps_offset": 0,
         "timestep_spacing": "trailing",
     },
-    1: {
+    Flow: {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "num_train_timesteps": 1000,
         "shift": 3.0,
@@ -154,6 +157,7 @@ class Plan:
         self.parts: list[Part] = []
         self.notes: list[str] = []
         self.models: dict[str, Model] = {}
+        self.process: type | None = None  # of a run
 
     def read(self, source: Path) -> None:
         """Fill `parts` from a pipeline, a run, a model or a LoRA; add misfits to `problems`."""
@@ -180,7 +184,8 @@ class Plan:
         """Where the parts of a pipeline lie; {} if this is a single model."""
         if run.is_run(source):
             config = run.config_of(source, self.options.step)
-            texts = {n: Path(config.text) / n for n in (*TEXT_ENCODERS, *TOKENIZERS)}
+            self.process = type(config.process)
+            texts = {name: Path(config.text) / name for name in TEXTS}
             texts = {name: place for name, place in texts.items() if place.is_dir()}
             return {"transformer": source, "vae": Path(config.vae), **texts}
         places = {name: source / name for name in PARTS if (source / name).is_dir()}
@@ -269,11 +274,15 @@ class Plan:
     def _add_pipeline_files(self, places: Mapping[str, Path]) -> None:
         """The scheduler where there is none, and diffusers' index of the parts."""
         transformer = self.models.get("transformer")
-        if transformer and "scheduler" not in places:
-            fields = SCHEDULERS[len(transformer.config.text_widths)]
-            texts = {"scheduler_config.json": _json(fields)}
-            self.parts.append(Part("scheduler", texts=texts))
-        if self.options.to == "jax" or not transformer:
+        if not transformer:
+            return
+        if "scheduler" in places:
+            scheduler = read_json(places["scheduler"] / SCHEDULER, self.problems)
+        else:  # V5 has two text encoders
+            released = DDPM if len(transformer.config.text_widths) == 2 else Flow
+            scheduler = SCHEDULERS[self.process or released]
+            self.parts.append(Part("scheduler", texts={SCHEDULER: _json(scheduler)}))
+        if self.options.to == "jax":
             return
         if "text_encoder_2" in places and self.options.to == "diffusers":
             self.notes.append(
@@ -282,21 +291,22 @@ class Plan:
             )
         index = {
             "_class_name": PIPELINES.get(transformer.config.in_channels, CONTROL),
-            **{name: _library_class(name, place) for name, place in places.items()},
+            **{n: self._text_class(n, place) for n, place in places.items() if n in TEXTS},
             "transformer": ["diffusers", mmdit.FOREIGN_CLASS],
             "vae": ["diffusers", vae.FOREIGN_CLASS],
-            "scheduler": ["diffusers", self._scheduler_class(places)],
+            "scheduler": ["diffusers", scheduler.get("_class_name")],
         }
         missing = {name: [None, None] for name in REQUIRED if name not in places}
         self.notes += [f"there is no {name}, so diffusers loads None for it" for name in missing]
         self.parts.append(Part("", texts={INDEX: _json(index | missing)}))
 
-    def _scheduler_class(self, places: Mapping[str, Path]) -> str:
-        if "scheduler" not in places:
-            number = len(self.models["transformer"].config.text_widths)
-            return SCHEDULERS[number]["_class_name"]
-        fields = read_json(places["scheduler"] / "scheduler_config.json", self.problems)
-        return fields.get("_class_name", SCHEDULERS[1]["_class_name"])
+    def _text_class(self, name: str, place: Path) -> list[str | None]:
+        """Library and class of a text encoder or tokenizer, as its own config names it."""
+        if name in TEXT_ENCODERS:
+            classes = read_json(place / CONFIG, self.problems).get("architectures") or [None]
+            return ["transformers", classes[0]]
+        fields = read_json(place / "tokenizer_config.json", self.problems)
+        return ["transformers", fields.get("tokenizer_class")]
 
     def _add_lora(self, theirs: Mapping[str, Tensor]) -> None:
         to = self.options.to
@@ -311,16 +321,6 @@ class Plan:
         ours = lora.from_torch(theirs, target, self.problems)
         if not self.problems:
             self.parts.append(Part("", lora.to_torch(ours, target, to), LORA, sys.maxsize))
-
-
-def _library_class(name: str, place: Path) -> list[str | None]:
-    """Library and class of a text encoder or tokenizer, as its own config names it."""
-    ignored = []
-    if name in TEXT_ENCODERS:
-        classes = read_json(place / CONFIG, ignored).get("architectures") or [None]
-        return ["transformers", classes[0]]
-    fields = read_json(place / "tokenizer_config.json", ignored)
-    return ["transformers", fields.get("tokenizer_class")]
 
 
 def _json(fields: Mapping) -> str:
