@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from disk import write_run
-from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from easyanimate_jax.convert import load_mmdit, load_vae, lora, mmdit, vae
@@ -28,6 +27,7 @@ from easyanimate_jax.tensors import files
 from easyanimate_jax.tensors.lazy import Tensor, dense
 from easyanimate_jax.tensors.module import (
     abstract,
+    build,
     flat_weights,
     misfits,
     named_weights,
@@ -450,6 +450,26 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path):
         load_mmdit(tmp_path / "model")
 
 
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Folders that commands can go wrong with."""
+    folder = tmp_path_factory.mktemp("places")
+    write_original(folder / "model", TINY)
+    write_original(folder / "pipeline" / "transformer", TINY)
+    index = '{"text_encoder": ["transformers", "Bert"]}'
+    (folder / "pipeline" / "model_index.json").write_text(index)
+    (folder / "full").mkdir()
+    (folder / "full" / "file").write_text("")
+    config = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, unshuffle=4, norm="rms")
+    zeros = {n: np.zeros(s) for n, s in shapes_of(abstract(CausalVAE, config)).items()}
+    save_module(folder / "ours", build(CausalVAE, config, zeros))
+    convert(folder / "model", folder / "changed", Options("jax"))
+    fields = json.loads((folder / "changed" / "config.json").read_text())
+    del fields["depth"]
+    (folder / "changed" / "config.json").write_text(json.dumps(fields | {"colour": "red"}))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -466,27 +486,16 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path):
         (["changed", "out", "--to", "jax"], "'colour' is not known, 'depth' is missing"),
     ],
 )
-def test_commands_that_cannot_work_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    write_original(Path("model"), TINY)
-    write_original(Path("pipeline/transformer"), TINY)
-    Path("pipeline/model_index.json").write_text('{"text_encoder": ["transformers", "Bert"]}')
-    Path("full").mkdir()
-    Path("full/file").write_text("")
-    config = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, unshuffle=4, norm="rms")
-    save_module("ours", CausalVAE(config, rngs=nnx.Rngs(0)))
-    convert("model", "changed", Options("jax"))
-    fields = json.loads(Path("changed/config.json").read_text())
-    del fields["depth"]
-    Path("changed/config.json").write_text(json.dumps(fields | {"colour": "red"}))
-    before = sorted(tmp_path.rglob("*"))
+def test_commands_that_cannot_work_are_refused(places, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(places)
+    before = sorted(places.rglob("*"))
     try:
         code = main(arguments)
     except SystemExit as stop:
         code = stop.code
     assert code == 2
     assert_matches(message, capsys.readouterr().err)
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(places.rglob("*")) == before
 
 
 def test_a_conversion_that_is_interrupted_leaves_nothing(tmp_path):

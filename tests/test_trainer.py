@@ -180,7 +180,7 @@ def test_a_run_starts_from_given_weights(folder):
     given = jax.jit(lambda: MMDiT(config, rngs=nnx.Rngs(5)))()
     save_module(folder / "given", given)
     options = ["--init", str(folder / "given"), "--stages.0.learning-rate", "0"]
-    process = launch(folder, "from_given", 4, *options)
+    process = launch(folder, "from_given", 2, *options)
     stop_at(process, 1, signal.SIGTERM)
     finish(process, 42)
     saved = flat_weights(load_mmdit(folder / "from_given", weights="raw"))
