@@ -10,6 +10,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -34,7 +35,9 @@ DTYPES = {
 }
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # the format's own limit
-PIECE = 2**28  # bytes that are read and written at a time: a whole layer of the 12B, in float32
+# Bytes that are read and written at a time. A stack is cut anywhere between its layers; rows of a
+# matrix can be columns in the file it comes from, so one layer of the 12B in float32 stays whole.
+PIECE, MATRIX = 2**25, 2**28
 SHARD = 5 * 10**9  # bytes of a file, as transformers and diffusers cut them
 
 
@@ -253,20 +256,26 @@ def write_file(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    # One piece is written while the next one is read and transposed.
+    with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            for values in _pieces(tensors[name]):
-                file.write(dense(values).reshape(-1).view(np.uint8).data)
-                progress(values.nbytes)
+        written = None
+        for values in (piece for name in names for piece in _pieces(tensors[name])):
+            data = dense(values).reshape(-1).view(np.uint8).data
+            if written is not None:
+                progress(written.result())
+            written = writer.submit(file.write, data)
+        if written is not None:
+            progress(written.result())
 
 
 def _pieces(tensor: Tensor):
-    """The values in runs of whole leading entries, PIECE bytes or a little more at a time."""
+    """The values in runs of whole leading entries."""
     if not tensor.shape or not tensor.nbytes:
         yield tensor.read()
         return
-    rows = max(1, PIECE * tensor.shape[0] // tensor.nbytes)
+    most = PIECE if len(tensor.shape) > 2 else MATRIX
+    rows = max(1, most * tensor.shape[0] // tensor.nbytes)
     for first in range(0, tensor.shape[0], rows):
         yield tensor.read((slice(first, first + rows),))
 
