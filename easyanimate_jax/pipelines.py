@@ -26,7 +26,7 @@ from easyanimate_jax.diffusion.conditioning import (
 )
 from easyanimate_jax.models.mmdit import patchify, unpatchify
 from easyanimate_jax.models.vae import CausalVAE
-from easyanimate_jax.sharding import RULES, shard
+from easyanimate_jax.sharding import num_parts, shard
 
 Texts = tuple[Float[Array, "_ _ _"] | Float[np.ndarray, "_ _ _"], ...]
 Videos = UInt8[np.ndarray, "B F H W 3"]
@@ -213,8 +213,8 @@ def _generate(
         raise ValueError(
             f"{[len(t) for t in texts]} rows of text and {rows} seeds: give a seed each"
         )
-    all_rows = -rows % _parts("batch") + rows
-    length = -num_tokens % _parts("tokens") + num_tokens
+    all_rows = -rows % num_parts("batch") + rows
+    length = -num_tokens % num_parts("tokens") + num_tokens
 
     def fill(x, size):
         padding = (0, all_rows - rows), (0, size - x.shape[1]), (0, 0)
@@ -279,10 +279,3 @@ def _by_rows(function, *arrays: np.ndarray, pixels_per_cell: int = 1) -> np.ndar
         index = np.minimum(np.arange(first, first + size), rows - 1)
         parts.append(np.asarray(function(*(x[index] for x in arrays))))
     return np.concatenate(parts)[:rows]
-
-
-def _parts(axis: str) -> int:
-    """Into how many shards the current mesh splits an activation axis."""
-    names = RULES[axis]
-    names = (names,) if isinstance(names, str) else names
-    return math.prod(jax.sharding.get_abstract_mesh().shape.get(name, 1) for name in names)

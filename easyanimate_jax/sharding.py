@@ -65,6 +65,13 @@ def spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
 
 
+def num_parts(axis: str) -> int:
+    """Into how many shards the current mesh splits an activation axis."""
+    names = RULES[axis]
+    names = (names,) if isinstance(names, str) else names
+    return math.prod(jax.sharding.get_abstract_mesh().shape.get(name, 1) for name in names)
+
+
 def batch_sharding(mesh: Mesh, ndim: int, batch_dim: int = 0) -> NamedSharding:
     """Rows over data and fsdp, everything else whole."""
     return NamedSharding(mesh, PartitionSpec(*[None] * batch_dim, RULES["batch"]))

@@ -23,9 +23,10 @@ class FakeText:
     """States that tell their prompt's length; counts the prompts it was asked for."""
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.calls = [], []
 
     def encode(self, prompts):
+        self.calls.append(len(prompts))
         self.asked += [p for p in prompts if p]
         size = np.array([len(p) for p in prompts], np.float32)[:, None, None]
         return np.tile(size, (1, 3, 4)), np.tile(size, (1, 5, 2))
@@ -96,13 +97,14 @@ def test_a_picture_is_one_latent_frame(source, vae):
 
 def test_every_caption_is_kept_and_encoded_once(source, vae):
     text = FakeText()
-    records = run(source, vae, text)
+    records = run(source, vae, text, shard_size=8)
     i = list(records.index["clip"]).index("2.mp4")
     assert records[i]["text0"].shape == (2, 3, 4) and records[i]["text1"].shape == (2, 5, 2)
     np.testing.assert_array_equal(records[i]["text0"][:, 0, 0], [len("clip 2"), len("片")])
     assert sorted(text.asked) == sorted(
         [*PROMPTS, "片", "picture", *(f"clip {i}" for i in range(5))]
     )
+    assert text.calls == [1, 1, 7]  # the empty prompt, PROMPTS, all captions of the only shard
     out = source.parent / "out"
     assert [t.shape for t in read_texts(out / "empty.safetensors")] == [(1, 3, 4), (1, 5, 2)]
     assert read_texts(out / "prompts.safetensors")[0][0, 0, 0] == len(PROMPTS[0])
@@ -167,6 +169,15 @@ def test_unreadable_files_are_skipped_with_a_reason(source, vae):
     left_out = (source.parent / "out" / "quarantine.jsonl").read_text()
     assert "broken.mp4" in left_out and "4.mp4" in left_out
     assert "4.mp4" not in records.index["clip"]
+
+
+def test_a_shard_may_lose_all_its_clips(source, vae, monkeypatch):
+    read = prepare_module._read
+    bad = lambda job: ValueError("bad") if job.clip.name == "1.mp4" else read(job)  # noqa: E731
+    monkeypatch.setattr(prepare_module, "_read", bad)
+    records = run(source, vae, shard_size=1)
+    assert sorted(records.index["clip"]) == ["0.mp4", "2.mp4", "3.mp4", "4.mp4", "p.png"]
+    assert records[4]["text0"].shape[1:] == (3, 4)
 
 
 def test_too_many_unreadable_clips_stop_the_run(source, vae, monkeypatch):

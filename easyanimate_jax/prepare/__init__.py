@@ -38,9 +38,17 @@ from easyanimate_jax.models.vae import CausalVAE
 FPS = 8  # of training clips (spec 8.2)
 SHARD_SIZE = 128  # records
 ROWS, PIXELS = 16, 2**24  # encoded at once: at most so many clips, and so many pixels
-TEXT_ROWS, TEXT_CACHE = 32, 2**30  # prompts encoded at once; bytes of states kept
+TEXT_ROWS, TEXT_CACHE = 128, 2**30  # prompts whose states are made at once; bytes of states kept
 NO_TASK = 0.9  # share of all-masked draws that become plain T2V (spec 6.1)
-MODEL_FILES = ("*.safetensors", "config.json", "text.json", "tokenizer*", "vocab*", "*.model")
+MODEL_FILES = (
+    "*.safetensors",
+    "config.json",
+    "text.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
 MAX_BAD = 0.05  # share of a set's clips that may be unreadable
 
 
@@ -153,8 +161,7 @@ class TextStates:
         new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
         for i in range(0, len(new), TEXT_ROWS):
             some = new[i : i + TEXT_ROWS]
-            padded = [*some, *[""] * (TEXT_ROWS - len(some))]  # one compiled shape
-            states = [np.asarray(s, np.float16) for s in self.text_encoder.encode(padded)]
+            states = [np.asarray(s, np.float16) for s in self.text_encoder.encode(some)]
             if not all(np.isfinite(s).all() for s in states):
                 raise ValueError(f"text states of {some} are not finite in float16")
             self.cache |= {p: tuple(s[row] for s in states) for row, p in enumerate(some)}
@@ -173,7 +180,7 @@ def _encode_set(latent_set, jobs, writer, vae, texts, quarantine, seed, shard_si
         for number, shard in enumerate(shards):
             if writer.has(number):
                 continue
-            records, rows = [], []
+            encoded = []  # jobs and their records
             for group in _groups(shard):
                 good = []
                 for job, frames in zip(group, pool.map(_read, group), strict=True):
@@ -187,14 +194,27 @@ def _encode_set(latent_set, jobs, writer, vae, texts, quarantine, seed, shard_si
                         f"set {latent_set.name!r}: {num_bad} of {len(jobs)} clips cannot be read; "
                         f"the reasons are in {quarantine.path}"
                     )
-                encoded = _encode_group(vae, latent_set, good, seed) if good else []
-                for (job, _), record in zip(good, encoded, strict=True):
-                    states = texts(job.clip.captions)
-                    records.append(record | {f"text{i}": s for i, s in enumerate(states)})
-                    rows.append(_index_row(job))
+                if good:
+                    latents = _encode_group(vae, latent_set, good, seed)
+                    encoded += [
+                        (job, record) for (job, _), record in zip(good, latents, strict=True)
+                    ]
                 progress.update(len(group))
-            writer.write(number, records, rows)
+            if encoded:
+                _add_texts(encoded, texts)
+            records = [record for _, record in encoded]
+            writer.write(number, records, [_index_row(job) for job, _ in encoded])
     writer.finish(len(shards))
+
+
+def _add_texts(encoded: list[tuple[Job, dict]], texts: TextStates) -> None:
+    """Give every record the states of its captions, a shard's together: full batches."""
+    states = texts([caption for job, _ in encoded for caption in job.clip.captions])
+    first = 0
+    for job, record in encoded:
+        last = first + len(job.clip.captions)
+        record |= {f"text{i}": s[first:last] for i, s in enumerate(states)}
+        first = last
 
 
 def _groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:

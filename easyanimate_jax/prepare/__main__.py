@@ -1,11 +1,13 @@
 """`python -m easyanimate_jax.prepare CONFIG [--field value ...]`: encode a config's latent sets."""
 
 import sys
-from pathlib import Path
+
+import jax
 
 from easyanimate_jax.config import load
 from easyanimate_jax.convert.folder import load_vae
 from easyanimate_jax.prepare import fingerprint, prepare
+from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.text.encode import TextEncoder
 
 
@@ -16,16 +18,17 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         config = load(arguments[0], arguments[1:])
-        prepare(
-            config.source,
-            config.prepared,
-            config.sets,
-            load_vae(config.vae),
-            TextEncoder.load(Path(config.text)),
-            config.samples.prompts,
-            config.seed,
-            weights={"vae": fingerprint(config.vae), "text": fingerprint(config.text)},
-        )
+        with jax.set_mesh(make_mesh(MeshConfig())):  # every device here, not the training's mesh
+            prepare(
+                config.source,
+                config.prepared,
+                config.sets,
+                load_vae(config.vae),
+                TextEncoder.load(config.text),
+                config.samples.prompts,
+                config.seed,
+                weights={"vae": fingerprint(config.vae), "text": fingerprint(config.text)},
+            )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

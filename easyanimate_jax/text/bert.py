@@ -12,7 +12,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from easyanimate_jax.models.layers import axes, layer_norm, linear, scan_blocks, stack
+from easyanimate_jax.models.layers import axes, layer_norm, linear, scan_blocks, spread, stack
 from easyanimate_jax.sharding import shard
 from easyanimate_jax.text import weights
 
@@ -88,7 +88,7 @@ class Bert(nnx.Module):
     def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None) -> States:
         positions = self.positions(jnp.arange(ids.shape[1]))[None]
         x = self.words(ids) + positions + self.types(jnp.zeros_like(ids))
-        x = self.norm(x).astype(self.dtype)
+        x = self.norm(spread(x)).astype(self.dtype)
         return scan_blocks(lambda block, x: block(x, mask), x, self.blocks)
 
 

@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from easyanimate_jax.models.layers import axes, linear, scan_blocks, stack
+from easyanimate_jax.models.layers import axes, linear, scan_blocks, spread, stack
 from easyanimate_jax.sharding import shard
 from easyanimate_jax.text import weights
 
@@ -111,7 +111,7 @@ class T5(nnx.Module):
             self.config.relative_attention_max_distance,
         )
         bias = rearrange(self.distances(buckets), "query key heads -> 1 heads query key")
-        x = self.words(ids).astype(self.dtype)
+        x = spread(self.words(ids).astype(self.dtype))
         x = scan_blocks(lambda block, x: block(x, bias.astype(x.dtype), mask), x, self.blocks)
         return self.norm(x).astype(self.dtype)
 

@@ -1,0 +1,223 @@
+"""The language model of Qwen2-VL, the text tower of V5.1 (spec 5.2): ids to penultimate states.
+
+Numerically transformers' hidden_states[-2]: what the last layer would read, without the final norm.
+The last layer, the vision tower and the head take no part, and their weights are not held. Text
+alone has three equal position axes, so M-RoPE is plain RoPE, and Qwen2's own folders load as well.
+"""
+
+from dataclasses import MISSING, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+from safetensors import safe_open
+
+from easyanimate_jax.models.layers import axes, linear, rms_norm, scan_blocks, spread, stack
+from easyanimate_jax.sharding import shard
+from easyanimate_jax.text import weights
+
+States = Float[Array, "B L D"]
+Angles = tuple[Float[Array, "B L half"], Float[Array, "B L half"]]  # cosines, sines; half: K / 2
+
+PAD_POSITION = 1  # of every padded row: transformers before 5, which the DiT was trained with
+# Longest first. transformers wrote `model.` up to 4.5x, and version 5 still does for files.
+PREFIXES = ("model.language_model.", "language_model.", "model.")
+UNUSED = ("visual.", "lm_head.", "norm.")  # vision tower; head and norm follow the last layer
+
+
+@dataclass(frozen=True)
+class Qwen2Config:
+    """Field names are those of transformers' config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    rope_theta: float
+    hidden_act: str = "silu"
+    use_sliding_window: bool = False
+
+    def __post_init__(self):
+        if self.hidden_act != "silu" or self.use_sliding_window:
+            raise ValueError(
+                f"hidden_act is {self.hidden_act!r} and use_sliding_window is "
+                f"{self.use_sliding_window}: Qwen2-VL's silu with full attention is built"
+            )
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} "
+                f"heads of even width; change num_attention_heads"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} keys "
+                f"evenly; change num_key_value_heads"
+            )
+        if self.num_hidden_layers < 2:
+            raise ValueError(
+                f"num_hidden_layers is {self.num_hidden_layers}: penultimate states want 2 or more"
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+class Qwen2Block(nnx.Module):
+    def __init__(self, config: Qwen2Config, *, dtype: str, rngs: nnx.Rngs):
+        self.head_width = config.head_width
+        D, mlp = config.hidden_size, config.intermediate_size
+        # Keys are split over `tensor` like queries. Where that is wider than the key heads it cuts
+        # through heads, and XLA moves them: a mesh that divides both counts is faster.
+        keys = config.num_key_value_heads * config.head_width
+        dense = partial(linear, dtype=dtype, rngs=rngs)
+        self.attention_norm = rms_norm(D, eps=config.rms_norm_eps, rngs=rngs)
+        self.q = dense(D, D, ("embed", "heads"))
+        self.k = dense(D, keys, ("embed", "heads"))
+        self.v = dense(D, keys, ("embed", "heads"))
+        self.out = dense(D, D, ("heads", "embed"), use_bias=False)
+        self.mlp_norm = rms_norm(D, eps=config.rms_norm_eps, rngs=rngs)
+        self.gate = dense(D, mlp, ("embed", "mlp"), use_bias=False)
+        self.up = dense(D, mlp, ("embed", "mlp"), use_bias=False)
+        self.down = dense(mlp, D, ("mlp", "embed"), use_bias=False)
+
+    def __call__(self, x: States, angles: Angles, mask: Bool[Array, "B 1 L L"]) -> States:
+        y = self.attention_norm(x).astype(x.dtype)
+        q, k, v = (
+            rearrange(f(y), "B L (heads K) -> B L heads K", K=self.head_width)
+            for f in (self.q, self.k, self.v)
+        )
+        q, k = rotate(q, angles), rotate(k, angles)
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        x = x + self.out(rearrange(attended, "B L heads K -> B L (heads K)"))
+        y = self.mlp_norm(x).astype(x.dtype)
+        x = x + self.down(jax.nn.silu(self.gate(y)) * self.up(y))
+        return shard(x, "batch", None, None)
+
+
+class Qwen2(nnx.Module):
+    """Penultimate states. From `lengths` on a row is padding, and all its padding is alike.
+
+    A padded token stands at position 1 and sees every real token and no other, whatever its own
+    place. The DiT reads padding unmasked, and these are the states that it was trained with.
+    """
+
+    def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs, dtype: str = "float32"):
+        self.config, self.dtype = config, dtype
+        self.words = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            embedding_metadata=axes(None, "embed"),
+            rngs=rngs,
+        )
+        self.blocks = stack(
+            lambda r: Qwen2Block(config, dtype=dtype, rngs=r),
+            config.num_hidden_layers - 1,
+            rngs=rngs,
+        )
+
+    def __call__(self, ids: Int[Array, "B L"], lengths: Int[Array, "B"]) -> States:
+        place = jnp.arange(ids.shape[1])
+        real = place[None] < lengths[:, None]
+        positions = jnp.where(real, place[None], PAD_POSITION)
+        angles = rotary_angles(positions, self.config.head_width, self.config.rope_theta)
+        causal = place[:, None] >= place[None]
+        mask = causal[None, None] & real[:, None, None]
+        x = spread(self.words(ids).astype(self.dtype))
+        return scan_blocks(lambda block, x: block(x, angles, mask), x, self.blocks)
+
+
+def rotary_angles(positions: Int[Array, "B L"], head_width: int, theta: float) -> Angles:
+    """Cosines and sines of the K / 2 angles of every token, float32."""
+    frequencies = np.float32(theta) ** (-np.arange(0, head_width, 2, dtype=np.float32) / head_width)
+    angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B L heads K"], angles: Angles) -> Float[Array, "B L heads K"]:
+    """Turn the pairs (x[j], x[j + K / 2]) by angle j, in float32."""
+    cos, sin = (a[:, :, None] for a in angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def _names() -> dict[str, str]:
+    """Our variables and transformers' names for them."""
+    dense = {
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "out": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    }
+    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+    return {
+        "words.embedding": "embed_tokens.weight",
+        **{f"blocks.{o}.kernel": f"layers.{{}}.{t}.weight" for o, t in dense.items()},
+        **{f"blocks.{o}.bias": f"layers.{{}}.{dense[o]}.bias" for o in "qkv"},
+        **{f"blocks.{o}.scale": f"layers.{{}}.{t}.weight" for o, t in norms.items()},
+    }
+
+
+NAMES = _names()
+
+
+def load_qwen2(folder: Path, *, dtype: str = "float32") -> Qwen2:
+    """The language model from a transformers folder of Qwen2-VL or Qwen2, of any version."""
+    config = read_qwen2_config(folder)
+    _refuse_unknown_weights(folder, config.num_hidden_layers)
+    abstract = jax.eval_shape(lambda: Qwen2(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return weights.load(abstract, folder, NAMES, prefixes=PREFIXES)
+
+
+def read_qwen2_config(folder: Path) -> Qwen2Config:
+    """The config of a folder whose config.json is flat (before transformers 4.52) or nested.
+
+    Raises ValueError for missing values and for rotary embeddings other than the plain one.
+    """
+    values = weights.read_config(folder)
+    values = {**values, **(values.get("text_config") or {})}
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "mrope"):
+        raise ValueError(
+            f"{folder}/config.json asks for {kind!r} rotary embeddings: the default of Qwen2-VL is "
+            f"built; use the released weights of that"
+        )
+    values = {**values, **rope}
+    required = [field.name for field in fields(Qwen2Config) if field.default is MISSING]
+    missing = [name for name in required if values.get(name) is None]
+    if missing:
+        raise ValueError(
+            f"{folder}/config.json has no {', '.join(missing)}; give the folder of a Qwen2-VL or "
+            f"Qwen2 model"
+        )
+    return weights.config_from(Qwen2Config, values)
+
+
+def _refuse_unknown_weights(folder: Path, num_layers: int) -> None:
+    """Every tensor of the files is one we read, or one that is left out by name."""
+    known = {name.format(layer) for name in NAMES.values() for layer in range(num_layers)}
+    unknown = []
+    for path in sorted(folder.glob("model*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            for key in file.keys():  # noqa: SIM118  not a mapping
+                name = next((key.removeprefix(p) for p in PREFIXES if key.startswith(p)), key)
+                if name not in known and not name.startswith(UNUSED):
+                    unknown.append(key)
+    if unknown:
+        raise ValueError(
+            f"{folder} holds {len(unknown)} tensors that are not Qwen2's, {unknown[0]} the first, "
+            f"with {num_layers} layers in config.json; give the folder of a Qwen2-VL or Qwen2 model"
+        )
