@@ -128,7 +128,8 @@ def table(runs: dict[str, list[dict]], size: int, largest: int) -> str:
         "",
         f"{datetime.date.today()}; {os.cpu_count()} cores, "
         f"{int(memory.split()[1]) / 2**20:.0f} GiB, {platform.machine()}, "
-        f"Python {platform.python_version()}; `{shlex.join(['python', *sys.argv])}`.",
+        f"Python {platform.python_version()}; `{shlex.join(['python', *sys.argv])}`; "
+        f"load average {os.getloadavg()[2]:.1f} over the last 15 minutes.",
         "",
         f"{size / 1e6:.0f} MB of bfloat16, four blocks of the 12B's width, in shards of "
         f"{SHARD_BYTES / 1e6:.0f} MB. The largest stacked tensor is {largest / 1e6:.0f} MB. Best "
