@@ -45,6 +45,7 @@ class TrainConfig:
 
     `source` is the folder of captioned files, `prepared` what `easyanimate_jax.prepare` made of it,
     `vae` and `text` the folders of the two frozen models, `run` where checkpoints and metrics go.
+    `init` is what the transformer starts from, for `convert.load_mmdit` to read; "" is noise.
     """
 
     source: str
@@ -62,6 +63,7 @@ class TrainConfig:
     ema_decay: float = 0.9999
     text_drop: float = 0.1
     seed: int = 42
+    init: str = ""
     save_every: int = 1000
     keep: int = 3
     log_every: int = 10

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from easyanimate_jax.config import TrainConfig, to_json
-from easyanimate_jax.convert.folder import load_vae
+from easyanimate_jax.convert import load_mmdit, load_vae
 from easyanimate_jax.data import media, records
 from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.data.plan import Plan
@@ -110,13 +110,28 @@ class Schedule:
     def _start(self) -> tuple[int, TrainState]:
         latest = self.checkpoints.latest()
         if latest is None:
-            make, placed, _ = self._abstract(self.config.stages[0].in_channels)
-            return 0, jax.jit(make, out_shardings=placed)(jax.random.fold_in(self.key, 1))
+            return 0, self._first_state()
         meta = self.checkpoints.meta(latest)
         self._check_position(latest, meta)
         *_, like = self._abstract(meta["in_channels"])
         print(f"resuming at step {latest} (stage {meta['stage']!r})", flush=True)
         return latest, self.checkpoints.restore(latest, like)
+
+    def _first_state(self) -> TrainState:
+        """Fresh weights, or those of `config.init`, each device reading its own part of them."""
+        in_channels = self.config.stages[0].in_channels
+        make, placed, like = self._abstract(in_channels)
+        if not self.config.init:
+            return jax.jit(make, out_shardings=placed)(jax.random.fold_in(self.key, 1))
+        print(f"starting from the weights of {self.config.init}", flush=True)
+        model = load_mmdit(
+            self.config.init, mesh=self.mesh, in_channels=in_channels, config=like.model.config
+        )
+
+        def around(model):
+            return init_state(lambda _: model, self.optimizer, self.key)
+
+        return jax.jit(around, out_shardings=placed, donate_argnums=0)(model)
 
     def _check_position(self, step: int, meta: dict) -> None:
         stage = next((s for s in self.config.stages if s.name == meta["stage"]), None)

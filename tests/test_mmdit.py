@@ -12,8 +12,7 @@ from diffusers import EasyAnimateTransformer3DModel
 from einops import rearrange
 from flax import nnx
 
-from easyanimate_jax.convert.folder import build, flat_weights
-from easyanimate_jax.convert.mmdit import config_of, from_torch, to_torch
+from easyanimate_jax.convert.mmdit import from_torch, to_torch
 from easyanimate_jax.models.mmdit import (
     MMDiT,
     MMDiTConfig,
@@ -23,6 +22,8 @@ from easyanimate_jax.models.mmdit import (
     unpatchify,
     widen_input,
 )
+from easyanimate_jax.tensors.lazy import Tensor
+from easyanimate_jax.tensors.module import build, flat_weights
 
 V51 = {"text_widths": (3584,), "text_norm": True, "round_time": True}
 V5 = {"text_widths": (1024, 2048), "text_norm": False, "round_time": True}
@@ -101,9 +102,15 @@ def reference(**kwargs):
     return model
 
 
-def converted(state):
-    config = dataclasses.replace(config_of(state), dtype="float32")
-    return build(MMDiT, config, from_torch(state))
+def converted(state, dtype="float32"):
+    problems = []
+    config, weights = from_torch(tensors(state), problems)
+    assert not problems
+    return build(MMDiT, dataclasses.replace(config, dtype=dtype), weights)
+
+
+def tensors(arrays):
+    return {name: Tensor.of(array) for name, array in arrays.items()}
 
 
 def numpy_state(model):
@@ -157,8 +164,8 @@ def test_golden_a1b_shared_blocks_follow_the_original_where_diffusers_does_not()
     np.testing.assert_allclose(out.ravel()[[*ENTRIES, 4607]], expected, atol=1e-5)
 
     # The same weights in diffusers: text leaves its shared blocks unprojected.
-    state = to_torch(flat_weights(model), model.config, "diffusers")
-    theirs.load_state_dict({name: torch.tensor(x) for name, x in state.items()})
+    state = to_torch(tensors(flat_weights(model)), model.config, "diffusers")
+    theirs.load_state_dict({name: torch.tensor(np.array(x)) for name, x in state.items()})
     assert np.abs(run_reference(theirs, latents, time, texts) - out).max() > 0.01
 
 
@@ -195,35 +202,12 @@ def test_equals_diffusers(options, extra):
 
 def test_bfloat16_equals_diffusers_to_its_rounding():
     theirs = reference(add_norm_text_encoder=True)
-    state = numpy_state(theirs)
-    model = build(MMDiT, config_of(state), from_torch(state))
+    model = converted(numpy_state(theirs), "bfloat16")
     latents, time = normal(1, 2, 16, 2, 6, 10), np.array([999, 257], np.float32)
     text = normal(2, 2, 5, 24)
     exact = run_reference(theirs, latents, np.array([1000, 256], np.float32), (text,))
     got = run(model, latents, time, (text,)).astype(np.float32)
     assert np.abs(got - exact).mean() < 0.03 * np.abs(exact).mean()
-
-
-def test_round_trip_through_both_layouts_is_bit_exact():
-    original = golden_weights(reference(num_layers=3, mmdit_layers=1, text_embed_dim_t5=40))
-    config = config_of(original)
-    diffusers = to_torch(from_torch(original), config, "diffusers")
-    assert set(diffusers) == set(
-        reference(num_layers=3, mmdit_layers=1, text_embed_dim_t5=40).state_dict()
-    )
-    assert config_of(diffusers) == config
-    back = to_torch(from_torch(diffusers), config, "original")
-    assert back.keys() == original.keys()
-    for name, value in original.items():
-        np.testing.assert_array_equal(back[name], value)
-
-
-def test_weights_that_do_not_fit_are_all_named():
-    weights = golden_weights(reference())
-    del weights["norm_final.bias"]
-    weights["clip_proj.0.weight"] = np.zeros((3, 3), np.float32)
-    with pytest.raises(ValueError, match=r"norm_final.bias is missing; clip_proj.0.weight is not"):
-        from_torch(weights)
 
 
 @pytest.mark.parametrize(

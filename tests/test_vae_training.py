@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyanimate_jax.convert.folder import flat_weights, load_vae
+from easyanimate_jax.convert.folder import load_vae
 from easyanimate_jax.data import media
 from easyanimate_jax.data.sources import read_folder
 from easyanimate_jax.models.vae import VAEConfig
+from easyanimate_jax.tensors.module import flat_weights
 from easyanimate_jax.training import vae as training
 from easyanimate_jax.training.vae import Crops, VAEStage, VAETrainConfig, train
 

@@ -1,78 +1,167 @@
-"""A model as a folder: `config.json` (class and config fields) and `weights.safetensors`.
+"""A transformer or a VAE on disk, in whatever layout it lies there, as ours.
 
-Weights are keyed by their dotted path in the module, e.g. `encoder.conv_in.kernel`.
+Known are files and folders of PyTorch weights in the original's and in diffusers' layout, folders
+of ours (`config.json` with a class, `weights.safetensors`), whole pipelines with such folders below
+`transformer` and `vae`, and folders of training runs.
 """
 
 import dataclasses
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
+from typing import Literal, NamedTuple
 
-import jax
-import numpy as np
-from flax import nnx
-from safetensors.numpy import load_file, save_file
+from jax.sharding import Mesh
 
+from easyanimate_jax.convert import mmdit, run, vae
+from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.tensors import files
+from easyanimate_jax.tensors.lazy import Tensor
+from easyanimate_jax.tensors.module import CONFIG, WEIGHTS, abstract, fill, misfits
+
+Weights = Literal["ema", "raw"]
+
+KINDS: dict[str, ModuleType] = {"transformer": mmdit, "vae": vae}
 
 
-def flat_weights(module: nnx.Module) -> dict[str, np.ndarray]:
-    """Dotted path -> array, for every weight of `module`."""
-    flat = nnx.traversals.flatten_mapping(nnx.to_pure_dict(nnx.state(module)))
-    return {".".join(map(str, path)): np.asarray(value) for path, value in flat.items()}
+class Model(NamedTuple):
+    """A config and its weights by our names, not read yet."""
+
+    config: MMDiTConfig | VAEConfig
+    tensors: dict[str, Tensor]
 
 
-def build(model_class: type, config, weights: dict[str, np.ndarray]) -> nnx.Module:
-    """`model_class(config)` with these weights. Raises ValueError listing all that do not fit."""
-    module = nnx.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
-    state = nnx.state(module)
-    wanted = nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
-    names = {path: ".".join(map(str, path)) for path in wanted}
-    problems = [f"{name} is missing" for name in names.values() if name not in weights]
-    problems += [f"{name} is not known" for name in sorted(set(weights) - set(names.values()))]
-    problems += [
-        f"{names[path]} has shape {weights[names[path]].shape}, wanted {value.shape}"
-        for path, value in wanted.items()
-        if names[path] in weights and weights[names[path]].shape != value.shape
-    ]
-    if problems:
-        raise ValueError(
-            f"weights do not fit {model_class.__name__}: {'; '.join(problems)}. "
-            f"Use the config that the weights were trained with: this one is {config}."
-        )
-    arrays = {path: jax.numpy.asarray(weights[name]) for path, name in names.items()}
-    nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(arrays))
-    nnx.update(module, state)
-    return module
+def load_mmdit(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    weight_dtype: str = "float32",
+    mesh: Mesh | None = None,
+    in_channels: int | None = None,
+    config: MMDiTConfig | None = None,
+    weights: Weights = "ema",
+    step: int | None = None,
+    allow_pickle: bool = False,
+) -> MMDiT:
+    """The transformer of a file, a folder of any layout, or a run, ready to use.
+
+    `dtype` is what it computes in (None: what its config says, bfloat16 for foreign weights). With
+    a mesh every device reads its own part. `in_channels` adapts the patch embedding to another
+    task (spec 2.9) and prints how. `config` is built in place of the one found with the weights,
+    which must fit it. Raises ValueError listing all that is wrong.
+    """
+    problems = []
+    model = open_model(
+        Path(path), "transformer", problems, weights=weights, step=step, allow_pickle=allow_pickle
+    )
+    files.raise_all(path, problems)
+    if in_channels is not None and in_channels != model.config.in_channels:
+        *changed, lines = mmdit.widen(model.tensors, model.config, in_channels)
+        model = Model(*changed)
+        print("\n".join(lines))
+    if config is not None:
+        faults = misfits(model.tensors, abstract(MMDiT, config))
+        files.raise_all(f"{path} does not fit {config}", faults)
+        model = Model(config, model.tensors)
+    return _load(MMDiT, model, problems, dtype, weight_dtype, mesh)
 
 
-def save_module(folder: str | os.PathLike, module: nnx.Module) -> None:
-    """Write `module` with its config; each file appears whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(flat_weights(module), folder / "weights.safetensors.new")
-    config = {"class": type(module).__name__, **dataclasses.asdict(module.config)}
-    (folder / "config.json.new").write_text(json.dumps(config, indent=2) + "\n")
-    for name in ("weights.safetensors", "config.json"):
-        os.replace(folder / f"{name}.new", folder / name)
+def load_vae(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    weight_dtype: str = "float32",
+    mesh: Mesh | None = None,
+    allow_pickle: bool = False,
+) -> CausalVAE:
+    """The VAE of a file, a folder of any layout, or a run; options as in `load_mmdit`."""
+    problems = []
+    model = open_model(Path(path), "vae", problems, allow_pickle=allow_pickle)
+    files.raise_all(path, problems)
+    return _load(CausalVAE, model, problems, dtype, weight_dtype, mesh)
 
 
-def load_vae(folder: str | os.PathLike) -> CausalVAE:
-    return _load(folder, CausalVAE, VAEConfig)
+def _load(model_class, model: Model, problems, dtype, weight_dtype, mesh):
+    config = dataclasses.replace(model.config, dtype=dtype) if dtype else model.config
+    module = abstract(model_class, config)
+    return fill(module, model.tensors, problems, weight_dtype=weight_dtype, mesh=mesh)
 
 
-def load_mmdit(folder: str | os.PathLike):
-    from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
+def open_model(
+    path: Path,
+    name: Literal["transformer", "vae"],
+    problems: list[str],
+    *,
+    dtype: str | None = None,
+    weights: Weights = "ema",
+    step: int | None = None,
+    allow_pickle: bool = False,
+) -> Model | None:
+    """The model of that name in a file or folder, its weights cast to `dtype` as they are read.
 
-    return _load(folder, MMDiT, MMDiTConfig)
+    What is wrong is added to `problems`, now or while reading; None where nothing can be read.
+    """
+    if run.is_run(path):
+        if name == "vae":
+            return open_model(Path(run.config_of(path, step).vae), name, problems, dtype=dtype)
+        config, tensors = run.open_transformer(path, weights, step)
+        tensors = files.checked(tensors, problems, dtype)
+        return _ours(MMDiT, config, tensors, problems)
+    if (path / name).is_dir():
+        path = path / name
+    if not path.exists():
+        problems.append(f"there is no {path}")
+        return None
+    fields = read_json(path / CONFIG, problems) if (path / CONFIG).is_file() else {}
+    found = len(problems)
+    own = "class" in fields
+    place = path / WEIGHTS if own and (path / WEIGHTS).is_file() else path
+    tensors = files.open_weights(place, problems, allow_pickle)
+    if not tensors or len(problems) > found:
+        return None
+    tensors = files.checked(tensors, problems, dtype)
+    kind = KINDS[name]
+    wanted = kind.MODEL_CLASS.__name__ if own else kind.FOREIGN_CLASS
+    says = fields.get("class", fields.get("_class_name", wanted))
+    if says != wanted:
+        problems.append(f"{path} holds a {says}; wanted a {wanted}")
+        return None
+    try:
+        if own:
+            return _ours(kind.MODEL_CLASS, _config(kind.CONFIG_CLASS, fields), tensors, problems)
+        return Model(*kind.from_torch(tensors, problems, fields))
+    except ValueError as error:  # no config can be made of it
+        problems.append(str(error))
+        return None
 
 
-def _load(folder, model_class, config_class):
-    folder = Path(folder)
-    fields = json.loads((folder / "config.json").read_text())
-    saved = fields.pop("class")
-    if saved != model_class.__name__:
-        raise ValueError(f"{folder} holds a {saved}; wanted a {model_class.__name__}.")
-    fields = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-    weights = load_file(folder / "weights.safetensors")
-    return build(model_class, config_class(**fields), weights)
+def read_json(path: Path, problems: list[str]) -> dict:
+    """A JSON object; {} and a problem where the file holds none."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        problems.append(f"{path} cannot be read as JSON: {error}")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{path} holds a {type(value).__name__}, not an object")
+        return {}
+    return value
+
+
+def _config(config_class: type, fields: Mapping):
+    """A config of ours from its JSON. Raises ValueError where a field is unknown or missing."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "class"}
+    known = [field.name for field in dataclasses.fields(config_class)]
+    needed = [f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING]
+    faults = [f"{name!r} is not known" for name in fields if name not in known]
+    faults += [f"{name!r} is missing" for name in needed if name not in fields]
+    if faults:
+        raise ValueError(f"{CONFIG} does not fit {config_class.__name__}: {', '.join(faults)}")
+    return config_class(**fields)
+
+
+def _ours(model_class: type, config, tensors: Mapping[str, Tensor], problems: list[str]) -> Model:
+    problems += misfits(tensors, abstract(model_class, config))
+    return Model(config, dict(tensors))

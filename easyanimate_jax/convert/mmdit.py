@@ -1,17 +1,25 @@
-"""PyTorch MMDiT weights <-> ours, in the original and the diffusers layout (spec 2.7, 2.8).
+"""MMDiT weights in PyTorch's layouts, the original's and diffusers' (spec 2.7, 2.8), and ours.
 
-Both sides are flat dicts of numpy arrays; ours is keyed by the dotted path in
-`nnx.to_pure_dict(nnx.state(model))`, where blocks of a kind are stacked. Exported 7B weights are
-right and still give other videos in diffusers, whose own forward leaves the text of shared blocks
-unprojected.
+`table` says which of their tensors make one of ours, where blocks of a kind are stacked. Exported
+7B weights are right and still give other videos in diffusers, whose own forward leaves the text of
+shared blocks unprojected.
 """
 
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
-import numpy as np
+from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
+from easyanimate_jax.tensors.lazy import Tensor
+from easyanimate_jax.tensors.module import abstract, shapes_of
+from easyanimate_jax.tensors.table import Rule, Table, to_ours, to_theirs
 
-from easyanimate_jax.models.mmdit import MMDiTConfig
+Layout = Literal["original", "diffusers"]
+
+MODEL_CLASS, CONFIG_CLASS = MMDiT, MMDiTConfig
+FOREIGN_CLASS = "EasyAnimateTransformer3DModel"  # in both layouts
+STEM = "diffusion_pytorch_model"
 
 MODEL = {
     "patches": "proj",
@@ -43,27 +51,104 @@ MMDIT_BLOCK = (
     | {f"text.mlp.{ours}": f"txt_ff.{theirs}" for ours, theirs in MLP.items()}
 )
 TO_DIFFUSERS = {
-    "attn2.to_q.": "attn1.add_q_proj.",
-    "attn2.to_k.": "attn1.add_k_proj.",
-    "attn2.to_v.": "attn1.add_v_proj.",
-    "attn2.to_out.0.": "attn1.to_add_out.",
-    "attn2.norm_q.": "attn1.norm_added_q.",
-    "attn2.norm_k.": "attn1.norm_added_k.",
+    "attn2.to_q": "attn1.add_q_proj",
+    "attn2.to_k": "attn1.add_k_proj",
+    "attn2.to_v": "attn1.add_v_proj",
+    "attn2.to_out.0": "attn1.to_add_out",
+    "attn2.norm_q": "attn1.norm_added_q",
+    "attn2.norm_k": "attn1.norm_added_k",
+}
+
+# What our network does not compute: `field` may be absent, or have one of these values.
+SUPPORTED = {
+    "after_norm": (False, None),
+    "ref_channels": (None,),
+    "clip_channels": (None,),
+    "swa_layers": (None,),
+    "norm_elementwise_affine": (True,),
+    "activation_fn": ("gelu-approximate",),
+    "timestep_activation_fn": ("silu",),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "time_position_encoding_type": ("3d_rope",),
+    "sample_width": (90,),
+    "sample_height": (60,),
+    "dropout": (0, None),
+}
+NEEDED = {  # what a config is made of, and the number of dimensions
+    "proj.weight": 4,
+    "proj_out.weight": 2,
+    "time_embedding.linear_1.weight": 2,
+    "transformer_blocks.0.attn1.norm_q.weight": 1,
 }
 
 
-def config_of(weights: dict[str, np.ndarray]) -> MMDiTConfig:
-    """The config of a released state dict in either layout, from the tensors themselves."""
-    shapes = {name: np.shape(value) for name, value in _original(weights).items()}
+def from_torch(
+    tensors: Mapping[str, Tensor], problems: list[str], fields: Mapping | None = None
+) -> tuple[MMDiTConfig, dict[str, Tensor]]:
+    """A state dict in either layout -> its config and ours; all misfits are added to `problems`.
+
+    `fields` is the folder's config.json: what the tensors tell is checked against it.
+    """
+    weights = _in_original_names(tensors, problems)
+    config = config_of(weights, fields)
+    problems += _contradictions(config, fields or {})
+    names = _modules(config)
+    shapes = shapes_of(abstract(MMDiT, config))
+    return config, to_ours(weights, table(config, names), shapes, problems)
+
+
+def to_torch(
+    tensors: Mapping[str, Tensor], config: MMDiTConfig, layout: Layout
+) -> dict[str, Tensor]:
+    """Ours -> a state dict, the inverse of `from_torch`."""
+    theirs = to_theirs(tensors, table(config, _modules(config)))
+    return {_in_layout(name, layout): tensor for name, tensor in theirs.items()}
+
+
+def widen(
+    tensors: Mapping[str, Tensor], config: MMDiTConfig, in_channels: int
+) -> tuple[MMDiTConfig, dict[str, Tensor], list[str]]:
+    """The weights for another number of input channels (spec 2.9), and lines that say what it did.
+
+    New channels come last and are zero; with fewer channels the leading ones stay.
+    """
+    name, have = "patches.kernel", config.in_channels
+    rows = tensors[name].resize_rows(in_channels * config.patch**2)
+    lines = [f"copied: {len(tensors) - 1} tensors as they are"]
+    if in_channels > have:
+        lines.append(f"extended: {name}, input channels 0 to {have - 1} copied")
+        lines.append(f"zeroed: {name}, input channels {have} to {in_channels - 1}")
+    else:
+        lines.append(f"cut: {name}, input channels 0 to {in_channels - 1} of {have} copied")
+    return replace(config, in_channels=in_channels), {**tensors, name: rows}, lines
+
+
+def config_of(weights: Mapping, fields: Mapping | None = None) -> MMDiTConfig:
+    """The config of a state dict in the original's names, from the tensors' shapes.
+
+    Only `norm_eps` is not in them; it comes from `fields`, or is the released one. Raises
+    ValueError where the tensors are no whole transformer.
+    """
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
     blocks = {int(m[1]) for m in (re.match(r"transformer_blocks\.(\d+)\.", n) for n in shapes) if m}
     with_text = {i for i in blocks if f"transformer_blocks.{i}.attn2.to_q.weight" in shapes}
-    if not blocks or with_text != set(range(len(with_text))) or max(blocks) + 1 != len(blocks):
-        raise ValueError(
-            f"not an EasyAnimate transformer: it has blocks {sorted(blocks)}, of them "
-            f"{sorted(with_text)} with text weights; give the whole state dict of one."
-        )
+    norm_eps = (fields or {}).get("norm_eps", 1e-5)
+    if type(norm_eps) is not float:
+        raise ValueError(f"config.json: norm_eps is {norm_eps!r}; the released models have 1e-05")
     text_norm = "text_proj.0.weight" in shapes
     texts = [f"{name}.1.weight" if text_norm else f"{name}.weight" for name in TEXTS]
+    needed = NEEDED | {texts[0]: 2} | ({texts[1]: 2} if texts[1] in shapes else {})
+    faults = [
+        f"; {name} has shape {shapes[name]}" if name in shapes else f"; {name} is missing"
+        for name, rank in needed.items()
+        if len(shapes.get(name, ())) != rank or 0 in shapes[name]
+    ]
+    if faults or with_text != set(range(len(with_text))) or blocks != set(range(len(blocks))):
+        raise ValueError(
+            f"not a whole EasyAnimate transformer: it has blocks {sorted(blocks)}, of them "
+            f"{sorted(with_text)} with text weights{''.join(faults)}. Give all files of one model."
+        )
     width, in_channels, patch, _ = shapes["proj.weight"]
     (head_width,) = shapes["transformer_blocks.0.attn1.norm_q.weight"]
     return MMDiTConfig(
@@ -78,76 +163,141 @@ def config_of(weights: dict[str, np.ndarray]) -> MMDiTConfig:
         text_widths=tuple(shapes[name][1] for name in texts if name in shapes),
         text_norm=text_norm,
         round_time=True,
+        norm_eps=norm_eps,
     )
 
 
-def from_torch(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A state dict in either layout -> ours, float32. Raises ValueError listing all misfits."""
-    weights = _original(weights)
-    names = _names(config_of(weights))
-    known = [name for theirs in names.values() for name in theirs]
-    problems = [f"{name} is missing" for name in known if name not in weights]
-    problems += [f"{name} is not known" for name in sorted(set(weights) - set(known))]
-    if problems:
-        raise ValueError(
-            f"not the weights of a released EasyAnimate transformer: {'; '.join(problems)}. "
-            f"Reference, CLIP, sliding-window and after-norm variants are not supported."
-        )
-    ours = {}
-    for name, theirs in names.items():
-        layers = [weights[n].astype(np.float32) for n in theirs]
-        if name.endswith(".kernel"):  # (out, in) or (D, C, 2, 2)
-            layers = [x.reshape(len(x), -1).T for x in layers]
-        ours[name] = np.stack(layers) if name.startswith("blocks.") else layers[0]
-    return ours
+def config_json(config: MMDiTConfig, layout: Layout) -> dict:
+    """The config.json of `config` in a layout (spec 1.1)."""
+    fields = {
+        "_class_name": FOREIGN_CLASS,
+        "num_attention_heads": config.heads,
+        "attention_head_dim": config.head_width,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "patch_size": config.patch,
+        "sample_width": 90,
+        "sample_height": 60,
+        "activation_fn": "gelu-approximate",
+        "timestep_activation_fn": "silu",
+        "freq_shift": 0,
+        "num_layers": config.depth,
+        "mmdit_layers": config.mmdit_depth,
+        "dropout": 0.0,
+        "time_embed_dim": config.time_width,
+        "add_norm_text_encoder": config.text_norm,
+        "text_embed_dim": config.text_widths[0],
+        "text_embed_dim_t5": config.text_widths[1] if len(config.text_widths) > 1 else None,
+        "norm_eps": config.norm_eps,
+        "norm_elementwise_affine": True,
+        "flip_sin_to_cos": True,
+        "time_position_encoding_type": "3d_rope",
+        "after_norm": False,
+        "resize_inpaint_mask_directly": True,
+        "enable_text_attention_mask": len(config.text_widths) == 1,  # V5.1
+        "add_noise_in_inpaint_model": True,
+    }
+    if layout == "original":
+        fields |= {
+            "enable_clip_in_inpaint": False,
+            "add_ref_latent_in_control_model": config.in_channels in (38, 48),
+            "ref_channels": None,
+            "clip_channels": None,
+            "swa_layers": None,
+        }
+    return fields
 
 
-def to_torch(
-    weights: dict[str, np.ndarray], config: MMDiTConfig, layout: Literal["original", "diffusers"]
-) -> dict[str, np.ndarray]:
-    """Ours -> a state dict, the inverse of `from_torch`."""
-    renamed = TO_DIFFUSERS if layout == "diffusers" else {}
-    state = {}
-    for name, theirs in _names(config).items():
-        layers = weights[name] if name.startswith("blocks.") else weights[name][None]
-        for their_name, value in zip(theirs, layers, strict=True):
-            value = value.T  # vectors stay as they are
-            if their_name == "proj.weight":
-                value = value.reshape(config.width, config.in_channels, config.patch, config.patch)
-            state[_rename(their_name, renamed)] = np.ascontiguousarray(value)
-    return state
+def notes(config: MMDiTConfig, layout: Layout) -> list[str]:
+    """What a reader of the exported weights must know."""
+    if layout == "diffusers" and config.depth - config.mmdit_depth > 1:
+        return [
+            "diffusers computes shared blocks otherwise than EasyAnimate does (their text leaves "
+            "the attention unprojected): the weights are right, its videos differ from ours"
+        ]
+    return []
 
 
-def _names(config: MMDiTConfig) -> dict[str, list[str]]:
-    """Our names -> theirs in the original layout: one, or one for every block of a stack."""
+def table(config: MMDiTConfig, modules: Mapping[str, list[str]]) -> Table:
+    """Our weights and theirs in the original's names."""
+    rules = {}
+    for ours, theirs in modules.items():
+        stacked = ours.startswith("blocks.")
+        weights = tuple(f"{name}.weight" for name in theirs)
+        if ours.endswith("norm"):
+            rules[f"{ours}.scale"] = Rule(weights, stacked=stacked)
+        else:
+            rules[f"{ours}.kernel"] = Rule(weights, (1, 0), stacked=stacked)
+        if ours not in ("texts.0.norm", "texts.1.norm"):
+            rules[f"{ours}.bias"] = Rule(tuple(f"{name}.bias" for name in theirs), stacked=stacked)
+    square = (config.width, config.in_channels, config.patch, config.patch)
+    rules["patches.kernel"] = rules["patches.kernel"]._replace(shape=square)
+    return rules
+
+
+def block_modules(depth: int, mmdit_depth: int) -> dict[str, list[str]]:
+    """Our stacked modules -> theirs, one for every block of a kind."""
+    kinds = ((MMDIT_BLOCK, range(mmdit_depth)), (SHARED_BLOCK, range(mmdit_depth, depth)))
+    return {
+        f"blocks.{i}.{ours}": [f"transformer_blocks.{j}.{theirs}" for j in layers]
+        for i, (block, layers) in enumerate((b, r) for b, r in kinds if r)
+        for ours, theirs in block.items()
+    }
+
+
+def _modules(config: MMDiTConfig) -> dict[str, list[str]]:
+    """Our modules -> theirs in the original's names."""
     modules = {ours: [theirs] for ours, theirs in MODEL.items()}
     for i, text in enumerate(TEXTS[: len(config.text_widths)]):
         modules[f"texts.{i}.linear"] = [f"{text}.1" if config.text_norm else text]
-    kinds = (
-        (MMDIT_BLOCK, range(config.mmdit_depth)),
-        (SHARED_BLOCK, range(config.mmdit_depth, config.depth)),
-    )
-    for i, (block, layers) in enumerate((block, layers) for block, layers in kinds if layers):
-        for ours, theirs in block.items():
-            modules[f"blocks.{i}.{ours}"] = [f"transformer_blocks.{j}.{theirs}" for j in layers]
-
-    names = {}
-    for ours, theirs in modules.items():
-        weight = "scale" if ours.endswith("norm") else "kernel"
-        names[f"{ours}.{weight}"] = [f"{name}.weight" for name in theirs]
-        names[f"{ours}.bias"] = [f"{name}.bias" for name in theirs]
-    if config.text_norm:
-        for i, text in enumerate(TEXTS[: len(config.text_widths)]):
-            names[f"texts.{i}.norm.scale"] = [f"{text}.0.weight"]
-    return names
+        if config.text_norm:
+            modules[f"texts.{i}.norm"] = [f"{text}.0"]
+    return modules | block_modules(config.depth, config.mmdit_depth)
 
 
-def _original(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    back = {theirs: ours for ours, theirs in TO_DIFFUSERS.items()}
-    return {_rename(name, back): value for name, value in weights.items()}
-
-
-def _rename(name: str, table: dict[str, str]) -> str:
-    for old, new in table.items():
-        name = name.replace(f".{old}", f".{new}")
+def _in_layout(name: str, layout: Layout) -> str:
+    if layout == "diffusers":
+        for old, new in TO_DIFFUSERS.items():
+            name = name.replace(f".{old}.", f".{new}.")
     return name
+
+
+def _in_original_names(tensors: Mapping[str, Tensor], problems: list[str]) -> dict[str, Tensor]:
+    original, source = {}, {}
+    for name, tensor in tensors.items():
+        new = name
+        for old, theirs in TO_DIFFUSERS.items():
+            new = new.replace(f".{theirs}.", f".{old}.")
+        if new in original:
+            problems.append(f"{source[new]} and {name} are the same weight in both layouts")
+        original[new], source[new] = tensor, name
+    return original
+
+
+def _contradictions(config: MMDiTConfig, fields: Mapping) -> list[str]:
+    """Where a config.json says other than the tensors, or asks for what is not built."""
+    problems = [
+        f"config.json: {name} is {fields[name]!r}, and only {values[0]!r} is supported"
+        for name, values in SUPPORTED.items()
+        if name in fields and fields[name] not in values
+    ]
+    told = config_json(config, "diffusers")
+    for name in (
+        "num_attention_heads",
+        "attention_head_dim",
+        "in_channels",
+        "out_channels",
+        "patch_size",
+        "num_layers",
+        "mmdit_layers",
+        "time_embed_dim",
+        "add_norm_text_encoder",
+        "text_embed_dim",
+        "text_embed_dim_t5",
+    ):
+        says = fields.get(name, told[name])
+        if name == "mmdit_layers" and type(says) is int:
+            says = min(says, config.depth)  # the original writes 10000 for "all"
+        if says != told[name]:
+            problems.append(f"config.json: {name} is {says!r}, and the tensors have {told[name]!r}")
+    return problems

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 
-import jax
-import ml_dtypes  # noqa: F401  teaches numpy the bfloat16 of released files
-import numpy as np
 from flax import nnx
-from safetensors import safe_open
-from safetensors.numpy import save_file
+
+from easyanimate_jax.tensors import files
+from easyanimate_jax.tensors.lazy import Tensor
+from easyanimate_jax.tensors.module import named_weights, shapes_of, with_weights
+from easyanimate_jax.tensors.table import Rule, Table, to_ours, to_theirs
 
 
 def read_config(folder: Path) -> dict:
@@ -34,48 +34,38 @@ def load(abstract: nnx.Module, folder: Path, names: Mapping[str, str], prefixes=
     """The module shaped like `abstract` with the weights of `folder`, as float32 numpy arrays.
 
     Some files put a name such as `bert.` before every tensor: `prefixes` lists what to strip.
+    Tensors that the table does not name (heads, poolers, other towers) are left alone.
     """
-    tensors = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, framework="np") as file:
-            for key in file.keys():  # noqa: SIM118  not a mapping
-                prefix = next(p for p in (*prefixes, "") if key.startswith(p))
-                tensors[key.removeprefix(prefix)] = np.float32(file.get_tensor(key))
-    problems = []
-
-    def fetch(path, leaf):
-        name, transpose = _look_up(path, names)
-        layers = [name.format(i) for i in range(leaf.shape[0])] if "{}" in name else [name]
-        missing = [layer for layer in layers if layer not in tensors]
-        if missing:
-            problems.append(f"{missing[0]} is missing")
-            return leaf
-        found = [tensors[layer].T if transpose else tensors[layer] for layer in layers]
-        value = np.stack(found) if "{}" in name else found[0]
-        if value.shape != leaf.shape:
-            problems.append(f"{name} has shape {value.shape}, config.json asks for {leaf.shape}")
-        return value
-
-    model = jax.tree_util.tree_map_with_path(fetch, abstract)
-    if problems:
-        raise ValueError(f"{folder}: weights do not fit: {'; '.join(problems)}")
+    problems, tensors = [], {}
+    for name, tensor in files.open_weights(folder, problems).items():
+        prefix = next(p for p in (*prefixes, "") if name.startswith(p))
+        tensors[name.removeprefix(prefix)] = tensor
+    shapes = shapes_of(abstract)
+    rules = table(shapes, names)
+    wanted = {name for rule in rules.values() for name in rule.names}
+    theirs = {name: tensor for name, tensor in tensors.items() if name in wanted}
+    ours = to_ours(files.checked(theirs, problems, "float32"), rules, shapes, problems)
+    files.raise_all(f"{folder}: weights do not fit", problems)
+    model = with_weights(abstract, lambda name, shape: ours[name].read())
+    files.raise_all(f"{folder}: weights cannot be used", problems)
     return model
 
 
 def save(model: nnx.Module, folder: Path, names: Mapping[str, str], config: Mapping) -> None:
     """Write `model` so that transformers, or `load`, reads it back."""
-    tensors = {}
-    for path, value in jax.tree_util.tree_leaves_with_path(model):
-        (name, transpose), value = _look_up(path, names), np.asarray(value)
-        for i, layer in enumerate(value if "{}" in name else value[None]):
-            tensors[name.format(i)] = np.ascontiguousarray(layer.T if transpose else layer)
+    ours = {name: Tensor.of(value) for name, value in named_weights(model).items()}
+    theirs = to_theirs(ours, table(shapes_of(model), names))
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    files.write_file(folder / "model.safetensors", theirs, {"format": "pt"})
     text = json.dumps({**config, **asdict(model.config)}, indent=2)
     (folder / "config.json").write_text(text, "utf-8")
 
 
-def _look_up(path, names: Mapping[str, str]) -> tuple[str, bool]:
-    """transformers' name of the variable at `path`, and whether it is stored transposed."""
-    *parts, _ = (key.name for key in path)  # the last key is the variable's value
-    return names[".".join(parts)], parts[-1] == "kernel"
+def table(shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]) -> Table:
+    """The rules of an encoder: one foreign tensor a layer where its name has a place for one."""
+    rules = {}
+    for ours, shape in shapes.items():
+        theirs, stacked = names[ours], "{}" in names[ours]
+        layers = tuple(theirs.format(i) for i in range(shape[0])) if stacked else (theirs,)
+        rules[ours] = Rule(layers, (1, 0) if ours.endswith(".kernel") else (), stacked=stacked)
+    return rules

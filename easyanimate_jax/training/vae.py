@@ -29,11 +29,11 @@ from einops import rearrange, reduce
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from easyanimate_jax.convert.folder import save_module
 from easyanimate_jax.data import media
 from easyanimate_jax.data.sources import Clip, read_folder
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig, check_video
 from easyanimate_jax.sharding import MeshConfig, batch_sharding, make_mesh
+from easyanimate_jax.tensors.module import save_module
 from easyanimate_jax.training.metrics import MetricsWriter, clock
 
 Video = Float[Array, "B F H W 3"]

@@ -1,0 +1,30 @@
+"""What several test files put on disk."""
+
+import json
+from dataclasses import replace
+
+import jax
+
+from easyanimate_jax.config import load, to_json
+from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.training.checkpoint import Checkpoints
+from easyanimate_jax.training.step import TrainState
+
+FLOW = Flow()
+
+
+def write_run(folder, models, vae="weights/vae", text="weights", process=FLOW):
+    """A run folder with checkpoints 3 and 7; `models` are the raw and averaged weights at 7."""
+    config = replace(
+        load("configs/demo.py"),
+        model=replace(models[0].config, in_channels=16),
+        vae=str(vae),
+        text=str(text),
+        process=process,
+    )
+    checkpoints = Checkpoints(folder / "checkpoints", keep=2)
+    meta = {"in_channels": models[0].config.in_channels, "config": json.loads(to_json(config))}
+    zero = jax.numpy.zeros((), jax.numpy.int32)
+    for step, (raw, ema) in ((3, models[::-1]), (7, models)):
+        checkpoints.save(step, TrainState(zero, zero, raw, ema, ()), meta)
+    checkpoints.close()
