@@ -57,7 +57,7 @@ config = TrainConfig(
         LatentSet("large", LARGE, kinds=("video",), min_side=192, condition_draws=1),
     ),
     stages=(
-        Stage("image", "image", batch_size=16, steps=150, learning_rate=1e-2),
+        Stage("image", "image", batch_size=16, steps=120, learning_rate=1e-2),
         Stage(
             "small_t2v",
             "small",
@@ -70,7 +70,7 @@ config = TrainConfig(
             "medium_t2v",
             "medium",
             batch_size=8,
-            steps=600,
+            steps=450,
             learning_rate=4e-3,
             end_learning_rate=2e-3,
         ),

@@ -13,7 +13,7 @@ from easyanimate_jax.evaluation import facts, report, world
 from easyanimate_jax.evaluation.generate import generate, psnr, reconstruct
 from easyanimate_jax.evaluation.score import CHANCE, first_frame_error, motion, score
 
-COUNT = 96  # prompts per language and split
+COUNTS = {"seen": 48, "heldout": 96}  # prompts per language
 SHOWN = 6  # sample videos of each kind on the page
 NAMES = ("colour", "background", "direction", "speed", "shape", "joint")
 
@@ -23,7 +23,7 @@ def evaluate(run, encoder) -> tuple[dict, dict]:
     samples = run.config.samples
     results, shown = {"scores": {}, "chance": CHANCE}, {}
     for split, group in (("seen", results["scores"]), ("heldout", {})):
-        prompts = world.prompts(split, COUNT, seed=samples.seed)
+        prompts = world.prompts(split, COUNTS[split], seed=samples.seed)
         for language in ("en", "zh"):
             texts = [getattr(p, language) for p in prompts]
             videos = generate(run, encoder, texts)
