@@ -188,6 +188,7 @@ def run_reference(model, latents, time, texts, **condition):
         pytest.param({"in_channels": 33}, {"inpaint_latents": 17}, id="inpaint"),
         pytest.param({"in_channels": 48}, {"control_latents": 32}, id="control"),
         pytest.param({"in_channels": 32}, {"control_latents": 16}, id="v5-control"),
+        pytest.param({"in_channels": 38}, {"control_latents": 22}, id="camera"),
     ],
 )
 def test_equals_diffusers(options, extra):

@@ -10,12 +10,14 @@ import numpy as np
 
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.tensors.lazy import Tensor
+from easyanimate_jax.tensors.module import WEIGHTS
 
 LEAF = ".value"  # orbax's names end in the variable's own
 
 
 def is_run(path: Path) -> bool:
-    return (path / "checkpoints").is_dir()
+    """Checkpoints and no finished model: the VAE's own training leaves both in its folder."""
+    return (path / "checkpoints").is_dir() and not (path / WEIGHTS).is_file()
 
 
 def config_of(folder: Path, step: int | None = None):
