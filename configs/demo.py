@@ -62,7 +62,7 @@ config = TrainConfig(
             "small_t2v",
             "small",
             batch_size=16,
-            steps=1300,
+            steps=1600,
             learning_rate=1e-2,
             end_learning_rate=2e-3,
         ),
@@ -70,7 +70,7 @@ config = TrainConfig(
             "medium_t2v",
             "medium",
             batch_size=8,
-            steps=300,
+            steps=500,
             learning_rate=4e-3,
             end_learning_rate=2e-3,
         ),
@@ -79,7 +79,7 @@ config = TrainConfig(
             "medium",
             task="i2v",
             batch_size=8,
-            steps=850,
+            steps=550,
             learning_rate=3e-3,
             end_learning_rate=1e-4,
         ),
@@ -88,7 +88,7 @@ config = TrainConfig(
     optimizer=OptimizerConfig(b2=0.99, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0),
     mesh=MeshConfig(),
     samples=SampleConfig(
-        PROMPTS, every=1000, frames=9, height=128, width=128, steps=12, guidance=1.5
+        PROMPTS, every=1000, frames=9, height=128, width=128, steps=12, guidance=2.0
     ),
     ema_decay=0.99,
     save_every=500,

@@ -5,7 +5,7 @@ and a Chinese caption that state all there is to know about it, so `score.py` ca
 clip against its prompt without a learned judge. Some (colour, background, direction) triples never
 occur in training, though every pair of their values does: they show whether words compose.
 
-    python -m easyanimate_jax.evaluation.world OUT --images 600 --clips 2000 --large-clips 12
+    python -m easyanimate_jax.evaluation.world OUT --images 600 --clips 2000 --large-clips 6
 
 writes `OUT/metadata.json` (two rows per file: English, then Chinese) and, as a data set of its own,
 `OUT/heldout/metadata.json` with ground truth for the held-out triples.
@@ -85,7 +85,7 @@ class WorldConfig:
 
     images: int = 600
     clips: int = 2000
-    large_clips: int = 12
+    large_clips: int = 6
     heldout: int = 96
     seed: int = 0
 

@@ -8,9 +8,10 @@ mapped into memory: a tensor is read with plain reads of the boxes asked for.
 import json
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import ml_dtypes
@@ -38,6 +39,7 @@ LONGEST_HEADER = 100_000_000  # the format's own limit
 # Bytes that are read and written at a time. A stack is cut anywhere between its layers; rows of a
 # matrix can be columns in the file it comes from, so one layer of the 12B in float32 stays whole.
 PIECE, MATRIX = 2**25, 2**28
+READERS = 2  # threads that read and transpose what is written next
 SHARD = 5 * 10**9  # bytes of a file, as transformers and diffusers cut them
 
 
@@ -256,28 +258,31 @@ def write_file(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    # One piece is written while the next one is read and transposed.
-    with path.open("wb") as file, ThreadPoolExecutor(1) as writer:
+    with path.open("wb") as file, ThreadPoolExecutor(READERS) as pool:
         file.write(len(text).to_bytes(8, "little") + text)
-        written = None
-        for values in (piece for name in names for piece in _pieces(tensors[name])):
-            data = dense(values).reshape(-1).view(np.uint8).data
-            if written is not None:
-                progress(written.result())
-            written = writer.submit(file.write, data)
-        if written is not None:
-            progress(written.result())
+        reads = (read for name in names for read in _pieces(tensors[name]))
+        for piece in _ahead(pool, reads):
+            progress(file.write(piece.reshape(-1).view(np.uint8).data))
 
 
-def _pieces(tensor: Tensor):
-    """The values in runs of whole leading entries."""
+def _pieces(tensor: Tensor) -> Iterator[Callable[[], np.ndarray]]:
+    """Functions that read the values, in C order, in runs of whole leading entries."""
     if not tensor.shape or not tensor.nbytes:
-        yield tensor.read()
+        yield lambda: dense(tensor.read())
         return
     most = PIECE if len(tensor.shape) > 2 else MATRIX
     rows = max(1, most * tensor.shape[0] // tensor.nbytes)
     for first in range(0, tensor.shape[0], rows):
-        yield tensor.read((slice(first, first + rows),))
+        yield lambda first=first: dense(tensor.read((slice(first, first + rows),)))
+
+
+def _ahead(pool: ThreadPoolExecutor, reads: Iterator[Callable[[], np.ndarray]]):
+    """The results in order; while one is written, the next ones are read and transposed."""
+    running = deque(pool.submit(read) for read in islice(reads, READERS))
+    while running:
+        piece = running.popleft().result()
+        yield piece
+        running.extend(pool.submit(read) for read in islice(reads, 1))
 
 
 def write_shards(

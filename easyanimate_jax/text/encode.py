@@ -164,8 +164,11 @@ class TextEncoder:
         ]
         return cls(readers, encoders)
 
-    def encode(self, prompts: Sequence[str | None]) -> tuple[Float[np.ndarray, "B _ _"], ...]:
-        """States of each encoder, (B, length, width) float32; padding is part of the text."""
+    def encode(self, prompts: Sequence) -> tuple[Float[np.ndarray, "B _ _"], ...]:
+        """States of each encoder, (B, length, width) float32; padding is part of the text.
+
+        Prompts are strings, or None for the empty one; ValueError for anything else.
+        """
         prompts = [clean(prompt, max(self.config.lengths)) for prompt in prompts]
         rows = BATCH + -BATCH % num_parts("batch")
         batches = [self._encode(prompts[i : i + rows], rows) for i in range(0, len(prompts), rows)]
