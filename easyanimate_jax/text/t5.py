@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from easyanimate_jax.models.layers import axes, linear, scan_blocks, spread, stack
+from easyanimate_jax.models.layers import axes, linear, rms_norm, scan_blocks, spread, stack
 from easyanimate_jax.sharding import shard
 from easyanimate_jax.text import weights
 
@@ -45,23 +44,18 @@ class T5Config:
             )
 
 
-def rms_norm(width: int, eps: float, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """RMSNorm in float32; the caller casts the result back."""
-    return nnx.RMSNorm(width, epsilon=eps, dtype=jnp.float32, scale_metadata=axes(None), rngs=rngs)
-
-
 class T5Block(nnx.Module):
     def __init__(self, config: T5Config, *, dtype: str, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
         D, inner, mlp = config.d_model, config.num_heads * config.d_kv, config.d_ff
         dense = lambda *a: linear(*a, use_bias=False, dtype=dtype, rngs=rngs)  # noqa: E731
-        self.attention_norm = rms_norm(D, config.layer_norm_epsilon, rngs)
+        self.attention_norm = rms_norm(D, eps=config.layer_norm_epsilon, rngs=rngs)
         self.q = dense(D, inner, ("embed", "heads"))
         self.q.kernel[...] *= config.d_kv**-0.5  # the logits are not scaled, so the start of q is
         self.k = dense(D, inner, ("embed", "heads"))
         self.v = dense(D, inner, ("embed", "heads"))
         self.out = dense(inner, D, ("heads", "embed"))
-        self.mlp_norm = rms_norm(D, config.layer_norm_epsilon, rngs)
+        self.mlp_norm = rms_norm(D, eps=config.layer_norm_epsilon, rngs=rngs)
         self.gate = dense(D, mlp, ("embed", "mlp"))
         self.up = dense(D, mlp, ("embed", "mlp"))
         self.down = dense(mlp, D, ("mlp", "embed"))
@@ -102,7 +96,7 @@ class T5(nnx.Module):
         self.blocks = stack(
             lambda r: T5Block(config, dtype=dtype, rngs=r), config.num_layers, rngs=rngs
         )
-        self.norm = rms_norm(config.d_model, config.layer_norm_epsilon, rngs)
+        self.norm = rms_norm(config.d_model, eps=config.layer_norm_epsilon, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "B L"], mask: Bool[Array, "B L"] | None = None) -> States:
         buckets = relative_buckets(
