@@ -60,8 +60,10 @@ def test_stratified_rows_draw_in_their_own_strata():
     assert sorted(((times - 1) // 100).ravel()) == list(range(10))
 
 
-def test_logit_normal_times_gather_in_the_middle():
-    times = np.asarray(Flow(logit_normal=True).sample_time(jax.random.key(0), (20_000,)))
-    logits = np.log(times / (1000.5 - times))
-    assert times.min() >= 1 and times.max() <= 1000
-    assert abs(logits.mean()) < 0.03 and abs(logits.std() - 1) < 0.03
+def test_shifted_training_times_are_as_dense_as_shifted_sampling_times():
+    flow = Flow(train_shift=np.e)
+    times = np.sort(np.asarray(flow.sample_time(jax.random.key(0), (50_000,))))
+    assert set(times) <= set(range(1, 1001))
+    grid = flow.timesteps(50)[::-1]
+    found = np.searchsorted(times, grid) / len(times)
+    np.testing.assert_allclose(found, np.linspace(0.001, 1, 50), atol=0.01)
