@@ -303,6 +303,7 @@ def make_loader(config: TrainConfig, stage: Stage) -> Loader:
         batch_size=stage.batch_size,
         seed=config.seed,
         name=stage.name,
+        weights=stage.weights,
     )
     return Loader(
         prepared,
