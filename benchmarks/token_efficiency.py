@@ -43,9 +43,9 @@ MIX = """The mix. 20 % images: long side 1024 to 3000 pixels, height / width 2/3
 3/4 (20 %), 4/3 (5 %), 1 (15 %), anything from 1/2 to 2 (10 %). 80 % videos: 1920x1080 (38 %),
 1280x720 (21 %), 1080x1920 (10 %), 3840x2160 (7 %), 854x480 (5 %), 720x1280 (4 %), 640x360 (3 %),
 1920x804 (3 %), 1440x1080, 960x720, 1080x1080 (2 % each), cut to any size (3 %: short side 360 to
-1080, aspect 1/2 to 2.4); 24 (35 %), 25 (20 %), 30 (35 %), 60 frames a second (10 %); 25 % are pieces of exactly
-10 s, 4 % last 0.4 to 3 s, the others 3 to 10 s, log-normal around 5 s. Stages 13312 and 53248 take
-sources of at least 720 pixels (spec 9.4)."""
+1080, aspect 1/2 to 2.4); 24 (35 %), 25 (20 %), 30 (35 %), 60 frames a second (10 %); 25 % are
+pieces of exactly 10 s, 4 % last 0.4 to 3 s, the others 3 to 10 s, log-normal around 5 s. Stages
+13312 and 53248 take sources of at least 720 pixels (spec 9.4)."""
 
 STAGES = (  # budget, smallest source side, global batch, the reference's image size
     (Budget(3328, (3584,), tuple(range(256, 897, 128))), 0, 1536, 1024, 256),
@@ -153,7 +153,7 @@ def reference(index, budget, fits, local, image_size, token_size, same_length) -
     order = rng.permutation(np.flatnonzero(readable))
     sizes = np.array(sorted({*range(256, image_size, 128), image_size}))
     tables = {int(s): list(buckets.aspect_sizes(int(s)).values()) for s in sizes}
-    ratios = next(r for s, r in IMAGE_RATIOS if image_size >= s) + (4.0,)
+    ratios = (*next(r for s, r in IMAGE_RATIOS if image_size >= s), 4.0)
     chance = np.array([0.75] + [0.25 / (len(ratios) - 1)] * (len(ratios) - 1))
 
     def batch(members: np.ndarray) -> tuple[tuple, int, int]:

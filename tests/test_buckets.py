@@ -124,23 +124,27 @@ def test_contradictions_are_refused(wrong):
         Budget(**({"tokens": 48, "lengths": (48,), "sizes": (64,)} | wrong))
 
 
+def padded(tokens, counts, lengths):
+    return np.dot(np.array(lengths)[np.searchsorted(lengths, tokens)], counts)
+
+
 def test_fitted_lengths_pad_least_of_all():
     rng = np.random.default_rng(0)
     for most in (1, 2, 3):
         tokens = rng.integers(1, 9 * MULTIPLE, 12)
         counts = rng.integers(1, 100, 12)
         ends = np.unique(-(-tokens // MULTIPLE) * MULTIPLE)
-        padded = lambda lengths: np.dot(  # noqa: E731
-            np.array(lengths)[np.searchsorted(lengths, tokens)],
-            counts,  # noqa: B023
-        )
         best = min(
-            padded([*some, ends[-1]])
+            padded(tokens, counts, [*some, ends[-1]])
             for n in range(most)
             for some in itertools.combinations(ends[:-1], n)
         )
         fitted = fit_lengths(tokens, counts, most)
-        assert len(fitted) <= most and fitted[-1] == ends[-1] and padded(fitted) == best
+        assert (
+            len(fitted) <= most
+            and fitted[-1] == ends[-1]
+            and padded(tokens, counts, fitted) == best
+        )
 
 
 def test_a_handful_of_samples_gets_no_length_of_its_own():

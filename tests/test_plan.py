@@ -123,7 +123,7 @@ def test_weights_name_sources_too_and_0_leaves_out():
     p = plan(records, weights=(("films", 0.0),))
     assert min(p(step)[1].min() for step in range(40)) == 30
     assert p.hash != plan(records).hash
-    with pytest.raises(ValueError, match="'small'.*weights"):
+    with pytest.raises(ValueError, match=r"'small'.*weights"):
         plan(records, weights=(("films", -1.0),))
 
 

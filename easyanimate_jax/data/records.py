@@ -136,6 +136,9 @@ class Records:
     def __len__(self) -> int:
         return len(self.index["clip"])
 
+    def __reduce__(self):  # a process opens its own readers
+        return Records, (self.folder,)
+
     def __getitem__(self, record: int) -> dict[str, np.ndarray]:
         shard = int(np.searchsorted(self.ends, record, side="right"))
         first = self.ends[shard] - self.header["shards"][shard]

@@ -14,9 +14,9 @@ class Stage:
     """One stage: `steps` updates of `batch_size` clips from the latent set named `data`.
 
     `microbatch` rows go through the network at once (all of them when None); the rest of the batch
-    is accumulated. `weights` say how often clips of a kind or source come beside others, see
-    `data.plan.Plan`. The learning rate warms up linearly over `warmup` steps of the stage, then goes
-    linearly to `end_learning_rate` (constant when None).
+    is accumulated. The learning rate warms up linearly over `warmup` steps of the stage, then goes
+    linearly to `end_learning_rate` (constant when None). `weights` say how often clips of a kind or
+    a source come beside others, see `data.plan.Plan`.
     """
 
     name: str

@@ -7,7 +7,7 @@ easyanimate_jax.data.plan CONFIG INDEX` prints the plans of a config's stages.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -65,6 +65,13 @@ class Plan:
         batch = cycle * int(self.turns[bucket]) + int(self.rank[position])
         rows = np.arange(batch * self.batch_size, (batch + 1) * self.batch_size)
         return self.lengths[bucket], self.buckets[bucket](rows)
+
+    def instead_of(self, record: int) -> Iterator[int]:
+        """`record`, then the others of its bucket and group, always in one order."""
+        for group in (group for bucket in self.buckets for group in bucket.groups):
+            place = int(np.searchsorted(group, record))
+            if place < len(group) and group[place] == record:
+                yield from (int(group[(place + i) % len(group)]) for i in range(len(group)))
 
     @property
     def token_efficiency(self) -> float:
