@@ -102,8 +102,9 @@ def test_shapes_and_types_are_those_of_the_step(records):
     assert batch.mean.shape == batch.logvar.shape == (3, 3, length, 64)
     assert batch.condition.shape == (3, 3, length, 68)
     assert [t.shape for t in batch.texts] == [(3, 3, 5, 6), (3, 3, 7, 8)]
-    floats = (batch.mean, batch.logvar, batch.condition, *batch.texts, batch.weight)
-    assert {x.dtype for x in floats} == {np.dtype(np.float32)}
+    halves = (batch.mean, batch.logvar, *batch.texts)
+    assert {x.dtype for x in halves} == {np.dtype(np.float16)}
+    assert {x.dtype for x in (batch.condition, batch.weight)} == {np.dtype(np.float32)}
     assert batch.grid.dtype == batch.lengths.dtype == np.int32
 
 

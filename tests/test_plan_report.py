@@ -57,8 +57,17 @@ def test_the_command_accounts_for_every_clip_of_a_table(tmp_path, capsys):
     assert sum(int(n.replace(",", "")) for n in counted) == 3000 and len(counted) >= 2
     efficiency = float(re.search(r"real / computed (\d\.\d+)", shown)[1])
     assert efficiency > 0.9
-    for part in ("smaller than 400 pixels", "an epoch", "steps of 1000", "about", "lengths=("):
+    for part in ("smaller than 400 pixels", "an epoch", "steps of 1000", "about"):
         assert part in shown
+
+
+def test_better_lengths_are_named(tmp_path):
+    write_table(tmp_path / "clips.parquet", 500)
+    latents = LatentSet("all", Budget(13312, (15360,), (512, 768, 1024)))
+    stage = Stage("one", "all", batch_size=2, steps=10)
+    shown = describe_stage(stage, latents, sources.table(tmp_path / "clips.parquet"), {}, 0)
+    found = re.search(r"would use .* computed (\d\.\d+) instead of (\d\.\d+)", shown)
+    assert float(found[1]) > 0.95
 
 
 def test_the_report_chooses_what_prepare_will(tmp_path):

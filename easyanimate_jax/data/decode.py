@@ -28,6 +28,7 @@ from easyanimate_jax.data.media import Content, File, Frames, Probe
 SECONDS = 10.0  # for one file
 BYTES = 2 * 2**30  # of address space
 START_SECONDS = 60.0  # for a worker to come up on a busy machine
+PIPE = 2**20  # bytes on their way at once
 MOST_ANSWER = 4 * media.MAX_PIXELS  # bytes
 
 
@@ -47,6 +48,10 @@ class Decoders:
     def read_clip(self, path: File, start: int, count: int, stride: int, size) -> Frames:
         """`media.read_clip`, elsewhere."""
         return self._ask(path, "clip", start, count, stride, size)["frames"]
+
+    def read_frames(self, path: File, indices: list[int], side: int) -> Frames:
+        """`media.read_frames`, elsewhere."""
+        return self._ask(path, "frames", indices, side)["frames"]
 
     def read_image(self, path: File, size: tuple[int, int] | None) -> Frames:
         """`media.read_image` as one frame, cut to `size`, elsewhere."""
@@ -97,7 +102,7 @@ class Decoders:
             "OPENBLAS_NUM_THREADS": "1",
         }
         worker = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, pipesize=PIPE
         )
         try:
             _receive(worker, time.monotonic() + START_SECONDS)
@@ -118,29 +123,32 @@ def _receive(worker: subprocess.Popen, deadline: float) -> dict:
     with selectors.DefaultSelector() as selector:
         selector.register(worker.stdout, selectors.EVENT_READ)
 
-        def read(most: int) -> bytes:
+        def wait() -> None:
             if not selector.select(max(0.0, deadline - time.monotonic())):
                 raise TimeoutError
-            part = os.read(worker.stdout.fileno(), most)
-            if not part:
-                raise EOFError
-            return part
 
         line = b""
         while b"\n" not in line:
-            line += read(2**16)
+            wait()
+            part = os.read(worker.stdout.fileno(), 2**16)
+            if not part:
+                raise EOFError
+            line += part
         line, _, rest = line.partition(b"\n")
         answer = json.loads(line)
         shape = answer.get("shape")
         if shape is None:
             return answer
         content = np.empty(min(int(np.prod(shape, dtype=object)), MOST_ANSWER), np.uint8)
-        content[: len(rest)] = np.frombuffer(rest, np.uint8)
-        filled = len(rest)
-        while filled < len(content):
-            part = read(min(2**20, len(content) - filled))
-            content[filled : filled + len(part)] = np.frombuffer(part, np.uint8)
-            filled += len(part)
+        view = memoryview(content)
+        view[: len(rest)] = rest
+        view = view[len(rest) :]
+        while view:
+            wait()
+            count = os.readv(worker.stdout.fileno(), [view])
+            if not count:
+                raise EOFError
+            view = view[count:]
         return {"frames": content.reshape(shape)}
 
 
@@ -162,6 +170,8 @@ def _answer(path: File, kind: str, *arguments) -> tuple[dict, np.ndarray | None]
     if kind == "clip":
         *span, size = arguments
         frames = media.read_clip(path, *span, tuple(size) if size else None)
+    elif kind == "frames":
+        frames = media.read_frames(path, *arguments)
     else:
         frames = media.read_image(path)[None]
         frames = media.resize_crop(frames, *arguments[0]) if arguments[0] else frames

@@ -7,7 +7,7 @@ Files of strangers are decoded in processes of their own, see data/decode.py.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -138,8 +138,7 @@ def read_clip(
 
     With a `size` (height, width), `resize_crop` is applied to each frame as it comes.
     """
-    last = start + (count - 1) * stride
-    frames = []
+    last, done, clip = start + (count - 1) * stride, 0, None
     with _open(path) as (file, demuxer):
         if demuxer == "image":
             raise ValueError(f"{path} is a picture, not a video; give it type 'image'")
@@ -156,17 +155,45 @@ def read_clip(
                     raise ValueError(f"{path}: frame {index} is damaged; replace the file")
                 if index >= start and (index - start) % stride == 0:
                     picture = _upright(frame)
-                    frames.append(resize_crop(picture[None], *size)[0] if size else picture)
+                    picture = _resize_crop(picture, *size) if size else picture
+                    if clip is None:
+                        clip = np.empty((count, *picture.shape), np.uint8)
+                    if picture.shape != clip.shape[1:]:
+                        raise ValueError(f"{path}: frames change their size; encode it anew")
+                    clip[done], done = picture, done + 1
                 if index == last:
                     break
-    if len(frames) < count:
+    if done < count:
         raise ValueError(
-            f"{path}: {len(frames)} frames decoded of {count} wanted (from {start}, every "
+            f"{path}: {done} frames decoded of {count} wanted (from {start}, every "
             f"{stride}); the file is damaged or shorter than its header says"
         )
-    if len({frame.shape for frame in frames}) > 1:
-        raise ValueError(f"{path}: the frames change their size; encode the file anew")
+    return clip
+
+
+def read_frames(path: File, indices: Sequence[int], side: int) -> Frames:
+    """The frames of a video at the ascending `indices`, in one pass, at most `side` pixels long."""
+    frames = []
+    with _open(path) as (file, demuxer):
+        if demuxer == "image":
+            raise ValueError(f"{path} is a picture, not a video; give it type 'image'")
+        with _video(path, file, demuxer) as (container, stream):
+            for index, frame in enumerate(container.decode(stream)):
+                if index == indices[len(frames)]:
+                    picture = _upright(frame)
+                    size = fit_side(*picture.shape[:2], side)
+                    frames.append(_resize_crop(picture, *size))
+                if len(frames) == len(indices):
+                    break
+    if len(frames) < len(indices):
+        raise ValueError(f"{path}: frame {indices[len(frames)]} does not decode; replace the file")
     return np.stack(frames)
+
+
+def fit_side(height: int, width: int, side: int) -> tuple[int, int]:
+    """The size scaled so that its longer side is at most `side`."""
+    scale = min(1.0, side / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def read_image(path: File) -> Picture:
@@ -185,19 +212,18 @@ def resize_crop(
     frames: UInt8[np.ndarray, "F h w 3"], height: int, width: int
 ) -> UInt8[np.ndarray, "F {height} {width} 3"]:
     """Scale to cover (height, width), bilinear with antialias, then crop the centre (spec 8.3)."""
-    _, h, w, _ = frames.shape
+    return np.stack([_resize_crop(frame, height, width) for frame in frames])
+
+
+def _resize_crop(frame: Picture, height: int, width: int) -> Picture:
+    h, w, _ = frame.shape
     if (h, w) == (height, width):
-        return frames
+        return frame
     tall = height * w > width * h
     rows, columns = (height, w * height // h) if tall else (h * width // w, width)
     top, left = round((rows - height) / 2), round((columns - width) / 2)
-    resized = np.stack(
-        [
-            Image.fromarray(frame).resize((columns, rows), Image.Resampling.BILINEAR)
-            for frame in frames
-        ]
-    )
-    return resized[:, top : top + height, left : left + width]
+    resized = Image.fromarray(frame).resize((columns, rows), Image.Resampling.BILINEAR)
+    return np.asarray(resized)[top : top + height, left : left + width]
 
 
 def write_video(path: Path, frames: Frames, fps: int = 8, crf: int = 18) -> None:

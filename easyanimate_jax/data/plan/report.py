@@ -111,16 +111,22 @@ def describe_stage(stage, latent_set: LatentSet, table: dict | None, index: dict
         )
     lines += _histogram(index)
     if fitted and fitted != latent_set.budget.lengths:
-        better, _, _ = choose(
-            replace(latent_set, budget=replace(latent_set.budget, lengths=fitted)), table
-        )
-        tokens = better["tokens"]
-        padded = np.array(fitted)[np.searchsorted(fitted, tokens)]
-        lines.append(
-            f"  lengths={fitted} would use {len(tokens):,} clips, real / computed "
-            f"{tokens.sum(dtype=np.int64) / padded.sum(dtype=np.int64):.4f}"
-        )
+        budget = replace(latent_set.budget, lengths=fitted)
+        better, _, _ = choose(replace(latent_set, budget=budget), table)
+        now, then = _efficiency(index, plan.lengths), _efficiency(better, fitted)
+        if len(better["tokens"]) > len(index["tokens"]) or then > now:
+            lines.append(
+                f"  lengths={fitted} would use {len(better['tokens']):,} clips, real / computed "
+                f"{then:.4f} instead of {now:.4f}"
+            )
     return "\n".join([*lines, f"  built in {time.perf_counter() - began:.1f} s"])
+
+
+def _efficiency(index: dict, lengths) -> float:
+    """Real / computed tokens if every clip comes once."""
+    tokens = index["tokens"][index["tokens"] <= lengths[-1]]
+    padded = np.array(lengths)[np.searchsorted(lengths, tokens)]
+    return float(tokens.sum(dtype=np.int64) / padded.sum(dtype=np.int64))
 
 
 def _share(kind: np.ndarray, name: bytes) -> str:

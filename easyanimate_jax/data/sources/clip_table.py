@@ -15,7 +15,7 @@ from easyanimate_jax.data.sources.rows import Clip
 
 COLUMNS = {
     "clip": pyarrow.string(),  # the clip's name: file, and span if it is a part
-    "file": pyarrow.string(),  # relative to the table's folder
+    "file": pyarrow.string(),  # relative to the folder of the films
     "kind": pyarrow.string(),
     "first": pyarrow.int64(),  # frame of the file
     "frames": pyarrow.int64(),
@@ -51,15 +51,17 @@ def sizes(path: str | Path) -> dict[str, np.ndarray]:
 
 def clips(path: str | Path) -> list[Clip]:
     """The captioned clips of the table that are not left out, in its order."""
-    found = []
-    for row in pyarrow.parquet.read_table(path).to_pylist():
+    table, found = pyarrow.parquet.read_table(path), []
+    # The folder of the films, as seen from the table's.
+    root = Path(path).parent / (table.schema.metadata or {}).get(b"root", b".").decode()
+    for row in table.to_pylist():
         captions = tuple(row["captions"] or ())
         if row.get("left_out") or not captions:
             continue
         found.append(
             Clip(
                 row["clip"],
-                safe_path(Path(path).parent, row["file"]),
+                safe_path(root, row["file"]),
                 row["kind"],
                 captions,
                 row["frames"],
