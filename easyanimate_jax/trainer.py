@@ -204,6 +204,7 @@ class Schedule:
                 "learning_rate": rate,
                 "real_tokens": int(np.sum(np.asarray(batch.lengths) * np.asarray(batch.weight))),
                 "tokens": tokens,
+                "bad_records": len(self.loaders[stage.name].bad),
             },
         )
         self.step += 1
@@ -303,6 +304,7 @@ def make_loader(config: TrainConfig, stage: Stage) -> Loader:
         batch_size=stage.batch_size,
         seed=config.seed,
         name=stage.name,
+        weights=stage.weights,
     )
     return Loader(
         prepared,
@@ -310,7 +312,21 @@ def make_loader(config: TrainConfig, stage: Stage) -> Loader:
         task=stage.task,
         microbatch=stage.microbatch or stage.batch_size,
         text_drop=config.text_drop,
+        rows=own_rows(config, stage),
+        quarantine=Path(config.run) / "quarantine.jsonl",
     )
+
+
+def own_rows(config: TrainConfig, stage: Stage) -> tuple[int, int] | None:
+    """First and last + 1 of the rows of a microbatch that this process's devices hold."""
+    if jax.process_count() == 1:
+        return None
+    rows = min(stage.microbatch or stage.batch_size, stage.batch_size)
+    sharding = NamedSharding(make_mesh(config.mesh), PartitionSpec(RULES["batch"]))
+    held = [
+        at[0].indices(rows) for at in sharding.addressable_devices_indices_map((rows,)).values()
+    ]
+    return min(first for first, *_ in held), max(last for _, last, _ in held)
 
 
 def place(batch: Batch, mesh) -> Batch:

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.numpy import load, load_file, save, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.tensors.files import DTYPES
 
 VERSION = 1
 INDEX_TYPES = {
@@ -136,12 +136,15 @@ class Records:
     def __len__(self) -> int:
         return len(self.index["clip"])
 
+    def __reduce__(self):  # a process opens its own readers
+        return Records, (self.folder,)
+
     def __getitem__(self, record: int) -> dict[str, np.ndarray]:
         shard = int(np.searchsorted(self.ends, record, side="right"))
         first = self.ends[shard] - self.header["shards"][shard]
         try:
-            return load(self.readers[shard].read([int(record - first)])[0])
-        except (RuntimeError, ValueError, SafetensorError) as error:
+            return _arrays(self.readers[shard].read([int(record - first)])[0])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(self._damaged(shard, f"record {record}: {error}")) from error
 
     def _open(self, shard: int, count: int) -> ArrayRecordReader:
@@ -181,6 +184,18 @@ def _write_records(path: Path, records: Sequence[dict[str, np.ndarray]]) -> None
     for record in records:
         writer.write(save(record))
     writer.close()
+
+
+def _arrays(content: bytes) -> dict[str, np.ndarray]:
+    """The safetensors bytes of a record, as views into them: nothing is copied."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    body, arrays = memoryview(content)[start:], {}
+    for name, field in json.loads(content[8:start]).items():
+        if name != "__metadata__":
+            begin, end = field["data_offsets"]
+            values = np.frombuffer(body[begin:end], DTYPES[field["dtype"]])
+            arrays[name] = values.reshape(field["shape"])
+    return arrays
 
 
 def _save_columns(path: Path, columns: dict[str, np.ndarray]) -> None:
