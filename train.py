@@ -15,8 +15,6 @@ def main(args: list[str]) -> int:
     if not args or args[0].startswith("-"):
         print("usage: python train.py CONFIG [--describe] [--field value ...]", file=sys.stderr)
         return 2
-    import jax
-
     from easyanimate_jax import config as configs
 
     try:
@@ -31,14 +29,31 @@ def main(args: list[str]) -> int:
 
             vae.train(config)
             return 0
-        if "JAX_COORDINATOR_ADDRESS" in os.environ:
-            jax.distributed.initialize()
+        join_pod()
         from easyanimate_jax import trainer
 
         return trainer.train(config)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def join_pod() -> None:
+    """Meet the other processes, if JAX_COORDINATOR_ADDRESS says where.
+
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID are asked of the cluster where they are not set. A process
+    that is lost is noticed in ten seconds.
+    """
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return
+    import jax
+
+    count, index = (os.environ.get(f"JAX_{n}") for n in ("NUM_PROCESSES", "PROCESS_ID"))
+    jax.distributed.initialize(
+        num_processes=None if count is None else int(count),
+        process_id=None if index is None else int(index),
+        heartbeat_timeout_seconds=10,
+    )
 
 
 if __name__ == "__main__":

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from easyanimate_jax.models.mmdit import MMDiTConfig
+from easyanimate_jax.tensors import orbax_item
 from easyanimate_jax.tensors.lazy import Tensor
 from easyanimate_jax.tensors.module import WEIGHTS
 
@@ -35,13 +33,9 @@ def open_transformer(
     step, config, in_channels = _meta(folder, step)
     item, prefix = ("ema", "") if weights == "ema" else ("state", "model.")
     place = folder / "checkpoints" / str(step) / item
-    if not (place / "_METADATA").is_file():
-        raise ValueError(f"{place} is no item of an orbax checkpoint: _METADATA is missing")
-    keys = json.loads((place / "_METADATA").read_text())["tree_metadata"].values()
-    names = [".".join(part["key"] for part in key["key_metadata"]) for key in keys]
     tensors = {
-        name.removeprefix(prefix).removesuffix(LEAF): _tensor(place, name)
-        for name in names
+        name.removeprefix(prefix).removesuffix(LEAF): orbax_item.tensor(place, name)
+        for name in orbax_item.names(place)
         if name.startswith(prefix)
     }
     return dataclasses.replace(config.model, in_channels=in_channels), tensors
@@ -55,15 +49,3 @@ def _meta(folder: Path, step: int | None):
 
     step, meta = read_meta(folder, step)
     return step, from_json(json.dumps(meta["config"])), meta["in_channels"]
-
-
-def _tensor(place: Path, name: str) -> Tensor:
-    @cache
-    def array():
-        import tensorstore
-
-        store = {"driver": "ocdbt", "base": f"file://{place.absolute()}/", "path": name}
-        return tensorstore.open({"driver": "zarr", "kvstore": store}).result()
-
-    shape, dtype = array().shape, array().dtype.numpy_dtype
-    return Tensor(shape, dtype, lambda box: np.asarray(array()[box].read().result()))
