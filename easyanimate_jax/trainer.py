@@ -37,7 +37,7 @@ from easyanimate_jax.training.checkpoint import (
     named_leaves,
 )
 from easyanimate_jax.training.divergence import SKIP_BATCHES, Detector, DivergedError, Returns
-from easyanimate_jax.training.faults import asked, fault
+from easyanimate_jax.training.faults import asked, kill_if_asked
 from easyanimate_jax.training.metrics import MetricsWriter, Progress, clock, now
 from easyanimate_jax.training.monitor import Monitor
 from easyanimate_jax.training.optimizer import make_optimizer
@@ -307,7 +307,7 @@ class Schedule:
         self.compiled.add((stage.in_channels, bucket))
         while asked("hang", self.step):
             time.sleep(1)
-        fault("step", self.step)
+        kill_if_asked("step", self.step)
         rate = stage.learning_rate_at(stage_step)
         program = self.step_programs[stage.in_channels]
         self.state, metrics = program(self.state, batch, self.key, jnp.float32(rate))

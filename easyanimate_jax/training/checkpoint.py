@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 
 from easyanimate_jax.tensors.fingerprint import fingerprint
 from easyanimate_jax.tensors.orbax_item import fingerprint_on_disk, names
-from easyanimate_jax.training.faults import fault
+from easyanimate_jax.training.faults import kill_if_asked
 from easyanimate_jax.training.step import TrainState
 
 ITEMS = ("state", "ema")
@@ -112,7 +112,7 @@ class Checkpoints:
             self.writing = step
         except Exception as error:  # orbax, tensorstore and the file system all have their own
             self._failed(step, error)
-        fault("save.writing")
+        kill_if_asked("writing", step)
 
     def settle(self) -> None:
         """Wait for the write under way, say what became of it, and begin to check its files."""
@@ -124,6 +124,7 @@ class Checkpoints:
         except Exception as error:  # as in save
             self._failed(step, error)
             return
+        kill_if_asked("written", step)
         if self.checking.ident:
             self.checking.join()
         self.checking = threading.Thread(target=self._check, args=(step,))
@@ -420,7 +421,7 @@ def _delete(path: Path) -> None:
     """Remove a step: first its name, then its files, so that no half of it is ever a step."""
     doomed = path.with_name(f"{path.name}.deleting")
     os.replace(path, doomed)
-    fault("delete.renamed")
+    kill_if_asked("deleting", int(path.name))
     shutil.rmtree(doomed, ignore_errors=True)
 
 
