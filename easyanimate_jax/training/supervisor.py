@@ -39,7 +39,9 @@ class Supervisor:
 
     def __init__(self, command: Sequence[str], ranks: int, silence: float):
         self.command, self.count, self.silence = list(command), ranks, silence
-        self.beats = Path(tempfile.mkdtemp(prefix="heartbeats-"))
+        given = os.environ.get("EASYANIMATE_HEARTBEATS")
+        self.beats = Path(given or tempfile.mkdtemp(prefix="heartbeats-"))
+        self.beats.mkdir(exist_ok=True)
         self.ranks: list[subprocess.Popen] = []
         self.terminated = False
         signal.signal(signal.SIGTERM, self._terminate)
