@@ -62,12 +62,7 @@ def train(config: TrainConfig) -> int:
     monitor = Monitor(run, process=jax.process_index(), hang_seconds=config.hang_seconds)
     stop = Preemption()
     try:
-        checkpoints = Checkpoints(
-            run / "checkpoints",
-            keep=config.keep,
-            keep_steps=boundaries(config.stages),
-            keep_every=config.keep_every,
-        )
+        checkpoints = open_checkpoints(config)
         mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             schedule = Schedule(config, mesh, checkpoints, loaders, monitor)
@@ -83,6 +78,43 @@ def train(config: TrainConfig) -> int:
     finally:
         monitor.close()
     return DONE if finished else PREEMPTED
+
+
+def replay(config: TrainConfig, step: int) -> int:
+    """Make the step after checkpoint `step` twice, each time from the files, and compare the bits.
+
+    They are compared with each other and with the loss that the run wrote then, and forgotten. A
+    difference, on the same devices, is a silent error of some hardware. Returns 0, or 1 if there is
+    one. The run must not be under way. Raises ValueError if there is no such checkpoint.
+    """
+    run = Path(config.run)
+    loaders = {stage.name: make_loader(config, stage) for stage in config.stages}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = next((row for row in lines if row["step"] == step), None)
+    if logged is None:
+        raise ValueError(f"{run / 'metrics.jsonl'} has no step {step}; replay one that was made")
+    monitor = Monitor(run, process=jax.process_index(), hang_seconds=config.hang_seconds)
+    checkpoints, mesh = open_checkpoints(config), make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        schedule = Schedule(config, mesh, checkpoints, loaders, monitor, at=step)
+        first = schedule.replay()
+        schedule.state = schedule.restore(at=step)[1]
+        second = schedule.replay()
+    checkpoints.close()
+    monitor.close()
+    names = [name for name in first if first[name] != second[name]]
+    names += [f"{name}, as logged" for name in ("loss", "grad_norm") if first[name] != logged[name]]
+    print(f"step {step} made twice: {', '.join(names) or 'nothing'} differs", flush=True)
+    return 1 if names else 0
+
+
+def open_checkpoints(config: TrainConfig) -> Checkpoints:
+    return Checkpoints(
+        Path(config.run) / "checkpoints",
+        keep=config.keep,
+        keep_steps=boundaries(config.stages),
+        keep_every=config.keep_every,
+    )
 
 
 class Preemption:
@@ -118,7 +150,9 @@ class Schedule:
         checkpoints: Checkpoints,
         loaders: dict,
         monitor: Monitor,
+        at: int | None = None,
     ):
+        """Starts at the newest checkpoint, or at the named one, or at the first step."""
         self.config, self.mesh, self.checkpoints, self.loaders = config, mesh, checkpoints, loaders
         self.monitor, self.run_folder = monitor, Path(config.run)
         self.key = jax.random.key(config.seed)
@@ -129,11 +163,14 @@ class Schedule:
         self.main = jax.process_index() == 0
         self.sampler = Sampler(config)
         self.progress = Progress()
-        self._begin(*(self._restore() or (0, self._first_state())))
+        self.step, self.state = self.restore(at=at) or (0, self._first_state())
+        self.diverged = None  # why the run has to go back
+        self.pending = None  # metrics of the step under way, fetched one step later
 
     def run(self, stop: Preemption) -> bool:
         """Make every step that is left. False if `stop` was asked; the state is then saved."""
         begin, stages = now(), self.config.stages
+        self._open_metrics()
         while self.step < boundaries(stages)[-1]:
             index, first = stage_at(stages, self.step)
             self._enter(stages[index])
@@ -161,22 +198,34 @@ class Schedule:
         self._close(begin)
         return True
 
-    def _begin(self, step: int, state: TrainState) -> None:
-        """Go on from this step and state."""
-        self.step, self.state = step, state
-        self.writer = MetricsWriter(self.run_folder, step) if self.main else None
-        self.pending = None  # metrics of the step under way, fetched one step later
-        self.diverged = None  # why the run has to go back
+    def replay(self) -> dict:
+        """Loss, gradient norm and all fingerprints after the next step, which ends the state."""
+        index, stage_step = stage_at(self.config.stages, self.step)
+        stage = self.config.stages[index]
+        self._enter(stage)
+        _, batch = next(self._batches(stage, stage_step))
+        self.monitor.enter("compile")
+        rate = jnp.float32(stage.learning_rate_at(stage_step))
+        program = self.step_programs[stage.in_channels]
+        state, metrics = program(self.state, batch, self.key, rate)
+        prints = {name: int(fingerprint(x)) for name, x in named_leaves(state).items()}
+        return prints | {name: float(metrics[name]) for name in ("loss", "grad_norm")}
 
-    def _restore(self, before: int | None = None) -> tuple[int, TrainState] | None:
-        """The newest good checkpoint, earlier than `before` if that is given."""
+    def restore(
+        self, *, before: int | None = None, at: int | None = None
+    ) -> tuple[int, TrainState] | None:
+        """The newest good checkpoint, earlier than `before` or the one `at`, if that is given."""
         self.monitor.enter("restore")
+        if at is not None:
+            before = at + 1
 
         def like(meta: dict) -> TrainState:
             self._check_position(meta)
             return self._abstract(meta["in_channels"])[2]
 
         found = self.checkpoints.restore(like, before=before)
+        if at is not None and (found is None or found[0] != at):
+            raise ValueError(f"{self.run_folder} has no good checkpoint {at} to replay from")
         if found is None:
             return None
         step, state, meta = found
@@ -186,7 +235,8 @@ class Schedule:
     def _go_back(self, stage: Stage) -> None:
         """Return to a checkpoint from before the trouble, and leave out the batches around it."""
         reason, first_bad, last_bad = self.diverged, self.detector.first_bad, self.step - 1
-        self.writer and self.writer.close()
+        if self.main:
+            self.writer.close()
         self.checkpoints.finish()
         stages, offset = self.config.stages, self.returns.offset(stage.name)
         start = boundaries(stages)[stages.index(stage)] - stage.steps
@@ -204,7 +254,7 @@ class Schedule:
         }
         # A checkpoint made at step k holds the updates before k.
         self.state = None
-        step, state = self._restore(before=first_bad + 1) or (0, self._first_state())
+        step, state = self.restore(before=first_bad + 1) or (0, self._first_state())
         # Whatever the distance, the bad batches are not met again.
         skip = max(SKIP_BATCHES, last_bad + 1 - max(step, start))
         self.returns.add(event | {"returned_to": step, "offset": offset + skip}, self.main)
@@ -213,7 +263,12 @@ class Schedule:
             f"{reason} at step {last_bad}: back to step {step}, without {skip} batches of stage "
             f"{stage.name!r}"
         )
-        self._begin(step, state)
+        self.step, self.state, self.pending, self.diverged = step, state, None, None
+        self._open_metrics()
+
+    def _open_metrics(self) -> None:
+        if self.main:
+            self.writer = MetricsWriter(self.run_folder, self.step)
 
     def _say(self, text: str) -> None:
         if self.main:
@@ -365,7 +420,7 @@ class Schedule:
         self._flush()
         if self.diverged:
             return
-        self.monitor.enter("save")
+        self.monitor.enter("save", self.step)
         meta = {
             "step": self.step,
             "stage": stage.name,

@@ -119,6 +119,14 @@ def test_goodput_adds_up_over_a_kill(folder, whole):
     assert prints(folder, "killed") == whole
 
 
+def test_a_replayed_step_has_the_same_bits(folder, whole):
+    output = end(start(folder, command(folder, "whole1", "--replay", "10")))
+    assert "step 10 made twice: nothing differs" in output
+    assert len(rows(folder, "whole1")) == STEPS
+    error = end(start(folder, command(folder, "whole1", "--replay", "9")), 2)
+    assert "has no good checkpoint 9" in error
+
+
 def test_two_processes_survive_kills_anywhere_and_end_in_the_same_bits(folder):
     """A signal to one of two stops both at one step; then they die in turn, in the worst places."""
     ranks = [*SUPERVISED, "--ranks", "2", "--"]

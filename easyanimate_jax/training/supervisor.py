@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,8 +40,7 @@ class Supervisor:
 
     def __init__(self, command: Sequence[str], ranks: int, silence: float):
         self.command, self.count, self.silence = list(command), ranks, silence
-        given = os.environ.get("EASYANIMATE_HEARTBEATS")
-        self.beats = Path(given or tempfile.mkdtemp(prefix="heartbeats-"))
+        self.beats = Path(os.environ.get("EASYANIMATE_HEARTBEATS") or tempfile.mkdtemp())
         self.beats.mkdir(exist_ok=True)
         self.ranks: list[subprocess.Popen] = []
         self.terminated = False
@@ -52,9 +52,9 @@ class Supervisor:
         while True:
             self._start()
             code = self._watch()
+            step = max((beat["step"] for beat in self._beats()), default=-1)
             if code in FINAL or self.terminated:
                 return code
-            step = max((beat["step"] for beat in self._beats()), default=-1)
             fruitless = 0 if step > furthest else fruitless + 1
             pause = 1.0 if step > furthest else min(2 * pause, MAX_PAUSE)
             furthest = max(furthest, step)
@@ -67,7 +67,7 @@ class Supervisor:
                 return code
 
     def _start(self) -> None:
-        for old in self.beats.iterdir():
+        for old in self.beats.glob("*.json"):
             old.unlink()
         with socket.socket() as probe:  # loopback: nobody else can reach the coordinator
             probe.bind(("127.0.0.1", 0))
@@ -148,7 +148,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--silence", type=float, default=30.0, help="seconds without a heartbeat")
     parser.add_argument("command", nargs="+", help="after --: what each rank runs")
     a = parser.parse_args(arguments)
-    return Supervisor(a.command, a.ranks, a.silence).run()
+    supervisor = Supervisor(a.command, a.ranks, a.silence)
+    try:
+        return supervisor.run()
+    finally:
+        shutil.rmtree(supervisor.beats, ignore_errors=True)
 
 
 if __name__ == "__main__":
