@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from disk import flip_a_bit
 
 from easyanimate_jax.tensors import orbax_item
 from easyanimate_jax.training import checkpoint
@@ -132,10 +133,7 @@ def test_no_damage_to_any_file_is_silent(saved, tmp_path):
 
 
 def test_the_last_good_step_is_used_and_the_damaged_set_aside(copy, capsys):
-    largest = max((p for p in bits(copy) if "ema" in p.parts), key=lambda p: p.stat().st_size)
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 4
-    largest.write_bytes(data)
+    flip_a_bit(copy / "checkpoints" / "4" / "ema")
     with pytest.raises(ValueError, match="4 is damaged"):
         checkpoint.restore_ema(copy, 4, LIKE.ema)
     assert checkpoint.main(["verify", str(copy)]) == 1

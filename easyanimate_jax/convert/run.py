@@ -28,24 +28,40 @@ def open_transformer(
 ) -> tuple[MMDiTConfig, dict[str, Tensor]]:
     """The averaged or the raw weights of a checkpoint, the newest if no step is named.
 
-    Raises ValueError where there is no such checkpoint.
+    Raises ValueError where there is no such checkpoint, or its files have other bits than were
+    saved: they are read once for this, a chunk at a time.
     """
-    step, config, in_channels = _meta(folder, step)
+    step, config, in_channels, arrays = _meta(folder, step)
     item, prefix = ("ema", "") if weights == "ema" else ("state", "model.")
     place = folder / "checkpoints" / str(step) / item
+    names = [name for name in orbax_item.names(place) if name.startswith(prefix)]
+    wrong = [
+        name
+        for name, (saved, _, _) in arrays.get(item, {}).items()
+        if name in names and not _as_saved(place, name, saved)
+    ]
+    if wrong:
+        raise ValueError(f"{place} is damaged: {', '.join(wrong)} are other than saved; use --step")
     tensors = {
         name.removeprefix(prefix).removesuffix(LEAF): orbax_item.tensor(place, name)
-        for name in orbax_item.names(place)
-        if name.startswith(prefix)
+        for name in names
     }
     return dataclasses.replace(config.model, in_channels=in_channels), tensors
 
 
+def _as_saved(place: Path, name: str, saved: str) -> bool:
+    try:
+        return f"{orbax_item.fingerprint_on_disk(place, name):08x}" == saved
+    except ValueError:  # of tensorstore, for bytes that do not decode
+        return False
+
+
 def _meta(folder: Path, step: int | None):
-    """(step, TrainConfig, input channels at that step)."""
+    """(step, TrainConfig, input channels at that step, its arrays' fingerprints)."""
     # Imported here: they bring in data and training, which other conversions do not need.
     from easyanimate_jax.config import from_json
     from easyanimate_jax.training.checkpoint import read_meta
 
     step, meta = read_meta(folder, step)
-    return step, from_json(json.dumps(meta["config"])), meta["in_channels"]
+    config = from_json(json.dumps(meta["config"]))
+    return step, config, meta["in_channels"], meta.get("arrays", {})

@@ -67,4 +67,6 @@ def fact_table(facts: dict, more: dict) -> str:
     names = ("token_efficiency", "compiled_train_programs", "bucket_task_pairs")
     names += ("training_seconds", "seconds", "seed", "machine")
     rows = more | {name.replace("_", " "): facts.get(name, "not measured") for name in names}
+    goodput = facts.get("goodput") or {"goodput": "not measured"}
+    rows |= {"share of the time spent in new steps": goodput["goodput"]}
     return report.table(["", ""], list((rows | facts["versions"]).items()))
