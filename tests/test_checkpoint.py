@@ -117,10 +117,10 @@ def test_no_damage_to_any_file_is_silent(saved, tmp_path):
         found += bool(wrong)
         if not wrong:
             for item, values in (("state", make_state(4).model), ("ema", make_state(4).ema)):
-                for name in values:
-                    path = f"model.{name}" if item == "state" else name
-                    here = orbax_item.tensor(folder / "checkpoints" / "4" / item, path).read()
-                    np.testing.assert_array_equal(here, values[name])
+                for name, value in values.items():
+                    stored = f"model.{name}" if item == "state" else name
+                    here = orbax_item.tensor(folder / "checkpoints" / "4" / item, stored).read()
+                    np.testing.assert_array_equal(here, value)
         if number % 11 == 0:
             copy = tmp_path / str(number)
             shutil.copytree(folder, copy)

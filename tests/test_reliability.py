@@ -51,7 +51,7 @@ def start(folder: Path, words: list[str], **variables: str) -> subprocess.Popen:
 
 
 def end(process: subprocess.Popen, code: int = 0) -> str:
-    output = process.communicate(timeout=600)[0]
+    output = process.communicate(timeout=1200)[0]
     assert process.returncode == code, output
     return output
 

@@ -123,6 +123,17 @@ go_on(60)
     assert starts(tmp_path, 0) == starts(tmp_path, 1) == 1
 
 
+def test_ranks_die_with_their_supervisor(tmp_path):
+    process = supervise(tmp_path, "go_on(60)")
+    pid = await_pid(tmp_path, 0)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}").exists()
+
+
 def test_it_imports_nothing_of_ours():
     code = (
         "import sys, json, easyanimate_jax.training.supervisor; "

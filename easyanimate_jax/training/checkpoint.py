@@ -248,7 +248,7 @@ class Checkpoints:
 
 def describe(named: dict[str, jax.Array]) -> dict[str, list]:
     """Name -> [fingerprint, dtype, shape]. Raises NotFiniteError where a value is not finite."""
-    prints = [(_value(fingerprint(x)), _value(_all_finite(x))) for x in named.values()]
+    prints = [_inspect(x) for x in named.values()]
     bad = [name for name, (_, finite) in zip(named, prints, strict=True) if not finite]
     if bad:
         raise NotFiniteError(f"not finite: {', '.join(bad)}")
@@ -267,7 +267,7 @@ def differing(meta: dict, parts: dict) -> list[str]:
         f"{item}.{name}"
         for item, arrays in named.items()
         for name, array in arrays.items()
-        if f"{_value(fingerprint(array)):08x}" != meta["arrays"][item][name][0]
+        if f"{_inspect(array)[0]:08x}" != meta["arrays"][item][name][0]
     ]
 
 
@@ -393,17 +393,20 @@ def _key(key) -> str:
     return str(next(getattr(key, a) for a in ("name", "key", "idx") if hasattr(key, a)))
 
 
-def _value(x: jax.Array) -> int:
-    """A scalar on the host. Waits, because sums over the mesh that run at the same time may wait
+def _inspect(x: jax.Array) -> tuple[int, bool]:
+    """(fingerprint, whether all of it is finite).
 
-    for each other for ever on CPUs.
+    Waits for the answer: sums over a mesh that run at the same time may wait for each other for
+    ever on CPUs.
     """
-    return int(x)
+    value, finite = np.asarray(_fingerprint_and_finite(x))
+    return int(value), bool(finite)
 
 
 @jax.jit
-def _all_finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()
+def _fingerprint_and_finite(x: jax.Array) -> jax.Array:
+    """One program, because compiling takes longer than running."""
+    return jnp.stack([fingerprint(x), jnp.isfinite(x).all().astype(jnp.uint32)])
 
 
 def _sealed(meta: dict) -> dict:

@@ -102,9 +102,11 @@ class Monitor:
             since, limit = self.since, self.limit()
             if now - since > limit:
                 message = f"hang: {now - since:.1f} s in {self.section!r} at step {self.step}"
-                print(f"\n{message}; limit {limit:.1f} s", file=sys.stderr, flush=True)
-                faulthandler.dump_traceback(all_threads=True)
-                os._exit(HANG)
+                try:
+                    print(f"\n{message}; limit {limit:.1f} s", file=sys.stderr, flush=True)
+                    faulthandler.dump_traceback(all_threads=True)
+                finally:  # also where nobody reads stderr any more
+                    os._exit(HANG)
 
     def _beat(self) -> None:
         beat = {"step": self.step, "section": self.section, "time": time.time()}

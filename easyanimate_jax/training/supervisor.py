@@ -15,6 +15,7 @@ watch over hosts to the scheduler: docs/reliability.md.
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -79,7 +80,12 @@ class Supervisor:
             if self.count > 1:
                 environment |= several | {"JAX_PROCESS_ID": str(rank)}
             self.ranks.append(
-                subprocess.Popen(self.command, env=environment, start_new_session=True)
+                subprocess.Popen(
+                    self.command,
+                    env=environment,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,
+                )
             )
         if self.terminated:
             self._signal(signal.SIGTERM)
@@ -139,7 +145,14 @@ class Supervisor:
                 process.send_signal(how)
 
     def _say(self, text: str) -> None:
-        print(f"supervisor: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may read any more
+            print(f"supervisor: {text}", file=sys.stderr, flush=True)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it is gone (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def main(arguments: Sequence[str]) -> int:
