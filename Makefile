@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu
 
-.PHONY: setup demo demo-long demo-real test slow bench lint clean
+.PHONY: setup demo demo-long demo-real test slow bench chaos lint clean
 
 setup: .venv/ready
 
@@ -48,6 +48,11 @@ slow: setup
 
 bench: setup
 	for script in $(wildcard benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
+
+# A thousand kills and ten thousand flipped bits; each call goes on where the last one stopped.
+chaos: setup
+	$(CPU) $(BIN)/python benchmarks/reliability/chaos.py flips --minutes 10
+	$(CPU) $(BIN)/python benchmarks/reliability/chaos.py kills --minutes 60
 
 lint: setup
 	$(BIN)/ruff check .
