@@ -29,6 +29,7 @@ setup(
         "tyro>=1.0",
         "av>=18",
         "pillow>=11",
+        "opencv-python-headless>=4.10",  # control videos: edges, line segments
         "scikit-learn>=1.5",  # the handwritten digits of the demo world
         "tensorboardx>=2.6",
         "tqdm",

@@ -26,6 +26,7 @@ from easyanimate_jax.convert import load_mmdit, load_vae
 from easyanimate_jax.data import media, records
 from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.denoising import Sampling
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.pipelines import text_to_video
 from easyanimate_jax.sharding import RULES, make_mesh, shardings
@@ -479,8 +480,7 @@ class Sampler:
             frames=samples.frames,
             height=samples.height,
             width=samples.width,
-            steps=samples.steps,
-            guidance=samples.guidance,
+            sampling=Sampling(steps=samples.steps, guidance=samples.guidance),
             seeds=[samples.seed] * len(self.prompts),
         )
         self.folder.mkdir(exist_ok=True)

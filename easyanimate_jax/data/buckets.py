@@ -19,6 +19,7 @@ from jaxtyping import Int, UInt64
 TIME_FACTOR, SPACE_FACTOR, PATCH = 4, 8, 2  # VAE time, VAE space, transformer patch
 CELL = SPACE_FACTOR * PATCH  # pixels of a token's side
 
+MAX_SIDE = 1344  # pixels of what is generated; released models were trained for 128 to 1344
 MAX_UPSCALE = 1.25  # the reference's rule for small sources (spec 8.4)
 GOOD_FILL = 0.97  # candidates this full compete by chance, so that resolutions mix
 MAX_STRETCH = 1.15  # aspect error allowed to grids beside the table
@@ -59,6 +60,22 @@ def grid_of(frames: int, height: int, width: int) -> tuple[int, int, int]:
     if height < CELL or width < CELL or height % CELL or width % CELL:
         raise ValueError(f"{height}x{width}: sides must be multiples of {CELL} pixels")
     return latent_frames(frames), height // CELL, width // CELL
+
+
+def check_size(frames: int, height: int, width: int) -> None:
+    """Raises ValueError, naming the nearest possible, for a size that cannot be generated."""
+    for name, side in (("height", height), ("width", width)):
+        if side % CELL or not CELL <= side <= MAX_SIDE:
+            low = min(max(side // CELL * CELL, CELL), MAX_SIDE)
+            near = sorted({low, min(low + CELL, MAX_SIDE)} if low <= side else {low})
+            raise ValueError(
+                f"{name} {side}: sides are multiples of {CELL} from {CELL} to {MAX_SIDE} pixels; "
+                f"use {' or '.join(map(str, near))}"
+            )
+    if frames < 1 or frames % TIME_FACTOR != 1:
+        low = whole_frames(frames)
+        near = f"{low} or {low + TIME_FACTOR}" if low >= 1 else "1"
+        raise ValueError(f"{frames} frames: the count is 4n+1 (frame 0, then fours); use {near}")
 
 
 def num_tokens(frames: int, height: int, width: int) -> int:

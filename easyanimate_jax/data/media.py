@@ -226,12 +226,16 @@ def _resize_crop(frame: Picture, height: int, width: int) -> Picture:
     return np.asarray(resized)[top : top + height, left : left + width]
 
 
-def write_video(path: Path, frames: Frames, fps: int = 8, crf: int = 18) -> None:
-    """H.264 in yuv420p, which every player shows; `crf` 0 is best, 51 worst."""
+def write_video(path: Path, frames: Frames, fps: int = 8, crf: int = 18, comment: str = "") -> None:
+    """H.264 in yuv420p, which every player shows; `crf` 0 is best, 51 worst.
+
+    The `comment` lies in the file's metadata.
+    """
     _, height, width, _ = frames.shape
     if height % 2 or width % 2:
         raise ValueError(f"{path}: {height}x{width} frames cannot be yuv420p; use even sizes")
     with open(path, "wb") as file, av.open(file, "w", format="mp4") as container:
+        container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf)})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames:
@@ -241,6 +245,12 @@ def write_video(path: Path, frames: Frames, fps: int = 8, crf: int = 18) -> None
 
 def write_png(path: Path, picture: Picture) -> None:
     Image.fromarray(picture).save(path, format="PNG")
+
+
+def write_gif(path: Path, frames: Frames, fps: int = 8) -> None:
+    """An endless animation; GIF knows 256 colours."""
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    first.save(path, "GIF", save_all=True, append_images=rest, duration=1000 // fps, loop=0)
 
 
 def contact_sheet(

@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from easyanimate_jax.diffusion.times import (
     NUM_TRAIN_TIMES,
     align,
-    first_step,
     to_index,
     uniform,
 )
@@ -51,21 +50,21 @@ class Flow:
     def predict_clean(self, x, prediction, time):
         return x - _sigma(time, x) * prediction
 
-    def intervals(self, num_steps: int, strength: float = 1.0) -> Float[np.ndarray, "steps 2"]:
-        """The (time, next_time) of each Euler step; the last one ends at 0, clean data."""
-        start = first_step(num_steps, strength)
+    def timesteps(self, num_steps: int) -> Float[np.ndarray, "steps"]:
+        """The times at which a sampler of `num_steps` steps asks the network, shifted."""
         sigma = np.linspace(1, 1 / NUM_TRAIN_TIMES, num_steps)
-        sigma = np.append(SHIFT / (SHIFT + 1 / sigma - 1), 0)
-        time = (NUM_TRAIN_TIMES * sigma)[start:]
-        return np.stack([time[:-1], time[1:]], axis=1).astype(np.float32)
+        return NUM_TRAIN_TIMES * (SHIFT / (SHIFT + (1 / sigma - 1)))  # 1000 exactly at first
 
-    def timesteps(self, num_steps: int, strength: float = 1.0) -> Float[np.ndarray, "steps"]:
-        return self.intervals(num_steps, strength)[:, 0]
+    clean_time = 0
 
-    def step(self, x, prediction, time, next_time):
-        """One Euler step, in float32; a `next_time` of 0 or less is clean data."""
-        moved = jnp.maximum(_sigma(next_time, x), 0) - _sigma(time, x)
-        return (x + moved * prediction).astype(x.dtype)
+    def levels(self, times: Float[np.ndarray, "K"]) -> tuple[np.ndarray, np.ndarray]:
+        """Signal and sigma at `times`."""
+        sigma = times / NUM_TRAIN_TIMES
+        return 1 - sigma, sigma
+
+    def clean_of(self, signal, sigma):
+        """What x and the prediction count for in the clean data they speak of."""
+        return np.ones_like(sigma), -sigma
 
 
 def _sigma(time, x) -> Float[Array, "..."]:

@@ -257,10 +257,10 @@ class Output(nnx.Module):
             kernel_init=nnx.initializers.zeros,
         )
 
-    def __call__(self, video: Video, time: Time) -> Float[Array, "B N out"]:
+    def modulated(self, video: Video, time: Time) -> Video:
         shift, scale = split_modulation(self.modulation(time), 2)
         video = self.norm(self.final_norm(video).astype(self.dtype)).astype(self.dtype)
-        return self.linear(video * (1 + scale) + shift)
+        return video * (1 + scale) + shift
 
 
 class MMDiT(nnx.Module):
@@ -294,19 +294,39 @@ class MMDiT(nnx.Module):
         texts: tuple[Float[Array, "B _ _"], ...],
     ) -> Float[Array, "B N out"]:
         """The prediction for every token; tokens past a sample's length influence nothing else."""
-        time = self.time(time)
-        angles = rotary_angles(grid, tokens.shape[1], self.config.head_width)
+        video, text, time = self.embed(tokens, time, texts)
+        return self.output.linear(self.features(video, text, time, grid, lengths))
+
+    def embed(
+        self,
+        tokens: Float[Array, "B N in"],
+        time: Float[Array, "B"],
+        texts: tuple[Float[Array, "B _ _"], ...],
+    ) -> tuple[Video, Text, Time]:
+        """What enters the first block."""
         video = shard(self.patches(tokens.astype(self.config.dtype)), "batch", "tokens", None)
         text = jnp.concatenate(
             [project(text) for project, text in zip(self.texts, texts, strict=True)], axis=1
         )
+        return video, text, self.time(time)
+
+    def features(
+        self,
+        video: Video,
+        text: Text,
+        time: Time,
+        grid: Int[Array, "B 3"],
+        lengths: Int[Array, "B"],
+    ) -> Video:
+        """What the last layer, `output.linear`, reads."""
+        angles = rotary_angles(grid, video.shape[1], self.config.head_width)
 
         def run(block, streams):
             return block(*streams, time, angles, lengths)
 
         for blocks in self.blocks:
             video, text = scan_blocks(run, (video, text), blocks, save=self.config.save)
-        return self.output(video, time)
+        return self.output.modulated(video, time)
 
 
 def patchify(latents: Float[Array, "B T h w C"], patch: int = 2) -> Float[Array, "B N patch_C"]:
