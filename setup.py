@@ -1,4 +1,4 @@
-"""Packaging. Extras: `tpu`, `cuda` choose the accelerator; `curate` cuts films; `dev` is for tests."""
+"""Packaging. Extras: `tpu` and `cuda` for accelerators, `curate` to cut films, `dev` for tests."""
 
 from setuptools import find_packages, setup
 
