@@ -9,6 +9,7 @@ import flax.nnx as nnx
 import numpy as np
 import pyarrow.parquet
 import pytest
+import tyro
 from PIL import Image, ImageDraw
 
 from easyanimate_jax.config import SampleConfig, load
@@ -131,6 +132,20 @@ def test_captions_of_a_source_go_to_its_clips(films, tmp_path):
     finally:
         (folder / "metadata.json").unlink()
     assert {tuple(r["captions"]) for r in rows if r["file"] == "four.mp4"} == {("four",)}
+
+
+def test_the_command_is_typed_by_the_rules(tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(curation, "curate", lambda *args, **more: seen.append((args, more)))
+    words = [str(tmp_path), "out", "--min-seconds", "1", "--min-pixels", "0"]
+    words += ["captioner:server", "--captioner.url", "u", "--captioner.model", "m"]
+    assert tyro.cli(curation.main, args=words) == 0
+    ((source, out, rules), more) = seen[0]
+    assert (source, str(out)) == (tmp_path, "out") and more["captioner"].model == "m"
+    assert rules == Rules(Splitting(min_seconds=1.0), min_pixels=0)
+    monkeypatch.undo()
+    assert tyro.cli(curation.main, args=[str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_near_duplicates_differ_in_few_bits_and_the_largest_stays():

@@ -238,3 +238,17 @@ def test_an_unknown_source_is_named(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"a\.zip is no source"):
         sources.read_clips(tmp_path / "a.zip")
+
+
+def test_a_mixture_names_its_sources(three, tmp_path):
+    folder, tar, _ = three
+    (tmp_path / "m.toml").write_text(f'films = "{folder}"\nstock = "{tar}"\n')
+    clips, problems = sources.read_clips(tmp_path / "m.toml")
+    assert len(clips) == 10 and problems == []
+    assert {c.name: c.source for c in clips if c.name.endswith("p.png")} == {
+        "films/p.png": "films",
+        "stock/p.png": "stock",
+    }
+    (tmp_path / "m.toml").write_text("films = 3")
+    with pytest.raises(ValueError, match="films must be a source"):
+        sources.read_clips(tmp_path / "m.toml")

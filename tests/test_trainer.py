@@ -73,7 +73,21 @@ def folder(tmp_path_factory):
                     "condition_flag": np.ones(draws, np.float16),
                 }
             records.append(record)
-            values = (f"{clip}.mp4", kind, 4 * T - 3, 16 * gh, 16 * gw, T, gh, gw, N, 512, 512, 2)
+            values = (
+                f"{clip}.mp4",
+                kind,
+                4 * T - 3,
+                16 * gh,
+                16 * gw,
+                T,
+                gh,
+                gw,
+                N,
+                512,
+                512,
+                2,
+                "",
+            )
             rows.append(dict(zip(INDEX_TYPES, values, strict=True)))
         writer.write(0, records, rows)
         writer.finish(1)

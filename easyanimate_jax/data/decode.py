@@ -82,11 +82,15 @@ class Decoders:
                 _end(worker)
                 worker = None
                 raise ValueError(f"{path}: not decoded within {self.seconds:g} seconds") from None
-            except (OSError, EOFError):
+            except (OSError, EOFError, ValueError):  # gone, or talking nonsense
                 code = _end(worker)
                 worker = None
                 name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                 raise ValueError(f"{path}: the decoder died of it ({name})") from None
+            except BaseException:  # its answer would be taken for the next file's
+                _end(worker)
+                worker = None
+                raise
         finally:
             self.free.put(worker)
         if "error" in answer:

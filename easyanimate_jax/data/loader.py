@@ -104,7 +104,8 @@ class Loader:
 
         def put(name: str, row: int, values: np.ndarray, *lead: int) -> None:
             if name not in arrays:
-                arrays[name] = np.zeros((total, *lead, *values.shape[1:]), values.dtype)
+                dtype = np.float32 if name == "condition" else np.float16
+                arrays[name] = np.zeros((total, *lead, *values.shape[1:]), dtype)
             arrays[name][row, : len(values)] = values
 
         for row in mine:

@@ -215,7 +215,9 @@ def resize_crop(
     return np.stack([_resize_crop(frame, height, width) for frame in frames])
 
 
-def _resize_crop(frame: Picture, height: int, width: int) -> Picture:
+def _resize_crop(
+    frame: UInt8[np.ndarray, "h w 3"], height: int, width: int
+) -> UInt8[np.ndarray, "{height} {width} 3"]:
     h, w, _ = frame.shape
     if (h, w) == (height, width):
         return frame

@@ -36,6 +36,7 @@ INDEX_TYPES = {
     "source_height": np.int32,
     "source_width": np.int32,
     "num_captions": np.int32,
+    "source": str,  # its name in a mixture, or ""
 }
 
 Texts = tuple[Float[np.ndarray, "_rows _L _width"], ...]
@@ -94,6 +95,8 @@ class Writer:
             _load_columns(_shard_path(self.folder, s).with_suffix(".npz"))
             for s in range(num_shards)
         ]
+        for part in parts:  # shards of before there were mixtures name no source
+            part.setdefault("source", np.full(len(part["clip"]), ""))
         index = {name: np.concatenate([part[name] for part in parts]) for name in INDEX_TYPES}
         header = {
             "version": VERSION,

@@ -320,6 +320,7 @@ def _index_row(job: Job) -> dict:
         "source_height": job.clip.height,
         "source_width": job.clip.width,
         "num_captions": len(job.clip.captions),
+        "source": job.clip.source,
     }
 
 

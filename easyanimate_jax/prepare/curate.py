@@ -30,6 +30,7 @@ from easyanimate_jax.data.decode import Decoders
 from easyanimate_jax.data.sources import clip_table, read_clips
 from easyanimate_jax.data.sources.layouts import MEDIA
 from easyanimate_jax.prepare import funnel
+from easyanimate_jax.prepare.captions import Server
 from easyanimate_jax.prepare.scores import SCORES, Score, picture_hash
 from easyanimate_jax.prepare.shots import Span, Splitting, find_cuts, split
 
@@ -68,7 +69,8 @@ def curate(
     films = _films(source)
     root = source if source.is_dir() else source.parent
     (out / "films").mkdir(parents=True, exist_ok=True)
-    settings = repr((rules, [(s.name, s.frames) for s in scores]))
+    told_by = getattr(captioner, "__qualname__", repr(captioner))
+    settings = repr((rules, [(s.name, s.frames) for s in scores], told_by))
     done = {name: out / "films" / f"{_digest(settings + name)}.json" for name in films}
     mine = [name for name in list(films)[part::parts] if not done[name].is_file()]
     workers = workers or os.cpu_count()
@@ -143,7 +145,10 @@ def _film(decoders, root: Path, name: str, captions, rules: Rules, scores, capti
                 frames = small[span.first : span.end : step]
                 row[score.name] = float(score.measure(frames, max(height, width) / SMALL))
         if captioner is not None:
-            row["captions"] = list(captioner(some))
+            try:
+                row["captions"] = list(captioner(some))
+            except ValueError as error:
+                row |= {"captions": [], "left_out": f"no caption: {error}"}
         rows.append(row)
     return rows
 
@@ -234,12 +239,13 @@ def main(
     source: tyro.conf.Positional[Path],
     out: tyro.conf.Positional[Path],
     rules: tyro.conf.OmitArgPrefixes[Rules] = Rules(),
+    captioner: Server | None = None,
     part: int = 0,
     parts: int = 1,
 ) -> int:
     """Cut and score the films of SOURCE into the table OUT/clips.parquet."""
     try:
-        rows = curate(source, out, rules, part=part, parts=parts)
+        rows = curate(source, out, rules, captioner=captioner, part=part, parts=parts)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

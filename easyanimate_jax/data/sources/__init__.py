@@ -7,14 +7,17 @@
     FILE.tar, DIR/*.tar                  WebDataset: x.mp4, x.txt, x.json; read in place
     DIR/dataset_info.json                a TFDS data set in ArrayRecord, see sources/tfds.py
     FILE.parquet of `prepare.curate`     clips as spans of films, see sources/clip_table.py
+    FILE.toml                            a mixture: lines NAME = "SOURCE", any of the above
 
 Sizes and durations come from the files. Rows that name the same file are one clip with several
 captions; this is how the English and the Chinese caption of a clip are given. A row that cannot be
 used is a `Problem` with its reason, never an exception and never silent.
 """
 
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +44,8 @@ def read_clips(source: str | Path) -> tuple[list[Clip], list[Problem]]:
     Raises ValueError for a source of no known layout, and for one without any usable clip.
     """
     source = Path(source)
+    if source.suffix == ".toml":
+        return _mixture(source)
     if clip_table.is_table(source):
         return clip_table.clips(source), []
     described, rows = _rows(source)
@@ -88,6 +93,24 @@ def read_clips(source: str | Path) -> tuple[list[Clip], list[Problem]]:
     return clips, problems
 
 
+def _mixture(path: Path) -> tuple[list[Clip], list[Problem]]:
+    """The clips of several sources; the source's name stands before a clip's."""
+    try:
+        named = tomllib.loads(paths.open_regular(path).read().decode())
+    except ValueError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    clips, problems = [], []
+    for name, source in named.items():
+        if not isinstance(source, str) or source.endswith(".toml"):
+            raise ValueError(f'{path}: {name} must be a source in quotes, as in {name} = "films"')
+        found, bad = read_clips(path.parent / source)
+        clips += [replace(clip, name=f"{name}/{clip.name}", source=name) for clip in found]
+        problems += [Problem(p.row, f"{name}/{p.file}", p.reason) for p in bad]
+    if not clips:
+        raise ValueError(f'{path} names no source; write lines such as films = "folder"')
+    return clips, problems
+
+
 def table(source: str | Path) -> dict[str, np.ndarray]:
     """The clips of a source as columns: clip, kind, frames, fps, height, width, word.
 
@@ -132,7 +155,7 @@ def _rows(source: Path) -> tuple[Path, Iterator[Row | Problem]]:
     if suffix == ".tar":
         return source, tars.rows(source)
     raise ValueError(
-        f"{source} is no source of clips: give a folder, or a .json, .jsonl, .csv, .parquet or .tar"
+        f"{source} is no source: give a folder, .json, .jsonl, .csv, .parquet, .tar or .toml"
     )
 
 

@@ -19,6 +19,7 @@ class Clip:
     width: int
     fps: float  # 0 for images
     first: int = 0  # frame of the file: a clip may be a span of a film
+    source: str = ""  # its name in a mixture
 
 
 class Row(NamedTuple):
