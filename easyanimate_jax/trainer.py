@@ -235,7 +235,7 @@ class Schedule:
 
     def _go_back(self, stage: Stage) -> None:
         """Return to a checkpoint from before the trouble, and leave out the batches around it."""
-        reason, first_bad, last_bad = self.diverged, self.detector.first_bad, self.step - 1
+        reason, first_bad, last_bad = self.diverged, self.detector.first_bad, self.row["step"]
         if self.main:
             self.writer.close()
         self.checkpoints.finish()
