@@ -353,7 +353,7 @@ class Schedule:
             self.waited = now() - began
             self.real_tokens = int(np.sum(batch.lengths * batch.weight))
             if asked("nan", position):
-                batch = batch._replace(mean=batch.mean * np.float32("nan"))
+                batch = batch._replace(mean=np.full_like(batch.mean, np.nan))
             yield bucket, place(batch, self.mesh)
 
     def _update(self, stage: Stage, stage_step: int, bucket: int, batch: Batch) -> None:
