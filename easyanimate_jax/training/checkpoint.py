@@ -178,8 +178,8 @@ class Checkpoints:
         damaged = sorted(path.name for path in self.folder.glob("*.corrupt*"))
         if damaged and before is None:
             raise StorageError(
-                f"no good checkpoint is left in {self.folder}, only {', '.join(damaged)}; bring one "
-                f"back, or remove the folder to begin anew"
+                f"no good checkpoint is left in {self.folder}, only {', '.join(damaged)}; bring "
+                f"one back, or remove the folder to begin anew"
             )
         return None
 
