@@ -56,7 +56,10 @@ def join_pod() -> None:
     import jax
 
     count, index = (os.environ.get(f"JAX_{n}") for n in ("NUM_PROCESSES", "PROCESS_ID"))
+    address = os.environ["JAX_COORDINATOR_ADDRESS"]
     jax.distributed.initialize(
+        # JAX would listen on all interfaces, and asks nobody who they are.
+        coordinator_bind_address=address if address.startswith("127.") else None,
         num_processes=None if count is None else int(count),
         process_id=None if index is None else int(index),
         heartbeat_timeout_seconds=10,

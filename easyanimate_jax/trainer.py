@@ -235,7 +235,7 @@ class Schedule:
 
     def _go_back(self, stage: Stage) -> None:
         """Return to a checkpoint from before the trouble, and leave out the batches around it."""
-        reason, first_bad, last_bad = self.diverged, self.detector.first_bad, self.step - 1
+        reason, first_bad, last_bad = self.diverged, self.detector.first_bad, self.row["step"]
         if self.main:
             self.writer.close()
         self.checkpoints.finish()
@@ -353,7 +353,7 @@ class Schedule:
             self.waited = now() - began
             self.real_tokens = int(np.sum(batch.lengths * batch.weight))
             if asked("nan", position):
-                batch = batch._replace(mean=batch.mean * np.float32("nan"))
+                batch = batch._replace(mean=np.full_like(batch.mean, np.nan))
             yield bucket, place(batch, self.mesh)
 
     def _update(self, stage: Stage, stage_step: int, bucket: int, batch: Batch) -> None:

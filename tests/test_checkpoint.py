@@ -212,6 +212,14 @@ def test_three_failed_saves_end_the_run(copy, monkeypatch):
         checkpoints.close(12)
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(copy):
+    for step in ("2", "4"):
+        (copy / "checkpoints" / step / "meta" / "metadata").write_text("{")
+    for _ in range(2):
+        with pytest.raises(StorageError, match=r"only 2\.corrupt, 4\.corrupt; bring one back"):
+            read(copy / "checkpoints")
+
+
 def test_another_model_is_refused_and_nothing_set_aside(copy):
     other = LIKE._replace(model={"kernel": LIKE.model["kernel"]})
     checkpoints = Checkpoints(copy / "checkpoints", keep=3)

@@ -142,7 +142,8 @@ class Checkpoints:
 
         `like` makes of a step's meta the abstract state: shapes and shardings, of any mesh. It may
         raise ValueError for a checkpoint of another run. A step that is damaged is set aside as
-        STEP.corrupt. None if there is no step (earlier than `before`, if given).
+        STEP.corrupt. None if there is no step (earlier than `before`, if given); StorageError if
+        all there were are damaged: a run does not begin anew by itself.
         """
         self.finish()
         while (step := self._newest(before)) is not None:
@@ -160,9 +161,10 @@ class Checkpoints:
                     for item, part in wanted.items()
                 }
             except Exception as error:  # whatever a reader makes of damaged bytes
-                self._set_aside(step, f"cannot be read: {error}")
                 if self.processes > 1:  # the others may wait for us; the next start takes another
+                    set_aside(self.folder / str(step), f"cannot be read: {error}")
                     raise StorageError(f"checkpoint {step} cannot be read: {error}") from error
+                self._set_aside(step, f"cannot be read: {error}")
                 continue
             wrong = differing(meta, parts)
             if wrong:
@@ -173,6 +175,12 @@ class Checkpoints:
             elif self.process == 0:
                 _mark(self.folder / str(step), 0, 1)
             return step, parts["state"]._replace(ema=parts["ema"]), meta
+        damaged = sorted(path.name for path in self.folder.glob("*.corrupt*"))
+        if damaged and before is None:
+            raise StorageError(
+                f"no good checkpoint is left in {self.folder}, only {', '.join(damaged)}; bring "
+                f"one back, or remove the folder to begin anew"
+            )
         return None
 
     def drop_after(self, step: int) -> None:
@@ -237,7 +245,7 @@ class Checkpoints:
         return None if newest < 0 else int(newest)
 
     def _set_aside(self, step: int, reason: str) -> None:
-        if self.process == 0 or self.processes == 1:
+        if self.process == 0:
             set_aside(self.folder / str(step), reason)
         _wait_for_all(f"set aside {step}")
 

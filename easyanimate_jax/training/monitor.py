@@ -6,6 +6,7 @@ watchdog: a section that lasts too long has every thread's stack printed and the
 exit code HANG. A thread does this, so it works while the loop waits inside a collective.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -76,7 +77,7 @@ class Monitor:
             "seconds": {name: round(value, 3) for name, value in total.items()},
         }
         if self.process == 0:
-            with self.file.open("a") as file:
+            with contextlib.suppress(OSError), self.file.open("a") as file:  # the disk may be full
                 file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
@@ -97,7 +98,8 @@ class Monitor:
         while not self.closed.wait(0.1):
             now = time.monotonic()
             if now - beaten > BEAT:
-                self._beat()
+                with contextlib.suppress(OSError):  # the disk may be full
+                    self._beat()
                 beaten = now
             since, limit = self.since, self.limit()
             if now - since > limit:

@@ -158,7 +158,7 @@ def die_with_parent() -> None:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m easyanimate_jax.training.supervisor")
     parser.add_argument("--ranks", type=int, default=1, help="processes on this host")
-    parser.add_argument("--silence", type=float, default=30.0, help="seconds without a heartbeat")
+    parser.add_argument("--silence", type=float, default=60.0, help="seconds without a heartbeat")
     parser.add_argument("command", nargs="+", help="after --: what each rank runs")
     a = parser.parse_args(arguments)
     supervisor = Supervisor(a.command, a.ranks, a.silence)
