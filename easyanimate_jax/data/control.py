@@ -22,6 +22,7 @@ from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from easyanimate_jax.data import media
+from easyanimate_jax.data.paths import safe_path
 
 Video = UInt8[np.ndarray, "F H W 3"]
 Operator = Callable[[Video], Video]
@@ -242,7 +243,7 @@ def write_controls(folder: str | Path, operator: str) -> int:
     rows, written = json.loads(table.read_text(encoding="utf-8-sig")), 0
     for row in tqdm(rows, unit="clip"):
         try:
-            path = media.safe_path(folder, row["file_path"])
+            path = safe_path(folder, row["file_path"])
             probe = media.probe(path)
             name = Path(f"control_{operator}") / Path(row["file_path"]).with_suffix(
                 ".png" if probe.kind == "image" else ".mp4"
