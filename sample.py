@@ -383,7 +383,8 @@ def main(argv: list[str] | None = None) -> int:
         for one in todo:
             where = one.where
             complete(one, meta)
-            make_tables(process, sampling, 1.0 if one.strength is None else one.strength)
+            strength = 1.0 if one.strength is None else one.strength
+            one.evaluations = int(make_tables(process, sampling, strength).count)
             read_inputs(one)  # tried now, read again when its turn comes: films are large
         where = ""
         a.output.mkdir(parents=True, exist_ok=True)
@@ -456,7 +457,11 @@ def generate(rows: list[argparse.Namespace], run, encoder, sampling) -> np.ndarr
         pipeline, options = pipelines.image_to_video, noise | size
     else:
         pipeline, options = pipelines.text_to_video, size
-    with tqdm(desc="denoising", unit="step") as bar, warnings.catch_warnings(record=True) as told:
+    total = a.evaluations
+    if pipeline is pipelines.long_video:
+        total *= len(pipelines.segments(a.frames, a.segment))
+    bar = tqdm(desc="denoising", unit="step", total=total)
+    with bar, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", RuntimeWarning)
         videos = pipeline(
             run.model,
