@@ -61,7 +61,7 @@ def test_released_weights_are_fine_tuned_and_handed_back(tmp_path, parts):  # no
     (tmp_path / "finetune.py").write_text(CONFIG.format(model=MODEL))
 
     def run(*command):
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}"}
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}", "XLA_FLAGS": ""}
         ran = subprocess.run(
             [sys.executable, *command], cwd=tmp_path, env=env, capture_output=True, text=True
         )
@@ -71,10 +71,11 @@ def test_released_weights_are_fine_tuned_and_handed_back(tmp_path, parts):  # no
     convert = ("-m", "easyanimate_jax.convert")
     run(*convert, str(released), "weights", "--to", "jax")
     run("-m", "easyanimate_jax.prepare", "finetune.py", "--source", "data/clips")
-    train = (str(ROOT / "train.py"), "finetune.py", "--stages.0.learning-rate", "1e-3")
-    said = run(*train, "--stages.0.steps", "4")
+    train = (str(ROOT / "train.py"), "finetune.py", "--stages.0.learning-rate", "1e-2")
+    said = run(*train, "--stages.0.steps", "4", "--stages.0.warmup", "1")
     assert "starting from the weights of weights/transformer" in said
-    run(*convert, "runs/v51_12b_finetune", "mine", "--to", "diffusers", "--dtype", "bfloat16")
+    back = (*convert, "runs/v51_12b_finetune", "mine", "--to", "diffusers", "--dtype", "bfloat16")
+    run(*back, "--weights", "raw")  # an average over thousands of steps has not moved yet
 
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "mine", torch_dtype=torch.bfloat16)
     assert type(pipe) is EasyAnimatePipeline
@@ -83,7 +84,7 @@ def test_released_weights_are_fine_tuned_and_handed_back(tmp_path, parts):  # no
     moved = {n: np.abs(before[n] - after[n].astype(np.float32)).max() for n in before}
     rounding = {n: np.abs(before[n]).max() / 128 for n in before}
     assert any(moved[n] > 2 * rounding[n] for n in before)  # it was trained,
-    assert all(moved[n] < 0.05 + rounding[n] for n in before)  # from the weights it was given
+    assert all(moved[n] < 0.1 + rounding[n] for n in before)  # from the weights it was given
     vae = tensors_of(released / "vae")
     for name, value in tensors_of(tmp_path / "mine/vae").items():
         np.testing.assert_array_equal(value, vae[name].astype(value.dtype), err_msg=name)
