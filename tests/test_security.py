@@ -8,6 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "easyanimate_jax").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"])
 MODULES = {"marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "urllib", "requests"}
+# The one place that reaches out: to the captioning server that the command line names.
+ALLOWED = {"easyanimate_jax/prepare/captions.py": "urllib.request"}
 CALLS = {"eval", "exec", "compile", "__import__"}
 
 
@@ -52,7 +54,9 @@ def forbidden(source: str) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_file_runs_what_it_reads(path):
-    assert forbidden(path.read_text()) == []
+    allowed = ALLOWED.get(path.relative_to(ROOT).as_posix())
+    found = forbidden(path.read_text())
+    assert [line for line in found if allowed is None or not line.endswith(allowed)] == []
 
 
 @pytest.mark.parametrize(
