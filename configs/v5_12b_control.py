@@ -1,4 +1,7 @@
-"""The control model of the report: 13312, then 53248, from the 12B text-to-video weights."""
+"""The control model of the report: 13312, then 53248, from the 12B text-to-video weights.
+
+The control of a clip is its `control_file_path`. V5 trained without dropping it.
+"""
 
 from dataclasses import replace
 
@@ -11,11 +14,27 @@ config = replace(
     v5_12b,
     run="runs/v5_12b_control",
     sets=(
-        LatentSet("13312", TOKENS_13312, condition_draws=1),
-        LatentSet("53248", TOKENS_53248, condition_draws=1),
+        LatentSet("13312", TOKENS_13312, control="file"),
+        LatentSet("53248", TOKENS_53248, control="file"),
     ),
     stages=(
-        Stage("13312_control", "13312", task="control", batch_size=128, steps=5_000),
-        Stage("53248_control", "53248", task="control", batch_size=96, microbatch=32, steps=2_000),
+        Stage(
+            "13312_control",
+            "13312",
+            task="control",
+            batch_size=128,
+            steps=5_000,
+            control_drop=0.0,
+        ),
+        Stage(
+            "53248_control",
+            "53248",
+            task="control",
+            batch_size=96,
+            microbatch=32,
+            steps=2_000,
+            control_drop=0.0,
+        ),
     ),
+    init="weights/transformer",
 )

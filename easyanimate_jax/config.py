@@ -80,10 +80,15 @@ class TrainConfig:
                     f"stage {stage.name!r} reads latent set {stage.data!r}, and the config has "
                     f"{names}. Add the set, or correct the stage's `data`."
                 )
-            if stage.task != "t2v" and self.set(stage.data).condition_draws == 0:
+            if stage.task == "i2v" and self.set(stage.data).condition_draws == 0:
                 raise ValueError(
                     f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
                     f"holds no conditioning; give the set `condition_draws` of 1 or more."
+                )
+            if stage.task not in ("t2v", "i2v") and not self.set(stage.data).control:
+                raise ValueError(
+                    f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
+                    f"holds no control; give the set one: 'file', 'camera' or an operator's name."
                 )
         for group in (names, [s.name for s in self.stages]):
             if len(set(group)) < len(group):

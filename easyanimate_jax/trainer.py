@@ -507,6 +507,7 @@ def make_loader(config: TrainConfig, stage: Stage) -> Loader:
         text_drop=config.text_drop,
         rows=own_rows(config, stage),
         quarantine=Path(config.run) / "quarantine.jsonl",
+        control_drop=stage.control_drop,
     )
 
 

@@ -24,6 +24,7 @@ READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # in batches
 FOREVER = 2**40  # steps
 MAX_BAD, FEW_BAD = 1e-3, 3  # records that may be unreadable: a share, and a number
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+CONTROL_TASKS = ("control", "control_ref", "camera_ref")
 
 
 class Batch(NamedTuple):
@@ -38,14 +39,15 @@ class Batch(NamedTuple):
     grid: np.ndarray  # (A, B, 3) int32: latent frames, token rows, token columns
     lengths: np.ndarray  # (A, B) int32
     texts: tuple[np.ndarray, ...]  # (A, B, L, width) each
-    condition: np.ndarray | None  # (A, B, N, extra * 4), mask channel first
+    condition: np.ndarray | None  # (A, B, N, extra * 4): mask first, or control first
     weight: np.ndarray  # (A, B), 1 or 0
 
 
 class Loader:
     """Reads `plan` from `records`, in microbatches of at most `microbatch` rows.
 
-    A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3). A process
+    A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3), the control
+    and the reference of a row by zeros, each by itself, with `control_drop` (spec 7.2). A process
     reads and builds only the `rows` (first, last + 1) of every microbatch that its devices need,
     all of them if None; the others stay zero, in pages that are never touched. A record that does
     not read is replaced by the next of its bucket, and noted in the file `quarantine`.
@@ -56,23 +58,30 @@ class Loader:
         records: Records,
         plan: Plan,
         *,
-        task: Literal["t2v", "i2v"],
+        task: Literal["t2v", "i2v", "control", "control_ref", "camera_ref"],
         microbatch: int,
         text_drop: float,
         rows: tuple[int, int] | None = None,
         quarantine: Path | None = None,
+        control_drop: float = 0.0,
     ):
-        if task not in ("t2v", "i2v"):
-            raise ValueError(
-                f"stage {plan.name!r}: task {task!r} has no loader; use 't2v' or 'i2v'"
-            )
-        if task == "i2v" and not records.header["set"]["condition_draws"]:
+        made = records.header["set"]
+        if task == "i2v" and not made["condition_draws"]:
             raise ValueError(
                 f"stage {plan.name!r} is i2v, and {records.folder} was prepared without "
                 f"condition_draws; set them and prepare again"
             )
+        control = made.get("control", "")
+        if task in CONTROL_TASKS and (
+            not control or (control == "camera") != (task == "camera_ref")
+        ):
+            raise ValueError(
+                f"stage {plan.name!r} is {task}, and {records.folder} was prepared with control "
+                f"{control!r}; give the set {'camera' if task == 'camera_ref' else 'another one'}"
+            )
         self.records, self.plan, self.task = records, plan, task
         self.microbatch, self.text_drop, self.rows = microbatch, text_drop, rows
+        self.control_drop = control_drop
         empty = read_texts(records.folder.parent / "empty.safetensors")
         self.empty = [text[0].astype(np.float16) for text in empty]
         self.name_word = int.from_bytes(hashlib.blake2b(plan.name.encode()).digest()[:8], "little")
@@ -112,7 +121,7 @@ class Loader:
             if row < len(ids):
                 fields = self._row(int(step), row, int(ids[row]))
                 grid[row] = fields["grid"]
-                for name in ("mean", "logvar", *(["condition"] if self.task == "i2v" else [])):
+                for name in ("mean", "logvar", *(["condition"] if self.task != "t2v" else [])):
                     put(name, row, fields[name], length)
             texts = fields["texts"] if row < len(ids) else self.empty
             for i, text in enumerate(texts):
@@ -128,7 +137,7 @@ class Loader:
             grid=split(grid),
             lengths=split(grid.prod(axis=1, dtype=np.int32)),
             texts=tuple(split(arrays[f"text{i}"]) for i in range(len(self.empty))),
-            condition=split(arrays["condition"]) if self.task == "i2v" else None,
+            condition=split(arrays["condition"]) if self.task != "t2v" else None,
             weight=split(weight),
         )
 
@@ -144,6 +153,8 @@ class Loader:
         fields["grid"] = self._grid(record)
         if self.task == "i2v":
             fields["condition"] = _condition(rng, arrays)
+        if self.task in CONTROL_TASKS:
+            fields["condition"] = _control(rng, arrays, self.task, self.control_drop)
         return fields
 
     def _read(self, record: int) -> tuple[int, dict[str, np.ndarray]]:
@@ -194,5 +205,32 @@ def _condition(rng: np.random.Generator, arrays: dict[str, np.ndarray]) -> np.nd
         arrays[f"condition_{name}"][draw].astype(np.float32)
         for name in ("mean", "logvar", "mask", "flag")
     )
-    noise = rng.standard_normal(mean.shape, np.float32)
-    return flag * np.concatenate([mask, mean + np.exp(logvar / 2) * noise], axis=-1)
+    return flag * np.concatenate([mask, _sample(rng, mean, logvar)], axis=-1)
+
+
+def _control(
+    rng: np.random.Generator, arrays: dict[str, np.ndarray], task: str, drop: float
+) -> np.ndarray:
+    """What leads the clip (spec 7.2): the control video or the rays, then the reference frame in
+    the tokens of latent frame 0."""
+
+    def latents(name: str) -> np.ndarray:
+        parts = (arrays[f"{name}_{part}"].astype(np.float32) for part in ("mean", "logvar"))
+        return _sample(rng, *parts)
+
+    keep_control, keep_reference = rng.random(2) >= drop
+    if task == "camera_ref":
+        control, keep_reference = arrays["control_rays"].astype(np.float32), True
+    else:
+        control = keep_control * latents("control")
+    if task == "control":
+        return control
+    reference = keep_reference * latents("reference")
+    placed = np.zeros((len(control), reference.shape[1]), np.float32)
+    placed[: len(reference)] = reference
+    return np.concatenate([control, placed], axis=-1)
+
+
+def _sample(rng: np.random.Generator, mean: np.ndarray, logvar: np.ndarray) -> np.ndarray:
+    """A draw from a posterior."""
+    return mean + np.exp(logvar / 2) * rng.standard_normal(mean.shape, np.float32)

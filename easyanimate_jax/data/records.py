@@ -42,11 +42,17 @@ INDEX_TYPES = {
 Texts = tuple[Float[np.ndarray, "_rows _L _width"], ...]
 
 
+CONTROLS = ("file", "camera", "canny", "soft_edge", "scribble", "lines", "line_art")
+
+
 @dataclass(frozen=True)
 class LatentSet:
     """Clips of one source folder encoded under one budget.
 
     `condition_draws` masks and noised references per clip (spec 6.1) are encoded with it for I2V.
+    With `control` they are encoded with what leads a control model (spec 7.2): the clip's own
+    control file, the rays of its pose file, or an operator's view of it; and with a reference
+    frame, the first, or with `random_reference` any, the first of them in 40 %.
     """
 
     name: str
@@ -54,8 +60,15 @@ class LatentSet:
     kinds: tuple[str, ...] = ("image", "video")
     min_side: int = 0  # of the source, in pixels
     condition_draws: int = 0
+    control: str = ""
+    random_reference: bool = False
 
     def __post_init__(self):
+        if self.control and self.control not in CONTROLS:
+            raise ValueError(
+                f"set {self.name!r}: there is no control {self.control!r}; choose of "
+                f"{', '.join(CONTROLS)}"
+            )
         if not self.kinds or not set(self.kinds) <= {"image", "video"}:
             raise ValueError(f"set {self.name!r}: kinds {self.kinds} must be of 'image', 'video'")
 

@@ -28,10 +28,23 @@ from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from easyanimate_jax.data.buckets import Shape, grid_of
+from easyanimate_jax.data.control import (
+    Camera,
+    control_video,
+    pluecker_rays,
+    read_camera,
+    stretched_camera,
+)
 from easyanimate_jax.data.decode import decoders
 from easyanimate_jax.data.records import LatentSet, Texts, Writer, write_texts
 from easyanimate_jax.data.sources import Clip, read_clips
-from easyanimate_jax.diffusion.conditioning import MASK_SCALE, UNKNOWN, random_mask, resize_mask
+from easyanimate_jax.diffusion.conditioning import (
+    MASK_SCALE,
+    UNKNOWN,
+    camera_condition,
+    random_mask,
+    resize_mask,
+)
 from easyanimate_jax.models.mmdit import patchify
 from easyanimate_jax.models.vae import CausalVAE
 
@@ -39,6 +52,7 @@ FPS = 8  # of training clips (spec 8.2)
 SHARD_SIZE = 128  # records
 ROWS, PIXELS = 16, 2**24  # encoded at once: at most so many clips, and so many pixels
 TEXT_ROWS, TEXT_CACHE = 128, 2**30  # prompts whose states are made at once; bytes of states kept
+FIRST_REFERENCE = 0.4  # share of random references that are the first frame (spec 7.2)
 NO_TASK = 0.9  # share of all-masked draws that become plain T2V (spec 6.1)
 MODEL_FILES = (
     "*.safetensors",
@@ -59,6 +73,7 @@ class Job(NamedTuple):
     shape: Shape
     start: int
     stride: int
+    control: str = ""
 
 
 def prepare(
@@ -92,10 +107,10 @@ def prepare(
     for latent_set in sets:
         jobs = select(latent_set, clips, seed)
         identity = {
-            "set": dataclasses.asdict(latent_set),
+            "set": _told(latent_set),
             "weights": weights,
             "seed": seed,
-            "jobs": _digest(repr([(j.clip.name, j.clip.captions, *j[1:]) for j in jobs])),
+            "jobs": _digest(repr([(j.clip.name, j.clip.captions, *j[1:4]) for j in jobs])),
             "shard_size": shard_size,
         }
         writer = Writer(output / latent_set.name, json.loads(json.dumps(identity)))
@@ -114,7 +129,7 @@ def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]
         if shape is not None:
             last_start = clip.num_frames - 1 - (shape.frames - 1) * stride
             start = int(_rng(seed, latent_set.name, clip.name).integers(last_start + 1))
-            jobs.append(Job(clip, shape, clip.first + start, stride))
+            jobs.append(Job(clip, shape, clip.first + start, stride, latent_set.control))
     if not jobs:
         raise ValueError(
             f"set {latent_set.name!r}: none of {len(clips)} clips is of kind "
@@ -183,12 +198,12 @@ def _encode_set(latent_set, jobs, writer, vae, texts, quarantine, seed, shard_si
             encoded = []  # jobs and their records
             for group in _groups(shard):
                 good = []
-                for job, frames in zip(group, pool.map(_read, group), strict=True):
-                    if isinstance(frames, ValueError):
+                for job, found in zip(group, pool.map(_read_both, group), strict=True):
+                    if isinstance(found, ValueError):
                         num_bad += 1
-                        quarantine.add({"file": job.clip.name, "reason": str(frames)})
+                        quarantine.add({"file": job.clip.name, "reason": str(found)})
                     else:
-                        good.append((job, frames))
+                        good.append((job, *found))
                 if num_bad > max(1, MAX_BAD * len(jobs)):
                     raise ValueError(
                         f"set {latent_set.name!r}: {num_bad} of {len(jobs)} clips cannot be read; "
@@ -197,7 +212,7 @@ def _encode_set(latent_set, jobs, writer, vae, texts, quarantine, seed, shard_si
                 if good:
                     latents = _encode_group(vae, latent_set, good, seed)
                     encoded += [
-                        (job, record) for (job, _), record in zip(good, latents, strict=True)
+                        (job, record) for (job, *_), record in zip(good, latents, strict=True)
                     ]
                 progress.update(len(group))
             if encoded:
@@ -229,6 +244,34 @@ def _rows(shape: Shape) -> int:
     return max(1, min(ROWS, PIXELS // (shape.frames * shape.height * shape.width)))
 
 
+def _read_both(job: Job) -> tuple[np.ndarray, np.ndarray | None] | ValueError:
+    """The clip, and the video or the camera's rays that lead it."""
+    frames = _read(job)
+    if isinstance(frames, ValueError):
+        return frames
+    try:
+        return frames, _read_control(job, frames) if job.control else None
+    except ValueError as error:
+        return error
+
+
+def _read_control(job: Job, frames: UInt8[np.ndarray, "F H W 3"]) -> np.ndarray:
+    """The control of the same frames, resized and cropped as they were (spec 7.2)."""
+    if job.control not in ("file", "camera"):
+        return control_video(frames, job.control)
+    path, (count, height, width) = job.clip.control, job.shape
+    if path is None:
+        raise ValueError(f"{job.clip.name} has no control_file_path, and the set wants one")
+    if job.control == "camera":
+        start = job.start - job.clip.first  # the poses are those of the clip
+        camera = stretched_camera(read_camera(path), job.clip.num_frames)
+        chosen = slice(start, start + (count - 1) * job.stride + 1, job.stride)
+        return pluecker_rays(Camera(*(x[chosen] for x in camera)), height, width)
+    if decoders().probe(path).kind == "image":
+        return np.repeat(decoders().read_image(path, (height, width)), count, axis=0)
+    return decoders().read_clip(path, job.start, count, job.stride, (height, width))
+
+
 def _read(job: Job) -> UInt8[np.ndarray, "F H W 3"] | ValueError:
     size = job.shape[1:]
     try:
@@ -241,7 +284,7 @@ def _read(job: Job) -> UInt8[np.ndarray, "F H W 3"] | ValueError:
 
 def _encode_group(vae, latent_set: LatentSet, good: list, seed: int) -> list[dict[str, np.ndarray]]:
     """Latents and condition draws of clips of one shape; missing rows repeat the last clip."""
-    jobs, frames = zip(*good, strict=True)
+    jobs, frames, controls = zip(*good, strict=True)
     missing = _rows(jobs[0].shape) - len(jobs)
     videos = np.stack(frames + frames[-1:] * missing).astype(np.float32) / 127.5 - 1
     names = [job.clip.name for job in jobs + jobs[-1:] * missing]
@@ -251,6 +294,9 @@ def _encode_group(vae, latent_set: LatentSet, good: list, seed: int) -> list[dic
         _draw_condition(vae, videos, [_rng(seed, latent_set.name, name, draw) for name in names])
         for draw in range(latent_set.condition_draws)
     ]
+    if latent_set.control:
+        controls = np.stack(controls + controls[-1:] * missing)
+        fields |= _control_fields(vae, latent_set, videos, controls, names, seed)
     if draws:
         fields |= {name: np.stack([draw[name] for draw in draws], axis=1) for name in draws[0]}
     fields = {name: np.asarray(field, np.float16) for name, field in fields.items()}
@@ -274,6 +320,33 @@ def _draw_condition(vae, videos, rngs: list[np.random.Generator]) -> dict[str, n
         "condition_mask": np.asarray(_mask_tokens(masks)),
         "condition_flag": np.array(flags),
     }
+
+
+def _control_fields(vae, latent_set: LatentSet, videos, controls, names, seed: int) -> dict:
+    """What leads the clips and what they look like, spec 7.2."""
+    if latent_set.control == "camera":
+        fields = {"control_rays": _ray_tokens(controls)}
+    else:
+        mean, logvar = _encode(vae, controls.astype(np.float32) / 127.5 - 1)
+        fields = {"control_mean": mean, "control_logvar": logvar}
+    chosen = np.zeros(len(names), int)
+    if latent_set.random_reference and latent_set.control != "camera":
+        rngs = [_rng(seed, latent_set.name, name, "reference") for name in names]
+        chosen = np.array([_reference_frame(rng, videos.shape[1]) for rng in rngs])
+    mean, logvar = _encode(vae, videos[np.arange(len(names)), chosen][:, None])
+    return fields | {"reference_mean": mean, "reference_logvar": logvar}
+
+
+def _reference_frame(rng: np.random.Generator, frames: int) -> int:
+    """Any frame, the first in `FIRST_REFERENCE` of all cases."""
+    if frames == 1 or rng.random() < FIRST_REFERENCE:
+        return 0
+    return int(rng.integers(1, frames))
+
+
+@jax.jit
+def _ray_tokens(rays: Float[Array, "R F H W 6"]) -> Float[Array, "R N 24"]:
+    return patchify(camera_condition(rays))
 
 
 @jax.jit
@@ -305,6 +378,13 @@ def _noised_reference(
     strength = np.float32(np.exp(-3.0 + 0.5 * rng.standard_normal()))
     noise = strength * rng.standard_normal(video.shape, np.float32)
     return np.where(given == UNKNOWN, given, given + noise)
+
+
+def _told(latent_set: LatentSet) -> dict:
+    """The set's fields, but for those of control where it has none: older sets do not know them."""
+    fields = dataclasses.asdict(latent_set)
+    unknown = () if latent_set.control else ("control", "random_reference")
+    return {name: value for name, value in fields.items() if name not in unknown}
 
 
 def _index_row(job: Job) -> dict:

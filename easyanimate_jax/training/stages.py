@@ -16,7 +16,8 @@ class Stage:
     `microbatch` rows go through the network at once (all of them when None); the rest of the batch
     is accumulated. The learning rate warms up linearly over `warmup` steps of the stage, then goes
     linearly to `end_learning_rate` (constant when None). `weights` say how often clips of a kind or
-    a source come beside others, see `data.plan.Plan`.
+    a source come beside others, see `data.plan.Plan`. A control stage learns to do without its
+    control and without its reference in `control_drop` of the rows; cameras are always there.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Stage:
     end_learning_rate: float | None = None
     warmup: int = 100
     weights: tuple[tuple[str, float], ...] = ()
+    control_drop: float = 0.2
 
     def __post_init__(self):
         for name in ("batch_size", "steps", "microbatch"):

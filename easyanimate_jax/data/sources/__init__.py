@@ -1,6 +1,7 @@
 """Captioned videos and pictures, from every layout that people have, through one interface.
 
-    DIR/metadata.json, .jsonl, .csv      EasyAnimate: file_path, text, type (spec 8.1)
+    DIR/metadata.json, .jsonl, .csv      EasyAnimate: file_path, text, type (spec 8.1), and, of what
+                                         leads a control model, control_file_path (spec 7.2)
     DIR/videos.txt, DIR/prompt.txt       a file and its caption on the same line of each
     DIR/x.mp4, DIR/x.txt                 side by side, at any depth
     FILE.csv, FILE.parquet               columns for path and caption, under their usual names
@@ -50,6 +51,7 @@ def read_clips(source: str | Path) -> tuple[list[Clip], list[Problem]]:
         return clip_table.clips(source), []
     described, rows = _rows(source)
     files: dict[str, media.File | None] = {}
+    controls: dict[str, object] = {}
     mentions: dict[str, list[_Mention]] = {}
     problems = []
     for row in rows:
@@ -65,15 +67,18 @@ def read_clips(source: str | Path) -> tuple[list[Clip], list[Problem]]:
         else:
             mention = _Mention(row.number, row.kind or "", row.text)
             mentions.setdefault(row.name, []).append(mention)
+            controls[row.name] = row.control or controls.get(row.name)
 
     clips = []
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda name: _probe(described.parent, name, files[name]), mentions)
+        found = pool.map(
+            lambda name: _probe(described.parent, name, files[name], controls[name]), mentions
+        )
         for (name, some), probed in zip(mentions.items(), found, strict=True):
             if isinstance(probed, ValueError):
                 problems += [Problem(mention.row, name, str(probed)) for mention in some]
                 continue
-            path, header = probed
+            path, header, control = probed
             captions = []
             for mention in some:
                 if mention.kind and mention.kind != header.kind:
@@ -83,9 +88,8 @@ def read_clips(source: str | Path) -> tuple[list[Clip], list[Problem]]:
                     captions.append(mention.caption)
             if captions:
                 _, num_frames, height, width, fps = header
-                clips.append(
-                    Clip(name, path, header.kind, tuple(captions), num_frames, height, width, fps)
-                )
+                size = num_frames, height, width, fps
+                clips.append(Clip(name, path, header.kind, tuple(captions), *size, control=control))
     problems.sort()
     if not clips:
         listed = "".join(f"\n  row {p.row} {p.file}: {p.reason}" for p in problems[:20])
@@ -169,10 +173,11 @@ def _reason(row: Row) -> str:
 
 
 def _probe(
-    folder: Path, name: str, file: media.File | None
-) -> tuple[media.File, media.Probe] | ValueError:
+    folder: Path, name: str, file: media.File | None, control: object
+) -> tuple[media.File, media.Probe, Path | None] | ValueError:
     try:
         file = file or paths.safe_path(folder, name)
-        return file, decoders().probe(file)
+        control = paths.safe_path(folder, str(control)) if control else None
+        return file, decoders().probe(file), control
     except ValueError as error:
         return error

@@ -118,7 +118,7 @@ def _row(number: int, row: object) -> Row | Problem:
     name = next((row[key] for key in NAMES if row.get(key) is not None), None)
     text = next((row[key] for key in TEXTS if row.get(key) is not None), None)
     kind = row.get("type") or ("image" if "file_path" in row else None)
-    return Row(number, name, text, kind)
+    return Row(number, name, text, kind, control=row.get("control_file_path") or None)
 
 
 def _captions(row: dict) -> list:

@@ -1,6 +1,7 @@
 """What every layout is read to: rows that name a file and a caption, and what is wrong."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 from easyanimate_jax.data.media import File
@@ -20,6 +21,7 @@ class Clip:
     fps: float  # 0 for images
     first: int = 0  # frame of the file: a clip may be a span of a film
     source: str = ""  # its name in a mixture
+    control: Path | None = None  # a control video or picture, or a pose file
 
 
 class Row(NamedTuple):
@@ -30,6 +32,7 @@ class Row(NamedTuple):
     text: object
     kind: object = None  # "image", "video", or None where the file decides
     file: File | None = None
+    control: object = None  # relative to the source's folder
 
 
 class Problem(NamedTuple):

@@ -1,0 +1,152 @@
+"""What reuse between the steps saves in sampling, and what it costs.
+
+Beside the plain walk, in one run: TeaCache at three thresholds, the unconditional branch asked for
+every 2nd, 3rd and 4th step, and guidance in the middle of the walk alone. Each is compiled first,
+then timed, rounds alternating, the best kept. Change is the root mean square distance of the
+latents from the plain walk's, as a share of theirs from zero. With a run of the demo the prompts'
+score stands beside it; without one the weights are random, and there is no score.
+Writes benchmarks/results/sampling.md.
+
+    python benchmarks/sampling.py [RUN] [--rows 4] [--steps 30] [--rounds 2]
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from easyanimate_jax import pipelines
+from easyanimate_jax.denoising import Sampling
+from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.evaluation import world
+from easyanimate_jax.evaluation.score import score
+from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
+from easyanimate_jax.runs import load_run
+from easyanimate_jax.text.encode import TextEncoder
+
+RESULT = Path(__file__).parent / "results" / "sampling.md"
+THRESHOLDS = (0.05, 0.1, 0.2)
+NAMES = ("colour", "background", "direction", "speed")
+SIZE = {"frames": 9, "height": 128, "width": 128}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("run", nargs="?", help="folder of a finished demo")
+    for name, value in (("--rows", 4), ("--steps", 30), ("--rounds", 2)):
+        p.add_argument(name, type=int, default=value)
+    a = p.parse_args()
+    ways = {"plain": {}}
+    ways |= {f"TeaCache {t}": {"teacache": t} for t in THRESHOLDS}
+    ways |= {f"both branches every {n} steps": {"guidance_every": n} for n in (2, 3, 4)}
+    ways["guidance from 20 to 80 %"] = {"guided": (0.2, 0.8)}
+    make, prompts = from_run(a) if a.run else from_noise(a)
+    seconds, results = {name: [] for name in ways}, {}
+    for name, options in ways.items():
+        results[name] = make(**options)  # compiles
+    for _ in range(a.rounds):
+        for name, options in ways.items():
+            began = time.perf_counter()
+            make(**options)
+            seconds[name].append(time.perf_counter() - began)
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(table(a, seconds, results, prompts))
+    print(RESULT.read_text())
+
+
+def from_run(a):
+    """(a function of sampling options that gives latents and videos, the prompts)."""
+    run = load_run(a.run)
+    samples, encoder = run.config.samples, TextEncoder.load(run.config.text)
+    prompts = world.prompts("seen", a.rows, seed=samples.seed)
+    texts, negative = encoder.encode([prompt.en for prompt in prompts]), encoder.encode([""])
+    size = {"frames": samples.frames, "height": samples.height, "width": samples.width}
+    parts = run.model, run.vae, run.config.process, texts, negative
+    return latents_and_videos(a, parts, size, samples.guidance), prompts
+
+
+def from_noise(a):
+    """The same with random weights of eight blocks, and no prompts."""
+    config = MMDiTConfig(
+        depth=8,
+        mmdit_depth=8,
+        heads=4,
+        text_widths=(64,),
+        text_norm=False,
+        round_time=False,
+        dtype="float32",
+    )
+    model = jax.jit(lambda: MMDiT(config, rngs=nnx.Rngs(0)))()
+    leaves, tree = jax.tree.flatten(model)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    drawn = [x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    text = jax.random.normal(jax.random.key(2), (a.rows + 1, 32, 64))
+    parts = jax.tree.unflatten(tree, drawn), None, Flow(), (text[1:],), (text[:1],)
+    return latents_and_videos(a, parts, SIZE, 6.0), None
+
+
+def latents_and_videos(a, parts, size, guidance):
+    decode, vae = pipelines.decode, parts[1]
+
+    def make(**options):
+        kept = []
+
+        def keep(_, latents):
+            kept.append(latents)
+            shape = len(latents), size["frames"], size["height"], size["width"], 3
+            return np.zeros(shape, np.uint8)
+
+        pipelines.decode = keep  # the VAE's time is not the question
+        try:
+            sampling = Sampling(a.steps, guidance, **options)
+            seeds = list(range(a.rows))
+            pipelines.text_to_video(*parts, **size, seeds=seeds, sampling=sampling)
+        finally:
+            pipelines.decode = decode
+        return kept[0], (lambda: decode(vae, kept[0]))
+
+    return make
+
+
+def table(a, seconds, results, prompts) -> str:
+    memory = next(x for x in Path("/proc/meminfo").read_text().splitlines() if "Total" in x)
+    weights = f"the demo's, {a.run}" if a.run else "random, eight blocks of width 256"
+    lines = [
+        "# Sampling: what reuse between the steps saves",
+        "",
+        f"{datetime.date.today()}; {os.cpu_count()} cores, "
+        f"{int(memory.split()[1]) / 2**20:.0f} GiB, {platform.machine()}, "
+        f"Python {platform.python_version()}; `{shlex.join(['python', *sys.argv])}`; "
+        f"load average {os.getloadavg()[2]:.1f} over the last 15 minutes.",
+        "",
+        f"Weights: {weights}. {a.rows} videos at once, {a.steps} steps, best (worst) of {a.rounds} "
+        "rounds, the VAE not counted.",
+        "",
+        "| | seconds | times faster | change | " + (" | ".join(NAMES) + " |" if prompts else ""),
+        "|---|---|---|---|" + ("---|" * len(NAMES) if prompts else ""),
+    ]
+    plain = results["plain"][0]
+    for name, times in seconds.items():
+        latents, videos = results[name]
+        change = np.sqrt(np.mean((latents - plain) ** 2) / np.mean(plain**2))
+        row = (
+            f"| {name} | {min(times):.2f} ({max(times):.2f}) "
+            f"| {min(seconds['plain']) / min(times):.2f} | {change:.3f} |"
+        )
+        if prompts:
+            found = score(videos(), prompts)
+            row += " ".join(f" {found[name]:.2f} |" for name in NAMES)
+        lines.append(row)
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()
