@@ -41,6 +41,8 @@ setup(
             "ruff>=0.6",
             "torch==2.13.0",
             "diffusers>=0.35,<1",
+            # The TPU compiler, which needs no TPU; the version that jax[tpu] 0.10 asks for.
+            "libtpu==0.0.42.*; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
     },
 )

@@ -14,8 +14,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from easyanimate_jax.config import TrainConfig, to_json
 from easyanimate_jax.convert import load_mmdit, load_vae
@@ -24,12 +22,18 @@ from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.data.plan import Plan
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.pipelines import text_to_video
-from easyanimate_jax.sharding import RULES, make_mesh, shardings
+from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.training.checkpoint import Checkpoints, remove_unfinished
 from easyanimate_jax.training.metrics import MetricsWriter, Progress, clock, now
 from easyanimate_jax.training.optimizer import make_optimizer
+from easyanimate_jax.training.program import (
+    abstract_state,
+    batch_shardings,
+    microbatch_rows,
+    step_program,
+)
 from easyanimate_jax.training.stages import Stage, boundaries, stage_at
-from easyanimate_jax.training.step import TrainState, init_state, train_step, widen_state
+from easyanimate_jax.training.step import TrainState, init_state, widen_state
 
 DONE, PREEMPTED = 0, 42  # exit codes
 
@@ -41,14 +45,14 @@ def train(config: TrainConfig) -> int:
     device work, for data, models or checkpoints that do not fit the config.
     """
     run = Path(config.run)
-    loaders = {stage.name: make_loader(config, stage) for stage in config.stages}
+    mesh = make_mesh(config.mesh)
+    loaders = {stage.name: make_loader(config, stage, mesh) for stage in config.stages}
     run.mkdir(parents=True, exist_ok=True)
     (run / "config.json").write_text(to_json(config))
     remove_unfinished(run / "checkpoints")
     checkpoints = Checkpoints(
         run / "checkpoints", keep=config.keep, keep_steps=boundaries(config.stages)
     )
-    mesh = make_mesh(config.mesh)
     stop = Preemption()
     with jax.set_mesh(mesh):
         schedule = Schedule(config, mesh, checkpoints, loaders)
@@ -150,15 +154,7 @@ class Schedule:
     def _abstract(self, in_channels: int):
         """(function of a key that makes the state, its shardings, the state as shapes)."""
         model = dataclasses.replace(self.config.model, in_channels=in_channels)
-        make = partial(
-            init_state, lambda key: MMDiT(model, rngs=nnx.Rngs(params=key)), self.optimizer
-        )
-        shapes = jax.eval_shape(make, jax.random.key(0))
-        placed = shardings(self.mesh, shapes)
-        like = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed
-        )
-        return make, placed, like
+        return abstract_state(model, self.optimizer, self.mesh)
 
     def _enter(self, stage: Stage) -> None:
         have = self.state.model.config.in_channels
@@ -168,14 +164,8 @@ class Schedule:
             self.state = jax.jit(widen, out_shardings=placed)(self.state)
             print(f"stage {stage.name!r}: input channels {have} -> {stage.in_channels}", flush=True)
         if stage.in_channels not in self.step_programs:
-            program = partial(
-                train_step,
-                optimizer=self.optimizer,
-                process=self.config.process,
-                ema_decay=self.config.ema_decay,
-            )
-            self.step_programs[stage.in_channels] = jax.jit(
-                program, donate_argnums=0, out_shardings=(placed, None)
+            self.step_programs[stage.in_channels] = step_program(
+                self.optimizer, self.config.process, self.config.ema_decay, placed
             )
 
     def _batches(self, stage: Stage, first: int):
@@ -294,7 +284,7 @@ class Sampler:
         media.write_png(self.folder / f"{step:07d}.png", media.contact_sheet(videos))
 
 
-def make_loader(config: TrainConfig, stage: Stage) -> Loader:
+def make_loader(config: TrainConfig, stage: Stage, mesh) -> Loader:
     """The loader of one stage over its prepared latents."""
     prepared = records.Records(Path(config.prepared) / stage.data)
     plan = Plan(
@@ -308,7 +298,7 @@ def make_loader(config: TrainConfig, stage: Stage) -> Loader:
         prepared,
         plan,
         task=stage.task,
-        microbatch=stage.microbatch or stage.batch_size,
+        microbatch=microbatch_rows(stage, mesh),
         text_drop=config.text_drop,
     )
 
@@ -316,17 +306,8 @@ def make_loader(config: TrainConfig, stage: Stage) -> Loader:
 def place(batch: Batch, mesh) -> Batch:
     """A batch of host arrays as global arrays: rows over data and fsdp, tokens over context."""
 
-    def put(x: np.ndarray, *names: str | None):
-        sharding = NamedSharding(mesh, PartitionSpec(None, RULES["batch"], *names))
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-    tokens = RULES["tokens"]
-    return Batch(
-        mean=put(batch.mean, tokens),
-        logvar=put(batch.logvar, tokens),
-        grid=put(batch.grid),
-        lengths=put(batch.lengths),
-        texts=tuple(put(text) for text in batch.texts),
-        condition=None if batch.condition is None else put(batch.condition, tokens),
-        weight=put(batch.weight),
+    return jax.tree.map(
+        lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda at: x[at]),
+        batch,
+        batch_shardings(mesh, batch),
     )

@@ -32,7 +32,7 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Reads `plan` from `records`, in microbatches of at most `microbatch` rows.
+    """Reads `plan` from `records`, in microbatches of `microbatch` rows.
 
     A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3).
     """
@@ -68,7 +68,7 @@ class Loader:
     def batch(self, step: int) -> tuple[int, Batch]:
         length, ids = self.plan(int(step))
         rows = [self._row(int(step), row, int(record)) for row, record in enumerate(ids)]
-        micro = min(self.microbatch, len(rows))
+        micro = self.microbatch
         accumulate = -(-len(rows) // micro)
 
         def stack(name: str, dtype=np.float32) -> np.ndarray:
