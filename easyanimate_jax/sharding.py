@@ -24,6 +24,9 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "embed": "fsdp",
     "heads": ("context", "tensor"),
     "mlp": ("context", "tensor"),
+    # weights of the text encoders, which XLA gathers by itself: split over the width alone
+    "encoder width": ("fsdp", "context"),
+    "encoder inner": "tensor",
     # activations
     "batch": ("data", "fsdp"),
     "tokens": "context",
@@ -139,7 +142,7 @@ def by_device(run, weights, activations: tuple, axes: tuple, outputs: tuple, *, 
         dims = {_manual(RULES[name]): dim for dim, name in enumerate(names) if name}
         for axis in ("context", "fsdp"):  # the bulk last: `fsdp` spans more torus directions
             if axis in dims:
-                value = jax.lax.all_gather(value, axis, axis=dims[axis], tiled=True)
+                value = _all_gather(value, axis, dims[axis])
         return variable.replace(value)
 
     specs = jax.tree.map(
@@ -152,6 +155,12 @@ def by_device(run, weights, activations: tuple, axes: tuple, outputs: tuple, *, 
         axis_names=set(ALL_ROWS),
         check_vma=False,
     )(weights, *activations)
+
+
+def _all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Over a leading dimension: of the transpose over another the compiler made an all-reduce."""
+    parts = jnp.moveaxis(jax.lax.all_gather(x, axis), 0, dim)
+    return parts.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
 
 
 def platform() -> str:

@@ -18,7 +18,7 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
 os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 
-from easyanimate_jax.aot.compile import compile_stage, topology_devices
+from easyanimate_jax.aot.compile import compile_stages, topology_devices
 from easyanimate_jax.aot.report import table, to_json
 from easyanimate_jax.config import TrainConfig, load
 
@@ -37,10 +37,14 @@ def main(arguments: list[str]) -> int:
             raise ValueError(f"{given.config} trains a VAE; give a config with stages")
         stages = _chosen(config, given.stage)
         topology_devices(given.topology, given.slices)
+        names = ", ".join(stage.name for stage in stages)
+        print(
+            f"compiling {names} for {given.topology}: minutes a stage", file=sys.stderr, flush=True
+        )
         reports = []
-        for stage in stages:
-            print(f"compiling {stage.name} for {given.topology} ...", file=sys.stderr, flush=True)
-            reports.append(compile_stage(config, stage, given.topology, num_slices=given.slices))
+        for report in compile_stages(config, stages, given.topology, num_slices=given.slices):
+            reports.append(report)
+            print(f"{report.name}: {report.compile_seconds:.0f} s", file=sys.stderr, flush=True)
             if given.json:
                 given.json.write_text(to_json(given.topology, reports))
     except ValueError as error:

@@ -10,6 +10,7 @@ import importlib.util
 import math
 import re
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -99,12 +100,23 @@ def suggest_mesh(config: MeshConfig, num_devices: int) -> MeshConfig:
         return MeshConfig(rest // fsdp, fsdp, inner // tensor, tensor)
 
 
-def compile_stage(
-    config: TrainConfig, stage: Stage, topology: str, *, num_slices: int = 1
-) -> StageReport:
-    """Compile one stage's step. Raises ValueError where config, mesh and topology do not match."""
-    report, _ = compile_step(config, stage, topology, num_slices=num_slices)
-    return report
+def compile_stages(
+    config: TrainConfig, stages: Sequence[Stage], topology: str, *, num_slices: int = 1
+) -> Iterator[StageReport]:
+    """The reports of stages; two that run the same program are compiled once.
+
+    Raises ValueError where config, mesh and topology do not match.
+    """
+    known = {}  # what a program depends on -> its report
+    for stage in stages:
+        longest = config.set(stage.data).budget.lengths[-1]
+        program = longest, stage.batch_size, stage.microbatch, stage.in_channels
+        if program not in known:
+            known[program], _ = compile_step(config, stage, topology, num_slices=num_slices)
+        report = dataclasses.replace(
+            known[program], name=stage.name, task=stage.task, steps=stage.steps
+        )
+        yield _with_duration(report)
 
 
 def compile_step(
@@ -192,8 +204,14 @@ def _describe_program(
     report.predicted_step_seconds = seconds
     report.predicted_step_seconds_range = prediction.range()
     report.predicted_mfu = report.model_flops / (seconds * chip.peak_flops * len(devices))
-    report.predicted_days = seconds * report.steps / 86400
-    report.predicted_chip_hours = seconds * report.steps * len(devices) / 3600
+
+
+def _with_duration(report: StageReport) -> StageReport:
+    if report.predicted_step_seconds is not None:
+        hours = report.predicted_step_seconds * report.steps / 3600
+        report.predicted_days = hours / 24
+        report.predicted_chip_hours = hours * math.prod(report.mesh.values())
+    return report
 
 
 def _bytes(tree) -> int:

@@ -25,12 +25,12 @@ class Instruction:
     rest: str  # operands and attributes
 
     @property
-    def bytes(self) -> int:
-        """Of the result, without the padding of its layout."""
-        return sum(
+    def sizes(self) -> list[int]:
+        """Bytes of every array of the result, without the padding of its layout."""
+        return [
             BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
             for kind, dims in _ARRAY.findall(self.shape)
-        )
+        ]
 
     def called(self, attribute: str) -> str | None:
         """The computation named by an attribute, such as `body`."""
@@ -46,7 +46,7 @@ class Collective:
     group: tuple[int, ...]  # devices of the first group
     count: int = 0
     bytes: int = 0  # of the results
-    largest: int = 0  # of one result
+    largest: int = 0  # of one array
     wire: float = 0.0  # bytes a device sends
 
 
@@ -188,7 +188,7 @@ def _iota_group(size: int, dims: list[int], order: list[int]) -> tuple[int, ...]
 
 
 def _add(total: Collective, instruction: Instruction, times: int) -> None:
-    size, group = instruction.bytes, len(total.group)
+    size, group = sum(instruction.sizes), len(total.group)
     if instruction.opcode.endswith("-start"):  # operands stand beside the results
         size //= 2
     share = {
@@ -200,5 +200,5 @@ def _add(total: Collective, instruction: Instruction, times: int) -> None:
     }[total.kind]
     total.count += times
     total.bytes += size * times
-    total.largest = max(total.largest, size)
+    total.largest = max(total.largest, *instruction.sizes)
     total.wire += size * share * times

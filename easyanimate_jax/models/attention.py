@@ -63,14 +63,15 @@ def joint_attention(
     def whole(text, video, collect):
         return jnp.concatenate([collect(text)[:, :num_text], collect(video)], axis=1)
 
-    if q[1].shape[2] % jax.lax.axis_size(axis):
+    parts = jax.lax.axis_size(axis)
+    if q[1].shape[2] % (parts * jax.sharding.get_abstract_mesh().shape["tensor"]):
         collect = partial(jax.lax.all_gather, axis_name=axis, axis=1, tiled=True)
         return _attend(q, [whole(*x, collect) for x in (k, v)], lengths)
 
     exchange = partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
     to_heads = partial(exchange, split_axis=2, concat_axis=1)
     out = attention(*(whole(*x, to_heads) for x in (q, k, v)), lengths)
-    filled = q[0].shape[1] * jax.lax.axis_size(axis) - num_text
+    filled = q[0].shape[1] * parts - num_text
     text = jnp.pad(out[:, :num_text], ((0, 0), (0, filled), (0, 0), (0, 0)))
     return tuple(exchange(x, split_axis=1, concat_axis=2) for x in (text, out[:, num_text:]))
 
