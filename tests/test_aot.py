@@ -33,8 +33,8 @@ NARROW = dataclasses.replace(
         Stage("tokens", "clips", task="i2v", batch_size=4, microbatch=2, steps=10),
     ),
 )
-# Bytes in bfloat16 of a block's smallest matrix. A quarter is what its last reduction leaves, and as
-# much has the shard of a text projection, which is summed over `context` and lies there whole.
+# Bytes in bfloat16 of a block's smallest matrix. A quarter is what its last reduction leaves, and
+# as much has the shard of a text projection, which is summed over `context` and lies there whole.
 MATRIX = 256 * 256 * 2
 
 
