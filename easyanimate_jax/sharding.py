@@ -170,19 +170,6 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
-def own_part(x: jax.Array, axis: str | None) -> jax.Array:
-    """Of tokens (B, tokens, ...) that all devices along `axis` hold, this one's equal part.
-
-    The last parts are filled up with zeros. The whole where `axis` is None.
-    """
-    if axis is None:
-        return x
-    size = -(-x.shape[1] // jax.lax.axis_size(axis))
-    fill = size * jax.lax.axis_size(axis) - x.shape[1]
-    x = jnp.pad(x, ((0, 0), (0, fill)) + ((0, 0),) * (x.ndim - 2))
-    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * size, size, axis=1)
-
-
 def _manual(names: str | tuple[str, ...]) -> str | None:
     """Of a weight's mesh axes the one that `by_device` gathers."""
     names = (names,) if isinstance(names, str) else names

@@ -6,25 +6,40 @@ anywhere and started again makes the same updates.
 """
 
 import dataclasses
+import itertools
 import json
 import signal
+import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 
 from easyanimate_jax.config import TrainConfig, to_json
 from easyanimate_jax.convert import load_mmdit, load_vae
 from easyanimate_jax.data import media, records
 from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.denoising import Sampling
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.pipelines import text_to_video
-from easyanimate_jax.sharding import make_mesh
-from easyanimate_jax.training.checkpoint import Checkpoints, remove_unfinished
+from easyanimate_jax.sharding import activation_spec, make_mesh
+from easyanimate_jax.tensors.fingerprint import fingerprint
+from easyanimate_jax.training.checkpoint import (
+    Checkpoints,
+    NotFiniteError,
+    StorageError,
+    named_leaves,
+)
+from easyanimate_jax.training.divergence import SKIP_BATCHES, Detector, DivergedError, Returns
+from easyanimate_jax.training.faults import asked, kill_if_asked
 from easyanimate_jax.training.metrics import MetricsWriter, Progress, clock, now
+from easyanimate_jax.training.monitor import Monitor
 from easyanimate_jax.training.optimizer import make_optimizer
 from easyanimate_jax.training.program import (
     abstract_state,
@@ -35,7 +50,8 @@ from easyanimate_jax.training.program import (
 from easyanimate_jax.training.stages import Stage, boundaries, stage_at
 from easyanimate_jax.training.step import TrainState, init_state, widen_state
 
-DONE, PREEMPTED = 0, 42  # exit codes
+# Exit codes, with 2 for bad input (train.py) and 4 for a hang (training/monitor.py).
+DONE, DIVERGED, STORAGE, PREEMPTED = 0, 3, 5, 42
 
 
 def train(config: TrainConfig) -> int:
@@ -47,87 +63,232 @@ def train(config: TrainConfig) -> int:
     run = Path(config.run)
     mesh = make_mesh(config.mesh)
     loaders = {stage.name: make_loader(config, stage, mesh) for stage in config.stages}
-    run.mkdir(parents=True, exist_ok=True)
-    (run / "config.json").write_text(to_json(config))
-    remove_unfinished(run / "checkpoints")
-    checkpoints = Checkpoints(
-        run / "checkpoints", keep=config.keep, keep_steps=boundaries(config.stages)
-    )
+    run.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if jax.process_index() == 0:
+        (run / "config.json").write_text(to_json(config))
+    monitor = Monitor(run, process=jax.process_index(), hang_seconds=config.hang_seconds)
     stop = Preemption()
-    with jax.set_mesh(mesh):
-        schedule = Schedule(config, mesh, checkpoints, loaders)
-        finished = schedule.run(stop)
-    checkpoints.close()
+    try:
+        checkpoints = open_checkpoints(config)
+        with jax.set_mesh(mesh):
+            schedule = Schedule(config, mesh, checkpoints, loaders, monitor)
+            finished = schedule.run(stop)
+        monitor.enter("save")
+        checkpoints.close(schedule.step)
+    except DivergedError as error:
+        print(f"\ndiverged: {error}", file=sys.stderr, flush=True)
+        return DIVERGED
+    except StorageError as error:
+        print(f"\nstorage: {error}", file=sys.stderr, flush=True)
+        return STORAGE
+    finally:
+        monitor.close()
     return DONE if finished else PREEMPTED
 
 
+def replay(config: TrainConfig, step: int) -> int:
+    """Make the step after checkpoint `step` twice, each time from the files, and compare the bits.
+
+    They are compared with each other and with the loss that the run wrote then, and forgotten. A
+    difference, on the same devices, is a silent error of some hardware. Returns 0, or 1 if there is
+    one. The run must not be under way. Raises ValueError if there is no such checkpoint.
+    """
+    run = Path(config.run)
+    mesh = make_mesh(config.mesh)
+    loaders = {stage.name: make_loader(config, stage, mesh) for stage in config.stages}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = next((row for row in lines if row["step"] == step), None)
+    if logged is None:
+        raise ValueError(f"{run / 'metrics.jsonl'} has no step {step}; replay one that was made")
+    monitor = Monitor(run, process=jax.process_index(), hang_seconds=config.hang_seconds)
+    checkpoints = open_checkpoints(config)
+    with jax.set_mesh(mesh):
+        schedule = Schedule(config, mesh, checkpoints, loaders, monitor, at=step)
+        first = schedule.replay()
+        schedule.state = schedule.restore(at=step)[1]
+        second = schedule.replay()
+    checkpoints.close()
+    monitor.close()
+    names = [name for name in first if first[name] != second[name]]
+    names += [f"{name}, as logged" for name in ("loss", "grad_norm") if first[name] != logged[name]]
+    print(f"step {step} made twice: {', '.join(names) or 'nothing'} differs", flush=True)
+    return 1 if names else 0
+
+
+def open_checkpoints(config: TrainConfig) -> Checkpoints:
+    return Checkpoints(
+        Path(config.run) / "checkpoints",
+        keep=config.keep,
+        keep_steps=boundaries(config.stages),
+        keep_every=config.keep_every,
+    )
+
+
 class Preemption:
-    """Turns SIGTERM into a question the loop asks between steps."""
+    """Turns SIGTERM into a question that the loop asks between steps.
+
+    With several processes, a signal to any of them stops all after the same step.
+    """
 
     def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGTERM, self._ask)
+        self.signalled, self.steps = False, 0
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._signalled)
 
-    def _ask(self, *_):
-        self.asked = True
+    def asked(self) -> bool:
+        """To be called once a step, by all processes."""
+        if jax.process_count() > 1:
+            self.steps += 1
+            reached = multihost_utils.reached_preemption_sync_point(self.steps)
+            self.signalled = self.signalled or reached
+        return self.signalled
+
+    def _signalled(self, *_):
+        self.signalled = True
 
 
 class Schedule:
     """The loop over stages and steps, and the state it carries."""
 
-    def __init__(self, config: TrainConfig, mesh, checkpoints: Checkpoints, loaders: dict):
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh,
+        checkpoints: Checkpoints,
+        loaders: dict,
+        monitor: Monitor,
+        at: int | None = None,
+    ):
+        """Starts at the newest checkpoint, or at the named one, or at the first step."""
         self.config, self.mesh, self.checkpoints, self.loaders = config, mesh, checkpoints, loaders
+        self.monitor, self.run_folder = monitor, Path(config.run)
         self.key = jax.random.key(config.seed)
         self.optimizer = make_optimizer(config.optimizer)
         self.step_programs = {}  # input channels -> the jitted train step
-        self.step, self.state = self._start()
-        self.writer = MetricsWriter(Path(config.run), self.step)
-        self.progress = Progress()
-        self.pending = None  # metrics of the step under way, fetched one step later
+        self.compiled = set()  # (input channels, token length) of the programs used so far
+        self.returns = Returns(self.run_folder)
+        self.main = jax.process_index() == 0
         self.sampler = Sampler(config)
+        self.progress = Progress()
+        self.step, self.state = self.restore(at=at) or (0, self._first_state())
+        self.diverged = None  # why the run has to go back
+        self.pending = None  # metrics of the step under way, fetched one step later
 
     def run(self, stop: Preemption) -> bool:
         """Make every step that is left. False if `stop` was asked; the state is then saved."""
         begin, stages = now(), self.config.stages
+        self._open_metrics()
         while self.step < boundaries(stages)[-1]:
             index, first = stage_at(stages, self.step)
             self._enter(stages[index])
-            for batch_number, (bucket, batch) in enumerate(
+            for stage_step, (bucket, batch) in enumerate(
                 self._batches(stages[index], first), start=first
             ):
-                self._update(stages[index], batch_number, bucket, batch)
-                ended = batch_number + 1 == stages[index].steps
-                if ended or stop.asked or self.step % self.config.save_every == 0:
+                self._update(stages[index], stage_step, bucket, batch)
+                stopping = stop.asked()
+                ended = stage_step + 1 == stages[index].steps
+                if ended or stopping or self.step % self.config.save_every == 0:
                     self._save(stages[index])
+                if self.diverged:
+                    self._go_back(stages[index])
+                    break
                 if ended or self.step % self.config.samples.every == 0:
                     self._flush()
+                    self.monitor.enter("sample")
                     self.sampler(self.state.ema, self.step)
-                if stop.asked:
+                if stopping:
                     self._close(begin)
-                    print(f"\nasked to stop: saved at step {self.step}", flush=True)
+                    self._say(f"asked to stop: saved at step {self.step}")
                     return False
                 if ended:
                     break
         self._close(begin)
         return True
 
-    def _start(self) -> tuple[int, TrainState]:
-        latest = self.checkpoints.latest()
-        if latest is None:
-            return 0, self._first_state()
-        meta = self.checkpoints.meta(latest)
-        self._check_position(latest, meta)
-        *_, like = self._abstract(meta["in_channels"])
-        print(f"resuming at step {latest} (stage {meta['stage']!r})", flush=True)
-        return latest, self.checkpoints.restore(latest, like)
+    def replay(self) -> dict:
+        """Loss, gradient norm and all fingerprints after the next step, which ends the state."""
+        index, stage_step = stage_at(self.config.stages, self.step)
+        stage = self.config.stages[index]
+        self._enter(stage)
+        _, batch = next(self._batches(stage, stage_step))
+        self.monitor.enter("compile")
+        rate = jnp.float32(stage.learning_rate_at(stage_step))
+        program = self.step_programs[stage.in_channels]
+        state, metrics = program(self.state, batch, self.key, rate)
+        prints = {name: int(fingerprint(x)) for name, x in named_leaves(state).items()}
+        return prints | {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+
+    def restore(
+        self, *, before: int | None = None, at: int | None = None
+    ) -> tuple[int, TrainState] | None:
+        """The newest good checkpoint, earlier than `before` or the one `at`, if that is given."""
+        self.monitor.enter("restore")
+        if at is not None:
+            before = at + 1
+
+        def like(meta: dict) -> TrainState:
+            self._check_position(meta)
+            return self._abstract(meta["in_channels"])[2]
+
+        found = self.checkpoints.restore(like, before=before)
+        if at is not None and (found is None or found[0] != at):
+            raise ValueError(f"{self.run_folder} has no good checkpoint {at} to replay from")
+        if found is None:
+            return None
+        step, state, meta = found
+        self._say(f"resuming at step {step} (stage {meta['stage']!r})")
+        return step, state
+
+    def _go_back(self, stage: Stage) -> None:
+        """Return to a checkpoint from before the trouble, and leave out the batches around it."""
+        reason, first_bad, last_bad = self.diverged, self.detector.first_bad, self.row["step"]
+        if self.main:
+            self.writer.close()
+        self.checkpoints.finish()
+        stages, offset = self.config.stages, self.returns.offset(stage.name)
+        start = boundaries(stages)[stages.index(stage)] - stage.steps
+        positions = range(max(first_bad, start) - start + offset, last_bad - start + offset + 1)
+        plan = self.loaders[stage.name].plan
+        event = {
+            "step": last_bad,
+            "reason": reason,
+            "stage": stage.name,
+            "batches": {p: plan(p)[1].tolist() for p in positions},
+            "weights": {
+                name: f"{int(fingerprint(x)):08x}"
+                for name, x in named_leaves(self.state.model).items()
+            },
+        }
+        # A checkpoint made at step k holds the updates before k.
+        self.state = None
+        step, state = self.restore(before=first_bad + 1) or (0, self._first_state())
+        # Whatever the distance, the bad batches are not met again.
+        skip = max(SKIP_BATCHES, last_bad + 1 - max(step, start))
+        self.returns.add(event | {"returned_to": step, "offset": offset + skip}, self.main)
+        self.checkpoints.drop_after(step)
+        self._say(
+            f"{reason} at step {last_bad}: back to step {step}, without {skip} batches of stage "
+            f"{stage.name!r}"
+        )
+        self.step, self.state, self.pending, self.diverged = step, state, None, None
+        self._open_metrics()
+
+    def _open_metrics(self) -> None:
+        if self.main:
+            self.writer = MetricsWriter(self.run_folder, self.step)
+
+    def _say(self, text: str) -> None:
+        if self.main:
+            print(f"\n{text}", flush=True)
 
     def _first_state(self) -> TrainState:
         """Fresh weights, or those of `config.init`, each device reading its own part of them."""
         in_channels = self.config.stages[0].in_channels
         make, placed, like = self._abstract(in_channels)
+        self.monitor.enter("start")
         if not self.config.init:
             return jax.jit(make, out_shardings=placed)(jax.random.fold_in(self.key, 1))
-        print(f"starting from the weights of {self.config.init}", flush=True)
+        self._say(f"starting from the weights of {self.config.init}")
         model = load_mmdit(
             self.config.init, mesh=self.mesh, in_channels=in_channels, config=like.model.config
         )
@@ -137,7 +298,9 @@ class Schedule:
 
         return jax.jit(around, out_shardings=placed, donate_argnums=0)(model)
 
-    def _check_position(self, step: int, meta: dict) -> None:
+    def _check_position(self, meta: dict) -> None:
+        """Raises ValueError for a checkpoint of another seed, schedule or data."""
+        step = meta["step"]
         stage = next((s for s in self.config.stages if s.name == meta["stage"]), None)
         if stage is None or meta["seed"] != self.config.seed:
             raise ValueError(
@@ -157,12 +320,13 @@ class Schedule:
         return abstract_state(model, self.optimizer, self.mesh)
 
     def _enter(self, stage: Stage) -> None:
+        self.detector = Detector()  # losses of another stage are no measure
         have = self.state.model.config.in_channels
         _, placed, _ = self._abstract(stage.in_channels)
         if have != stage.in_channels:
             widen = partial(widen_state, in_channels=stage.in_channels)
             self.state = jax.jit(widen, out_shardings=placed)(self.state)
-            print(f"stage {stage.name!r}: input channels {have} -> {stage.in_channels}", flush=True)
+            self._say(f"stage {stage.name!r}: input channels {have} -> {stage.in_channels}")
         if stage.in_channels not in self.step_programs:
             self.step_programs[stage.in_channels] = step_program(
                 self.optimizer, self.config.process, self.config.ema_decay, placed
@@ -170,15 +334,26 @@ class Schedule:
 
     def _batches(self, stage: Stage, first: int):
         """The stage's batches from its own step `first` on, as global arrays."""
+        first += self.returns.offset(stage.name)
         batches = self.loaders[stage.name].batches(first)
-        while True:
+        for position in itertools.count(first):
+            self.monitor.enter("data", self.step)
             began = now()
             bucket, batch = next(batches)
             self.waited = now() - began
+            self.real_tokens = int(np.sum(batch.lengths * batch.weight))
+            if asked("nan", position):
+                batch = batch._replace(mean=np.full_like(batch.mean, np.nan))
             yield bucket, place(batch, self.mesh)
 
     def _update(self, stage: Stage, stage_step: int, bucket: int, batch: Batch) -> None:
         began = now()
+        known = (stage.in_channels, bucket) in self.compiled
+        self.monitor.enter("step" if known else "compile", self.step)
+        self.compiled.add((stage.in_channels, bucket))
+        while asked("hang", self.step):
+            time.sleep(1)
+        kill_if_asked("step", self.step)
         rate = stage.learning_rate_at(stage_step)
         program = self.step_programs[stage.in_channels]
         self.state, metrics = program(self.state, batch, self.key, jnp.float32(rate))
@@ -192,11 +367,13 @@ class Schedule:
                 "task": stage.task,
                 "bucket": bucket,
                 "learning_rate": rate,
-                "real_tokens": int(np.sum(np.asarray(batch.lengths) * np.asarray(batch.weight))),
+                "real_tokens": self.real_tokens,
                 "tokens": tokens,
+                "bad_records": len(self.loaders[stage.name].bad),
             },
         )
         self.step += 1
+        self.checkpoints.poll()
         self.progress.add(self.waited + now() - began, tokens, self.waited)
         if self.step % self.config.log_every == 0 or stage_step == 0:
             self._flush()
@@ -208,10 +385,15 @@ class Schedule:
         metrics, row = self.pending
         self.row = row | {k: float(v) for k, v in jax.device_get(metrics).items()}
         self.row["seconds"] = round(self.progress.window[-1][0], 4) if self.progress.window else 0.0
-        self.writer.write(self.row)
+        if self.main:
+            self.writer.write(self.row)
         self.pending = None
+        bad = self.detector.see(self.row["step"], self.row["loss"], self.row["grad_norm"])
+        self.diverged = self.diverged or bad
 
     def _show(self, stage: Stage, stage_step: int) -> None:
+        if not self.main:
+            return
         later = self.config.stages[self.config.stages.index(stage) + 1 :]
         stage_left = self._tokens(stage) * (stage.steps - stage_step - 1)
         self.progress.show(
@@ -226,6 +408,11 @@ class Schedule:
         return stage.batch_size * self.config.set(stage.data).budget.lengths[-1]
 
     def _save(self, stage: Stage) -> None:
+        """Save, unless the state is not fit to be: that is a divergence."""
+        self._flush()
+        if self.diverged:
+            return
+        self.monitor.enter("save", self.step)
         meta = {
             "step": self.step,
             "stage": stage.name,
@@ -234,10 +421,16 @@ class Schedule:
             "seed": self.config.seed,
             "config": json.loads(to_json(self.config)),
         }
-        self.checkpoints.save(self.step, self.state, meta)
+        try:
+            self.checkpoints.save(self.step, self.state, meta)
+        except NotFiniteError as error:
+            self.detector.first_bad = self.step - 1
+            self.diverged = str(error)
 
     def _close(self, begin: float) -> None:
         self._flush()
+        if not self.main:
+            return
         self.writer.close()
         compiled = sum(program._cache_size() for program in self.step_programs.values())
         summary = {
@@ -257,14 +450,16 @@ class Sampler:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.folder = Path(config.run) / "samples"
-        if config.samples.prompts:
+        # Sampling has its own programs, which are not made for arrays of several processes.
+        self.prompts = config.samples.prompts if jax.process_count() == 1 else ()
+        if self.prompts:
             self.vae = load_vae(config.vae)
             self.texts = records.read_texts(Path(config.prepared) / "prompts.safetensors")
             self.empty = records.read_texts(Path(config.prepared) / "empty.safetensors")
 
     def __call__(self, model: MMDiT, step: int) -> None:
         samples = self.config.samples
-        if not samples.prompts:
+        if not self.prompts:
             return
         videos = text_to_video(
             model,
@@ -275,9 +470,8 @@ class Sampler:
             frames=samples.frames,
             height=samples.height,
             width=samples.width,
-            steps=samples.steps,
-            guidance=samples.guidance,
-            seeds=[samples.seed] * len(samples.prompts),
+            sampling=Sampling(steps=samples.steps, guidance=samples.guidance),
+            seeds=[samples.seed] * len(self.prompts),
         )
         self.folder.mkdir(exist_ok=True)
         np.savez_compressed(self.folder / f"{step:07d}.npz", videos=videos)
@@ -293,6 +487,7 @@ def make_loader(config: TrainConfig, stage: Stage, mesh) -> Loader:
         batch_size=stage.batch_size,
         seed=config.seed,
         name=stage.name,
+        weights=stage.weights,
     )
     return Loader(
         prepared,
@@ -300,7 +495,21 @@ def make_loader(config: TrainConfig, stage: Stage, mesh) -> Loader:
         task=stage.task,
         microbatch=microbatch_rows(stage, mesh),
         text_drop=config.text_drop,
+        rows=own_rows(stage, mesh),
+        quarantine=Path(config.run) / "quarantine.jsonl",
     )
+
+
+def own_rows(stage: Stage, mesh) -> tuple[int, int] | None:
+    """First and last + 1 of the rows of a microbatch that this process's devices hold."""
+    if jax.process_count() == 1:
+        return None
+    rows = microbatch_rows(stage, mesh)
+    sharding = NamedSharding(mesh, activation_spec(mesh, (rows,), ("batch",)))
+    held = [
+        at[0].indices(rows) for at in sharding.addressable_devices_indices_map((rows,)).values()
+    ]
+    return min(first for first, *_ in held), max(last for _, last, _ in held)
 
 
 def place(batch: Batch, mesh) -> Batch:

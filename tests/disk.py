@@ -13,6 +13,15 @@ from easyanimate_jax.training.step import TrainState
 FLOW = Flow()
 
 
+def flip_a_bit(folder):
+    """In the middle of the largest file of a folder."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    largest = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 4
+    largest.write_bytes(data)
+
+
 def write_run(folder, models, vae="weights/vae", text="weights", process=FLOW):
     """A run folder with checkpoints 3 and 7; `models` are the raw and averaged weights at 7."""
     config = replace(

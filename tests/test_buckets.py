@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from easyanimate_jax.data import buckets
-from easyanimate_jax.data.buckets import Budget, Shape
+from easyanimate_jax.data.buckets import (
+    MULTIPLE,
+    Budget,
+    Clips,
+    Shape,
+    choose_all,
+    fit_budget,
+    fit_lengths,
+    name_word,
+)
 
 SIZES = (256, 384, 512, 640, 768, 896, 1024, 1152, 1280)
 TABLE_A = {
@@ -113,3 +122,65 @@ def test_describe_lists_every_resolution_with_its_frames():
 def test_contradictions_are_refused(wrong):
     with pytest.raises(ValueError, match="Budget"):
         Budget(**({"tokens": 48, "lengths": (48,), "sizes": (64,)} | wrong))
+
+
+def padded(tokens, counts, lengths):
+    return np.dot(np.array(lengths)[np.searchsorted(lengths, tokens)], counts)
+
+
+def test_fitted_lengths_pad_least_of_all():
+    rng = np.random.default_rng(0)
+    for most in (1, 2, 3):
+        tokens = rng.integers(1, 9 * MULTIPLE, 12)
+        counts = rng.integers(1, 100, 12)
+        ends = np.unique(-(-tokens // MULTIPLE) * MULTIPLE)
+        best = min(
+            padded(tokens, counts, [*some, ends[-1]])
+            for n in range(most)
+            for some in itertools.combinations(ends[:-1], n)
+        )
+        fitted = fit_lengths(tokens, counts, most)
+        assert (
+            len(fitted) <= most
+            and fitted[-1] == ends[-1]
+            and padded(tokens, counts, fitted) == best
+        )
+
+
+def test_a_handful_of_samples_gets_no_length_of_its_own():
+    tokens, counts = np.array([100, 5000, 9000]), np.array([1, 50_000, 50_000])
+    assert fit_lengths(tokens, counts) == (5120, 9216)
+
+
+def source_clips(number=4000):
+    rng = np.random.default_rng(0)
+    sizes = np.array([(1080, 1920), (720, 1280), (1920, 1080), (480, 854), (960, 1280)])
+    height, width = sizes[rng.integers(0, len(sizes), number)].T
+    odd = rng.random(number) < 0.1
+    height = np.where(odd, rng.integers(100, 2000, number), height)
+    frames = np.where(rng.random(number) < 0.2, 1, rng.integers(2, 90, number))
+    words = [name_word(f"{i}.mp4") for i in range(number)]
+    return Clips(frames, height, width, np.array(words, np.uint64))
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fit_budget(Budget(13312, (1,), tuple(range(256, 1025, 128))), source_clips())
+
+
+def test_many_clips_become_what_each_alone_would(fitted):
+    clips = source_clips(1500)
+    choice = choose_all(fitted, clips)
+    for i, (frames, height, width, _) in enumerate(zip(*clips, strict=True)):
+        alone = fitted.choose(int(frames), int(height), int(width), f"{i}.mp4")
+        assert alone == (choice.shapes[choice.shape[i]] if choice.shape[i] >= 0 else None)
+        assert bool(choice.reasons[choice.reason[i]]) == (alone is None)
+
+
+def test_fitted_lengths_are_filled(fitted):
+    assert len(fitted.lengths) <= 6 and all(length % MULTIPLE == 0 for length in fitted.lengths)
+    choice = choose_all(fitted, source_clips())
+    used = choice.shape >= 0
+    tokens = np.array([buckets.num_tokens(*s) for s in choice.shapes])[choice.shape[used]]
+    padded = np.array(fitted.lengths)[np.searchsorted(fitted.lengths, tokens)]
+    assert used.mean() > 0.95 and tokens.sum() / padded.sum() >= 0.97

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from disk import write_run
+from disk import flip_a_bit, write_run
 from safetensors.numpy import load_file, save_file
 
 from easyanimate_jax.convert import load_mmdit, load_vae, lora, mmdit, vae
@@ -650,6 +650,9 @@ def test_a_run_gives_its_averaged_or_raw_weights_of_any_step(tmp_path):
     assert_same_bits(flat_weights(loaded), flat_weights(load_mmdit(tmp_path / "b")))
     with pytest.raises(ValueError, match=r"holds no checkpoint 5; complete ones in .*3, 7"):
         load_mmdit(tmp_path / "run", step=5)
+    flip_a_bit(tmp_path / "run" / "checkpoints" / "7" / "ema")
+    with pytest.raises(ValueError, match="is damaged"):
+        load_mmdit(tmp_path / "run")
 
 
 @pytest.mark.parametrize("wanted", [33, 48])

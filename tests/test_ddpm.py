@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDPMScheduler
 
 from easyanimate_jax.diffusion.ddpm import DDPM, SIGNAL_POWER
 from easyanimate_jax.diffusion.losses import masked_squared_error, motion_sub_loss
@@ -23,25 +23,6 @@ def rows(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def trajectory(process, x, num_steps):
-    """The fake network v = 0.1 x + sin(t), sampled inside one scan."""
-
-    def body(x, pair):
-        x = process.step(x, 0.1 * x + jnp.sin(pair[0]), pair[0], pair[1])
-        return x, x
-
-    return jax.jit(lambda x: jax.lax.scan(body, x, process.intervals(num_steps))[1])(x)
-
-
-def reference_trajectory(scheduler, x, **timesteps):
-    scheduler.set_timesteps(**timesteps)
-    x, seen = torch.from_numpy(x), []
-    for t in scheduler.timesteps:
-        x = scheduler.step(0.1 * x + torch.sin(t.float()), t, x).prev_sample
-        seen.append(x.numpy())
-    return np.stack(seen)
-
-
 def test_the_noise_table_has_the_released_values():
     for index, value in {
         0: 0.99914998,
@@ -55,27 +36,6 @@ def test_the_noise_table_has_the_released_values():
     }.items():
         np.testing.assert_allclose(SIGNAL_POWER[index], value, rtol=2e-4 if index > 900 else 5e-6)
     assert SIGNAL_POWER[999] == 0
-
-
-def test_ddim_visits_trailing_times():
-    times = DDPM().timesteps(30)
-    assert [*times[:4], *times[-2:]] == [999, 966, 932, 899, 66, 32]
-    np.testing.assert_array_equal(DDPM().timesteps(50), np.arange(999, 0, -20))
-
-
-@pytest.mark.parametrize(
-    ("time", "value"), [(999, 0.50229412), (979, 0.50250137), (499, 0.50765419), (19, 0.52968049)]
-)
-def test_a_ddim_step_has_the_released_value(time, value):
-    x = DDPM().step(jnp.full((1,), 0.5), jnp.full((1,), -0.25), time, time - 20)
-    np.testing.assert_allclose(x, value, rtol=1e-6)
-
-
-@pytest.mark.parametrize("num_steps", [50, 30, 7])
-def test_ddim_goes_the_way_of_diffusers(num_steps):
-    x = rows(2, 16, 4)
-    expected = reference_trajectory(DDIMScheduler(**RELEASED), x, num_inference_steps=num_steps)
-    np.testing.assert_allclose(trajectory(DDPM(), x, num_steps), expected, atol=2e-5)
 
 
 def test_noising_and_targets_are_those_of_diffusers():
@@ -97,8 +57,6 @@ def test_the_target_leads_back_to_clean_data():
     process = DDPM()
     noisy, v = process.add_noise(x, noise, time), process.target(x, noise, time)
     np.testing.assert_allclose(process.predict_clean(noisy, v, time), x, atol=1e-5)
-    clean = process.step(noisy, v, time, jnp.full((3,), -1.0))
-    np.testing.assert_allclose(clean, x, atol=1e-5)
 
 
 def test_training_times_are_whole_and_cover_everything():
@@ -111,24 +69,6 @@ def test_stratified_rows_draw_in_their_own_strata():
     draws = np.stack([sample(jax.random.key(i)) for i in range(200)])
     np.testing.assert_array_equal(np.sort(draws // 125, axis=1), np.tile(np.arange(8), (200, 1)))
     assert len(set(draws[:, 0] // 125)) == 8  # a row's own marginal stays uniform
-
-
-@pytest.mark.parametrize(
-    ("num_steps", "strength", "message"),
-    [(0, 1.0, "1 to 1000"), (1001, 1.0, "1 to 1000"), (10, 0.05, "leaves none"), (10, 1.5, "to 1")],
-)
-def test_impossible_schedules_are_refused(num_steps, strength, message):
-    with pytest.raises(ValueError, match=message):
-        DDPM().timesteps(num_steps, strength)
-
-
-def test_strength_keeps_the_last_steps():
-    np.testing.assert_array_equal(DDPM().intervals(50, 0.7), DDPM().intervals(50)[15:])
-
-
-def test_half_precision_latents_stay_half():
-    x = jnp.ones((2, 3), jnp.bfloat16)
-    assert DDPM().step(x, x, jnp.float32(999), jnp.float32(979)).dtype == jnp.bfloat16
 
 
 def test_errors_above_fifty_count_as_zero():

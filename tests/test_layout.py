@@ -12,7 +12,7 @@ ROWS = [
     {"sharding"},
     {"tensors"},
     {"models", "diffusion", "data"},
-    {"text"},
+    {"text", "denoising"},
     {"training", "prepare", "pipelines"},
     {"evaluation"},
     {"config"},

@@ -1,7 +1,9 @@
 """Batches are a function of the step, padded without harm, and follow the plan."""
 
 import itertools
+import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -100,8 +102,9 @@ def test_shapes_and_types_are_those_of_the_step(records):
     assert batch.mean.shape == batch.logvar.shape == (3, 3, length, 64)
     assert batch.condition.shape == (3, 3, length, 68)
     assert [t.shape for t in batch.texts] == [(3, 3, 5, 6), (3, 3, 7, 8)]
-    floats = (batch.mean, batch.logvar, batch.condition, *batch.texts, batch.weight)
-    assert {x.dtype for x in floats} == {np.dtype(np.float32)}
+    halves = (batch.mean, batch.logvar, *batch.texts)
+    assert {x.dtype for x in halves} == {np.dtype(np.float16)}
+    assert {x.dtype for x in (batch.condition, batch.weight)} == {np.dtype(np.float32)}
     assert batch.grid.dtype == batch.lengths.dtype == np.int32
 
 
@@ -144,3 +147,76 @@ def test_a_set_without_conditions_refuses_i2v(records):
     bare.header["set"]["condition_draws"] = 0
     with pytest.raises(ValueError, match="condition_draws"):
         loader(bare, task="i2v")
+
+
+@pytest.mark.parametrize("hosts", [1, 3])
+def test_hosts_build_their_own_rows_of_the_same_batch(records, hosts, monkeypatch):
+    read = []
+    monkeypatch.setattr(Records, "__getitem__", _noting(Records.__getitem__, read))
+    _, whole = loader(records, task="i2v").batch(5)
+    parts, counts = [], []
+    for host in range(hosts):
+        rows = (3 * host // hosts, 3 * (host + 1) // hosts)
+        read.clear()
+        parts.append((rows, loader(records, task="i2v", rows=rows).batch(5)[1]))
+        counts.append(len(read))
+    assert sum(counts) == 7 and max(counts) <= -(-9 // hosts)
+    for rows, part in parts:
+        for ours, theirs in zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True):
+            assert ours.shape == theirs.shape
+            np.testing.assert_array_equal(ours[:, slice(*rows)], theirs[:, slice(*rows)])
+        np.testing.assert_array_equal(part.lengths, whole.lengths)
+
+
+def _noting(method, seen):
+    def noted(self, record):
+        seen.append(record)
+        return method(self, record)
+
+    return noted
+
+
+def test_a_record_that_does_not_read_is_replaced_from_its_bucket(records, tmp_path, monkeypatch):
+    damaged = []
+    read = Records.__getitem__
+
+    def fail(self, record):
+        if record in damaged:
+            raise ValueError(f"record {record} is damaged")
+        return read(self, record)
+
+    monkeypatch.setattr(Records, "__getitem__", fail)
+    one = loader(records, quarantine=tmp_path / "quarantine.jsonl")
+    length, ids = one.plan(0)
+    damaged.append(int(ids[2]))
+    batch, again = one.batch(0)[1], loader(records).batch(0)[1]
+    assert same(batch, again)  # whoever reads it
+    kept = set(one.plan.instead_of(damaged[0])) - set(damaged)
+    assert tuple(batch.grid.reshape(-1, 3)[2]) in {GRIDS[i % 4] for i in kept}
+    assert batch.lengths.max() <= length and batch.weight.sum() == 7
+    (line,) = (tmp_path / "quarantine.jsonl").read_text().splitlines()
+    entry = {"stage": "small", "record": damaged[0], "reason": f"record {damaged[0]} is damaged"}
+    assert json.loads(line) == entry
+    damaged += [i for i in range(20) if i not in damaged]
+    with pytest.raises(ValueError, match=r"'small'.*do not read, the latest because record"):
+        for step in range(9):
+            one.batch(step)
+
+
+def test_a_record_that_is_not_its_index_row_is_left_out(records):
+    one = loader(records)
+    one.records = Records(records.folder)
+    one.records.index = dict(records.index) | {"tokens": np.array(records.index["tokens"])}
+    one.records.index["tokens"][3] += 1
+    one._row(0, 0, 3)
+    assert "its index row" in one.bad[3]
+
+
+@pytest.mark.slow
+def test_worker_processes_change_no_batch_and_leave_no_orphans(records):
+    for start in (0, 3, 11):
+        threads = itertools.islice(loader(records).batches(start), 3)
+        processes = loader(records).batches(start, workers=2)
+        for (length, batch), (length2, batch2) in zip(threads, processes, strict=False):
+            assert length == length2 and same(batch, batch2)
+        del processes

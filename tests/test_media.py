@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from easyanimate_jax.data import media
+from easyanimate_jax.data import media, paths
 
 
 def ramp(num_frames, height, width):
@@ -133,11 +133,11 @@ def test_names_that_leave_the_folder_are_refused(tmp_path, name):
     root.mkdir()
     (root / "link").symlink_to("/")
     with pytest.raises(ValueError, match="file name"):
-        media.safe_path(root, name)
+        paths.safe_path(root, name)
 
 
 def test_names_inside_the_folder_pass(tmp_path):
-    assert media.safe_path(tmp_path, "a/b.mp4") == tmp_path.resolve() / "a" / "b.mp4"
+    assert paths.safe_path(tmp_path, "a/b.mp4") == tmp_path.resolve() / "a" / "b.mp4"
 
 
 @pytest.mark.parametrize("size", [(32, 32), (16, 48), (64, 16), (48, 64), (80, 96)])

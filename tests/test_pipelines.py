@@ -1,3 +1,4 @@
+from contextlib import contextmanager
 from functools import partial
 
 import jax
@@ -7,15 +8,23 @@ import pytest
 from flax import nnx
 
 from easyanimate_jax import pipelines
-from easyanimate_jax.diffusion.conditioning import guide
-from easyanimate_jax.diffusion.ddpm import DDPM
+from easyanimate_jax.denoising import Sampling
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.pipelines import denoise, image_to_video, text_to_image, text_to_video
+from easyanimate_jax.pipelines import (
+    control_to_video,
+    image_to_video,
+    long_video,
+    segments,
+    text_to_image,
+    text_to_video,
+    video_to_video,
+)
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 
 SIZE = {"frames": 5, "height": 48, "width": 48}  # 18 tokens
+PLAIN = Sampling(steps=2, guidance=1.0)
 TINY = {"depth": 1, "mmdit_depth": 1, "heads": 2, "head_width": 16, "time_width": 16}
 MAKE = {"text_widths": (8, 12), "text_norm": False, "round_time": False, "dtype": "float32"}
 VAE = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, unshuffle=4, dtype="float32")
@@ -61,77 +70,6 @@ def fake_network(tokens, time, texts):
     return 0.1 * tokens[..., :64] + jnp.sin(time)[:, None, None] + text[:, None, None]
 
 
-@pytest.mark.parametrize("process", [DDPM(), Flow()])
-@pytest.mark.parametrize("guidance", [None, 6.0])
-def test_denoising_is_a_loop_over_the_steps(process, guidance):
-    noise, texts, negative = random(2, 6, 64), some_texts(2), some_texts(2, seed=5)
-    x = jnp.asarray(noise)
-    for time, next_time in process.intervals(10):
-        prediction = fake_network(x, jnp.full(2, time), texts)
-        if guidance:
-            uncond = fake_network(x, jnp.full(2, time), negative)
-            prediction = guide(uncond, prediction, guidance, 0.7)
-        x = process.step(x, prediction, time, next_time)
-
-    latents = denoise(
-        Network(fake_network),
-        process,
-        jnp.asarray(noise),
-        jnp.tile(jnp.array([1, 2, 3]), (2, 1)),
-        jnp.array([6, 6]),
-        texts,
-        negative if guidance else None,
-        None,
-        steps=10,
-        guidance=guidance or 0.0,
-        rescale=0.7,
-    )
-    np.testing.assert_allclose(latents, x, atol=1e-4)
-
-
-def test_both_halves_of_the_guidance_are_one_batch_uncond_first():
-    seen = []
-
-    def network(tokens, time, texts):
-        seen.append(tokens.shape)
-        return texts[0].mean((1, 2))[:, None, None] * jnp.ones_like(tokens)
-
-    ones = np.ones((1, 3, 8), np.float32)
-    latents = denoise(
-        Network(network),
-        Flow(),
-        jnp.zeros((1, 6, 64)),
-        jnp.array([[1, 2, 3]]),
-        jnp.array([6]),
-        (ones,),
-        (0.5 * ones,),
-        None,
-        steps=2,
-        guidance=3.0,
-    )
-    assert seen == [(2, 6, 64)]  # traced once, both halves in it
-    np.testing.assert_allclose(latents, -(0.5 + 3 * 0.5), rtol=1e-6)
-
-
-def test_progress_counts_every_step():
-    numbers = []
-    denoise(
-        Network(fake_network),
-        Flow(),
-        jnp.zeros((1, 6, 64)),
-        jnp.array([[1, 2, 3]]),
-        jnp.array([6]),
-        some_texts(1),
-        None,
-        None,
-        steps=4,
-        guidance=1.0,
-        progress=lambda number: numbers.append(int(number)),
-    )
-    jax.effects_barrier()
-    assert numbers == [1, 2, 3, 4]
-
-
 @pytest.fixture(scope="module")
 def sample(make_model, vae):
     """Three steps of the tiny model for rows with these seeds; row i has text i."""
@@ -139,7 +77,7 @@ def sample(make_model, vae):
 
     def sample(seeds, rows, **options):
         chosen = tuple(text[rows] for text in texts)
-        options = SIZE | {"steps": 3, "seeds": seeds} | options
+        options = SIZE | {"sampling": Sampling(3), "seeds": seeds} | options
         return text_to_video(model, vae, Flow(), chosen, negative, **options)
 
     return sample
@@ -178,7 +116,7 @@ def test_pixels_are_clipped_and_truncated():
 
 def test_a_picture_is_a_video_of_one_frame(make_model, vae):
     arguments = (make_model(), vae, Flow(), some_texts(1), some_texts(1))
-    picture = text_to_image(*arguments, height=16, width=32, seeds=[1], steps=2, guidance=1.0)
+    picture = text_to_image(*arguments, height=16, width=32, seeds=[1], sampling=PLAIN)
     assert picture.shape == (1, 1, 16, 32, 3)
 
 
@@ -189,7 +127,7 @@ def test_an_inpaint_model_is_told_that_nothing_is_given(vae):
         channels.append(tokens.shape[-1])
         return tokens[..., 64:128] ** 2 + tokens[..., -64:] ** 2  # zero if the condition is
 
-    make = partial(text_to_video, vae=vae, process=Flow(), guidance=1.0, steps=2, **SIZE)
+    make = partial(text_to_video, vae=vae, process=Flow(), sampling=PLAIN, **SIZE)
     texts = {"texts": some_texts(3), "negative_texts": some_texts(1), "seeds": [1, 2, 3]}
     inpaint = make(Network(network, 33), **texts)
     silent = make(Network(lambda tokens, *_: 0 * tokens), **texts)
@@ -211,7 +149,7 @@ def read_mask(tokens, time, texts):
 @pytest.fixture
 def animate(vae):
     def animate(network, rows=3, **options):
-        options = SIZE | {"seeds": list(range(rows)), "steps": 2, "guidance": 1.0} | options
+        options = SIZE | {"seeds": list(range(rows)), "sampling": PLAIN} | options
         network = Network(network, options.pop("in_channels", 33))
         return image_to_video(network, vae, Flow(), some_texts(rows), some_texts(1), **options)
 
@@ -261,9 +199,9 @@ def test_the_noise_on_a_picture_depends_on_its_seed_and_not_on_its_batch(animate
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frames": 4}, "4n\\+1.*use 1"),
-        ({"height": 40}, "multiples of 16"),
-        ({"frames": 1}, "5 frames or more"),
+        ({"frames": 4}, "4n\\+1.*use 1 or 5"),
+        ({"height": 40}, "height 40.*use 32 or 48"),
+        ({"frames": 1}, "at least 5 frames"),
         ({"start": None}, "0 pictures"),
         ({"start": pictures(2)}, "one per seed"),
         ({"width": 64}, "resized to that size"),
@@ -279,15 +217,178 @@ def test_pictures_that_cannot_be_animated_are_refused(animate, options, message)
 @pytest.mark.parametrize(
     ("in_channels", "options", "message"),
     [
-        (16, {"frames": 48}, "4n\\+1.*use 45"),
-        (16, {"width": 50}, "multiples of 16"),
+        (16, {"frames": 48}, "4n\\+1.*use 45 or 49"),
+        (16, {"width": 50}, "width 50.*use 48 or 64"),
+        (16, {"width": 1350}, "use 1344$"),
+        (16, {"height": 0}, "use 16$"),
         (32, {}, "control signal"),
         (16, {"seeds": [1, 2]}, "a seed each"),
-        (16, {"steps": 0}, "1 to 1000"),
+        (16, {"sampling": Sampling(0)}, "1 to 1000"),
     ],
 )
 def test_texts_that_cannot_be_shown_are_refused(vae, in_channels, options, message):
     network = Network(lambda tokens, *_: tokens[..., :64], in_channels)
-    options = SIZE | {"seeds": [1], "steps": 2} | options
+    options = SIZE | {"seeds": [1]} | options
     with pytest.raises(ValueError, match=message):
         text_to_video(network, vae, Flow(), some_texts(1), some_texts(1), **options)
+
+
+@contextmanager
+def catch_latents(monkeypatch):
+    """The list that gets the latents which would be decoded."""
+    seen = []
+
+    def look(vae, latents):
+        seen.append(latents)
+        B, T, h, w, _ = latents.shape
+        return np.zeros((B, 4 * T - 3, 8 * h, 8 * w, 3), np.uint8)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipelines, "decode", look)
+        yield seen
+
+
+def videos(rows=2, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (rows, 5, 48, 48, 3), np.uint8)
+
+
+@pytest.fixture
+def latents_of(vae, monkeypatch):
+    """A pipeline's latents, with one text a row, from a network that is a function."""
+
+    def latents_of(pipeline, network, in_channels, rows=2, **options):
+        options = {"seeds": list(range(rows)), "sampling": PLAIN} | options
+        network = Network(network, in_channels)
+        with catch_latents(monkeypatch) as seen:
+            pipeline(network, vae, Flow(), some_texts(rows), some_texts(1), **options)
+        return seen[0]
+
+    return latents_of
+
+
+@pytest.fixture(scope="module")
+def encode(vae):
+    program = jax.jit(lambda video: vae.normalize(vae.chunked_encode(video)[0]))
+    return lambda video: np.asarray(program(jnp.asarray(video / np.float32(127.5) - 1)))
+
+
+def to_channel(first):
+    """The velocity that ends, under flow, at the 16 channels from `first` on."""
+
+    def network(tokens, time, texts):
+        wanted = tokens[..., 4 * first : 4 * first + 64]
+        return (tokens[..., :64] - wanted) / (time / 1000)[:, None, None]
+
+    return network
+
+
+@pytest.mark.parametrize("in_channels", [32, 48])
+def test_a_control_model_sees_the_control_video(latents_of, encode, in_channels):
+    found = latents_of(control_to_video, to_channel(16), in_channels, control=videos(), **SIZE)
+    np.testing.assert_allclose(found, encode(videos()), atol=1e-3)
+    nothing = latents_of(control_to_video, to_channel(16), in_channels, **SIZE)
+    np.testing.assert_allclose(nothing, 0, atol=1e-5)
+
+
+def test_the_reference_picture_is_the_first_latent_frame(latents_of, encode):
+    reference = videos()[:, 0]
+    for in_channels, first in ((48, 32), (38, 22)):
+        options = {"reference": reference} | SIZE
+        found = latents_of(control_to_video, to_channel(first), in_channels, **options)
+        np.testing.assert_allclose(found[:, :1], encode(reference[:, None]), atol=1e-3)
+        np.testing.assert_allclose(found[:, 1:], 0, atol=1e-5)
+        options["frames"] = 1  # spec 7.1: not inserted then
+        found = latents_of(control_to_video, to_channel(first), in_channels, **options)
+        np.testing.assert_allclose(found, 0, atol=1e-5)
+
+
+def test_camera_rays_are_six_times_their_mean(latents_of):
+    rays = np.ones((2, 5, 48, 48, 6), np.float32) * np.arange(6, dtype=np.float32)
+
+    def network(tokens, time, texts):
+        wanted = jnp.tile(tokens[..., 64:88].reshape(*tokens.shape[:2], 6, 4)[..., 3, :], 16)
+        return (tokens[..., :64] - wanted) / (time / 1000)[:, None, None]
+
+    found = latents_of(control_to_video, network, 38, camera=rays, **SIZE)
+    np.testing.assert_allclose(found, 18, rtol=1e-4)
+
+
+def test_inpainting_shows_what_is_given(latents_of, encode, monkeypatch):
+    mask = np.ones((2, 5, 48, 48, 1), np.uint8)
+    mask[:, :, :24] = 0
+    options = {"video": videos(), "mask": mask, "strength": 1.0, "picture_noise": 0.0}
+    found = latents_of(video_to_video, to_channel(17), 33, **options)
+    np.testing.assert_allclose(found, encode(np.where(mask, 0, videos())), atol=1e-3)
+    nothing = latents_of(video_to_video, to_channel(17), 33, video=videos(), strength=0.5)
+    np.testing.assert_allclose(nothing, 0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "in_channels", "options", "message"),
+    [
+        (video_to_video, 33, {"video": videos(1)}, "1 videos and 2 seeds"),
+        (video_to_video, 33, {"video": videos()[:, :4]}, "4 frames"),
+        (video_to_video, 48, {"video": videos()}, "wants a control"),
+        (video_to_video, 16, {"video": videos(), "strength": 1.0}, "keeps nothing"),
+        (video_to_video, 16, {"video": videos(), "mask": videos()[:, :, 16:, :, :1]}, "one value"),
+        (control_to_video, 16, SIZE, "takes no control"),
+        (control_to_video, 38, {"control": videos()} | SIZE, "takes a camera"),
+        (
+            control_to_video,
+            48,
+            {"camera": np.zeros((2, 5, 48, 48, 6), np.float32)} | SIZE,
+            "camera",
+        ),
+        (control_to_video, 32, {"reference": videos()[:, 0]} | SIZE, "reference is given"),
+        (control_to_video, 48, {"control": videos()} | SIZE | {"frames": 9}, "control of shape"),
+        (control_to_video, 48, {"reference": videos(1)[:, 0]} | SIZE, "reference of shape"),
+        (long_video, 33, SIZE | {"segment": 5}, "9 frames or more"),
+        (long_video, 16, SIZE, "inpaint checkpoint"),
+    ],
+)
+def test_videos_that_cannot_be_made_anew_are_refused(
+    latents_of, pipeline, in_channels, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        latents_of(pipeline, to_channel(0), in_channels, **options)
+
+
+@pytest.mark.parametrize(
+    ("frames", "segment", "expected"),
+    [
+        (9, 49, [(0, 9)]),
+        (49, 49, [(0, 49)]),
+        (53, 49, [(0, 49), (44, 53)]),
+        (97, 49, [(0, 49), (45, 94), (88, 97)]),
+        (97, 25, [(0, 25), (21, 46), (42, 67), (63, 88), (84, 97)]),
+    ],
+)
+def test_segments_share_frames_and_end_where_asked(frames, segment, expected):
+    assert segments(frames, segment) == expected
+
+
+def test_segments_begin_with_the_last_frames_and_are_blended(vae, monkeypatch):
+    calls = []
+
+    def make(*parts, start=None, end=None, frames, height, width, seeds, **options):
+        calls.append((start, end, frames, seeds))
+        video = np.full((2, frames, height, width, 3), 40 * len(calls), np.uint8)
+        if start is not None:
+            assert (start[:, :-1] == 40 * (len(calls) - 1)).all()
+        return video
+
+    monkeypatch.setattr(pipelines, "image_to_video", make)
+    monkeypatch.setattr(pipelines, "text_to_video", make)
+    end = videos()[:, 0]
+    options = SIZE | {"frames": 33, "segment": 17, "end": end, "seeds": [5, 6]}
+    make_long = partial(long_video, Network(None, 33), vae, Flow(), some_texts(2), some_texts(1))
+    made = make_long(**options)
+    assert [(s is not None, e is not None, f) for s, e, f, _ in calls] == [
+        (False, False, 17),
+        (True, False, 17),
+        (True, True, 9),
+    ]
+    assert calls[0][3] == [5, 6] and len({tuple(c[3]) for c in calls}) == 3
+    levels = made[0, :, 0, 0, 0].tolist()
+    assert levels[12:18] == [40, 40, 50, 60, 70, 80]
+    assert levels[22:] == [80, 80, 80, 86, 93, 100, 106, 113, 120, 120, 120]

@@ -1,5 +1,8 @@
 """The plan is a pure function of its inputs, proportional, and complete per epoch."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -99,3 +102,90 @@ def test_token_efficiency_is_what_the_steps_add_up_to():
     steps = [p(step) for step in range(CYCLE)]
     real = sum(tokens[ids].sum() for _, ids in steps)
     assert abs(p.token_efficiency - real / sum(7 * length for length, _ in steps)) < 1e-3
+
+
+def test_weights_say_how_often_a_kind_comes():
+    records = index(900)
+    p = plan(records, batch_size=20, weights=(("video", 2.0),))
+    ids = np.concatenate([p(step)[1] for step in range(75)])  # 300 images, 600 videos twice
+    seen = np.bincount(ids, minlength=900)
+    image = records["kind"] == "image"
+    assert abs(seen[image].sum() - 300) <= 15 and seen[image].max() <= 2
+    assert abs(seen[~image].mean() / seen[image].mean() - 2) < 0.15
+    length, bucket = p.lengths[1], p.buckets[1]
+    rows = bucket(np.arange(3000))
+    videos = rows[~image[rows]][: 2 * np.sum(~image & (records["tokens"] > p.lengths[0]))]
+    assert length == 48 and set(np.bincount(videos)[np.unique(videos)]) == {2}
+
+
+def test_weights_name_sources_too_and_0_leaves_out():
+    records = index(90) | {"source": np.where(np.arange(90) < 30, "films", "stock")}
+    p = plan(records, weights=(("films", 0.0),))
+    assert min(p(step)[1].min() for step in range(40)) == 30
+    assert p.hash != plan(records).hash
+    with pytest.raises(ValueError, match=r"'small'.*weights"):
+        plan(records, weights=(("films", -1.0),))
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_four_thousand_records_in_four_lengths_come_once_an_epoch(hosts):
+    rng = np.random.default_rng(1)
+    records = index(4000) | {"tokens": rng.choice([10, 20, 30, 40], 4000, p=(0.1, 0.2, 0.3, 0.4))}
+    fields = {"lengths": (10, 20, 30, 40), "batch_size": 8}
+    p, steps = plan(records, **fields), 1100
+    rows = {length: [] for length in p.lengths}
+    for step in range(steps):
+        if step in (137, 500, 761):  # stopped, and resumed with nothing but the step
+            p = plan(records, **fields)
+        length, ids = p(step)
+        parts = [ids[host::hosts] for host in range(hosts)]
+        rows[length].append(np.stack(parts, axis=1).ravel())
+    for length, batches in rows.items():
+        ids = np.concatenate(batches)
+        have = np.flatnonzero(records["tokens"] == length)
+        for epoch in range(len(ids) // len(have)):
+            assert sorted(ids[epoch * len(have) : (epoch + 1) * len(have)]) == list(have)
+        assert len(ids) // len(have) >= 2
+
+
+@pytest.mark.slow
+def test_ten_million_rows_plan_in_seconds():
+    code = """
+import resource, time
+import subprocess
+import sys
+
+import numpy as np
+from easyanimate_jax.data.plan import Plan
+n, rng = 10_000_000, np.random.default_rng(0)
+index = {
+    "clip": np.empty(n, "S12"),
+    "kind": np.full(n, b"video"),
+    "tokens": rng.choice(np.array([4000, 12000, 12500, 13000, 13300, 13800], np.int32), n),
+    "source_height": np.full(n, 1080, np.uint16),
+    "source_width": np.full(n, 1920, np.uint16),
+}
+index["kind"][:: 5] = b"image"
+for i in range(0, n, 10**6):
+    index["clip"][i : i + 10**6] = np.char.zfill(np.arange(i, i + 10**6).astype("S8"), 8)
+columns = sum(c.nbytes for c in index.values())
+began = time.perf_counter()
+plan = Plan(index, lengths=(4096, 12288, 12544, 13056, 13312, 13824), batch_size=768, seed=0,
+            name="x", weights=(("image", 0.5),))
+built = time.perf_counter() - began
+began = time.perf_counter()
+plan(123_456_789)
+first = time.perf_counter() - began
+began = time.perf_counter()
+for step in range(200):
+    plan(123_456_789 + step)
+print(built, first, (time.perf_counter() - began) / 200, columns / 1e6,
+      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    built, first, step, columns, peak = map(float, ran.stdout.split())
+    print(
+        f"\n10,000,000 rows: built in {built:.1f} s, first batch {first:.2f} s, then "
+        f"{1e3 * step:.1f} ms; peak {peak:.0f} MB, {columns:.0f} MB of it the index"
+    )
+    assert built < 30 and peak < 500

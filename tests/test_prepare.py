@@ -190,7 +190,7 @@ def test_fast_films_are_read_at_eight_frames_a_second(source, vae):
     media.write_video(source / "film.mp4", np.zeros((40, 40, 40, 3), np.uint8), fps=24)
     rows = [{"file_path": "film.mp4", "text": "film", "type": "video"}]
     (source / "metadata.json").write_text(json.dumps(rows))
-    (clip,), _ = prepare_module.read_folder(source)
+    (clip,), _ = prepare_module.read_clips(source)
     (job,) = prepare_module.select(SET, [clip], seed=0)
     assert job.stride == 3 and job.shape.frames == 9
     assert 0 <= job.start <= 40 - 1 - 8 * 3

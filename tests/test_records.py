@@ -86,3 +86,12 @@ def test_texts_read_back_as_float32(tmp_path):
 def test_a_set_knows_two_kinds():
     with pytest.raises(ValueError, match="sound"):
         LatentSet("s", Budget(48, (48,), (64,)), kinds=("sound",))
+
+
+def test_shards_from_before_there_were_mixtures_still_join(folder):
+    for path in folder.glob("shard-*.npz"):
+        with np.load(path) as columns:
+            old = {name: columns[name] for name in columns if name != "source"}
+        np.savez(path, **old)
+    Writer(folder, {"vae": "abc"}).finish(3)
+    assert Records(folder).index["source"].tolist() == ["", "", ""]

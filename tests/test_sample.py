@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
 import jax
 import numpy as np
 import pytest
@@ -19,17 +20,38 @@ from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+FILM = np.random.default_rng(1).integers(0, 256, (9, 24, 40, 3), np.uint8)
+HOLE = np.zeros((24, 40, 3), np.uint8)
+HOLE[:, 20:] = 255
+CHECKPOINTS = {"run": 33, "t2v": 16, "control": 32, "reference": 48, "camera": 38}
+LINES = {
+    "none": "\n",
+    "broken": '{"prompt": "x"}\n{"prompt": ',
+    "wordless": '{"seed": 3}',
+    "unknown": '{"prompt": "x", "sede": 3}',
+    "typed": '{"prompt": "x", "seed": "3"}',
+    "tall": '{"prompt": "x"}\n{"prompt": "x", "height": 40}',
+}
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run folder with a checkpoint's JSON; calls sample.py in it and returns its exit code."""
     monkeypatch.chdir(tmp_path)
-    add_checkpoint("run", in_channels=33)
-    add_checkpoint("t2v", in_channels=16)
+    for name, channels in CHECKPOINTS.items():
+        add_checkpoint(name, in_channels=channels)
+    add_checkpoint("v5", in_channels=16, process="DDPM")
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("text")
     media.write_png(tmp_path / "start.png", PICTURE)
+    media.write_png(tmp_path / "hole.png", HOLE)
+    media.write_png(tmp_path / "black.png", np.zeros_like(HOLE))
+    media.write_video(tmp_path / "film.mp4", FILM)
+    (tmp_path / "pose.txt").write_text("title\n1 2 3\n")
+    (tmp_path / "paths.json").write_text("[[[4, 4], [28, 12]]]")
+    (tmp_path / "no_paths.json").write_text('{"x": 1}')
+    for name, text in LINES.items():
+        (tmp_path / f"{name}.jsonl").write_text(text)
 
     def run(*arguments):
         try:
@@ -40,41 +62,87 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-def add_checkpoint(folder, in_channels):
+def add_checkpoint(folder, in_channels, process="Flow"):
     meta = Path(folder) / "checkpoints" / "7" / "meta" / "metadata"
     meta.parent.mkdir(parents=True)
     samples = {"height": 16, "width": 32, "frames": 5}
-    meta.write_text(json.dumps({"in_channels": in_channels, "config": {"samples": samples}}))
+    config = {"samples": samples, "process": {"class": process}}
+    meta.write_text(json.dumps({"in_channels": in_channels, "config": config}))
 
 
+X = ("--prompt", "x")
+FILM_OF = ("run", *X, "--video", "film.mp4")
 REFUSED = [
     (["run"], "--prompt"),
-    (["--prompt", "x"], "checkpoint"),
-    (["run", "--prompt", "x", "--height", "100"], "--height 100.*use 96 or 112"),
-    (["run", "--prompt", "x", "--width", "7"], "--width 7.*use 16"),
-    (["run", "--prompt", "x", "--width", "-16"], "--width -16.*use 16"),
-    (["run", "--prompt", "x", "--width", "wide"], "wide"),
-    (["run", "--prompt", "x", "--frames", "48"], "--frames 48.*use 45 or 49"),
-    (["run", "--prompt", "x", "--frames", "0"], "--frames 0.*use 1"),
-    (["run", "--prompt", "x", "--steps", "0"], "--steps 0"),
-    (["run", "--prompt", "x", "--steps", "1001"], "--steps 1001"),
-    (["run", "--prompt", "x", "--guidance", "nan"], "--guidance nan"),
-    (["run", "--prompt", "x", "--guidance", "-1"], "--guidance -1"),
-    (["run", "--prompt", "x", "--rescale", "1.5"], "--rescale 1.5"),
-    (["run", "--prompt", "x", "--seed", "-1"], "--seed -1"),
-    (["run", "--prompt", "x", "--seed", str(2**32)], "--seed 4294967296"),
+    (["run", *X, "--prompts", "tall.jsonl"], "either --prompt or --prompts"),
+    ([*X], "checkpoint"),
+    (["run", *X, "--height", "100"], "height 100.*use 96 or 112"),
+    (["run", *X, "--width", "7"], "width 7.*use 16"),
+    (["run", *X, "--width", "-16"], "width -16.*use 16"),
+    (["run", *X, "--width", "0"], "--width 0"),
+    (["run", *X, "--width", "1360"], "width 1360.*use 1344"),
+    (["run", *X, "--width", "wide"], "wide"),
+    (["run", *X, "--frames", "48"], "48 frames.*use 45 or 49"),
+    (["run", *X, "--frames", "0"], "0 frames.*use 1"),
+    (["run", *X, "--segment", "5"], "--segment 5.*9 or more"),
+    (["run", *X, "--segment", "10"], "10 frames.*use 9 or 13"),
+    (["run", *X, "--steps", "0"], "--steps 0"),
+    (["run", *X, "--steps", "1001"], "--steps 1001"),
+    (["run", *X, "--guidance", "nan"], "--guidance nan"),
+    (["run", *X, "--guidance", "-1"], "--guidance -1"),
+    (["run", *X, "--rescale", "1.5"], "--rescale 1.5"),
+    (["run", *X, "--guided", "0.8", "0.2"], "guided 0.8 to 0.2"),
+    (["run", *X, "--guidance-every", "0"], "guidance_every 0"),
+    (["run", *X, "--teacache", "-1"], "teacache -1"),
+    (["run", *X, "--teacache", "0.1", "--guidance-every", "2"], "use one"),
+    (["run", *X, "--sampler", "ddim"], "Flow has no sampler 'ddim'"),
+    (["v5", *X, "--sampler", "adams"], "DDPM has no sampler 'adams'"),
+    (["v5", *X, "--sampler", "euler", "--eta", "1"], "eta 1.0 with 'euler'"),
+    (["v5", *X, "--sampler", "pndm", "--steps", "3"], "PNDM of 3 steps"),
+    (["run", *X, "--seed", "-1"], "--seed -1"),
+    (["run", *X, "--seed", str(2**32)], "--seed 4294967296"),
     (["run", "--prompt", "caf\udce9"], "--prompt is not UTF-8"),
-    (["run", "--prompt", "x", "--negative-prompt", "\udcff"], "--negative-prompt is not UTF-8"),
-    (["nowhere", "--prompt", "x"], "no checkpoint folder nowhere"),
-    (["file", "--prompt", "x"], "no checkpoint folder file"),
-    (["empty", "--prompt", "x"], "empty holds no"),
-    (["run", "--prompt", "x", "--image", "lost.png"], "lost.png"),
-    (["run", "--prompt", "x", "--image", "file"], "file starts with"),
-    (["run", "--prompt", "x", "--image", "start.png", "--frames", "1"], "5 frames or more"),
-    (["t2v", "--prompt", "x", "--image", "start.png"], "t2v takes no pictures"),
-    (["t2v", "--prompt", "x", "--end-image", "start.png"], "16 input channels"),
-    (["run", "--prompt", "x", "--output", "file"], "--output file is a file"),
-    (["run", "--prompt", "x", "--loops", "2"], "--loops"),
+    (["run", *X, "--negative-prompt", "\udcff"], "--negative-prompt is not UTF-8"),
+    (["nowhere", *X], "no checkpoint folder nowhere"),
+    (["file", *X], "no checkpoint folder file"),
+    (["empty", *X], "empty holds no"),
+    (["run", *X, "--image", "lost.png"], "no file lost.png"),
+    (["run", *X, "--image", "file"], "file starts with"),
+    (["run", *X, "--image", "film.mp4"], "film.mp4 is a video"),
+    (["run", *X, "--image", "start.png", "--frames", "1"], "5 frames or more"),
+    (["t2v", *X, "--image", "start.png"], "t2v was trained for text to video .16 .*--image"),
+    (["t2v", *X, "--end-image", "start.png"], "16 input channels"),
+    (["t2v", *X, "--segment", "9"], "--segment needs 33"),
+    (["t2v", *X, "--control", "film.mp4"], "--control needs 32 or 48"),
+    (["control", *X], "give --control or --trajectory"),
+    (["camera", *X], "give --camera"),
+    (["control", *X, "--control", "film.mp4", "--reference", "start.png"], "needs 48 or 38"),
+    (["camera", *X, "--control", "film.mp4"], "--control needs"),
+    (["camera", *X, "--camera", "pose.txt"], "line 2 has 3 numbers"),
+    (["control", *X, "--trajectory", "no_paths.json"], "no JSON list of paths"),
+    (["control", *X, "--trajectory", "file"], "no JSON list of paths"),
+    (["control", *X, "--control", "film.mp4", "--operator", "depth"], "no control 'depth'"),
+    (["control", *X, "--control", "film.mp4", "--frames", "13"], "has 9 frames.*--frames 9"),
+    (["control", *X, "--control", "film.mp4", "--camera", "pose.txt"], "cannot both"),
+    (["run", *X, "--operator", "canny"], "without --control"),
+    (["run", *X, "--mask", "hole.png"], "without --video"),
+    (["run", *X, "--strength", "0.5"], "without --video"),
+    ([*FILM_OF, "--strength", "1"], "keeps nothing"),
+    ([*FILM_OF, "--strength", "0"], "strength 0.0 of 50 steps leaves none"),
+    ([*FILM_OF, "--strength", "1.5"], "--strength 1.5"),
+    ([*FILM_OF, "--image", "start.png"], "--image and --video cannot both"),
+    ([*FILM_OF, "--mask", "start.png"], "start.png is 40x40, and film.mp4 is 24x40"),
+    ([*FILM_OF, "--mask", "black.png"], "white nowhere"),
+    (["run", *X, "--video", "start.png"], "start.png is a picture"),
+    (["run", "--prompts", "lost.jsonl"], "no prompt file lost.jsonl"),
+    (["run", "--prompts", "none.jsonl"], "holds no line"),
+    (["run", "--prompts", "broken.jsonl"], "line 2: not JSON"),
+    (["run", "--prompts", "wordless.jsonl"], 'line 1: an object with a "prompt"'),
+    (["run", "--prompts", "unknown.jsonl"], "no key 'sede'"),
+    (["run", "--prompts", "typed.jsonl"], 'seed is "3", which is of another type'),
+    (["run", "--prompts", "tall.jsonl"], "line 2: height 40.*use 32 or 48"),
+    (["run", *X, "--output", "file"], "--output file is a file"),
+    (["run", *X, "--loops", "2"], "--loops"),
 ]
 
 
@@ -156,7 +224,9 @@ def test_samples_are_numbered_and_can_be_made_again(working, tmp_path, capsys):
     sidecar = json.loads((tmp_path / "out" / "00000001.json").read_text())
     assert sidecar["step"] == 7 and sidecar["in_channels"] == 33
     assert sidecar["options"]["prompt"] == "一个红色的圆"
-    assert sidecar["options"]["frames"] == "5"  # the run's own
+    assert sidecar["options"]["frames"] == 5  # the run's own
+    with av.open(str(tmp_path / "out" / "00000001.mp4")) as container:
+        assert json.loads(container.metadata["comment"]) == sidecar
     assert media.read_image(tmp_path / "out" / "00000001_sheet.png").shape == (16, 5 * 32, 3)
     info = media.probe(tmp_path / "out" / "00000001.mp4")
     assert (info.num_frames, info.height, info.width, info.fps) == (5, 16, 32, 8)
@@ -170,7 +240,7 @@ def test_samples_are_numbered_and_can_be_made_again(working, tmp_path, capsys):
 def test_pictures_begin_and_end_a_video(working, tmp_path):
     assert working("--prompt", "", "--image", "start.png", "--end-image", "start.png") == 0
     sidecar = json.loads((tmp_path / "samples" / "00000001.json").read_text())
-    assert set(sidecar["pictures_sha256"]) == {"image", "end-image"}
+    assert set(sidecar["files_sha256"]) == {"image", "end-image"}
 
 
 def test_a_prompt_that_is_cut_is_named(working, capsys):
@@ -187,4 +257,94 @@ def test_one_frame_is_a_png(working, tmp_path):
 
 def test_the_help_fits_a_page(run, capsys):
     assert run("--help") == 0
-    assert len(capsys.readouterr().out.splitlines()) <= 50
+    assert len(capsys.readouterr().out.splitlines()) <= 75
+
+
+def test_a_prompt_file_is_made_line_by_line_and_not_twice(working, tmp_path, capsys):
+    lines = [
+        {"prompt": "one", "seed": 1},
+        {"prompt": "two", "seed": 2},
+        {"prompt": "edit", "video": "film.mp4", "mask": "hole.png", "frames": 9},
+        {"prompt": "alone", "width": 16, "frames": 1},
+        {"prompt": "one", "seed": 1},
+    ]
+    (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = ("--prompts", "lines.jsonl", "--output", "out", "--batch", 2, "--gif")
+    assert working(*command) == 0
+    made = capsys.readouterr().out.split()
+    assert made == [f"out/0000000{n}.{'png' if n == 4 else 'mp4'}" for n in range(1, 6)]
+    assert (tmp_path / "out" / "00000003.gif").read_bytes().startswith(b"GIF89a")
+    sidecars = [json.loads((tmp_path / "out" / f"0000000{n}.json").read_text()) for n in (1, 3, 5)]
+    assert [s["options"]["prompt"] for s in sidecars] == ["one", "edit", "one"]
+    assert sidecars[1]["options"]["strength"] == 1
+    one, same = (media.read_clip(tmp_path / "out" / f"0000000{n}.mp4", 0, 5) for n in (1, 5))
+    np.testing.assert_array_equal(one, same)
+
+    (tmp_path / "out" / "00000005.json").unlink()
+    assert working(*command) == 0
+    assert capsys.readouterr().out.split() == ["out/00000005.mp4"]
+    assert working(*command) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_a_line_can_be_made_again_by_itself(working, tmp_path):
+    """The command in its sidecar makes the same video."""
+    line = {"prompt": "edit", "video": "film.mp4", "strength": 0.5, "frames": 5}
+    (tmp_path / "lines.jsonl").write_text(json.dumps(line))
+    assert working("--prompts", "lines.jsonl") == 0
+    sidecar = json.loads((tmp_path / "samples" / "00000001.json").read_text())
+    assert sample.main(shlex.split(sidecar["command"])[2:]) == 0
+    clips = [media.read_clip(tmp_path / "samples" / f"0000000{n}.mp4", 0, 5) for n in (1, 2)]
+    np.testing.assert_array_equal(*clips)
+
+
+def test_every_kind_of_request_finds_its_pipeline(run, tmp_path, monkeypatch):
+    from easyanimate_jax import pipelines
+
+    pose = " ".join(["0", *["0.5"] * 4, "0", "0", *map(str, np.eye(4)[:3].ravel())])
+    (tmp_path / "good.txt").write_text("title\n" + f"{pose}\n" * 13)
+    seen = []
+
+    def note(name):
+        def pipeline(*parts, seeds, **options):
+            seen.append((name, {k for k, v in options.items() if isinstance(v, np.ndarray)}))
+            frames = options.get("frames") or options["video"].shape[1]
+            noise = np.random.default_rng(0).integers(0, 256, (1, frames, 16, 32, 3), np.uint8)
+            return np.clip(noise, 100, 120)
+
+        monkeypatch.setattr(pipelines, name, pipeline)
+
+    for name in ("text", "image", "video", "control"):
+        note(f"{name}_to_video")
+    note("long_video")
+    loaded = SimpleNamespace(model=0, vae=0, config=SimpleNamespace(text="text", process=Flow()))
+    monkeypatch.setattr(runs, "load_run", lambda folder: loaded)
+    monkeypatch.setitem(
+        sys.modules, "easyanimate_jax.text.encode", SimpleNamespace(TextEncoder=Encoder)
+    )
+    requests = [
+        ("run", [], ("text_to_video", set())),
+        ("run", ["--image", "start.png"], ("image_to_video", {"start"})),
+        ("run", ["--end-image", "start.png"], ("image_to_video", {"end"})),
+        ("run", ["--frames", 13, "--segment", 9], ("long_video", set())),
+        ("run", ["--frames", 9, "--segment", 9], ("text_to_video", set())),
+        ("t2v", ["--video", "film.mp4"], ("video_to_video", {"video"})),
+        (
+            "run",
+            ["--video", "film.mp4", "--mask", "hole.png"],
+            ("video_to_video", {"video", "mask"}),
+        ),
+        ("control", ["--control", "film.mp4"], ("control_to_video", {"control"})),
+        ("control", ["--trajectory", "paths.json"], ("control_to_video", {"control"})),
+        ("reference", ["--reference", "start.png"], ("control_to_video", {"reference"})),
+        ("camera", ["--camera", "good.txt"], ("control_to_video", {"camera"})),
+    ]
+    for checkpoint, arguments, expected in requests:
+        assert run(checkpoint, *X, *arguments) == 0
+        assert seen.pop() == expected
+
+
+def test_what_is_visibly_wrong_is_named(working, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "suspicion", lambda frames: "the video is black")
+    assert working(*X) == 0
+    assert "sample.py: the video is black" in capsys.readouterr().err

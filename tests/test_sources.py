@@ -1,11 +1,32 @@
-"""The metadata file: rows become clips, bad rows become a list."""
+"""Every layout becomes clips, and bad rows become a list."""
 
+import dataclasses
+import io
 import json
+import subprocess
+import sys
+import tarfile
+import types
+from pathlib import Path
 
+import flax.nnx as nnx
+import jax
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
+import tensorflow_datasets
+from PIL import Image
 
 from easyanimate_jax.data import media, sources
+from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.loader import Loader
+from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.data.records import LatentSet, Records
+from easyanimate_jax.data.sources import __main__ as command
+from easyanimate_jax.data.sources import tfds
+from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.prepare import prepare
 
 
 @pytest.fixture
@@ -24,7 +45,7 @@ def describe(folder, *rows):
 
 def test_rows_of_one_file_are_one_clip(folder):
     describe(folder, ("a.mp4", "red", "video"), ("b.png", "blue"), ("a.mp4", "红", "video"))
-    (a, b), problems = sources.read_folder(folder)
+    (a, b), problems = sources.read_clips(folder)
     assert (a.name, a.kind, a.captions) == ("a.mp4", "video", ("red", "红"))
     assert (a.num_frames, a.height, a.width, a.fps) == (5, 32, 48, 8.0)
     assert (b.kind, b.num_frames, b.height, b.width) == ("image", 1, 20, 30)
@@ -34,11 +55,11 @@ def test_rows_of_one_file_are_one_clip(folder):
 def test_csv_says_the_same_as_json(folder):
     rows = [("a.mp4", "red, fast", "video"), ("b.png", "蓝", "image")]
     describe(folder, *rows)
-    from_json = sources.read_folder(folder)
+    from_json = sources.read_clips(folder)
     (folder / "metadata.json").unlink()
     table = "file_path,text,type\n" + "".join(f'{f},"{t}",{k}\n' for f, t, k in rows)
     (folder / "metadata.csv").write_text(table, encoding="utf-8-sig")
-    assert sources.read_folder(folder) == from_json
+    assert sources.read_clips(folder) == from_json
 
 
 def test_every_bad_row_is_reported_with_its_reason(folder):
@@ -53,7 +74,7 @@ def test_every_bad_row_is_reported_with_its_reason(folder):
         ("b.png", "?", "sound"),
         ("", "nameless"),
     )
-    clips, problems = sources.read_folder(folder)
+    clips, problems = sources.read_clips(folder)
     assert [clip.name for clip in clips] == ["a.mp4"] and clips[0].captions == ("fine",)
     assert [p.row for p in problems] == [1, 2, 3, 4, 5, 6, 7]
     for problem, reason in zip(
@@ -65,16 +86,169 @@ def test_every_bad_row_is_reported_with_its_reason(folder):
 def test_a_folder_without_a_usable_clip_raises(folder):
     describe(folder, ("c.mp4", "not a video", "video"))
     with pytest.raises(ValueError, match=r"no usable clip[\s\S]*c\.mp4"):
-        sources.read_folder(folder)
+        sources.read_clips(folder)
 
 
 @pytest.mark.parametrize("text", ["{", '{"a": 1}', "[1]"])
 def test_a_broken_metadata_file_is_named(folder, text):
     (folder / "metadata.json").write_text(text)
     with pytest.raises(ValueError, match=r"metadata\.json"):
-        sources.read_folder(folder)
+        sources.read_clips(folder)
 
 
 def test_a_missing_metadata_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="neither metadata"):
-        sources.read_folder(tmp_path)
+        sources.read_clips(tmp_path)
+
+
+def clips_of(read):
+    """What training sees of the clips: everything but where the file lies."""
+    return {clip.name: dataclasses.replace(clip, path=Path()) for clip in read[0]}
+
+
+def rich(folder):
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        frames = np.repeat(rng.integers(20, 255, (9, 5, 5, 3), np.uint8), 8, 1).repeat(8, 2)
+        media.write_video(folder / f"{i}.mp4", frames)
+    media.write_png(folder / "p.png", rng.integers(0, 255, (40, 40, 3), np.uint8))
+    names = [*(f"{i}.mp4" for i in range(4)), "p.png"]
+    return {name: [f"clip {name}", "片"] for name in names}
+
+
+def write_tar(path, folder, captions):
+    with tarfile.open(path, "w") as tar:
+        for name, texts in captions.items():
+            tar.add(folder / name, name)
+            text = json.dumps({"captions": texts}).encode()
+            info = tarfile.TarInfo(name.rpartition(".")[0] + ".json")
+            info.size = len(text)
+            tar.addfile(info, io.BytesIO(text))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """The same clips as a folder, a tar and a TFDS data set."""
+    place = tmp_path_factory.mktemp("three")
+    folder = place / "folder"
+    folder.mkdir()
+    captions = rich(folder)
+    describe(
+        folder,
+        *[(n, t, "image" if n.endswith("png") else "video") for n in captions for t in captions[n]],
+    )
+    write_tar(place / "clips.tar", folder, captions)
+    built = tfds.write_tfds(sources.read_clips(folder)[0], place / "tfds")
+    return folder, place / "clips.tar", built
+
+
+def test_a_folder_a_tar_and_a_tfds_data_set_hold_the_same_clips(three):
+    folder, tar, built = (clips_of(sources.read_clips(source)) for source in three)
+    assert folder == tar == built and len(folder) == 5
+
+
+def test_all_three_train_on_the_same_batches(three, tmp_path):
+    config = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, unshuffle=4, dtype="float32")
+    vae = CausalVAE(config, rngs=nnx.Rngs(0))
+    latents = LatentSet("small", Budget(12, (4, 12), (32,), frames=9), condition_draws=1)
+
+    def encode(prompts):
+        size = np.array([len(p) for p in prompts], np.float32)[:, None, None]
+        return (np.tile(size, (1, 3, 4)),)
+
+    batches = []
+    for number, source in enumerate(three):
+        out = tmp_path / str(number)
+        text = types.SimpleNamespace(encode=encode)
+        prepare(source, out, [latents], vae, text, (), 0, weights={}, shard_size=8)
+        records = Records(out / "small")
+        plan = Plan(records.index, lengths=(4, 12), batch_size=3, seed=0, name="s")
+        loader = Loader(records, plan, task="i2v", microbatch=3, text_drop=0.1)
+        batches.append([loader.batch(step) for step in range(4)])
+    for others in batches[1:]:
+        for (length, ours), (length2, theirs) in zip(batches[0], others, strict=True):
+            assert length == length2
+            jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_reading_tfds_imports_no_tensorflow(three):
+    code = (
+        "import sys; from easyanimate_jax.data.sources import read_clips; "
+        "print(len(read_clips(sys.argv[1])[0]), 'tensorflow' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(three[2])]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["5", "False"]
+
+
+def test_lists_pairs_and_tables_say_the_same(tmp_path):
+    captions = {name: texts[0] for name, texts in rich(tmp_path).items()}
+    for name, text in captions.items():
+        (tmp_path / name).with_suffix(".txt").write_text(text)
+    pairs = sources.read_clips(tmp_path)
+    assert len(pairs[0]) == 5 and pairs[1] == []
+
+    table = pyarrow.table({"video_path": list(captions), "caption": list(captions.values())})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    rows = "".join(f"{n},{t}\n" for n, t in captions.items())
+    (tmp_path / "t.csv").write_text("path,prompt\n" + rows)
+    for name in ("t.parquet", "t.csv"):
+        assert clips_of(sources.read_clips(tmp_path / name)) == clips_of(pairs)
+    (tmp_path / "videos.txt").write_text("\n".join(captions))
+    (tmp_path / "prompt.txt").write_text("\n".join(captions.values()))
+    assert clips_of(sources.read_clips(tmp_path)) == clips_of(pairs)
+    (tmp_path / "prompt.txt").write_text("\n".join([*captions.values(), "one too many"]))
+    assert [p.row for p in sources.read_clips(tmp_path)[1]] == [6]
+
+
+def test_other_data_sets_of_pictures_read_by_their_features(tmp_path):
+    class Digits(tensorflow_datasets.core.GeneratorBasedBuilder):
+        VERSION = tensorflow_datasets.core.Version("1.0.0")
+
+        def _info(self):
+            f = tensorflow_datasets.features
+            label = f.ClassLabel(names=["nought", "one"])
+            features = f.FeaturesDict({"image": f.Image(shape=(32, 32, 3)), "label": label})
+            return tensorflow_datasets.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(2):
+                buffer = io.BytesIO()
+                Image.new("RGB", (32, 32)).save(buffer, "PNG")
+                yield i, {"image": io.BytesIO(buffer.getvalue()), "label": i}
+
+    builder = Digits(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    clips, problems = sources.read_clips(builder.data_dir)
+    assert problems == [] and sorted(c.captions[0] for c in clips) == ["nought", "one"]
+    assert {(c.kind, c.height, c.width) for c in clips} == {("image", 32, 32)}
+
+
+def test_the_command_shows_sizes_durations_and_problems(folder):
+    describe(folder, ("a.mp4", "red", "video"), ("b.png", "blue"), ("c.mp4", "page", "video"))
+    shown = command.describe(str(folder))
+    for part in ("2 clips, 2 captions", "32x48", "last 0.6", "1 problems", "row 2: 'c.mp4'"):
+        assert part in shown
+
+
+def test_an_unknown_source_is_named(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"a\.zip is no source"):
+        sources.read_clips(tmp_path / "a.zip")
+
+
+def test_a_mixture_names_its_sources(three, tmp_path):
+    folder, tar, _ = three
+    (tmp_path / "m.toml").write_text(f'films = "{folder}"\nstock = "{tar}"\n')
+    clips, problems = sources.read_clips(tmp_path / "m.toml")
+    assert len(clips) == 10 and problems == []
+    assert {c.name: c.source for c in clips if c.name.endswith("p.png")} == {
+        "films/p.png": "films",
+        "stock/p.png": "stock",
+    }
+    (tmp_path / "m.toml").write_text("films = 3")
+    with pytest.raises(ValueError, match="films must be a source"):
+        sources.read_clips(tmp_path / "m.toml")

@@ -10,7 +10,12 @@ from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh, shardings
 from easyanimate_jax.trainer import place
 from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
-from easyanimate_jax.training.step import init_state, train_step, widen_state
+from easyanimate_jax.training.step import (
+    denoising_loss,
+    init_state,
+    train_step,
+    widen_state,
+)
 
 TINY = MMDiTConfig(
     depth=2,
@@ -143,3 +148,21 @@ def test_a_widened_state_goes_on_with_zero_weights_for_the_new_channels(one_devi
             lambda *a: train_step(*a, optimizer=OPTIMIZER, process=DDPM(), ema_decay=0.9)
         )(state, make_batch(1, 8, channels=33), jax.random.key(7), jnp.float32(1e-2))
     assert np.isfinite(metrics["loss"])
+
+
+def test_halves_give_the_loss_of_the_same_floats():
+    batch = jax.tree.map(lambda x: x[0], make_batch(1, 8))
+    halve = lambda x: x.astype(np.float16)  # noqa: E731
+    halves = batch._replace(
+        mean=halve(batch.mean),
+        logvar=halve(batch.logvar),
+        texts=tuple(halve(text) for text in batch.texts),
+    )
+    floats = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float16 else x, halves)
+    time, rows = jnp.arange(0, 800, 100), jnp.arange(8)
+    loss = jax.jit(
+        lambda batch: denoising_loss(
+            start().model, batch, time.astype(jnp.float32), rows, jax.random.key(3), process=DDPM()
+        )
+    )
+    np.testing.assert_array_equal(loss(halves), loss(floats))

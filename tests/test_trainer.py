@@ -73,7 +73,21 @@ def folder(tmp_path_factory):
                     "condition_flag": np.ones(draws, np.float16),
                 }
             records.append(record)
-            values = (f"{clip}.mp4", kind, 4 * T - 3, 16 * gh, 16 * gw, T, gh, gw, N, 512, 512, 2)
+            values = (
+                f"{clip}.mp4",
+                kind,
+                4 * T - 3,
+                16 * gh,
+                16 * gw,
+                T,
+                gh,
+                gw,
+                N,
+                512,
+                512,
+                2,
+                "",
+            )
             rows.append(dict(zip(INDEX_TYPES, values, strict=True)))
         writer.write(0, records, rows)
         writer.finish(1)
@@ -88,7 +102,13 @@ def launch(folder: Path, run: str, devices: int = 1, *overrides: str) -> subproc
     return subprocess.Popen(
         [sys.executable, "train.py", str(config), *overrides],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        env=os.environ
+        | {
+            "XLA_FLAGS": flags,
+            "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

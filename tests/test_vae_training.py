@@ -12,7 +12,7 @@ import pytest
 
 from easyanimate_jax.convert.folder import load_vae
 from easyanimate_jax.data import media
-from easyanimate_jax.data.sources import read_folder
+from easyanimate_jax.data.sources import read_clips
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.tensors.module import flat_weights
 from easyanimate_jax.training import vae as training
@@ -65,7 +65,7 @@ def test_a_stopped_run_resumes_bit_for_bit(config, trained):
 
 def test_statistics_normalise_the_latents(config, trained):
     assert load_vae(config.output).config == trained.config
-    clips, _ = read_folder(config.data)
+    clips, _ = read_clips(config.data)
     crops, stage = Crops(clips[:19], config.seed), config.stages[-1]
     frames = np.concatenate([crops.batch(stage, 3 + i, range(8)) for i in range(16)])
     encode = jax.jit(lambda vae, frames: vae.encode(training.pixels(frames)))
@@ -77,7 +77,7 @@ def test_statistics_normalise_the_latents(config, trained):
 
 
 def test_crops_do_not_depend_on_who_reads_them(config):
-    clips, _ = read_folder(config.data)
+    clips, _ = read_clips(config.data)
     stage = config.stages[0]
     whole = Crops(clips, 0).batch(stage, 7, range(8))
     halves = [Crops(clips, 0).batch(stage, 7, rows) for rows in (range(4), range(4, 8))]

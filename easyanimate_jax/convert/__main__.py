@@ -10,6 +10,7 @@ is wrong with it is listed, with exit code 2, and nothing is written.
 import argparse
 import sys
 
+import jax
 from tqdm import tqdm
 
 from easyanimate_jax.convert.pipeline import PARTS, Options, convert
@@ -51,6 +52,7 @@ def parser() -> Parser:
 def main(argv: list[str] | None = None) -> int:
     a = vars(parser().parse_args(argv))
     source, target = a.pop("source"), a.pop("target")
+    jax.config.update("jax_platforms", "cpu")  # leaves accelerators to those who compute
     with tqdm(desc=target, unit="B", unit_scale=True, delay=0.5) as bar:
 
         def progress(size, total):

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from easyanimate_jax.models.mmdit import MMDiTConfig
+from easyanimate_jax.tensors import orbax_item
 from easyanimate_jax.tensors.lazy import Tensor
 from easyanimate_jax.tensors.module import WEIGHTS
 
@@ -30,40 +28,40 @@ def open_transformer(
 ) -> tuple[MMDiTConfig, dict[str, Tensor]]:
     """The averaged or the raw weights of a checkpoint, the newest if no step is named.
 
-    Raises ValueError where there is no such checkpoint.
+    Raises ValueError where there is no such checkpoint, or its files have other bits than were
+    saved: they are read once for this, a chunk at a time.
     """
-    step, config, in_channels = _meta(folder, step)
+    step, config, in_channels, arrays = _meta(folder, step)
     item, prefix = ("ema", "") if weights == "ema" else ("state", "model.")
     place = folder / "checkpoints" / str(step) / item
-    if not (place / "_METADATA").is_file():
-        raise ValueError(f"{place} is no item of an orbax checkpoint: _METADATA is missing")
-    keys = json.loads((place / "_METADATA").read_text())["tree_metadata"].values()
-    names = [".".join(part["key"] for part in key["key_metadata"]) for key in keys]
+    names = [name for name in orbax_item.names(place) if name.startswith(prefix)]
+    wrong = [
+        name
+        for name, (saved, _, _) in arrays.get(item, {}).items()
+        if name in names and not _as_saved(place, name, saved)
+    ]
+    if wrong:
+        raise ValueError(f"{place} is damaged: {', '.join(wrong)} are other than saved; use --step")
     tensors = {
-        name.removeprefix(prefix).removesuffix(LEAF): _tensor(place, name)
+        name.removeprefix(prefix).removesuffix(LEAF): orbax_item.tensor(place, name)
         for name in names
-        if name.startswith(prefix)
     }
     return dataclasses.replace(config.model, in_channels=in_channels), tensors
 
 
+def _as_saved(place: Path, name: str, saved: str) -> bool:
+    try:
+        return f"{orbax_item.fingerprint_on_disk(place, name):08x}" == saved
+    except ValueError:  # of tensorstore, for bytes that do not decode
+        return False
+
+
 def _meta(folder: Path, step: int | None):
-    """(step, TrainConfig, input channels at that step)."""
+    """(step, TrainConfig, input channels at that step, its arrays' fingerprints)."""
     # Imported here: they bring in data and training, which other conversions do not need.
     from easyanimate_jax.config import from_json
     from easyanimate_jax.training.checkpoint import read_meta
 
     step, meta = read_meta(folder, step)
-    return step, from_json(json.dumps(meta["config"])), meta["in_channels"]
-
-
-def _tensor(place: Path, name: str) -> Tensor:
-    @cache
-    def array():
-        import tensorstore
-
-        store = {"driver": "ocdbt", "base": f"file://{place.absolute()}/", "path": name}
-        return tensorstore.open({"driver": "zarr", "kvstore": store}).result()
-
-    shape, dtype = array().shape, array().dtype.numpy_dtype
-    return Tensor(shape, dtype, lambda box: np.asarray(array()[box].read().result()))
+    config = from_json(json.dumps(meta["config"]))
+    return step, config, meta["in_channels"], meta.get("arrays", {})

@@ -3,19 +3,30 @@
 After the VAE nothing knows resolution: a bucket is a token length, one compiled program. A stage
 has a nominal `Budget` ("3328", "13312", ...); within it a clip may become few large frames or
 many small ones. Here stand, once, the factors that the VAE and the transformer compress by.
+
+A stage's lengths are chosen offline, from the clips it has: `fit_lengths`, `fit_budget`.
 """
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt64
 
 TIME_FACTOR, SPACE_FACTOR, PATCH = 4, 8, 2  # VAE time, VAE space, transformer patch
 CELL = SPACE_FACTOR * PATCH  # pixels of a token's side
 
+MAX_SIDE = 1344  # pixels of what is generated; released models were trained for 128 to 1344
 MAX_UPSCALE = 1.25  # the reference's rule for small sources (spec 8.4)
 GOOD_FILL = 0.97  # candidates this full compete by chance, so that resolutions mix
 MAX_STRETCH = 1.15  # aspect error allowed to grids beside the table
+NUM_LENGTHS, MULTIPLE = 6, 256  # of a stage, at most; and what its lengths are multiples of
+MIN_SHARE = 1e-3  # of the clips, in each length: the plan gives every length a step in a thousand
+FIT_ROUNDS = 5  # of choosing shapes for lengths and lengths for shapes
+CHUNK = 2**15  # sizes compared at once
 
 # Spec 8.3: height / width as the reference rounds it -> height, width at base size 512.
 ASPECTS = {
@@ -49,6 +60,22 @@ def grid_of(frames: int, height: int, width: int) -> tuple[int, int, int]:
     if height < CELL or width < CELL or height % CELL or width % CELL:
         raise ValueError(f"{height}x{width}: sides must be multiples of {CELL} pixels")
     return latent_frames(frames), height // CELL, width // CELL
+
+
+def check_size(frames: int, height: int, width: int) -> None:
+    """Raises ValueError, naming the nearest possible, for a size that cannot be generated."""
+    for name, side in (("height", height), ("width", width)):
+        if side % CELL or not CELL <= side <= MAX_SIDE:
+            low = min(max(side // CELL * CELL, CELL), MAX_SIDE)
+            near = sorted({low, min(low + CELL, MAX_SIDE)} if low <= side else {low})
+            raise ValueError(
+                f"{name} {side}: sides are multiples of {CELL} from {CELL} to {MAX_SIDE} pixels; "
+                f"use {' or '.join(map(str, near))}"
+            )
+    if frames < 1 or frames % TIME_FACTOR != 1:
+        low = whole_frames(frames)
+        near = f"{low} or {low + TIME_FACTOR}" if low >= 1 else "1"
+        raise ValueError(f"{frames} frames: the count is 4n+1 (frame 0, then fours); use {near}")
 
 
 def num_tokens(frames: int, height: int, width: int) -> int:
@@ -124,27 +151,17 @@ class Budget:
         compete too. Among good fills the clip's name decides. A video keeps at least five frames:
         its caption speaks of motion.
         """
-        table = self._table(height, width)
-        true = [sides for sides in table if _stretch(*sides, height, width) <= MAX_STRETCH]
-        shapes = self._shapes(true or table, frames, height, width)
-        if not any(self.fill(shape) >= GOOD_FILL for shape in shapes):
-            beside = {
-                (h + dh, w + dw)
-                for h, w in table
-                for dh in (-CELL, 0, CELL)
-                for dw in (-CELL, 0, CELL)
-                if min(h + dh, w + dw) > 0
-                and _stretch(h + dh, w + dw, height, width) <= MAX_STRETCH
-            }
-            shapes += self._shapes(sorted(beside - set(true)), frames, height, width)
-        if frames > TIME_FACTOR:
-            shapes = [shape for shape in shapes if shape.frames > 1]
-        good = [shape for shape in shapes if self.fill(shape) >= GOOD_FILL]
-        if good:
-            digest = hashlib.blake2b(clip.encode(), digest_size=8).digest()
-            return good[int.from_bytes(digest, "little") % len(good)]
-        best = max(shapes, key=self.fill, default=None)
-        return best if best and self.fill(best) >= self.min_fill else None
+        shapes, _ = self.admissible(frames, height, width)
+        return shapes[name_word(clip) % len(shapes)] if shapes else None
+
+    def admissible(self, frames: int, height: int, width: int) -> tuple[tuple[Shape, ...], str]:
+        """The shapes that `choose` draws from, and if there are none, why."""
+        return _admissible(self, min(whole_frames(frames), self.most_frames), height, width)
+
+    @property
+    def most_frames(self) -> int:
+        """Clips of more frames are all alike."""
+        return max(self.frames, TIME_FACTOR + 1)
 
     def describe(self) -> list[tuple[Shape, int, int]]:
         """(shape, tokens, compiled length) of every resolution, for clips of any duration."""
@@ -156,6 +173,16 @@ class Budget:
         }
         ordered = sorted(shapes, key=lambda s: (s.height * s.width, s.height))
         return [(shape, num_tokens(*shape), self.length_of(shape)) for shape in ordered]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the largest sample of the table, rounded up: what the last length must be."""
+        largest = 0
+        for size in self.sizes:
+            for height, width in aspect_sizes(size).values():
+                frames = frames_for_budget_b(self.pixels, height * width, self.frames)
+                largest = max(largest, num_tokens(frames, height, width))
+        return -(-largest // MULTIPLE) * MULTIPLE
 
     def _table(self, height: int, width: int) -> list[tuple[int, int]]:
         key = min(ASPECTS, key=lambda key: abs(key - height / width))
@@ -175,4 +202,169 @@ class Budget:
 
 def _stretch(h: int, w: int, height: int, width: int) -> float:
     """How far the aspect of h x w is from that of height x width; 1 is equal."""
-    return math.exp(abs(math.log(h * width / (w * height))))
+    ratio = h * width / (w * height)
+    return max(ratio, 1 / ratio)
+
+
+def name_word(clip: str) -> int:
+    """A number that stays with a clip's name: what draws its shape."""
+    return int.from_bytes(hashlib.blake2b(clip.encode(), digest_size=8).digest(), "little")
+
+
+@lru_cache(maxsize=2**20)  # a million clips have some thousands of sizes and durations
+def _admissible(
+    budget: Budget, frames: int, height: int, width: int
+) -> tuple[tuple[Shape, ...], str]:
+    table = budget._table(height, width)
+    true = [sides for sides in table if _stretch(*sides, height, width) <= MAX_STRETCH]
+    shapes = budget._shapes(true or table, frames, height, width)
+    if not any(budget.fill(shape) >= GOOD_FILL for shape in shapes):
+        beside = {
+            (h + dh, w + dw)
+            for h, w in table
+            for dh in (-CELL, 0, CELL)
+            for dw in (-CELL, 0, CELL)
+            if min(h + dh, w + dw) > 0 and _stretch(h + dh, w + dw, height, width) <= MAX_STRETCH
+        }
+        shapes += budget._shapes(sorted(beside - set(true)), frames, height, width)
+    if not shapes:
+        return (), f"smaller than every size of the stage, enlarged by {MAX_UPSCALE}"
+    if frames > TIME_FACTOR:
+        shapes = [shape for shape in shapes if shape.frames > 1]
+    good = tuple(shape for shape in shapes if budget.fill(shape) >= GOOD_FILL)
+    best = max(shapes, key=budget.fill, default=None)
+    if good or (best and budget.fill(best) >= budget.min_fill):
+        return good or (best,), ""
+    return (), f"fills no token length to {budget.min_fill}"
+
+
+class Clips(NamedTuple):
+    """Source clips as columns, one row each."""
+
+    frames: Int[np.ndarray, "R"]  # at the training rate
+    height: Int[np.ndarray, "R"]
+    width: Int[np.ndarray, "R"]
+    word: UInt64[np.ndarray, "R"]  # name_word of each
+
+
+class Choice(NamedTuple):
+    """What clips become: a row of `shapes` each, or -1 and the reason's place in `reasons`."""
+
+    shapes: list[Shape]
+    shape: Int[np.ndarray, "R"]
+    reasons: list[str]
+    reason: Int[np.ndarray, "R"]
+
+
+def choose_all(budget: Budget, clips: Clips) -> Choice:
+    """`Budget.choose` of many clips; equal sizes and durations are looked up once."""
+    classes, member = _classes(budget, clips)
+    shapes, reasons, table, size, why = {}, {"": 0}, [], [], []
+    for source in classes:
+        admissible, reason = budget.admissible(*source)
+        table.append([shapes.setdefault(shape, len(shapes)) for shape in admissible])
+        size.append(len(admissible))
+        why.append(reasons.setdefault(reason, len(reasons)))
+    first = np.cumsum([0, *size[:-1]])
+    flat = np.array([shape for row in table for shape in row] + [-1], np.int32)
+    size = np.array(size)[member]
+    draw = (clips.word % np.maximum(size, 1).astype(np.uint64)).astype(np.int64)
+    place = np.where(size > 0, first[member] + draw, -1)
+    return Choice(list(shapes), flat[place], list(reasons), np.array(why, np.int32)[member])
+
+
+def fit_lengths(
+    tokens: Int[np.ndarray, "V"], counts: np.ndarray, most: int = NUM_LENGTHS
+) -> tuple[int, ...]:
+    """The at most `most` lengths that pad samples least; exact, by dynamic programming.
+
+    `counts` samples have `tokens` tokens. Lengths are multiples of MULTIPLE, the largest sample
+    fits the last, and each holds at least MIN_SHARE of the samples.
+    """
+    ends = np.unique(-(-tokens // MULTIPLE) * MULTIPLE)
+    place = np.searchsorted(ends, tokens)
+    below = np.concatenate([[0], np.cumsum(np.bincount(place, counts, len(ends)))])
+    least = MIN_SHARE * below[-1]
+    # cost[i, j]: computed tokens of the samples above ends[i - 1] and up to ends[j - 1]
+    held = below[None, :] - below[:, None]
+    cost = np.where(held >= least, held * np.concatenate([[0], ends])[None, :], np.inf)
+    total, cut = np.where(np.arange(len(below)) == 0, 0.0, np.inf), []
+    best, chosen = np.inf, ()
+    for number in range(1, most + 1):
+        through = total[:, None] + cost
+        cut.append(through.argmin(axis=0))
+        total = through.min(axis=0)
+        if total[-1] < best:
+            best, j, chosen = total[-1], len(ends), ()
+            for step in reversed(cut[:number]):
+                chosen, j = (int(ends[j - 1]), *chosen), step[j]
+    return chosen
+
+
+def fit_budget(budget: Budget, clips: Clips, most: int = NUM_LENGTHS) -> Budget:
+    """`budget` with the lengths that pad `clips` least.
+
+    Shapes are chosen to fill the lengths, and lengths to hold the shapes, in turn; the best round
+    counts. The lengths that `budget` came with do not matter.
+    """
+    classes, member = _classes(budget, clips)
+    counts = np.bincount(member, minlength=len(classes))
+    trial = replace(budget, lengths=(budget.capacity,), min_fill=0.0)
+    best, best_share = None, 0.0
+    for _ in range(FIT_ROUNDS):
+        tokens, weights = [], []
+        for source, count in zip(classes, counts, strict=True):
+            shapes, _ = trial.admissible(*source)
+            tokens += [num_tokens(*shape) for shape in shapes]
+            weights += [count / len(shapes) for _ in shapes]
+        if not tokens:
+            raise ValueError(f"none of {len(counts)} kinds of clips fits {budget}")
+        tokens, weights = np.array(tokens), np.array(weights)
+        lengths = fit_lengths(tokens, weights, most)
+        padded = np.array(lengths)[np.searchsorted(lengths, tokens)]
+        share = np.dot(tokens, weights) / np.dot(padded, weights)
+        if share > best_share:
+            best, best_share = replace(budget, lengths=lengths), share
+        if lengths == trial.lengths:
+            break
+        trial = replace(trial, lengths=lengths)
+    return best
+
+
+def _classes(budget: Budget, clips: Clips) -> tuple[list[tuple[int, int, int]], np.ndarray]:
+    """Different sources (frames, height, width), and which of them each clip is like.
+
+    Sources are alike that every comparison in `admissible` takes for equal.
+    """
+    sides, of_sides = np.unique(
+        (clips.height.astype(np.int64) << 32) | clips.width, return_inverse=True
+    )
+    height, width = sides >> 32, sides & (2**32 - 1)
+    parts = [slice(i, i + CHUNK) for i in range(0, len(sides), CHUNK)]
+    patterns = np.concatenate([_pattern(budget, height[part], width[part]) for part in parts])
+    _, first, pattern = np.unique(patterns, return_index=True, return_inverse=True)
+    most = budget.most_frames
+    frames = np.minimum((clips.frames - 1) // TIME_FACTOR * TIME_FACTOR + 1, most)
+    keys, member = np.unique(
+        pattern[of_sides].astype(np.int64) * (most + 1) + frames, return_inverse=True
+    )
+    like, frames = np.divmod(keys, most + 1)
+    columns = frames, height[first[like]], width[first[like]]
+    return list(zip(*(column.tolist() for column in columns), strict=True)), member
+
+
+def _pattern(budget: Budget, height: np.ndarray, width: np.ndarray) -> np.ndarray:
+    """Per source size: its aspect's entry, and which grids of it are too large or too stretched."""
+    keys = np.array(list(ASPECTS))
+    entry = np.abs(keys - (height / width)[:, None]).argmin(axis=1)
+    tables = np.array([list(aspect_sizes(size).values()) for size in budget.sizes])
+    near = np.array([(dh, dw) for dh in (-CELL, 0, CELL) for dw in (-CELL, 0, CELL)])
+    grids = (tables.transpose(1, 0, 2)[entry][:, :, None] + near).reshape(len(entry), -1, 2)
+    h, w = np.maximum(grids, 1).transpose(2, 0, 1)
+    height, width = height[:, None], width[:, None]
+    large = np.maximum(h / height, w / width) > MAX_UPSCALE
+    ratio = h * width / (w * height)
+    stretched = np.maximum(ratio, 1 / ratio) > MAX_STRETCH
+    bits = np.packbits(np.concatenate([large, stretched], axis=1), axis=1)
+    row = np.concatenate([entry[:, None].astype(np.uint8), bits], axis=1)
+    return np.ascontiguousarray(row).view(f"V{row.shape[1]}")[:, 0]

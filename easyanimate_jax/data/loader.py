@@ -5,22 +5,33 @@ caption, caption or none, which mask) come from seed, stage, step and row alone,
 starts at step k delivers what one that walked there would have.
 """
 
+import ctypes
 import hashlib
+import json
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import grain
 import numpy as np
+from absl import flags
 
 from easyanimate_jax.data.plan import Plan
 from easyanimate_jax.data.records import Records, read_texts
 
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # in batches
 FOREVER = 2**40  # steps
+MAX_BAD, FEW_BAD = 1e-3, 3  # records that may be unreadable: a share, and a number
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Batch(NamedTuple):
-    """Latent statistics as tokens, zero past `lengths`. Rows of weight 0 fill microbatches up."""
+    """Latent statistics as tokens, zero past `lengths`. Rows of weight 0 fill microbatches up.
+
+    Latents and texts are float16, as on disk: half the bytes to a device. The step makes them
+    float32.
+    """
 
     mean: np.ndarray  # (A, B, N, P) of the normalised latents
     logvar: np.ndarray  # (A, B, N, P)
@@ -34,7 +45,10 @@ class Batch(NamedTuple):
 class Loader:
     """Reads `plan` from `records`, in microbatches of `microbatch` rows.
 
-    A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3).
+    A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3). A process
+    reads and builds only the `rows` (first, last + 1) of every microbatch that its devices need,
+    all of them if None; the others stay zero, in pages that are never touched. A record that does
+    not read is replaced by the next of its bucket, and noted in the file `quarantine`.
     """
 
     def __init__(
@@ -45,6 +59,8 @@ class Loader:
         task: Literal["t2v", "i2v"],
         microbatch: int,
         text_drop: float,
+        rows: tuple[int, int] | None = None,
+        quarantine: Path | None = None,
     ):
         if task not in ("t2v", "i2v"):
             raise ValueError(
@@ -56,64 +72,118 @@ class Loader:
                 f"condition_draws; set them and prepare again"
             )
         self.records, self.plan, self.task = records, plan, task
-        self.microbatch, self.text_drop = microbatch, text_drop
-        self.empty = read_texts(records.folder.parent / "empty.safetensors")
+        self.microbatch, self.text_drop, self.rows = microbatch, text_drop, rows
+        empty = read_texts(records.folder.parent / "empty.safetensors")
+        self.empty = [text[0].astype(np.float16) for text in empty]
         self.name_word = int.from_bytes(hashlib.blake2b(plan.name.encode()).digest()[:8], "little")
+        self.bad, self.quarantine = {}, quarantine  # record -> why it does not read
 
-    def batches(self, start: int = 0) -> Iterator[tuple[int, Batch]]:
-        """(token length, batch) of the stage's own steps `start`, `start` + 1, ... without end."""
+    def batches(self, start: int = 0, workers: int = 0) -> Iterator[tuple[int, Batch]]:
+        """(token length, batch) of the stage's own steps `start`, `start` + 1, ... without end.
+
+        By threads of this process, or by `workers` processes; the batches are the same.
+        """
         steps = grain.MapDataset.range(start, FOREVER)
-        return iter(steps.map(self.batch).to_iter_dataset(READ))
+        batches = steps.map(self.batch).to_iter_dataset(READ)
+        if workers:
+            flags.FLAGS.mark_as_parsed()  # grain's processes read flags that nobody parses here
+            options = grain.MultiprocessingOptions(num_workers=workers)
+            batches = batches.mp_prefetch(options, worker_init_fn=_leave_with_parent)
+        return iter(batches)
 
     def batch(self, step: int) -> tuple[int, Batch]:
         length, ids = self.plan(int(step))
-        rows = [self._row(int(step), row, int(record)) for row, record in enumerate(ids)]
         micro = self.microbatch
-        accumulate = -(-len(rows) // micro)
+        total = -(-len(ids) // micro) * micro
+        first, last = self.rows or (0, micro)
+        mine = [row for row in range(total) if first <= row % micro < last]
+        # All rows have a grid: padding rows are one token long, so that their numbers are finite.
+        grid = np.ones((total, 3), np.int32)
+        weight = (np.arange(total) < len(ids)).astype(np.float32)
+        arrays = {}
 
-        def stack(name: str, dtype=np.float32) -> np.ndarray:
-            """The rows' field, zero-padded to the length and to whole microbatches."""
-            width = rows[0][name].shape[1:]
-            out = np.zeros((accumulate * micro, length, *width), dtype)
-            for place, row in zip(out, rows, strict=False):
-                place[: len(row[name])] = row[name]
-            return out.reshape(accumulate, micro, *out.shape[1:])
+        def put(name: str, row: int, values: np.ndarray, *lead: int) -> None:
+            if name not in arrays:
+                dtype = np.float32 if name == "condition" else np.float16
+                arrays[name] = np.zeros((total, *lead, *values.shape[1:]), dtype)
+            arrays[name][row, : len(values)] = values
 
-        def fill(values: list, padding) -> np.ndarray:
-            """One value per row, and `padding` for the rows that fill up the last microbatch."""
-            out = np.stack(values + [padding] * (accumulate * micro - len(rows)))
-            return out.reshape(accumulate, micro, *out.shape[1:])
+        for row in mine:
+            if row < len(ids):
+                fields = self._row(int(step), row, int(ids[row]))
+                grid[row] = fields["grid"]
+                for name in ("mean", "logvar", *(["condition"] if self.task == "i2v" else [])):
+                    put(name, row, fields[name], length)
+            texts = fields["texts"] if row < len(ids) else self.empty
+            for i, text in enumerate(texts):
+                put(f"text{i}", row, text, len(text))
+        for row in range(len(ids)):
+            if not first <= row % micro < last:
+                grid[row] = self._grid(int(ids[row]))
 
-        one = np.ones(
-            3, np.int32
-        )  # padding rows are one token long, so that their numbers are finite
+        split = lambda x: x.reshape(-1, micro, *x.shape[1:])  # noqa: E731
         return length, Batch(
-            mean=stack("mean"),
-            logvar=stack("logvar"),
-            grid=fill([row["grid"] for row in rows], one),
-            lengths=fill([row["grid"].prod(dtype=np.int32) for row in rows], one[0]),
-            texts=tuple(
-                fill([row["texts"][i] for row in rows], empty[0])
-                for i, empty in enumerate(self.empty)
-            ),
-            condition=stack("condition") if self.task == "i2v" else None,
-            weight=fill([np.float32(1)] * len(rows), np.float32(0)),
+            mean=split(arrays["mean"]),
+            logvar=split(arrays["logvar"]),
+            grid=split(grid),
+            lengths=split(grid.prod(axis=1, dtype=np.int32)),
+            texts=tuple(split(arrays[f"text{i}"]) for i in range(len(self.empty))),
+            condition=split(arrays["condition"]) if self.task == "i2v" else None,
+            weight=split(weight),
         )
 
     def _row(self, step: int, row: int, record: int) -> dict:
         rng = np.random.default_rng([self.plan.seed, self.name_word, step, row])
-        arrays, index = self.records[record], self.records.index
-        caption = rng.integers(index["num_captions"][record])
+        record, arrays = self._read(record)
+        caption = rng.integers(self.records.index["num_captions"][record])
         dropped = rng.random() < self.text_drop
         texts = [
-            empty[0] if dropped else arrays[f"text{i}"][caption].astype(np.float32)
-            for i, empty in enumerate(self.empty)
+            empty if dropped else arrays[f"text{i}"][caption] for i, empty in enumerate(self.empty)
         ]
-        grid = np.array([index[axis][record] for axis in ("T", "gh", "gw")], np.int32)
-        fields = {"mean": arrays["mean"], "logvar": arrays["logvar"], "grid": grid, "texts": texts}
+        fields = {"mean": arrays["mean"], "logvar": arrays["logvar"], "texts": texts}
+        fields["grid"] = self._grid(record)
         if self.task == "i2v":
             fields["condition"] = _condition(rng, arrays)
         return fields
+
+    def _read(self, record: int) -> tuple[int, dict[str, np.ndarray]]:
+        """The record, or the next of its bucket that reads, and its arrays."""
+        for candidate in self.plan.instead_of(record):
+            if candidate in self.bad:
+                continue
+            try:
+                arrays = self.records[candidate]
+                tokens = self.records.index["tokens"][candidate]
+                if len(arrays["mean"]) != tokens:
+                    raise ValueError(
+                        f"{self.records.folder}: record {candidate} has {len(arrays['mean'])} "
+                        f"tokens, and its index row {tokens}; prepare the set again"
+                    )
+                return candidate, arrays
+            except ValueError as error:
+                self._leave_out(candidate, str(error))
+        raise ValueError(f"stage {self.plan.name!r}: no record of a whole bucket reads")
+
+    def _leave_out(self, record: int, reason: str) -> None:
+        self.bad[record] = reason
+        if self.quarantine:
+            entry = {"stage": self.plan.name, "record": record, "reason": reason}
+            with open(self.quarantine, "a") as file:
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        if len(self.bad) > max(FEW_BAD, MAX_BAD * len(self.records)):
+            raise ValueError(
+                f"stage {self.plan.name!r}: {len(self.bad)} of {len(self.records)} records do not "
+                f"read, the latest because {reason}"
+            )
+
+    def _grid(self, record: int) -> np.ndarray:
+        index = self.records.index
+        return np.array([index[axis][record] for axis in ("T", "gh", "gw")], np.int32)
+
+
+def _leave_with_parent(_worker: int, _workers: int) -> None:
+    """A worker process ends when its parent does, however that ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _condition(rng: np.random.Generator, arrays: dict[str, np.ndarray]) -> np.ndarray:

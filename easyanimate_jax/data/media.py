@@ -3,11 +3,11 @@
 FFmpeg takes a path for a URL or a script, so files are opened here, recognised by their first
 bytes, and handed over as file objects. Headers are checked before anything is decoded, and
 decoded frames are counted: a damaged file is a `ValueError` that names it, never a short clip.
+Files of strangers are decoded in processes of their own, see data/decode.py.
 """
 
-import os
-import stat
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -18,8 +18,11 @@ from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from easyanimate_jax.data.paths import open_regular
+
 MAX_SIDE = 4096
 MAX_PIXELS = 2**29  # of one clip in memory: 1.6 GB
+MAX_BYTES = 2**30  # of a file inside an archive
 CODECS = {"av1", "ffv1", "h264", "hevc", "libdav1d", "mpeg4", "prores", "vp8", "vp9"}
 PICTURES = ("PNG", "JPEG", "WEBP")
 MAGIC = (  # (offset, bytes, FFmpeg demuxer, or "image" for Pillow)
@@ -38,6 +41,59 @@ Frames = UInt8[np.ndarray, "F H W 3"]
 Picture = UInt8[np.ndarray, "H W 3"]
 
 
+class Member(NamedTuple):
+    """A file that is a part of another one, such as a tar's: read in place, never extracted."""
+
+    archive: Path
+    offset: int
+    size: int  # bytes
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.archive}:{self.name}"
+
+    def read(self) -> bytes:
+        if self.size > MAX_BYTES:
+            raise ValueError(f"{self} has {self.size:,} bytes; at most {MAX_BYTES:,} are read")
+        with open_regular(self.archive) as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            raise ValueError(f"{self}: {len(content):,} of {self.size:,} bytes are there")
+        return content
+
+
+class Example(NamedTuple):
+    """A file that is a field of an example of an open data set."""
+
+    examples: object  # by index, dicts of fields
+    index: int
+    field: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"example {self.index}:{self.name}"
+
+    def read(self) -> bytes:
+        return self.examples[self.index][self.field]
+
+
+class Content(NamedTuple):
+    """A file whose bytes are here."""
+
+    content: bytes
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    def read(self) -> bytes:
+        return self.content
+
+
+File = Path | Member | Example | Content
+
+
 class Probe(NamedTuple):
     """What the header says; `height` and `width` are as displayed, after rotation."""
 
@@ -48,17 +104,7 @@ class Probe(NamedTuple):
     fps: float  # 0 for images
 
 
-def safe_path(root: str | os.PathLike, name: str) -> Path:
-    """`root/name`, refused unless it stays inside `root` after links are followed."""
-    if "\0" in name or ":" in name.split("/")[0]:
-        raise ValueError(f"file name {name!r} is not a relative path; URLs are not read")
-    path, root = Path(os.path.realpath(os.path.join(root, name))), Path(os.path.realpath(root))
-    if root not in path.parents:
-        raise ValueError(f"file name {name!r} leaves the data folder {root}; move the file into it")
-    return path
-
-
-def probe(path: Path) -> Probe:
+def probe(path: File) -> Probe:
     """Kind, frame count, size and rate of a file; decodes at most one frame."""
     with _open(path) as (file, demuxer):
         if demuxer == "image":
@@ -75,39 +121,82 @@ def probe(path: Path) -> Probe:
                 raise ValueError(f"{path}: no frame could be decoded; replace the file")
             turned = frame.rotation % 180 != 0
             height, width = (frame.height, frame.width)[:: -1 if turned else 1]
-            if not num_frames:  # WebM and others do not store it: one packet is one frame
+            if not 0 < num_frames < 2**31:  # WebM and others store none: one packet is one frame
                 container.seek(0)
                 num_frames = sum(packet.size > 0 for packet in container.demux(stream))
             return Probe("video", num_frames, height, width, float(stream.average_rate or 0))
 
 
-def read_clip(path: Path, start: int, count: int, stride: int = 1) -> Frames:
-    """Frames start, start + stride, ... of a video; all `count` of them, or a `ValueError`."""
-    last = start + (count - 1) * stride
+def read_clip(
+    path: File,
+    start: int,
+    count: int,
+    stride: int = 1,
+    size: tuple[int, int] | None = None,
+) -> Frames:
+    """Frames start, start + stride, ... of a video; all `count` of them, or a `ValueError`.
+
+    With a `size` (height, width), `resize_crop` is applied to each frame as it comes.
+    """
+    last, done, clip = start + (count - 1) * stride, 0, None
+    with _open(path) as (file, demuxer):
+        if demuxer == "image":
+            raise ValueError(f"{path} is a picture, not a video; give it type 'image'")
+        with _video(path, file, demuxer) as (container, stream):
+            height, width = size or (stream.height, stream.width)
+            if count * width * height > MAX_PIXELS:
+                raise ValueError(
+                    f"{path}: {count} frames of {height}x{width} exceed {MAX_PIXELS} "
+                    f"pixels in memory; scale the file down"
+                )
+            for index, frame in enumerate(container.decode(stream)):
+                _check_size(path, frame.height, frame.width)  # it may change on the way
+                if frame.is_corrupt:  # the decoder made something up
+                    raise ValueError(f"{path}: frame {index} is damaged; replace the file")
+                if index >= start and (index - start) % stride == 0:
+                    picture = _upright(frame)
+                    picture = _resize_crop(picture, *size) if size else picture
+                    if clip is None:
+                        clip = np.empty((count, *picture.shape), np.uint8)
+                    if picture.shape != clip.shape[1:]:
+                        raise ValueError(f"{path}: frames change their size; encode it anew")
+                    clip[done], done = picture, done + 1
+                if index == last:
+                    break
+    if done < count:
+        raise ValueError(
+            f"{path}: {done} frames decoded of {count} wanted (from {start}, every "
+            f"{stride}); the file is damaged or shorter than its header says"
+        )
+    return clip
+
+
+def read_frames(path: File, indices: Sequence[int], side: int) -> Frames:
+    """The frames of a video at the ascending `indices`, in one pass, at most `side` pixels long."""
     frames = []
     with _open(path) as (file, demuxer):
         if demuxer == "image":
             raise ValueError(f"{path} is a picture, not a video; give it type 'image'")
         with _video(path, file, demuxer) as (container, stream):
-            if count * stream.width * stream.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{path}: {count} frames of {stream.height}x{stream.width} exceed {MAX_PIXELS} "
-                    f"pixels in memory; scale the file down"
-                )
             for index, frame in enumerate(container.decode(stream)):
-                if index >= start and (index - start) % stride == 0:
-                    frames.append(_upright(frame))
-                if index == last:
+                if index == indices[len(frames)]:
+                    picture = _upright(frame)
+                    size = fit_side(*picture.shape[:2], side)
+                    frames.append(_resize_crop(picture, *size))
+                if len(frames) == len(indices):
                     break
-    if len(frames) < count:
-        raise ValueError(
-            f"{path}: {len(frames)} frames decoded of {count} wanted (from {start}, every "
-            f"{stride}); the file is damaged or shorter than its header says"
-        )
+    if len(frames) < len(indices):
+        raise ValueError(f"{path}: frame {indices[len(frames)]} does not decode; replace the file")
     return np.stack(frames)
 
 
-def read_image(path: Path) -> Picture:
+def fit_side(height: int, width: int, side: int) -> tuple[int, int]:
+    """The size scaled so that its longer side is at most `side`."""
+    scale = min(1.0, side / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def read_image(path: File) -> Picture:
     """A picture as RGB, turned as its EXIF orientation says."""
     with _open(path) as (file, demuxer):
         if demuxer != "image":
@@ -123,27 +212,32 @@ def resize_crop(
     frames: UInt8[np.ndarray, "F h w 3"], height: int, width: int
 ) -> UInt8[np.ndarray, "F {height} {width} 3"]:
     """Scale to cover (height, width), bilinear with antialias, then crop the centre (spec 8.3)."""
-    _, h, w, _ = frames.shape
+    return np.stack([_resize_crop(frame, height, width) for frame in frames])
+
+
+def _resize_crop(
+    frame: UInt8[np.ndarray, "h w 3"], height: int, width: int
+) -> UInt8[np.ndarray, "{height} {width} 3"]:
+    h, w, _ = frame.shape
     if (h, w) == (height, width):
-        return frames
+        return frame
     tall = height * w > width * h
     rows, columns = (height, w * height // h) if tall else (h * width // w, width)
     top, left = round((rows - height) / 2), round((columns - width) / 2)
-    resized = np.stack(
-        [
-            Image.fromarray(frame).resize((columns, rows), Image.Resampling.BILINEAR)
-            for frame in frames
-        ]
-    )
-    return resized[:, top : top + height, left : left + width]
+    resized = Image.fromarray(frame).resize((columns, rows), Image.Resampling.BILINEAR)
+    return np.asarray(resized)[top : top + height, left : left + width]
 
 
-def write_video(path: Path, frames: Frames, fps: int = 8, crf: int = 18) -> None:
-    """H.264 in yuv420p, which every player shows; `crf` 0 is best, 51 worst."""
+def write_video(path: Path, frames: Frames, fps: int = 8, crf: int = 18, comment: str = "") -> None:
+    """H.264 in yuv420p, which every player shows; `crf` 0 is best, 51 worst.
+
+    The `comment` lies in the file's metadata.
+    """
     _, height, width, _ = frames.shape
     if height % 2 or width % 2:
         raise ValueError(f"{path}: {height}x{width} frames cannot be yuv420p; use even sizes")
     with open(path, "wb") as file, av.open(file, "w", format="mp4") as container:
+        container.metadata["comment"] = comment
         stream = container.add_stream("libx264", rate=fps, options={"crf": str(crf)})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for frame in frames:
@@ -155,6 +249,12 @@ def write_png(path: Path, picture: Picture) -> None:
     Image.fromarray(picture).save(path, format="PNG")
 
 
+def write_gif(path: Path, frames: Frames, fps: int = 8) -> None:
+    """An endless animation; GIF knows 256 colours."""
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    first.save(path, "GIF", save_all=True, append_images=rest, duration=1000 // fps, loop=0)
+
+
 def contact_sheet(
     videos: UInt8[np.ndarray, "B F H W 3"], columns: int = 8
 ) -> UInt8[np.ndarray, "_ _ 3"]:
@@ -164,15 +264,9 @@ def contact_sheet(
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[tuple[BinaryIO, str]]:
+def _open(path: File) -> Iterator[tuple[BinaryIO, str]]:
     """The open file and its demuxer, told from its first bytes and never from its name."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    if not stat.S_ISREG(mode):
-        raise ValueError(f"{path} is not a regular file")
-    with open(path, "rb") as file:
+    with _bytes(path) as file:
         head = file.read(16)
         file.seek(0)
         for offset, magic, demuxer in MAGIC:
@@ -184,11 +278,15 @@ def _open(path: Path) -> Iterator[tuple[BinaryIO, str]]:
     )
 
 
+def _bytes(path: File) -> BinaryIO:
+    return open_regular(path) if isinstance(path, Path) else io.BytesIO(path.read())
+
+
 @contextmanager
-def _picture(path: Path, file: BinaryIO) -> Iterator[Image.Image]:
+def _picture(path: File, file: BinaryIO) -> Iterator[Image.Image]:
     try:
         image = Image.open(file, formats=PICTURES)
-    except OSError as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable picture ({error})") from error
     with image:
         _check_size(path, image.height, image.width)
@@ -196,7 +294,7 @@ def _picture(path: Path, file: BinaryIO) -> Iterator[Image.Image]:
 
 
 @contextmanager
-def _video(path: Path, file: BinaryIO, demuxer: str) -> Iterator[tuple]:
+def _video(path: File, file: BinaryIO, demuxer: str) -> Iterator[tuple]:
     """The container and its first video stream; FFmpeg's errors become `ValueError`s."""
     try:
         with av.open(file, format=demuxer) as container:
@@ -213,7 +311,7 @@ def _video(path: Path, file: BinaryIO, demuxer: str) -> Iterator[tuple]:
         raise ValueError(f"{path}: does not decode ({error.strerror}); replace the file") from error
 
 
-def _check_size(path: Path, height: int, width: int) -> None:
+def _check_size(path: File, height: int, width: int) -> None:
     if not 0 < max(height, width) <= MAX_SIDE:
         raise ValueError(f"{path} is {height}x{width}; at most {MAX_SIDE} pixels a side are read")
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.numpy import load, load_file, save, save_file
+from safetensors.numpy import load_file, save, save_file
 
 from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.tensors.files import DTYPES
 
 VERSION = 1
 INDEX_TYPES = {
@@ -36,6 +36,7 @@ INDEX_TYPES = {
     "source_height": np.int32,
     "source_width": np.int32,
     "num_captions": np.int32,
+    "source": str,  # its name in a mixture, or ""
 }
 
 Texts = tuple[Float[np.ndarray, "_rows _L _width"], ...]
@@ -94,6 +95,8 @@ class Writer:
             _load_columns(_shard_path(self.folder, s).with_suffix(".npz"))
             for s in range(num_shards)
         ]
+        for part in parts:  # shards of before there were mixtures name no source
+            part.setdefault("source", np.full(len(part["clip"]), ""))
         index = {name: np.concatenate([part[name] for part in parts]) for name in INDEX_TYPES}
         header = {
             "version": VERSION,
@@ -136,12 +139,15 @@ class Records:
     def __len__(self) -> int:
         return len(self.index["clip"])
 
+    def __reduce__(self):  # a process opens its own readers
+        return Records, (self.folder,)
+
     def __getitem__(self, record: int) -> dict[str, np.ndarray]:
         shard = int(np.searchsorted(self.ends, record, side="right"))
         first = self.ends[shard] - self.header["shards"][shard]
         try:
-            return load(self.readers[shard].read([int(record - first)])[0])
-        except (RuntimeError, ValueError, SafetensorError) as error:
+            return _arrays(self.readers[shard].read([int(record - first)])[0])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(self._damaged(shard, f"record {record}: {error}")) from error
 
     def _open(self, shard: int, count: int) -> ArrayRecordReader:
@@ -181,6 +187,18 @@ def _write_records(path: Path, records: Sequence[dict[str, np.ndarray]]) -> None
     for record in records:
         writer.write(save(record))
     writer.close()
+
+
+def _arrays(content: bytes) -> dict[str, np.ndarray]:
+    """The safetensors bytes of a record, as views into them: nothing is copied."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    body, arrays = memoryview(content)[start:], {}
+    for name, field in json.loads(content[8:start]).items():
+        if name != "__metadata__":
+            begin, end = field["data_offsets"]
+            values = np.frombuffer(body[begin:end], DTYPES[field["dtype"]])
+            arrays[name] = values.reshape(field["shape"])
+    return arrays
 
 
 def _save_columns(path: Path, columns: dict[str, np.ndarray]) -> None:

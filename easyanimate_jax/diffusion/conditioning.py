@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 MASK_SCALE = 0.7125  # the reference scales the mask channel with the latents (spec 6.1)
 UNKNOWN = -1.0  # the value of pixels that are not given
+CAMERA_SCALE = 6.0
 SAMPLING_NOISE = 0.0563  # noise_aug_strength of the released transformers
 
 KINDS_OF_VIDEO = (0.05, 0.20, 0.20, 0.20, 0.05, 0.05, 0.05, 0.10, 0.05, 0.05)  # spec 6.5
@@ -56,8 +57,8 @@ def reference_noise(
     return jnp.where(video == UNKNOWN, video, video + noise)
 
 
-def resize_mask(mask: Float[Array, "B F H W 1"]) -> Float[Array, "B T h w 1"]:
-    """A pixel mask at the size of its latents; frame 0 alone, then fours (spec 6.3).
+def resize_mask(mask: Float[Array, "B F H W C"]) -> Float[Array, "B T h w C"]:
+    """A pixel mask, or camera rays, at the size of the latents; frame 0 alone, then fours (6.3).
 
     Trilinear sampling at whole ratios reads two samples per axis: pixels 8y+3 and 8y+4, and of
     every four frames the middle two.
@@ -79,6 +80,23 @@ def inpaint_condition(
 ) -> Float[Array, "B T h w C+1"]:
     """The extra channels of the inpaint model: where the picture is given, and what it shows."""
     return jnp.concatenate([resize_mask(1 - mask) * MASK_SCALE, masked_latents], axis=-1)
+
+
+def camera_condition(rays: Float[Array, "B F H W 6"]) -> Float[Array, "B T h w 6"]:
+    """Pluecker rays as the camera model takes them in the place of a control video (spec 7.1)."""
+    return resize_mask(rays) * CAMERA_SCALE
+
+
+def repaint_mask(mask: Float[Array, "B F H W 1"]) -> Float[Array, "B T h w 1"]:
+    """The mask at the size of the latents for blending: corners on corners (spec 6.6)."""
+    for axis, factor in ((1, 4), (2, 8), (3, 8)):
+        size = mask.shape[axis]
+        place = np.linspace(0, size - 1, -(-size // factor))
+        low = np.floor(place).astype(int)
+        share = np.float32(place - low).reshape([-1 if a == axis else 1 for a in range(5)])
+        high = np.minimum(low + 1, size - 1)
+        mask = mask.take(low, axis) * (1 - share) + mask.take(high, axis) * share
+    return mask
 
 
 def random_mask(

@@ -1,8 +1,9 @@
-"""V5's noise process: DDPM with zero terminal SNR, v-prediction, sampled by DDIM (spec 4.1).
+"""V5's noise process: DDPM with zero terminal SNR, v-prediction (spec 4.1).
 
 `time` is 0 ... 999; at 999 nothing of the signal is left, so sampling starts from pure noise.
 A process is a value: `DDPM` and `flow.Flow` have the same methods. Times of shape (B,) or () are
-broadcast over the other dimensions, so all of it works on latents and on tokens.
+broadcast over the other dimensions, so all of it works on latents and on tokens. `samplers` makes
+the walks from noise to data of `timesteps`, `levels` and `clean_of`, in float64 on the host.
 """
 
 from dataclasses import dataclass
@@ -14,21 +15,22 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from easyanimate_jax.diffusion.times import (
     NUM_TRAIN_TIMES,
     align,
-    first_step,
     to_index,
     uniform,
 )
 
 
-def _signal_power() -> np.ndarray:
-    """The cumulative alphas (1000,): scaled-linear betas, rescaled to zero terminal SNR."""
+def _signal_power() -> tuple[np.ndarray, np.ndarray]:
+    """The cumulative alphas (1000,) of scaled-linear betas, as they are and at zero final SNR."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, NUM_TRAIN_TIMES) ** 2
-    root = np.sqrt(np.cumprod(1 - betas))
+    power = np.cumprod(1 - betas)
+    root = np.sqrt(power)
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    return (root**2).astype(np.float32)
+    return power, root**2
 
 
-SIGNAL_POWER = _signal_power()
+SIGNAL_POWER_OF_BETAS, _POWER = _signal_power()
+SIGNAL_POWER = _POWER.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -57,32 +59,24 @@ class DDPM:
         signal, sigma = _scales(time, x)
         return signal * x - sigma * prediction
 
-    def intervals(self, num_steps: int, strength: float = 1.0) -> Float[np.ndarray, "steps 2"]:
-        """The (time, next_time) of each DDIM step, trailing spacing; -1 or less is clean data.
+    def timesteps(self, num_steps: int) -> Float[np.ndarray, "steps"]:
+        """The times at which a sampler of `num_steps` steps asks the network: trailing spacing."""
+        k = np.arange(num_steps)
+        return np.round(NUM_TRAIN_TIMES - k * NUM_TRAIN_TIMES / num_steps) - 1
 
-        As in the reference, the next time is `time - 1000 // num_steps`: where num_steps does not
-        divide 1000 it can differ by one from the time of the following step.
-        """
-        start = first_step(num_steps, strength)
-        k = np.arange(start, num_steps)
-        time = np.round(NUM_TRAIN_TIMES - k * NUM_TRAIN_TIMES / num_steps) - 1
-        return np.stack([time, time - NUM_TRAIN_TIMES // num_steps], axis=1).astype(np.float32)
+    clean_time = -1  # and less: where only data is left
 
-    def timesteps(self, num_steps: int, strength: float = 1.0) -> Float[np.ndarray, "steps"]:
-        return self.intervals(num_steps, strength)[:, 0]
+    def levels(self, times: Float[np.ndarray, "K"]) -> tuple[np.ndarray, np.ndarray]:
+        """Signal and sigma at whole `times`."""
+        power = np.where(times < 0, 1.0, _POWER[np.maximum(times, 0).astype(int)])
+        return np.sqrt(power), np.sqrt(1 - power)
 
-    def step(self, x, prediction, time, next_time):
-        """One DDIM step with eta = 0, in float32; a negative `next_time` is clean data."""
-        signal, sigma = _scales(time, x)
-        clean = signal * x - sigma * prediction
-        noise = signal * prediction + sigma * x
-        signal, sigma = _scales(next_time, x)
-        return (signal * clean + sigma * noise).astype(x.dtype)
+    def clean_of(self, signal, sigma):
+        """What x and the prediction count for in the clean data they speak of."""
+        return signal, -sigma
 
 
 def _scales(time, x) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """How much signal and how much noise there is at `time`, aligned with x."""
-    time = jnp.asarray(time)
-    power = jnp.asarray(SIGNAL_POWER)[jnp.maximum(time, 0).astype(jnp.int32)]
-    power = align(jnp.where(time < 0, 1.0, power), x)
+    power = align(jnp.asarray(SIGNAL_POWER)[jnp.asarray(time).astype(jnp.int32)], x)
     return jnp.sqrt(power), jnp.sqrt(1 - power)

@@ -33,13 +33,14 @@ def training_facts(config, rows: list[dict]) -> dict:
             "loss_end": float(np.mean(losses[-tenth:])),
             "seconds": round(sum(row["seconds"] for row in rows if row["stage"] == stage.name), 1),
         }
-    vae = Path(config.vae) / "vae_report.json"
+    vae, goodput = Path(config.vae) / "vae_report.json", Path(config.run) / "goodput.jsonl"
     return {
         "stages": stages,
         "token_efficiency": sum(r["real_tokens"] for r in rows) / sum(r["tokens"] for r in rows),
         "compiled_train_programs": facts["compiled_train_programs"],
         "bucket_task_pairs": len({(row["bucket"], row["task"]) for row in rows}),
         "training_seconds": round(facts["seconds"], 1),
+        "goodput": json.loads(goodput.read_text().splitlines()[-1]) if goodput.is_file() else None,
         "vae": json.loads(vae.read_text()) if vae.is_file() else None,
         "seed": config.seed,
         "versions": {n: version(n) for n in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
@@ -66,4 +67,6 @@ def fact_table(facts: dict, more: dict) -> str:
     names = ("token_efficiency", "compiled_train_programs", "bucket_task_pairs")
     names += ("training_seconds", "seconds", "seed", "machine")
     rows = more | {name.replace("_", " "): facts.get(name, "not measured") for name in names}
+    goodput = facts.get("goodput") or {"goodput": "not measured"}
+    rows |= {"share of the time spent in new steps": goodput["goodput"]}
     return report.table(["", ""], list((rows | facts["versions"]).items()))

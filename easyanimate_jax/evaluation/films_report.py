@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from easyanimate_jax.data import media
-from easyanimate_jax.data.sources import read_folder
+from easyanimate_jax.data.sources import read_clips
 from easyanimate_jax.evaluation import facts, report
 from easyanimate_jax.evaluation.generate import generate, psnr, reconstruct
 from easyanimate_jax.evaluation.score import motion
@@ -16,7 +16,7 @@ SCALE = 1.5  # of the videos on the page
 def evaluate(run, encoder) -> tuple[dict, dict]:
     """(the figures, and per held-out clip its (video, caption) pairs for the page)."""
     samples = run.config.samples
-    clips, _ = read_folder(Path(run.config.source) / "heldout")
+    clips, _ = read_clips(Path(run.config.source) / "heldout")
     truth = np.stack(
         [
             media.resize_crop(

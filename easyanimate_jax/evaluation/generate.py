@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from easyanimate_jax.denoising import Sampling
 from easyanimate_jax.pipelines import image_to_video, text_to_video
 from easyanimate_jax.text.encode import TextEncoder
 
@@ -28,8 +29,7 @@ def generate(run, encoder: TextEncoder, texts: list[str], start=None) -> Videos:
         "frames": samples.frames,
         "height": samples.height,
         "width": samples.width,
-        "steps": samples.steps,
-        "guidance": samples.guidance,
+        "sampling": Sampling(steps=samples.steps, guidance=samples.guidance),
     }
     for first in range(0, len(texts), ROWS):
         rows = slice(first, first + ROWS)

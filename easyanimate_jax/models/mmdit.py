@@ -27,7 +27,7 @@ from easyanimate_jax.models.layers import (
     stack,
 )
 from easyanimate_jax.models.rope import MAX_GRID, Angles, rotary_angles, rotate
-from easyanimate_jax.sharding import by_device, own_part, token_axis
+from easyanimate_jax.sharding import by_device, token_axis
 
 Video = Float[Array, "B N D"]
 Text = Float[Array, "B L D"]
@@ -273,10 +273,10 @@ class Output(nnx.Module):
             kernel_init=nnx.initializers.zeros,
         )
 
-    def __call__(self, video: Video, time: Time) -> Float[Array, "B N out"]:
+    def modulated(self, video: Video, time: Time) -> Video:
         shift, scale = split_modulation(self.modulation(time), 2)
         video = self.norm(self.final_norm(video).astype(self.dtype)).astype(self.dtype)
-        return self.linear(video * (1 + scale) + shift)
+        return video * (1 + scale) + shift
 
 
 class MMDiT(nnx.Module):
@@ -310,16 +310,56 @@ class MMDiT(nnx.Module):
         texts: tuple[Float[Array, "B _ _"], ...],
     ) -> Float[Array, "B N out"]:
         """The prediction for every token; tokens past a sample's length influence nothing else."""
-        config = self.config
-        axis = token_axis(jax.sharding.get_abstract_mesh(), tokens.shape[0])
-        num_text = sum(text.shape[1] for text in texts)
-        angles = rotary_angles(grid, tokens.shape[1], config.head_width)
+        video, text, time = self.embed(tokens, time, texts)
+        features = self.features(video, text, time, grid, lengths)
+        (out,) = by_device(
+            lambda linear, x: (linear(x),),
+            self.output.linear,
+            (features,),
+            (STREAM,),
+            (STREAM,),
+            dtype=self.config.dtype,
+        )
+        return out
+
+    def embed(
+        self,
+        tokens: Float[Array, "B N in"],
+        time: Float[Array, "B"],
+        texts: tuple[Float[Array, "B _ _"], ...],
+    ) -> tuple[Video, Text, Time]:
+        """What enters the first block."""
 
         def enter(weights, tokens, time, *texts):
             patches, embed_time, projections = weights
             text = [project(text) for project, text in zip(projections, texts, strict=True)]
-            text = own_part(jnp.concatenate(text, axis=1), axis)
-            return patches(tokens.astype(config.dtype)), text, embed_time(time)
+            tokens = patches(tokens.astype(self.config.dtype))
+            return tokens, jnp.concatenate(text, axis=1), embed_time(time)
+
+        whole = ("batch", None, None)
+        return by_device(
+            enter,
+            (self.patches, self.time, self.texts),
+            (tokens, time, *texts),
+            (STREAM, ("batch",), *[whole] * len(texts)),
+            (STREAM, whole, ("batch", None)),
+            dtype=self.config.dtype,
+        )
+
+    def features(
+        self,
+        video: Video,
+        text: Text,
+        time: Time,
+        grid: Int[Array, "B 3"],
+        lengths: Int[Array, "B"],
+    ) -> Video:
+        """What the last layer, `output.linear`, reads."""
+        config, mesh = self.config, jax.sharding.get_abstract_mesh()
+        axis, num_text = token_axis(mesh, video.shape[0]), text.shape[1]
+        if axis is not None:  # whole parts of the text too
+            text = jnp.pad(text, ((0, 0), (0, -num_text % mesh.shape[axis]), (0, 0)))
+        angles = rotary_angles(grid, video.shape[1], config.head_width)
 
         def attend_and_mix(block, video, text, time, cos, sin, lengths):
             return block(video, text, time, (cos, sin), lengths, num_text=num_text, axis=axis)
@@ -331,20 +371,12 @@ class MMDiT(nnx.Module):
                 attend_and_mix, block, inputs, names, (STREAM, STREAM), dtype=config.dtype
             )
 
-        video, text, time = by_device(
-            enter,
-            (self.patches, self.time, self.texts),
-            (tokens, time, *texts),
-            (STREAM, ("batch",), *[("batch", None, None)] * len(texts)),
-            (STREAM, STREAM, ("batch", None)),
-            dtype=config.dtype,
-        )
         for blocks in self.blocks:
             video, text = scan_blocks(
                 run, (video, text), blocks, save=config.save, offload=config.offload
             )
         (out,) = by_device(
-            lambda output, video, time: (output(video, time),),
+            lambda output, video, time: (output.modulated(video, time),),
             self.output,
             (video, time),
             (STREAM, ("batch", None)),

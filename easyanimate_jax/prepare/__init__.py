@@ -27,10 +27,10 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
-from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Shape, grid_of
+from easyanimate_jax.data.decode import decoders
 from easyanimate_jax.data.records import LatentSet, Texts, Writer, write_texts
-from easyanimate_jax.data.sources import Clip, read_folder
+from easyanimate_jax.data.sources import Clip, read_clips
 from easyanimate_jax.diffusion.conditioning import MASK_SCALE, UNKNOWN, random_mask, resize_mask
 from easyanimate_jax.models.mmdit import patchify
 from easyanimate_jax.models.vae import CausalVAE
@@ -81,7 +81,7 @@ def prepare(
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    clips, problems = read_folder(source)
+    clips, problems = read_clips(source)
     quarantine = Quarantine(output / "quarantine.jsonl")
     for problem in problems:
         quarantine.add(problem._asdict())
@@ -114,7 +114,7 @@ def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]
         if shape is not None:
             last_start = clip.num_frames - 1 - (shape.frames - 1) * stride
             start = int(_rng(seed, latent_set.name, clip.name).integers(last_start + 1))
-            jobs.append(Job(clip, shape, start, stride))
+            jobs.append(Job(clip, shape, clip.first + start, stride))
     if not jobs:
         raise ValueError(
             f"set {latent_set.name!r}: none of {len(clips)} clips is of kind "
@@ -230,14 +230,13 @@ def _rows(shape: Shape) -> int:
 
 
 def _read(job: Job) -> UInt8[np.ndarray, "F H W 3"] | ValueError:
+    size = job.shape[1:]
     try:
         if job.clip.kind == "image":
-            frames = media.read_image(job.clip.path)[None]
-        else:
-            frames = media.read_clip(job.clip.path, job.start, job.shape.frames, job.stride)
+            return decoders().read_image(job.clip.path, size)
+        return decoders().read_clip(job.clip.path, job.start, job.shape.frames, job.stride, size)
     except ValueError as error:
         return error
-    return media.resize_crop(frames, job.shape.height, job.shape.width)
 
 
 def _encode_group(vae, latent_set: LatentSet, good: list, seed: int) -> list[dict[str, np.ndarray]]:
@@ -321,6 +320,7 @@ def _index_row(job: Job) -> dict:
         "source_height": job.clip.height,
         "source_width": job.clip.width,
         "num_captions": len(job.clip.captions),
+        "source": job.clip.source,
     }
 
 

@@ -38,7 +38,7 @@ CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # the format's own limit
 # Bytes that are read and written at a time. A stack is cut anywhere between its layers; rows of a
 # matrix can be columns in the file it comes from, so one layer of the 12B in float32 stays whole.
-PIECE, MATRIX = 2**25, 2**28
+PIECE, MATRIX = 2**22, 2**28
 READERS = 2  # threads that read and transpose what is written next
 SHARD = 5 * 10**9  # bytes of a file, as transformers and diffusers cut them
 

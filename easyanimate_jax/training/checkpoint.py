@@ -1,106 +1,398 @@
-"""Checkpoints: an orbax manager with three items a step: `state`, `ema` and `meta`.
+"""Checkpoints that are what was saved: three orbax items a step, and every array's fingerprint.
 
-`ema` is an item of its own because sampling reads only that. `meta` is JSON: the position in the
-schedule, the plan it belongs to, and the whole config, from which `runs.load_run` rebuilds
-everything. A step directory appears under its name only when it is complete (orbax renames it).
+    RUN/checkpoints/500/state       weights, moments, counters
+    RUN/checkpoints/500/ema         the averaged weights: sampling reads only these
+    RUN/checkpoints/500/meta        JSON: position, plan, config, versions, fingerprints, digest
+    RUN/checkpoints/500/verified-0-of-1    the files were read and hold the bits that were saved
+    RUN/checkpoints/500.corrupt     they do not; `reason` inside
+
+orbax writes in the background and does not check what it reads. So each array's fingerprint is
+taken on the device when it is saved, and compared with the files after they are written and with
+the arrays after they are restored. A step appears under its name only when it is complete, and
+disappears in one rename. `python -m easyanimate_jax.training.checkpoint verify|list|diff DIR`.
 """
 
+import argparse
+import hashlib
 import json
+import os
 import shutil
-from collections.abc import Sequence
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
+from jax.experimental import multihost_utils
 
+from easyanimate_jax.tensors.fingerprint import fingerprint
+from easyanimate_jax.tensors.orbax_item import fingerprint_on_disk, names
+from easyanimate_jax.training.faults import kill_if_asked
 from easyanimate_jax.training.step import TrainState
+
+ITEMS = ("state", "ema")
+LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
+SPARE_SPACE = 1.2  # free bytes asked for, as a multiple of the state's
+MAX_FAILURES = 3  # saves in a row
+
+
+class NotFiniteError(Exception):
+    """A state with NaN or infinity in it, which is never saved."""
+
+
+class StorageError(Exception):
+    """Checkpoints cannot be written, or none of them can be read."""
 
 
 class Checkpoints:
-    """The checkpoints of one run; saving is asynchronous, `close` waits for it."""
+    """The checkpoints of one run. Saving and the check of what was saved go on in the background.
 
-    def __init__(self, folder: Path, *, keep: int, keep_steps: Sequence[int] = ()):
-        policy = preservation_policy.AnyPreservationPolicy(
-            [preservation_policy.LatestN(keep), preservation_policy.CustomSteps(list(keep_steps))]
-        )
+    Kept are the last `keep` verified steps, at least two, all of `keep_steps`, and multiples of
+    `keep_every`. A save that fails is said and counted; after three in a row the next one raises
+    StorageError.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        keep_steps: Sequence[int] = (),
+        keep_every: int | None = None,
+    ):
         self.folder = Path(folder).absolute()
-        self.manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy),
-            item_names=("state", "ema", "meta"),
+        self.keep, self.keep_steps, self.keep_every = max(2, keep), set(keep_steps), keep_every
+        self.process, self.processes = jax.process_index(), jax.process_count()
+        self.checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(*ITEMS, "meta"), timeout_secs=600
         )
+        self.writing: int | None = None  # the step that orbax writes now
+        self.failures = 0
+        self.checking = threading.Thread()
+        if self.process == 0:
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            remove_leftovers(self.folder)
+            self.prune()
+        _wait_for_all("checkpoints")
 
     def save(self, step: int, state: TrainState, meta: dict) -> None:
-        """Start writing `state` as checkpoint `step`; does nothing if that step exists."""
-        if step in self.manager.all_steps():
+        """Start writing `state` as checkpoint `step`; does nothing if that step exists.
+
+        Raises NotFiniteError, naming the arrays, and saves nothing, if one of them is not finite.
+        """
+        self.settle()
+        if self.failures >= MAX_FAILURES:
+            raise StorageError(f"{self.failures} saves in a row failed; see the lines above")
+        if step in complete_steps(self.folder):
             return
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(named_leaves(state._replace(ema=None))),
-            ema=ocp.args.PyTreeSave(named_leaves(state.ema)),
-            meta=ocp.args.JsonSave(meta),
-        )
-        self.manager.save(step, args=items)
+        items = {
+            "state": named_leaves(state._replace(ema=None)),
+            "ema": named_leaves(state.ema),
+        }
+        meta = meta | {"versions": {name: version(name) for name in PACKAGES}}
+        meta["arrays"] = {item: describe(named) for item, named in items.items()}
+        size = sum(leaf.nbytes for named in items.values() for leaf in named.values())
+        free = shutil.disk_usage(self.folder).free
+        if not _same_for_all(free >= SPARE_SPACE * size):
+            self._failed(step, f"{free / 1e9:.2f} GB are free, and {size / 1e9:.2f} GB to write")
+            return
+        try:
+            self.checkpointer.save(
+                self.folder / str(step),
+                args=ocp.args.Composite(
+                    **{item: ocp.args.PyTreeSave(named) for item, named in items.items()},
+                    meta=ocp.args.JsonSave(_sealed(meta)),
+                ),
+            )
+            self.writing = step
+        except Exception as error:  # orbax, tensorstore and the file system all have their own
+            self._failed(step, error)
+        kill_if_asked("writing", step)
 
-    def latest(self) -> int | None:
-        """The newest complete step, or None."""
-        return self.manager.latest_step()
+    def settle(self) -> None:
+        """Wait for the write under way, say what became of it, and begin to check its files."""
+        step, self.writing = self.writing, None
+        if step is None:
+            return
+        try:
+            self.checkpointer.wait_until_finished()
+        except Exception as error:  # as in save
+            self._failed(step, error)
+            return
+        kill_if_asked("written", step)
+        if self.checking.ident:
+            self.checking.join()
+        self.checking = threading.Thread(target=self._check, args=(step,))
+        self.checking.start()
 
-    def meta(self, step: int) -> dict:
-        """The position and config stored with a step."""
-        return self.manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))[
-            "meta"
-        ]
+    def poll(self) -> None:
+        """To be called between steps: settles as soon as there is nothing to wait for."""
+        if self.writing is not None and (self.folder / str(self.writing)).is_dir():
+            self.settle()
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state of `step`, straight onto the shardings of the abstract state `like`."""
-        rest = like._replace(ema=None)
-        items = self.manager.restore(
-            step,
-            args=ocp.args.Composite(state=_restore_like(rest), ema=_restore_like(like.ema)),
-        )
-        return _rebuild(rest, items["state"])._replace(ema=_rebuild(like.ema, items["ema"]))
+    def restore(
+        self, like: Callable[[dict], TrainState], *, before: int | None = None
+    ) -> tuple[int, TrainState, dict] | None:
+        """(step, state, meta) of the newest step whose restored arrays are those that were saved.
 
-    def close(self) -> None:
-        """Wait for the writes under way, and raise what went wrong in them."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        `like` makes of a step's meta the abstract state: shapes and shardings, of any mesh. It may
+        raise ValueError for a checkpoint of another run. A step that is damaged is set aside as
+        STEP.corrupt. None if there is no step (earlier than `before`, if given); StorageError if
+        all there were are damaged: a run does not begin anew by itself.
+        """
+        self.finish()
+        while (step := self._newest(before)) is not None:
+            try:
+                meta = read_step_meta(self.folder / str(step))
+            except ValueError as error:
+                self._set_aside(step, str(error))
+                continue
+            abstract = like(meta)
+            wanted = {"state": abstract._replace(ema=None), "ema": abstract.ema}
+            _check_fit(step, meta, wanted)
+            try:
+                parts = {
+                    item: self._read(self.folder / str(step) / item, part)
+                    for item, part in wanted.items()
+                }
+            except Exception as error:  # whatever a reader makes of damaged bytes
+                if self.processes > 1:  # the others may wait for us; the next start takes another
+                    set_aside(self.folder / str(step), f"cannot be read: {error}")
+                    raise StorageError(f"checkpoint {step} cannot be read: {error}") from error
+                self._set_aside(step, f"cannot be read: {error}")
+                continue
+            wrong = differing(meta, parts)
+            if wrong:
+                self._set_aside(step, f"other bits than were saved, in {', '.join(wrong)}")
+                continue
+            if "arrays" not in meta:
+                print(f"checkpoint {step} is from before fingerprints: used unverified", flush=True)
+            elif self.process == 0:
+                _mark(self.folder / str(step), 0, 1)
+            return step, parts["state"]._replace(ema=parts["ema"]), meta
+        damaged = sorted(path.name for path in self.folder.glob("*.corrupt*"))
+        if damaged and before is None:
+            raise StorageError(
+                f"no good checkpoint is left in {self.folder}, only {', '.join(damaged)}; bring "
+                f"one back, or remove the folder to begin anew"
+            )
+        return None
+
+    def drop_after(self, step: int) -> None:
+        """Delete the steps of a trajectory that was given up."""
+        if self.process == 0:
+            for later in complete_steps(self.folder):
+                if later > step:
+                    _delete(self.folder / str(later))
+        _wait_for_all(f"dropped after {step}")
+
+    def prune(self) -> None:
+        """Delete what need not be kept; nothing while there are fewer than two verified steps."""
+        steps = complete_steps(self.folder)
+        verified = [step for step in steps if is_verified(self.folder / str(step))]
+        if len(verified) < 2:
+            return
+        last = set(verified[-self.keep :])
+        for step in steps:
+            multiple = self.keep_every and step % self.keep_every == 0
+            if step < verified[-1] and not (step in last | self.keep_steps or multiple):
+                _delete(self.folder / str(step))
+
+    def finish(self) -> None:
+        """Wait until everything is written and checked."""
+        self.settle()
+        if self.checking.ident:
+            self.checking.join()
+
+    def close(self, last: int | None = None) -> None:
+        """`finish`; raises StorageError if the step `last` is not there in the end."""
+        self.finish()
+        self.checkpointer.close()
+        if last is not None and last not in complete_steps(self.folder):
+            raise StorageError(f"checkpoint {last} could not be saved in {self.folder}")
+
+    def _check(self, step: int) -> None:
+        """Compare this process's share of the arrays with the files; then make room."""
+        path = self.folder / str(step)
+        wrong = damage(path, share=(self.process, self.processes))
+        if wrong:
+            self.failures += 1
+            set_aside(path, "; ".join(wrong))
+        else:
+            self.failures = 0
+            _mark(path, self.process, self.processes)
+            if self.process == 0:
+                self.prune()
+
+    def _failed(self, step: int, reason) -> None:
+        self.failures += 1
+        reason = " ".join(str(reason).split())[:300]
+        print(f"\ncheckpoint {step} was not saved: {reason}", flush=True)
+        if self.process == 0:
+            remove_leftovers(self.folder)
+        if self.processes > 1:  # the others wait for us; the next start tries again
+            raise StorageError(f"checkpoint {step} was not saved: {reason}")
+
+    def _newest(self, before: int | None) -> int | None:
+        steps = complete_steps(self.folder)
+        fitting = [step for step in steps if before is None or step < before]
+        newest = _same_for_all(fitting[-1] if fitting else -1)
+        return None if newest < 0 else int(newest)
+
+    def _set_aside(self, step: int, reason: str) -> None:
+        if self.process == 0:
+            set_aside(self.folder / str(step), reason)
+        _wait_for_all(f"set aside {step}")
+
+    def _read(self, path: Path, like):
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return _read(checkpointer, path, like)
+
+
+def describe(named: dict[str, jax.Array]) -> dict[str, list]:
+    """Name -> [fingerprint, dtype, shape]. Raises NotFiniteError where a value is not finite."""
+    prints = [_inspect(x) for x in named.values()]
+    bad = [name for name, (_, finite) in zip(named, prints, strict=True) if not finite]
+    if bad:
+        raise NotFiniteError(f"not finite: {', '.join(bad)}")
+    return {
+        name: [f"{value:08x}", str(leaf.dtype), list(leaf.shape)]
+        for (name, leaf), (value, _) in zip(named.items(), prints, strict=True)
+    }
+
+
+def differing(meta: dict, parts: dict) -> list[str]:
+    """The restored arrays that have other fingerprints than `meta` says."""
+    if "arrays" not in meta:
+        return []
+    named = {item: named_leaves(part) for item, part in parts.items()}
+    return [
+        f"{item}.{name}"
+        for item, arrays in named.items()
+        for name, array in arrays.items()
+        if f"{_inspect(array)[0]:08x}" != meta["arrays"][item][name][0]
+    ]
+
+
+def damage(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """What is wrong with the files of a step; every `share[1]`-th array is read, no device used."""
+    try:
+        meta = read_step_meta(path)
+    except ValueError as error:
+        return [str(error)]
+    if "arrays" not in meta:
+        return ["it is from before fingerprints: nothing to compare its arrays with"]
+    wrong = []
+    for item in ITEMS:
+        expected = meta["arrays"][item]
+        try:
+            missing = sorted(set(expected) ^ set(names(path / item)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            missing, expected = [f"the list of arrays ({error})"], {}
+        wrong += [f"{item}.{name} is missing or unknown" for name in missing]
+        for name in list(expected)[share[0] :: share[1]]:
+            try:
+                same = f"{fingerprint_on_disk(path / item, name):08x}" == expected[name][0]
+            except Exception as error:  # whatever a reader makes of damaged bytes
+                wrong.append(f"{item}.{name} cannot be read: {str(error)[:200]}")
+                continue
+            if not same:
+                wrong.append(f"{item}.{name} has other bits than were saved")
+    return wrong
+
+
+def read_step_meta(path: Path) -> dict:
+    """The meta of a step folder. Raises ValueError if it is missing or not what was written."""
+    file = path / "meta" / "metadata"
+    try:
+        meta = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no checkpoint of ours: {file} is missing or no JSON"
+        ) from error
+    if not isinstance(meta, dict) or ("digest" not in meta and "arrays" in meta):
+        raise ValueError(f"{file} is damaged: it has lost its digest")
+    if "digest" in meta and _sealed(meta) != meta:
+        raise ValueError(f"{file} is damaged: its digest is another")
+    return meta
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """The steps that were written whole, in order."""
+    return sorted(int(p.name) for p in Path(folder).glob("*") if p.name.isdigit())
+
+
+def is_verified(path: Path) -> bool:
+    """Whether the files of a step were read and found right, by all processes of some run."""
+    done: dict[str, int] = {}
+    for mark in path.glob("verified-*-of-*"):
+        count = mark.name.rsplit("-", 1)[1]
+        done[count] = done.get(count, 0) + 1
+    return any(number == int(count) for count, number in done.items())
 
 
 def read_meta(folder: str | Path, step: int | None = None) -> tuple[int, dict]:
     """(step, meta) of a run folder's newest or named checkpoint, without touching a device.
 
-    Raises ValueError if there is none.
+    Raises ValueError if there is none, or if its meta is damaged.
     """
     root = Path(folder) / "checkpoints"
-    steps = sorted(int(p.name) for p in root.glob("*") if p.name.isdigit())
+    steps = complete_steps(root)
     if not steps or (step is not None and step not in steps):
         wanted = "a checkpoint" if step is None else f"checkpoint {step}"
         raise ValueError(f"{folder} holds no {wanted}; complete ones in {root}: {steps or 'none'}")
     step = steps[-1] if step is None else step
-    meta = root / str(step) / "meta" / "metadata"
-    if not meta.is_file():
-        raise ValueError(f"{root / str(step)} is no checkpoint of ours: {meta} is missing")
-    return step, json.loads(meta.read_text())
+    return step, read_step_meta(root / str(step))
 
 
 def restore_ema(folder: str | Path, step: int, like):
-    """The averaged weights of one step, shaped and placed like the abstract module `like`."""
-    path = (Path(folder) / "checkpoints" / str(step) / "ema").absolute()
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        named = named_leaves(like)
-        args = ocp.checkpoint_utils.construct_restore_args(named)
-        return _rebuild(like, checkpointer.restore(path, item=named, restore_args=args))
+    """The averaged weights of one step, shaped and placed like the abstract module `like`.
+
+    Raises ValueError if they are not the bits that were saved.
+    """
+    path = (Path(folder) / "checkpoints" / str(step)).absolute()
+    meta = read_step_meta(path)
+    _check_fit(step, meta, {"ema": like})
+    repair = "use another step; training sets this one aside when it meets it"
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            module = _read(checkpointer, path / "ema", like)
+    except Exception as error:  # whatever a reader makes of damaged bytes
+        raise ValueError(f"{path} is damaged: {str(error)[:200]}; {repair}") from error
+    wrong = differing(meta, {"ema": module})
+    if wrong:
+        raise ValueError(f"{path} is damaged: {', '.join(wrong)} are other than saved; {repair}")
+    return module
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed save left behind."""
-    for path in Path(folder).glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(path, ignore_errors=True)
+def remove_leftovers(folder: Path) -> None:
+    """Delete what a killed or failed save, or a killed deletion, left behind."""
+    for pattern in LEFTOVERS:
+        for path in Path(folder).glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def named_leaves(tree) -> dict[str, jax.Array]:
-    """A flat dict of a tree's arrays, keys like `model.blocks.norm1.linear.kernel`."""
+def set_aside(path: Path, reason: str) -> None:
+    """Rename a damaged step so that nothing takes it for a good one."""
+    target, number = path.with_name(f"{path.name}.corrupt"), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.corrupt{number}")
+    try:
+        os.replace(path, target)
+    except FileNotFoundError:  # another process found the damage, too
+        return
+    (target / "reason").write_text(reason + "\n")
+    print(f"\ncheckpoint {path.name} is damaged, set aside as {target.name}: {reason}", flush=True)
+
+
+def named_leaves(tree) -> dict:
+    """A flat dict of a tree's arrays, or shapes, keys like `model.blocks.norm1.linear.kernel`."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return {".".join(_key(k) for k in path): leaf for path, leaf in paths}
 
@@ -109,20 +401,146 @@ def _key(key) -> str:
     return str(next(getattr(key, a) for a in ("name", "key", "idx") if hasattr(key, a)))
 
 
-def _restore_like(tree):
-    named = named_leaves(tree)
-    return ocp.args.PyTreeRestore(
-        named, restore_args=ocp.checkpoint_utils.construct_restore_args(named)
-    )
+def _inspect(x: jax.Array) -> tuple[int, bool]:
+    """(fingerprint, whether all of it is finite).
+
+    Waits for the answer: sums over a mesh that run at the same time may wait for each other for
+    ever on CPUs.
+    """
+    value, finite = np.asarray(_fingerprint_and_finite(x))
+    return int(value), bool(finite)
 
 
-def _rebuild(like, named: dict[str, jax.Array]):
-    expected = named_leaves(like)
+@jax.jit
+def _fingerprint_and_finite(x: jax.Array) -> jax.Array:
+    """One program, because compiling takes longer than running."""
+    return jnp.stack([fingerprint(x), jnp.isfinite(x).all().astype(jnp.uint32)])
+
+
+def _sealed(meta: dict) -> dict:
+    """`meta` with the digest of everything else in it."""
+    rest = {name: value for name, value in meta.items() if name != "digest"}
+    text = json.dumps(rest, sort_keys=True).encode()
+    return rest | {"digest": hashlib.blake2b(text, digest_size=16).hexdigest()}
+
+
+def _mark(path: Path, process: int, processes: int) -> None:
+    (path / f"verified-{process}-of-{processes}").touch()
+
+
+def _delete(path: Path) -> None:
+    """Remove a step: first its name, then its files, so that no half of it is ever a step."""
+    doomed = path.with_name(f"{path.name}.deleting")
+    os.replace(path, doomed)
+    kill_if_asked("deleting", int(path.name))
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _same_for_all(value):
+    """Process 0's value, in every process."""
+    if jax.process_count() == 1:
+        return value
+    return multihost_utils.broadcast_one_to_all(np.asarray(value))
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
+def _check_fit(step: int, meta: dict, wanted: dict) -> None:
+    """Raises ValueError where the saved arrays are not those of the config's model."""
+    for item, tree in wanted.items():
+        saved = meta.get("arrays", {}).get(item)
+        here = {name: list(leaf.shape) for name, leaf in named_leaves(tree).items()}
+        if saved is not None and {name: shape for name, (_, _, shape) in saved.items()} != here:
+            other = [n for n in here if n not in saved or saved[n][2] != here[n]]
+            other += [n for n in saved if n not in here]
+            raise ValueError(
+                f"checkpoint {step} does not fit the config's model: {', '.join(other[:8])} differ "
+                f"in shape or are in one of them only; restore the config, or start a new run"
+            )
+
+
+def _read(checkpointer, path: Path, like):
+    named = named_leaves(like)
+    args = ocp.checkpoint_utils.construct_restore_args(named)
+    read = checkpointer.restore(path, item=named, restore_args=args)
     wrong = [
-        f"{k}: {getattr(named.get(k), 'shape', 'missing')} for {v.shape}"
-        for k, v in expected.items()
-        if getattr(named.get(k), "shape", None) != v.shape
+        f"{name}: {getattr(read.get(name), 'shape', 'missing')} for {leaf.shape}"
+        for name, leaf in named.items()
+        if getattr(read.get(name), "shape", None) != leaf.shape
     ]
     if wrong:
         raise ValueError(f"the checkpoint does not fit the model: {'; '.join(wrong)}")
-    return jax.tree.unflatten(jax.tree.structure(like), [named[k] for k in expected])
+    return jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in named])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command; 0 if all is well, 1 if something is damaged or differs, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m easyanimate_jax.training.checkpoint")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("list", "the steps of a run and what is known of them"),
+        ("verify", "read every array of every step and compare it with what was saved"),
+        ("diff", "the arrays in which two steps differ"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("folder", type=Path, help="a run, or its checkpoints")
+        if name == "diff":
+            command.add_argument("first", type=int)
+            command.add_argument("second", type=int)
+    a = parser.parse_args(arguments)
+    folder = a.folder / "checkpoints" if (a.folder / "checkpoints").is_dir() else a.folder
+    try:
+        if not complete_steps(folder):
+            raise ValueError(f"{a.folder} holds no checkpoints")
+        if a.command == "diff":
+            return _diff(folder, a.first, a.second)
+        return {"list": _list, "verify": _verify}[a.command](folder)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _list(folder: Path) -> int:
+    for step in complete_steps(folder):
+        path = folder / str(step)
+        try:
+            meta = read_step_meta(path)
+            known = "verified" if is_verified(path) else "not verified yet"
+            known = known if "arrays" in meta else "without fingerprints"
+            print(f"{step:>8}  {meta.get('stage', '')}  {known}")
+        except ValueError as error:
+            print(f"{step:>8}  {error}")
+    for path in sorted(folder.glob("*.corrupt*")):
+        print(f"{path.name:>8}  {(path / 'reason').read_text().strip()}")
+    return 0
+
+
+def _verify(folder: Path) -> int:
+    bad = 0
+    for step in complete_steps(folder):
+        wrong = damage(folder / str(step))
+        bad += bool(wrong)
+        print(f"{step:>8}  {'; '.join(wrong) or 'as saved'}", flush=True)
+    return 1 if bad else 0
+
+
+def _diff(folder: Path, first: int, second: int) -> int:
+    metas = [read_step_meta(folder / str(step)) for step in (first, second)]
+    if not all("arrays" in meta for meta in metas):
+        raise ValueError(f"checkpoint {first} or {second} is from before fingerprints")
+    one, two = (
+        {f"{item}.{n}": array for item in ITEMS for n, array in meta["arrays"][item].items()}
+        for meta in metas
+    )
+    differ = [name for name in one | two if one.get(name) != two.get(name)]
+    for name in differ:
+        print(f"{name}  {one.get(name, '-')}  {two.get(name, '-')}")
+    print(f"{len(differ)} of {len(one | two)} arrays differ between {first} and {second}")
+    return 1 if differ else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -20,7 +20,10 @@ class MetricsWriter:
 
     def write(self, row: dict) -> None:
         """`row` holds "step" and plain numbers or strings."""
-        self.file.write(json.dumps(row) + "\n")
+        try:
+            self.file.write(json.dumps(row) + "\n")
+        except OSError as error:  # a full disk costs the row, not the run
+            print(f"\nthe metrics of step {row['step']} were not written: {error}", flush=True)
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self.board.add_scalar(name, value, row["step"])

@@ -40,7 +40,7 @@ def abstract_batch(
     channels = 16 * model.patch**2
     extra = (model.in_channels - 16) * model.patch**2
 
-    def array(*shape: int, dtype=jnp.float32):
+    def array(*shape: int, dtype=jnp.float16):
         return jax.ShapeDtypeStruct((*rows, *shape), dtype)
 
     batch = Batch(
@@ -49,8 +49,8 @@ def abstract_batch(
         grid=array(3, dtype=jnp.int32),
         lengths=array(dtype=jnp.int32),
         texts=tuple(map(array, text_lengths, model.text_widths)),
-        condition=array(tokens, extra) if extra else None,
-        weight=array(),
+        condition=array(tokens, extra, dtype=jnp.float32) if extra else None,
+        weight=array(dtype=jnp.float32),
     )
     return _place(batch, batch_shardings(mesh, batch))
 
@@ -85,7 +85,7 @@ def step_program(
 ):
     """The jitted train step; the state is donated and comes back where it was."""
     step = partial(train_step, optimizer=optimizer, process=process, ema_decay=ema_decay)
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, placed.step))
 
 
 def _place(shapes, placed):

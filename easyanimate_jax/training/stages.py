@@ -15,7 +15,8 @@ class Stage:
 
     `microbatch` rows go through the network at once (all of them when None); the rest of the batch
     is accumulated. The learning rate warms up linearly over `warmup` steps of the stage, then goes
-    linearly to `end_learning_rate` (constant when None).
+    linearly to `end_learning_rate` (constant when None). `weights` say how often clips of a kind or
+    a source come beside others, see `data.plan.Plan`.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Stage:
     learning_rate: float = 2e-5
     end_learning_rate: float | None = None
     warmup: int = 100
+    weights: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self):
         for name in ("batch_size", "steps", "microbatch"):

@@ -58,6 +58,9 @@ def denoising_loss(
     Latents are drawn from the VAE's posterior, `mean + std * eps`, anew at every visit (spec 3.4).
     """
 
+    # Latents and texts travel as float16; what is computed from them is float32.
+    batch = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float16 else x, batch)
+
     def draw(row):
         posterior, noise = jax.random.split(jax.random.fold_in(key, row))
         shape = batch.mean.shape[1:]

@@ -30,7 +30,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from easyanimate_jax.data import media
-from easyanimate_jax.data.sources import Clip, read_folder
+from easyanimate_jax.data.sources import Clip, read_clips
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig, check_video
 from easyanimate_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from easyanimate_jax.tensors.module import save_module
@@ -324,7 +324,7 @@ def train(config: VAETrainConfig) -> CausalVAE:
     began = time.perf_counter()
     output = Path(config.output)
     mesh = make_mesh(MeshConfig())
-    clips, _ = read_folder(config.data)
+    clips, _ = read_clips(config.data)
     held_out = clips[HELD_OUT - 1 :: HELD_OUT]
     crops = Crops([clip for clip in clips if clip not in held_out], config.seed)
     for stage in config.stages:

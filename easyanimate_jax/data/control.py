@@ -1,0 +1,279 @@
+"""Control signals from pixels, camera files and drawn paths: what a control model is led by.
+
+`python -m easyanimate_jax.data.control FOLDER OPERATOR` writes the control videos of a folder of
+captioned files and enters them in its metadata.json.
+
+One interface: an operator takes a video, (F, H, W, 3) uint8, and gives the control video, of that
+shape. The ones here are classical: `soft_edge`, `scribble`, `lines` and `line_art` stand in for the
+networks (HED, its scribbles, MLSD, anime line art) that the released control models saw, and look
+like them, no more. Depth and pose need a model of their own: any callable of the interface will do.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+from tqdm import tqdm
+
+from easyanimate_jax.data import media, paths
+
+Video = UInt8[np.ndarray, "F H W 3"]
+Operator = Callable[[Video], Video]
+
+SOURCE_ASPECT = 1280 / 720  # of the films whose intrinsics pose files hold
+CAMERA_FPS = 24  # rows of a pose file a second
+HEAT_SIDE, HEAT_SIGMA = 200, 40  # the Gaussian of a trajectory, before it is resized
+HEAT_HALF = 50  # pixels, half its side in a 1280 x 720 video
+
+
+def control_video(video: Video, operator: str | Operator) -> Video:
+    """The control video of `video` by an operator of `OPERATORS`, or by any callable.
+
+    Raises ValueError for an operator that is not there, or one that breaks the interface.
+    """
+    if isinstance(operator, str):
+        if operator not in OPERATORS:
+            raise ValueError(
+                f"there is no control {operator!r}: choose of {', '.join(OPERATORS)}, or give a "
+                f"callable (depth, pose)"
+            )
+        operator = OPERATORS[operator]
+    control = operator(video)
+    if getattr(control, "shape", None) != video.shape or control.dtype != np.uint8:
+        raise ValueError(
+            f"a control operator made {getattr(control, 'dtype', type(control))} of shape "
+            f"{getattr(control, 'shape', None)} of a video of shape {video.shape}: it must give "
+            f"uint8 of the same shape"
+        )
+    return control
+
+
+def canny(video: Video) -> Video:
+    """White edges, thresholds 100 and 200 as in ControlNet."""
+    return _by_frame(video, lambda grey: cv2.Canny(grey, 100, 200))
+
+
+def soft_edge(video: Video) -> Video:
+    """Grey edges, wide where the contrast is: gradients at three scales."""
+    return _by_frame(video, lambda grey: _to_bytes(_edges(grey)))
+
+
+def scribble(video: Video) -> Video:
+    """White strokes along the ridges of the soft edges."""
+
+    def strokes(grey):
+        edges = cv2.GaussianBlur(_edges(grey), (0, 0), 1.5)
+        ridge = np.zeros(edges.shape, bool)
+        for dy, dx in ((0, 1), (1, 0), (1, 1), (1, -1)):
+            before, after = (np.roll(edges, (s * dy, s * dx), (0, 1)) for s in (-1, 1))
+            ridge |= (edges > before) & (edges >= after)
+        strokes = (ridge & (edges > 0.25)).astype(np.uint8) * 255
+        return cv2.dilate(strokes, np.ones((3, 3), np.uint8))
+
+    return _by_frame(video, strokes)
+
+
+def lines(video: Video) -> Video:
+    """White straight segments, by OpenCV's line segment detector."""
+    detector = cv2.createLineSegmentDetector()
+
+    def segments(grey):
+        found, drawn = detector.detect(grey)[0], np.zeros_like(grey)
+        for x1, y1, x2, y2 in np.zeros((0, 4)) if found is None else found.reshape(-1, 4):
+            ends = (round(float(x1)), round(float(y1))), (round(float(x2)), round(float(y2)))
+            cv2.line(drawn, *ends, 255, 1)
+        return drawn
+
+    return _by_frame(video, segments)
+
+
+def line_art(video: Video) -> Video:
+    """White lines where it is darker than around: a difference of Gaussians."""
+
+    def art(grey):
+        grey = grey.astype(np.float32) / 255
+        dark = cv2.GaussianBlur(grey, (0, 0), 2.4) - cv2.GaussianBlur(grey, (0, 0), 1.0)
+        return _to_bytes(np.clip(dark / 0.1, 0, 1))
+
+    return _by_frame(video, art)
+
+
+OPERATORS: dict[str, Operator] = {
+    "canny": canny,
+    "soft_edge": soft_edge,
+    "scribble": scribble,
+    "lines": lines,
+    "line_art": line_art,
+}
+
+
+def _by_frame(video, operator) -> Video:
+    grey = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in video)
+    return np.repeat(np.stack([operator(frame) for frame in grey])[..., None], 3, axis=-1)
+
+
+def _edges(grey: UInt8[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
+    """Mean gradient over three scales, 1 at a full step of contrast."""
+    grey, total = grey.astype(np.float32) / 255, 0.0
+    for sigma in (1.0, 2.0, 4.0):
+        smooth = cv2.GaussianBlur(grey, (0, 0), sigma)
+        dx, dy = (cv2.Sobel(smooth, cv2.CV_32F, *axis) / 8 for axis in ((1, 0), (0, 1)))
+        total = total + np.hypot(dx, dy) * sigma * math.sqrt(2 * math.pi) / 3
+    return total
+
+
+def _to_bytes(x) -> UInt8[np.ndarray, "H W"]:
+    return (np.clip(x, 0, 1) * 255).astype(np.uint8)
+
+
+class Camera(NamedTuple):
+    """A camera's way: intrinsics as shares of width and height, world-to-camera poses."""
+
+    intrinsics: Float[np.ndarray, "rows 4"]  # fx, fy, cx, cy
+    poses: Float[np.ndarray, "rows 3 4"]
+
+
+def read_camera(path: str | Path) -> Camera:
+    """A pose file of spec 7.1: one line of title, then one row of 19 numbers per frame."""
+    rows = []
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as a pose file: {error}") from error
+    for number, line in enumerate(text.splitlines()[1:], start=2):
+        if not line.strip():
+            continue
+        try:
+            row = [float(word) for word in line.split()]
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        if len(row) != 19 or not np.isfinite(row).all():
+            raise ValueError(
+                f"{path}, line {number} has {len(row)} numbers: a pose is a time, four intrinsics, "
+                f"two zeros and twelve numbers of a 3x4 matrix"
+            )
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} holds no poses: after a line of title comes one row per frame")
+    rows = np.array(rows)
+    return Camera(rows[:, 1:5], rows[:, 7:].reshape(-1, 3, 4))
+
+
+def sampled_camera(camera: Camera, frames: int, fps: int = 8) -> Camera:
+    """The first `frames` poses at `fps`, as inference takes them of a file at 24 a second."""
+    stride = max(1, CAMERA_FPS // fps)
+    taken = Camera(*(x[::stride][:frames] for x in camera))
+    if len(taken.poses) < frames:
+        raise ValueError(
+            f"{len(camera.poses)} poses are {len(taken.poses)} frames at {fps} a second, and "
+            f"{frames} are wanted: use {(len(taken.poses) - 1) // 4 * 4 + 1} frames or more poses"
+        )
+    return taken
+
+
+def stretched_camera(camera: Camera, frames: int) -> Camera:
+    """The poses interpolated to every frame of a film, as training takes them."""
+    place = np.linspace(0, len(camera.poses) - 1, frames)
+    low = np.floor(place).astype(int)
+    high = np.minimum(low + 1, len(camera.poses) - 1)
+
+    def between(x):
+        share = (place - low).reshape(-1, *[1] * (x.ndim - 1))
+        return x[low] * (1 - share) + x[high] * share
+
+    return Camera(*(between(x) for x in camera))
+
+
+def pluecker_rays(camera: Camera, height: int, width: int) -> Float[np.ndarray, "F H W 6"]:
+    """Moment and direction of every pixel's ray, seen from the first camera (spec 7.1)."""
+    fx, fy, cx, cy = camera.intrinsics.T
+    if width / height < SOURCE_ASPECT:
+        fx = height * SOURCE_ASPECT * fx / width
+    else:
+        fy = width / SOURCE_ASPECT * fy / height
+    fx, fy, cx, cy = (x[:, None, None] for x in (fx * width, fy * height, cx * width, cy * height))
+    corner = np.tile([[[0.0, 0.0, 0.0, 1.0]]], (len(camera.poses), 1, 1))
+    poses = np.concatenate([camera.poses, corner], axis=1)
+    to_first = poses[0] @ np.linalg.inv(poses)
+    to_first[0] = np.eye(4)
+    y, x = np.mgrid[:height, :width] + 0.5
+    rays = np.stack(np.broadcast_arrays((x - cx) / fx, (y - cy) / fy, 1.0), axis=-1)
+    rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)
+    rays = np.einsum("Fij,FHWj->FHWi", to_first[:, :3, :3], rays)
+    moments = np.cross(to_first[:, None, None, :3, 3], rays)
+    return np.concatenate([moments, rays], axis=-1).astype(np.float32)
+
+
+def trajectory_video(
+    paths: list[Float[np.ndarray, "_points 2"]], frames: int, height: int, width: int
+) -> Video:
+    """A Gaussian spot that runs along each path of (x, y) pixels, the brightest on top (7.1)."""
+    half = max(1, int(HEAT_HALF * math.sqrt(height * width / (1280 * 720))))
+    axis = np.arange(HEAT_SIDE) - HEAT_SIDE / 2
+    spot = np.exp(-(axis[:, None] ** 2 + axis**2) / (2 * HEAT_SIGMA**2)).astype(np.float32)
+    spot = cv2.resize(spot, (2 * half, 2 * half)) * 255
+    video = np.zeros((frames, height + 2 * half, width + 2 * half), np.float32)  # with a margin
+    for path in paths:
+        place = np.linspace(0, len(path) - 1, frames)
+        xs, ys = (np.interp(place, np.arange(len(path)), path[:, i]) for i in (0, 1))
+        for frame, x, y in zip(video, xs, ys, strict=True):
+            left, top = round(float(x)), round(float(y))
+            if 0 <= left < width and 0 <= top < height:
+                box = frame[top : top + 2 * half, left : left + 2 * half]
+                np.maximum(box, spot, out=box)
+    heat = video[:, half : half + height, half : half + width].astype(np.uint8)
+    return np.repeat(heat[..., None], 3, axis=-1)
+
+
+def write_controls(folder: str | Path, operator: str) -> int:
+    """Control files of all clips under `folder/control_OPERATOR`; those that are there stay.
+
+    Returns how many were written. A clip that cannot be read keeps its row as it was, and is named.
+    """
+    table = Path(folder) / "metadata.json"
+    if not table.is_file():
+        raise ValueError(f"{folder} holds no metadata.json to enter control files in")
+    rows, written = json.loads(table.read_text(encoding="utf-8-sig")), 0
+    for row in tqdm(rows, unit="clip"):
+        try:
+            path = paths.safe_path(folder, row["file_path"])
+            probe = media.probe(path)
+            name = Path(f"control_{operator}") / Path(row["file_path"]).with_suffix(
+                ".png" if probe.kind == "image" else ".mp4"
+            )
+            target = Path(folder) / name
+            if not target.is_file():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                part = target.with_suffix(".part")
+                if probe.kind == "image":
+                    picture = media.read_image(path)[None]
+                    media.write_png(part, control_video(picture, operator)[0])
+                else:
+                    frames = media.read_clip(path, 0, probe.num_frames)
+                    media.write_video(part, control_video(frames, operator), fps=round(probe.fps))
+                part.replace(target)
+                written += 1
+            row["control_file_path"] = str(name)
+        except ValueError as error:
+            print(f"left out: {error}", file=sys.stderr)
+    part = table.with_suffix(".part")
+    part.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    part.replace(table)
+    return written
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[2] not in OPERATORS:
+        print(f"{__doc__}\noperators: {', '.join(OPERATORS)}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        print(f"{write_controls(*sys.argv[1:])} control files written")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,211 @@
+"""Decoding in processes of their own, with a deadline and a memory limit.
+
+A damaged or hostile file may crash, hang or swell a decoder. It then takes a worker down, not the
+run: the caller gets a `ValueError` with the reason, and the next file a new worker. Requests and
+answers are a line of JSON and raw bytes, so nothing that a worker says can run here. A worker whose
+parent is gone reads the end of its input and leaves.
+
+    python -m easyanimate_jax.data.decode SECONDS BYTES     one worker, on stdin and stdout
+"""
+
+import functools
+import json
+import os
+import queue
+import resource
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from easyanimate_jax.data import media
+from easyanimate_jax.data.media import Content, File, Frames, Probe
+
+SECONDS = 10.0  # for one file
+BYTES = 2 * 2**30  # of address space
+START_SECONDS = 60.0  # for a worker to come up on a busy machine
+PIPE = 2**20  # bytes on their way at once
+MOST_ANSWER = 4 * media.MAX_PIXELS  # bytes
+
+
+class Decoders:
+    """`workers` processes that decode for any number of threads; a worker serves one at a time."""
+
+    def __init__(self, workers: int, seconds: float = SECONDS, memory: int = BYTES):
+        self.workers, self.seconds, self.memory = workers, seconds, memory
+        self.free = queue.LifoQueue()
+        for _ in range(workers):
+            self.free.put(None)
+
+    def probe(self, path: File) -> Probe:
+        """`media.probe`, elsewhere."""
+        return Probe(*self._ask(path, "probe")["probe"])
+
+    def read_clip(self, path: File, start: int, count: int, stride: int, size) -> Frames:
+        """`media.read_clip`, elsewhere."""
+        return self._ask(path, "clip", start, count, stride, size)["frames"]
+
+    def read_frames(self, path: File, indices: list[int], side: int) -> Frames:
+        """`media.read_frames`, elsewhere."""
+        return self._ask(path, "frames", indices, side)["frames"]
+
+    def read_image(self, path: File, size: tuple[int, int] | None) -> Frames:
+        """`media.read_image` as one frame, cut to `size`, elsewhere."""
+        return self._ask(path, "image", size)["frames"]
+
+    def close(self) -> None:
+        """End the workers; the next request would start new ones."""
+        for _ in range(self.workers):
+            worker = self.free.get()
+            if worker:
+                _end(worker)
+            self.free.put(None)
+
+    def _ask(self, path: File, *request) -> dict:
+        worker = self.free.get()
+        try:
+            if worker is None or worker.poll() is not None:  # killed between two files
+                worker = self._start(path)
+            content = b"" if isinstance(path, Path) else path.read()
+            size = None if isinstance(path, Path) else len(content)
+            deadline = time.monotonic() + self.seconds
+            try:
+                worker.stdin.write(json.dumps([str(path), size, *request]).encode() + b"\n")
+                worker.stdin.write(content)
+                worker.stdin.flush()
+                answer = _receive(worker, deadline)
+            except TimeoutError:
+                _end(worker)
+                worker = None
+                raise ValueError(f"{path}: not decoded within {self.seconds:g} seconds") from None
+            except (OSError, EOFError, ValueError):  # gone, or talking nonsense
+                code = _end(worker)
+                worker = None
+                name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                raise ValueError(f"{path}: the decoder died of it ({name})") from None
+            except BaseException:  # its answer would be taken for the next file's
+                _end(worker)
+                worker = None
+                raise
+        finally:
+            self.free.put(worker)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        return answer
+
+    def _start(self, path: File) -> subprocess.Popen:
+        command = [sys.executable, "-m", __spec__.name, str(self.seconds), str(self.memory)]
+        root = str(Path(__file__).parents[2])
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
+            "OMP_NUM_THREADS": "1",  # a thread's stack is address space
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        worker = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, pipesize=PIPE
+        )
+        try:
+            _receive(worker, time.monotonic() + START_SECONDS)
+        except (TimeoutError, OSError, EOFError):
+            _end(worker)
+            raise RuntimeError(f"{path}: {' '.join(command)} does not start") from None
+        return worker
+
+
+@functools.cache
+def decoders() -> Decoders:
+    """The workers of this process, one a core."""
+    return Decoders(os.cpu_count())
+
+
+def _receive(worker: subprocess.Popen, deadline: float) -> dict:
+    """The line of JSON and the bytes it announces."""
+    with selectors.DefaultSelector() as selector:
+        selector.register(worker.stdout, selectors.EVENT_READ)
+
+        def wait() -> None:
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                raise TimeoutError
+
+        line = b""
+        while b"\n" not in line:
+            wait()
+            part = os.read(worker.stdout.fileno(), 2**16)
+            if not part:
+                raise EOFError
+            line += part
+        line, _, rest = line.partition(b"\n")
+        answer = json.loads(line)
+        shape = answer.get("shape")
+        if shape is None:
+            return answer
+        content = np.empty(min(int(np.prod(shape, dtype=object)), MOST_ANSWER), np.uint8)
+        view = memoryview(content)
+        view[: len(rest)] = rest
+        view = view[len(rest) :]
+        while view:
+            wait()
+            count = os.readv(worker.stdout.fileno(), [view])
+            if not count:
+                raise EOFError
+            view = view[count:]
+        return {"frames": content.reshape(shape)}
+
+
+def _end(worker: subprocess.Popen) -> int:
+    """Kill the worker if it lives; its exit code, negative for a signal."""
+    try:
+        code = worker.wait(0.05)
+    except subprocess.TimeoutExpired:
+        worker.kill()
+        code = worker.wait()
+    worker.stdin.close()
+    worker.stdout.close()
+    return code
+
+
+def _answer(path: File, kind: str, *arguments) -> tuple[dict, np.ndarray | None]:
+    if kind == "probe":
+        return {"probe": media.probe(path)}, None
+    if kind == "clip":
+        *span, size = arguments
+        frames = media.read_clip(path, *span, tuple(size) if size else None)
+    elif kind == "frames":
+        frames = media.read_frames(path, *arguments)
+    else:
+        frames = media.read_image(path)[None]
+        frames = media.resize_crop(frames, *arguments[0]) if arguments[0] else frames
+    return {"shape": frames.shape}, np.ascontiguousarray(frames)
+
+
+def _work(seconds: float, memory: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    output = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what a library prints is no answer
+    output.write(b"{}\n")
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_REAL, 2 * seconds)  # if the parent does not end us
+        name, size, *request = json.loads(line)
+        path = Path(name) if size is None else Content(sys.stdin.buffer.read(size), name)
+        frames = None
+        try:
+            answer, frames = _answer(path, *request)
+        except ValueError as error:
+            answer = {"error": str(error)}
+        except Exception as error:  # whatever a bad file raises is a fault of the file
+            answer = {"error": f"{name}: {type(error).__name__}: {error}"}
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        output.write(json.dumps(answer).encode() + b"\n")
+        if frames is not None:
+            view = memoryview(frames).cast("B")
+            while view:
+                view = view[output.write(view) :]
+
+
+if __name__ == "__main__":
+    _work(float(sys.argv[1]), int(sys.argv[2]))

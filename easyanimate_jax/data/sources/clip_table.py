@@ -1,0 +1,76 @@
+"""The parquet table of clips: one row per clip, with everything that is known of it.
+
+`prepare.curate` writes it; training sources and the plan's report read it. A clip is a span of a
+file, no video is rewritten.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+
+from easyanimate_jax.data.paths import safe_path
+from easyanimate_jax.data.sources.rows import Clip
+
+COLUMNS = {
+    "clip": pyarrow.string(),  # the clip's name: file, and span if it is a part
+    "file": pyarrow.string(),  # relative to the folder of the films
+    "kind": pyarrow.string(),
+    "first": pyarrow.int64(),  # frame of the file
+    "frames": pyarrow.int64(),
+    "fps": pyarrow.float64(),
+    "height": pyarrow.int32(),
+    "width": pyarrow.int32(),
+    "captions": pyarrow.list_(pyarrow.string()),
+}
+
+
+def is_table(path: str | Path) -> bool:
+    """Whether `path` is a parquet file with the columns of a table of clips."""
+    if Path(path).suffix.lower() != ".parquet" or not Path(path).is_file():
+        return False
+    try:
+        return set(COLUMNS) <= set(pyarrow.parquet.read_schema(path).names)
+    except (OSError, pyarrow.ArrowException):
+        return False
+
+
+def sizes(path: str | Path) -> dict[str, np.ndarray]:
+    """The columns clip, kind, frames, fps, height, width of the clips that are not left out."""
+    names = ["clip", "kind", "frames", "fps", "height", "width"]
+    have = pyarrow.parquet.read_schema(path).names
+    keep = [("left_out", "=", "")] if "left_out" in have else None
+    table = pyarrow.parquet.read_table(path, columns=names, filters=keep)
+    columns = {name: table[name].to_numpy() for name in names[2:]}
+    for name in ("clip", "kind"):
+        parts = [np.array([t.encode() for t in p.to_pylist()]) for p in table[name].chunks]
+        columns[name] = np.concatenate(parts) if parts else np.zeros(0, "S1")
+    return columns
+
+
+def clips(path: str | Path) -> list[Clip]:
+    """The captioned clips of the table that are not left out, in its order."""
+    table, found = pyarrow.parquet.read_table(path), []
+    # The folder of the films, as seen from the table's.
+    root = Path(path).parent / (table.schema.metadata or {}).get(b"root", b".").decode()
+    for row in table.to_pylist():
+        captions = tuple(row["captions"] or ())
+        if row.get("left_out") or not captions:
+            continue
+        found.append(
+            Clip(
+                row["clip"],
+                safe_path(root, row["file"]),
+                row["kind"],
+                captions,
+                row["frames"],
+                row["height"],
+                row["width"],
+                row["fps"],
+                row["first"],
+            )
+        )
+    if not found:
+        raise ValueError(f"{path} holds no clip that is captioned and kept")
+    return found

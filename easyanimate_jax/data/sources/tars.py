@@ -1,0 +1,92 @@
+"""WebDataset: tars whose members of one stem are a sample, `x.mp4` with `x.txt` or `x.json`.
+
+Nothing is extracted: the tar's headers are walked once, and a clip is a range of its bytes.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from easyanimate_jax.data.media import MAX_BYTES, Member
+from easyanimate_jax.data.paths import check_name, open_regular
+from easyanimate_jax.data.sources.layouts import MEDIA, TEXTS
+from easyanimate_jax.data.sources.rows import MAX_CAPTION, Problem, Row
+
+MAX_TEXT = 8 * MAX_CAPTION  # bytes of a .txt or .json
+
+
+def rows(path: Path) -> Iterator[Row | Problem]:
+    """A row for each caption of each sample; rows are numbered by their media member."""
+    media, texts, problems = {}, {}, []  # by stem
+    with open_regular(path) as file:
+        for number, member in enumerate(_members(path, file, problems)):
+            stem, _, suffix = member.name.rpartition(".")
+            suffix = "." + suffix.lower()
+            if suffix not in (*MEDIA, ".txt", ".json"):
+                continue
+            reason = _refused(member, suffix)
+            if reason:
+                problems.append(Problem(number, member.name, reason))
+            elif suffix in MEDIA:
+                found = Member(path, member.offset_data, member.size, member.name)
+                if stem in media:
+                    problems.append(Problem(number, member.name, "the sample has two media files"))
+                else:
+                    media[stem] = number, found
+            else:
+                file.seek(member.offset_data)
+                texts.setdefault(stem, {})[suffix] = file.read(member.size)
+    yield from problems
+    for stem, (number, found) in media.items():
+        try:
+            captions = _captions(texts.get(stem, {}))
+        except (ValueError, RecursionError) as error:
+            yield Problem(number, found.name, f"its text does not read: {error}")
+            continue
+        for text in captions:
+            yield Row(number, found.name, text, file=found)
+
+
+def _members(path: Path, file, problems: list[Problem]) -> Iterator[tarfile.TarInfo]:
+    """The members' headers, as far as the tar is whole."""
+    size, number, end = path.stat().st_size, 0, 0
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for number, member in enumerate(tar):
+                end = member.offset_data + (member.size if member.isreg() else 0)
+                if end > size:
+                    reason = f"the tar ends before the file does; {path} is damaged"
+                    problems.append(Problem(number, member.name, reason))
+                    return
+                yield member
+                tar.members = []  # millions of headers would stay
+            end = tar.offset
+    except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        problems.append(Problem(number, "", f"{path} is damaged after {end:,} bytes: {error}"))
+        return
+    file.seek(end)  # tarfile takes a broken header for the end, which is a block of zeros
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        problems.append(Problem(number, "", f"{path} is damaged after {end:,} bytes: no end"))
+
+
+def _refused(member: tarfile.TarInfo, suffix: str) -> str:
+    if not member.isreg() or member.issparse():
+        return "the member is a link, a device or a sparse file"
+    try:
+        check_name(member.name)
+    except ValueError as error:
+        return str(error)
+    most = MAX_BYTES if suffix in MEDIA else MAX_TEXT
+    return f"{member.size:,} bytes; at most {most:,} are read" if member.size > most else ""
+
+
+def _captions(texts: dict[str, bytes]) -> list:
+    """Of `x.json` if it has any, else the text of `x.txt`."""
+    if ".json" in texts:
+        described = json.loads(texts[".json"])
+        if isinstance(described, dict):
+            found = next((described[key] for key in TEXTS if described.get(key)), None)
+            if found is not None:
+                return found if isinstance(found, list) else [found]
+    return [texts[".txt"].decode("utf-8-sig").strip()] if ".txt" in texts else [None]

@@ -1,0 +1,311 @@
+"""The one program that turns noise into latents: a loop over the evaluations of a sampler's walk.
+
+The walk, the guidance of every step and the thresholds are data, padded to one size: another
+sampler of as many registers, step count, strength or guidance compiles nothing. Tokens in, tokens
+out; `pipelines` makes videos of them.
+
+Letters beyond the legend: P is the width of a token, 4 x channels; K evaluations; R registers.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from easyanimate_jax.diffusion.conditioning import guide
+from easyanimate_jax.diffusion.samplers import advance, walk
+from easyanimate_jax.models.mmdit import MMDiTConfig
+from easyanimate_jax.sharding import shard
+
+Texts = tuple[Float[Array, "_ _ _"] | Float[np.ndarray, "_ _ _"], ...]
+Tokens = Float[Array, "B N P"]
+
+TABLE = 1024  # rows of the padded tables: more than 1000 steps and PNDM's nine further evaluations
+FRESH = 2  # which of a seed's keys the noise of stochastic samplers comes from
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How noise becomes a video.
+
+    `sampler` "" is the process's own: DDIM for V5, Euler for V5.1. `guided` is the share of the
+    walk with guidance, from and until. Every `guidance_every`-th step asks for the unconditional
+    prediction; the steps between take its difference from the conditional one as it last was.
+    `teacache` is the threshold below which a step reuses the network's last residual; 0 is never.
+    """
+
+    steps: int = 50
+    guidance: float = 6.0
+    rescale: float = 0.0
+    sampler: str = ""
+    eta: float = 0.0
+    guided: tuple[float, float] = (0.0, 1.0)
+    guidance_every: int = 1
+    teacache: float = 0.0
+
+    def __post_init__(self):
+        low, high = self.guided
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"guided {low} to {high}: give a share of the steps, as 0 and 1")
+        if self.guidance_every < 1 or self.teacache < 0:
+            raise ValueError(
+                f"guidance_every {self.guidance_every}, teacache {self.teacache}: "
+                f"use 1 or more, and a threshold from 0 on"
+            )
+        if self.guidance_every > 1 and self.teacache:
+            raise ValueError(
+                "teacache and guidance_every reuse the same evaluations in two ways: use one"
+            )
+
+
+class Source(NamedTuple):
+    """A video to start from, and where it stays: each step puts the noised tokens back there."""
+
+    tokens: Tokens
+    keep: Tokens | None  # 1 stays, 0 is new
+
+
+class Tables(NamedTuple):
+    """A walk and the guidance of its steps, filled up to `TABLE` rows."""
+
+    count: np.ndarray  # (), evaluations
+    start: np.ndarray  # (2,), signal and sigma of x before the first
+    times: np.ndarray  # (TABLE,)
+    moves: np.ndarray  # (TABLE, R, R + 1 or R + 2)
+    levels: np.ndarray  # (TABLE, 2), of x after each
+    guidance: np.ndarray  # (TABLE,)
+    both: np.ndarray  # (TABLE,), whether the unconditional prediction is asked for
+
+
+class Teacache(NamedTuple):
+    """What a step must know of the one before to be left out (spec 10.2)."""
+
+    modulated: Float[Array, "B N D"]  # what the first block attends with
+    residual: Float[Array, "B N D"]  # from the embedded tokens to the last layer
+    distance: Float[Array, ""]  # summed since the network last ran
+
+
+# Degree-4 polynomials, highest power first, that make of the change of the first block's input the
+# change of the output: those published with the V5.1 models.
+POLYNOMIALS = {  # by the number of blocks: 12B and 7B
+    48: (-10.47857366, 8.33844143, -0.78477557, 0.68798618, 0.0136149),
+    36: (1.07862322, -4.19362456, 3.06725828, 0.33161686, 0.02374758),
+}
+V51_TEXT_WIDTHS = (3584,)
+
+
+def polynomial(config: MMDiTConfig) -> tuple[float, ...]:
+    """The polynomial of a V5.1 model; for all others the change itself."""
+    of_v51 = POLYNOMIALS if config.text_widths == V51_TEXT_WIDTHS else {}
+    return of_v51.get(config.depth, (0.0, 0.0, 0.0, 1.0, 0.0))
+
+
+def denoise(
+    model,
+    process,
+    noise: Tokens,
+    seeds: UInt32[np.ndarray, "B"] | Sequence[int],
+    grid: Int[Array, "B 3"],
+    lengths: Int[Array, "B"],
+    texts: Texts,
+    negative_texts: Texts | None,
+    condition: Float[Array, "B N _"] | None = None,
+    source: Source | None = None,
+    *,
+    sampling: Sampling,
+    strength: float = 1.0,
+    progress: Callable[[int], None] | None = None,
+) -> Tokens:
+    """Noise -> latents, as tokens. Without `negative_texts` there is no guidance.
+
+    Both halves of the guidance go through the network at once, in the order [uncond, cond]. With a
+    `strength` below 1 the walk starts late, from the noised `source`. `seeds` feed the samplers
+    that draw fresh noise. `progress` is called with the number of each finished evaluation.
+    """
+    tables = make_tables(process, sampling, strength)
+    if strength < 1 and source is None:
+        raise ValueError(f"strength {strength} without a video to start from: leave it at 1")
+    thrifty = negative_texts is not None and not tables.both[: tables.count].all()
+    return _denoise(
+        model,
+        tables,
+        noise,
+        jnp.asarray(seeds, jnp.uint32),
+        grid,
+        lengths,
+        texts,
+        negative_texts,
+        condition,
+        source,
+        jnp.float32(sampling.teacache) if sampling.teacache else None,
+        rescale=sampling.rescale,
+        thrifty=thrifty and not sampling.teacache,
+        progress=progress,
+    )
+
+
+def make_tables(process, sampling: Sampling, strength: float = 1.0) -> Tables:
+    """The walk of `sampling` under `process`, and where it is guided."""
+    times, moves, levels = walk(process, sampling.sampler, sampling.steps, strength, sampling.eta)
+    count = len(times)
+    share = np.arange(count) / count
+    guided = (sampling.guided[0] <= share) & (share < sampling.guided[1])
+    number = np.cumsum(guided) - 1  # of the guided steps
+
+    def fill(x):
+        return np.concatenate([x, np.zeros((TABLE - count, *x.shape[1:]), x.dtype)])
+
+    return Tables(
+        count=np.int32(count),
+        start=levels[0] if strength < 1 else np.float32([0, 1]),
+        times=fill(times),
+        moves=fill(moves),
+        levels=fill(levels[1:]),
+        guidance=fill(np.where(guided, np.float32(sampling.guidance), np.float32(1))),
+        both=fill(guided & (number % sampling.guidance_every == 0)),
+    )
+
+
+@partial(jax.jit, static_argnames=("rescale", "thrifty", "progress"))
+def _denoise(
+    model,
+    tables: Tables,
+    noise,
+    seeds,
+    grid,
+    lengths,
+    texts,
+    negative_texts,
+    condition,
+    source,
+    threshold,
+    *,
+    rescale,
+    thrifty,
+    progress,
+):
+    rows, length, _ = noise.shape
+    real = jnp.arange(length)[None, :, None] < lengths[:, None, None]
+    tables = jax.tree.map(jnp.asarray, tables)
+    num_registers, columns = tables.moves.shape[1:]
+    halves = 1 if negative_texts is None else 2
+    doubled = (
+        texts if halves == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), negative_texts, texts)
+    )
+
+    def inputs_of(x, number, texts, copies):
+        if condition is not None:
+            x = jnp.concatenate([x, condition], axis=-1)
+        time = jnp.full(copies * rows, tables.times[number])
+        x, grids, counts = (jnp.concatenate([a] * copies) for a in (x, grid, lengths))
+        return x, grids, counts, time, texts
+
+    def network(x, number, cache):
+        """The prediction of all halves, [uncond, cond]."""
+        inputs, grids, counts, time, states = inputs_of(x, number, doubled, halves)
+        if threshold is None:
+            return model(inputs, grids, counts, time, states).astype(jnp.float32), cache
+        where = jnp.concatenate([real] * halves)
+        last = (number == 0) | (number == tables.count - 1)
+        features, cache = _features(
+            model, cache, last, threshold, where, inputs, grids, counts, time, states
+        )
+        return model.output.linear(features).astype(jnp.float32), cache
+
+    def full(x, number, difference, cache):
+        """The prediction of the prompt, and how far it is from that of the negative one."""
+        both, cache = network(x, number, cache)
+        if halves == 1:
+            return both, difference, cache
+        uncond, cond = jnp.split(both, 2)
+        return cond, cond - uncond, cache
+
+    def half(x, number, difference, cache):
+        inputs = inputs_of(x, number, texts, 1)
+        return model(*inputs).astype(jnp.float32), difference, cache
+
+    def predict(x, number, difference, cache):
+        arguments = (x, number, difference, cache)
+        if thrifty:
+            found = jax.lax.cond(tables.both[number], full, half, *arguments)
+        else:
+            found = full(*arguments)
+        cond, difference, cache = found
+        if halves == 2:
+            where = jnp.broadcast_to(real, cond.shape)
+            cond = guide(cond - difference, cond, tables.guidance[number], rescale, where=where)
+        return cond, difference, cache
+
+    def fresh(number):
+        def draw(seed):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), FRESH), number)
+            return jax.random.normal(key, noise.shape[1:])
+
+        return jax.vmap(draw)(seeds)
+
+    def body(number, carry):
+        registers, difference, cache = carry
+        prediction, difference, cache = predict(registers[0], number, difference, cache)
+        inputs = [fresh(number)] if columns == num_registers + 2 else []
+        registers = advance(tables.moves[number], registers, prediction, *inputs)
+        if source is not None and source.keep is not None:
+            signal, sigma = tables.levels[number]
+            known = signal * source.tokens + sigma * noise
+            x = source.keep * known + (1 - source.keep) * registers[0]
+            registers = registers.at[0].set(x)
+        if progress is not None:
+            jax.debug.callback(progress, number + 1)
+        return registers, difference, cache
+
+    x = noise
+    if source is not None:
+        x = tables.start[0] * source.tokens + tables.start[1] * noise
+    registers = jnp.zeros((num_registers, *x.shape)).at[0].set(x)
+    cache = None
+    if threshold is not None:
+        width = jnp.zeros((halves * rows, length, model.config.width), model.config.dtype)
+        cache = Teacache(width, width, jnp.float32(0))
+    carry = registers, jnp.zeros_like(x), cache
+    registers, *_ = jax.lax.fori_loop(0, tables.count, body, carry)
+    return shard(registers[0], None, None, None)  # on every device, so that any host can decode
+
+
+def _features(
+    model,
+    cache: Teacache,
+    must: Bool[Array, ""],
+    threshold: Float[Array, ""],
+    real: Bool[Array, "B N 1"],
+    inputs: Tokens,
+    grid: Int[Array, "B 3"],
+    lengths: Int[Array, "B"],
+    time: Float[Array, "B"],
+    texts: Texts,
+) -> tuple[Float[Array, "B N D"], Teacache]:
+    """What the last layer reads, by the blocks or, while little has changed, by TeaCache.
+
+    The change is one number for the whole batch, as in the reference: a video then depends, a
+    little, on the videos beside it.
+    """
+    video, text, time = model.embed(inputs, time, texts)
+    norm = jax.tree.map(lambda x: x[0], model.blocks[0].norm1)
+    modulated = norm(video, text, time)[0]
+    size = lambda x: jnp.sum(jnp.abs(x.astype(jnp.float32)), where=real)  # noqa: E731
+    change = size(modulated - cache.modulated) / jnp.maximum(size(cache.modulated), 1e-12)
+    distance = cache.distance + jnp.polyval(jnp.array(polynomial(model.config)), change)
+    run = must | (distance >= threshold)
+
+    def blocks():
+        features = model.features(video, text, time, grid, lengths)
+        return features, features - video
+
+    def reuse():
+        return video + cache.residual, cache.residual
+
+    features, residual = jax.lax.cond(run, blocks, reuse)
+    return features, Teacache(modulated, residual, jnp.where(run, 0.0, distance))

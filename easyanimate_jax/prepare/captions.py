@@ -1,0 +1,71 @@
+"""Captions from a model behind an OpenAI-compatible server, such as vLLM's, in both languages."""
+
+import base64
+import io
+import json
+import os
+import urllib.request
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from easyanimate_jax.data.sources.rows import caption_of
+
+INSTRUCTIONS = (
+    "These are frames of one video clip, in order. Describe the clip in detail and without "
+    "repetition: subject, action, scene, camera. Answer with the description only.",
+    "这些是同一段视频按顺序排列的画面。请详细且不重复地描述这段视频：主体、动作、场景、镜头。只回答描述本身。",
+)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A captioner of `curate`: one request an instruction, one caption each.
+
+    `url` ends before `/chat/completions`. The key, if one is needed, is the environment variable
+    OPENAI_API_KEY. Raises ValueError when no usable answer came in `tries` requests.
+    """
+
+    url: str
+    model: str
+    instructions: tuple[str, ...] = INSTRUCTIONS
+    tries: int = 5
+    seconds: float = 120.0
+
+    def __call__(self, stills: UInt8[np.ndarray, "F H W 3"]) -> list[str]:
+        pictures = [{"type": "image_url", "image_url": {"url": _data_url(s)}} for s in stills]
+        return [self._caption(pictures, instruction) for instruction in self.instructions]
+
+    def _caption(self, pictures: list[dict], instruction: str) -> str:
+        content = [*pictures, {"type": "text", "text": instruction}]
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": 0,
+            "max_tokens": 512,
+        }
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        address = f"{self.url.rstrip('/')}/chat/completions"
+        request = urllib.request.Request(address, json.dumps(body).encode(), headers)
+        reason = ""
+        for _ in range(self.tries):
+            try:
+                with urllib.request.urlopen(request, timeout=self.seconds) as response:
+                    answer = json.load(response)["choices"][0]["message"]["content"]
+            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+                reason = str(error)
+                continue
+            reason = caption_of(answer)
+            if not reason:
+                return answer.strip()
+        raise ValueError(f"{address} gave no caption in {self.tries} requests: {reason}")
+
+
+def _data_url(picture: UInt8[np.ndarray, "H W 3"]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=90)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,257 @@
+"""From raw films to a table of clips: probe, cut, score, remove near-duplicates, report.
+
+    python -m easyanimate_jax.prepare.curate SOURCE OUT
+
+`SOURCE` is any source of data/sources, or a folder of films without captions. Nothing is rewritten:
+a clip is a span of a file. OUT/clips.parquet is the table, one row per clip, with its scores and,
+if it was left out, why; a config's `source` may name it. OUT/films/ holds a finished film each, so
+a stopped run goes on, and `--part 2 --parts 8` lets eight processes share the films. OUT/funnel.txt
+and OUT/funnel.html say what was left out at every step.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import tyro
+from tqdm import tqdm
+
+from easyanimate_jax.data import media, paths
+from easyanimate_jax.data.decode import Decoders
+from easyanimate_jax.data.sources import clip_table, read_clips
+from easyanimate_jax.data.sources.layouts import MEDIA
+from easyanimate_jax.prepare import funnel
+from easyanimate_jax.prepare.captions import Server
+from easyanimate_jax.prepare.scores import SCORES, Score, picture_hash
+from easyanimate_jax.prepare.shots import Span, Splitting, find_cuts, split
+
+SMALL, LARGE = 160, 512  # pixels of the longer side: for cuts and motion, for stills
+MAX_FRAMES = 20_000  # of a film; all of them are in memory, small
+SECONDS = 600.0  # to decode a film
+NEAR = 5  # bits by which hashes of near-duplicates differ, at most
+CLIP_FIELDS = ("clip", "file", "kind", "first", "frames", "fps", "height", "width")
+
+Captioner = Callable[[np.ndarray], Sequence[str]]  # still frames of a clip -> its captions
+
+
+@dataclass(frozen=True)
+class Rules:
+    """`min_pixels` of a frame, and how films are split. Thresholds stand with the scores."""
+
+    splitting: Splitting = Splitting()
+    min_pixels: int = 512 * 512
+
+
+def curate(
+    source: Path,
+    out: Path,
+    rules: Rules = Rules(),
+    scores: Sequence[Score] = SCORES,
+    captioner: Captioner | None = None,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    workers: int | None = None,
+) -> list[dict] | None:
+    """Make the table; None while other parts are not done. Returns its rows.
+
+    Captions are those of the source's film, or what `captioner` makes of a clip's stills.
+    """
+    films = _films(source)
+    root = source if source.is_dir() else source.parent
+    (out / "films").mkdir(parents=True, exist_ok=True)
+    told_by = getattr(captioner, "__qualname__", repr(captioner))
+    settings = repr((rules, [(s.name, s.frames) for s in scores], told_by))
+    done = {name: out / "films" / f"{_digest(settings + name)}.json" for name in films}
+    mine = [name for name in list(films)[part::parts] if not done[name].is_file()]
+    workers = workers or os.cpu_count()
+    decoders = Decoders(workers, SECONDS, 4 * 2**30)
+
+    def work(name: str) -> None:
+        found = _film(decoders, root, name, films[name], rules, scores, captioner)
+        new = done[name].with_suffix(".new")
+        new.write_text(json.dumps(found))
+        os.replace(new, done[name])
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(tqdm(pool.map(work, mine), total=len(mine), desc="films", unit="film"))
+    decoders.close()
+    if not all(path.is_file() for path in done.values()):
+        return None
+    rows = [row for path in done.values() for row in json.loads(path.read_text())]
+    _judge(rows, rules, scores)
+    _write(out / "clips.parquet", rows, os.path.relpath(root, out), scores)
+    funnel.write(out, rows, _thumbnails(root, rows))
+    return rows
+
+
+def _films(source: Path) -> dict[str, tuple[str, ...]]:
+    """Captions by file name; a folder without any is a folder of films."""
+    try:
+        clips, _ = read_clips(source)
+    except ValueError:
+        if not source.is_dir():
+            raise
+        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in MEDIA)
+        if not files:
+            raise
+        return {str(path.relative_to(source)): () for path in files}
+    return {clip.name: clip.captions for clip in clips if isinstance(clip.path, Path)}
+
+
+def _film(decoders, root: Path, name: str, captions, rules: Rules, scores, captioner) -> list[dict]:
+    """A row for each span of a film, scored; a single row with a reason if it does not decode."""
+    base = {"clip": name, "file": name, "kind": "video", "first": 0, "frames": 0, "fps": 0.0}
+    base |= {"height": 0, "width": 0, "captions": list(captions), "left_out": "", "hash": 0}
+    try:
+        path = paths.safe_path(root, name)
+        kind, num_frames, height, width, fps = decoders.probe(path)
+        base |= {"kind": kind, "frames": num_frames, "height": height, "width": width, "fps": fps}
+        if kind == "image":
+            spans, short, small = [Span(0, 1)], [], None
+            stills = decoders.read_image(path, media.fit_side(height, width, LARGE))
+        else:
+            if num_frames > MAX_FRAMES:
+                raise ValueError(f"{num_frames:,} frames; cut films into at most {MAX_FRAMES:,}")
+            size = media.fit_side(height, width, SMALL)
+            small = decoders.read_clip(path, 0, num_frames, 1, size)
+            cuts = find_cuts(small, fps or 25.0)
+            spans, short = split(num_frames, cuts, fps or 25.0, rules.splitting)
+            wanted = sorted({i for span in spans for i in _still_frames(span)})
+            stills = decoders.read_frames(path, wanted, LARGE) if wanted else None
+    except ValueError as error:
+        return [base | {"left_out": f"does not decode: {error}"}]
+    rows = []
+    for span in short:
+        rows.append(_row(base, span) | {"left_out": "shorter than the shortest clip"})
+    for span in spans:
+        row = _row(base, span)
+        some = stills if kind == "image" else stills[np.searchsorted(wanted, _still_frames(span))]
+        row["hash"] = picture_hash(some[len(some) // 2])
+        for score in scores:
+            if score.frames == "still":
+                row[score.name] = float(score.measure(some, 1.0))
+            elif kind == "video":
+                step = max(1, round(fps / 2))
+                frames = small[span.first : span.end : step]
+                row[score.name] = float(score.measure(frames, max(height, width) / SMALL))
+        if captioner is not None:
+            try:
+                row["captions"] = list(captioner(some))
+            except ValueError as error:
+                row |= {"captions": [], "left_out": f"no caption: {error}"}
+        rows.append(row)
+    return rows
+
+
+def _row(base: dict, span: Span) -> dict:
+    name = base["file"] if base["kind"] == "image" else f"{base['file']}#{span.first}-{span.end}"
+    return base | {"clip": name, "first": span.first, "frames": span.end - span.first}
+
+
+def _still_frames(span: Span) -> list[int]:
+    return [span.first, (span.first + span.end - 1) // 2, span.end - 1]
+
+
+def _judge(rows: list[dict], rules: Rules, scores: Sequence[Score]) -> None:
+    """Fill `left_out`, in the order of the funnel: each step sees what the one before left."""
+
+    def drop(reason: str, bad: Callable[[dict], bool]) -> None:
+        for row in rows:
+            if not row["left_out"] and bad(row):
+                row["left_out"] = reason
+
+    least = rules.min_pixels
+    drop(f"fewer than {least:,} pixels a frame", lambda row: row["height"] * row["width"] < least)
+    repeated = _near_duplicates([row for row in rows if not row["left_out"]])
+    drop("near-duplicate of another clip", lambda row: row["clip"] in repeated)
+    for score in scores:
+        drop(
+            f"{score.name} outside {score.low:g} to {score.high:g}",
+            lambda row, s=score: s.name in row and not s.low <= row[s.name] <= s.high,
+        )
+    drop("no caption", lambda row: not row["captions"])
+
+
+def _near_duplicates(rows: list[dict]) -> set[str]:
+    """Names of clips whose picture a larger or earlier clip has; kinds are kept apart.
+
+    Hashes that differ in at most NEAR bits share one of NEAR + 1 bands, so only those are compared.
+    """
+    bands, repeated = {}, set()
+    edges = np.linspace(0, 64, NEAR + 2).astype(int).tolist()
+    for row in sorted(rows, key=lambda r: -r["height"] * r["width"]):
+        keys = [
+            (row["kind"], a, row["hash"] >> a & ((1 << b - a) - 1))
+            for a, b in itertools.pairwise(edges)
+        ]
+        near = (other for key in keys for other in bands.get(key, ()))
+        if any((row["hash"] ^ other).bit_count() <= NEAR for other in near):
+            repeated.add(row["clip"])
+            continue
+        for key in keys:
+            bands.setdefault(key, []).append(row["hash"])
+    return repeated
+
+
+def _write(path: Path, rows: list[dict], root: str, scores: Sequence[Score]) -> None:
+    fields = dict(clip_table.COLUMNS) | {s.name: pyarrow.float64() for s in scores}
+    fields |= {"left_out": pyarrow.string()}
+    columns = {name: [row.get(name) for row in rows] for name in fields}
+    schema = pyarrow.schema(fields, metadata={"root": root})
+    new = path.with_suffix(".new")
+    pyarrow.parquet.write_table(pyarrow.table(columns, schema), new)
+    os.replace(new, path)
+
+
+def _thumbnails(root: Path, rows: list[dict]) -> dict[str, np.ndarray]:
+    """Middle frames of the rows that the page shows."""
+    decoders, found = Decoders(1, SECONDS), {}
+    for row in funnel.shown(rows):
+        try:
+            path = paths.safe_path(root, row["file"])
+            if row["kind"] == "image":
+                size = media.fit_side(row["height"], row["width"], SMALL)
+                found[row["clip"]] = decoders.read_image(path, size)[0]
+            else:
+                middle = row["first"] + row["frames"] // 2
+                found[row["clip"]] = decoders.read_frames(path, [middle], SMALL)[0]
+        except ValueError:  # the row says why
+            continue
+    decoders.close()
+    return found
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def main(
+    source: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    rules: tyro.conf.OmitArgPrefixes[Rules] = Rules(),
+    captioner: Server | None = None,
+    part: int = 0,
+    parts: int = 1,
+) -> int:
+    """Cut and score the films of SOURCE into the table OUT/clips.parquet."""
+    try:
+        rows = curate(source, out, rules, captioner=captioner, part=part, parts=parts)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"part {part} of {parts} is done" if rows is None else funnel.text(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main))

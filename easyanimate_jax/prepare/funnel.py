@@ -1,0 +1,86 @@
+"""How many clips every step of curation left, as text and as a page with pictures."""
+
+import base64
+import html
+import io
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+PICTURES = 8  # of every step
+
+
+def steps(rows: list[dict]) -> list[tuple[str, int, int]]:
+    """(reason, clips it left out, clips left after it), in the order of the steps."""
+    reasons = Counter(_step(row) for row in rows if row["left_out"])
+    left, found = len(rows), []
+    for reason in dict.fromkeys(sorted(reasons, key=lambda r: _ORDER.get(r.split()[0], 5))):
+        left -= reasons[reason]
+        found.append((reason, reasons[reason], left))
+    return found
+
+
+_ORDER = {"does": 0, "shorter": 1, "fewer": 2, "near-duplicate": 3, "no": 9}
+
+
+def text(rows: list[dict]) -> str:
+    """The funnel, a line a step."""
+    found = steps(rows)
+    lines = [" -> ".join(f"{n:,}" for n in (len(rows), *(left for *_, left in found)))]
+    lines += [f"  {lost:>10,} left out: {reason}" for reason, lost, _ in found]
+    return "\n".join([*lines, f"  {len(rows) - sum(n for _, n, _ in found):>10,} kept"])
+
+
+def shown(rows: list[dict]) -> list[dict]:
+    """Some rows of each step, and some of those that are kept."""
+    by_step = {}
+    for row in rows:
+        by_step.setdefault(_step(row), []).append(row)
+    return [row for some in by_step.values() for row in some[:PICTURES]]
+
+
+def write(out: Path, rows: list[dict], thumbnails: dict[str, np.ndarray]) -> None:
+    """`funnel.txt` and `funnel.html`."""
+    (out / "funnel.txt").write_text(text(rows) + "\n")
+    found = [*steps(rows), ("", len(rows) - sum(n for _, n, _ in steps(rows)), 0)]
+    parts = [
+        "<!doctype html><meta charset=utf-8><title>Funnel</title><style>body{font:14px sans-serif;"
+        "margin:2em}figure{display:inline-block;margin:4px;width:170px}figcaption{font-size:11px;"
+        "overflow-wrap:anywhere}.bar{background:#48c;height:8px}</style><h1>Funnel</h1>"
+        f"<pre>{html.escape(text(rows))}</pre>"
+    ]
+    for reason, count, _ in found:
+        parts.append(f"<h2>{html.escape(reason or 'kept')}: {count:,}</h2>")
+        parts.append(f"<div class=bar style='width:{100 * count / max(1, len(rows)):.1f}%'></div>")
+        for row in shown(rows):
+            if _step(row) != reason:
+                continue
+            scores = ", ".join(f"{k} {v:.2f}" for k, v in row.items() if _is_score(k, v))
+            title = (
+                f"{row['clip']} {row['height']}x{row['width']}, {row['frames']} frames; {scores}"
+            )
+            why = row["left_out"] if row["left_out"] != reason else ""
+            parts.append(
+                f"<figure>{_picture(thumbnails.get(row['clip']))}<figcaption>"
+                f"{html.escape(title)} {html.escape(why)}</figcaption></figure>"
+            )
+    (out / "funnel.html").write_text("\n".join(parts))
+
+
+def _step(row: dict) -> str:
+    """The reason without what belongs to one file."""
+    return row["left_out"].split(":")[0]
+
+
+def _is_score(name: str, value) -> bool:
+    return isinstance(value, float) and name != "fps"
+
+
+def _picture(pixels: np.ndarray | None) -> str:
+    if pixels is None:
+        return ""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=70)
+    return f"<img src='data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}'>"

@@ -1,0 +1,57 @@
+"""Where a film is cut, and which spans of it become clips: the reference's rules (spec 13)."""
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from scenedetect import ContentDetector, FrameTimecode
+
+THRESHOLD, MIN_SCENE = 27.0, 15  # of the content detector; frames
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """Spans shorter than `min_seconds` are left out, longer ones cut into pieces."""
+
+    min_seconds: float = 3.0
+    max_seconds: float = 10.0
+    trim_seconds: float = 0.5  # off the end of a scene: the detector finds some cuts late
+
+
+class Span(NamedTuple):
+    first: int
+    end: int  # one past the last frame
+
+
+def find_cuts(frames: UInt8[np.ndarray, "F H W 3"], fps: float) -> list[int]:
+    """The first frames of all shots but the first."""
+    detector = ContentDetector(threshold=THRESHOLD, min_scene_len=MIN_SCENE)
+    cuts = []
+    for number, frame in enumerate(frames):
+        bgr = np.ascontiguousarray(frame[..., ::-1])
+        cuts += detector.process_frame(FrameTimecode(number, fps), bgr)
+    cuts += detector.post_process(FrameTimecode(len(frames), fps))
+    return sorted({int(cut.frame_num) for cut in cuts})
+
+
+def split(
+    num_frames: int, cuts: list[int], fps: float, rules: Splitting
+) -> tuple[list[Span], list[Span]]:
+    """(the spans that become clips, those that are too short)."""
+    least, most = round(rules.min_seconds * fps), round(rules.max_seconds * fps)
+    edges = [0, *cuts, num_frames]
+    kept, short = [], []
+    for first, end in itertools.pairwise(edges):
+        if end - first < least:
+            short.append(Span(first, end))
+        elif end - first > most:
+            for start in range(first, end, most):
+                piece = Span(start, min(start + most, end))
+                (kept if piece.end - piece.first >= least else short).append(piece)
+        elif cuts:
+            kept.append(Span(first, max(first + 1, end - round(rules.trim_seconds * fps))))
+        else:
+            kept.append(Span(first, end))
+    return kept, short

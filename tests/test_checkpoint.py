@@ -1,0 +1,240 @@
+"""A checkpoint is what was saved, or is set aside; and room is made only for what was checked."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from disk import flip_a_bit
+
+from easyanimate_jax.tensors import orbax_item
+from easyanimate_jax.training import checkpoint
+from easyanimate_jax.training.checkpoint import Checkpoints, NotFiniteError, StorageError
+from easyanimate_jax.training.step import TrainState
+
+META = {"step": 0, "stage": "only", "seed": 42}
+
+
+def make_state(seed: int) -> TrainState:
+    rng = np.random.default_rng(seed)
+    model = {
+        "kernel": jnp.asarray(rng.standard_normal((24, 16)), jnp.float32),
+        "bias": jnp.asarray(rng.standard_normal(16), jnp.bfloat16),
+    }
+    ema = jax.tree.map(lambda x: x / 2, model)
+    return TrainState(jnp.int32(seed), jnp.int32(0), model, ema, (jnp.ones(5, jnp.int32),))
+
+
+LIKE = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), make_state(0)
+)
+
+
+def write(folder: Path, steps=(2, 4), **options) -> None:
+    checkpoints = Checkpoints(folder, **{"keep": 3} | options)
+    for step in steps:
+        checkpoints.save(step, make_state(step), META | {"step": step})
+    checkpoints.close(steps[-1])
+
+
+def read(folder: Path, **options):
+    checkpoints = Checkpoints(folder, keep=3)
+    found = checkpoints.restore(lambda meta: LIKE, **options)
+    checkpoints.close()
+    return found
+
+
+def assert_is(found, step: int) -> None:
+    assert found[0] == step == found[2]["step"]
+    jax.tree.map(np.testing.assert_array_equal, found[1], make_state(step))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    write(folder / "checkpoints")
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_what_was_saved_comes_back_and_is_known_to_be_right(saved):
+    assert_is(read(saved / "checkpoints"), 4)
+    assert_is(read(saved / "checkpoints", before=4), 2)
+    assert all(checkpoint.is_verified(saved / "checkpoints" / str(step)) for step in (2, 4))
+    assert (saved / "checkpoints").stat().st_mode & 0o77 == 0
+
+
+def bits(folder: Path) -> list[Path]:
+    """The files of step 4 that hold something."""
+    return [
+        p
+        for p in sorted((folder / "checkpoints" / "4").rglob("*"))
+        if p.is_file() and p.stat().st_size
+    ]
+
+
+def hurt(path: Path, how: str, rng) -> None:
+    data = bytearray(path.read_bytes())
+    if how == "delete":
+        path.unlink()
+        return
+    if how == "flip":
+        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    elif how == "cut":
+        del data[len(data) // 2 :]
+    elif how == "zeros":
+        data[:] = bytes(len(data))
+    path.write_bytes(data)
+
+
+def test_no_damage_to_any_file_is_silent(saved, tmp_path):
+    """Of 220 damages each is found, or the files still hold what was saved.
+
+    Every eleventh is restored, too: found there, and step 2 used, or step 4 is what was saved.
+    """
+    rng = np.random.default_rng(0)
+    cases = ["flip"] * 200 + ["cut", "zeros", "delete", "cut", "zeros"] * 4
+    names = [p.relative_to(saved) for p in bits(saved)]
+    sizes = np.array([(saved / name).stat().st_size for name in names])
+    folder, found, whole = tmp_path / "hurt", 0, 0
+    shutil.copytree(saved, folder)
+    for number, how in enumerate(cases):
+        # Half of them where the bytes are, half where the files are.
+        chance = sizes / sizes.sum() if number % 2 else np.full(len(names), 1 / len(names))
+        path = folder / names[rng.choice(len(names), p=chance)]
+        before = path.read_bytes()
+        hurt(path, how, rng)
+        wrong = checkpoint.damage(folder / "checkpoints" / "4")
+        found += bool(wrong)
+        if not wrong:
+            for item, values in (("state", make_state(4).model), ("ema", make_state(4).ema)):
+                for name, value in values.items():
+                    stored = f"model.{name}" if item == "state" else name
+                    here = orbax_item.tensor(folder / "checkpoints" / "4" / item, stored).read()
+                    np.testing.assert_array_equal(here, value)
+        if number % 11 == 0:
+            copy = tmp_path / str(number)
+            shutil.copytree(folder, copy)
+            step, *_ = restored = read(copy / "checkpoints")
+            assert_is(restored, step)
+            assert (copy / "checkpoints" / "4.corrupt" / "reason").is_file() == (step == 2)
+            whole += 1
+        path.write_bytes(before)
+    assert found > 60 and whole == 20
+
+
+def test_the_last_good_step_is_used_and_the_damaged_set_aside(copy, capsys):
+    flip_a_bit(copy / "checkpoints" / "4" / "ema")
+    with pytest.raises(ValueError, match="4 is damaged"):
+        checkpoint.restore_ema(copy, 4, LIKE.ema)
+    assert checkpoint.main(["verify", str(copy)]) == 1
+    assert_is(read(copy / "checkpoints"), 2)
+    assert checkpoint.main(["verify", str(copy)]) == 0
+    assert checkpoint.main(["list", str(copy)]) == 0
+    output = capsys.readouterr().out
+    assert "4  ema." in output and "4.corrupt" in output and "2  only  verified" in output
+
+
+def test_diff_names_the_arrays(saved, capsys):
+    assert checkpoint.main(["diff", str(saved), "2", "4"]) == 1
+    assert "5 of 7 arrays differ" in capsys.readouterr().out
+    assert checkpoint.main(["diff", str(saved), "2", "2"]) == 0
+    assert checkpoint.main(["verify", str(saved / "nothing")]) == 2
+
+
+def test_a_state_that_is_not_finite_is_not_saved(copy):
+    checkpoints = Checkpoints(copy / "checkpoints", keep=3)
+    state = make_state(6)
+    state.ema["bias"] = state.ema["bias"].at[3].set(jnp.nan)
+    with pytest.raises(NotFiniteError, match="bias"):
+        checkpoints.save(6, state, META)
+    checkpoints.close()
+    assert checkpoint.complete_steps(copy / "checkpoints") == [2, 4]
+
+
+def test_kept_are_the_last_the_boundaries_and_the_multiples(tmp_path):
+    write(tmp_path, range(1, 12), keep=1, keep_steps=(3,), keep_every=5)
+    assert checkpoint.complete_steps(tmp_path) == [3, 5, 10, 11]
+
+
+def test_nothing_is_deleted_for_what_is_not_verified(tmp_path, monkeypatch):
+    write(tmp_path, (1, 2))
+    monkeypatch.setattr(checkpoint, "damage", lambda *_, **__: ["as if"])
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (3, 4):
+        checkpoints.save(step, make_state(step), META | {"step": step})
+    checkpoints.finish()
+    checkpoints.checkpointer.close()
+    assert checkpoint.complete_steps(tmp_path) == [1, 2]
+    assert len(list(tmp_path.glob("*.corrupt"))) == 2
+
+
+def test_leftovers_of_a_kill_are_removed(copy):
+    folder = copy / "checkpoints"
+    for name in ("6.orbax-checkpoint-tmp", "2.deleting"):
+        shutil.copytree(folder / "2", folder / name)
+    assert_is(read(folder), 4)
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "4"]
+
+
+def test_a_full_disk_costs_the_save_and_nothing_else(copy, monkeypatch, capsys):
+    free = namedtuple("usage", "total used free")
+    checkpoints = Checkpoints(copy / "checkpoints", keep=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: free(10, 10, 100))
+        checkpoints.save(6, make_state(6), META | {"step": 6})
+        checkpoints.save(8, make_state(8), META | {"step": 8})
+    checkpoints.save(10, make_state(10), META | {"step": 10})
+    checkpoints.close(10)
+    assert checkpoint.complete_steps(copy / "checkpoints") == [2, 4, 10]
+    assert "checkpoint 6 was not saved" in capsys.readouterr().out
+    assert_is(read(copy / "checkpoints"), 10)
+
+
+def test_three_failed_saves_end_the_run(copy, monkeypatch):
+    free = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free(10, 10, 100))
+    checkpoints = Checkpoints(copy / "checkpoints", keep=3)
+    for step in (6, 8, 10):
+        checkpoints.save(step, make_state(step), META)
+    with pytest.raises(StorageError, match="3 saves in a row"):
+        checkpoints.save(12, make_state(12), META)
+    with pytest.raises(StorageError, match="checkpoint 12 could not"):
+        checkpoints.close(12)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(copy):
+    for step in ("2", "4"):
+        (copy / "checkpoints" / step / "meta" / "metadata").write_text("{")
+    for _ in range(2):
+        with pytest.raises(StorageError, match=r"only 2\.corrupt, 4\.corrupt; bring one back"):
+            read(copy / "checkpoints")
+
+
+def test_another_model_is_refused_and_nothing_set_aside(copy):
+    other = LIKE._replace(model={"kernel": LIKE.model["kernel"]})
+    checkpoints = Checkpoints(copy / "checkpoints", keep=3)
+    with pytest.raises(ValueError, match=r"does not fit the config's model: model\.bias"):
+        checkpoints.restore(lambda meta: other)
+    checkpoints.close()
+    assert checkpoint.complete_steps(copy / "checkpoints") == [2, 4]
+
+
+def test_a_checkpoint_from_before_fingerprints_is_used_and_said_to_be(copy, capsys):
+    for step in ("2", "4"):
+        file = copy / "checkpoints" / step / "meta" / "metadata"
+        meta = json.loads(file.read_text())
+        del meta["digest"], meta["arrays"]
+        file.write_text(json.dumps(meta))
+    assert_is(read(copy / "checkpoints"), 4)
+    assert "checkpoint 4 is from before fingerprints: used unverified" in capsys.readouterr().out
+    assert checkpoint.main(["verify", str(copy)]) == 1
