@@ -14,7 +14,6 @@ from flax import nnx
 
 from easyanimate_jax.convert.mmdit import from_torch, to_torch
 from easyanimate_jax.models.mmdit import (
-    ACTIVATIONS,
     MMDiT,
     MMDiTConfig,
     count_parameters,
@@ -302,24 +301,6 @@ def test_gradients_are_finite_with_an_empty_row_and_the_same_whatever_is_saved()
         for a, b in zip(jax.tree.leaves(gradient(**kept)), none, strict=True):
             assert np.isfinite(a).all()
             np.testing.assert_allclose(a, b, atol=1e-6)
-
-
-def test_every_name_that_is_kept_takes_memory():
-    """Of the stack's residuals: 3, 1, 1, 4 and 1 values of the width per token and block."""
-    arguments = inputs([(1, 6, 4), (1, 6, 4)], padded=24)
-    tokens = 2 * (24 + 12) * TINY.depth
-
-    def kept(save):
-        model = jax.eval_shape(
-            lambda: MMDiT(dataclasses.replace(TINY, save=save), rngs=nnx.Rngs(0))
-        )
-        loss = lambda m, *args: jnp.sum(m(*args))  # noqa: E731
-        residuals = jax.eval_shape(lambda m: jax.vjp(loss, m, *arguments)[1], model)
-        return sum(x.size for x in jax.tree.leaves(residuals))
-
-    none = kept(())
-    for name, values in zip(ACTIVATIONS, (3, 1, 1, 4, 1), strict=True):
-        assert kept((name,)) - none == values * TINY.width * tokens, name
 
 
 def test_a_widened_model_ignores_its_new_channels_until_trained():

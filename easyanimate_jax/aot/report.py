@@ -92,5 +92,5 @@ def to_json(topology: str, reports: Sequence[StageReport]) -> str:
     return json.dumps({"topology": topology, "stages": stages}, indent=1)
 
 
-def _gb(x: float | None) -> str:
+def _gb(x: float | int | None) -> str:
     return "-" if x is None else f"{x / 1e9:.1f}"
