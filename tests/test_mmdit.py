@@ -292,14 +292,15 @@ def test_rounding_the_time_is_a_switch():
 def test_gradients_are_finite_with_an_empty_row_and_the_same_whatever_is_saved():
     batch = inputs([(1, 5, 4), (0, 0, 0)], padded=24)
 
-    def gradient(save):
-        model = random_model(dataclasses.replace(TINY, depth=1, mmdit_depth=1, save=save))
+    def gradient(**kept):
+        model = random_model(dataclasses.replace(TINY, depth=1, mmdit_depth=1, **kept))
         return jax.jit(jax.grad(lambda m, *args: jnp.mean(m(*args)[:1] ** 2)))(model, *batch)
 
-    some, none = gradient(("attention",)), gradient(())
-    for a, b in zip(jax.tree.leaves(some), jax.tree.leaves(none), strict=True):
-        assert np.isfinite(a).all()
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    none = jax.tree.leaves(gradient(save=()))
+    for kept in ({"save": ("attention",)}, {"save": ("qkv",), "offload": ("attention", "mlp")}):
+        for a, b in zip(jax.tree.leaves(gradient(**kept)), none, strict=True):
+            assert np.isfinite(a).all()
+            np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_a_widened_model_ignores_its_new_channels_until_trained():
@@ -333,6 +334,10 @@ def test_widening_reaches_every_model_in_a_training_state():
 def test_refusals_name_the_repair():
     with pytest.raises(ValueError, match="head_width=40"):
         dataclasses.replace(TINY, head_width=40)
+    with pytest.raises(ValueError, match="takes names of"):
+        dataclasses.replace(TINY, save=("atention",))
+    with pytest.raises(ValueError, match="no name stands in both"):
+        dataclasses.replace(TINY, save=("mlp",), offload=("mlp",))
     with pytest.raises(ValueError, match="mmdit_depth=4 of depth=2"):
         dataclasses.replace(TINY, mmdit_depth=4)
     model = jax.eval_shape(lambda: MMDiT(TINY, rngs=nnx.Rngs(0)))

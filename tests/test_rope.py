@@ -7,7 +7,13 @@ import pytest
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_easyanimate import EasyAnimateRotaryPosEmbed
 
-from easyanimate_jax.models.rope import FITTED_SIZES, positions, rotary_angles, rotate
+from easyanimate_jax.models.rope import (
+    FITTED_SIZES,
+    _rotate_by_product,
+    positions,
+    rotary_angles,
+    rotate,
+)
 
 
 def table(rows, columns, frames=1):
@@ -82,3 +88,12 @@ def test_grids_of_one_batch_do_not_meet():
 
 def test_a_single_row_stands_at_the_start():
     np.testing.assert_array_equal(table(1, 4)[0, 0, :, 1], 10)  # 30 - 11 = 19, half of it to even
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_product_of_the_tpu_turns_to_the_same_bits(dtype):
+    x = jnp.asarray(np.random.RandomState(0).randn(2, 24, 3, 32), dtype)
+    angles = rotary_angles(jnp.array([[1, 4, 6], [2, 3, 4]]), 24, 32)
+    np.testing.assert_array_equal(
+        jax.jit(_rotate_by_product)(x, angles), jax.jit(rotate)(x, angles)
+    )

@@ -91,7 +91,7 @@ def test_every_large_weight_is_split_over_all_devices():
 
 def test_a_mesh_that_does_not_divide_a_weight_is_refused_by_name():
     model = abstract_model(dataclasses.replace(TINY, time_width=33))
-    with pytest.raises(ValueError, match=r"norm1.*33 does not split into 2 shards"):
+    with pytest.raises(ValueError, match=r"norm1.*33 does not split into 4 shards"):
         shardings(make_mesh(MESH), model)
 
 

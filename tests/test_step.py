@@ -106,11 +106,20 @@ def test_rows_of_weight_zero_change_nothing(one_device):
     assert_same_weights(state, one_device[0], atol=2e-5)
 
 
+# With 8 rows every device has its own; with 4 the devices along `context` share samples.
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(1, 2, 2, 2), MeshConfig(2, 2, 2, 1)], ids=lambda m: str(m)
+    ("mesh", "num_micro"),
+    [
+        ((1, 2, 2, 2), 1),
+        ((1, 2, 2, 2), 4),
+        ((2, 2, 2, 1), 2),
+        ((1, 1, 8, 1), 2),
+        ((1, 8, 1, 1), 1),
+    ],
+    ids=str,
 )
-def test_eight_devices_train_like_one(one_device, mesh):
-    state, losses = steps(mesh, make_batch(1, 8), num_devices=8)
+def test_eight_devices_train_like_one(one_device, mesh, num_micro):
+    state, losses = steps(MeshConfig(*mesh), regroup(make_batch(1, 8), num_micro), num_devices=8)
     np.testing.assert_allclose(losses, one_device[1], rtol=1e-4)
     assert_same_weights(state, one_device[0], atol=1e-4)
 

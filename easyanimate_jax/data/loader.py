@@ -44,7 +44,7 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Reads `plan` from `records`, in microbatches of at most `microbatch` rows.
+    """Reads `plan` from `records`, in microbatches of `microbatch` rows.
 
     A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3), the control
     and the reference of a row by zeros, each by itself, with `control_drop` (spec 7.2). A process
@@ -102,7 +102,7 @@ class Loader:
 
     def batch(self, step: int) -> tuple[int, Batch]:
         length, ids = self.plan(int(step))
-        micro = min(self.microbatch, len(ids))
+        micro = self.microbatch
         total = -(-len(ids) // micro) * micro
         first, last = self.rows or (0, micro)
         mine = [row for row in range(total) if first <= row % micro < last]

@@ -1,21 +1,153 @@
-"""Softmax attention over a padded sequence: the only place that knows kernels and platforms."""
+"""Softmax attention over a padded sequence: the only place that knows kernels and platforms.
+
+The kernel follows from the platform of the mesh's devices (not from where the program is compiled)
+and from the length: Splash (Pallas) on TPU, cuDNN's on GPU, elsewhere XLA's, in slices when the
+sequence is long, so that no score matrix of a whole sequence ever exists. All take the softmax in
+float32. Q: queries, S: keys.
+
+Results are named "attention" for `scan_blocks`, which keeps them for the backward pass.
+"""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    FullMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha,
+)
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from easyanimate_jax.sharding import platform
 
-def attention(
-    q: Float[Array, "B Q heads K"],
-    k: Float[Array, "B S heads K"],
-    v: Float[Array, "B S heads K"],
+Queries = Float[Array, "B Q heads K"]
+Keys = Float[Array, "B S heads K"]
+Tokens = Float[Array, "B _ heads K"]
+
+LONG = 1024  # keys; up to here the whole score matrix is smaller than what it saves
+SLICE = 512  # queries a slice of a long sequence
+
+# Splash: largest blocks of queries, of keys in fast memory, and of keys in one product. All are
+# multiples of 128. What is larger does not fit the vector memory of v5p. The fused backward writes
+# a partial gradient of the queries per block of keys, so those are as long as can be.
+BLOCKS = {"TPU v5": (1152, 2048, 768), "TPU v6 lite": (1152, 2048, 768)}
+SAFE_BLOCKS = (512, 1536, 512)
+SPLIT_BACKWARD = 24576  # keys from which on the partial sums of the fused backward cost too much
+
+
+def joint_attention(
+    q: tuple[Tokens, Tokens],
+    k: tuple[Tokens, Tokens],
+    v: tuple[Tokens, Tokens],
     lengths: Int[Array, "B"],
-) -> Float[Array, "B Q heads K"]:
-    """Every query attends to the first `lengths` keys of its sample; softmax in float32."""
-    if jax.default_backend() == "gpu" and q.dtype != jnp.float32:  # cuDNN has no float32 kernel
-        return jax.nn.dot_product_attention(
-            q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
-        )
+    *,
+    num_text: int,
+    axis: str | None = None,
+) -> tuple[Tokens, Tokens]:
+    """Attention of (text, video) over both, text first; `lengths` counts the real video tokens.
+
+    With `axis` each device holds a part of the tokens, the text filled up to whole parts. Devices
+    exchange tokens for heads and back (Ulysses); where the heads do not divide, queries stay where
+    they are and keys and values are gathered.
+    """
+    lengths = num_text + lengths
+    if axis is None:
+        return _attend(q, [jnp.concatenate(x, axis=1) for x in (k, v)], lengths)
+
+    def whole(text, video, collect):
+        return jnp.concatenate([collect(text)[:, :num_text], collect(video)], axis=1)
+
+    parts = jax.lax.axis_size(axis)
+    if q[1].shape[2] % (parts * jax.sharding.get_abstract_mesh().shape["tensor"]):
+        collect = partial(jax.lax.all_gather, axis_name=axis, axis=1, tiled=True)
+        return _attend(q, [whole(*x, collect) for x in (k, v)], lengths)
+
+    exchange = partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
+    to_heads = partial(exchange, split_axis=2, concat_axis=1)
+    out = attention(*(whole(*x, to_heads) for x in (q, k, v)), lengths)
+    filled = q[0].shape[1] * parts - num_text
+    text = jnp.pad(out[:, :num_text], ((0, 0), (0, filled), (0, 0), (0, 0)))
+    return tuple(exchange(x, split_axis=1, concat_axis=2) for x in (text, out[:, num_text:]))
+
+
+def _attend(q: tuple[Tokens, Tokens], kv: list[Keys], lengths) -> tuple[Tokens, Tokens]:
+    """Text and video queries: XLA's own attention needs no copy that joins them."""
+    if kernel(q[0].dtype, kv[0].shape[1]) is plain:
+        video = attention(q[1], *kv, lengths)
+        return attention(q[0], *kv, lengths), video
+    out = attention(jnp.concatenate(q, axis=1), *kv, lengths)
+    return out[:, : q[0].shape[1]], out[:, q[0].shape[1] :]
+
+
+def attention(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
+    """Every query attends to the first `lengths` keys of its sample."""
+    attend, mesh = kernel(q.dtype, k.shape[1]), jax.sharding.get_abstract_mesh()
+    if attend is plain or mesh.empty or mesh.size == 1:
+        return attend(q, k, v, lengths)
+    # XLA cannot split a kernel over `tensor`, the one axis that is left to it.
+    heads = PartitionSpec(None, None, "tensor", None)
+    return jax.shard_map(
+        attend,
+        in_specs=(heads, heads, heads, PartitionSpec(None)),
+        out_specs=heads,
+        axis_names={"tensor"},
+        check_vma=False,
+    )(q, k, v, lengths)
+
+
+def kernel(dtype, num_keys: int):
+    """The function that attends on this platform: `splash`, `cudnn`, `plain` or `sliced`."""
+    if platform() == "tpu":
+        device = jax.sharding.get_abstract_mesh().abstract_device
+        return partial(splash, device_kind=getattr(device, "device_kind", None))
+    if platform() == "gpu" and dtype != jnp.float32:  # cuDNN has no float32 kernel
+        return cudnn
+    return plain if num_keys <= LONG else sliced
+
+
+def cudnn(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
+    out = jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
+    return checkpoint_name(out, "attention")
+
+
+def plain(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
+    """All scores at once."""
+    return checkpoint_name(_softmax_mix(q, k, v, lengths), "attention")
+
+
+def sliced(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
+    """One head and `SLICE` queries at a time; the backward pass computes their scores again.
+
+    Beside arguments and results it holds B x SLICE x S scores: linear in the sequence.
+    """
+    num_queries = q.shape[1]
+    q = jnp.pad(q, ((0, 0), (0, -num_queries % SLICE), (0, 0), (0, 0)))
+
+    def head(_, qkv):
+        q, k, v = (x[:, :, None] for x in qkv)
+
+        @jax.checkpoint
+        def part(_, q):
+            return None, _softmax_mix(q, k, v, lengths)
+
+        slices = rearrange(q, "B (slices Q) heads K -> slices B Q heads K", Q=SLICE)
+        _, out = jax.lax.scan(part, None, slices)
+        return None, rearrange(out, "slices B Q 1 K -> B (slices Q) K")
+
+    by_head = tuple(jnp.moveaxis(x, 2, 0) for x in (q, k, v))
+    _, out = jax.lax.scan(head, None, by_head)
+    return checkpoint_name(jnp.moveaxis(out, 0, 2)[:, :num_queries], "attention")
+
+
+def _softmax_mix(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
     hidden = jnp.arange(k.shape[1])[None] >= lengths[:, None]
     scores = jnp.einsum(
         "BqhK,BshK->Bhqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32
@@ -27,3 +159,70 @@ def attention(
     total = weights.sum(axis=-1)
     mixed = jnp.einsum("Bhqs,BshK->BqhK", weights.astype(v.dtype), v)
     return (mixed / total.swapaxes(1, 2)[..., None]).astype(v.dtype)
+
+
+def splash(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    lengths: Int[Array, "B"],
+    *,
+    device_kind: str | None = None,
+    interpret: bool = False,
+) -> Queries:
+    """Splash attention; hidden keys are another segment than the queries.
+
+    The kernel itself names its result and its log-sums "attention", so that with them kept the
+    backward pass does not run it again.
+    """
+    num_queries, num_keys, heads = q.shape[1], k.shape[1], q.shape[2]
+    q_rows, k_rows = (n + -n % _granule(n) for n in (num_queries, num_keys))
+
+    def lay(x, rows):
+        x = jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, 0)))
+        return rearrange(x, "B S heads K -> B heads S K")
+
+    segments = (jnp.arange(k_rows)[None] >= lengths[:, None]).astype(jnp.int32)
+    call = make_splash_mha(
+        MultiHeadMask([FullMask((q_rows, k_rows))] * heads),
+        block_sizes=block_sizes(q_rows, k_rows, device_kind),
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attention",
+        interpret=interpret,
+    )
+    out = jax.vmap(call)(
+        lay(q * q.shape[-1] ** -0.5, q_rows),
+        lay(k, k_rows),
+        lay(v, k_rows),
+        SegmentIds(jnp.zeros((q.shape[0], q_rows), jnp.int32), segments),
+    )
+    return rearrange(out, "B heads S K -> B S heads K")[:, :num_queries]
+
+
+def _granule(length: int) -> int:
+    """Sequences are padded to multiples of this: more is faster, and too much for short ones."""
+    return 512 if length > 2048 else 128
+
+
+def block_sizes(num_queries: int, num_keys: int, device_kind: str | None) -> BlockSizes:
+    """Blocks that divide the padded lengths, as large as the chip allows."""
+    most_q, most_kv, most_compute = BLOCKS.get(device_kind, SAFE_BLOCKS)
+
+    def largest(length: int, most: int) -> int:
+        return max(b for b in range(128, most + 1, 128) if length % b == 0)
+
+    q, kv = largest(num_queries, most_q), largest(num_keys, most_kv)
+    compute = largest(kv, most_compute)
+    fused = num_keys < SPLIT_BACKWARD
+    return BlockSizes(
+        block_q=q,
+        block_kv=kv,
+        block_kv_compute=compute,
+        block_q_dkv=q,
+        block_kv_dkv=kv,
+        block_kv_dkv_compute=compute,
+        block_q_dq=None if fused else q,
+        block_kv_dq=None if fused else kv,
+        use_fused_bwd_kernel=fused,
+    )

@@ -84,13 +84,26 @@ def stack(make_block: Callable, depth: int, *, rngs: nnx.Rngs):
     return build(rngs.split(depth))
 
 
-def scan_blocks(block: Callable, carry, blocks, *, save: Sequence[str] = ()):
-    """Run `carry = block(b, carry)` over the stack; the backward pass recomputes all but `save`."""
+def scan_blocks(
+    block: Callable, carry, blocks, *, save: Sequence[str] = (), offload: Sequence[str] = ()
+):
+    """Run `carry = block(b, carry)` over the stack.
+
+    Of what a block computes, the backward pass finds `save` in device memory and `offload` in host
+    memory, and computes the rest again.
+    """
 
     def body(carry, b):
         return block(b, carry), None
 
     policy = jax.checkpoint_policies.save_only_these_names(*save)
+    if offload:
+        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=list(save),
+            names_which_can_be_offloaded=list(offload),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
     body = jax.checkpoint(body, policy=policy, prevent_cse=False)
     carry, _ = jax.lax.scan(body, carry, blocks)
     return carry

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
+from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
-from easyanimate_jax.models.attention import attention
+from easyanimate_jax.models.attention import joint_attention
 from easyanimate_jax.models.layers import (
     layer_norm,
     linear,
@@ -27,7 +27,7 @@ from easyanimate_jax.models.layers import (
     stack,
 )
 from easyanimate_jax.models.rope import MAX_GRID, Angles, rotary_angles, rotate
-from easyanimate_jax.sharding import shard
+from easyanimate_jax.sharding import by_device, token_axis
 
 Video = Float[Array, "B N D"]
 Text = Float[Array, "B L D"]
@@ -36,6 +36,11 @@ Time = Float[Array, "B E"]
 
 QK_NORM_EPS = 1e-6  # spec 2.4: not the config's norm_eps
 TEXT_NORM_EPS = 1e-6
+
+# What a block can keep for its backward pass, in values of the model width per token: 3, 1 (and
+# the attention's log-sums), 1, 4, 1.
+STREAM = ("batch", "tokens", None)
+ACTIVATIONS = ("qkv", "attention", "attention out", "mlp", "mlp out")
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class MMDiTConfig:
     time_width: int = 512
     norm_eps: float = 1e-5
     dtype: str = "bfloat16"
-    save: tuple[str, ...] = ("attention",)  # kept for the backward pass, the rest is recomputed
+    save: tuple[str, ...] = ("attention",)  # of ACTIVATIONS: kept for the backward pass
+    offload: tuple[str, ...] = ()  # of ACTIVATIONS: kept in host memory; the rest is recomputed
 
     def __post_init__(self):
         if self.head_width % 16:
@@ -67,6 +73,13 @@ class MMDiTConfig:
             raise ValueError(
                 f"mmdit_depth={self.mmdit_depth} of depth={self.depth}: "
                 f"it counts the first blocks of the stack; use 0 to {self.depth}."
+            )
+
+        unknown = set(self.save + self.offload) - set(ACTIVATIONS)
+        if unknown or set(self.save) & set(self.offload):
+            raise ValueError(
+                f"save={self.save} and offload={self.offload}: each takes names of {ACTIVATIONS}, "
+                f"and no name stands in both."
             )
 
     @property
@@ -102,8 +115,7 @@ def modulation(config: MMDiTConfig, parts: int, *, rngs: nnx.Rngs) -> nnx.Linear
 
 
 def split_modulation(x: Float[Array, "B parts_D"], parts: int) -> Float[Array, "parts B 1 D"]:
-    # Gathered first: splitting a sharded dimension makes XLA rematerialize all of it.
-    return rearrange(shard(x, "batch", None), "B (parts D) -> parts B 1 D", parts=parts)
+    return rearrange(x, "B (parts D) -> parts B 1 D", parts=parts)
 
 
 class QKVO(nnx.Module):
@@ -127,33 +139,27 @@ class QKVO(nnx.Module):
         return self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype), v
 
     def project(self, x: Float[Array, "B S heads K"]) -> Float[Array, "B S D"]:
-        return self.out(rearrange(checkpoint_name(x, "attention"), "B S heads K -> B S (heads K)"))
+        return name(self.out(rearrange(x, "B S heads K -> B S (heads K)")), "attention out")
 
 
-def joint_attention(
+def attend(
     video_weights: QKVO,
     text_weights: QKVO,
     video: Video,
     text: Text,
     angles: Angles,
     lengths: Int[Array, "B"],
+    num_text: int,
+    axis: str | None,
 ) -> tuple[Video, Text]:
-    """Video and text attend to [text, video]; only video is rotated.
-
-    Two calls and not one over joined queries: under context parallelism video queries stay split
-    over the devices, and only keys and values are gathered.
-    """
+    """Video and text attend to [text, video]; only video is rotated."""
     q, k, v = video_weights.qkv(video)
+    q, k, v = (name(x, "qkv") for x in (rotate(q, angles), rotate(k, angles), v))
     t_q, t_k, t_v = text_weights.qkv(text)
-    q, k = rotate(q, angles), rotate(k, angles)
-    k, v = (
-        jnp.concatenate([t, shard(x, "batch", None, "heads", None)], axis=1)
-        for t, x in ((t_k, k), (t_v, v))
+    text, video = joint_attention(
+        (t_q, q), (t_k, k), (t_v, v), lengths, num_text=num_text, axis=axis
     )
-    lengths = text.shape[1] + lengths
-    video = video_weights.project(attention(q, k, v, lengths))
-    text = text_weights.project(attention(t_q, k, v, lengths))
-    return video, text
+    return video_weights.project(video), text_weights.project(text)
 
 
 class MLP(nnx.Module):
@@ -163,7 +169,8 @@ class MLP(nnx.Module):
         self.down = linear(4 * D, D, ("mlp", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
+        up = name(self.up(x), "mlp")
+        return name(self.down(jax.nn.gelu(up, approximate=True)), "mlp out")
 
 
 class Stream(nnx.Module):
@@ -182,16 +189,25 @@ class MMDiTBlock(nnx.Module):
         self.text = Stream(config, rngs=rngs)
 
     def __call__(
-        self, video: Video, text: Text, time: Time, angles: Angles, lengths: Int[Array, "B"]
+        self,
+        video: Video,
+        text: Text,
+        time: Time,
+        angles: Angles,
+        lengths: Int[Array, "B"],
+        *,
+        num_text: int,
+        axis: str | None,
     ) -> tuple[Video, Text]:
+        """With `axis` on a device's part of the tokens; `num_text` are the text's in all."""
         v, t, v_gate, t_gate = self.norm1(video, text, time)
-        v, t = joint_attention(self.video.attention, self.text.attention, v, t, angles, lengths)
+        weights = self.video.attention, self.text.attention
+        v, t = attend(*weights, v, t, angles, lengths, num_text, axis)
         video, text = video + v_gate * v, text + t_gate * t
 
         v, t, v_gate, t_gate = self.norm2(video, text, time)
         video = video + v_gate * self.video.mlp(v)
-        text = text + t_gate * self.text.mlp(t)
-        return shard(video, "batch", "tokens", None), shard(text, "batch", None, None)
+        return video, text + t_gate * self.text.mlp(t)
 
 
 class SharedBlock(MMDiTBlock):
@@ -237,7 +253,7 @@ class TextProjection(nnx.Module):
     def __call__(self, text: Float[Array, "B L width"]) -> Text:
         if self.norm is not None:
             text = self.norm(text)
-        return shard(self.linear(text.astype(self.dtype)), "batch", None, None)
+        return self.linear(text.astype(self.dtype))
 
 
 class Output(nnx.Module):
@@ -295,7 +311,16 @@ class MMDiT(nnx.Module):
     ) -> Float[Array, "B N out"]:
         """The prediction for every token; tokens past a sample's length influence nothing else."""
         video, text, time = self.embed(tokens, time, texts)
-        return self.output.linear(self.features(video, text, time, grid, lengths))
+        features = self.features(video, text, time, grid, lengths)
+        (out,) = by_device(
+            lambda linear, x: (linear(x),),
+            self.output.linear,
+            (features,),
+            (STREAM,),
+            (STREAM,),
+            dtype=self.config.dtype,
+        )
+        return out
 
     def embed(
         self,
@@ -304,11 +329,22 @@ class MMDiT(nnx.Module):
         texts: tuple[Float[Array, "B _ _"], ...],
     ) -> tuple[Video, Text, Time]:
         """What enters the first block."""
-        video = shard(self.patches(tokens.astype(self.config.dtype)), "batch", "tokens", None)
-        text = jnp.concatenate(
-            [project(text) for project, text in zip(self.texts, texts, strict=True)], axis=1
+
+        def enter(weights, tokens, time, *texts):
+            patches, embed_time, projections = weights
+            text = [project(text) for project, text in zip(projections, texts, strict=True)]
+            tokens = patches(tokens.astype(self.config.dtype))
+            return tokens, jnp.concatenate(text, axis=1), embed_time(time)
+
+        whole = ("batch", None, None)
+        return by_device(
+            enter,
+            (self.patches, self.time, self.texts),
+            (tokens, time, *texts),
+            (STREAM, ("batch",), *[whole] * len(texts)),
+            (STREAM, whole, ("batch", None)),
+            dtype=self.config.dtype,
         )
-        return video, text, self.time(time)
 
     def features(
         self,
@@ -319,14 +355,35 @@ class MMDiT(nnx.Module):
         lengths: Int[Array, "B"],
     ) -> Video:
         """What the last layer, `output.linear`, reads."""
-        angles = rotary_angles(grid, video.shape[1], self.config.head_width)
+        config, mesh = self.config, jax.sharding.get_abstract_mesh()
+        axis, num_text = token_axis(mesh, video.shape[0]), text.shape[1]
+        if axis is not None:  # whole parts of the text too
+            text = jnp.pad(text, ((0, 0), (0, -num_text % mesh.shape[axis]), (0, 0)))
+        angles = rotary_angles(grid, video.shape[1], config.head_width)
+
+        def attend_and_mix(block, video, text, time, cos, sin, lengths):
+            return block(video, text, time, (cos, sin), lengths, num_text=num_text, axis=axis)
 
         def run(block, streams):
-            return block(*streams, time, angles, lengths)
+            inputs = *streams, time, *angles, lengths
+            names = STREAM, STREAM, ("batch", None), STREAM, STREAM, ("batch",)
+            return by_device(
+                attend_and_mix, block, inputs, names, (STREAM, STREAM), dtype=config.dtype
+            )
 
         for blocks in self.blocks:
-            video, text = scan_blocks(run, (video, text), blocks, save=self.config.save)
-        return self.output.modulated(video, time)
+            video, text = scan_blocks(
+                run, (video, text), blocks, save=config.save, offload=config.offload
+            )
+        (out,) = by_device(
+            lambda output, video, time: (output.modulated(video, time),),
+            self.output,
+            (video, time),
+            (STREAM, ("batch", None)),
+            (STREAM,),
+            dtype=config.dtype,
+        )
+        return out
 
 
 def patchify(latents: Float[Array, "B T h w C"], patch: int = 2) -> Float[Array, "B N patch_C"]:

@@ -10,6 +10,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float, Int
 
+from easyanimate_jax.sharding import platform
+
 BASE_HEIGHT, BASE_WIDTH = 30, 45
 THETA = 10000.0
 MAX_GRID = 256  # token rows or columns: 4096 pixels
@@ -69,9 +71,27 @@ def rotary_angles(grid: Int[Array, "B 3"], num_tokens: int, head_width: int) -> 
 
 def rotate(x: Float[Array, "B N heads K"], angles: Angles) -> Float[Array, "B N heads K"]:
     """Turn neighbours (x[2j], x[2j + 1]) by angle j, in float32."""
+    if platform() == "tpu":
+        return _rotate_by_product(x, angles)
     cos, sin = (a[:, :, None] for a in angles)
     even, odd = rearrange(
         x.astype(jnp.float32), "B N heads (half two) -> two B N heads half", two=2
     )
     turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
     return rearrange(turned, "B N heads half two -> B N heads (half two)").astype(x.dtype)
+
+
+def _rotate_by_product(x: Float[Array, "B N heads K"], angles: Angles):
+    """`rotate` for a TPU, where taking neighbours apart moves every number across lanes.
+
+    There a product with a matrix that exchanges neighbours is fifteen times cheaper, by the
+    compiler's estimate, and as exact: each of its sums has one term.
+    """
+    cos, sin = (jnp.repeat(a, 2, axis=-1)[:, :, None] for a in angles)
+    place = np.arange(x.shape[-1])
+    exchange = np.zeros((len(place), len(place)), np.float32)
+    exchange[place ^ 1, place] = np.where(place % 2 == 0, -1, 1)
+    other = jnp.einsum(
+        "BNhK,KJ->BNhJ", x, jnp.asarray(exchange, x.dtype), preferred_element_type=jnp.float32
+    )
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)

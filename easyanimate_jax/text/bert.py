@@ -47,13 +47,13 @@ class BertBlock(nnx.Module):
     def __init__(self, config: BertConfig, *, dtype: str, rngs: nnx.Rngs):
         self.num_heads = config.num_attention_heads
         D, mlp = config.hidden_size, config.intermediate_size
-        self.q = linear(D, D, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.k = linear(D, D, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.v = linear(D, D, ("embed", "heads"), dtype=dtype, rngs=rngs)
-        self.out = linear(D, D, ("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.q = linear(D, D, ("encoder width", "encoder inner"), dtype=dtype, rngs=rngs)
+        self.k = linear(D, D, ("encoder width", "encoder inner"), dtype=dtype, rngs=rngs)
+        self.v = linear(D, D, ("encoder width", "encoder inner"), dtype=dtype, rngs=rngs)
+        self.out = linear(D, D, ("encoder inner", "encoder width"), dtype=dtype, rngs=rngs)
         self.attention_norm = layer_norm(D, eps=config.layer_norm_eps, rngs=rngs)
-        self.up = linear(D, mlp, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.down = linear(mlp, D, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.up = linear(D, mlp, ("encoder width", "encoder inner"), dtype=dtype, rngs=rngs)
+        self.down = linear(mlp, D, ("encoder inner", "encoder width"), dtype=dtype, rngs=rngs)
         self.mlp_norm = layer_norm(D, eps=config.layer_norm_eps, rngs=rngs)
 
     def __call__(self, x: States, mask: Bool[Array, "B L"] | None) -> States:
@@ -75,7 +75,7 @@ class Bert(nnx.Module):
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: str = "float32"):
         self.config, self.dtype = config, dtype
         embed = lambda rows: nnx.Embed(  # noqa: E731
-            rows, config.hidden_size, embedding_metadata=axes(None, "embed"), rngs=rngs
+            rows, config.hidden_size, embedding_metadata=axes(None, "encoder width"), rngs=rngs
         )
         self.words = embed(config.vocab_size)
         self.positions = embed(config.max_position_embeddings)

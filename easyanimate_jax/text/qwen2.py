@@ -80,14 +80,14 @@ class Qwen2Block(nnx.Module):
         keys = config.num_key_value_heads * config.head_width
         dense = partial(linear, dtype=dtype, rngs=rngs)
         self.attention_norm = rms_norm(D, eps=config.rms_norm_eps, rngs=rngs)
-        self.q = dense(D, D, ("embed", "heads"))
-        self.k = dense(D, keys, ("embed", "heads"))
-        self.v = dense(D, keys, ("embed", "heads"))
-        self.out = dense(D, D, ("heads", "embed"), use_bias=False)
+        self.q = dense(D, D, ("encoder width", "encoder inner"))
+        self.k = dense(D, keys, ("encoder width", "encoder inner"))
+        self.v = dense(D, keys, ("encoder width", "encoder inner"))
+        self.out = dense(D, D, ("encoder inner", "encoder width"), use_bias=False)
         self.mlp_norm = rms_norm(D, eps=config.rms_norm_eps, rngs=rngs)
-        self.gate = dense(D, mlp, ("embed", "mlp"), use_bias=False)
-        self.up = dense(D, mlp, ("embed", "mlp"), use_bias=False)
-        self.down = dense(mlp, D, ("mlp", "embed"), use_bias=False)
+        self.gate = dense(D, mlp, ("encoder width", "encoder inner"), use_bias=False)
+        self.up = dense(D, mlp, ("encoder width", "encoder inner"), use_bias=False)
+        self.down = dense(mlp, D, ("encoder inner", "encoder width"), use_bias=False)
 
     def __call__(self, x: States, angles: Angles, mask: Bool[Array, "B 1 L L"]) -> States:
         y = self.attention_norm(x).astype(x.dtype)
@@ -115,7 +115,7 @@ class Qwen2(nnx.Module):
         self.words = nnx.Embed(
             config.vocab_size,
             config.hidden_size,
-            embedding_metadata=axes(None, "embed"),
+            embedding_metadata=axes(None, "encoder width"),
             rngs=rngs,
         )
         self.blocks = stack(

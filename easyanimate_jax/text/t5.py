@@ -50,15 +50,15 @@ class T5Block(nnx.Module):
         D, inner, mlp = config.d_model, config.num_heads * config.d_kv, config.d_ff
         dense = lambda *a: linear(*a, use_bias=False, dtype=dtype, rngs=rngs)  # noqa: E731
         self.attention_norm = rms_norm(D, eps=config.layer_norm_epsilon, rngs=rngs)
-        self.q = dense(D, inner, ("embed", "heads"))
+        self.q = dense(D, inner, ("encoder width", "encoder inner"))
         self.q.kernel[...] *= config.d_kv**-0.5  # the logits are not scaled, so the start of q is
-        self.k = dense(D, inner, ("embed", "heads"))
-        self.v = dense(D, inner, ("embed", "heads"))
-        self.out = dense(inner, D, ("heads", "embed"))
+        self.k = dense(D, inner, ("encoder width", "encoder inner"))
+        self.v = dense(D, inner, ("encoder width", "encoder inner"))
+        self.out = dense(inner, D, ("encoder inner", "encoder width"))
         self.mlp_norm = rms_norm(D, eps=config.layer_norm_epsilon, rngs=rngs)
-        self.gate = dense(D, mlp, ("embed", "mlp"))
-        self.up = dense(D, mlp, ("embed", "mlp"))
-        self.down = dense(mlp, D, ("mlp", "embed"))
+        self.gate = dense(D, mlp, ("encoder width", "encoder inner"))
+        self.up = dense(D, mlp, ("encoder width", "encoder inner"))
+        self.down = dense(mlp, D, ("encoder inner", "encoder width"))
 
     def __call__(
         self, x: States, bias: Float[Array, "1 heads L L"], mask: Bool[Array, "B L"] | None
@@ -84,13 +84,13 @@ class T5(nnx.Module):
         self.words = nnx.Embed(
             config.vocab_size,
             config.d_model,
-            embedding_metadata=axes(None, "embed"),
+            embedding_metadata=axes(None, "encoder width"),
             rngs=rngs,
         )
         self.distances = nnx.Embed(
             config.relative_attention_num_buckets,
             config.num_heads,
-            embedding_metadata=axes(None, "heads"),
+            embedding_metadata=axes(None, "encoder inner"),
             rngs=rngs,
         )
         self.blocks = stack(

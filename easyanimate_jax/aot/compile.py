@@ -1,0 +1,231 @@
+"""Compiles the train step of each stage for a TPU topology that is not there, and reads the result.
+
+libtpu's compiler runs on any Linux machine. What it is given is the program that `trainer` runs:
+the same function, state, batch, mesh and donated buffers. A stage is compiled at its longest
+bucket, which decides whether it fits.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from easyanimate_jax.aot.chips import Chip, chip_of
+from easyanimate_jax.aot.hlo import Program, read_program
+from easyanimate_jax.aot.predict import Prediction, model_flops, predict
+from easyanimate_jax.config import TrainConfig
+from easyanimate_jax.sharding import MESH_AXES, MeshConfig, make_mesh
+from easyanimate_jax.training.optimizer import make_optimizer
+from easyanimate_jax.training.program import (
+    abstract_batch,
+    abstract_state,
+    microbatch_rows,
+    step_program,
+)
+from easyanimate_jax.training.stages import Stage
+
+TEXT_LENGTHS = {1: (256,), 2: (77, 256)}  # by encoders: V5.1's, and V5's (spec 5)
+
+
+@dataclass
+class StageReport:
+    """What the compiler says of one stage, and what follows from it. Bytes are a device's."""
+
+    name: str
+    task: str
+    topology: str
+    mesh: dict[str, int]
+    batch_size: int
+    microbatch: int
+    accumulate: int
+    tokens: int
+    text_tokens: int
+    fits: bool
+    hbm_bytes: int
+    peak_bytes_per_chip: int | None  # None where the compiler refused without saying
+    memory: dict[str, int]
+    model_flops: float
+    attention_share: float
+    steps: int
+    collective_bytes: dict[str, int]  # sent in a step, by kind
+    kernels: list[str]
+    predicted_parts: dict[str, float]  # seconds
+    largest_all_reduce_bytes: int = 0
+    predicted_step_seconds: float | None = None
+    predicted_step_seconds_range: tuple[float, float] | None = None
+    predicted_mfu: float | None = None
+    predicted_days: float | None = None
+    predicted_chip_hours: float | None = None
+    compile_seconds: float = 0.0
+    message: str = ""
+
+
+def topology_devices(name: str, num_slices: int = 1) -> list:
+    """The devices of a topology such as "v5p:4x4x8". Raises ValueError, in one line."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "the TPU compiler is not installed: pip install 'libtpu==0.0.42.*' (Linux, x86-64), or "
+            "this package with its extra `dev`"
+        )
+    more = {"num_slices": num_slices} if num_slices > 1 else {}
+    try:
+        devices = topologies.get_topology_desc(name, platform="tpu", **more).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"topology {name!r}: {str(error).splitlines()[0]}. Use one such as v5p:4x4x8 or "
+            f"v6e:16x16."
+        ) from error
+    return devices
+
+
+def suggest_mesh(config: MeshConfig, num_devices: int) -> MeshConfig:
+    """The configured mesh where it has as many devices, else its like on `num_devices`.
+
+    `context` and `tensor` stay, `fsdp` takes the rest, `data` what would make `fsdp` more than 64.
+    """
+    try:
+        return MeshConfig(*config.shape(num_devices))
+    except ValueError:
+        inner = math.gcd(config.context * config.tensor, num_devices)
+        tensor = math.gcd(config.tensor, inner)
+        rest = num_devices // inner
+        fsdp = math.gcd(rest, 64)
+        return MeshConfig(rest // fsdp, fsdp, inner // tensor, tensor)
+
+
+def compile_stages(
+    config: TrainConfig, stages: Sequence[Stage], topology: str, *, num_slices: int = 1
+) -> Iterator[StageReport]:
+    """The reports of stages; two that run the same program are compiled once.
+
+    Raises ValueError where config, mesh and topology do not match.
+    """
+    known = {}  # what a program depends on -> its report
+    for stage in stages:
+        longest = config.set(stage.data).budget.lengths[-1]
+        program = longest, stage.batch_size, stage.microbatch, stage.in_channels
+        if program not in known:
+            known[program], _ = compile_step(config, stage, topology, num_slices=num_slices)
+        report = dataclasses.replace(
+            known[program], name=stage.name, task=stage.task, steps=stage.steps
+        )
+        yield _with_duration(report)
+
+
+def compile_step(
+    config: TrainConfig, stage: Stage, topology: str, *, num_slices: int = 1
+) -> tuple[StageReport, str]:
+    """The report, and the text of the compiled program ("" where it does not fit)."""
+    devices = topology_devices(topology, num_slices)
+    chip = chip_of(devices[0].device_kind)
+    mesh = make_mesh(suggest_mesh(config.mesh, len(devices)), devices)
+    model = dataclasses.replace(config.model, in_channels=stage.in_channels)
+    optimizer = make_optimizer(config.optimizer)
+    rows = microbatch_rows(stage, mesh)
+    texts = TEXT_LENGTHS[len(model.text_widths)]
+    tokens = config.set(stage.data).budget.lengths[-1]
+    flops, share = model_flops(model, tokens, sum(texts))
+    with jax.set_mesh(mesh):
+        _, placed, state = abstract_state(model, optimizer, mesh)
+        batch = abstract_batch(
+            model,
+            mesh,
+            batch_size=stage.batch_size,
+            microbatch=rows,
+            tokens=tokens,
+            text_lengths=texts,
+        )
+        program = step_program(optimizer, config.process, config.ema_decay, placed)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        rate = jax.ShapeDtypeStruct((), jnp.float32)
+        report = StageReport(
+            name=stage.name,
+            task=stage.task,
+            topology=topology if num_slices == 1 else f"{num_slices} x {topology}",
+            mesh=dict(zip(MESH_AXES, mesh.devices.shape, strict=True)),
+            batch_size=stage.batch_size,
+            microbatch=rows,
+            accumulate=batch.weight.shape[0],
+            tokens=tokens,
+            text_tokens=sum(texts),
+            fits=False,
+            hbm_bytes=int(chip.memory),
+            peak_bytes_per_chip=None,
+            memory={
+                "weights": _bytes(state.model),
+                "average": _bytes(state.ema),
+                "optimizer": _bytes(state.opt_state),
+                "batch": _bytes(batch),
+            },
+            model_flops=flops * stage.batch_size,
+            attention_share=share,
+            steps=stage.steps,
+            collective_bytes={},
+            kernels=[],
+            predicted_parts={},
+        )
+        began = time.perf_counter()
+        lowered = program.lower(state, batch, key, rate)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            report.message = _first_lines(str(error))
+            report.peak_bytes_per_chip = _needed_bytes(str(error))
+            return report, ""
+    report.compile_seconds = time.perf_counter() - began
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    report.fits = memory.peak_memory_in_bytes <= chip.memory
+    report.peak_bytes_per_chip = memory.peak_memory_in_bytes
+    arguments = sum(report.memory.values())
+    report.memory["activations and temporaries"] = memory.peak_memory_in_bytes - arguments
+    _describe_program(report, read_program(text), chip, [*mesh.devices.flat], model.head_width)
+    return report, text
+
+
+def _describe_program(
+    report: StageReport, program: Program, chip: Chip, devices: list, head_width: int
+) -> None:
+    prediction: Prediction = predict(program, chip, devices, head_width)
+    report.collective_bytes = program.collective_bytes()
+    reduced = [c.largest for c in program.collectives if c.kind == "all-reduce"]
+    report.largest_all_reduce_bytes = max(reduced, default=0)
+    report.kernels = [f"{k.count} x {k.name} {k.shape}" for k in program.kernels]
+    report.predicted_parts = dataclasses.asdict(prediction)
+    seconds = prediction.serial
+    report.predicted_step_seconds = seconds
+    report.predicted_step_seconds_range = prediction.range()
+    report.predicted_mfu = report.model_flops / (seconds * chip.peak_flops * len(devices))
+
+
+def _with_duration(report: StageReport) -> StageReport:
+    if report.predicted_step_seconds is not None:
+        hours = report.predicted_step_seconds * report.steps / 3600
+        report.predicted_days = hours / 24
+        report.predicted_chip_hours = hours * math.prod(report.mesh.values())
+    return report
+
+
+def _bytes(tree) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _needed_bytes(message: str) -> int | None:
+    """The "Used 101.6G of 95.7G hbm" of the compiler's refusal."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMG]) of", message)
+    return int(float(found[1]) * 1024 ** ("KMG".index(found[2]) + 1)) if found else None
+
+
+def _first_lines(message: str, most: int = 300) -> str:
+    return " ".join(message.split())[:most]

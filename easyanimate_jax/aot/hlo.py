@@ -1,0 +1,204 @@
+"""Reading a compiled TPU program: collectives, kernels and cycles, loops with their trip counts.
+
+The compiler's own cost analysis counts the body of a loop once and kernels not at all. Here the
+scheduled program is walked from its entry; whatever stands in a loop counts as often as it runs.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
+_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
+
+
+@dataclass
+class Instruction:
+    name: str
+    shape: str
+    opcode: str
+    rest: str  # operands and attributes
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of every array of the result, without the padding of its layout."""
+        return [
+            BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
+            for kind, dims in _ARRAY.findall(self.shape)
+        ]
+
+    def called(self, attribute: str) -> str | None:
+        """The computation named by an attribute, such as `body`."""
+        found = re.search(rf"\b{attribute}=%([\w.\-]+)", self.rest)
+        return found and found[1]
+
+
+@dataclass
+class Collective:
+    """One kind of collective over one size of group, summed over a step."""
+
+    kind: str
+    group: tuple[int, ...]  # devices of the first group
+    count: int = 0
+    bytes: int = 0  # of the results
+    largest: int = 0  # of one array
+    wire: float = 0.0  # bytes a device sends
+
+
+@dataclass
+class Kernel:
+    """One call of an attention kernel, `count` times a step."""
+
+    name: str
+    shape: tuple[int, int, int, int]  # B, heads, S, K of its last bfloat16 result
+    count: int
+
+
+@dataclass
+class Program:
+    """What a step does on one device."""
+
+    collectives: list[Collective]
+    kernels: list[Kernel]
+    matmul_cycles: int = 0
+    other_cycles: int = 0
+
+    def collective_bytes(self) -> dict[str, int]:
+        """Bytes that a device sends, by kind."""
+        total = {}
+        for c in self.collectives:
+            total[c.kind] = total.get(c.kind, 0) + int(c.wire)
+        return total
+
+
+def read_program(text: str) -> Program:
+    """The collectives, kernels and estimated cycles of a compiled program's text."""
+    computations, entry = _parse(text)
+    program, collectives = Program([], []), {}
+    for instruction, times in _walk(computations, entry, 1):
+        opcode = instruction.opcode.removesuffix("-start")
+        if opcode in COLLECTIVES:
+            group = _group(instruction.rest)
+            if len(group) > 1:
+                _add(collectives.setdefault((opcode, group), Collective(opcode, group)),
+                     instruction, times)  # fmt: skip
+        elif 'custom_call_target="tpu_custom_call"' in instruction.rest:
+            program.kernels.append(Kernel(instruction.name, _result(instruction.shape), times))
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+        if cycles:
+            if _multiplies(computations, instruction):
+                program.matmul_cycles += int(cycles[1]) * times
+            else:
+                program.other_cycles += int(cycles[1]) * times
+    program.collectives = sorted(collectives.values(), key=lambda c: -c.wire)
+    return program
+
+
+def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
+    computations, entry, current = {}, "", None
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            current = computations.setdefault(head[2], [])
+            entry = head[2] if head[1] else entry
+        elif line == "}":  # attributes of kernels hold lines that only begin with one
+            current = None
+        elif current is not None and (found := _INSTRUCTION.match(line)):
+            current.append(Instruction(*found.groups()))
+    return computations, entry
+
+
+def _walk(computations: dict, name: str, times: int) -> Iterator[tuple[Instruction, int]]:
+    """Every instruction with the number of times it runs; of a conditional, every branch."""
+    for instruction in computations[name]:
+        yield instruction, times
+        if instruction.opcode == "while":
+            inner, trips = [instruction.called("body")], _trips(computations, instruction)
+        elif instruction.opcode == "conditional":
+            inner, trips = _branches(instruction), 1
+        elif instruction.opcode in ("call", "async-start"):
+            inner = [instruction.called("to_apply") or instruction.called("calls")]
+            trips = 1
+        else:
+            continue
+        for computation in inner:
+            yield from _walk(computations, computation, times * trips)
+
+
+def _branches(instruction: Instruction) -> list[str]:
+    listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
+    if listed:
+        return re.findall(r"%([\w.\-]+)", listed[1])
+    return [instruction.called("true_computation"), instruction.called("false_computation")]
+
+
+def _trips(computations: dict, loop: Instruction) -> int:
+    """The largest constant of the loop's condition."""
+    limits = [
+        int(re.match(r"\d+", i.rest)[0])
+        for i in computations[loop.called("condition")]
+        if i.opcode == "constant" and re.match(r"\d+\)", i.rest)
+    ]
+    return max(limits, default=1)
+
+
+def _result(shape: str) -> tuple[int, int, int, int]:
+    """(B, heads, S, K) of a kernel's last bfloat16 result; the compiler drops a B of 1."""
+    dims = [d for kind, d in _ARRAY.findall(shape) if kind == "bf16"][-1]
+    dims = [int(n) for n in dims.split(",")]
+    return tuple([1] * (4 - len(dims)) + dims)
+
+
+def _multiplies(computations: dict, instruction: Instruction) -> bool:
+    if instruction.opcode in ("convolution", "dot"):
+        return True
+    inner = computations.get(instruction.called("calls") or "", [])
+    return any(i.opcode in ("convolution", "dot", "fusion") and _multiplies(computations, i)
+               for i in inner)  # fmt: skip
+
+
+def _group(rest: str) -> tuple[int, ...]:
+    explicit = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+    if explicit:
+        return tuple(int(n) for n in explicit[1].split(","))
+    listed = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    if listed:
+        dims = [int(n) for n in listed[3].split(",")]
+        order = [int(n) for n in listed[4].split(",")] if listed[4] else range(len(dims))
+        return _iota_group(int(listed[2]), dims, list(order))
+    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest)
+    return (int(pairs[1]), int(pairs[2])) if pairs else ()
+
+
+def _iota_group(size: int, dims: list[int], order: list[int]) -> tuple[int, ...]:
+    """The first `size` device numbers of an iota of shape `dims`, transposed by `order`."""
+    strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
+    group = []
+    for place in range(size):
+        number = 0
+        for axis in reversed(order):
+            place, digit = divmod(place, dims[axis])
+            number += digit * strides[axis]
+        group.append(number)
+    return tuple(group)
+
+
+def _add(total: Collective, instruction: Instruction, times: int) -> None:
+    size, group = sum(instruction.sizes), len(total.group)
+    if instruction.opcode.endswith("-start"):  # operands stand beside the results
+        size //= 2
+    share = {
+        "all-gather": (group - 1) / group,
+        "all-to-all": (group - 1) / group,
+        "reduce-scatter": group - 1,
+        "all-reduce": 2 * (group - 1) / group,
+        "collective-permute": 1,
+    }[total.kind]
+    total.count += times
+    total.bytes += size * times
+    total.largest = max(total.largest, *instruction.sizes)
+    total.wire += size * share * times

@@ -1,0 +1,145 @@
+"""Train steps compiled for TPUs that are not there: they fit, with the kernel, and no surprises."""
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+
+from configs.v5_12b import config as v5_12b
+from easyanimate_jax.aot import hlo
+from easyanimate_jax.aot.__main__ import main
+from easyanimate_jax.aot.compile import compile_step, suggest_mesh
+from easyanimate_jax.aot.predict import model_flops
+from easyanimate_jax.aot.report import markdown, table, to_json
+from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.records import LatentSet
+from easyanimate_jax.sharding import MeshConfig
+from easyanimate_jax.training.stages import Stage
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU compiler, is not installed: pip install -e '.[dev]'",
+)
+
+NARROW = dataclasses.replace(
+    v5_12b,
+    model=dataclasses.replace(
+        v5_12b.model, depth=2, mmdit_depth=2, heads=4, text_widths=(128, 128), time_width=128
+    ),
+    sets=(LatentSet("clips", Budget(256, (256,), (64,)), condition_draws=1),),
+    stages=(
+        Stage("rows", "clips", batch_size=8, microbatch=4, steps=10),
+        Stage("tokens", "clips", task="i2v", batch_size=4, microbatch=2, steps=10),
+    ),
+)
+# Bytes in bfloat16 of a block's smallest matrix. A quarter is what its last reduction leaves, and
+# as much has the shard of a text projection, which is summed over `context` and lies there whole.
+MATRIX = 256 * 256 * 2
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("topology", "num_slices", "mesh", "stage"),
+    [
+        ("v5p:2x2x1", 1, MeshConfig(1, 2, 2, 1), "rows"),
+        ("v6e:2x2", 1, MeshConfig(1, 2, 2, 1), "tokens"),
+        ("v5p:2x2x1", 2, MeshConfig(2, 2, 2, 1), "tokens"),
+    ],
+    ids=["v5p", "v6e", "two slices"],
+)
+def test_a_narrow_step_compiles_for_a_pod(topology, num_slices, mesh, stage, capfd):
+    config = dataclasses.replace(NARROW, mesh=mesh)
+    chosen = next(s for s in config.stages if s.name == stage)
+    report, text = compile_step(config, chosen, topology, num_slices=num_slices)
+    assert "rematerialization" not in capfd.readouterr().err  # XLA's word for a bad resharding
+    assert report.fits and report.peak_bytes_per_chip < 1e9
+
+    names = [kernel.split()[2] for kernel in report.kernels]
+    assert len(names) == 2, f"the backward pass runs the forward kernel again: {names}"
+    assert "fwd" in names[0] and "dkv" in names[1]
+
+    within = [c for c in hlo.read_program(text).collectives if not _crosses_slices(c, num_slices)]
+    large = {c.kind for c in within if c.largest > MATRIX // 4}
+    assert large == {"all-gather", "reduce-scatter"} | (
+        {"all-to-all"} if stage == "tokens" else set()
+    )
+    low, high = report.predicted_step_seconds_range
+    assert 0 < low < report.predicted_step_seconds < high
+    assert json.loads(to_json(topology, [report]))["stages"][0]["fits"] is True
+    for text in (table([report]), markdown([report])):
+        assert stage in text and "yes" in text
+
+
+def _crosses_slices(collective: hlo.Collective, num_slices: int) -> bool:
+    """Whether a group holds devices of both slices of four."""
+    return num_slices > 1 and len({device // 4 for device in collective.group}) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["configs/none.py", "--topology", "v5p:4x4x8"], "there is no config"),
+        (["configs/demo_vae.py", "--topology", "v5p:4x4x8"], "trains a VAE"),
+        (["configs/demo.py", "--topology", "v5p:4x4x8", "--stage", "last"], "no stage 'last'"),
+        pytest.param(
+            ["configs/demo.py", "--topology", "v5p:9by9"],
+            "topology 'v5p:9by9'",
+            marks=needs_compiler,
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_line(arguments, message, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_flops_are_those_of_the_hand_count():
+    for tokens, linear, attention in ((3328, 40, 8), (13312, 148, 110), (53248, 583, 1693)):
+        flops, share = model_flops(v5_12b.model, tokens, 333)
+        assert flops / 3 == pytest.approx((linear + attention) * 1e12, rel=0.02)
+        assert share == pytest.approx(attention / (linear + attention), abs=0.02)
+
+
+def test_a_mesh_follows_the_devices():
+    asked = MeshConfig(1, 16, 8, 1)
+    assert suggest_mesh(asked, 128) == asked
+    assert suggest_mesh(asked, 256) == MeshConfig(1, 32, 8, 1)
+    assert suggest_mesh(asked, 1024) == MeshConfig(2, 64, 8, 1)
+    assert suggest_mesh(asked, 4) == MeshConfig(1, 1, 4, 1)
+
+
+PROGRAM = """HloModule step, is_scheduled=true
+
+%body (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %kernel = (f32[8,64]{1,0}, bf16[4,256,64]{2,1,0}) custom-call(%x), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+}}, backend_config="x"
+  ROOT %all-reduce.1 = f32[8]{0} all-reduce(%x), replica_groups={{0,2},{1,3}}, to_apply=%add
+}
+
+%condition (y: f32[8]) -> pred[] {
+  %limit = s32[] constant(48)
+  ROOT %less = pred[] compare(%y, %limit), direction=LT
+}
+
+ENTRY %main (z: f32[8]) -> f32[8] {
+  %z = f32[8]{0} parameter(0)
+  %all-gather.2 = bf16[16]{0} all-gather(%z), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+  %fusion.3 = f32[8]{0} fusion(%z), kind=kLoop, backend_config={"estimated_cycles":"500"}
+  ROOT %loop = f32[8]{0} while(%z), condition=%condition, body=%body
+}
+"""
+
+
+def test_loops_count_as_often_as_they_run():
+    program = hlo.read_program(PROGRAM)
+    reduced, gathered = program.collectives
+    assert (reduced.kind, reduced.group, reduced.count) == ("all-reduce", (0, 2), 48)
+    assert reduced.wire == 48 * 32 * 2 * 1 / 2 and reduced.largest == 32
+    assert (gathered.kind, gathered.group, gathered.count) == ("all-gather", (0, 2, 4, 6), 1)
+    assert gathered.wire == 32 * 3 / 4
+    assert [(k.shape, k.count) for k in program.kernels] == [((1, 4, 256, 64), 48)]
+    assert (program.matmul_cycles, program.other_cycles) == (0, 500)
