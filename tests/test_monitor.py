@@ -19,14 +19,14 @@ def spend(monitor: Monitor, section: str, seconds: float, step: int) -> None:
 
 
 def test_seconds_add_up_and_go_on_after_a_restart(tmp_path):
-    first = Monitor(tmp_path, process=0, hang_seconds=60)
+    first = Monitor(tmp_path, process=0, hang_seconds=60.0)
     for step in range(3):
         spend(first, "data", 0.01, step)
         spend(first, "step", 0.05, step)
     spend(first, "save", 0.02, 3)
     first.close()
     time.sleep(0.2)
-    second = Monitor(tmp_path, process=0, hang_seconds=60)
+    second = Monitor(tmp_path, process=0, hang_seconds=60.0)
     spend(second, "step", 0.03, 2)  # made before: no progress
     spend(second, "step", 0.03, 3)
     second.close()
@@ -39,7 +39,7 @@ def test_seconds_add_up_and_go_on_after_a_restart(tmp_path):
 
 
 def test_only_process_0_writes_goodput_and_each_has_a_heartbeat(tmp_path):
-    monitor = Monitor(tmp_path, process=1, hang_seconds=60)
+    monitor = Monitor(tmp_path, process=1, hang_seconds=60.0)
     monitor.enter("step", 7)
     time.sleep(1.2)
     monitor.close()
@@ -49,7 +49,7 @@ def test_only_process_0_writes_goodput_and_each_has_a_heartbeat(tmp_path):
 
 
 def test_a_step_may_last_as_long_as_steps_do(tmp_path):
-    monitor = Monitor(tmp_path, process=0, hang_seconds=60)
+    monitor = Monitor(tmp_path, process=0, hang_seconds=60.0)
     assert monitor.limit() == PATIENCE
     monitor.enter("step", 0)
     assert monitor.limit() == 60

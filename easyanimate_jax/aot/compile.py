@@ -188,7 +188,7 @@ def compile_step(
     arguments = sum(report.memory.values())
     report.memory["activations and temporaries"] = memory.peak_memory_in_bytes - arguments
     _describe_program(report, read_program(text), chip, [*mesh.devices.flat], model.head_width)
-    return report, text
+    return _with_duration(report), text
 
 
 def _describe_program(
