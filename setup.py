@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-CURATE = ["scenedetect-headless==0.7.2", "opencv-python-headless>=4.10"]
+CURATE = ["scenedetect-headless==0.7.2"]
 
 setup(
     name="easyanimate_jax",
