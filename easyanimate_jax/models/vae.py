@@ -190,7 +190,9 @@ class FrameNorm(nnx.Module):
             power = jnp.mean(x * x, axis=-1, keepdims=True)
             return (x * jax.lax.rsqrt(power + 1.0) * scale).astype(dtype)
         x = rearrange(x, "B F H W (groups C) -> B F H W groups C", groups=self.groups)
-        x = jax.nn.standardize(x, axis=(2, 3, 5), epsilon=1e-6)
+        # The variance is given: standardize's own is E[x^2] - E[x]^2, which cancels.
+        variance = jnp.var(x, axis=(2, 3, 5), keepdims=True)
+        x = jax.nn.standardize(x, axis=(2, 3, 5), variance=variance, epsilon=1e-6)
         x = rearrange(x, "B F H W groups C -> B F H W (groups C)")
         return (x * scale + self.bias[...].reshape(1, 1, 1, 1, -1)).astype(dtype)
 
