@@ -9,16 +9,15 @@ benchmarks/results/convert.md.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from setting import setting
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "convert.md"
@@ -122,14 +121,10 @@ def compare(expected: Path, found: Path) -> None:
 
 
 def table(runs: dict[str, list[dict]], size: int, largest: int) -> str:
-    memory = next(x for x in Path("/proc/meminfo").read_text().splitlines() if "Total" in x)
     lines = [
         "# Conversion, beside diffusers",
         "",
-        f"{datetime.date.today()}; {os.cpu_count()} cores, "
-        f"{int(memory.split()[1]) / 2**20:.0f} GiB, {platform.machine()}, "
-        f"Python {platform.python_version()}; `{shlex.join(['python', *sys.argv])}`; "
-        f"load average {os.getloadavg()[2]:.1f} over the last 15 minutes.",
+        setting(),
         "",
         f"{size / 1e6:.0f} MB of bfloat16, four blocks of the 12B's width, in shards of "
         f"{SHARD_BYTES / 1e6:.0f} MB. The largest stacked tensor is {largest / 1e6:.0f} MB. Best "

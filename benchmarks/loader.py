@@ -10,11 +10,8 @@ benchmarks/results/loader.md.
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -22,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from setting import setting
 
 from easyanimate_jax.data import media
 from easyanimate_jax.data.loader import Loader
@@ -111,14 +109,10 @@ def main() -> None:
         folder = Path(place)
         cached, first, size = cached_latents(folder, rounds)
         pixels = pixel_path(folder, rounds)
-    memory = next(x for x in Path("/proc/meminfo").read_text().splitlines() if "Total" in x)
     lines = [
         "# The loader",
         "",
-        f"{datetime.date.today()}; {os.cpu_count()} cores, "
-        f"{int(memory.split()[1]) / 2**20:.0f} GiB, {platform.machine()}, "
-        f"Python {platform.python_version()}; `{shlex.join(['python', *sys.argv])}`; load average "
-        f"{os.getloadavg()[2]:.1f} over the last 15 minutes. Best of {rounds} alternating rounds.",
+        f"{setting()} Best of {rounds} alternating rounds.",
         "",
         f"Cached latents: {SHARDS * SHARD} records of {int(np.prod(GRID)):,} tokens, "
         f"{size / 1e6:.1f} MB each, batches of {BATCH}, one thread, warm page cache. First batch "

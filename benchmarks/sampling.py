@@ -11,17 +11,13 @@ Writes benchmarks/results/sampling.md.
 """
 
 import argparse
-import datetime
-import os
-import platform
-import shlex
-import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
+from setting import setting
 
 from easyanimate_jax import pipelines
 from easyanimate_jax.denoising import Sampling
@@ -117,15 +113,11 @@ def latents_and_videos(a, parts, size, guidance):
 
 
 def table(a, seconds, results, prompts) -> str:
-    memory = next(x for x in Path("/proc/meminfo").read_text().splitlines() if "Total" in x)
     weights = f"the demo's, {a.run}" if a.run else "random, eight blocks of width 256"
     lines = [
         "# Sampling: what reuse between the steps saves",
         "",
-        f"{datetime.date.today()}; {os.cpu_count()} cores, "
-        f"{int(memory.split()[1]) / 2**20:.0f} GiB, {platform.machine()}, "
-        f"Python {platform.python_version()}; `{shlex.join(['python', *sys.argv])}`; "
-        f"load average {os.getloadavg()[2]:.1f} over the last 15 minutes.",
+        setting(),
         "",
         f"Weights: {weights}. {a.rows} videos at once, {a.steps} steps, best (worst) of {a.rounds} "
         "rounds, the VAE not counted.",

@@ -10,16 +10,12 @@ benchmarks/results/token_efficiency.md.
 """
 
 import argparse
-import datetime
-import os
-import platform
-import shlex
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from setting import setting
 
 from easyanimate_jax.data import buckets
 from easyanimate_jax.data.buckets import Budget, Clips, choose_all, fit_budget, num_tokens
@@ -252,15 +248,12 @@ def main() -> None:
             )
             print(rows[-1], flush=True)
         print(notes[-1], flush=True)
-    memory = next(x for x in Path("/proc/meminfo").read_text().splitlines() if "Total" in x)
     RESULT.write_text(
         "\n".join(
             [
                 "# Token efficiency of a million clips",
                 "",
-                f"{datetime.date.today()}; {os.cpu_count()} cores, "
-                f"{int(memory.split()[1]) / 2**20:.0f} GiB, {platform.machine()}; "
-                f"`{shlex.join(['python', *sys.argv])}`.",
+                setting(),
                 "",
                 MIX,
                 "",
