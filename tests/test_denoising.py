@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fakes import fake_network, random, some_texts
 from flax import nnx
 
 from easyanimate_jax import denoising
@@ -36,20 +37,6 @@ class Network:
 
     def __call__(self, tokens, grid, lengths, time, texts):
         return self.function(tokens, time, texts)
-
-
-def random(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def some_texts(rows, seed=0):
-    return random(rows, 3, 8, seed=seed), random(rows, 4, 12, seed=seed + 1)
-
-
-def fake_network(tokens, time, texts):
-    """Depends on every input, row by row."""
-    text = texts[0].mean((1, 2)) + texts[1].mean((1, 2))
-    return 0.1 * tokens[..., :64] + jnp.sin(time)[:, None, None] + text[:, None, None]
 
 
 FAKE, FLOW = Network(fake_network), Flow()

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_trainer import CUT, ROOT, folder
+from test_trainer import CUT, ROOT, folder, start
 
 from easyanimate_jax.training import checkpoint
 
@@ -29,25 +29,6 @@ def command(folder: Path, run: str, *options: str) -> list[str]:
     config = folder / f"{run}.py"
     config.write_text(CUT.format(folder=folder, run=run) + STAGE)
     return [sys.executable, "train.py", str(config), *options]
-
-
-def start(folder: Path, words: list[str], **variables: str) -> subprocess.Popen:
-    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-    return subprocess.Popen(
-        words,
-        cwd=ROOT,
-        env=os.environ
-        | {
-            "XLA_FLAGS": flags,
-            "PYTHONPATH": str(ROOT),
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def end(process: subprocess.Popen, code: int = 0) -> str:

@@ -98,9 +98,14 @@ def folder(tmp_path_factory):
 def launch(folder: Path, run: str, devices: int = 1, *overrides: str) -> subprocess.Popen:
     config = folder / f"{run}.py"
     config.write_text(CUT.format(folder=folder, run=run))
+    return start(folder, [sys.executable, "train.py", str(config), *overrides], devices)
+
+
+def start(folder: Path, words: list[str], devices: int = 1, **variables: str) -> subprocess.Popen:
+    """A command with virtual devices; all share one compilation cache."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return subprocess.Popen(
-        [sys.executable, "train.py", str(config), *overrides],
+        words,
         cwd=ROOT,
         env=os.environ
         | {
@@ -108,7 +113,8 @@ def launch(folder: Path, run: str, devices: int = 1, *overrides: str) -> subproc
             "PYTHONPATH": str(ROOT),
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        },
+        }
+        | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
