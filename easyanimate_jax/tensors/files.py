@@ -11,7 +11,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import ml_dtypes
@@ -36,10 +36,10 @@ DTYPES = {
 }
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # the format's own limit
-# Bytes that are read and written at a time. A stack is cut anywhere between its layers; rows of a
-# matrix can be columns in the file it comes from, so one layer of the 12B in float32 stays whole.
+# Bytes that are read at a time. A stack is cut anywhere between its layers; rows of a matrix can be
+# columns in the file it comes from, so one layer of the 12B in float32 stays whole.
 PIECE, MATRIX = 2**22, 2**28
-READERS = 2  # threads that read and transpose what is written next
+STRIP = 2**23  # bytes that are transposed and written at a time; malloc then uses its pages again
 SHARD = 5 * 10**9  # bytes of a file, as transformers and diffusers cut them
 
 
@@ -258,31 +258,43 @@ def write_file(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file, ThreadPoolExecutor(READERS) as pool:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as reader:
         file.write(len(text).to_bytes(8, "little") + text)
         reads = (read for name in names for read in _pieces(tensors[name]))
-        for piece in _ahead(pool, reads):
-            progress(file.write(piece.reshape(-1).view(np.uint8).data))
+        for strip in chain.from_iterable(map(_strips, _ahead(reader, reads))):
+            progress(file.write(strip.reshape(-1).view(np.uint8).data))
 
 
 def _pieces(tensor: Tensor) -> Iterator[Callable[[], np.ndarray]]:
-    """Functions that read the values, in C order, in runs of whole leading entries."""
+    """Functions that read the values in runs of whole leading entries; they may return views."""
     if not tensor.shape or not tensor.nbytes:
-        yield lambda: dense(tensor.read())
+        yield tensor.read
         return
     most = PIECE if len(tensor.shape) > 2 else MATRIX
     rows = max(1, most * tensor.shape[0] // tensor.nbytes)
     for first in range(0, tensor.shape[0], rows):
-        yield lambda first=first: dense(tensor.read((slice(first, first + rows),)))
+        yield lambda first=first: tensor.read((slice(first, first + rows),))
 
 
-def _ahead(pool: ThreadPoolExecutor, reads: Iterator[Callable[[], np.ndarray]]):
-    """The results in order; while one is written, the next ones are read and transposed."""
-    running = deque(pool.submit(read) for read in islice(reads, READERS))
+def _ahead(reader: ThreadPoolExecutor, reads: Iterator[Callable[[], np.ndarray]]):
+    """The results in order; while one is written, the next one is read."""
+    running = deque(reader.submit(read) for read in islice(reads, 1))
     while running:
         piece = running.popleft().result()
+        running.extend(reader.submit(read) for read in islice(reads, 1))
         yield piece
-        running.extend(pool.submit(read) for read in islice(reads, 1))
+
+
+def _strips(piece: np.ndarray) -> Iterator[np.ndarray]:
+    """The values in C order, in runs of about STRIP bytes."""
+    while piece.ndim and len(piece) == 1:
+        piece = piece[0, ...]
+    if piece.nbytes <= STRIP:
+        yield dense(piece)
+        return
+    rows = max(1, STRIP * len(piece) // piece.nbytes)
+    for first in range(0, len(piece), rows):
+        yield dense(piece[first : first + rows])
 
 
 def write_shards(

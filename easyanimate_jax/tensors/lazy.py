@@ -140,12 +140,15 @@ def all_finite(array: np.ndarray) -> bool:
         return True
     if array.dtype != ml_dtypes.bfloat16:
         return bool(np.isfinite(array).all())
-    bits = dense(array).view(np.uint16).reshape(-1)
-    step = 2**20  # stays in the cache
-    return all(
-        (bits[i : i + step] & 0x7F80).max() != 0x7F80  # the exponent of NaN and infinity
-        for i in range(0, bits.size, step)
-    )
+    bits = dense(array).reshape(-1)
+    step = 2**19  # stays in the cache
+    return all(_finite_bfloat16(bits[i : i + step]) for i in range(0, bits.size, step))
+
+
+def _finite_bfloat16(values: np.ndarray) -> bool:
+    """Whether no exponent is all ones: such numbers, taken as integers, are the largest signed ones
+    where they are positive and the largest unsigned ones where they are negative."""
+    return bool(values.view(np.int16).max() < 0x7F80 and values.view(np.uint16).max() < 0xFF80)
 
 
 def _cast(array: np.ndarray, dtype) -> np.ndarray:
