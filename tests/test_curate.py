@@ -12,11 +12,13 @@ import pytest
 import tyro
 from PIL import Image, ImageDraw
 
-from easyanimate_jax.data import media
-from easyanimate_jax.data.records import Records
+from easyanimate_jax.data import media, sources
+from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.plan.report import choose
+from easyanimate_jax.data.records import LatentSet, Records
 from easyanimate_jax.data.sources import read_clips
 from easyanimate_jax.prepare import curate as curation
-from easyanimate_jax.prepare import scores
+from easyanimate_jax.prepare import scores, select
 from easyanimate_jax.prepare.curate import Rules, curate
 from easyanimate_jax.prepare.scores import Score
 from easyanimate_jax.prepare.shots import Span, Splitting, find_cuts, split
@@ -98,6 +100,39 @@ def test_the_table_is_a_source_of_clips(table, films):
     assert clip.path == (films[0] / "four.mp4").resolve() and len(clips) == 4
     columns = pyarrow.parquet.read_table(out / "clips.parquet")
     assert {"consistency", "colourfulness", "loud", "left_out"} <= set(columns.column_names)
+
+
+def test_the_best_clips_are_those_that_beat_most_others():
+    rated = [Score("sharp", max, better=1), Score("text", max, better=-1), Score("motion", max)]
+    row = lambda sharp, text, **more: {  # noqa: E731
+        "kind": "video", "left_out": "", "sharp": sharp, "text": text, "motion": sharp
+    } | more  # fmt: skip
+    rows = [
+        row(9.0, 0.0),
+        row(1.0, 0.5),
+        row(5.0, 0.1),
+        row(9.5, 0.0, left_out="why"),
+        row(2.0, 0.4),
+    ]
+    rows += [{"kind": "image", "left_out": "", "sharp": 0.1, "text": 0.0}]
+    curation._rate(rows, rated)
+    assert [r.get("quality") for r in rows] == [0.75, 0.0, 0.5, None, 0.25, 0.0]
+
+
+def test_a_set_may_take_the_best_of_a_table(table):
+    out, _ = table
+    budget = Budget(24, (12, 24), (64,), frames=13, min_fill=0.1)
+    clips, _ = read_clips(out / "clips.parquet")
+    index = sources.table(out / "clips.parquet")
+    for least, number in ((0.0, 3), (0.3, 2), (0.6, 1)):
+        videos = LatentSet("set", budget, ("video",), min_quality=least)
+        names = {job.clip.name for job in select(videos, clips, 0)}
+        assert len(names) == number
+        chosen, left_out, _ = choose(videos, index)
+        assert {name.decode() for name in chosen["clip"]} == names
+        assert left_out[f"of quality below {least}"] == 3 - number
+    with pytest.raises(ValueError, match="only curation rates clips"):
+        select(LatentSet("set", budget, min_quality=0.99), clips, 0)
 
 
 def test_the_funnel_counts_to_what_is_kept_and_shows_pictures(table):
