@@ -9,5 +9,5 @@ config = replace(
     demo_vae,
     data="runs/demo_films/table/clips.parquet",
     output="runs/demo_films/vae",
-    stages=(VAEStage(steps=60, batch_size=8, frames=5, size=32),),
+    stages=(VAEStage(steps=40, batch_size=8, frames=5, size=32),),
 )
