@@ -202,7 +202,8 @@ def _zeros(shape: tuple[int, ...], dtype) -> np.ndarray:
     """Zeros in pages of 2 MB where they fit: a page fault each, instead of one every 4 KB."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    if sys.platform == "linux":
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(pages, dtype).reshape(shape)
 
 
