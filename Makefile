@@ -5,7 +5,7 @@ CPU := JAX_PLATFORMS=cpu
 # Where there is no accelerator JAX would try the TPU compiler, which is there, as a TPU, and complain.
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: setup lock demo demo-long demo-real test slow bench chaos lint clean
+.PHONY: setup lock demo demo-long demo-real demo-films test slow bench chaos lint clean
 
 setup: .venv/ready
 
@@ -61,6 +61,15 @@ demo-real: setup
 	$(BIN)/python -m easyanimate_jax.prepare configs/demo_real.py
 	$(BIN)/python train.py configs/demo_real.py
 	$(BIN)/python -m easyanimate_jax.evaluation films configs/demo_real.py
+
+# From whole films: cut, scored, encoded, and a few steps of training. Minutes; no model worth looking at.
+demo-films: setup
+	$(BIN)/python -m easyanimate_jax.evaluation.films runs/demo_films/films --whole
+	$(BIN)/python -m easyanimate_jax.prepare.curate runs/demo_films/films runs/demo_films/table --min-seconds 1 --min-pixels 0
+	$(BIN)/python train.py configs/demo_films_vae.py
+	$(BIN)/python -m easyanimate_jax.text.train runs/demo_films/films runs/demo_films/text --steps 100
+	$(BIN)/python -m easyanimate_jax.prepare configs/demo_films.py
+	$(BIN)/python train.py configs/demo_films.py
 
 test: setup
 	$(CPU) $(BIN)/pytest

@@ -45,7 +45,8 @@ def describe_run(config: TrainConfig) -> str:
         for latents in config.sets:
             if latents.budget == budget:
                 kinds = " and ".join(f"{kind}s" for kind in latents.kinds)
-                lines += [f"  set {latents.name}: {kinds}, short side >= {latents.min_side}"]
+                best = f", quality >= {latents.min_quality}" if latents.min_quality else ""
+                lines += [f"  set {latents.name}: {kinds}, short side >= {latents.min_side}{best}"]
         by_size = {}
         for (frames, height, width), tokens, length in budget.describe():
             by_size.setdefault((length, tokens, frames), []).append(f"{height}x{width}")

@@ -1,32 +1,29 @@
 """Films become a table of clips: cut where they are cut, scored, and nothing left out silently."""
 
 import json
-import shutil
-import types
-from dataclasses import replace
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-import flax.nnx as nnx
 import numpy as np
 import pyarrow.parquet
 import pytest
 import tyro
 from PIL import Image, ImageDraw
 
-from easyanimate_jax.config import SampleConfig, load
-from easyanimate_jax.data import media
+from easyanimate_jax.data import media, sources
 from easyanimate_jax.data.buckets import Budget
-from easyanimate_jax.data.records import LatentSet
+from easyanimate_jax.data.plan.report import choose
+from easyanimate_jax.data.records import LatentSet, Records
 from easyanimate_jax.data.sources import read_clips
-from easyanimate_jax.evaluation.films import folder_of_films
-from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.prepare import curate as curation
-from easyanimate_jax.prepare import prepare, scores
+from easyanimate_jax.prepare import scores, select
 from easyanimate_jax.prepare.curate import Rules, curate
 from easyanimate_jax.prepare.scores import Score
 from easyanimate_jax.prepare.shots import Span, Splitting, find_cuts, split
-from easyanimate_jax.trainer import train
-from easyanimate_jax.training.stages import Stage
 
+ROOT = Path(__file__).parent.parent
 RULES = Rules(Splitting(min_seconds=2.5), min_pixels=64 * 64)
 
 
@@ -103,6 +100,39 @@ def test_the_table_is_a_source_of_clips(table, films):
     assert clip.path == (films[0] / "four.mp4").resolve() and len(clips) == 4
     columns = pyarrow.parquet.read_table(out / "clips.parquet")
     assert {"consistency", "colourfulness", "loud", "left_out"} <= set(columns.column_names)
+
+
+def test_the_best_clips_are_those_that_beat_most_others():
+    rated = [Score("sharp", max, better=1), Score("text", max, better=-1), Score("motion", max)]
+    row = lambda sharp, text, **more: {  # noqa: E731
+        "kind": "video", "left_out": "", "sharp": sharp, "text": text, "motion": sharp
+    } | more  # fmt: skip
+    rows = [
+        row(9.0, 0.0),
+        row(1.0, 0.5),
+        row(5.0, 0.1),
+        row(9.5, 0.0, left_out="why"),
+        row(2.0, 0.4),
+    ]
+    rows += [{"kind": "image", "left_out": "", "sharp": 0.1, "text": 0.0}]
+    curation._rate(rows, rated)
+    assert [r.get("quality") for r in rows] == [0.75, 0.0, 0.5, None, 0.25, 0.0]
+
+
+def test_a_set_may_take_the_best_of_a_table(table):
+    out, _ = table
+    budget = Budget(24, (12, 24), (64,), frames=13, min_fill=0.1)
+    clips, _ = read_clips(out / "clips.parquet")
+    index = sources.table(out / "clips.parquet")
+    for least, number in ((0.0, 3), (0.3, 2), (0.6, 1)):
+        videos = LatentSet("set", budget, ("video",), min_quality=least)
+        names = {job.clip.name for job in select(videos, clips, 0)}
+        assert len(names) == number
+        chosen, left_out, _ = choose(videos, index)
+        assert {name.decode() for name in chosen["clip"]} == names
+        assert left_out[f"of quality below {least}"] == 3 - number
+    with pytest.raises(ValueError, match="only curation rates clips"):
+        select(LatentSet("set", budget, min_quality=0.99), clips, 0)
 
 
 def test_the_funnel_counts_to_what_is_kept_and_shows_pictures(table):
@@ -187,56 +217,33 @@ def written():
 
 @pytest.mark.slow
 def test_real_films_are_cut_scored_encoded_and_trained_on(tmp_path):
-    bikes = folder_of_films() / "bikes.mp4"
-    info = media.probe(bikes)
-    size = media.fit_side(info.height, info.width, curation.SMALL)
-    cuts = find_cuts(media.read_clip(bikes, 0, info.num_frames, 1, size), info.fps)
-    assert len(cuts) == 5
-    assert np.abs(np.array(cuts) - (30, 76, 137, 187, 242)).max() <= 2
+    """`make demo-films`, in another folder, with the environment that runs this."""
+    for name in ("train.py", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    command = ["make", "-f", ROOT / "Makefile", "-o", "setup", "demo-films"]
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    ran = subprocess.run(
+        [*command, f"BIN={Path(sys.executable).parent}"],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    run = tmp_path / "runs" / "demo_films"
+    print((run / "table" / "funnel.txt").read_text())
 
-    # From here on what docs/data.md does with the trained VAE and text encoders, with small ones.
-    films = tmp_path / "films"
-    films.mkdir()
-    rows = []
-    for name in ("bikes", "bigbuckbunny", "carphone_pristine"):
-        shutil.copy(folder_of_films() / f"{name}.mp4", films)
-        rows.append({"file_path": f"{name}.mp4", "text": f"{name} on film", "type": "video"})
-    (films / "metadata.json").write_text(json.dumps(rows))
-    rules = Rules(Splitting(min_seconds=1.0), min_pixels=0)
-    rows = curate(films, tmp_path / "table", rules, workers=2)
+    rows = pyarrow.parquet.read_table(run / "table" / "clips.parquet").to_pylist()
+    starts = sorted(row["first"] for row in rows if row["file"] == "bikes.mp4")
+    assert np.abs(np.array(starts) - (0, 30, 76, 137, 187, 242)).max() <= 2
     kept = [row for row in rows if not row["left_out"]]
-    print((tmp_path / "table" / "funnel.txt").read_text())
     assert len(rows) == 8 and len(kept) >= 3
-    assert (tmp_path / "table" / "funnel.html").stat().st_size > 10_000
+    assert all(np.isfinite(row[score.name]) for row in kept for score in scores.SCORES)
+    page = (run / "table" / "funnel.html").read_text()
+    assert page.count("<img") == len(rows) and all(row["clip"] in page for row in rows)
 
-    budget = Budget(192, lengths=(192,), sizes=(96, 128), frames=9, min_fill=0.5)
-    config = replace(
-        load("configs/demo.py"),
-        source=str(tmp_path / "table" / "clips.parquet"),
-        prepared=str(tmp_path / "latents"),
-        run=str(tmp_path / "run"),
-        sets=(LatentSet("films", budget, kinds=("video",)),),
-        stages=(Stage("films", "films", batch_size=8, steps=4),),
-        samples=SampleConfig(),
-    )
-    model = replace(config.model, depth=2, mmdit_depth=2, text_widths=(4, 2))
-    config = replace(config, model=model)
-    vae = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, unshuffle=4, dtype="float32")
-
-    def encode(prompts):
-        size = np.array([len(p) for p in prompts], np.float32)[:, None, None]
-        return np.tile(size, (1, 3, 4)), np.tile(size, (1, 5, 2))
-
-    prepare(
-        config.source,
-        config.prepared,
-        config.sets,
-        CausalVAE(vae, rngs=nnx.Rngs(0)),
-        types.SimpleNamespace(encode=encode),
-        (),
-        0,
-        weights={},
-    )
-    assert train(config) == 0
-    metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert len(metrics) == 4 and all(json.loads(m)["bad_records"] == 0 for m in metrics)
+    prepared = Records(run / "latents" / "films")
+    assert sorted(prepared.index["clip"]) == sorted(row["clip"] for row in kept)
+    metrics = [json.loads(m) for m in (run / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == list(range(30))
+    assert all(np.isfinite(m["loss"]) and m["bad_records"] == 0 for m in metrics)

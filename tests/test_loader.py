@@ -212,6 +212,79 @@ def test_a_record_that_is_not_its_index_row_is_left_out(records):
     assert "its index row" in one.bad[3]
 
 
+MANY, LENGTHS, BATCH = 4000, (1, 2, 3, 4), 40
+SHIFT = np.array([64, 1])  # a record's number, in two halves that float16 knows
+TEXT = np.zeros((1, 1, 1), np.float16)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Small records, each with its number in the first token."""
+    folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(1)
+    tokens = rng.choice(LENGTHS, MANY, p=(0.1, 0.2, 0.3, 0.4))
+    writer = Writer(folder / "many", {"set": {"condition_draws": 0}})
+    for shard in range(4):
+        members = range(MANY // 4 * shard, MANY // 4 * (shard + 1))
+        rows = [row(0) | {"clip": f"{i}", "T": tokens[i], "gh": 1, "gw": 1} for i in members]
+        rows = [r | {"tokens": r["T"], "num_captions": 1} for r in rows]
+        content = []
+        for i in members:
+            number = np.tile(np.divmod(i, SHIFT[0]), (tokens[i], 1)).astype(np.float16)
+            content.append({"mean": number, "logvar": np.zeros_like(number), "text0": TEXT})
+        writer.write(shard, content, rows)
+    writer.finish(4)
+    write_texts(folder / "empty.safetensors", (TEXT,))
+    return folder / "many"
+
+
+def global_batches(folder, state, hosts, workers, steps):
+    """What `hosts` processes deliver together from a saved state on, and the state after it."""
+    state, parts = json.loads(state), []
+    for host in range(hosts):
+        records = Records(folder)
+        plan = Plan(records.index, lengths=LENGTHS, batch_size=BATCH, seed=3, name="many")
+        assert state["plan"] in (plan.hash, None)
+        rows = (BATCH * host // hosts, BATCH * (host + 1) // hosts)
+        one = Loader(records, plan, task="t2v", microbatch=BATCH, text_drop=0.1, rows=rows)
+        batches = itertools.islice(one.batches(state["step"], workers), steps)
+        parts.append([(length, b.mean[0, slice(*rows), 0] @ SHIFT) for length, b in batches])
+    whole = []
+    for same_step in zip(*parts, strict=True):
+        lengths, ids = zip(*same_step, strict=True)
+        assert len(set(lengths)) == 1  # all hosts run one program
+        whole.append((lengths[0], np.concatenate(ids)))
+    return whole, json.dumps({"step": state["step"] + steps, "plan": plan.hash, "seed": 3})
+
+
+RUNS = {
+    "one host": [(1, 0, 240)],
+    "elastic": [(4, 0, 37), (1, 2, 63), (2, 0, 61), (1, 0, 79)],
+    "elastic, with processes": [(2, 2, 37), (1, 0, 63), (4, 2, 61), (2, 0, 79)],
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_hosts_and_workers_change_at_resumes_and_nothing_is_lost_or_repeated(many, name):
+    state, batches = json.dumps({"step": 0, "plan": None}), []
+    for hosts, workers, steps in RUNS[name]:
+        some, state = global_batches(many, state, hosts, workers, steps)
+        assert len(state) <= 1024
+        batches += some
+    records = Records(many)
+    plan = Plan(records.index, lengths=LENGTHS, batch_size=BATCH, seed=3, name="many")
+    for step, (length, ids) in enumerate(batches):  # equal, whoever reads them
+        assert length == plan(step)[0]
+        np.testing.assert_array_equal(ids, plan(step)[1])
+    for length in LENGTHS:
+        ids = np.concatenate([ids for one, ids in batches if one == length])
+        have = np.flatnonzero(records.index["tokens"] == length)
+        assert len(ids) >= 2 * len(have)
+        for epoch in range(len(ids) // len(have)):
+            np.testing.assert_array_equal(
+                np.sort(ids[epoch * len(have) :][: len(have)]), have, f"epoch {epoch}"
+            )
+
+
 @pytest.mark.slow
 def test_worker_processes_change_no_batch_and_leave_no_orphans(records):
     for start in (0, 3, 11):

@@ -147,6 +147,22 @@ def test_resize_covers_and_crops_the_centre(size):
     assert abs(cropped[0].mean() - ramp(2, 48, 64)[0].mean()) < 2
 
 
+@pytest.mark.parametrize("turn", [0, 90])
+@pytest.mark.parametrize("size", [(32, 32), (16, 48), (64, 16), (80, 96)])
+def test_a_clip_is_resized_while_decoding_as_its_frames_would_be(tmp_path, size, turn):
+    picture = np.random.default_rng(0).integers(0, 255, (12, 16, 1), np.uint8).repeat(3, 2)
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+        stream.set_display_rotation(turn)
+        frame = av.VideoFrame.from_ndarray(picture.repeat(8, 0).repeat(8, 1))
+        container.mux([*stream.encode(frame), *stream.encode()])
+    small = media.read_clip(tmp_path / "a.mp4", 0, 1, 1, size).astype(int)
+    expected = media.resize_crop(media.read_clip(tmp_path / "a.mp4", 0, 1), *size)
+    assert small.shape == (1, *size, 3)
+    assert np.abs(small - expected).mean() < 1 and abs((small - expected).mean()) < 0.5
+
+
 def test_a_contact_sheet_shows_first_and_last_frames():
     videos = np.stack([ramp(13, 16, 32), ramp(13, 16, 32)])
     sheet = media.contact_sheet(videos, columns=4)

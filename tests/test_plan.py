@@ -127,27 +127,6 @@ def test_weights_name_sources_too_and_0_leaves_out():
         plan(records, weights=(("films", -1.0),))
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4])
-def test_four_thousand_records_in_four_lengths_come_once_an_epoch(hosts):
-    rng = np.random.default_rng(1)
-    records = index(4000) | {"tokens": rng.choice([10, 20, 30, 40], 4000, p=(0.1, 0.2, 0.3, 0.4))}
-    fields = {"lengths": (10, 20, 30, 40), "batch_size": 8}
-    p, steps = plan(records, **fields), 1100
-    rows = {length: [] for length in p.lengths}
-    for step in range(steps):
-        if step in (137, 500, 761):  # stopped, and resumed with nothing but the step
-            p = plan(records, **fields)
-        length, ids = p(step)
-        parts = [ids[host::hosts] for host in range(hosts)]
-        rows[length].append(np.stack(parts, axis=1).ravel())
-    for length, batches in rows.items():
-        ids = np.concatenate(batches)
-        have = np.flatnonzero(records["tokens"] == length)
-        for epoch in range(len(ids) // len(have)):
-            assert sorted(ids[epoch * len(have) : (epoch + 1) * len(have)]) == list(have)
-        assert len(ids) // len(have) >= 2
-
-
 @pytest.mark.slow
 def test_ten_million_rows_plan_in_seconds():
     code = """

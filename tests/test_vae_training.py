@@ -84,6 +84,14 @@ def test_crops_do_not_depend_on_who_reads_them(config):
     np.testing.assert_array_equal(whole, np.concatenate(halves))
 
 
+def test_a_clip_that_is_a_span_of_a_film_is_read_there(config):
+    clips, _ = read_clips(config.data)
+    whole = media.read_clip(clips[0].path, 0, 9)
+    span = replace(clips[0], first=3, num_frames=5)
+    crop = Crops([span], 0).batch(VAEStage(1, 8, 5, 32), 0, range(1))[0]
+    np.testing.assert_array_equal(crop, whole[3:8])
+
+
 def test_crops_larger_than_every_clip_are_refused(config):
     with pytest.raises(ValueError, match="none of 19 clips has 5 frames of 64x64"):
         train(replace(config, stages=(VAEStage(1, 8, 5, 64),)))

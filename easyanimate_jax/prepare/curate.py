@@ -89,6 +89,7 @@ def curate(
         return None
     rows = [row for path in done.values() for row in json.loads(path.read_text())]
     _judge(rows, rules, scores)
+    _rate(rows, scores)
     _write(out / "clips.parquet", rows, os.path.relpath(root, out), scores)
     funnel.write(out, rows, _thumbnails(root, rows))
     return rows
@@ -182,6 +183,24 @@ def _judge(rows: list[dict], rules: Rules, scores: Sequence[Score]) -> None:
     drop("no caption", lambda row: not row["captions"])
 
 
+def _rate(rows: list[dict], scores: Sequence[Score]) -> None:
+    """Give each kept row its `quality`: the share of the kept clips of its kind that it beats, by
+    the sum of its ranks in every score."""
+    for kind in ("image", "video"):
+        kept = [row for row in rows if not row["left_out"] and row["kind"] == kind]
+        total = np.zeros(len(kept))
+        for score in scores:
+            if kept and score.name in kept[0]:
+                total += score.better * _rank([row[score.name] for row in kept])
+        for row, rank in zip(kept, _rank(total), strict=True):
+            row["quality"] = float(rank / len(kept))
+
+
+def _rank(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """How many of the values are smaller than each."""
+    return np.searchsorted(np.sort(values), values)
+
+
 def _near_duplicates(rows: list[dict]) -> set[str]:
     """Names of clips whose picture a larger or earlier clip has; kinds are kept apart.
 
@@ -205,7 +224,7 @@ def _near_duplicates(rows: list[dict]) -> set[str]:
 
 def _write(path: Path, rows: list[dict], root: str, scores: Sequence[Score]) -> None:
     fields = dict(clip_table.COLUMNS) | {s.name: pyarrow.float64() for s in scores}
-    fields |= {"left_out": pyarrow.string()}
+    fields |= {"quality": pyarrow.float64(), "left_out": pyarrow.string()}
     columns = {name: [row.get(name) for row in rows] for name in fields}
     schema = pyarrow.schema(fields, metadata={"root": root})
     new = path.with_suffix(".new")

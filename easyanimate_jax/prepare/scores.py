@@ -21,7 +21,8 @@ class Score:
     """Clips whose `measure` is outside [low, high] are left out.
 
     `frames` says what it is given: "motion" frames two a second and small, or "still" ones, first,
-    middle and last, up to 512 pixels long.
+    middle and last, up to 512 pixels long. `better` is 1 if more is better, -1 if less is, and 0 if
+    the score says nothing of a clip's quality inside its range.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Score:
     frames: str = "still"
     low: float = -np.inf
     high: float = np.inf
+    better: int = 0
 
 
 def motion(frames: Pictures, scale: float) -> float:
@@ -96,9 +98,9 @@ def _grey(picture: np.ndarray) -> np.ndarray:
 
 
 SCORES = (
-    Score("consistency", consistency, low=0.8),
-    Score("colourfulness", colourfulness, low=4.0),
-    Score("sharpness", sharpness, low=20.0),
-    Score("text_area", text_area, high=0.02),
+    Score("consistency", consistency, low=0.8, better=1),
+    Score("colourfulness", colourfulness, low=4.0, better=1),
+    Score("sharpness", sharpness, low=20.0, better=1),
+    Score("text_area", text_area, high=0.02, better=-1),
     Score("motion", motion, "motion", low=2.0, high=20.0),
 )

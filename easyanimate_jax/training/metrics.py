@@ -73,7 +73,7 @@ class Progress:
         """The share of recent time spent waiting for a batch."""
         return sum(w for *_, w in self.window) / max(1e-9, sum(s for s, _, _ in self.window))
 
-    def show(self, text: str, stage_tokens: float, all_tokens: float) -> None:
+    def show(self, text: str, stage_tokens: int, all_tokens: int) -> None:
         """Print `text` with rates and ETAs: rewritten in place on a terminal, a line elsewhere."""
         rate = max(1e-9, self.tokens_per_second)
         line = (

@@ -38,7 +38,7 @@ from easyanimate_jax.training.metrics import MetricsWriter, clock
 
 Video = Float[Array, "B F H W 3"]
 
-HELD_OUT = 20  # every 20th file is never trained on
+HELD_OUT = 20  # every 20th clip is never trained on; of fewer, the last
 CACHE_BYTES = 2**30  # decoded clips kept in memory
 PYRAMID_LEVELS = 4
 
@@ -293,7 +293,7 @@ class Crops:
         if clip.kind == "image":
             frames = media.read_image(clip.path)[None]
         else:
-            frames = media.read_clip(clip.path, 0, clip.num_frames)
+            frames = media.read_clip(clip.path, clip.first, clip.num_frames)
         if self.cached_bytes + frames.nbytes <= CACHE_BYTES:
             self.cache[clip.name] = frames
             self.cached_bytes += frames.nbytes
@@ -325,7 +325,7 @@ def train(config: VAETrainConfig) -> CausalVAE:
     output = Path(config.output)
     mesh = make_mesh(MeshConfig())
     clips, _ = read_clips(config.data)
-    held_out = clips[HELD_OUT - 1 :: HELD_OUT]
+    held_out = clips[HELD_OUT - 1 :: HELD_OUT] or clips[-1:]
     crops = Crops([clip for clip in clips if clip not in held_out], config.seed)
     for stage in config.stages:
         crops.fitting(stage)

@@ -69,7 +69,7 @@ class Plan:
     def instead_of(self, record: int) -> Iterator[int]:
         """`record`, then the others of its bucket and group, always in one order."""
         for group in (group for bucket in self.buckets for group in bucket.groups):
-            place = int(np.searchsorted(group, record))
+            place = int(np.searchsorted(group, group.dtype.type(record)))  # else it is cast, whole
             if place < len(group) and group[place] == record:
                 yield from (int(group[(place + i) % len(group)]) for i in range(len(group)))
 

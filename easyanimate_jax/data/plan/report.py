@@ -30,19 +30,21 @@ ASPECTS = ((0.8, "wide"), (1.25, "square"), (np.inf, "tall"))  # height / width 
 def choose(latent_set: LatentSet, table: dict[str, np.ndarray]) -> tuple[dict, Counter, tuple]:
     """The records' index that `prepare` would give, the clips left out by reason, and lengths.
 
-    `table` has a row per source clip: clip, kind, frames (of the file), fps, height, width, word.
-    The lengths are those that would pad these clips least.
+    `table` has a row per source clip: clip, kind, frames (of the file), fps, height, width,
+    quality, word. The lengths are those that would pad these clips least.
     """
     side = np.minimum(table["height"], table["width"])
     kind = np.isin(table["kind"], np.array(latent_set.kinds).astype(table["kind"].dtype))
     large = side >= latent_set.min_side
+    good = table["quality"] >= latent_set.min_quality
     left_out = Counter(
         {
             f"not of kind {' or '.join(latent_set.kinds)}": int(np.sum(~kind)),
             f"smaller than {latent_set.min_side} pixels": int(np.sum(kind & ~large)),
+            f"of quality below {latent_set.min_quality}": int(np.sum(kind & large & ~good)),
         }
     )
-    rows = np.flatnonzero(kind & large)
+    rows = np.flatnonzero(kind & large & good)
     stride = np.maximum(1, np.round(table["fps"][rows] / FPS)).astype(np.int64)
     frames = (table["frames"][rows] - 1) // stride + 1
     clips = Clips(frames, table["height"][rows], table["width"][rows], table["word"][rows])

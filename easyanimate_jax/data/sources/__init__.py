@@ -131,6 +131,7 @@ def table(source: str | Path) -> dict[str, np.ndarray]:
             "fps": np.array([clip.fps for clip in clips]),
             "height": np.array([clip.height for clip in clips], np.int64),
             "width": np.array([clip.width for clip in clips], np.int64),
+            "quality": np.array([clip.quality for clip in clips]),
         }
     names = (n.decode() if isinstance(n, bytes) else str(n) for n in columns["clip"])
     words = (name_word(name) for name in names)

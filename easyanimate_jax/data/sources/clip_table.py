@@ -37,16 +37,17 @@ def is_table(path: str | Path) -> bool:
 
 
 def sizes(path: str | Path) -> dict[str, np.ndarray]:
-    """The columns clip, kind, frames, fps, height, width of the clips that are not left out."""
+    """The columns clip, kind, frames, fps, height, width, quality of the clips not left out."""
     names = ["clip", "kind", "frames", "fps", "height", "width"]
     have = pyarrow.parquet.read_schema(path).names
+    names += ["quality"] if "quality" in have else []
     keep = [("left_out", "=", "")] if "left_out" in have else None
     table = pyarrow.parquet.read_table(path, columns=names, filters=keep)
     columns = {name: table[name].to_numpy() for name in names[2:]}
     for name in ("clip", "kind"):
         parts = [np.array([t.encode() for t in p.to_pylist()]) for p in table[name].chunks]
         columns[name] = np.concatenate(parts) if parts else np.zeros(0, "S1")
-    return columns
+    return {"quality": np.zeros(len(table))} | columns
 
 
 def clips(path: str | Path) -> list[Clip]:
@@ -69,6 +70,7 @@ def clips(path: str | Path) -> list[Clip]:
                 row["width"],
                 row["fps"],
                 row["first"],
+                quality=row.get("quality", 0.0),
             )
         )
     if not found:

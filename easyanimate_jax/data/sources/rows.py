@@ -22,6 +22,7 @@ class Clip:
     first: int = 0  # frame of the file: a clip may be a span of a film
     source: str = ""  # its name in a mixture
     control: Path | None = None  # a control video or picture, or a pose file
+    quality: float = 0.0  # the share of its table's clips that it beats; 0 where nobody rated it
 
 
 class Row(NamedTuple):

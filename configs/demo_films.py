@@ -1,0 +1,28 @@
+"""Two short stages on the clips that curation cut: for `make demo-films`, which shows the road from
+films to training, not a model worth sampling."""
+
+from dataclasses import replace
+
+from configs.demo import config as demo
+from easyanimate_jax.config import SampleConfig
+from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.records import LatentSet
+from easyanimate_jax.training.stages import Stage
+
+BUDGET = Budget(192, lengths=(96, 192), sizes=(96, 128), frames=9, min_fill=0.5)
+
+config = replace(
+    demo,
+    source="runs/demo_films/table/clips.parquet",
+    prepared="runs/demo_films/latents",
+    vae="runs/demo_films/vae",
+    text="runs/demo_films/text",
+    run="runs/demo_films/train",
+    sets=(LatentSet("films", BUDGET, kinds=("video",), condition_draws=2),),
+    stages=(
+        Stage("t2v", "films", batch_size=4, steps=20, learning_rate=1e-3, warmup=5),
+        Stage("i2v", "films", batch_size=4, steps=10, learning_rate=1e-3, warmup=5, task="i2v"),
+    ),
+    samples=SampleConfig(),
+    log_every=1,
+)
