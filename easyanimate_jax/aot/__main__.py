@@ -1,4 +1,4 @@
-"""`python -m easyanimate_jax.aot CONFIG --topology v5p:4x4x8 [--stage NAME] [--json FILE] ...`.
+"""`python -m easyanimate_jax.aot CONFIG --topology v5p:4x4x8 [--stage NAME] [--html FILE] ...`.
 
 Compiles the train step of each stage as `train.py` would run it, and prints what it needs. Further
 arguments override the config's fields. Exit code 0 if every stage fits, 1 if one does not, 2 for
@@ -19,7 +19,7 @@ os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
 os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 
 from easyanimate_jax.aot.compile import compile_stages, topology_devices
-from easyanimate_jax.aot.report import table, to_json
+from easyanimate_jax.aot.report import page, table, to_json
 from easyanimate_jax.config import TrainConfig, load
 
 
@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--slices", type=int, default=1, help="slices of that topology")
     parser.add_argument("--stage", action="append", help="compile only this one; may be repeated")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--html", type=Path, help="write the report as a web page here")
     given, overrides = parser.parse_known_args(arguments)
     try:
         config = load(given.config, overrides)
@@ -47,6 +48,8 @@ def main(arguments: list[str]) -> int:
             print(f"{report.name}: {report.compile_seconds:.0f} s", file=sys.stderr, flush=True)
             if given.json:
                 given.json.write_text(to_json(given.topology, reports))
+            if given.html:
+                given.html.write_text(page(given.topology, reports), "utf-8")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
