@@ -142,6 +142,11 @@ def details(report: StageReport) -> list[str]:
     """Memory, kernels, collectives and the parts of the predicted time."""
     lines = [f"{report.name} on {report.topology}"]
     lines += [f"  refused by the compiler: {report.message}"] if report.message else []
+    lines += [
+        f"  fits with {change.overrides}: {_gb(change.peak_bytes_per_chip)} GB, predicted "
+        f"{change.predicted_step_seconds:.1f} s a step"
+        for change in report.changes
+    ]
     lines += ["  memory: " + ", ".join(f"{k} {_gb(v)} GB" for k, v in report.memory.items())]
     if report.predicted_parts:
         for by in (report.collective_bytes, report.collective_bytes_per_axis):

@@ -15,7 +15,6 @@ from easyanimate_jax.aot.chips import Chip
 from easyanimate_jax.aot.compile import Change, StageReport, suggest_mesh
 from easyanimate_jax.aot.predict import model_flops
 from easyanimate_jax.config import TrainConfig
-from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.stages import Stage
 
@@ -195,10 +194,11 @@ def fastest(
 
 def variant(path: str, stage: Stage, choice: Choice, report: StageReport) -> str:
     """A config file: the one at `path` with a choice, for `train.py` to read."""
-    return f'''"""{path} as it fits {report.topology}: found by `python -m easyanimate_jax.aot --suggest`.
+    used, given = report.peak_bytes_per_chip / 1e9, report.hbm_bytes / 1e9
+    return f'''"""{path} for {report.topology}, found by `python -m easyanimate_jax.aot --suggest`.
 
-Stage {stage.name!r}: {report.peak_bytes_per_chip / 1e9:.1f} of {report.hbm_bytes / 1e9:.1f} GB a \
-chip, predicted {report.predicted_step_seconds:.1f} s a step.
+Stage {stage.name!r}: {used:.1f} of {given:.1f} GB a chip, predicted \
+{report.predicted_step_seconds:.1f} s a step.
 """
 
 from dataclasses import replace
