@@ -11,7 +11,7 @@ from easyanimate_jax.aot import hlo
 from easyanimate_jax.aot.__main__ import main
 from easyanimate_jax.aot.compile import compile_step, suggest_mesh
 from easyanimate_jax.aot.predict import model_flops
-from easyanimate_jax.aot.report import markdown, table, to_json
+from easyanimate_jax.aot.report import markdown, page, table, to_json
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.sharding import MeshConfig
@@ -70,7 +70,11 @@ def test_a_narrow_step_compiles_for_a_pod(topology, num_slices, mesh, stage, cap
     low, high = report.predicted_step_seconds_range
     assert 0 < low < report.predicted_step_seconds < high
     assert json.loads(to_json(topology, [report]))["stages"][0]["fits"] is True
-    for text in (table([report]), markdown([report])):
+    assert report.collective_bytes_per_axis.keys() >= {"fsdp", "context"}
+    assert sum(report.collective_bytes_per_axis.values()) == pytest.approx(
+        sum(report.collective_bytes.values())
+    )
+    for text in (table([report]), markdown([report]), page(topology, [report])):
         assert stage in text and "yes" in text
 
 

@@ -73,7 +73,7 @@ def markdown(reports: Sequence[StageReport]) -> str:
 
 def page(topology: str, reports: Sequence[StageReport]) -> str:
     """The same table as a web page of one file, with each stage's memory and seconds as bars."""
-    sections = [("All stages", web.table(COLUMNS, map(row, reports)) + web.note(LEGEND))]
+    sections = [("All stages", web.table(COLUMNS, list(map(row, reports))) + web.note(LEGEND))]
     for report in reports:
         memory, seconds = _memory_parts(report), report.predicted_parts
         content = f"<pre>{html.escape(chr(10).join(details(report)))}</pre>"
