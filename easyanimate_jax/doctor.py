@@ -169,7 +169,7 @@ def fits(config: TrainConfig) -> list[Finding]:
     leaves = jax.tree.leaves(state)
     sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
     local = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-    memory = device_memory(mesh.devices.flat[0])
+    memory = device_memory()
     needed = (max(2, config.keep) + 1) * sum(sizes)
     place = next(p for p in (Path(config.run), *Path(config.run).absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free

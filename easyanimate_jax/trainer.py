@@ -349,7 +349,7 @@ class Schedule:
                 self.mesh,
                 tokens=length,
                 text_lengths=tuple(len(text) for text in self.loaders[stage.name].empty),
-                memory=device_memory(self.mesh.devices.flat[0]),
+                memory=device_memory(),
             )
             if not report.fits:
                 raise ValueError(refusal(report))

@@ -217,7 +217,7 @@ def test_a_run_starts_from_given_weights(folder):
 
 
 def test_a_step_larger_than_the_memory_is_refused_before_it_runs(folder, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, "device_memory", lambda device: 1_000_000)
+    monkeypatch.setattr(trainer, "device_memory", lambda: 1_000_000)
     config = folder / "large.py"
     config.write_text(CUT.format(folder=folder, run="large"))
     assert train.main([str(config)]) == 2

@@ -44,8 +44,8 @@ def chip_of(device_kind: str) -> Chip:
     raise ValueError(f"nothing is known of device kind {device_kind!r}; known chips are {known}")
 
 
-def device_memory(device: jax.Device) -> int:
-    """Bytes that a program may use on a device that is there; of a CPU, its share of the host's."""
-    limit = (device.memory_stats() or {}).get("bytes_limit")
+def device_memory() -> int:
+    """Bytes that a program may use on a device that is here; of a CPU, its share of the host's."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return limit or host // jax.local_device_count()
