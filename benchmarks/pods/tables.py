@@ -21,7 +21,8 @@ from easyanimate_jax.config import load, to_json
 RESULTS = Path("benchmarks/results/pods")
 PAGE = Path("docs/pods.md")
 V5, CONTROL = "configs/v5_12b.py", "configs/v5_12b_control.py"
-LEAN = ("--model.save", "attention")  # for chips with 32 GB
+# For chips with 32 GB in a torus of 16x16, whose two directions are fsdp and context.
+LEAN = ("--mesh.fsdp", "16", "--mesh.context", "16", "--model.save", "attention")
 RUNS = {  # name of the figures: config, topology, stage, overrides
     "v5p-128_image": (V5, "v5p:4x4x8", "image", ()),
     "v5p-128_3328_t2v": (V5, "v5p:4x4x8", "3328_t2v", ()),
