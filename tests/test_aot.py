@@ -89,6 +89,7 @@ def _crosses_slices(collective: hlo.Collective, num_slices: int) -> bool:
         (["configs/none.py", "--topology", "v5p:4x4x8"], "there is no config"),
         (["configs/demo_vae.py", "--topology", "v5p:4x4x8"], "trains a VAE"),
         (["configs/demo.py", "--topology", "v5p:4x4x8", "--stage", "last"], "no stage 'last'"),
+        (["configs/demo.py", "--topology", "v5p:4x4x8", "--suggest", "x.py"], "give --stage"),
         pytest.param(
             ["configs/demo.py", "--topology", "v5p:9by9"],
             "topology 'v5p:9by9'",

@@ -29,7 +29,7 @@ LADDER = {
 }
 TRANSIENTS = 40  # values of the model width a token that one block's backward pass holds
 MATMUL_SHARE = 0.8  # of the peak
-HOPELESS = 1.2  # times the memory, by the estimate: not compiled
+HOPELESS = 1.1  # times the memory, by the estimate: not compiled
 CHANGES, TRIES = 3, 8  # what is looked for, and programs that are compiled for it at most
 
 
