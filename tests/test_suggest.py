@@ -2,11 +2,14 @@
 
 import dataclasses
 import html
+import json
 import shlex
+from types import SimpleNamespace
 
 import pytest
 
 from configs.v5_12b import config as v5_12b
+from easyanimate_jax.aot import __main__ as command
 from easyanimate_jax.aot.chips import CHIPS
 from easyanimate_jax.aot.compile import StageReport
 from easyanimate_jax.aot.report import page, table
@@ -47,6 +50,9 @@ def report(peak, seconds, mesh=(1, 32, 8, 1)):
         attention_share=0.4,
         steps=10,
         predicted_step_seconds=seconds if fits else None,
+        predicted_step_seconds_range=(0.0, 9.0),
+        predicted_mfu=0.3,
+        predicted_days=1.0,
     )
 
 
@@ -94,6 +100,23 @@ def test_the_fastest_that_fits_becomes_a_config(tmp_path):
     assert (config.mesh, config.model.save) == (choice.mesh, choice.save)
     rows = {s.name: s.microbatch for s in config.stages}
     assert rows == {s.name: s.microbatch for s in v5_12b.stages} | {STAGE.name: choice.microbatch}
+
+
+def test_the_command_searches_where_a_stage_does_not_fit(tmp_path, monkeypatch, capsys):
+    refused = report(2 * V6E.memory, None)
+    device = SimpleNamespace(device_kind=V6E.device_kind)
+    monkeypatch.setattr(command, "topology_devices", lambda *_: [device])
+    monkeypatch.setattr(command, "compile_stages", lambda *_, **__: [refused])
+    monkeypatch.setattr(command, "compile_step", lambda c, s, *_, **__: (of_choice(c, s), ""))
+    figures, found = tmp_path / "figures.json", tmp_path / "found.py"
+    words = ["configs/v5_12b.py", "--topology", "v6e:16x16", "--stage", STAGE.name]
+    words += ["--json", str(figures)]
+    assert command.main(words) == 1
+    (stage,) = json.loads(figures.read_text())["stages"]
+    assert not stage["fits"] and stage["changes"][0]["overrides"] in capsys.readouterr().out
+    assert command.main([*words, "--suggest", str(found)]) == 0
+    assert json.loads(figures.read_text())["stages"][0]["fits"]
+    assert load(str(found)).mesh != v5_12b.mesh
 
 
 def test_a_pod_that_nothing_fits_is_too_small():

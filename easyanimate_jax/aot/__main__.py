@@ -58,18 +58,23 @@ def main(arguments: list[str]) -> int:
         )
         reports = []
         for report in compile_stages(config, stages, given.topology, num_slices=given.slices):
-            if not report.fits or given.suggest:
-                report = _search(config, given, report)
             reports.append(report)
-            if given.json:
-                given.json.write_text(to_json(given.topology, reports))
-            if given.html:
-                given.html.write_text(page(given.topology, reports), "utf-8")
+            _write(given, reports)  # the search takes long and may be stopped
+            if not report.fits or given.suggest:
+                reports[-1] = _search(config, given, report)
+                _write(given, reports)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(table(reports))
     return 0 if all(report.fits for report in reports) else 1
+
+
+def _write(given: argparse.Namespace, reports: list[StageReport]) -> None:
+    if given.json:
+        given.json.write_text(to_json(given.topology, reports))
+    if given.html:
+        given.html.write_text(page(given.topology, reports), "utf-8")
 
 
 def _search(config: TrainConfig, given: argparse.Namespace, report: StageReport) -> StageReport:
