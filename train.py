@@ -7,6 +7,8 @@ step is made twice from a checkpoint, to see whether the hardware makes the same
 import os
 import sys
 
+from easyanimate_jax import pod
+
 
 def main(args: list[str]) -> int:
     describe = "--describe" in args
@@ -36,7 +38,7 @@ def main(args: list[str]) -> int:
 
             vae.train(config)
             return 0
-        join_pod()
+        pod.join()
         from easyanimate_jax import trainer
 
         return trainer.train(config) if replay is None else trainer.replay(config, int(replay))
@@ -45,30 +47,10 @@ def main(args: list[str]) -> int:
         return 2
 
 
-def join_pod() -> None:
-    """Meet the other processes, if JAX_COORDINATOR_ADDRESS says where.
-
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID are asked of the cluster where they are not set. A process
-    that is lost is noticed in ten seconds.
-    """
-    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
-        return
-    import jax
-
-    count, index = (os.environ.get(f"JAX_{n}") for n in ("NUM_PROCESSES", "PROCESS_ID"))
-    address = os.environ["JAX_COORDINATOR_ADDRESS"]
-    jax.distributed.initialize(
-        # JAX would listen on all interfaces, and asks nobody who they are.
-        coordinator_bind_address=address if address.startswith("127.") else None,
-        num_processes=None if count is None else int(count),
-        process_id=None if index is None else int(index),
-        heartbeat_timeout_seconds=10,
-    )
-
-
 if __name__ == "__main__":
+    several = pod.several_processes(os.environ)
     code = main(sys.argv[1:])
-    if code not in (0, 42) and "JAX_COORDINATOR_ADDRESS" in os.environ:
+    if code not in (0, 42) and several:
         sys.stdout.flush()
         os._exit(code)  # leaving in order would wait for the others, who wait for us
     sys.exit(code)

@@ -66,7 +66,9 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     auto = (AxisType.Auto,) * len(MESH_AXES)
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, auto, devices=devices)
+        # An axis that no direction of the torus fits, such as 8 of 16x16, takes part of one.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=auto)
     if shape[0] % num_slices:
         raise ValueError(
             f"{config} has data={shape[0]} on {num_slices} slices: only `data` may cross slices; "

@@ -20,6 +20,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from easyanimate_jax.aot.chips import device_memory
+from easyanimate_jax.aot.compile import compile_stage
+from easyanimate_jax.aot.report import memory_line, refusal
 from easyanimate_jax.config import TrainConfig, to_json
 from easyanimate_jax.convert import load_mmdit, load_vae
 from easyanimate_jax.data import media, records
@@ -41,12 +44,7 @@ from easyanimate_jax.training.faults import asked, kill_if_asked
 from easyanimate_jax.training.metrics import MetricsWriter, Progress, clock, now
 from easyanimate_jax.training.monitor import Monitor
 from easyanimate_jax.training.optimizer import make_optimizer
-from easyanimate_jax.training.program import (
-    abstract_state,
-    batch_shardings,
-    microbatch_rows,
-    step_program,
-)
+from easyanimate_jax.training.program import abstract_state, batch_shardings, microbatch_rows
 from easyanimate_jax.training.stages import Stage, boundaries, stage_at
 from easyanimate_jax.training.step import TrainState, init_state, widen_state
 
@@ -58,7 +56,8 @@ def train(config: TrainConfig) -> int:
     """Run the schedule to its end, or until SIGTERM; returns the process's exit code.
 
     Starts at the newest checkpoint of `config.run` if there is one. Raises ValueError, before any
-    device work, for data, models or checkpoints that do not fit the config.
+    device work, for data, models or checkpoints that do not fit the config, and, before a stage's
+    first step, for a step that does not fit the devices' memory.
     """
     run = Path(config.run)
     mesh = make_mesh(config.mesh)
@@ -164,8 +163,8 @@ class Schedule:
         self.monitor, self.run_folder = monitor, Path(config.run)
         self.key = jax.random.key(config.seed)
         self.optimizer = make_optimizer(config.optimizer)
-        self.step_programs = {}  # input channels -> the jitted train step
-        self.compiled = set()  # (input channels, token length) of the programs used so far
+        self.programs = {}  # (input channels, batch, microbatch, token length) -> compiled step
+        self.ran = set()  # (input channels, token length) of the programs that ran
         self.returns = Returns(self.run_folder)
         self.main = jax.process_index() == 0
         self.sampler = Sampler(config)
@@ -210,11 +209,9 @@ class Schedule:
         index, stage_step = stage_at(self.config.stages, self.step)
         stage = self.config.stages[index]
         self._enter(stage)
-        _, batch = next(self._batches(stage, stage_step))
-        self.monitor.enter("compile")
+        length, batch = next(self._batches(stage, stage_step))
         rate = jnp.float32(stage.learning_rate_at(stage_step))
-        program = self.step_programs[stage.in_channels]
-        state, metrics = program(self.state, batch, self.key, rate)
+        state, metrics = self._program(stage, length)(self.state, batch, self.key, rate)
         prints = {name: int(fingerprint(x)) for name, x in named_leaves(state).items()}
         return prints | {name: float(metrics[name]) for name in ("loss", "grad_norm")}
 
@@ -228,6 +225,7 @@ class Schedule:
 
         def like(meta: dict) -> TrainState:
             self._check_position(meta)
+            self._check_memory(meta["step"])
             return self._abstract(meta["in_channels"])[2]
 
         found = self.checkpoints.restore(like, before=before)
@@ -283,6 +281,7 @@ class Schedule:
 
     def _first_state(self) -> TrainState:
         """Fresh weights, or those of `config.init`, each device reading its own part of them."""
+        self._check_memory(0)
         in_channels = self.config.stages[0].in_channels
         make, placed, like = self._abstract(in_channels)
         self.monitor.enter("start")
@@ -327,10 +326,36 @@ class Schedule:
             widen = partial(widen_state, in_channels=stage.in_channels)
             self.state = jax.jit(widen, out_shardings=placed)(self.state)
             self._say(f"stage {stage.name!r}: input channels {have} -> {stage.in_channels}")
-        if stage.in_channels not in self.step_programs:
-            self.step_programs[stage.in_channels] = step_program(
-                self.optimizer, self.config.process, self.config.ema_decay, placed
+        self._check_memory(self.step)
+
+    def _check_memory(self, step: int) -> None:
+        """Compile the stage of a step at its longest bucket; ValueError if a device is too small.
+
+        Before arrays are made, so that a run that cannot be starts nothing.
+        """
+        index, _ = stage_at(self.config.stages, step)
+        for stage in self.config.stages[index : index + 1]:
+            self._program(stage, max(self.loaders[stage.name].plan.lengths))
+
+    def _program(self, stage: Stage, length: int) -> jax.stages.Compiled:
+        """The stage's compiled train step at a token length."""
+        rows = microbatch_rows(stage, self.mesh)
+        key = stage.in_channels, stage.batch_size, rows, length
+        if key not in self.programs:
+            self.monitor.enter("compile")
+            report, program = compile_stage(
+                self.config,
+                stage,
+                self.mesh,
+                tokens=length,
+                text_lengths=tuple(len(text) for text in self.loaders[stage.name].empty),
+                memory=device_memory(),
             )
+            if not report.fits:
+                raise ValueError(refusal(report))
+            self._say(memory_line(report))
+            self.programs[key] = program
+        return self.programs[key]
 
     def _batches(self, stage: Stage, first: int):
         """The stage's batches from its own step `first` on, as global arrays."""
@@ -348,14 +373,15 @@ class Schedule:
 
     def _update(self, stage: Stage, stage_step: int, bucket: int, batch: Batch) -> None:
         began = now()
-        known = (stage.in_channels, bucket) in self.compiled
+        program = self._program(stage, bucket)
+        # The first run waits for processes that compile more slowly.
+        known = (stage.in_channels, bucket) in self.ran
         self.monitor.enter("step" if known else "compile", self.step)
-        self.compiled.add((stage.in_channels, bucket))
+        self.ran.add((stage.in_channels, bucket))
         while asked("hang", self.step):
             time.sleep(1)
         kill_if_asked("step", self.step)
         rate = stage.learning_rate_at(stage_step)
-        program = self.step_programs[stage.in_channels]
         self.state, metrics = program(self.state, batch, self.key, jnp.float32(rate))
         self._flush()
         tokens = batch.weight.size * bucket
@@ -432,15 +458,15 @@ class Schedule:
         if not self.main:
             return
         self.writer.close()
-        compiled = sum(program._cache_size() for program in self.step_programs.values())
         summary = {
             "steps": self.step,
             "seconds": now() - begin,
-            "compiled_train_programs": compiled,
+            "compiled_train_programs": len(self.programs),
         }
         (Path(self.config.run) / "summary.json").write_text(json.dumps(summary, indent=1))
         print(
-            f"\n{self.step} steps in {clock(now() - begin)}, {compiled} train programs", flush=True
+            f"\n{self.step} steps in {clock(now() - begin)}, {len(self.programs)} train programs",
+            flush=True,
         )
 
 

@@ -9,12 +9,12 @@ import pytest
 from configs.v5_12b import config as v5_12b
 from easyanimate_jax.aot import hlo
 from easyanimate_jax.aot.__main__ import main
-from easyanimate_jax.aot.compile import compile_step, suggest_mesh
+from easyanimate_jax.aot.compile import compile_step, suggest_mesh, topology_devices
 from easyanimate_jax.aot.predict import model_flops
-from easyanimate_jax.aot.report import markdown, table, to_json
+from easyanimate_jax.aot.report import markdown, page, table, to_json
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
-from easyanimate_jax.sharding import MeshConfig
+from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.training.stages import Stage
 
 needs_compiler = pytest.mark.skipif(
@@ -70,7 +70,11 @@ def test_a_narrow_step_compiles_for_a_pod(topology, num_slices, mesh, stage, cap
     low, high = report.predicted_step_seconds_range
     assert 0 < low < report.predicted_step_seconds < high
     assert json.loads(to_json(topology, [report]))["stages"][0]["fits"] is True
-    for text in (table([report]), markdown([report])):
+    assert report.collective_bytes_per_axis.keys() >= {"fsdp", "context"}
+    assert sum(report.collective_bytes_per_axis.values()) == pytest.approx(
+        sum(report.collective_bytes.values())
+    )
+    for text in (table([report]), markdown([report]), page(topology, [report])):
         assert stage in text and "yes" in text
 
 
@@ -85,6 +89,7 @@ def _crosses_slices(collective: hlo.Collective, num_slices: int) -> bool:
         (["configs/none.py", "--topology", "v5p:4x4x8"], "there is no config"),
         (["configs/demo_vae.py", "--topology", "v5p:4x4x8"], "trains a VAE"),
         (["configs/demo.py", "--topology", "v5p:4x4x8", "--stage", "last"], "no stage 'last'"),
+        (["configs/demo.py", "--topology", "v5p:4x4x8", "--suggest", "x.py"], "give --stage"),
         pytest.param(
             ["configs/demo.py", "--topology", "v5p:9by9"],
             "topology 'v5p:9by9'",
@@ -146,3 +151,11 @@ def test_loops_count_as_often_as_they_run():
     assert gathered.wire == 32 * 3 / 4
     assert [(k.shape, k.count) for k in program.kernels] == [((1, 4, 256, 64), 48)]
     assert (program.matmul_cycles, program.other_cycles) == (0, 500)
+
+
+@needs_compiler
+def test_a_mesh_axis_may_be_a_part_of_a_direction_of_the_torus():
+    mesh = make_mesh(MeshConfig(1, 32, 8, 1), topology_devices("v6e:16x16"))
+    rows = {tuple(d.coords[1] for d in group) for group in mesh.devices[0, :, :, 0]}
+    columns = {tuple(d.coords[0] for d in group) for group in mesh.devices[0, :, :, 0]}
+    assert all(len(set(group)) == 1 for group in rows) or all(len(set(g)) == 1 for g in columns)

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "easyanimate_jax"
 ROWS = [
-    {"sharding"},
+    {"sharding", "pod"},
     {"tensors"},
     {"models", "diffusion", "data"},
     {"text", "denoising"},
@@ -17,7 +17,8 @@ ROWS = [
     {"evaluation"},
     {"config"},
     {"convert"},
-    {"trainer", "describe", "runs", "aot"},
+    {"aot"},
+    {"trainer", "describe", "runs", "doctor"},
 ]
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py"))

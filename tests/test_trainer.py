@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import train
+from easyanimate_jax import trainer
 from easyanimate_jax.config import load
 from easyanimate_jax.convert import load_mmdit
 from easyanimate_jax.data.records import INDEX_TYPES, Writer, write_texts
@@ -212,3 +214,14 @@ def test_a_run_starts_from_given_weights(folder):
     saved = flat_weights(load_mmdit(folder / "from_given", weights="raw"))
     for name, value in flat_weights(given).items():
         np.testing.assert_array_equal(saved[name], value, err_msg=name)
+
+
+def test_a_step_larger_than_the_memory_is_refused_before_it_runs(folder, monkeypatch, capsys):
+    monkeypatch.setattr(trainer, "device_memory", lambda: 1_000_000)
+    config = folder / "large.py"
+    config.write_text(CUT.format(folder=folder, run="large"))
+    assert train.main([str(config)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: stage 'image' at 48 tokens needs 0.0 GB")
+    assert "s/step" in error and " NO " in error and "activations and temporaries" in error
+    assert not (folder / "large" / "metrics.jsonl").exists()

@@ -1,19 +1,28 @@
 """Compiles the 12B stages for pods that are not there, and writes the tables of docs/pods.md.
 
-`python benchmarks/pods/tables.py` compiles what has no figures yet under benchmarks/results/pods
-and then writes the tables; `--only-tables` compiles nothing; names of figures as arguments compile
-those again. A stage takes 2 to 4 minutes of one core and 1.5 GB.
+`python benchmarks/pods/tables.py` compiles what has no figures of the present code and config under
+benchmarks/results/pods, one after the other, and writes the tables after each: it may be stopped
+and started again. `--only-tables` compiles nothing; names of figures as arguments compile those
+alone. A stage takes 2 to 4 minutes of one core and 3 GB.
 """
 
+import ast
+import hashlib
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+
+from easyanimate_jax.aot.compile import StageReport
+from easyanimate_jax.aot.report import markdown
+from easyanimate_jax.config import load, to_json
 
 RESULTS = Path("benchmarks/results/pods")
 PAGE = Path("docs/pods.md")
 V5, CONTROL = "configs/v5_12b.py", "configs/v5_12b_control.py"
-LEAN = ("--model.save", "attention")  # for chips with 32 GB
+# For chips with 32 GB in a torus of 16x16, whose two directions are fsdp and context.
+LEAN = ("--mesh.fsdp", "16", "--mesh.context", "16", "--model.save", "attention")
 RUNS = {  # name of the figures: config, topology, stage, overrides
     "v5p-128_image": (V5, "v5p:4x4x8", "image", ()),
     "v5p-128_3328_t2v": (V5, "v5p:4x4x8", "3328_t2v", ()),
@@ -25,41 +34,78 @@ RUNS = {  # name of the figures: config, topology, stage, overrides
     "v6e-256_13312_t2v": (V5, "v6e:16x16", "13312_t2v", LEAN),
     "v5p-512_13312_t2v": (V5, "v5p:8x8x8", "13312_t2v", ()),
 }
+# What the compiled program is made from.
+PACKAGE = Path("easyanimate_jax")
+SOURCES = (
+    "models/*.py",
+    "diffusion/*.py",
+    "sharding.py",
+    "training/step.py",
+    "training/program.py",
+)
+FIELDS = ("model", "process", "optimizer", "mesh", "ema_decay")
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 
 
+def fingerprint(name: str) -> str:
+    """Of code, config and compiler: figures with another one are of another program."""
+    path, topology, stage, overrides = RUNS[name]
+    config = load(path, overrides)
+    chosen = next(s for s in config.stages if s.name == stage)
+    values = [to_json(getattr(config, field)) for field in FIELDS]
+    values += [to_json(chosen), to_json(config.set(chosen.data).budget), topology]
+    values += [version("jaxlib"), version("libtpu")]
+    for pattern in SOURCES:
+        for source in sorted(PACKAGE.glob(pattern)):
+            values.append(ast.unparse(ast.parse(source.read_text("utf-8"))))  # without comments
+    return hashlib.sha256("\n".join(values).encode()).hexdigest()[:16]
+
+
+def read(name: str) -> dict | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text("utf-8")) if path.is_file() else None
+
+
 def compile_run(name: str) -> None:
+    """Compile, and write the figures with the command and what they were made of."""
     config, topology, stage, overrides = RUNS[name]
-    command = [sys.executable, "-m", "easyanimate_jax.aot", config, "--topology", topology]
-    command += ["--stage", stage, "--json", str(RESULTS / f"{name}.json"), *overrides]
-    print(" ".join(command[1:]), flush=True)
-    code = subprocess.run(command).returncode
+    path, made_of = RESULTS / f"{name}.json", fingerprint(name)
+    new = path.with_suffix(".new")
+    command = ["-m", "easyanimate_jax.aot", config, "--topology", topology, "--stage", stage]
+    command = [*command, *overrides]
+    print(f"python {' '.join(command)}", flush=True)
+    code = subprocess.run([sys.executable, *command, "--json", str(new)]).returncode
     if code not in (0, 1):  # 1: a stage that does not fit, which is a result
         sys.exit(code)
+    figures = {"command": f"python {' '.join(command)}", "made_of": made_of}
+    path.write_text(json.dumps(figures | json.loads(new.read_text()), indent=1), "utf-8")
+    new.unlink()
 
 
 def tables() -> str:
-    """One Markdown table of every figure that is there, as many rows as RUNS has."""
-    from easyanimate_jax.aot.compile import StageReport
-    from easyanimate_jax.aot.report import markdown
-
+    """One Markdown table of every figure that is there; a star marks those of earlier code."""
     reports = []
     for name in RUNS:
-        path = RESULTS / f"{name}.json"
-        if path.is_file():
-            (stage,) = json.loads(path.read_text())["stages"]
-            report = StageReport(**stage)
-            report.name = f"{report.topology} {report.name}"
+        figures = read(name)
+        if figures:
+            report = StageReport(**figures["stages"][0])
+            star = "" if figures["made_of"] == fingerprint(name) else " *"
+            report.name = f"{report.topology} {report.name}{star}"
             reports.append(report)
     return markdown(reports)
 
 
 def main(arguments: list[str]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
-    if "--only-tables" not in arguments:
-        missing = [name for name in RUNS if not (RESULTS / f"{name}.json").is_file()]
-        for name in arguments or missing:
-            compile_run(name)
+    stale = [n for n in RUNS if (read(n) or {}).get("made_of") != fingerprint(n)]
+    chosen = [] if arguments == ["--only-tables"] else arguments or stale
+    _write_page()
+    for name in chosen:
+        compile_run(name)
+        _write_page()
+
+
+def _write_page() -> None:
     page = PAGE.read_text("utf-8")
     before, after = page.split(BEGIN)[0], page.split(END)[1]
     PAGE.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{after}", "utf-8")

@@ -1,8 +1,8 @@
-"""Compiles the train step of each stage for a TPU topology that is not there, and reads the result.
+"""Compiles the train step of a stage and says what it needs, for devices that need not be there.
 
-libtpu's compiler runs on any Linux machine. What it is given is the program that `trainer` runs:
-the same function, state, batch, mesh and donated buffers. A stage is compiled at its longest
-bucket, which decides whether it fits.
+libtpu's compiler runs on any Linux machine. `compile_stage` is what `trainer` runs, too: the same
+function, state, batch, mesh and donated buffers. A stage is compiled at its longest bucket, which
+decides whether it fits.
 """
 
 import dataclasses
@@ -11,11 +11,13 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from easyanimate_jax.aot.chips import Chip, chip_of
 from easyanimate_jax.aot.hlo import Program, read_program
@@ -32,6 +34,15 @@ from easyanimate_jax.training.program import (
 from easyanimate_jax.training.stages import Stage
 
 TEXT_LENGTHS = {1: (256,), 2: (77, 256)}  # by encoders: V5.1's, and V5's (spec 5)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Overrides of the config with which a stage fits, and what the compiler says of it then."""
+
+    overrides: str
+    peak_bytes_per_chip: int
+    predicted_step_seconds: float
 
 
 @dataclass
@@ -54,15 +65,18 @@ class StageReport:
     model_flops: float
     attention_share: float
     steps: int
-    collective_bytes: dict[str, int]  # sent in a step, by kind
-    kernels: list[str]
-    predicted_parts: dict[str, float]  # seconds
+    collective_bytes: dict[str, int] = field(default_factory=dict)  # sent in a step, by kind
+    collective_bytes_per_axis: dict[str, int] = field(default_factory=dict)  # by mesh axes
+    waiting_collective_bytes: int = 0  # of them during which the device computes nothing
     largest_all_reduce_bytes: int = 0
+    kernels: list[str] = field(default_factory=list)
+    predicted_parts: dict[str, float] = field(default_factory=dict)  # seconds
     predicted_step_seconds: float | None = None
     predicted_step_seconds_range: tuple[float, float] | None = None
     predicted_mfu: float | None = None
     predicted_days: float | None = None
     predicted_chip_hours: float | None = None
+    changes: list[Change] = field(default_factory=list)  # that make it fit, the cheapest first
     compile_seconds: float = 0.0
     message: str = ""
 
@@ -126,12 +140,39 @@ def compile_step(
     devices = topology_devices(topology, num_slices)
     chip = chip_of(devices[0].device_kind)
     mesh = make_mesh(suggest_mesh(config.mesh, len(devices)), devices)
+    report, compiled = compile_stage(
+        config,
+        stage,
+        mesh,
+        tokens=config.set(stage.data).budget.lengths[-1],
+        text_lengths=TEXT_LENGTHS[len(config.model.text_widths)],
+        memory=int(chip.memory),
+    )
+    report.topology = topology if num_slices == 1 else f"{num_slices} x {topology}"
+    if compiled is None:
+        return report, ""
+    text = compiled.as_text()
+    _describe_program(report, read_program(text), chip, mesh, config.model.head_width)
+    return _with_duration(report), text
+
+
+def compile_stage(
+    config: TrainConfig,
+    stage: Stage,
+    mesh: Mesh,
+    *,
+    tokens: int,
+    text_lengths: tuple[int, ...],
+    memory: int,
+) -> tuple[StageReport, jax.stages.Compiled | None]:
+    """What the step needs of `memory` bytes a device, and the step; None if nothing was compiled.
+
+    The compiled step takes (state, batch, key, learning rate).
+    """
     model = dataclasses.replace(config.model, in_channels=stage.in_channels)
     optimizer = make_optimizer(config.optimizer)
     rows = microbatch_rows(stage, mesh)
-    texts = TEXT_LENGTHS[len(model.text_widths)]
-    tokens = config.set(stage.data).budget.lengths[-1]
-    flops, share = model_flops(model, tokens, sum(texts))
+    flops, share = model_flops(model, tokens, sum(text_lengths))
     with jax.set_mesh(mesh):
         _, placed, state = abstract_state(model, optimizer, mesh)
         batch = abstract_batch(
@@ -140,23 +181,20 @@ def compile_step(
             batch_size=stage.batch_size,
             microbatch=rows,
             tokens=tokens,
-            text_lengths=texts,
+            text_lengths=text_lengths,
         )
-        program = step_program(optimizer, config.process, config.ema_decay, placed)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        rate = jax.ShapeDtypeStruct((), jnp.float32)
         report = StageReport(
             name=stage.name,
             task=stage.task,
-            topology=topology if num_slices == 1 else f"{num_slices} x {topology}",
+            topology=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
             mesh=dict(zip(MESH_AXES, mesh.devices.shape, strict=True)),
             batch_size=stage.batch_size,
             microbatch=rows,
             accumulate=batch.weight.shape[0],
             tokens=tokens,
-            text_tokens=sum(texts),
+            text_tokens=sum(text_lengths),
             fits=False,
-            hbm_bytes=int(chip.memory),
+            hbm_bytes=memory,
             peak_bytes_per_chip=None,
             memory={
                 "weights": _bytes(state.model),
@@ -167,12 +205,11 @@ def compile_step(
             model_flops=flops * stage.batch_size,
             attention_share=share,
             steps=stage.steps,
-            collective_bytes={},
-            kernels=[],
-            predicted_parts={},
         )
+        program = step_program(optimizer, config.process, config.ema_decay, placed)
+        key = jax.eval_shape(lambda: jax.random.key(0))
         began = time.perf_counter()
-        lowered = program.lower(state, batch, key, rate)
+        lowered = program.lower(state, batch, key, jax.ShapeDtypeStruct((), jnp.float32))
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
@@ -180,22 +217,35 @@ def compile_step(
                 raise
             report.message = _first_lines(str(error))
             report.peak_bytes_per_chip = _needed_bytes(str(error))
-            return report, ""
+            return report, None
     report.compile_seconds = time.perf_counter() - began
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    report.fits = memory.peak_memory_in_bytes <= chip.memory
-    report.peak_bytes_per_chip = memory.peak_memory_in_bytes
+    report.peak_bytes_per_chip = _peak(compiled.memory_analysis(), mesh)
+    report.fits = report.peak_bytes_per_chip <= memory
     arguments = sum(report.memory.values())
-    report.memory["activations and temporaries"] = memory.peak_memory_in_bytes - arguments
-    _describe_program(report, read_program(text), chip, [*mesh.devices.flat], model.head_width)
-    return _with_duration(report), text
+    report.memory["activations and temporaries"] = report.peak_bytes_per_chip - arguments
+    return report, compiled
+
+
+def _peak(memory, mesh: Mesh) -> int:
+    """Bytes of a device. Only the TPU compiler's own peak knows which buffers share their place."""
+    if mesh.devices.flat[0].platform == "tpu":
+        return memory.peak_memory_in_bytes
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
 
 
 def _describe_program(
-    report: StageReport, program: Program, chip: Chip, devices: list, head_width: int
+    report: StageReport, program: Program, chip: Chip, mesh: Mesh, head_width: int
 ) -> None:
-    prediction: Prediction = predict(program, chip, devices, head_width)
-    report.collective_bytes = program.collective_bytes()
+    prediction: Prediction = predict(program, chip, [*mesh.devices.flat], head_width)
+    for collective in program.collectives:
+        for total, name in (
+            (report.collective_bytes, collective.kind),
+            (report.collective_bytes_per_axis, _axes(collective.group, mesh)),
+        ):
+            total[name] = total.get(name, 0) + int(collective.wire)
+    waiting = [c.wire for c in program.collectives if not c.overlaps]
+    report.waiting_collective_bytes = int(sum(waiting))
     reduced = [c.largest for c in program.collectives if c.kind == "all-reduce"]
     report.largest_all_reduce_bytes = max(reduced, default=0)
     report.kernels = [f"{k.count} x {k.name} {k.shape}" for k in program.kernels]
@@ -203,7 +253,7 @@ def _describe_program(
     seconds = prediction.serial
     report.predicted_step_seconds = seconds
     report.predicted_step_seconds_range = prediction.range()
-    report.predicted_mfu = report.model_flops / (seconds * chip.peak_flops * len(devices))
+    report.predicted_mfu = report.model_flops / (seconds * chip.peak_flops * mesh.size)
 
 
 def _with_duration(report: StageReport) -> StageReport:
@@ -212,6 +262,14 @@ def _with_duration(report: StageReport) -> StageReport:
         report.predicted_days = hours / 24
         report.predicted_chip_hours = hours * math.prod(report.mesh.values())
     return report
+
+
+def _axes(group: tuple[int, ...], mesh: Mesh) -> str:
+    """The mesh axes along which the devices of a group differ: "fsdp", or "fsdp x context"."""
+    places = np.unravel_index(np.array(group), mesh.devices.shape)
+    return " x ".join(
+        name for name, place in zip(MESH_AXES, places, strict=True) if len(set(place.tolist())) > 1
+    )
 
 
 def _bytes(tree) -> int:

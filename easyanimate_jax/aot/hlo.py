@@ -44,6 +44,7 @@ class Collective:
 
     kind: str
     group: tuple[int, ...]  # devices of the first group
+    overlaps: bool  # starts in one instruction and ends in a later one
     count: int = 0
     bytes: int = 0  # of the results
     largest: int = 0  # of one array
@@ -68,13 +69,6 @@ class Program:
     matmul_cycles: int = 0
     other_cycles: int = 0
 
-    def collective_bytes(self) -> dict[str, int]:
-        """Bytes that a device sends, by kind."""
-        total = {}
-        for c in self.collectives:
-            total[c.kind] = total.get(c.kind, 0) + int(c.wire)
-        return total
-
 
 def read_program(text: str) -> Program:
     """The collectives, kernels and estimated cycles of a compiled program's text."""
@@ -83,10 +77,9 @@ def read_program(text: str) -> Program:
     for instruction, times in _walk(computations, entry, 1):
         opcode = instruction.opcode.removesuffix("-start")
         if opcode in COLLECTIVES:
-            group = _group(instruction.rest)
-            if len(group) > 1:
-                _add(collectives.setdefault((opcode, group), Collective(opcode, group)),
-                     instruction, times)  # fmt: skip
+            what = opcode, _group(instruction.rest), opcode != instruction.opcode
+            if len(what[1]) > 1:
+                _add(collectives.setdefault(what, Collective(*what)), instruction, times)
         elif 'custom_call_target="tpu_custom_call"' in instruction.rest:
             program.kernels.append(Kernel(instruction.name, _result(instruction.shape), times))
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)

@@ -1,10 +1,12 @@
-"""The reports of stages as a table for the terminal, as Markdown, and as JSON."""
+"""The reports of stages as a table for the terminal, as Markdown, as a web page, and as JSON."""
 
 import dataclasses
+import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from easyanimate_jax.aot.compile import StageReport
+from easyanimate_jax.evaluation import report as web
 
 COLUMNS = (
     "stage",
@@ -69,15 +71,89 @@ def markdown(reports: Sequence[StageReport]) -> str:
     return "\n".join("| " + " | ".join(r) + " |" for r in rows)
 
 
+def page(topology: str, reports: Sequence[StageReport]) -> str:
+    """The same table as a web page of one file, with each stage's memory and seconds as bars."""
+    sections = [("All stages", web.table(COLUMNS, list(map(row, reports))) + web.note(LEGEND))]
+    for report in reports:
+        memory, seconds = _memory_parts(report), report.predicted_parts
+        content = f"<pre>{html.escape(chr(10).join(details(report)))}</pre>"
+        if report.peak_bytes_per_chip:
+            gigabytes = {name: size / 1e9 for name, size in memory.items()}
+            content += _bar(
+                gigabytes, max(report.hbm_bytes, report.peak_bytes_per_chip) / 1e9, "GB"
+            )
+        if seconds:
+            content += _bar(seconds, sum(seconds.values()), "s")
+        sections.append((report.name, content))
+    return web.page(f"Train steps compiled for {topology}", sections)
+
+
+LEGEND = (
+    "Fits, GB, kernels and what is sent are the compiler's. PFLOP and attn (attention's share) are "
+    "arithmetic: nothing recomputed counts. Seconds, MFU and days are predicted, measured on no "
+    "chip: cycles that the compiler estimates, kernel schedules and link rates, with every "
+    "collective waiting; the range is from collectives hidden and the rest a fifth faster, to all "
+    "of it a third slower."
+)
+
+
+def memory_line(report: StageReport) -> str:
+    """What a stage needs of a device, in a line."""
+    return (
+        f"stage {report.name!r} at {report.tokens} tokens needs {_gb(report.peak_bytes_per_chip)} "
+        f"GB of a device's {_gb(report.hbm_bytes)} GB"
+    )
+
+
+def refusal(report: StageReport) -> str:
+    """Why a run cannot start, with the table, and what to do."""
+    return (
+        f"{memory_line(report)}. Use more devices, a smaller microbatch, or keep less in "
+        f"`model.save`; `python -m easyanimate_jax.aot CONFIG --topology ... --suggest FILE` finds "
+        f"what fits.\n{table([report])}"
+    )
+
+
+def _memory_parts(report: StageReport) -> dict[str, int]:
+    """Bytes by part; where the compiler refused, what it asked for beside the state is the rest."""
+    state = dict(report.memory)
+    rest = "activations and temporaries"
+    if report.peak_bytes_per_chip and rest not in state:
+        state[rest] = report.peak_bytes_per_chip - sum(state.values())
+    return state
+
+
+def _bar(parts: Mapping[str, float], whole: float, unit: str, width: int = 900) -> str:
+    """Parts of `whole` side by side, as SVG, and under them what they are."""
+    x, drawn = 0.0, [f'<rect width="{width}" height="18" fill="#eef2f8"/>']
+    for colour, value in zip(web.COLOURS, parts.values(), strict=False):
+        length = max(0.0, value) / whole * width
+        drawn.append(f'<rect x="{x:.1f}" width="{length:.1f}" height="18" fill="{colour}"/>')
+        x += length
+    names = ", ".join(
+        f'<span style="color:{colour}">{html.escape(name)} {value:.1f} {unit}</span>'
+        for colour, (name, value) in zip(web.COLOURS, parts.items(), strict=False)
+    )
+    drawing = f'<svg viewBox="0 0 {width} 18" width="{width}">{"".join(drawn)}</svg>'
+    return f"<p>{drawing}<br>{names}, of {whole:.1f} {unit}</p>"
+
+
 def details(report: StageReport) -> list[str]:
     """Memory, kernels, collectives and the parts of the predicted time."""
     lines = [f"{report.name} on {report.topology}"]
     lines += [f"  refused by the compiler: {report.message}"] if report.message else []
+    lines += [
+        f"  fits with {change.overrides}: {_gb(change.peak_bytes_per_chip)} GB, predicted "
+        f"{change.predicted_step_seconds:.1f} s a step"
+        for change in report.changes
+    ]
     lines += ["  memory: " + ", ".join(f"{k} {_gb(v)} GB" for k, v in report.memory.items())]
-    if report.fits:
-        wire = report.collective_bytes.items()
+    if report.predicted_parts:
+        for by in (report.collective_bytes, report.collective_bytes_per_axis):
+            sent = ", ".join(f"{name} {_gb(size)} GB" for name, size in by.items())
+            lines.append(f"  sent by a device: {sent}")
         lines += [
-            "  sent by a device: " + ", ".join(f"{k} {_gb(v)} GB" for k, v in wire),
+            f"  sent while nothing is computed: {_gb(report.waiting_collective_bytes)} GB",
             f"  largest all-reduce: {report.largest_all_reduce_bytes / 1e6:.1f} MB",
             *(f"  kernel: {kernel}" for kernel in report.kernels),
             "  seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in report.predicted_parts.items()),
@@ -87,7 +163,6 @@ def details(report: StageReport) -> list[str]:
 
 def to_json(topology: str, reports: Sequence[StageReport]) -> str:
     """`{"topology": ..., "stages": [...]}`; figures that are not known are null."""
-
     stages = [dataclasses.asdict(report) for report in reports]
     return json.dumps({"topology": topology, "stages": stages}, indent=1)
 

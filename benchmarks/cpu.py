@@ -1,0 +1,61 @@
+"""Ours beside diffusers' EasyAnimateTransformer3DModel on the CPU: time and peak memory.
+
+Width 512, six blocks, float32, one sample with 333 text tokens; a forward pass, and a training step
+(loss, gradient, AdamW). Each side has a process of its own on the same cores; rounds alternate.
+Writes benchmarks/results/cpu.md.
+
+    python benchmarks/cpu.py [--rounds 2] [--repeats 3] [--depth 6] [--width 512]
+"""
+
+import argparse
+from pathlib import Path
+
+from setting import setting
+from transformer.compare import alternate, best, num_tokens, ratio
+
+RESULT = Path(__file__).parent / "results" / "cpu.md"
+SIDES = ("ours", "diffusers")
+GRIDS = ((4, 16, 16), (13, 16, 16))  # 1,024 and 3,328 tokens
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    for name, value in (("rounds", 2), ("repeats", 3), ("depth", 6), ("width", 512)):
+        p.add_argument(f"--{name}", type=int, default=value)
+    a = p.parse_args()
+    lines = [
+        "# The transformer on the CPU, beside diffusers",
+        "",
+        setting(),
+        "",
+        f"Width {a.width}, {a.depth} blocks, float32, one sample. Best (median) seconds of "
+        f"{a.rounds} alternating rounds of {a.repeats}. Memory is what the process grew by over "
+        "what it held after its imports, at most, while it was timed. A training step of ours "
+        "computes the attention's projections again, as configs/v5_12b.py does; diffusers' keeps "
+        "all.",
+        "",
+        "| task | tokens | ours, s | diffusers, s | time ratio | ours, MB | diffusers, MB "
+        "| memory ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task in ("forward", "step"):
+        for grid in GRIDS:
+            sizes = dict(zip(("frames", "rows", "columns"), grid, strict=True))
+            sizes |= {"depth": a.depth, "width": a.width}
+            found = alternate(
+                SIDES, task, sizes, dtype="float32", repeats=a.repeats, rounds=a.rounds
+            )
+            pair = [found[side] for side in SIDES]
+            peaks = ["-" if r is None else f"{r['peak'] / 1e6:.0f}" for r in pair]
+            lines.append(
+                f"| {task} | {num_tokens(sizes)} | {best(pair[0])} | {best(pair[1])} "
+                f"| {ratio(*pair, 'seconds')} | {peaks[0]} | {peaks[1]} "
+                f"| {ratio(*pair, 'peak')} |"
+            )
+            print(lines[-1], flush=True)
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text("\n".join([*lines, ""]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Meeting the other processes of a run: on a TPU pod, under Slurm, or where one is told where.
+
+One process per TPU host or per GPU host; under Slurm also one per GPU. All run the same command.
+"""
+
+import os
+from collections.abc import Mapping
+
+HEARTBEAT = 10  # seconds without a word after which a process counts as lost
+
+
+def several_processes(environment: Mapping[str, str]) -> bool:
+    """Whether this process is one of several, or is told to ask the cluster whether it is."""
+    # A script under sbatch has no step; what srun starts in it has.
+    tasks = int(environment.get("SLURM_NTASKS", 1)) if "SLURM_STEP_NODELIST" in environment else 1
+    return (
+        "JAX_COORDINATOR_ADDRESS" in environment
+        or tasks > 1
+        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        or int(environment.get("MEGASCALE_NUM_SLICES", 1)) > 1
+    )
+
+
+def meeting_point(environment: Mapping[str, str]) -> dict:
+    """Arguments of `jax.distributed.initialize`; what is not there JAX asks the cluster for.
+
+    JAX_COORDINATOR_ADDRESS is host:port of the first process, or "auto" on TPU VMs, which hear
+    of each other from their metadata server. JAX_NUM_PROCESSES and JAX_PROCESS_ID go with it.
+    """
+    address = environment.get("JAX_COORDINATOR_ADDRESS", "auto")
+    given = {"heartbeat_timeout_seconds": HEARTBEAT}
+    if address == "auto":
+        return given
+    given["coordinator_address"] = address
+    if address.startswith("127."):
+        # JAX would listen on all interfaces, and asks nobody who they are.
+        given["coordinator_bind_address"] = address
+    for name in ("num_processes", "process_id"):
+        value = environment.get(f"JAX_{name.upper()}")
+        if value is not None:
+            given[name] = int(value)
+    return given
+
+
+def join() -> None:
+    """Meet the other processes, if there are any; before the first use of a device."""
+    if not several_processes(os.environ):
+        return
+    import jax
+
+    given = meeting_point(os.environ)
+    if "coordinator_address" not in given:
+        os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # JAX would take "auto" for an address
+    jax.distributed.initialize(**given)
