@@ -45,7 +45,8 @@ class Monitor:
         self.recent_steps = deque(maxlen=200)  # seconds
         self.windows = deque([(time.time(), dict(self.total))], maxlen=60)
         self.closed = threading.Event()
-        faulthandler.register(signal.SIGUSR1, all_threads=True)  # the supervisor asks for stacks
+        # The supervisor asks for stacks; sys.stderr need not be a file, as in a notebook.
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
 
@@ -106,7 +107,7 @@ class Monitor:
                 message = f"hang: {now - since:.1f} s in {self.section!r} at step {self.step}"
                 try:
                     print(f"\n{message}; limit {limit:.1f} s", file=sys.stderr, flush=True)
-                    faulthandler.dump_traceback(all_threads=True)
+                    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
                 finally:  # also where nobody reads stderr any more
                     os._exit(HANG)
 
