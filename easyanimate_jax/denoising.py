@@ -131,17 +131,11 @@ def denoise(
     if strength < 1 and source is None:
         raise ValueError(f"strength {strength} without a video to start from: leave it at 1")
     thrifty = negative_texts is not None and not tables.both[: tables.count].all()
+    seeds = jnp.asarray(seeds, jnp.uint32)
     return _denoise(
         model,
         tables,
-        noise,
-        jnp.asarray(seeds, jnp.uint32),
-        grid,
-        lengths,
-        texts,
-        negative_texts,
-        condition,
-        source,
+        Given(noise, seeds, grid, lengths, texts, negative_texts, condition, source),
         jnp.float32(sampling.teacache) if sampling.teacache else None,
         rescale=sampling.rescale,
         thrifty=thrifty and not sampling.teacache,
@@ -171,82 +165,42 @@ def make_tables(process, sampling: Sampling, strength: float = 1.0) -> Tables:
     )
 
 
+class Given(NamedTuple):
+    """The arguments of `denoise` that are arrays."""
+
+    noise: Tokens
+    seeds: UInt32[Array, "B"]
+    grid: Int[Array, "B 3"]
+    lengths: Int[Array, "B"]
+    texts: Texts
+    negative_texts: Texts | None
+    condition: Float[Array, "B N _"] | None
+    source: Source | None
+
+    @property
+    def halves(self) -> int:
+        """How often every row goes through the network: with guidance twice."""
+        return 1 if self.negative_texts is None else 2
+
+    @property
+    def real(self) -> Bool[Array, "B N 1"]:
+        """The tokens that are not padding."""
+        return jnp.arange(self.noise.shape[1])[None, :, None] < self.lengths[:, None, None]
+
+
 @partial(jax.jit, static_argnames=("rescale", "thrifty", "progress"))
-def _denoise(
-    model,
-    tables: Tables,
-    noise,
-    seeds,
-    grid,
-    lengths,
-    texts,
-    negative_texts,
-    condition,
-    source,
-    threshold,
-    *,
-    rescale,
-    thrifty,
-    progress,
-):
-    rows, length, _ = noise.shape
-    real = jnp.arange(length)[None, :, None] < lengths[:, None, None]
+def _denoise(model, tables: Tables, given: Given, threshold, *, rescale, thrifty, progress):
     tables = jax.tree.map(jnp.asarray, tables)
+    predict = Predictor(model, tables, given, threshold, rescale, thrifty)
     num_registers, columns = tables.moves.shape[1:]
-    halves = 1 if negative_texts is None else 2
-    doubled = (
-        texts if halves == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), negative_texts, texts)
-    )
-
-    def inputs_of(x, number, texts, copies):
-        if condition is not None:
-            x = jnp.concatenate([x, condition], axis=-1)
-        time = jnp.full(copies * rows, tables.times[number])
-        x, grids, counts = (jnp.concatenate([a] * copies) for a in (x, grid, lengths))
-        return x, grids, counts, time, texts
-
-    def network(x, number, cache):
-        """The prediction of all halves, [uncond, cond]."""
-        inputs, grids, counts, time, states = inputs_of(x, number, doubled, halves)
-        if threshold is None:
-            return model(inputs, grids, counts, time, states).astype(jnp.float32), cache
-        where = jnp.concatenate([real] * halves)
-        last = (number == 0) | (number == tables.count - 1)
-        features, cache = _features(
-            model, cache, last, threshold, where, inputs, grids, counts, time, states
-        )
-        return model.output.linear(features).astype(jnp.float32), cache
-
-    def full(x, number, difference, cache):
-        """The prediction of the prompt, and how far it is from that of the negative one."""
-        both, cache = network(x, number, cache)
-        if halves == 1:
-            return both, difference, cache
-        uncond, cond = jnp.split(both, 2)
-        return cond, cond - uncond, cache
-
-    def half(x, number, difference, cache):
-        inputs = inputs_of(x, number, texts, 1)
-        return model(*inputs).astype(jnp.float32), difference, cache
-
-    def predict(x, number, difference, cache):
-        arguments = (x, number, difference, cache)
-        if thrifty:
-            found = jax.lax.cond(tables.both[number], full, half, *arguments)
-        else:
-            found = full(*arguments)
-        cond, difference, cache = found
-        if halves == 2:
-            where = jnp.broadcast_to(real, cond.shape)
-            cond = guide(cond - difference, cond, tables.guidance[number], rescale, where=where)
-        return cond, difference, cache
+    noise, source = given.noise, given.source
 
     def fresh(number):
         def draw(seed):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), FRESH), number)
             return jax.random.normal(key, noise.shape[1:])
 
-        return jax.vmap(draw)(seeds)
+        return jax.vmap(draw)(given.seeds)
 
     def body(number, carry):
         registers, difference, cache = carry
@@ -266,13 +220,76 @@ def _denoise(
     if source is not None:
         x = tables.start[0] * source.tokens + tables.start[1] * noise
     registers = jnp.zeros((num_registers, *x.shape)).at[0].set(x)
-    cache = None
-    if threshold is not None:
-        width = jnp.zeros((halves * rows, length, model.config.width), model.config.dtype)
-        cache = Teacache(width, width, jnp.float32(0))
-    carry = registers, jnp.zeros_like(x), cache
+    carry = registers, jnp.zeros_like(x), predict.empty_cache()
     registers, *_ = jax.lax.fori_loop(0, tables.count, body, carry)
     return shard(registers[0], None, None, None)  # on every device, so that any host can decode
+
+
+class Predictor:
+    """The network under guidance, with what it may reuse: the last difference between the prompt's
+    prediction and the negative one's, and TeaCache's features."""
+
+    def __init__(self, model, tables: Tables, given: Given, threshold, rescale, thrifty: bool):
+        self.model, self.tables, self.given = model, tables, given
+        self.threshold, self.rescale, self.thrifty = threshold, rescale, thrifty
+        self.texts = given.texts
+        if given.halves == 2:
+            both = given.negative_texts, given.texts
+            self.texts = jax.tree.map(lambda *x: jnp.concatenate(x), *both)
+
+    def __call__(self, x: Tokens, number, difference: Tokens, cache: Teacache | None):
+        """(the guided prediction, the difference, the cache) at evaluation `number`."""
+        arguments = (x, number, difference, cache)
+        if self.thrifty:
+            both = self.tables.both[number]
+            cond, difference, cache = jax.lax.cond(both, self._full, self._half, *arguments)
+        else:
+            cond, difference, cache = self._full(*arguments)
+        if self.given.halves == 2:
+            where = jnp.broadcast_to(self.given.real, cond.shape)
+            scale = self.tables.guidance[number]
+            cond = guide(cond - difference, cond, scale, self.rescale, where=where)
+        return cond, difference, cache
+
+    def empty_cache(self) -> Teacache | None:
+        if self.threshold is None:
+            return None
+        rows, length, _ = self.given.noise.shape
+        config = self.model.config
+        zeros = jnp.zeros((self.given.halves * rows, length, config.width), config.dtype)
+        return Teacache(zeros, zeros, jnp.float32(0))
+
+    def _full(self, x, number, difference, cache):
+        """The prediction of the prompt, and how far it is from that of the negative one."""
+        both, cache = self._network(x, number, cache)
+        if self.given.halves == 1:
+            return both, difference, cache
+        uncond, cond = jnp.split(both, 2)
+        return cond, cond - uncond, cache
+
+    def _half(self, x, number, difference, cache):
+        inputs = self._inputs(x, number, self.given.texts, 1)
+        return self.model(*inputs).astype(jnp.float32), difference, cache
+
+    def _network(self, x, number, cache):
+        """The prediction of all halves, [uncond, cond]."""
+        halves = self.given.halves
+        inputs = self._inputs(x, number, self.texts, halves)
+        if self.threshold is None:
+            return self.model(*inputs).astype(jnp.float32), cache
+        real = jnp.concatenate([self.given.real] * halves)
+        last = (number == 0) | (number == self.tables.count - 1)
+        features, cache = _features(self.model, cache, last, self.threshold, real, *inputs)
+        return self.model.output.linear(features).astype(jnp.float32), cache
+
+    def _inputs(self, x, number, texts, copies):
+        """The network's arguments for so many copies of every row."""
+        given = self.given
+        if given.condition is not None:
+            x = jnp.concatenate([x, given.condition], axis=-1)
+        time = jnp.full(copies * len(given.lengths), self.tables.times[number])
+        x, grid, lengths = (jnp.concatenate([a] * copies) for a in (x, given.grid, given.lengths))
+        return x, grid, lengths, time, texts
 
 
 def _features(

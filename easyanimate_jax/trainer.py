@@ -334,7 +334,8 @@ class Schedule:
         Before arrays are made, so that a run that cannot be starts nothing.
         """
         index, _ = stage_at(self.config.stages, step)
-        for stage in self.config.stages[index : index + 1]:
+        if index < len(self.config.stages):  # else the schedule has ended
+            stage = self.config.stages[index]
             self._program(stage, max(self.loaders[stage.name].plan.lengths))
 
     def _program(self, stage: Stage, length: int) -> jax.stages.Compiled:
