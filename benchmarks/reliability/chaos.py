@@ -62,7 +62,7 @@ def write_latents() -> None:
                 "text1": draw(2, 3, 12),
             }
         )
-        values = (f"{clip}.png", "image", 1, 96, 128, 1, 6, 8, 48, 512, 512, 2)
+        values = (f"{clip}.png", "image", 1, 96, 128, 1, 6, 8, 48, 512, 512, 2, "")
         rows.append(dict(zip(INDEX_TYPES, values, strict=True)))
     writer = Writer(FOLDER / "latents" / "image", {"set": {"condition_draws": 0}})
     writer.write(0, records, rows)
