@@ -1,200 +1,256 @@
-"""Kills and bit flips in numbers: does every run end in the bits of a run without faults?
+"""Kills, restarts and bit flips in numbers: does every run end as the run without faults?
 
-    python benchmarks/reliability/chaos.py kills [--minutes 60] [--ranks 2] [--goal 1000]
+    python benchmarks/reliability/chaos.py kills [--minutes 60] [--goal 1000]
+    python benchmarks/reliability/chaos.py elastic [--minutes 30] [--goal 50]
     python benchmarks/reliability/chaos.py flips [--minutes 10] [--goal 10000]
 
-`kills` trains a tiny schedule under the supervisor and kills a random rank at random times with
-SIGKILL; when a run is through, its last checkpoint is compared with that of a run nobody disturbed,
-and the next run begins. `flips` changes one bit of a checkpoint at a time. Both add to what is in
+`kills` trains a tiny schedule on two, three and four processes in turn and kills one of them, or
+all, at random times: while they start, make steps, write or delete checkpoints. A run that is
+through is compared with one that nobody disturbed, in the bits of its last checkpoint, in every
+step's loss and in the records of every batch. `elastic` stops a run again and again and goes on with other numbers
+of processes and devices. `flips` changes one bit of a checkpoint at a time. All add to what is in
 runs/chaos, so calls can be repeated until the goal is reached, and write the results here.
 """
 
 import argparse
+import itertools
 import json
 import os
-import platform
 import random
 import shutil
 import signal
+import statistics
 import subprocess
-import sys
 import time
-from datetime import date
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-
-ROOT = Path(__file__).parent.parent.parent
-FOLDER = ROOT / "runs" / "chaos"
-RESULTS = Path(__file__).parent / "results"
-STEPS = 400
-CONFIG = """
-from dataclasses import replace
-from configs.demo import config as demo
-from easyanimate_jax.config import SampleConfig
-
-config = replace(
-    demo,
-    prepared="{folder}/latents",
-    run="{folder}/{run}",
-    stages=(replace(demo.stages[0], steps={steps}, batch_size=4),),
-    model=replace(demo.model, depth=1, mmdit_depth=1, heads=2, head_width=16, text_widths=(8, 12)),
-    samples=SampleConfig(),
-    save_every=10,
-    log_every=100,
+from tiny import (
+    FOLDER,
+    SAVE_EVERY,
+    STEPS,
+    beats,
+    fingerprints,
+    losses,
+    reference,
+    samples_not_as_planned,
+    stepping,
+    supervise,
+    write_latents,
+    write_results,
 )
-"""
+
+EARLY = 0.25  # the share of kills that strike while the ranks still start
+ALL = 0.2  # the share that strikes all ranks at once
 
 
-def write_latents() -> None:
-    """Random numbers in the form of the demo's image set."""
-    from easyanimate_jax.data.records import INDEX_TYPES, Writer, write_texts
+class Log:
+    """A list of dicts in a file, which outlives this process."""
 
-    rng = np.random.default_rng(0)
-    records, rows = [], []
-    for clip in range(64):
-        draw = lambda *shape: rng.standard_normal(shape).astype(np.float16)  # noqa: E731
-        records.append(
-            {
-                "mean": draw(48, 64),
-                "logvar": draw(48, 64) - 4,
-                "text0": draw(2, 4, 8),
-                "text1": draw(2, 3, 12),
-            }
-        )
-        values = (f"{clip}.png", "image", 1, 96, 128, 1, 6, 8, 48, 512, 512, 2, "")
-        rows.append(dict(zip(INDEX_TYPES, values, strict=True)))
-    writer = Writer(FOLDER / "latents" / "image", {"set": {"condition_draws": 0}})
-    writer.write(0, records, rows)
-    writer.finish(1)
-    empty = (np.zeros((1, 4, 8)), np.zeros((1, 3, 12)))
-    write_texts(FOLDER / "latents" / "empty.safetensors", empty)
+    def __init__(self, name: str):
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        if not (FOLDER / "latents" / "empty.safetensors").is_file():
+            write_latents()
+        self.file = FOLDER / f"{name}.json"
+        self.rows = json.loads(self.file.read_text()) if self.file.is_file() else []
+
+    def write(self) -> None:
+        self.file.write_text(json.dumps(self.rows))
+
+    def add(self, **row) -> dict:
+        self.rows.append(row)
+        self.write()
+        return row
+
+    def of(self, what: str) -> list[dict]:
+        return [row for row in self.rows if row["what"] == what]
 
 
-def supervise(run: str, ranks: int) -> subprocess.Popen:
-    """A run under the supervisor, on CPUs, one device a rank."""
-    config = FOLDER / f"{run}.py"
-    config.write_text(CONFIG.format(folder=FOLDER, run=run, steps=STEPS))
-    words = [sys.executable, "-m", "easyanimate_jax.training.supervisor", "--ranks", str(ranks)]
-    return subprocess.Popen(
-        [*words, "--", sys.executable, "train.py", str(config)],
-        cwd=ROOT,
-        env=os.environ
-        | {
-            "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": str(ROOT),
-            "EASYANIMATE_HEARTBEATS": str(FOLDER / "heartbeats"),
-            "JAX_COMPILATION_CACHE_DIR": str(FOLDER / "compiled"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        },
-        stdout=(FOLDER / f"{run}.log").open("a"),
-        stderr=subprocess.STDOUT,
-    )
-
-
-def prints(run: str) -> dict:
-    from easyanimate_jax.training.checkpoint import damage, read_step_meta
-
-    path = FOLDER / run / "checkpoints" / str(STEPS)
-    wrong = damage(path)
-    if wrong:
-        raise SystemExit(f"{path}: {wrong}")
-    return read_step_meta(path)["arrays"]
-
-
-def beats(ranks: int) -> list[dict]:
-    """The heartbeats of all ranks, or none if one is missing."""
-    try:
-        files = [FOLDER / "heartbeats" / f"{rank}.json" for rank in range(ranks)]
-        return [json.loads(file.read_text()) for file in files]
-    except (OSError, ValueError):
-        return []
-
-
-def kills(minutes: float, ranks: int, goal: int) -> None:
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    if not (FOLDER / "latents" / "empty.safetensors").is_file():
-        write_latents()
-    reference = f"reference{ranks}"
-    if supervise(reference, ranks).wait() != 0:
-        raise SystemExit(f"the run without faults failed; see {FOLDER / reference}.log")
-    expected = prints(reference)
-    file = FOLDER / "kills.json"
-    done = json.loads(file.read_text()) if file.is_file() else []
-    deadline = time.monotonic() + 60 * minutes
-    while len(done) < goal and time.monotonic() < deadline:
-        run = f"run{ranks}"
+def kills(minutes: float, goal: int) -> None:
+    log, deadline = Log("kills"), time.monotonic() + 60 * minutes
+    while len(log.of("kill")) < goal and time.monotonic() < deadline:
+        ranks = 2 + len(log.of("end")) % 3
+        run, undisturbed = f"killed{ranks}", reference(f"whole{ranks}", ranks)
         process = supervise(run, ranks)
-        while process.poll() is None:
-            recovered = wait_for_steps(process, ranks)
-            if recovered is None:
-                break
-            if done and done[-1].get("recovery") is None and "killed" in done[-1]:
-                done[-1]["recovery"] = round(recovered - done[-1]["killed"], 2)
-                file.write_text(json.dumps(done))
-            if len(done) >= goal or time.monotonic() > deadline:
-                continue  # let it come to its end
-            time.sleep(random.uniform(0, 10))
-            now = beats(ranks)
-            if process.poll() is None and now:
-                victim = random.randrange(ranks)
-                try:
-                    os.kill(now[victim]["pid"], signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
-                done.append(
-                    {
-                        "killed": time.time(),
-                        "rank": victim,
-                        "step": now[victim]["step"],
-                        "section": now[victim]["section"],
-                        "ranks": ranks,
-                    }
-                )
-                file.write_text(json.dumps(done))
-                while any(b.get("pid") == now[victim]["pid"] for b in beats(ranks)):
-                    time.sleep(0.1)
-        code = process.wait()
-        if code != 0:
-            raise SystemExit(f"the supervisor gave up with code {code}; see {FOLDER / run}.log")
-        same = prints(run) == expected
-        corrupt = len(list((FOLDER / run / "checkpoints").glob("*.corrupt*")))
-        done[-1]["ended"] = {"same_bits": same, "corrupt": corrupt}
-        done[-1].setdefault("recovery", None)
-        file.write_text(json.dumps(done))
-        if not same:
-            raise SystemExit(f"{FOLDER / run} ended in other bits than {FOLDER / reference}")
+        strike(process, run, ranks, log, goal, deadline)
+        if process.wait() != 0:
+            raise SystemExit(f"the supervisor gave up; see {FOLDER / run}.log")
+        end = log.add(
+            what="end",
+            ranks=ranks,
+            same_bits=fingerprints(run) == fingerprints(undisturbed),
+            same_losses=losses(run) == losses(undisturbed),
+            other_samples=samples_not_as_planned(run),
+            set_aside=len(list((FOLDER / run / "checkpoints").glob("*.corrupt*"))),
+        )
+        report_kills(log)
+        if not (end["same_bits"] and end["same_losses"]) or end["other_samples"]:
+            raise SystemExit(f"{FOLDER / run} did not end as {FOLDER / undisturbed}: {end}")
         shutil.rmtree(FOLDER / run)
-        report_kills(done)
-    report_kills(done)
 
 
-def wait_for_steps(process: subprocess.Popen, ranks: int) -> float | None:
-    """The time at which all ranks make steps; None if the run ended before."""
+def strike(process, run: str, ranks: int, log: Log, goal: int, deadline: float) -> None:
+    """Kill ranks of a run until it ends, or it is time to let it end."""
+    furthest, last, start, pids = -1, None, 20.0, set()
+    while pids := await_ranks(process, ranks, pids):
+        early = random.random() < EARLY and not (last and last["early"])
+        if early:
+            time.sleep(random.uniform(0, start))
+        else:
+            recovered = await_steps(process, run, ranks, furthest)
+            if last and recovered:
+                last["recovery"] = round(recovered - last["killed"], 2)
+                start = last["recovery"]
+                log.write()
+            time.sleep(random.uniform(0, 6))
+        if len(log.of("kill")) >= goal or time.monotonic() > deadline:
+            return
+        now = beats(run, ranks)
+        victims = pids if random.random() < ALL else {random.choice(sorted(pids))}
+        seen = {"doing": doing(run, now), "load": os.getloadavg()[0], "victims": len(victims)}
+        if process.poll() is not None or not kill(victims):
+            continue  # the run has ended meanwhile
+        last = log.add(what="kill", killed=time.time(), early=early, ranks=ranks, **seen)
+        furthest = max([furthest, *(beat["step"] for beat in now)])
+
+
+def kill(pids: set[int]) -> bool:
+    """SIGKILL to all. False if one has ended by itself."""
+    try:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def await_ranks(process: subprocess.Popen, ranks: int, before: set[int]) -> set[int]:
+    """The process ids of the ranks, when all of them are new; empty if the supervisor has ended."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None:
-        now = beats(ranks)
-        if now and all(beat["section"] in ("step", "rework") for beat in now):
-            return time.time()
+        try:
+            now = set(map(int, children.read_text().split()))
+        except OSError:
+            continue
+        if len(now) == ranks and not now & before:
+            return now
         time.sleep(0.05)
-    return None
+    return set()
 
 
-def report_kills(done: list[dict]) -> None:
-    times = sorted(k["recovery"] for k in done if k.get("recovery"))
-    ends = [k["ended"] for k in done if "ended" in k]
-    p95 = times[int(0.95 * (len(times) - 1))] if times else float("nan")
+def await_steps(process: subprocess.Popen, run: str, ranks: int, furthest: int) -> float | None:
+    """The time at which all ranks make steps, waiting on until they get beyond step `furthest`.
+
+    The supervisor gives up where three restarts in a row do not.
+    """
+    recovered = None
+    while process.poll() is None:
+        now = beats(run, ranks)
+        if stepping(now):
+            recovered = recovered or time.time()
+            if max(beat["step"] for beat in now) > furthest:
+                break
+        time.sleep(0.05)
+    return recovered
+
+
+def doing(run: str, now: list[dict]) -> str:
+    """What a run does at this moment."""
+    folder = FOLDER / run / "checkpoints"
+    if any(folder.glob("*.deleting")):
+        return "deleting a checkpoint"
+    if any(folder.glob("*.orbax-checkpoint-tmp*")):
+        return "writing a checkpoint"
+    return "stepping" if stepping(now) else "starting"
+
+
+def report_kills(log: Log) -> None:
+    done, ends = log.of("kill"), log.of("end")
+    times = sorted(kill["recovery"] for kill in done if "recovery" in kill)
+    if not times:
+        return
+    phases, ranks = Counter(k["doing"] for k in done), Counter(k["ranks"] for k in done)
     lines = [
-        f"kills: {len(done)} of 1,000 (SIGKILL of a random rank at a random time, "
-        f"{STEPS} steps a run, checkpoint every 10)",
-        f"runs that came to their end: {len(ends)}, with the bits of the run without faults: "
-        f"{sum(e['same_bits'] for e in ends)}",
-        f"checkpoints that had to be set aside: {sum(e['corrupt'] for e in ends)}",
-        f"seconds from the kill to the next step of all ranks: median "
-        f"{times[len(times) // 2] if times else float('nan'):.1f}, p95 {p95:.1f}, "
-        f"largest {times[-1] if times else float('nan'):.1f}",
+        f"SIGKILLs at random times: {len(done)} of 1,000; of one rank, or of all at once in "
+        f"{sum(kill['victims'] > 1 for kill in done)}",
+        f"processes of the run: {', '.join(f'{n} in {c}' for n, c in sorted(ranks.items()))}",
+        f"while it was {', '.join(f'{name} {count}' for name, count in phases.most_common())}",
+        f"runs of {STEPS} steps, a checkpoint every {SAVE_EVERY}, that came to their end: "
+        f"{len(ends)}; with the bits of the run without faults {sum(e['same_bits'] for e in ends)},"
+        f" with the same loss in every step {sum(e['same_losses'] for e in ends)}, with samples "
+        f"lost or repeated {sum(e['other_samples'] > 0 for e in ends)}",
+        f"checkpoints that had to be set aside: {sum(e['set_aside'] for e in ends)}",
+        f"seconds from the kill until all ranks made steps again: median "
+        f"{statistics.median(times):.1f}, p95 {times[int(0.95 * (len(times) - 1))]:.1f}, largest "
+        f"{times[-1]:.1f}, in {len(times)} kills that no other followed before; load average "
+        f"{statistics.median(kill['load'] for kill in done):.0f} (median)",
         "people who had to do something: 0",
     ]
     write_results("kills", "python benchmarks/reliability/chaos.py kills", lines)
+
+
+def elastic(minutes: float, goal: int) -> None:
+    log, deadline = Log("elastic"), time.monotonic() + 60 * minutes
+    run, fixed = "walk", reference("fixed", 1, data="mixed")
+    while len(log.of("restart")) < goal and time.monotonic() < deadline:
+        ranks, devices = random.choice((1, 2, 4)), random.choice((1, 2, 4, 8))
+        code = go_a_little(run, ranks, devices)
+        if code == 42:
+            log.add(what="restart", ranks=ranks, devices=devices)
+        elif code != 0:
+            raise SystemExit(f"exit code {code}; see {FOLDER / run}.log")
+        else:
+            compare(run, fixed, log)
+        report_elastic(log)
+    if (FOLDER / run).is_dir():  # to its end, on what it began with
+        if supervise(run, 1, data="mixed").wait() != 0:
+            raise SystemExit(f"see {FOLDER / run}.log")
+        compare(run, fixed, log)
+        report_elastic(log)
+
+
+def go_a_little(run: str, ranks: int, devices: int) -> int:
+    """Some steps of a run, then SIGTERM. Its exit code: 42, or 0 if it came to its end."""
+    process, first, more = supervise(run, ranks, devices, "mixed"), None, random.randint(2, 7)
+    while process.poll() is None:
+        now = beats(run, ranks)
+        if stepping(now):
+            step = min(beat["step"] for beat in now)
+            first = step if first is None else first
+            if step >= first + more:
+                process.send_signal(signal.SIGTERM)
+                break
+        time.sleep(0.05)
+    return process.wait()
+
+
+def compare(run: str, fixed: str, log: Log) -> None:
+    pairs = zip(losses(run), losses(fixed), strict=True)
+    worst = max(abs(a / b - 1) for (a, _), (b, _) in pairs)
+    end = log.add(what="end", worst=worst, other_samples=samples_not_as_planned(run))
+    if worst > 1e-4 or end["other_samples"]:
+        raise SystemExit(f"{FOLDER / run} did not end as {FOLDER / fixed}: {end}")
+    shutil.rmtree(FOLDER / run)
+
+
+def report_elastic(log: Log) -> None:
+    done, ends = log.of("restart"), log.of("end")
+    shapes = {(row["ranks"], row["devices"]) for row in done}
+    changes = sum(
+        (a["ranks"], a["devices"]) != (b["ranks"], b["devices"])
+        for a, b in itertools.pairwise(done)
+    )
+    lines = [
+        f"stops by SIGTERM after a few steps, and starts elsewhere: {len(done)} of 50; {changes} "
+        f"with another number of processes or devices",
+        f"of the twelve of {{1, 2, 4}} processes x {{1, 2, 4, 8}} devices each: {len(shapes)}",
+        f"runs of {STEPS} steps in buckets of 16 and 32 tokens that came to their end: {len(ends)};"
+        f" with samples lost or repeated {sum(e['other_samples'] > 0 for e in ends)}",
+        f"largest relative difference of a step's loss from the run on one device: "
+        f"{max((end['worst'] for end in ends), default=float('nan')):.1e}",
+    ]
+    write_results("elastic", "python benchmarks/reliability/chaos.py elastic", lines)
 
 
 def flips(minutes: float, goal: int) -> None:
@@ -268,30 +324,14 @@ def flips(minutes: float, goal: int) -> None:
     write_results("flips", "python benchmarks/reliability/chaos.py flips", lines)
 
 
-def write_results(name: str, command: str, lines: list[str]) -> None:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    head = [
-        f"# {name}\n",
-        f"{date.today()}, {os.cpu_count()} cores, {memory:.0f} GB, {platform.machine()}; "
-        f"`{command}`\n",
-    ]
-    text = "\n".join([*head, *(f"* {line}" for line in lines)]) + "\n"
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text(text)
-    print(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["kills", "flips"])
+    parser.add_argument("what", choices=["kills", "elastic", "flips"])
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--goal", type=int)
     a = parser.parse_args()
-    if a.what == "kills":
-        kills(a.minutes, a.ranks, a.goal or 1000)
-    else:
-        flips(a.minutes, a.goal or 10_000)
+    run, goal = {"kills": (kills, 1000), "elastic": (elastic, 50), "flips": (flips, 10_000)}[a.what]
+    run(a.minutes, a.goal or goal)
 
 
 if __name__ == "__main__":

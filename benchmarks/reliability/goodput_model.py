@@ -12,7 +12,7 @@ to restore.
 import argparse
 import math
 
-from chaos import write_results
+from tiny import write_results
 
 CHIP_HOURS = 51_000
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from chaos import write_results
+from tiny import write_results
 from flax import nnx
 
 from easyanimate_jax.config import load

@@ -1,0 +1,58 @@
+"""train.py, watched: what each process trained on is written down, and its programs are kept.
+
+    python benchmarks/reliability/rank.py CONFIG
+
+RUN/used-RANK.jsonl gets, for every step, the rows that this process's devices held and the records
+in them, read off the arrays that go into the step (`tiny.write_latents` puts a record's number into
+its first token). JAX's compilation cache has other keys in every process of a CPU run and lets only
+the first one write, so the others would compile anew at every start; here all of them write.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from jax._src import compiler, distributed
+
+import train
+from easyanimate_jax import pod, trainer
+
+update, write = trainer.Schedule._update, compiler._cache_write
+RANK = os.environ.get("JAX_PROCESS_ID", "0")
+START = os.environ.get("JAX_COORDINATOR_ADDRESS", str(os.getpid()))  # the same for all ranks
+
+
+def watched_update(schedule, stage, stage_step, bucket, batch) -> None:
+    rows = {}
+    for shard in batch.mean.addressable_shards:
+        numbers = np.asarray(shard.data)[0, :, 0, 0] * num_records(schedule, stage)
+        first = shard.index[1].start or 0
+        rows |= {first + i: int(number) for i, number in enumerate(numbers)}
+    line = {"time": time.time(), "start": START, "step": schedule.step, "length": bucket}
+    line["records"] = {row: record for row, record in rows.items() if row < stage.batch_size}
+    with (Path(schedule.config.run) / f"used-{RANK}.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(line))  # a line that a kill cut short ends here
+    update(schedule, stage, stage_step, bucket, batch)
+
+
+def num_records(schedule, stage) -> int:
+    """The number of records, by which the numbers in the tokens are divided."""
+    return len(schedule.loaders[stage.name].records)
+
+
+def write_of_every_process(*arguments) -> None:
+    with mock.patch.object(distributed.global_state, "process_id", 0):
+        write(*arguments)
+
+
+if __name__ == "__main__":
+    trainer.Schedule._update, compiler._cache_write = watched_update, write_of_every_process
+    code = train.main(sys.argv[1:])
+    if code not in (0, 42) and pod.several_processes(os.environ):
+        sys.stdout.flush()
+        os._exit(code)  # as in train.py
+    sys.exit(code)
