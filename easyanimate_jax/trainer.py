@@ -10,7 +10,6 @@ import itertools
 import json
 import signal
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +39,7 @@ from easyanimate_jax.training.checkpoint import (
     named_leaves,
 )
 from easyanimate_jax.training.divergence import SKIP_BATCHES, Detector, DivergedError, Returns
-from easyanimate_jax.training.faults import asked, kill_if_asked
+from easyanimate_jax.training.faults import stop_if_asked, value_asked
 from easyanimate_jax.training.metrics import MetricsWriter, Progress, clock, now
 from easyanimate_jax.training.monitor import Monitor
 from easyanimate_jax.training.optimizer import make_optimizer
@@ -368,8 +367,8 @@ class Schedule:
             bucket, batch = next(batches)
             self.waited = now() - began
             self.real_tokens = int(np.sum(batch.lengths * batch.weight))
-            if asked("nan", position):
-                batch = batch._replace(mean=np.full_like(batch.mean, np.nan))
+            if (value := value_asked(position)) is not None:
+                batch = batch._replace(mean=np.full_like(batch.mean, value))
             yield bucket, place(batch, self.mesh)
 
     def _update(self, stage: Stage, stage_step: int, bucket: int, batch: Batch) -> None:
@@ -379,9 +378,7 @@ class Schedule:
         known = (stage.in_channels, bucket) in self.ran
         self.monitor.enter("step" if known else "compile", self.step)
         self.ran.add((stage.in_channels, bucket))
-        while asked("hang", self.step):
-            time.sleep(1)
-        kill_if_asked("step", self.step)
+        stop_if_asked(self.step)
         rate = stage.learning_rate_at(stage_step)
         self.state, metrics = program(self.state, batch, self.key, jnp.float32(rate))
         self._flush()

@@ -7,9 +7,10 @@
 `kills` trains a tiny schedule on two, three and four processes in turn and kills one of them, or
 all, at random times: while they start, make steps, write or delete checkpoints. A run that is
 through is compared with one that nobody disturbed, in the bits of its last checkpoint, in every
-step's loss and in the records of every batch. `elastic` stops a run again and again and goes on with other numbers
-of processes and devices. `flips` changes one bit of a checkpoint at a time. All add to what is in
-runs/chaos, so calls can be repeated until the goal is reached, and write the results here.
+step's loss and in the records of every batch. `elastic` stops a run again and again and goes on
+with other numbers of processes and devices. `flips` changes one bit of a checkpoint at a time. All
+add to what is in runs/chaos, so calls can be repeated until the goal is reached, and write the
+results here.
 """
 
 import argparse

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import write_results
 from flax import nnx
+from tiny import write_results
 
 from easyanimate_jax.config import load
 from easyanimate_jax.data.loader import Batch

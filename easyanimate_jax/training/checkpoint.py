@@ -31,7 +31,7 @@ from jax.experimental import multihost_utils
 
 from easyanimate_jax.tensors.fingerprint import fingerprint
 from easyanimate_jax.tensors.orbax_item import fingerprint_on_disk, names
-from easyanimate_jax.training.faults import kill_if_asked
+from easyanimate_jax.training.faults import kill_if_asked, limit_files_if_asked
 from easyanimate_jax.training.step import TrainState
 
 ITEMS = ("state", "ema")
@@ -68,10 +68,15 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self.keep, self.keep_steps, self.keep_every = max(2, keep), set(keep_steps), keep_every
         self.process, self.processes = jax.process_index(), jax.process_count()
-        self.checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(*ITEMS, "meta"), timeout_secs=600
-        )
         self.writing: int | None = None  # the step that orbax writes now
+        self.checkpointer = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(*ITEMS, "meta"),
+            timeout_secs=600,
+            # Everything is written, and the step has not got its name.
+            async_options=ocp.options.AsyncOptions(
+                post_finalization_callback=lambda: kill_if_asked("finalising", self.writing)
+            ),
+        )
         self.failures = 0
         self.checking = threading.Thread()
         if self.process == 0:
@@ -101,6 +106,8 @@ class Checkpoints:
         if not _same_for_all(free >= SPARE_SPACE * size):
             self._failed(step, f"{free / 1e9:.2f} GB are free, and {size / 1e9:.2f} GB to write")
             return
+        limit_files_if_asked(step)
+        self.writing = step
         try:
             self.checkpointer.save(
                 self.folder / str(step),
@@ -109,8 +116,8 @@ class Checkpoints:
                     meta=ocp.args.JsonSave(_sealed(meta)),
                 ),
             )
-            self.writing = step
         except Exception as error:  # orbax, tensorstore and the file system all have their own
+            self.writing = None
             self._failed(step, error)
         kill_if_asked("writing", step)
 
@@ -226,6 +233,7 @@ class Checkpoints:
         else:
             self.failures = 0
             _mark(path, self.process, self.processes)
+            kill_if_asked("checked", step)
             if self.process == 0:
                 self.prune()
 
