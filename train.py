@@ -6,6 +6,8 @@ step is made twice from a checkpoint, to see whether the hardware makes the same
 
 import os
 import sys
+import traceback
+from typing import NoReturn
 
 from easyanimate_jax import pod
 
@@ -47,10 +49,21 @@ def main(args: list[str]) -> int:
         return 2
 
 
-if __name__ == "__main__":
+def run(args: list[str]) -> NoReturn:
+    """`main`, and the end of the process, whatever comes of it."""
     several = pod.several_processes(os.environ)
-    code = main(sys.argv[1:])
+    try:
+        code = main(args)
+    except Exception:
+        if not several:
+            raise
+        traceback.print_exc()
+        code = 1
     if code not in (0, 42) and several:
         sys.stdout.flush()
         os._exit(code)  # leaving in order would wait for the others, who wait for us
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    run(sys.argv[1:])

@@ -6,6 +6,7 @@ One process per TPU host or per GPU host; under Slurm also one per GPU. All run 
 import os
 from collections.abc import Mapping
 
+PATIENCE = 3600  # seconds for others that compile more slowly
 HEARTBEAT = 10  # seconds without a word after which a process counts as lost
 
 
@@ -52,3 +53,13 @@ def join() -> None:
     if "coordinator_address" not in given:
         os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # JAX would take "auto" for an address
     jax.distributed.initialize(**given)
+
+
+def wait(what: str) -> None:
+    """Until all processes have come here; they may come minutes apart.
+
+    A collective is no place to wait at: on CPUs it gives up after 30 seconds.
+    """
+    from orbax.checkpoint import multihost
+
+    multihost.get_barrier_sync_fn()(key=what, timeout_ms=1000 * PATIENCE)

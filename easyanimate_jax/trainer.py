@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from easyanimate_jax import pod
 from easyanimate_jax.aot.chips import device_memory
 from easyanimate_jax.aot.compile import compile_stage
 from easyanimate_jax.aot.report import memory_line, refusal
@@ -355,6 +356,7 @@ class Schedule:
                 raise ValueError(refusal(report))
             self._say(memory_line(report))
             self.programs[key] = program
+            pod.wait(f"program {len(self.programs)}")
         return self.programs[key]
 
     def _batches(self, stage: Stage, first: int):

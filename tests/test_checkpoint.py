@@ -96,6 +96,7 @@ def hurt(path: Path, how: str, rng) -> None:
     path.write_bytes(data)
 
 
+@pytest.mark.reliability  # R6
 def test_no_damage_to_any_file_is_silent(saved, tmp_path):
     """Of 220 damages each is found, or the files still hold what was saved.
 

@@ -423,6 +423,7 @@ MALFORMED = {
 }
 
 
+@pytest.mark.reliability  # R13
 @pytest.mark.parametrize("case", MALFORMED)
 def test_what_is_wrong_is_named_with_exit_code_2_and_nothing_is_written(tmp_path, case, capsys):
     spoil, message = MALFORMED[case]
@@ -692,6 +693,7 @@ class Evil:
         return (print, ("this ran",))
 
 
+@pytest.mark.reliability  # R13
 def test_pickles_are_read_on_request_and_only_weights(tmp_path, capsys):
     state = random_state(TINY_VAE)
     tensors = {name: torch.tensor(value) for name, value in state.items()}

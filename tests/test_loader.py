@@ -2,6 +2,12 @@
 
 import itertools
 import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -168,6 +174,14 @@ def test_hosts_build_their_own_rows_of_the_same_batch(records, hosts, monkeypatc
         np.testing.assert_array_equal(part.lengths, whole.lengths)
 
 
+def test_a_process_that_holds_padding_alone_has_the_shapes_of_the_others(records):
+    _, whole = loader(records, task="i2v", microbatch=9).batch(5)  # of nine rows seven are real
+    _, part = loader(records, task="i2v", microbatch=9, rows=(7, 9)).batch(5)
+    for ours, theirs in zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_array_equal(ours[:, 7:], theirs[:, 7:])
+
+
 def _noting(method, seen):
     def noted(self, record):
         seen.append(record)
@@ -263,6 +277,7 @@ RUNS = {
 }
 
 
+@pytest.mark.reliability  # R4
 @pytest.mark.parametrize("name", RUNS)
 def test_hosts_and_workers_change_at_resumes_and_nothing_is_lost_or_repeated(many, name):
     state, batches = json.dumps({"step": 0, "plan": None}), []
@@ -286,10 +301,69 @@ def test_hosts_and_workers_change_at_resumes_and_nothing_is_lost_or_repeated(man
 
 
 @pytest.mark.slow
-def test_worker_processes_change_no_batch_and_leave_no_orphans(records):
+def test_worker_processes_change_no_batch(records):
     for start in (0, 3, 11):
         threads = itertools.islice(loader(records).batches(start), 3)
         processes = loader(records).batches(start, workers=2)
         for (length, batch), (length2, batch2) in zip(threads, processes, strict=False):
             assert length == length2 and same(batch, batch2)
         del processes
+
+
+@pytest.mark.reliability  # R9
+def test_a_dead_worker_process_is_an_error_and_no_batch_is_lost(records):
+    before = set(multiprocessing.active_children())
+    batches = loader(records).batches(3, workers=2)
+    next(batches)
+    victim, *_ = set(multiprocessing.active_children()) - before
+    victim.kill()
+    with pytest.raises(RuntimeError, match="process"):
+        for _ in range(100):
+            next(batches)
+    for number, (length, batch) in enumerate(itertools.islice(loader(records).batches(3), 3)):
+        length2, batch2 = loader(records).batch(3 + number)
+        assert length == length2 and same(batch, batch2)
+
+
+PARENT = """
+import multiprocessing, time
+from pathlib import Path
+from easyanimate_jax.data.loader import Loader
+from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.data.records import Records
+
+if __name__ == "__main__":
+    records = Records(Path({folder!r}))
+    plan = Plan(records.index, lengths={lengths}, batch_size=40, seed=3, name="many")
+    batches = Loader(records, plan, task="t2v", microbatch=40, text_drop=0).batches(0, workers=2)
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.reliability  # R9
+def test_worker_processes_end_with_their_parent(many, tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT.format(folder=str(many), lengths=LENGTHS))
+    root = str(Path(__file__).parent.parent)
+    parent = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root},
+    )
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert workers  # grain starts the others later
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 6
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, workers))
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and nobody asked how does not."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"

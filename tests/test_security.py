@@ -52,6 +52,7 @@ def forbidden(source: str) -> list[str]:
     return [f"line {line}: {what}" for line, what in found]
 
 
+@pytest.mark.reliability  # R15
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_no_file_runs_what_it_reads(path):
     allowed = ALLOWED.get(path.relative_to(ROOT).as_posix())

@@ -19,7 +19,7 @@ import numpy as np
 from jax._src import compiler, distributed
 
 import train
-from easyanimate_jax import pod, trainer
+from easyanimate_jax import trainer
 
 update, write = trainer.Schedule._update, compiler._cache_write
 RANK = os.environ.get("JAX_PROCESS_ID", "0")
@@ -51,8 +51,4 @@ def write_of_every_process(*arguments) -> None:
 
 if __name__ == "__main__":
     trainer.Schedule._update, compiler._cache_write = watched_update, write_of_every_process
-    code = train.main(sys.argv[1:])
-    if code not in (0, 42) and pod.several_processes(os.environ):
-        sys.stdout.flush()
-        os._exit(code)  # as in train.py
-    sys.exit(code)
+    train.run(sys.argv[1:])

@@ -123,11 +123,12 @@ class Loader:
                 arrays[name] = _zeros((total, *lead, *values.shape[1:]), dtype)
             arrays[name][row, : len(values)] = values
 
+        names = ("mean", "logvar", *(["condition"] if self.task != "t2v" else []))
         for row in mine:
             if row < len(ids):
                 fields = self._row(int(step), row, int(ids[row]))
                 grid[row] = fields["grid"]
-                for name in ("mean", "logvar", *(["condition"] if self.task != "t2v" else [])):
+                for name in names:
                     put(name, row, fields[name], length)
             texts = fields["texts"] if row < len(ids) else self.empty
             for i, text in enumerate(texts):
@@ -135,6 +136,10 @@ class Loader:
         for row in range(len(ids)):
             if not first <= row % micro < last:
                 grid[row] = self._grid(int(ids[row]))
+        if "mean" not in arrays:  # padding alone, of a shape that a row of another process has
+            fields = self._row(int(step), 0, int(ids[0]))
+            for name in names:
+                put(name, 0, fields[name][:0], length)
 
         split = lambda x: x.reshape(-1, micro, *x.shape[1:])  # noqa: E731
         return length, Batch(

@@ -106,6 +106,7 @@ class Checkpoints:
         if not _same_for_all(free >= SPARE_SPACE * size):
             self._failed(step, f"{free / 1e9:.2f} GB are free, and {size / 1e9:.2f} GB to write")
             return
+        self._clean()
         limit_files_if_asked(step)
         self.writing = step
         try:
@@ -219,6 +220,7 @@ class Checkpoints:
     def close(self, last: int | None = None) -> None:
         """`finish`; raises StorageError if the step `last` is not there in the end."""
         self.finish()
+        self._clean()
         self.checkpointer.close()
         if last is not None and last not in complete_steps(self.folder):
             raise StorageError(f"checkpoint {last} could not be saved in {self.folder}")
@@ -241,10 +243,14 @@ class Checkpoints:
         self.failures += 1
         reason = " ".join(str(reason).split())[:300]
         print(f"\ncheckpoint {step} was not saved: {reason}", flush=True)
-        if self.process == 0:
-            remove_leftovers(self.folder)
+        self._clean()
         if self.processes > 1:  # the others wait for us; the next start tries again
             raise StorageError(f"checkpoint {step} was not saved: {reason}")
+
+    def _clean(self) -> None:
+        """Remove what failed saves left. Some of their threads may write on, so more than once."""
+        if self.process == 0:
+            remove_leftovers(self.folder)
 
     def _newest(self, before: int | None) -> int | None:
         steps = complete_steps(self.folder)

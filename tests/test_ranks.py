@@ -1,0 +1,147 @@
+"""Faults in train.py itself, on several processes: kills, signals, hangs, other meshes.
+
+Runs of two processes with two devices each, as in test_reliability.py; the undisturbed one is what
+the others are compared with.
+"""
+# ruff: noqa: F401, F811 (pytest finds fixtures by name)
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_reliability import STEPS, SUPERVISED, await_section, command, end, prints, rows
+from test_trainer import ROOT, folder, start
+
+pytestmark = pytest.mark.reliability
+HANG = r"hang: ([\d.]+) s in .*limit ([\d.]+) s"
+PAIR = [*SUPERVISED, "--ranks", "2", "--"]
+
+
+@pytest.fixture(scope="module")
+def pair(folder):
+    """Nobody disturbs it; all its checkpoints are kept."""
+    end(start(folder, [*PAIR, *command(folder, "pair", "--keep-every", "2")], 2))
+    return prints(folder, "pair")
+
+
+def test_r5_a_signal_to_one_of_two_stops_both_at_one_step(folder, pair):
+    beats = {"EASYANIMATE_HEARTBEATS": str(folder / "beats-asked")}
+    process = start(folder, [*PAIR, *command(folder, "asked")], 2, **beats)
+    await_section(folder, "asked", "compile", process, rank=1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGTERM)
+    output = end(process, 42)
+    step = int(output.split("asked to stop: saved at step ")[1].split()[0])
+    output = end(start(folder, [*PAIR, *command(folder, "asked")], 2))
+    assert f"resuming at step {step}" in output
+    assert prints(folder, "asked") == pair
+
+
+def test_r1_kills_in_the_worst_places_change_no_bit(folder, pair):
+    """Each rank dies while a checkpoint is written, before it gets its name, while one goes."""
+    faults = [
+        "writing@2/0",
+        "writing@4/1",
+        "finalising@6/0",
+        "finalising@8/1",
+        "deleting@4/0",
+        "checked@10/1",
+    ]
+    once = {
+        "EASYANIMATE_FAULTS": ",".join(faults),
+        "EASYANIMATE_FAULTS_ONCE": str(folder / "once"),
+    }
+    process = start(folder, [*PAIR, *command(folder, "killed")], 2, **once)
+    output, noticed = "", []
+    for line in process.stdout:
+        output += line
+        if "starting again" in line:
+            noticed.append(time.time())
+    assert process.wait() == 0, output
+    assert sorted(p.name for p in (folder / "once").iterdir()) == sorted(
+        fault.replace("/", "_") for fault in faults
+    ), output
+    died = sorted(mark.stat().st_mtime for mark in (folder / "once").iterdir())
+    assert len(noticed) == len(died), output
+    assert all(at - before < 3 for at, before in zip(noticed, died, strict=True)), (noticed, died)
+    assert prints(folder, "killed") == pair
+
+
+def test_r8_a_rank_that_hangs_or_is_stopped_costs_a_restart(folder, pair):
+    once = {
+        "EASYANIMATE_FAULTS": "hang@3/1,stopped@7/0",
+        "EASYANIMATE_FAULTS_ONCE": str(folder / "still"),
+    }
+    words = command(folder, "still", "--hang-seconds", "10")
+    output = end(start(folder, [*PAIR, *words], 2, **once))
+    assert output.count("exit code 4 at step") == 2, output
+    for frame in ("stop_if_asked", "_flush"):  # of the rank that hangs, and of the one that waits
+        assert f"in {frame}" in output, output
+    limits = [tuple(map(float, found)) for found in re.findall(HANG, output)]
+    assert limits and all(lasted < limit + 3 for lasted, limit in limits)
+    assert prints(folder, "still") == pair
+
+
+@pytest.mark.parametrize("ranks, devices", [(1, 1), (1, 8), (4, 1)])
+def test_r2_a_checkpoint_is_restored_whole_on_any_mesh(folder, pair, ranks, devices):
+    """What is restored has the fingerprints that two processes saved, or it would be set aside."""
+    run = f"{ranks}x{devices}"
+    source, target = (folder / name / "checkpoints" / "2" for name in ("pair", run))
+    shutil.copytree(source, target)
+    words = [*SUPERVISED, "--ranks", str(ranks), "--", *command(folder, run)]
+    assert "resuming at step 2" in end(start(folder, words, devices))
+    assert prints(folder, run).keys() == pair.keys()
+    ours, theirs = ([row["loss"] for row in rows(folder, name)] for name in (run, "pair"))
+    np.testing.assert_allclose(ours, theirs[2:], rtol=1e-5)
+
+
+MEMORY = """
+    import sys
+    from pathlib import Path
+
+    import jax
+    import jax.numpy as jnp
+
+    from easyanimate_jax.training.checkpoint import Checkpoints
+    from easyanimate_jax.training.step import TrainState
+
+    folder, what = Path(sys.argv[1]), sys.argv[2]
+    zero = jnp.int32(0)
+    model = {f"w{i}": jnp.full((4, 2**20), 1.5 + i) for i in range(4)}
+    state = TrainState(zero, zero, model, model, (model, model))  # 268 MB
+    checkpoints = Checkpoints(folder, keep=2)
+    if what == "save":
+        checkpoints.save(1, state, {"step": 1})
+        checkpoints.close(1)
+        sys.exit()
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    del state, model
+
+    def peak():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (line,) = [line for line in lines if line.startswith("VmHWM")]
+        return 1024 * int(line.split()[1])
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak()
+    assert checkpoints.restore(lambda meta: like)[0] == 1
+    print((peak() - before) / size)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
+def test_r2_restoring_takes_no_second_copy(tmp_path):
+    code = [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path / "checkpoints")]
+    end(start(tmp_path, [*code, "save"]))
+    assert float(end(start(tmp_path, [*code, "restore"])).split()[-1]) < 2.5
