@@ -5,7 +5,7 @@ CPU := JAX_PLATFORMS=cpu
 # Where there is no accelerator JAX would try the TPU compiler, which is there, as a TPU, and complain.
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: setup lock demo demo-long demo-real demo-films test slow bench chaos lint clean
+.PHONY: setup lock demo demo-long demo-real demo-films test reliability slow bench chaos lint clean
 
 setup: .venv/ready
 
@@ -73,15 +73,21 @@ demo-films: setup
 test: setup
 	$(CPU) $(BIN)/pytest
 
+# R1 to R15 of docs/reliability.md alone.
+reliability: setup
+	$(CPU) $(BIN)/pytest -m reliability
+
 slow: setup
 	$(CPU) $(BIN)/pytest -m slow
 
 bench: setup
 	for script in $(filter-out %/setting.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
-# A thousand kills and ten thousand flipped bits; each call goes on where the last one stopped.
+# A thousand kills, fifty changes of mesh, ten thousand flipped bits; each call goes on where the last
+# one stopped.
 chaos: setup
 	$(CPU) $(BIN)/python benchmarks/reliability/chaos.py flips --minutes 10
+	$(CPU) $(BIN)/python benchmarks/reliability/chaos.py elastic --minutes 20
 	$(CPU) $(BIN)/python benchmarks/reliability/chaos.py kills --minutes 60
 
 lint: setup

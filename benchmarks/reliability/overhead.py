@@ -2,8 +2,9 @@
 
     python benchmarks/reliability/overhead.py
 
-* finite check: the demo's train step, and the same program with the check folded away
-* monitor, detector, poll: the calls that the loop makes each step
+* guarded: the demo's train step with the finite check, under a monitor whose thread watches, beats
+  and writes goodput, with the loop's calls to it, to the divergence detector and to the checkpoints
+* bare: the same program with the check folded away, and nothing around it
 * fingerprints: once in `save_every` steps of the demo
 * save stall: what `save` keeps the loop waiting, fingerprints included
 """
@@ -36,7 +37,7 @@ from easyanimate_jax.training.monitor import Monitor
 from easyanimate_jax.training.optimizer import make_optimizer
 from easyanimate_jax.training.step import init_state, train_step
 
-ROUNDS = 30
+ROUNDS, STEPS = 40, 5
 ROWS, LENGTH = 16, 48  # the demo's longest stage
 
 
@@ -76,18 +77,34 @@ def main() -> None:
         jax.block_until_ready(call())
         return time.perf_counter() - began
 
-    programs = {"with": checked, "without": unchecked}
-    times = {name: [] for name in programs}
-    for turn in range(ROUNDS):
-        for name in sorted(programs, reverse=turn % 2 == 1):
-            times[name].append(seconds(lambda p=programs[name]: p(*arguments)))
-    step = statistics.median(times["without"])
-    ratios = [a / b for a, b in zip(times["with"], times["without"], strict=True)]
-    finite = statistics.median(ratios) - 1
+    def bare() -> None:
+        for _ in range(STEPS):
+            jax.block_until_ready(unchecked(*arguments))
+
+    def guarded() -> None:
+        for number in range(STEPS):
+            monitor.enter("data", number)
+            monitor.enter("step", number)
+            jax.block_until_ready(checked(*arguments))
+            checkpoints.poll()
+            detector.see(number, 1.0, 1.0)
 
     with tempfile.TemporaryDirectory() as folder:
-        monitor, detector = Monitor(Path(folder), process=0, hang_seconds=120), Detector()
-        checkpoints = Checkpoints(Path(folder) / "checkpoints", keep=2)
+        detector, checkpoints = Detector(), Checkpoints(Path(folder) / "checkpoints", keep=2)
+        times = {"bare": [], "guarded": []}
+        for turn in range(ROUNDS):
+            for name in sorted(times, reverse=turn % 2 == 1):
+                if name == "bare":
+                    times[name].append(seconds(bare))
+                    continue
+                monitor = Monitor(Path(folder), process=0, hang_seconds=120)
+                times[name].append(seconds(guarded))
+                monitor.close()
+        step = statistics.median(times["bare"]) / STEPS
+        ratios = [a / b for a, b in zip(times["guarded"], times["bare"], strict=True)]
+        guard = statistics.median(ratios) - 1
+        low, high = (q - 1 for q in np.percentile(bootstrap(ratios), (5, 95)))
+        monitor = Monitor(Path(folder), process=0, hang_seconds=120)
         began, count = time.perf_counter(), 2000
         for number in range(count):
             monitor.enter("data", number)
@@ -106,15 +123,17 @@ def main() -> None:
         monitor.close()
     stall = statistics.median(stalls[1:])
     every = config.save_every
-    total = finite + host / step + prints / (every * step)
+    total = guard + prints / (every * step)
     size = sum(x.nbytes for x in named.values()) / 1e6
     write_results(
         "overhead",
         "python benchmarks/reliability/overhead.py",
         [
-            f"step without safeguards: {step * 1e3:.1f} ms (median of {ROUNDS}, in alternation)",
-            f"finite check in the step: {finite:+.2%} (median of paired ratios)",
-            f"monitor, divergence detector, poll: {host * 1e6:.0f} us, {host / step:.3%}",
+            f"bare step: {step * 1e3:.1f} ms; load average {os.getloadavg()[0]:.1f}",
+            f"finite check, monitor with watchdog, heartbeat and goodput, detector, poll: "
+            f"{guard:+.2%} (median of {ROUNDS} paired ratios of {STEPS} steps; 90 % of resampled "
+            f"medians lie from {low:+.2%} to {high:+.2%})",
+            f"of it the loop's calls: {host * 1e6:.0f} us, {host / step:.3%}",
             f"fingerprints of {size:.0f} MB in {len(named)} arrays: {prints * 1e3:.0f} ms once in "
             f"{every} steps, {prints / (every * step):.3%}",
             f"**together {total:.2%} of the step time**",
@@ -122,6 +141,12 @@ def main() -> None:
             f"{stall / (every * step):.2%}",
         ],
     )
+
+
+def bootstrap(ratios: list[float]) -> np.ndarray:
+    """Medians of resampled ratios."""
+    rng = np.random.default_rng(0)
+    return np.median(rng.choice(ratios, (1000, len(ratios))), axis=1)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import signal
 import time
 from pathlib import Path
 
-VALUES = {"nan": float("nan"), "inf": float("inf"), "spike": 1000.0}
+VALUES = {"nan": float("nan"), "inf": float("inf"), "spike": 20.0}  # the loss masks errors above 50
 FULL = 8192  # bytes
 
 
