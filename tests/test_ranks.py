@@ -69,9 +69,9 @@ def test_r1_kills_in_the_worst_places_change_no_bit(folder, pair):
     assert sorted(p.name for p in (folder / "once").iterdir()) == sorted(
         fault.replace("/", "_") for fault in faults
     ), output
-    died = sorted(mark.stat().st_mtime for mark in (folder / "once").iterdir())
-    assert len(noticed) == len(died), output
-    assert all(at - before < 3 for at, before in zip(noticed, died, strict=True)), (noticed, died)
+    for mark in (folder / "once").iterdir():  # two may die at once
+        died = mark.stat().st_mtime
+        assert any(0 <= at - died < 3 for at in noticed), (mark.name, died, noticed)
     assert prints(folder, "killed") == pair
 
 

@@ -68,13 +68,14 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self.keep, self.keep_steps, self.keep_every = max(2, keep), set(keep_steps), keep_every
         self.process, self.processes = jax.process_index(), jax.process_count()
-        self.writing: int | None = None  # the step that orbax writes now
+        self.writing: int | None = None  # the step whose end is not yet known
+        self.latest = 0  # the step that orbax writes, or wrote last
         self.checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(*ITEMS, "meta"),
             timeout_secs=600,
             # Everything is written, and the step has not got its name.
             async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=lambda: kill_if_asked("finalising", self.writing)
+                post_finalization_callback=lambda: kill_if_asked("finalising", self.latest)
             ),
         )
         self.failures = 0
@@ -108,7 +109,7 @@ class Checkpoints:
             return
         self._clean()
         limit_files_if_asked(step)
-        self.writing = step
+        self.writing = self.latest = step
         try:
             self.checkpointer.save(
                 self.folder / str(step),
