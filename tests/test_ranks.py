@@ -46,12 +46,16 @@ def test_r5_a_signal_to_one_of_two_stops_both_at_one_step(folder, pair):
 
 
 def test_r1_kills_in_the_worst_places_change_no_bit(folder, pair):
-    """Each rank dies while a checkpoint is written, before it gets its name, while one goes."""
+    """Each rank dies while a checkpoint is written, as it gets its name, and while one goes.
+
+    Rank 0 gives the name and deletes; rank 1 dies just after it has learned of the one, and when
+    its comparison allows the other.
+    """
     faults = [
         "writing@2/0",
         "writing@4/1",
         "finalising@6/0",
-        "finalising@8/1",
+        "written@8/1",
         "deleting@4/0",
         "checked@10/1",
     ]

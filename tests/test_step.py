@@ -63,14 +63,15 @@ def start():
     return state
 
 
-def steps(mesh_config: MeshConfig, batch: Batch, count: int = 2, num_devices: int = 1):
+def steps(mesh_config: MeshConfig, batch: Batch, count: int = 2, num_devices: int = 1, **settings):
     """The state and losses after `count` steps on a mesh."""
     mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
+    settings = {"optimizer": OPTIMIZER, "process": DDPM(), "ema_decay": 0.9} | settings
     with jax.set_mesh(mesh):
         placed = shardings(mesh, jax.eval_shape(start))
         state = jax.jit(start, out_shardings=placed)()
         program = jax.jit(
-            lambda *a: train_step(*a, optimizer=OPTIMIZER, process=DDPM(), ema_decay=0.9),
+            lambda *a: train_step(*a, **settings),
             out_shardings=(placed, None),
         )
         losses = []
@@ -104,6 +105,16 @@ def test_rows_of_weight_zero_change_nothing(one_device):
     state, losses = steps(ONE, regroup(padded, 2))
     np.testing.assert_allclose(losses, one_device[1], rtol=1e-5)
     assert_same_weights(state, one_device[0], atol=2e-5)
+
+
+def test_rows_that_fill_up_take_no_share_of_the_times():
+    padded = jax.tree.map(lambda x: np.concatenate([x, x[:, :2]], axis=1), make_batch(1, 8))
+    padded.weight[:, 8:] = 0
+    settings = {"process": DDPM(stratified=True), "batch_size": 8}
+    state, losses = steps(ONE, padded, **settings)
+    expected, expected_losses = steps(ONE, make_batch(1, 8), **settings)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    assert_same_weights(state, expected, atol=2e-5)
 
 
 # With 8 rows every device has its own; with 4 the devices along `context` share samples.

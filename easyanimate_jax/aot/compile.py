@@ -206,7 +206,9 @@ def compile_stage(
             attention_share=share,
             steps=stage.steps,
         )
-        program = step_program(optimizer, config.process, config.ema_decay, placed)
+        program = step_program(
+            optimizer, config.process, config.ema_decay, placed, stage.batch_size
+        )
         key = jax.eval_shape(lambda: jax.random.key(0))
         began = time.perf_counter()
         lowered = program.lower(state, batch, key, jax.ShapeDtypeStruct((), jnp.float32))

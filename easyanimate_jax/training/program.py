@@ -81,10 +81,15 @@ def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
 
 
 def step_program(
-    optimizer: optax.GradientTransformation, process, ema_decay: float, placed: TrainState
+    optimizer: optax.GradientTransformation,
+    process,
+    ema_decay: float,
+    placed: TrainState,
+    batch_size: int,
 ):
     """The jitted train step; the state is donated and comes back where it was."""
-    step = partial(train_step, optimizer=optimizer, process=process, ema_decay=ema_decay)
+    settings = {"process": process, "ema_decay": ema_decay, "batch_size": batch_size}
+    step = partial(train_step, optimizer=optimizer, **settings)
     return jax.jit(step, donate_argnums=0, out_shardings=(placed, placed.step))
 
 

@@ -88,15 +88,19 @@ def train_step(
     optimizer: optax.GradientTransformation,
     process,
     ema_decay: float,
+    batch_size: int | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """One update from a global batch of (A, B) rows. A non-finite update is counted, not made.
 
+    The first `batch_size` rows are real, all of them if None; how many fill the batch up depends on
+    the devices, so times are drawn, and shared out where they are stratified, for the real ones.
     The average's decay warms up as (1 + n) / (10 + n), so early samples show the current weights.
     """
     time_key, noise_key = jax.random.split(jax.random.fold_in(key, state.step))
     num_micro, num_rows = batch.weight.shape
     rows = jnp.arange(num_micro * num_rows).reshape(num_micro, num_rows)
-    time = process.sample_time(time_key, (num_micro * num_rows,)).reshape(num_micro, num_rows)
+    time = process.sample_time(time_key, (batch_size or rows.size,))
+    time = jnp.pad(time, (0, rows.size - time.size), constant_values=1).reshape(rows.shape)
     batch = batch._replace(weight=batch.weight / batch.weight.sum())
 
     def accumulate(carry, micro):
