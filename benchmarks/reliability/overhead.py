@@ -37,7 +37,7 @@ from easyanimate_jax.training.monitor import Monitor
 from easyanimate_jax.training.optimizer import make_optimizer
 from easyanimate_jax.training.step import init_state, train_step
 
-ROUNDS, STEPS = 40, 5
+ROUNDS, STEPS = 24, 5
 ROWS, LENGTH = 16, 48  # the demo's longest stage
 
 
