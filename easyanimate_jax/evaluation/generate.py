@@ -1,6 +1,6 @@
 """Videos of a run: from prompts, from first frames, and through the VAE and back.
 
-A `run` has the model, the VAE and the config (`runs.load_run`).
+A `run` has what makes videos and the config (`runs.load_run`).
 """
 
 import math
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from easyanimate_jax.denoising import Sampling
-from easyanimate_jax.pipelines import image_to_video, text_to_video
+from easyanimate_jax.pipelines import Request, image_to_video, text_to_video
 from easyanimate_jax.text.encode import TextEncoder
 
 ROWS = 32  # videos at once
@@ -25,32 +25,19 @@ def generate(run, encoder: TextEncoder, texts: list[str], start=None) -> Videos:
     """
     samples, videos = run.config.samples, []
     empty = encoder.encode([""])
-    options = {
-        "frames": samples.frames,
-        "height": samples.height,
-        "width": samples.width,
-        "sampling": Sampling(steps=samples.steps, guidance=samples.guidance),
-    }
     for first in range(0, len(texts), ROWS):
         rows = slice(first, first + ROWS)
-        seeds = [samples.seed + i for i in range(len(texts))[rows]]
-        states = encoder.encode(texts[rows])
-        if start is None:
-            pipeline, pictures = text_to_video, {}
-        else:
-            pipeline, pictures = image_to_video, {"start": start[rows]}
-        videos.append(
-            pipeline(
-                run.model,
-                run.vae,
-                run.config.process,
-                states,
-                empty,
-                seeds=seeds,
-                **pictures,
-                **options,
-            )
+        request = Request(
+            encoder.encode(texts[rows]),
+            empty,
+            size=(samples.frames, samples.height, samples.width),
+            seeds=[samples.seed + i for i in range(len(texts))[rows]],
+            sampling=Sampling(steps=samples.steps, guidance=samples.guidance),
         )
+        if start is None:
+            videos.append(text_to_video(run.diffusion, request))
+        else:
+            videos.append(image_to_video(run.diffusion, request, start=start[rows]))
     return np.concatenate(videos)
 
 
