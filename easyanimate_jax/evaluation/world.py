@@ -16,7 +16,7 @@ import copy
 import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -215,6 +215,20 @@ def render(
     alpha = mask(a.shape, y, x, 1 / radius, int(rng.integers(WRITERS)))[..., None]
     colour, background = np.float32(COLOURS[a.colour]), np.float32(BACKGROUNDS[a.background])
     return (background + alpha * (colour - background) + 0.5).astype(np.uint8)
+
+
+def clips(
+    prompts: Sequence[Prompt], num_frames: int, height: int, width: int, seed: int
+) -> tuple[UInt8[np.ndarray, "B F H W 3"], Float[np.ndarray, "B F 2"]]:
+    """A clip of each prompt, and the path of its object."""
+
+    def draw(function):
+        rngs = (np.random.default_rng((i, seed)) for i in range(len(prompts)))
+        size = num_frames, height, width
+        drawn = zip(prompts, rngs, strict=True)
+        return np.stack([function(p.attributes, *size, rng) for p, rng in drawn])
+
+    return draw(render), draw(path)
 
 
 def path(
