@@ -1,6 +1,6 @@
 """Videos of a run: from prompts and what is given with them, and through the VAE and back.
 
-A `run` has the model, the VAE and the config (`runs.load_run`).
+A `run` has what makes videos and the config (`runs.load_run`).
 """
 
 import math
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from easyanimate_jax.denoising import Sampling
-from easyanimate_jax.pipelines import text_to_video
+from easyanimate_jax.pipelines import Request, text_to_video
 from easyanimate_jax.text.encode import TextEncoder
 
 ROWS = 32  # videos at once
@@ -26,30 +26,26 @@ def generate(
     texts: list[str],
     pipeline: Callable = text_to_video,
     inputs: Mapping[str, np.ndarray] = MappingProxyType({}),
+    guidance: float | None = None,
 ) -> Videos:
     """One video per text at the config's sample size, with consecutive seeds.
 
-    `inputs` are the pipeline's further arrays, a row per text, as `start` or `video`.
+    `inputs` are the pipeline's further arrays, a row per text, as `start` or `video`; `guidance` is
+    the config's if None.
     """
     samples, videos = run.config.samples, []
     empty = encoder.encode([""])
-    options = {"sampling": Sampling(steps=samples.steps, guidance=samples.guidance)}
-    if "video" not in inputs:  # which has a size
-        options |= {name: getattr(samples, name) for name in ("frames", "height", "width")}
     for first in range(0, len(texts), ROWS):
         rows = slice(first, first + ROWS)
-        videos.append(
-            pipeline(
-                run.model,
-                run.vae,
-                run.config.process,
-                encoder.encode(texts[rows]),
-                empty,
-                seeds=[samples.seed + i for i in range(len(texts))[rows]],
-                **{name: x[rows] for name, x in inputs.items()},
-                **options,
-            )
+        request = Request(
+            encoder.encode(texts[rows]),
+            empty,
+            size=(samples.frames, samples.height, samples.width),
+            seeds=[samples.seed + i for i in range(len(texts))[rows]],
+            sampling=Sampling(steps=samples.steps, guidance=guidance or samples.guidance),
         )
+        given = {name: x[rows] for name, x in inputs.items()}
+        videos.append(pipeline(run.diffusion, request, **given))
     return np.concatenate(videos)
 
 
