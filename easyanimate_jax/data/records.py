@@ -54,6 +54,8 @@ class LatentSet:
     With `control` they are encoded with what leads a control model (spec 7.2): the clip's own
     control file, the rays of its pose file, or an operator's view of it; and with a reference
     frame, the first, or with `random_reference` any, the first of them in 40 %.
+    With `pixels` nothing of this is encoded ahead: records hold the text states and where the clip
+    lies, and training decodes, draws and encodes anew at every visit, one condition a visit.
     """
 
     name: str
@@ -64,6 +66,7 @@ class LatentSet:
     condition_draws: int = 0
     control: str = ""
     random_reference: bool = False
+    pixels: bool = False
 
     def __post_init__(self):
         if self.control and self.control not in CONTROLS:
