@@ -1,6 +1,7 @@
 """Files become records: right latents, all captions, honest draws, resumable, nothing silent."""
 
 import json
+import shutil
 
 import flax.nnx as nnx
 import jax
@@ -13,6 +14,7 @@ from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet, Records, read_texts
 from easyanimate_jax.models.mmdit import patchify
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.prepare import __main__ as command
 from easyanimate_jax.prepare import clips, fingerprint, prepare
 
 SET = LatentSet("small", Budget(12, (4, 12), (32,), frames=9), condition_draws=3)
@@ -152,6 +154,34 @@ def test_a_second_run_encodes_nothing_and_a_lost_shard_comes_back_equal(source, 
     for i, record in enumerate(kept):
         for name in record:
             np.testing.assert_array_equal(record[name], after[i][name])
+
+
+def test_parts_of_the_work_make_the_same_set_in_any_order(source, vae):
+    run(source, vae)
+    shutil.move(source.parent / "out", source.parent / "alone")
+    alone = Records(source.parent / "alone" / "small")
+    options = {"weights": {"vae": "v", "text": "t"}, "shard_size": 2, "parts": 3}
+
+    def work(part):
+        text = FakeText()
+        out = source.parent / "out"
+        return prepare(source, out, (SET,), vae, text, PROMPTS, 0, part=part, **options), text.asked
+
+    (first, _), (second, _), (last, asked) = work(2), work(0), work(1)
+    assert (first, second, last) == (False, False, True)
+    assert len([prompt for prompt in asked if prompt not in PROMPTS]) <= 3  # its own shard's
+    together = Records(source.parent / "out" / "small")
+    assert together.header == alone.header and len(alone.header["shards"]) == 3
+    for i in range(len(alone)):
+        for name, value in alone[i].items():
+            np.testing.assert_array_equal(together[i][name], value)
+    assert len((source.parent / "out" / "quarantine.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("part", ["", "3", "3/3", "a/b", "-1/2"])
+def test_a_part_that_is_none_is_refused(part, capsys):
+    assert command.main(["configs/demo.py", "--part", part]) == 2
+    assert "as in 0/8 to 7/8" in capsys.readouterr().err
 
 
 def test_other_weights_or_sources_are_not_mixed_in(source, vae):

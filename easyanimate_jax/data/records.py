@@ -101,6 +101,8 @@ class Writer:
     def write(self, shard: int, records: Sequence[dict[str, np.ndarray]], rows: list[dict]) -> None:
         """One shard: its records and, for each, a row of the index."""
         path = _shard_path(self.folder, shard)
+        for left in self.folder.glob(f"{path.stem}.*.new"):  # by a process that was killed
+            left.unlink()
         columns = {
             name: np.array([row[name] for row in rows], kind) for name, kind in INDEX_TYPES.items()
         }
@@ -230,7 +232,7 @@ def _load_columns(path: Path) -> dict[str, np.ndarray]:
 
 
 def _replace(path: Path, write) -> None:
-    """`path` as `write` makes it, in one rename."""
-    new = path.with_name(path.name + ".new")
+    """`path` as `write` makes it, in one rename; other processes may be making it too."""
+    new = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.new")
     write(new)
     os.replace(new, path)

@@ -57,24 +57,30 @@ def prepare(
     *,
     weights: dict[str, str],
     shard_size: int = SHARD_SIZE,
-) -> None:
+    part: int = 0,
+    parts: int = 1,
+) -> bool:
     """Encode the clips of `source` for every set; finished shards are kept, others made.
+
+    Of `parts` processes, on any hosts, each makes every `parts`-th shard, and the last to end the
+    index. Returns whether all sets are whole.
 
     `text_encoder.encode(prompts)` gives one array of states per encoder. `weights` are the
     fingerprints of the VAE's and the text encoders' folders: records of others are not mixed in.
-    Raises ValueError when more than `MAX_BAD` of a set's clips cannot be read.
+    Raises ValueError when more than `MAX_BAD` of a set's clips, or of a part's, cannot be read.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     clips, problems = read_clips(source)
     quarantine = Quarantine(output / "quarantine.jsonl")
-    for problem in problems:
+    for problem in problems if part == 0 else ():
         quarantine.add(problem._asdict())
     texts = TextStates(text_encoder)
     encoder = Encoder(vae, jax.local_devices(), most=ROWS, announce=tqdm.write)
     write_texts(output / "empty.safetensors", texts([""]))
     if prompts:
         write_texts(output / "prompts.safetensors", texts(prompts))
+    whole = []
     for latent_set in sets:
         jobs = select(latent_set, clips, seed)
         identity = {
@@ -89,16 +95,21 @@ def prepare(
             identity["root"] = os.path.relpath(root, os.path.realpath(folder))
         writer = Writer(folder, json.loads(json.dumps(identity)))
         shards = [jobs[i : i + shard_size] for i in range(0, len(jobs), shard_size)]
-        done = sum(len(shard) for number, shard in enumerate(shards) if writer.has(number))
-        with tqdm(total=len(jobs), initial=done, desc=latent_set.name, unit="clip") as progress:
-            read = Reader(latent_set, len(jobs), encoder, quarantine, seed, progress)
-            for number, shard in enumerate(shards):
-                if not writer.has(number):
-                    made = _located(shard, root, progress) if latent_set.pixels else read(shard)
-                    _add_texts(made, texts)
-                    records = [record for _, record in made]
-                    writer.write(number, records, [_index_row(job) for job, _ in made])
-        writer.finish(len(shards))
+        todo = [n for n in range(part, len(shards), parts) if not writer.has(n)]
+        own = sum(len(shard) for shard in shards[part::parts])
+        done = own - sum(len(shards[number]) for number in todo)
+        with tqdm(total=own, initial=done, desc=latent_set.name, unit="clip") as progress:
+            read = Reader(latent_set, own, encoder, quarantine, seed, progress)
+            for number in todo:
+                shard = shards[number]
+                made = _located(shard, root, progress) if latent_set.pixels else read(shard)
+                _add_texts(made, texts)
+                records = [record for _, record in made]
+                writer.write(number, records, [_index_row(job) for job, _ in made])
+        whole.append(all(map(writer.has, range(len(shards)))))
+        if whole[-1]:
+            writer.finish(len(shards))
+    return all(whole)
 
 
 def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]:
