@@ -11,6 +11,7 @@ Writes benchmarks/results/sampling.md.
 """
 
 import argparse
+import dataclasses
 import time
 from pathlib import Path
 
@@ -19,19 +20,19 @@ import numpy as np
 from flax import nnx
 from setting import setting
 
-from easyanimate_jax import pipelines
 from easyanimate_jax.denoising import Sampling
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.evaluation import world
 from easyanimate_jax.evaluation.score import score
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
+from easyanimate_jax.pipelines import LatentDiffusion, Request, decode, make_latents
 from easyanimate_jax.runs import load_run
 from easyanimate_jax.text.encode import TextEncoder
 
 RESULT = Path(__file__).parent / "results" / "sampling.md"
 THRESHOLDS = (0.05, 0.1, 0.2)
 NAMES = ("colour", "background", "direction", "speed")
-SIZE = {"frames": 9, "height": 128, "width": 128}
+SIZE = 9, 128, 128
 
 
 def main() -> None:
@@ -64,9 +65,11 @@ def from_run(a):
     samples, encoder = run.config.samples, TextEncoder.load(run.config.text)
     prompts = world.prompts("seen", a.rows, seed=samples.seed)
     texts, negative = encoder.encode([prompt.en for prompt in prompts]), encoder.encode([""])
-    size = {"frames": samples.frames, "height": samples.height, "width": samples.width}
-    parts = run.model, run.vae, run.config.process, texts, negative
-    return latents_and_videos(a, parts, size, samples.guidance), prompts
+    size = samples.frames, samples.height, samples.width
+    request = Request(
+        texts, negative, size, list(range(a.rows)), Sampling(a.steps, samples.guidance)
+    )
+    return latents_and_videos(run.diffusion, request), prompts
 
 
 def from_noise(a):
@@ -85,29 +88,18 @@ def from_noise(a):
     keys = jax.random.split(jax.random.key(1), len(leaves))
     drawn = [x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     text = jax.random.normal(jax.random.key(2), (a.rows + 1, 32, 64))
-    parts = jax.tree.unflatten(tree, drawn), None, Flow(), (text[1:],), (text[:1],)
-    return latents_and_videos(a, parts, SIZE, 6.0), None
+    diffusion = LatentDiffusion(jax.tree.unflatten(tree, drawn), None, Flow())
+    request = Request((text[1:],), (text[:1],), SIZE, list(range(a.rows)), Sampling(a.steps))
+    return latents_and_videos(diffusion, request), None
 
 
-def latents_and_videos(a, parts, size, guidance):
-    decode, vae = pipelines.decode, parts[1]
+def latents_and_videos(diffusion, request):
+    """The VAE's time is not the question: videos are made when they are asked for."""
 
     def make(**options):
-        kept = []
-
-        def keep(_, latents):
-            kept.append(latents)
-            shape = len(latents), size["frames"], size["height"], size["width"], 3
-            return np.zeros(shape, np.uint8)
-
-        pipelines.decode = keep  # the VAE's time is not the question
-        try:
-            sampling = Sampling(a.steps, guidance, **options)
-            seeds = list(range(a.rows))
-            pipelines.text_to_video(*parts, **size, seeds=seeds, sampling=sampling)
-        finally:
-            pipelines.decode = decode
-        return kept[0], (lambda: decode(vae, kept[0]))
+        sampling = dataclasses.replace(request.sampling, **options)
+        latents = make_latents(diffusion, request._replace(sampling=sampling))
+        return latents, (lambda: decode(diffusion.vae, latents))
 
     return make
 

@@ -1,15 +1,16 @@
 """From encoded text, pictures and videos to videos: the pipelines around one denoising program.
 
-Arrays in, arrays out. Text comes as encoder states, a tuple of one or two (B, L, width) arrays for
-the prompts and for the negative prompt; the latter may have a single row for all. Each row draws
-its noise from a seed of its own, so a video does not depend on what else is in the batch. A mask is
-1 where the video is to be made and 0 where it is given.
+Arrays in, arrays out. Every way takes what makes videos, a `LatentDiffusion`, and what is asked of
+every way, a `Request`; the rest is its own. Each row draws its noise from a seed of its own, so a
+video does not depend on what else is in the batch. A mask is 1 where the video is to be made and 0
+where it is given.
 """
 
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,117 +27,113 @@ from easyanimate_jax.diffusion.conditioning import (
     reference_noise,
     repaint_mask,
 )
-from easyanimate_jax.models.mmdit import patchify, unpatchify
+from easyanimate_jax.diffusion.ddpm import DDPM
+from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, patchify, unpatchify
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.sharding import num_parts
 
 Videos = UInt8[np.ndarray, "B F H W 3"]
+Clips = UInt8[np.ndarray, "B _ H W 3"]  # of several lengths
 Masks = UInt8[np.ndarray, "_ _ _ _ 1"]
 Rays = Float[np.ndarray, "B F H W 6"]
 Pictures = UInt8[np.ndarray, "B _ _ 3"] | UInt8[np.ndarray, "B _ _ _ 3"]  # one a row, or several
-Progress = Callable[[int], None] | None
 
-DEFAULT = Sampling()
-INPAINT_CHANNELS = 17  # a mask and the latents of the given pixels (spec 6)
 LATENT_CHANNELS, RAY_CHANNELS = 16, 6
+INPAINT_CHANNELS = 17  # a mask and the latents of the given pixels (spec 6)
+CAMERA_CHANNELS = RAY_CHANNELS + LATENT_CHANNELS  # with a reference picture
+CONTROLLED = {  # what a model takes, by its extra channels
+    LATENT_CHANNELS: "a control video",
+    2 * LATENT_CHANNELS: "a control video and a reference picture",
+    CAMERA_CHANNELS: "a camera and a reference picture",
+}
 OVERLAP = 4  # frames that a segment of a long video shares with the one before
 PIXELS_AT_ONCE = 2**18  # of one frame, in the VAE: a row of 512 x 512, or 64 rows of 64 x 64
 
 
-def text_to_video(
-    model,
-    vae: CausalVAE,
-    process,
-    texts: Texts,
-    negative_texts: Texts,
-    *,
-    frames: int,
-    height: int,
-    width: int,
-    seeds: Sequence[int],
-    sampling: Sampling = DEFAULT,
-    progress: Progress = None,
-) -> Videos:
-    """One video per row of `texts`. An inpaint model is told that nothing is given (spec 6.2)."""
-    check_size(frames, height, width)
-    if extra_channels(model) not in (0, INPAINT_CHANNELS):
-        raise ValueError(
-            f"a model of {model.config.in_channels} input channels wants a control signal, and "
-            f"text-to-video has none; use a T2V (16) or inpaint (33) checkpoint"
-        )
-    return _generate(
-        model,
-        vae,
-        process,
-        texts,
-        negative_texts,
-        size=(frames, height, width),
-        seeds=seeds,
-        sampling=sampling,
-        progress=progress,
-    )
+class LatentDiffusion(NamedTuple):
+    """What makes videos: the transformer, the autoencoder of its latents, the noise process."""
+
+    model: MMDiT
+    vae: CausalVAE
+    process: DDPM | Flow
+
+    @property
+    def config(self) -> MMDiTConfig:
+        return self.model.config
 
 
-text_to_image = partial(text_to_video, frames=1)  # a picture is a video of one frame
+class Request(NamedTuple):
+    """What is asked of every way: a video a row.
+
+    Texts are encoder states, a tuple of one or two (B, L, width) arrays; of the negative ones a
+    single row serves all. `progress` is called with the number of each finished evaluation.
+    """
+
+    texts: Texts
+    negative_texts: Texts
+    size: tuple[int, int, int]  # frames, height, width; one frame is a picture
+    seeds: Sequence[int]
+    sampling: Sampling = Sampling()
+    progress: Callable[[int], None] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, F, H, W) of the videos."""
+        return len(self.seeds), *self.size
+
+
+def text_to_video(diffusion: LatentDiffusion, request: Request) -> Videos:
+    """A video per text. An inpaint model is told that nothing is given (spec 6.2)."""
+    check_size(*request.size)
+    _want_free(diffusion, "text-to-video has none")
+    return _generate(diffusion, request)
 
 
 def image_to_video(
-    model,
-    vae: CausalVAE,
-    process,
-    texts: Texts,
-    negative_texts: Texts,
+    diffusion: LatentDiffusion,
+    request: Request,
     *,
     start: Pictures | None = None,
     end: Pictures | None = None,
-    frames: int,
-    height: int,
-    width: int,
-    seeds: Sequence[int],
-    sampling: Sampling = DEFAULT,
     picture_noise: float = SAMPLING_NOISE,
-    progress: Progress = None,
 ) -> Videos:
     """Videos that begin with `start`, end with `end`, or both; each a picture or several (6.2).
 
     More `picture_noise` on the given pictures lets the video move more.
     """
-    check_size(frames, height, width)
-    _want_inpaint(model, "pictures")
-    rows = len(seeds)
-    given = {
-        name: pictures if pictures.ndim == 5 else pictures[:, None]
-        for name, pictures in (("start", start), ("end", end))
+    check_size(*request.size)
+    _want_inpaint(diffusion, "pictures")
+    video, mask = _place(request, start, end)
+    condition = _inpaint_tokens(diffusion.vae, video, mask, request.seeds, picture_noise)
+    return _generate(diffusion, request, condition)
+
+
+def _place(request: Request, start, end) -> tuple[Videos, Masks]:
+    """The pictures at their places in empty videos, and the mask of the rest."""
+    rows, frames, *sides = request.shape
+    given = [
+        (pictures if pictures.ndim == 5 else pictures[:, None], at_start)
+        for pictures, at_start in ((start, True), (end, False))
         if pictures is not None
-    }
-    count = sum(pictures.shape[1] for pictures in given.values())
+    ]
+    count = sum(pictures.shape[1] for pictures, _ in given)
     if not given or count >= frames:
         raise ValueError(
             f"{count} pictures and {frames} frames: image-to-video wants a start or an end "
             f"picture, and at least {_frames_above(count)} frames for so many"
         )
-    video = np.zeros((rows, frames, height, width, 3), np.uint8)
-    mask = np.ones((rows, frames, height, width, 1), np.uint8)
-    for name, pictures in given.items():
-        if pictures.shape[:1] + pictures.shape[2:] != (rows, height, width, 3):
+    video = np.zeros((*request.shape, 3), np.uint8)
+    mask = np.ones((*request.shape, 1), np.uint8)
+    for pictures, at_start in given:
+        if pictures.shape[:1] + pictures.shape[2:] != (rows, *sides, 3):
             raise ValueError(
-                f"pictures of shape {pictures.shape} for {rows} videos of {height}x{width}: "
+                f"pictures of shape {pictures.shape} for {rows} videos of {sides[0]}x{sides[1]}: "
                 f"give one per seed, resized to that size"
             )
-        place = slice(pictures.shape[1]) if name == "start" else slice(-pictures.shape[1], None)
+        place = slice(pictures.shape[1]) if at_start else slice(-pictures.shape[1], None)
         video[:, place], mask[:, place] = pictures, 0
-    return _generate(
-        model,
-        vae,
-        process,
-        texts,
-        negative_texts,
-        condition=_inpaint_tokens(vae, video, mask, seeds, picture_noise),
-        size=(frames, height, width),
-        seeds=seeds,
-        sampling=sampling,
-        progress=progress,
-    )
+    return video, mask
 
 
 def _frames_above(count: int) -> int:
@@ -145,203 +142,142 @@ def _frames_above(count: int) -> int:
 
 
 def video_to_video(
-    model,
-    vae: CausalVAE,
-    process,
-    texts: Texts,
-    negative_texts: Texts,
+    diffusion: LatentDiffusion,
+    request: Request,
     *,
     video: Videos,
     mask: Masks | None = None,
     strength: float = 0.7,
-    seeds: Sequence[int],
-    sampling: Sampling = DEFAULT,
     picture_noise: float = SAMPLING_NOISE,
-    progress: Progress = None,
 ) -> Videos:
     """`video` made anew (spec 6.6); with a strength of 1 and a mask this is inpainting.
 
     A strength below 1 starts from the noised video, so that less of it changes. Where `mask` is 0
     the video stays: an inpaint model sees it there, and a T2V model has it put back at each step.
     """
-    rows, *size, _ = video.shape
-    check_size(*size)
-    extra = extra_channels(model)
-    if extra not in (0, INPAINT_CHANNELS):
-        raise ValueError(
-            f"a model of {model.config.in_channels} input channels wants a control signal; "
-            f"video-to-video takes a T2V (16) or inpaint (33) checkpoint"
-        )
-    if rows != len(seeds):
-        raise ValueError(f"{rows} videos and {len(seeds)} seeds: give a seed each")
-    if mask is not None and mask.shape != (*video.shape[:4], 1):
-        raise ValueError(
-            f"a mask of shape {mask.shape} for videos of shape {video.shape}: give one value per "
-            f"pixel and frame, 1 to make it anew"
-        )
+    check_size(*request.size)
+    _want_free(diffusion, "video-to-video has none")
+    _check_video(request, video, mask)
     if mask is None and strength == 1:
         raise ValueError("strength 1 without a mask keeps nothing of the video: give less, or mask")
     if mask is not None and mask.all():
         mask = None  # nothing is given: the inpaint model's condition is zero, not of black pixels
-    condition = keep = None
-    if mask is not None and extra:
-        condition = _inpaint_tokens(vae, video, mask, seeds, picture_noise)
-    if mask is not None and not extra:
+    condition = keep = source = None
+    if mask is not None and extra_channels(diffusion):
+        condition = _inpaint_tokens(diffusion.vae, video, mask, request.seeds, picture_noise)
+    elif mask is not None:
         keep = _by_rows(_keep_tokens, mask)
-    source = None
     if strength < 1 or keep is not None:
-        source = Source(_by_rows(partial(_video_tokens, vae), video), keep)
-    return _generate(
-        model,
-        vae,
-        process,
-        texts,
-        negative_texts,
-        condition=condition,
-        source=source,
-        strength=strength,
-        size=tuple(size),
-        seeds=seeds,
-        sampling=sampling,
-        progress=progress,
-    )
+        source = Source(_by_rows(partial(_video_tokens, diffusion.vae), video), keep)
+    return _generate(diffusion, request, condition, source, strength)
+
+
+def _check_video(request: Request, video, mask) -> None:
+    if len(video) != len(request.seeds):
+        raise ValueError(f"{len(video)} videos and {len(request.seeds)} seeds: give a seed each")
+    if video.shape != (*request.shape, 3):
+        raise ValueError(
+            f"a video of shape {video.shape} and a request of {request.shape}: ask for its own size"
+        )
+    if mask is not None and mask.shape != (*request.shape, 1):
+        raise ValueError(
+            f"a mask of shape {mask.shape} for videos of shape {video.shape}: give one value per "
+            f"pixel and frame, 1 to make it anew"
+        )
 
 
 def control_to_video(
-    model,
-    vae: CausalVAE,
-    process,
-    texts: Texts,
-    negative_texts: Texts,
+    diffusion: LatentDiffusion,
+    request: Request,
     *,
     control: Videos | None = None,
     camera: Rays | None = None,
     reference: Pictures | None = None,
-    frames: int,
-    height: int,
-    width: int,
-    seeds: Sequence[int],
-    sampling: Sampling = DEFAULT,
-    progress: Progress = None,
 ) -> Videos:
     """Videos that follow a control video or a camera, with a picture to look like (spec 7.1).
 
     What is not given is zero. As in the reference, a video of one frame has no reference picture.
     """
-    check_size(frames, height, width)
-    rows, shape = len(seeds), (len(seeds), frames, height, width)
-    wanted = {
-        LATENT_CHANNELS: "a control video",
-        2 * LATENT_CHANNELS: "a control video and a reference picture",
-        RAY_CHANNELS + LATENT_CHANNELS: "a camera and a reference picture",
-    }
-    extra = extra_channels(model)
-    if extra not in wanted:
+    check_size(*request.size)
+    _check_control(diffusion, request, control, camera, reference)
+    extra, encode = extra_channels(diffusion), partial(_video_tokens, diffusion.vae)
+    if camera is not None:
+        signal = _by_rows(_camera_tokens, camera)
+    elif control is not None:
+        signal = _by_rows(encode, control)
+    else:
+        signal = _no_tokens(request, RAY_CHANNELS if extra == CAMERA_CHANNELS else LATENT_CHANNELS)
+    if extra == LATENT_CHANNELS:
+        return _generate(diffusion, request, signal)
+    look = _no_tokens(request, LATENT_CHANNELS)
+    if reference is not None and request.size[0] > 1:
+        first = _by_rows(encode, reference[:, None])
+        look[:, : first.shape[1]] = first
+    return _generate(diffusion, request, np.concatenate([signal, look], axis=-1))
+
+
+def _check_control(diffusion: LatentDiffusion, request: Request, control, camera, reference):
+    """Refuse what this model does not take, or takes in another shape."""
+    extra = extra_channels(diffusion)
+    if extra not in CONTROLLED:
         raise ValueError(
-            f"a model of {model.config.in_channels} input channels takes no control; use a "
+            f"a model of {diffusion.config.in_channels} input channels takes no control; use a "
             f"control (32 or 48) or camera (38) checkpoint"
         )
-    has_camera, has_reference = extra == RAY_CHANNELS + LATENT_CHANNELS, extra > LATENT_CHANNELS
-    for name, value, fits in (
-        ("control", control, not has_camera),
-        ("camera", camera, has_camera),
-        ("reference", reference, has_reference),
+    rows, _, *sides = request.shape
+    for name, value, takers, shape in (
+        ("control", control, (LATENT_CHANNELS, 2 * LATENT_CHANNELS), (*request.shape, 3)),
+        ("camera", camera, (CAMERA_CHANNELS,), (*request.shape, RAY_CHANNELS)),
+        ("reference", reference, (2 * LATENT_CHANNELS, CAMERA_CHANNELS), (rows, *sides, 3)),
     ):
-        if value is not None and not fits:
-            raise ValueError(f"{name} is given, and this model takes {wanted[extra]}: leave it out")
-    for name, value, channels in (("control", control, 3), ("camera", camera, 6)):
-        if value is not None and value.shape != (*shape, channels):
-            raise ValueError(f"{name} of shape {value.shape}: it must be {(*shape, channels)}")
-    if reference is not None and reference.shape != (rows, height, width, 3):
-        raise ValueError(
-            f"reference of shape {reference.shape}: it must be {(rows, height, width, 3)}"
-        )
-    grid = grid_of(frames, height, width)
-    signal = RAY_CHANNELS if has_camera else LATENT_CHANNELS
-    parts = [np.zeros((rows, math.prod(grid), signal * PATCH**2), np.float32)]
-    if control is not None:
-        parts = [_by_rows(partial(_video_tokens, vae), control)]
-    if camera is not None:
-        parts = [_by_rows(_camera_tokens, camera)]
-    if has_reference:
-        tokens = np.zeros((rows, math.prod(grid), LATENT_CHANNELS * PATCH**2), np.float32)
-        if reference is not None and frames > 1:
-            first = _by_rows(partial(_video_tokens, vae), reference[:, None])
-            tokens[:, : first.shape[1]] = first
-        parts.append(tokens)
-    return _generate(
-        model,
-        vae,
-        process,
-        texts,
-        negative_texts,
-        condition=np.concatenate(parts, axis=-1),
-        size=(frames, height, width),
-        seeds=seeds,
-        sampling=sampling,
-        progress=progress,
-    )
+        if value is not None and extra not in takers:
+            raise ValueError(
+                f"{name} is given, and this model takes {CONTROLLED[extra]}: leave it out"
+            )
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} of shape {value.shape}: it must be {shape}")
 
 
 def long_video(
-    model,
-    vae: CausalVAE,
-    process,
-    texts: Texts,
-    negative_texts: Texts,
+    diffusion: LatentDiffusion,
+    request: Request,
     *,
-    frames: int,
-    height: int,
-    width: int,
-    seeds: Sequence[int],
     segment: int = 49,
     start: Pictures | None = None,
     end: Pictures | None = None,
-    sampling: Sampling = DEFAULT,
-    progress: Progress = None,
 ) -> Videos:
     """Videos of any length, in segments that begin with the last frames of the one before (6.7).
 
     The shared frames are blended. The last segment shares up to three more, so that the video has
     the length that was asked for.
     """
-    check_size(frames, height, width)
-    check_size(segment, height, width)
-    _want_inpaint(model, "the last frames of a segment")
+    frames, *sides = request.size
+    check_size(*request.size)
+    check_size(segment, *sides)
+    _want_inpaint(diffusion, "the last frames of a segment")
     if segment <= 2 * OVERLAP:
         raise ValueError(f"segments of {segment} frames share {OVERLAP}: use 9 frames or more")
-    make = partial(
-        image_to_video,
-        model,
-        vae,
-        process,
-        texts,
-        negative_texts,
-        height=height,
-        width=width,
-        sampling=sampling,
-        progress=progress,
-    )
-    parts = segments(frames, segment)
     videos = None
-    for number, (first, stop) in enumerate(parts):
-        size = {"frames": stop - first, "seeds": [_segment_seed(seed, number) for seed in seeds]}
-        ends = {"end": end if stop == frames else None}
-        if videos is None:
-            pictures = {"start": start} | ends
-            if start is None and ends["end"] is None:
-                videos = text_to_video(*make.args, **make.keywords, **size)
-            else:
-                videos = make(**pictures, **size)
-            continue
-        shared = videos.shape[1] - first
-        made = make(start=videos[:, first:], **ends, **size)
-        weight = (np.arange(shared, dtype=np.float32) / shared)[None, :, None, None, None]
-        mixed = videos[:, first:] * (1 - weight) + made[:, :shared] * weight
-        videos = np.concatenate(
-            [videos[:, :first], mixed.astype(np.uint8), made[:, shared:]], axis=1
-        )
+    for number, (first, stop) in enumerate(segments(frames, segment)):
+        seeds = [_segment_seed(seed, number) for seed in request.seeds]
+        part = request._replace(size=(stop - first, *sides), seeds=seeds)
+        ends = {"start": start, "end": end if stop == frames else None}
+        if videos is not None:
+            ends["start"] = videos[:, first:]
+        if ends["start"] is None and ends["end"] is None:
+            made = text_to_video(diffusion, part)
+        else:
+            made = image_to_video(diffusion, part, **ends)
+        videos = made if videos is None else _joined(videos, made, first)
     return videos
+
+
+def _joined(videos: Clips, made: Clips, first: int) -> Clips:
+    """Frame 0 of `made` is frame `first` of `videos`; the frames of both are blended."""
+    shared = videos.shape[1] - first
+    weight = (np.arange(shared, dtype=np.float32) / shared)[None, :, None, None, None]
+    mixed = videos[:, first:] * (1 - weight) + made[:, :shared] * weight
+    return np.concatenate([videos[:, :first], mixed.astype(np.uint8), made[:, shared:]], axis=1)
 
 
 def segments(frames: int, segment: int) -> list[tuple[int, int]]:
@@ -362,17 +298,31 @@ def _segment_seed(seed: int, number: int) -> int:
     return (seed + number * 0x9E3779B9) % 2**32
 
 
-def extra_channels(model) -> int:
+def extra_channels(diffusion: LatentDiffusion) -> int:
     """Clean channels that the model takes beside the noisy ones."""
-    return model.config.in_channels - model.config.out_channels
+    return diffusion.config.in_channels - diffusion.config.out_channels
 
 
-def _want_inpaint(model, what: str) -> None:
-    if extra_channels(model) != INPAINT_CHANNELS:
+def _want_free(diffusion: LatentDiffusion, why: str) -> None:
+    if extra_channels(diffusion) not in (0, INPAINT_CHANNELS):
         raise ValueError(
-            f"a model of {model.config.in_channels} input channels cannot take {what}; "
+            f"a model of {diffusion.config.in_channels} input channels wants a control signal, and "
+            f"{why}; use a T2V (16) or inpaint (33) checkpoint"
+        )
+
+
+def _want_inpaint(diffusion: LatentDiffusion, what: str) -> None:
+    if extra_channels(diffusion) != INPAINT_CHANNELS:
+        raise ValueError(
+            f"a model of {diffusion.config.in_channels} input channels cannot take {what}; "
             f"use an inpaint checkpoint (33), or text-to-video"
         )
+
+
+def _no_tokens(request: Request, channels: int) -> np.ndarray:
+    """Zeros, as condition tokens of so many channels."""
+    num_tokens = math.prod(grid_of(*request.size))
+    return np.zeros((len(request.seeds), num_tokens, channels * PATCH**2), np.float32)
 
 
 def decode(vae: CausalVAE, latents: Float[np.ndarray, "B T h w C"]) -> Videos:
@@ -381,29 +331,32 @@ def decode(vae: CausalVAE, latents: Float[np.ndarray, "B T h w C"]) -> Videos:
 
 
 def _generate(
-    model,
-    vae,
-    process,
-    texts,
-    negative_texts,
-    *,
-    size,
-    seeds,
-    sampling,
-    condition=None,
-    source=None,
-    strength=1.0,
-    progress=None,
-):
-    """Fill rows and tokens up to what the mesh divides, denoise, cut, decode."""
-    rows, grid = len(seeds), grid_of(*size)
+    diffusion: LatentDiffusion, request: Request, condition=None, source=None, strength=1.0
+) -> Videos:
+    """Denoise, say which rows failed, decode."""
+    latents = make_latents(diffusion, request, condition, source, strength)
+    for seed, row in zip(request.seeds, latents, strict=True):
+        if not np.isfinite(row).all():
+            warnings.warn(
+                f"the latents of seed {seed} are not finite: the weights hold NaN, or the numbers "
+                f"leave bfloat16; use an earlier checkpoint, or less guidance",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+    return decode(diffusion.vae, latents)
+
+
+def make_latents(
+    diffusion: LatentDiffusion, request: Request, condition=None, source=None, strength=1.0
+) -> Float[np.ndarray, "B T h w C"]:
+    """Rows and tokens are filled up to what the mesh divides, denoised, and cut again."""
+    rows, grid = len(request.seeds), grid_of(*request.size)
     num_tokens = math.prod(grid)
-    if any(len(text) != rows for text in texts):
-        raise ValueError(
-            f"{[len(t) for t in texts]} rows of text and {rows} seeds: give a seed each"
-        )
-    if condition is None and extra_channels(model):
-        condition = np.zeros((rows, num_tokens, extra_channels(model) * PATCH**2), np.float32)
+    if any(len(text) != rows for text in request.texts):
+        counts = [len(text) for text in request.texts]
+        raise ValueError(f"{counts} rows of text and {rows} seeds: give a seed each")
+    if condition is None and extra_channels(diffusion):
+        condition = _no_tokens(request, extra_channels(diffusion))
     all_rows = -rows % num_parts("batch") + rows
     length = -num_tokens % num_parts("tokens") + num_tokens
 
@@ -415,32 +368,23 @@ def _generate(
         repeated = (jnp.broadcast_to(text, (rows, *text.shape[1:])) for text in texts)
         return tuple(fill(text, text.shape[1]) for text in repeated)
 
-    seeds = np.asarray(seeds, np.uint32)
+    seeds, sampling = np.asarray(request.seeds, np.uint32), request.sampling
     latents = denoise(
-        model,
-        process,
-        fill(_noise(seeds, (num_tokens, PATCH**2 * model.config.out_channels)), length),
+        diffusion.model,
+        diffusion.process,
+        fill(_noise(seeds, (num_tokens, PATCH**2 * diffusion.config.out_channels)), length),
         np.pad(seeds, (0, all_rows - rows)),
         jnp.tile(jnp.asarray(grid, jnp.int32), (all_rows, 1)),
         jnp.full(all_rows, num_tokens, jnp.int32),
-        fill_texts(texts),
-        fill_texts(negative_texts) if sampling.guidance > 1 else None,
+        fill_texts(request.texts),
+        fill_texts(request.negative_texts) if sampling.guidance > 1 else None,
         None if condition is None else fill(condition, length),
         jax.tree.map(lambda x: fill(x, length), source),
         sampling=sampling,
         strength=strength,
-        progress=progress,
+        progress=request.progress,
     )
-    latents = np.asarray(unpatchify(latents[:rows, :num_tokens], grid))
-    for seed, row in zip(seeds, latents, strict=True):
-        if not np.isfinite(row).all():
-            warnings.warn(
-                f"the latents of seed {seed} are not finite: the weights hold NaN, or the numbers "
-                f"leave bfloat16; use an earlier checkpoint, or less guidance",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-    return decode(vae, latents)
+    return np.asarray(unpatchify(latents[:rows, :num_tokens], grid))
 
 
 @partial(jax.jit, static_argnames="shape")

@@ -13,6 +13,7 @@ from easyanimate_jax.config import TrainConfig, from_json
 from easyanimate_jax.convert.folder import load_vae
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.models.vae import CausalVAE
+from easyanimate_jax.pipelines import LatentDiffusion
 from easyanimate_jax.training.checkpoint import read_meta, restore_ema
 
 
@@ -21,6 +22,10 @@ class Run(NamedTuple):
     config: TrainConfig
     model: MMDiT
     vae: CausalVAE
+
+    @property
+    def diffusion(self) -> LatentDiffusion:
+        return LatentDiffusion(self.model, self.vae, self.config.process)
 
 
 def load_run(folder: str | Path, step: int | None = None) -> Run:

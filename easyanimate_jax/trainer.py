@@ -29,7 +29,7 @@ from easyanimate_jax.data import media, records
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.denoising import Sampling
 from easyanimate_jax.models.mmdit import MMDiT
-from easyanimate_jax.pipelines import text_to_video
+from easyanimate_jax.pipelines import LatentDiffusion, Request, text_to_video
 from easyanimate_jax.prepare.visits import VisitLoader
 from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.tensors.fingerprint import fingerprint
@@ -297,7 +297,11 @@ class Schedule:
             return jax.jit(make, out_shardings=placed)(jax.random.fold_in(self.key, 1))
         self._say(f"starting from the weights of {self.config.init}")
         model = load_mmdit(
-            self.config.init, mesh=self.mesh, in_channels=in_channels, config=like.model.config
+            self.config.init,
+            mesh=self.mesh,
+            in_channels=in_channels,
+            config=like.model.config,
+            step=self.config.init_step,
         )
 
         def around(model):
@@ -497,18 +501,14 @@ class Sampler:
         samples = self.config.samples
         if not self.prompts:
             return
-        videos = text_to_video(
-            model,
-            self.vae,
-            self.config.process,
+        request = Request(
             self.texts,
             self.empty,
-            frames=samples.frames,
-            height=samples.height,
-            width=samples.width,
-            sampling=Sampling(steps=samples.steps, guidance=samples.guidance),
+            size=(samples.frames, samples.height, samples.width),
             seeds=[samples.seed] * len(self.prompts),
+            sampling=Sampling(steps=samples.steps, guidance=samples.guidance),
         )
+        videos = text_to_video(LatentDiffusion(model, self.vae, self.config.process), request)
         self.folder.mkdir(exist_ok=True)
         np.savez_compressed(self.folder / f"{step:07d}.npz", videos=videos)
         media.write_png(self.folder / f"{step:07d}.png", media.contact_sheet(videos))

@@ -28,6 +28,7 @@ from easyanimate_jax.diffusion.ddpm import DDPM, SIGNAL_POWER
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, unpatchify
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.pipelines import LatentDiffusion, Request
 from easyanimate_jax.tensors.module import abstract, build, save_module, shapes_of
 
 SIZE = FRAMES, HEIGHT, WIDTH = 9, 32, 48
@@ -154,13 +155,16 @@ OPTIONS = {
     "guidance_scale": GUIDANCE,
     "output_type": "np",
 }
-OURS = {
-    "frames": FRAMES,
-    "height": HEIGHT,
-    "width": WIDTH,
-    "sampling": Sampling(steps=STEPS, guidance=GUIDANCE),
-    "seeds": [SEED],
-}
+
+
+def request(pipe):
+    return Request(
+        states_of(pipe, PROMPT),
+        states_of(pipe, NEGATIVE),
+        size=(FRAMES, HEIGHT, WIDTH),
+        seeds=[SEED],
+        sampling=Sampling(steps=STEPS, guidance=GUIDANCE),
+    )
 
 
 def test_diffusers_makes_our_video_from_an_exported_run(tmp_path, parts):
@@ -170,8 +174,7 @@ def test_diffusers_makes_our_video_from_an_exported_run(tmp_path, parts):
     pipe = EasyAnimatePipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(PROMPT, negative_prompt=NEGATIVE, latents=noise_of(SEED), **OPTIONS).frames
-    texts, negative = states_of(pipe, PROMPT), states_of(pipe, NEGATIVE)
-    ours = pipelines.text_to_video(model, vae, Flow(), texts, negative, **OURS)
+    ours = pipelines.text_to_video(LatentDiffusion(model, vae, Flow()), request(pipe))
     assert_same_video(theirs, ours)
 
 
@@ -202,9 +205,8 @@ def test_diffusers_makes_our_video_from_a_picture(tmp_path, parts, monkeypatch):
         noise_aug_strength=0.0,
         **OPTIONS,
     ).frames
-    texts, negative = states_of(pipe, PROMPT), states_of(pipe, NEGATIVE)
-    make = partial(pipelines.image_to_video, model, vae, Flow(), texts, negative, **OURS)
-    make = partial(make, picture_noise=0.0)
+    parts = LatentDiffusion(model, vae, Flow()), request(pipe)
+    make = partial(pipelines.image_to_video, *parts, picture_noise=0.0)
     ours = make(start=picture)
     assert_same_video(theirs, ours)
     assert np.abs(ours - make(start=255 - picture).astype(np.float32)).mean() > 1

@@ -13,7 +13,7 @@ ROWS = [
     {"tensors"},
     {"models", "diffusion", "data"},
     {"text", "denoising"},
-    {"training", "prepare", "pipelines"},
+    {"training", "prepare", "pipelines", "sampling"},
     {"evaluation"},
     {"config"},
     {"convert"},

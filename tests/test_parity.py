@@ -31,6 +31,7 @@ from easyanimate_jax.denoising import Sampling
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import unpatchify
+from easyanimate_jax.pipelines import LatentDiffusion, Request
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 STEPS, GUIDANCE, SEED = 4, 5.0, 7
@@ -102,22 +103,20 @@ def both(pair, monkeypatch):
         ).frames
         with catch_latents(monkeypatch) as seen:
             make(
-                converted(numpy_state(transformer)),
-                vae,
-                process,
-                (texts[0],),
-                (texts[1],),
-                seeds=[SEED],
-                sampling=Sampling(steps=STEPS, guidance=GUIDANCE),
+                LatentDiffusion(converted(numpy_state(transformer)), vae, process),
+                Request(
+                    (texts[0],),
+                    (texts[1],),
+                    size=(FRAMES, HEIGHT, WIDTH),
+                    seeds=[SEED],
+                    sampling=Sampling(steps=STEPS, guidance=GUIDANCE),
+                ),
                 **ours,
             )
         theirs = rearrange(expected.numpy(), "B C T h w -> B T h w C")
         return SimpleNamespace(theirs=theirs, ours=seen[0])
 
     return both
-
-
-SIZE = {"frames": FRAMES, "height": HEIGHT, "width": WIDTH}
 
 
 def masked(video, mask):
@@ -135,7 +134,7 @@ def assert_same(latents):
 
 @pytest.mark.parametrize("process", SCHEDULERS, ids=lambda p: type(p).__name__)
 def test_text_to_video(both, process):
-    assert_same(both(EasyAnimatePipeline, 16, process, pipelines.text_to_video, {}, **SIZE))
+    assert_same(both(EasyAnimatePipeline, 16, process, pipelines.text_to_video, {}))
 
 
 @pytest.mark.parametrize("places", [("start",), ("start", "end")])
@@ -153,7 +152,6 @@ def test_image_to_video(both, places):
             masked(video, mask),
             picture_noise=0.0,
             **{place: given[place] for place in places},
-            **SIZE,
         )
     )
 
@@ -195,14 +193,14 @@ def test_a_text_to_video_model_repaints(both, strength):
 def test_control_to_video_with_a_reference(both, process):
     theirs = {"control_video": theirs_of(VIDEO), "ref_image": theirs_of(PICTURE[:, None])}
     make = pipelines.control_to_video
-    ours = {"control": VIDEO, "reference": PICTURE} | SIZE
+    ours = {"control": VIDEO, "reference": PICTURE}
     assert_same(both(EasyAnimateControlPipeline, 48, process, make, theirs, **ours))
-    assert_same(both(EasyAnimateControlPipeline, 48, process, make, {}, **SIZE))  # nothing given
+    assert_same(both(EasyAnimateControlPipeline, 48, process, make, {}))  # nothing given
 
 
 def test_camera_to_video(both):
     camera = torch.from_numpy(rearrange(RAYS, "B F H W C -> B C F H W").copy())
     theirs = {"control_camera_video": camera, "ref_image": theirs_of(PICTURE[:, None])}
-    ours = {"camera": RAYS, "reference": PICTURE} | SIZE
+    ours = {"camera": RAYS, "reference": PICTURE}
     make = pipelines.control_to_video
     assert_same(both(EasyAnimateControlPipeline, 38, Flow(), make, theirs, **ours))

@@ -1,5 +1,4 @@
 from contextlib import contextmanager
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +13,18 @@ from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.pipelines import (
+    LatentDiffusion,
+    Request,
     control_to_video,
     image_to_video,
     long_video,
     segments,
-    text_to_image,
     text_to_video,
     video_to_video,
 )
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 
-SIZE = {"frames": 5, "height": 48, "width": 48}  # 18 tokens
+SIZE = 5, 48, 48  # 18 tokens
 PLAIN = Sampling(steps=2, guidance=1.0)
 TINY = {"depth": 1, "mmdit_depth": 1, "heads": 2, "head_width": 16, "time_width": 16}
 MAKE = {"text_widths": (8, 12), "text_norm": False, "round_time": False, "dtype": "float32"}
@@ -57,6 +57,18 @@ class Network:
         return self.function(tokens, time, texts)
 
 
+def ask(rows, **options):
+    """A text a row, two steps, no guidance."""
+    asked = {"size": SIZE, "seeds": list(range(rows)), "sampling": PLAIN} | options
+    return Request(some_texts(rows), some_texts(1), **asked)
+
+
+def split(options):
+    """(what belongs to a request, what to a way)"""
+    asked = {k: v for k, v in options.items() if k in Request._fields}
+    return asked, {k: v for k, v in options.items() if k not in asked}
+
+
 @pytest.fixture(scope="module")
 def sample(make_model, vae):
     """Three steps of the tiny model for rows with these seeds; row i has text i."""
@@ -64,8 +76,8 @@ def sample(make_model, vae):
 
     def sample(seeds, rows, **options):
         chosen = tuple(text[rows] for text in texts)
-        options = SIZE | {"sampling": Sampling(3), "seeds": seeds} | options
-        return text_to_video(model, vae, Flow(), chosen, negative, **options)
+        request = Request(chosen, negative, SIZE, seeds, Sampling(3), **options)
+        return text_to_video(LatentDiffusion(model, vae, Flow()), request)
 
     return sample
 
@@ -102,8 +114,8 @@ def test_pixels_are_clipped_and_truncated():
 
 
 def test_a_picture_is_a_video_of_one_frame(make_model, vae):
-    arguments = (make_model(), vae, Flow(), some_texts(1), some_texts(1))
-    picture = text_to_image(*arguments, height=16, width=32, seeds=[1], sampling=PLAIN)
+    diffusion = LatentDiffusion(make_model(), vae, Flow())
+    picture = text_to_video(diffusion, ask(1, size=(1, 16, 32)))
     assert picture.shape == (1, 1, 16, 32, 3)
 
 
@@ -114,10 +126,9 @@ def test_an_inpaint_model_is_told_that_nothing_is_given(vae):
         channels.append(tokens.shape[-1])
         return tokens[..., 64:128] ** 2 + tokens[..., -64:] ** 2  # zero if the condition is
 
-    make = partial(text_to_video, vae=vae, process=Flow(), sampling=PLAIN, **SIZE)
-    texts = {"texts": some_texts(3), "negative_texts": some_texts(1), "seeds": [1, 2, 3]}
-    inpaint = make(Network(network, 33), **texts)
-    silent = make(Network(lambda tokens, *_: 0 * tokens), **texts)
+    make = lambda model: text_to_video(LatentDiffusion(model, vae, Flow()), ask(3))  # noqa: E731
+    inpaint = make(Network(network, 33))
+    silent = make(Network(lambda tokens, *_: 0 * tokens))
     np.testing.assert_array_equal(inpaint, silent)
     assert channels == [33 * 4]
 
@@ -136,9 +147,9 @@ def read_mask(tokens, time, texts):
 @pytest.fixture
 def animate(vae):
     def animate(network, rows=3, **options):
-        options = SIZE | {"seeds": list(range(rows)), "sampling": PLAIN} | options
+        asked, options = split(options)
         network = Network(network, options.pop("in_channels", 33))
-        return image_to_video(network, vae, Flow(), some_texts(rows), some_texts(1), **options)
+        return image_to_video(LatentDiffusion(network, vae, Flow()), ask(rows, **asked), **options)
 
     return animate
 
@@ -186,12 +197,12 @@ def test_the_noise_on_a_picture_depends_on_its_seed_and_not_on_its_batch(animate
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frames": 4}, "4n\\+1.*use 1 or 5"),
-        ({"height": 40}, "height 40.*use 32 or 48"),
-        ({"frames": 1}, "at least 5 frames"),
+        ({"size": (4, 48, 48)}, "4n\\+1.*use 1 or 5"),
+        ({"size": (5, 40, 48)}, "height 40.*use 32 or 48"),
+        ({"size": (1, 48, 48)}, "at least 5 frames"),
         ({"start": None}, "0 pictures"),
         ({"start": pictures(2)}, "one per seed"),
-        ({"width": 64}, "resized to that size"),
+        ({"size": (5, 48, 64)}, "resized to that size"),
         ({"in_channels": 16}, "inpaint checkpoint"),
         ({"seeds": [1]}, "one per seed"),
     ],
@@ -204,10 +215,10 @@ def test_pictures_that_cannot_be_animated_are_refused(animate, options, message)
 @pytest.mark.parametrize(
     ("in_channels", "options", "message"),
     [
-        (16, {"frames": 48}, "4n\\+1.*use 45 or 49"),
-        (16, {"width": 50}, "width 50.*use 48 or 64"),
-        (16, {"width": 1350}, "use 1344$"),
-        (16, {"height": 0}, "use 16$"),
+        (16, {"size": (48, 48, 48)}, "4n\\+1.*use 45 or 49"),
+        (16, {"size": (5, 48, 50)}, "width 50.*use 48 or 64"),
+        (16, {"size": (5, 48, 1350)}, "use 1344$"),
+        (16, {"size": (5, 0, 48)}, "use 16$"),
         (32, {}, "control signal"),
         (16, {"seeds": [1, 2]}, "a seed each"),
         (16, {"sampling": Sampling(0)}, "1 to 1000"),
@@ -215,9 +226,8 @@ def test_pictures_that_cannot_be_animated_are_refused(animate, options, message)
 )
 def test_texts_that_cannot_be_shown_are_refused(vae, in_channels, options, message):
     network = Network(lambda tokens, *_: tokens[..., :64], in_channels)
-    options = SIZE | {"seeds": [1]} | options
     with pytest.raises(ValueError, match=message):
-        text_to_video(network, vae, Flow(), some_texts(1), some_texts(1), **options)
+        text_to_video(LatentDiffusion(network, vae, Flow()), ask(1, **options))
 
 
 @contextmanager
@@ -244,10 +254,10 @@ def latents_of(vae, monkeypatch):
     """A pipeline's latents, with one text a row, from a network that is a function."""
 
     def latents_of(pipeline, network, in_channels, rows=2, **options):
-        options = {"seeds": list(range(rows)), "sampling": PLAIN} | options
-        network = Network(network, in_channels)
+        asked, options = split(options)
+        diffusion = LatentDiffusion(Network(network, in_channels), vae, Flow())
         with catch_latents(monkeypatch) as seen:
-            pipeline(network, vae, Flow(), some_texts(rows), some_texts(1), **options)
+            pipeline(diffusion, ask(rows, **asked), **options)
         return seen[0]
 
     return latents_of
@@ -271,20 +281,20 @@ def to_channel(first):
 
 @pytest.mark.parametrize("in_channels", [32, 48])
 def test_a_control_model_sees_the_control_video(latents_of, encode, in_channels):
-    found = latents_of(control_to_video, to_channel(16), in_channels, control=videos(), **SIZE)
+    found = latents_of(control_to_video, to_channel(16), in_channels, control=videos())
     np.testing.assert_allclose(found, encode(videos()), atol=1e-3)
-    nothing = latents_of(control_to_video, to_channel(16), in_channels, **SIZE)
+    nothing = latents_of(control_to_video, to_channel(16), in_channels)
     np.testing.assert_allclose(nothing, 0, atol=1e-5)
 
 
 def test_the_reference_picture_is_the_first_latent_frame(latents_of, encode):
     reference = videos()[:, 0]
     for in_channels, first in ((48, 32), (38, 22)):
-        options = {"reference": reference} | SIZE
+        options = {"reference": reference}
         found = latents_of(control_to_video, to_channel(first), in_channels, **options)
         np.testing.assert_allclose(found[:, :1], encode(reference[:, None]), atol=1e-3)
         np.testing.assert_allclose(found[:, 1:], 0, atol=1e-5)
-        options["frames"] = 1  # spec 7.1: not inserted then
+        options["size"] = 1, 48, 48  # spec 7.1: not inserted then
         found = latents_of(control_to_video, to_channel(first), in_channels, **options)
         np.testing.assert_allclose(found, 0, atol=1e-5)
 
@@ -296,7 +306,7 @@ def test_camera_rays_are_six_times_their_mean(latents_of):
         wanted = jnp.tile(tokens[..., 64:88].reshape(*tokens.shape[:2], 6, 4)[..., 3, :], 16)
         return (tokens[..., :64] - wanted) / (time / 1000)[:, None, None]
 
-    found = latents_of(control_to_video, network, 38, camera=rays, **SIZE)
+    found = latents_of(control_to_video, network, 38, camera=rays)
     np.testing.assert_allclose(found, 18, rtol=1e-4)
 
 
@@ -314,23 +324,24 @@ def test_inpainting_shows_what_is_given(latents_of, encode, monkeypatch):
     ("pipeline", "in_channels", "options", "message"),
     [
         (video_to_video, 33, {"video": videos(1)}, "1 videos and 2 seeds"),
-        (video_to_video, 33, {"video": videos()[:, :4]}, "4 frames"),
+        (video_to_video, 33, {"video": videos(), "size": (9, 48, 48)}, "ask for its own size"),
+        (video_to_video, 33, {"video": videos()[:, :4], "size": (4, 48, 48)}, "4 frames"),
         (video_to_video, 48, {"video": videos()}, "wants a control"),
         (video_to_video, 16, {"video": videos(), "strength": 1.0}, "keeps nothing"),
         (video_to_video, 16, {"video": videos(), "mask": videos()[:, :, 16:, :, :1]}, "one value"),
-        (control_to_video, 16, SIZE, "takes no control"),
-        (control_to_video, 38, {"control": videos()} | SIZE, "takes a camera"),
+        (control_to_video, 16, {}, "takes no control"),
+        (control_to_video, 38, {"control": videos()}, "takes a camera"),
         (
             control_to_video,
             48,
-            {"camera": np.zeros((2, 5, 48, 48, 6), np.float32)} | SIZE,
+            {"camera": np.zeros((2, 5, 48, 48, 6), np.float32)},
             "camera",
         ),
-        (control_to_video, 32, {"reference": videos()[:, 0]} | SIZE, "reference is given"),
-        (control_to_video, 48, {"control": videos()} | SIZE | {"frames": 9}, "control of shape"),
-        (control_to_video, 48, {"reference": videos(1)[:, 0]} | SIZE, "reference of shape"),
-        (long_video, 33, SIZE | {"segment": 5}, "9 frames or more"),
-        (long_video, 16, SIZE, "inpaint checkpoint"),
+        (control_to_video, 32, {"reference": videos()[:, 0]}, "reference is given"),
+        (control_to_video, 48, {"control": videos(), "size": (9, 48, 48)}, "control of shape"),
+        (control_to_video, 48, {"reference": videos(1)[:, 0]}, "reference of shape"),
+        (long_video, 33, {"segment": 5}, "9 frames or more"),
+        (long_video, 16, {}, "inpaint checkpoint"),
     ],
 )
 def test_videos_that_cannot_be_made_anew_are_refused(
@@ -357,9 +368,9 @@ def test_segments_share_frames_and_end_where_asked(frames, segment, expected):
 def test_segments_begin_with_the_last_frames_and_are_blended(vae, monkeypatch):
     calls = []
 
-    def make(*parts, start=None, end=None, frames, height, width, seeds, **options):
-        calls.append((start, end, frames, seeds))
-        video = np.full((2, frames, height, width, 3), 40 * len(calls), np.uint8)
+    def make(diffusion, request, start=None, end=None):
+        calls.append((start, end, request.size[0], request.seeds))
+        video = np.full((*request.shape, 3), 40 * len(calls), np.uint8)
         if start is not None:
             assert (start[:, :-1] == 40 * (len(calls) - 1)).all()
         return video
@@ -367,9 +378,9 @@ def test_segments_begin_with_the_last_frames_and_are_blended(vae, monkeypatch):
     monkeypatch.setattr(pipelines, "image_to_video", make)
     monkeypatch.setattr(pipelines, "text_to_video", make)
     end = videos()[:, 0]
-    options = SIZE | {"frames": 33, "segment": 17, "end": end, "seeds": [5, 6]}
-    make_long = partial(long_video, Network(None, 33), vae, Flow(), some_texts(2), some_texts(1))
-    made = make_long(**options)
+    diffusion = LatentDiffusion(Network(None, 33), vae, Flow())
+    request = ask(2, size=(33, 48, 48), seeds=[5, 6])
+    made = long_video(diffusion, request, segment=17, end=end)
     assert [(s is not None, e is not None, f) for s, e, f, _ in calls] == [
         (False, False, 17),
         (True, False, 17),

@@ -18,6 +18,7 @@ from easyanimate_jax.data import media
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.pipelines import LatentDiffusion
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
 FILM = np.random.default_rng(1).integers(0, 256, (9, 24, 40, 3), np.uint8)
@@ -186,9 +187,10 @@ def loaded():
         time_width=16,
         dtype="float32",
     )
+    model = jax.jit(lambda: MMDiT(config, rngs=nnx.Rngs(0)))()
+    vae = jax.jit(lambda: CausalVAE(vae, rngs=nnx.Rngs(1)))()
     return SimpleNamespace(
-        model=jax.jit(lambda: MMDiT(config, rngs=nnx.Rngs(0)))(),
-        vae=jax.jit(lambda: CausalVAE(vae, rngs=nnx.Rngs(1)))(),
+        diffusion=LatentDiffusion(model, vae, Flow()),
         config=SimpleNamespace(text="text", process=Flow()),
     )
 
@@ -306,10 +308,9 @@ def test_every_kind_of_request_finds_its_pipeline(run, tmp_path, monkeypatch):
     seen = []
 
     def note(name):
-        def pipeline(*parts, seeds, **options):
+        def pipeline(diffusion, request, **options):
             seen.append((name, {k for k, v in options.items() if isinstance(v, np.ndarray)}))
-            frames = options.get("frames") or options["video"].shape[1]
-            noise = np.random.default_rng(0).integers(0, 256, (1, frames, 16, 32, 3), np.uint8)
+            noise = np.random.default_rng(0).integers(0, 256, (*request.shape, 3), np.uint8)
             return np.clip(noise, 100, 120)
 
         monkeypatch.setattr(pipelines, name, pipeline)
@@ -317,7 +318,7 @@ def test_every_kind_of_request_finds_its_pipeline(run, tmp_path, monkeypatch):
     for name in ("text", "image", "video", "control"):
         note(f"{name}_to_video")
     note("long_video")
-    loaded = SimpleNamespace(model=0, vae=0, config=SimpleNamespace(text="text", process=Flow()))
+    loaded = SimpleNamespace(diffusion=0, config=SimpleNamespace(text="text", process=Flow()))
     monkeypatch.setattr(runs, "load_run", lambda folder: loaded)
     monkeypatch.setitem(
         sys.modules, "easyanimate_jax.text.encode", SimpleNamespace(TextEncoder=Encoder)

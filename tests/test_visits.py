@@ -72,7 +72,7 @@ def films(source):  # noqa: F811
     return source
 
 
-@pytest.mark.parametrize("control", ["", "canny"])
+@pytest.mark.parametrize("control", [(), ("canny",)])
 def test_one_size_and_no_draw_give_the_batches_of_cached_latents(source, encoder, control):  # noqa: F811
     latents = dataclasses.replace(SET, control=control, condition_draws=0)
     task = {"task": "control_ref"} if control else {}

@@ -44,7 +44,7 @@ class Job(NamedTuple):
     shape: Shape
     start: int
     stride: int
-    control: str = ""
+    control: tuple[str, ...] = ()
     random_reference: bool = False
 
 
@@ -62,8 +62,8 @@ class Pixels(NamedTuple):
     name: str
     video: Video
     conditions: tuple[Condition, ...]
-    control: Video | None
-    rays: Float[np.ndarray, "N 24"] | None  # in tokens; a camera's, in the place of a control
+    controls: tuple[Video, ...]
+    rays: Float[np.ndarray, "N 24"] | None  # in tokens; a camera's, in the place of controls
     reference: Float[np.ndarray, "1 H W 3"] | None
 
 
@@ -86,19 +86,19 @@ def read_pixels(
 ) -> Pixels:
     """Decode a job, and draw a condition of each generator. ValueError for a file that is bad."""
     frames = _read_frames(job)
-    video, control, rays, first = _signed(frames), None, None, None
+    video, controls, rays, first = _signed(frames), (), None, None
     if job.control:
-        led = _read_control(job, frames)
-        if job.control == "camera":
-            rays = np.asarray(_ray_tokens(led))
+        led = [_read_control(job, control, frames) for control in job.control]
+        camera, chosen = "camera" in job.control, 0
+        if camera:
+            rays = np.asarray(_ray_tokens(led[0]))
         else:
-            control = _signed(led)
-        chosen = 0
-        if job.random_reference and job.control != "camera":
+            controls = tuple(map(_signed, led))
+        if job.random_reference and not camera:
             chosen = _reference_frame(reference, len(frames))
         first = video[chosen][None]
     given = tuple(_condition(rng, video) for rng in conditions)
-    return Pixels(job.clip.name, video, given, control, rays, first)
+    return Pixels(job.clip.name, video, given, controls, rays, first)
 
 
 def _read_frames(job: Job) -> UInt8[np.ndarray, "F H W 3"]:
@@ -108,14 +108,14 @@ def _read_frames(job: Job) -> UInt8[np.ndarray, "F H W 3"]:
     return decoders().read_clip(job.clip.path, job.start, job.shape.frames, job.stride, size)
 
 
-def _read_control(job: Job, frames: UInt8[np.ndarray, "F H W 3"]) -> np.ndarray:
+def _read_control(job: Job, control: str, frames: UInt8[np.ndarray, "F H W 3"]) -> np.ndarray:
     """The control of the same frames, resized and cropped as they were (spec 7.2), or the rays."""
-    if job.control not in ("file", "camera"):
-        return control_video(frames, job.control)
+    if control not in ("file", "camera"):
+        return control_video(frames, control)
     path, (count, height, width) = job.clip.control, job.shape
     if path is None:
         raise ValueError(f"{job.clip.name} has no control_file_path, and the set wants one")
-    if job.control == "camera":
+    if control == "camera":
         start = job.start - job.clip.first  # the poses are those of the clip
         camera = stretched_camera(read_camera(path), job.clip.num_frames)
         chosen = slice(start, start + (count - 1) * job.stride + 1, job.stride)

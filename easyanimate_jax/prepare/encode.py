@@ -6,7 +6,7 @@ program, P token width.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -78,16 +78,20 @@ def encode_pixels(encoder: Encoder, clips: Sequence[Pixels]) -> list[dict[str, n
         mean, logvar = encoder(videos)
         return {f"{name}mean": mean, f"{name}logvar": logvar}
 
+    def each(name: str, kinds: Iterable[Sequence]) -> dict[str, np.ndarray]:
+        """Of several videos of every clip."""
+        columns = [encoded(name, list(videos)) for videos in kinds]
+        return {field: np.stack([c[field] for c in columns], axis=1) for field in columns[0]}
+
     fields = encoded("", [clip.video for clip in clips])
     draws = list(zip(*(clip.conditions for clip in clips), strict=True))
     if draws:
-        columns = [encoded("condition_", [c.given for c in draw]) for draw in draws]
-        fields |= {name: np.stack([c[name] for c in columns], axis=1) for name in columns[0]}
+        fields |= each("condition_", [[c.given for c in draw] for draw in draws])
         for name in ("mask", "flag"):
-            each = [np.array([getattr(c, name) for c in clip.conditions]) for clip in clips]
-            fields[f"condition_{name}"] = np.stack(each)
-    if clips[0].control is not None:
-        fields |= encoded("control_", [clip.control for clip in clips])
+            drawn = [np.array([getattr(c, name) for c in clip.conditions]) for clip in clips]
+            fields[f"condition_{name}"] = np.stack(drawn)
+    if clips[0].controls:
+        fields |= each("control_", zip(*(clip.controls for clip in clips), strict=True))
     if clips[0].rays is not None:
         fields["control_rays"] = np.stack([clip.rays for clip in clips])
     if clips[0].reference is not None:

@@ -81,8 +81,8 @@ class VisitLoader(Loader):
             shapes = self._shapes(candidate, *frames_of(clip)[:1], clip.height, clip.width)
             shape = shapes[rng.integers(len(shapes))]
             job = make_job(self.latent_set, clip, shape, rng)
-            if self.task not in CONTROL_TASKS:
-                job = job._replace(control="")
+            leads = job.control if self.task in CONTROL_TASKS else ()
+            job = job._replace(control=leads and (leads[rng.integers(len(leads))],))
             return shape, arrays, read_pixels(job, [rng] if self.task == "i2v" else [], rng)
 
         candidate, found = self._instead(record, read)
