@@ -45,7 +45,8 @@ class TrainConfig:
 
     `source` is the folder of captioned files, `prepared` what `easyanimate_jax.prepare` made of it,
     `vae` and `text` the folders of the two frozen models, `run` where checkpoints and metrics go.
-    `init` is what the transformer starts from, for `convert.load_mmdit` to read; "" is noise.
+    `init` is what the transformer starts from, for `convert.load_mmdit` to read; "" is noise. Of a
+    run it is the newest checkpoint, or that of `init_step`.
     Kept are the last `keep` checkpoints, every stage's last, and the multiples of `keep_every`.
     A step that lasts `hang_seconds` ends the process, unless steps always last about as long.
     """
@@ -66,6 +67,7 @@ class TrainConfig:
     text_drop: float = 0.1
     seed: int = 42
     init: str = ""
+    init_step: int | None = None
     save_every: int = 1000
     keep: int = 3
     keep_every: int | None = None

@@ -289,7 +289,11 @@ class Schedule:
             return jax.jit(make, out_shardings=placed)(jax.random.fold_in(self.key, 1))
         self._say(f"starting from the weights of {self.config.init}")
         model = load_mmdit(
-            self.config.init, mesh=self.mesh, in_channels=in_channels, config=like.model.config
+            self.config.init,
+            mesh=self.mesh,
+            in_channels=in_channels,
+            config=like.model.config,
+            step=self.config.init_step,
         )
 
         def around(model):

@@ -40,6 +40,12 @@ def test_operators_mark_the_outline_and_nothing_else(name):
     assert control_video(np.zeros_like(square()), name).max() == 0
 
 
+def test_canny_sees_colours_that_are_equally_bright():
+    video = np.full((1, 64, 64, 3), 128, np.uint8)
+    video[:, 16:48, 16:48] = 175, 35, 205  # its grey is within 32 of the ground's
+    assert 100 < (control_video(video, "canny")[..., 0] > 0).sum() < 300
+
+
 def test_soft_edges_tell_contrast():
     strong, weak = (control_video(square(1, s), "soft_edge").max() for s in (255, 100))
     assert strong > 1.5 * weak > 0

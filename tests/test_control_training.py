@@ -13,7 +13,7 @@ from test_prepare import SET, run, source, vae  # noqa: F401 fixtures
 
 from easyanimate_jax.config import load
 from easyanimate_jax.data import control, media, records
-from easyanimate_jax.data.loader import Loader
+from easyanimate_jax.data.loader import Loader, _control
 from easyanimate_jax.data.plan import Plan
 from easyanimate_jax.diffusion.conditioning import camera_condition
 from easyanimate_jax.diffusion.flow import Flow
@@ -57,7 +57,7 @@ def test_an_operator_needs_no_further_files(source, vae):  # noqa: F811
     record = record_of(run(source, vae, sets=led_by("canny")), "3.mp4")
     video = media.read_clip(source / "3.mp4", 0, 9, 1, (32, 32))
     expected = encoded(vae, control.canny(video)[None])
-    np.testing.assert_allclose(record["control_mean"], expected, atol=5e-3)
+    np.testing.assert_allclose(record["control_mean"], expected[None], atol=5e-3)
     np.testing.assert_allclose(record["reference_mean"], encoded(vae, video[None, :1]), atol=5e-3)
 
 
@@ -67,8 +67,8 @@ def test_control_files_are_read_like_their_clips(source, vae):  # noqa: F811
     upside_down = media.read_clip(source / "control_3.mp4", 0, 9, 1, (32, 32))
     expected = encoded(vae, upside_down[None])
     record = record_of(prepared, "3.mp4")
-    np.testing.assert_allclose(record["control_mean"], expected, atol=5e-3)
-    assert record_of(prepared, "p.png")["control_mean"].shape == (4, 64)
+    np.testing.assert_allclose(record["control_mean"], expected[None], atol=5e-3)
+    assert record_of(prepared, "p.png")["control_mean"].shape == (1, 4, 64)
 
 
 def test_a_clip_without_its_control_is_left_out_with_a_reason(source, vae):  # noqa: F811
@@ -110,6 +110,23 @@ def test_a_random_reference_is_the_first_frame_in_two_fifths():
     assert _reference_frame(rng, 1) == 0
 
 
+def test_of_several_controls_each_row_draws_one(source, vae):  # noqa: F811
+    add_controls(source)
+    prepared = run(source, vae, sets=led_by(("canny", "file")))
+    record = record_of(prepared, "3.mp4")
+    for found, alone in zip(record["control_mean"], ("canny", "file"), strict=True):
+        video = media.read_clip(source / "3.mp4", 0, 9, 1, (32, 32))
+        if alone == "file":
+            video = media.read_clip(source / "control_3.mp4", 0, 9, 1, (32, 32))
+        else:
+            video = control.canny(video)
+        np.testing.assert_allclose(found, encoded(vae, video[None]), atol=5e-3)
+    rng = np.random.default_rng(0)
+    drawn = [_control(rng, record, "control", 0.0) for _ in range(200)]
+    nearest = [np.abs(record["control_mean"] - x).mean((1, 2)).argmin() for x in drawn]
+    assert abs(np.mean(nearest) - 0.5) < 0.12
+
+
 @pytest.fixture
 def make_loader(source, vae):  # noqa: F811
     prepared = run(source, vae, sets=led_by("canny"))
@@ -132,22 +149,24 @@ def test_control_and_reference_are_dropped_each_by_itself(make_loader):
     assert abs(halves.all(axis=1).mean() - 0.64) < 0.06
     given = rows[int(np.argmax(halves.all(axis=1)))]
     arrays = loader.records[record]
-    np.testing.assert_allclose(given[:, :64], arrays["control_mean"], atol=3)
+    np.testing.assert_allclose(given[:, :64], arrays["control_mean"][0], atol=3)
     assert given[:4, 64:].any() and not given[4:, 64:].any()  # latent frame 0 alone
     kept = [make_loader(drop=0.0)._row(step, 0, record)["condition"] for step in range(50)]
     assert all(x[:, :64].any() and x[:, 64:].any() for x in kept)
 
 
 def test_sets_and_stages_that_do_not_fit_are_refused(make_loader, source):  # noqa: F811
-    with pytest.raises(ValueError, match="prepared with control 'canny'; give the set camera"):
+    with pytest.raises(ValueError, match="prepared with control canny; give the set camera"):
         make_loader("camera_ref")
     bare = records.Records(source.parent / "out" / "small")
-    bare.header["set"]["control"] = ""
+    bare.header["set"]["control"] = ()
     plan = Plan(bare.index, lengths=(4, 12), batch_size=4, seed=1, name="control")
-    with pytest.raises(ValueError, match="prepared with control ''"):
+    with pytest.raises(ValueError, match="prepared with control of no kind"):
         Loader(bare, plan, task="control", microbatch=4, text_drop=0.1)
     with pytest.raises(ValueError, match="no control 'depth'"):
-        led_by("depth")
+        led_by(("canny", "depth"))
+    with pytest.raises(ValueError, match="give it a set of its own"):
+        led_by(("camera", "file"))
     demo = load("configs/demo.py")
     stage = Stage("c", demo.sets[1].name, 4, 1, task="control")
     with pytest.raises(ValueError, match="holds no control"):

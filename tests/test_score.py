@@ -4,11 +4,18 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from easyanimate_jax.data.control import canny
+from easyanimate_jax.evaluation import world
 from easyanimate_jax.evaluation.score import (
     CHANCE,
     attributes,
+    edge_f1,
     first_frame_error,
+    known_error,
+    last_frame_error,
     motion,
+    object_path,
+    path_distance,
     score,
 )
 from easyanimate_jax.evaluation.world import durations, prompts, render
@@ -74,3 +81,48 @@ def test_errors_and_motion_are_shares_of_the_value_range():
     video[1] = 51
     assert first_frame_error(video, np.full((4, 4, 3), 255, np.uint8)) == 1
     assert motion(video) == pytest.approx(0.2)
+
+
+def blurred(video):
+    return np.uint8(ndimage.gaussian_filter(np.float32(video), (0, 1.2, 1.2, 0)))
+
+
+def test_the_path_of_every_shape_is_found():
+    videos, paths = world.clips(prompts("heldout", 40, seed=1), 9, 96, 64, seed=2)
+    distances = [path_distance(v, path) for v, path in zip(videos, paths, strict=True)]
+    assert max(distances) < 0.8
+    assert max(path_distance(blurred(v), p) for v, p in zip(videos, paths, strict=True)) < 2
+
+
+def test_distance_is_in_pixels_and_a_lost_object_is_far():
+    (video,), (path,) = world.clips(prompts("seen", 1, seed=0), 9, 64, 64, seed=0)
+    assert path_distance(video, path + np.float32([3, 4])) == pytest.approx(5, abs=0.5)
+    backwards = np.linalg.norm(path - path[::-1], axis=1).mean()
+    assert path_distance(video[::-1], path) == pytest.approx(backwards, abs=0.5)
+    lost = video.copy()
+    lost[6:] = video[0, 0, 0]
+    assert np.isnan(object_path(lost)[6:]).all() and not np.isnan(object_path(lost)[:6]).any()
+    assert path_distance(np.full_like(video, 240), path) == 32
+
+
+def test_edges_match_where_they_lie_and_no_further():
+    (video,), _ = world.clips(prompts("seen", 1, seed=0), 9, 128, 128, seed=0)
+    edges = canny(video)
+    assert edge_f1(video, edges) == 1
+    assert edge_f1(blurred(video), edges) > 0.95
+    assert edge_f1(np.roll(video, 1, axis=1), edges) > 0.95
+    assert edge_f1(np.roll(video, 8, axis=(1, 2)), edges) < 0.35
+    assert edge_f1(np.full_like(video, 128), edges) == 0
+    half = edges.copy()
+    half[4:] = 0  # all that is asked for is there: a precision of 4 / 9 at a recall of 1
+    assert edge_f1(video, half) == pytest.approx(8 / 13, abs=0.02)
+
+
+def test_known_pixels_are_those_outside_the_mask():
+    source, video = np.zeros((2, 4, 4, 3), np.uint8), np.zeros((2, 4, 4, 3), np.uint8)
+    mask = np.zeros((2, 4, 4, 1), np.uint8)
+    mask[:, :2], video[:, :2] = 1, 200
+    assert known_error(video, source, mask) == 0
+    video[:, 2] = 51
+    assert known_error(video, source, mask) == pytest.approx(0.1)
+    assert last_frame_error(video[::-1], source[0]) == first_frame_error(video, source[0]) > 0

@@ -72,6 +72,21 @@ def test_training_files_mix_sizes_and_durations_and_hold_nothing_back_out(world)
     assert {triple(p.attributes) for _, p in read_prompts(world / "heldout")} == set(held_out())
 
 
+def test_every_clip_has_a_spot_that_runs_along_the_path_of_its_object(world):
+    rows = json.loads((world / "metadata.json").read_text("utf-8"))[::2]
+    assert all(("control_file_path" in row) == (row["type"] == "video") for row in rows)
+    for row in (row for row in rows if row["type"] == "video"):
+        frames = probe(world / row["file_path"]).num_frames
+        clip, spot = (
+            read_clip(world / row[name], 0, frames) for name in ("file_path", "control_file_path")
+        )
+        ground = clip[0, 0, 0].astype(int)
+        for there, bright in zip(np.abs(clip - ground).max(-1) > 60, spot[..., 0], strict=True):
+            box = np.array([[axis.min(), axis.max()] for axis in np.nonzero(there)]).mean(1)
+            centre = np.array(np.nonzero(bright > 0.8 * bright.max())).mean(1)
+            assert np.abs(box - centre).max() <= 1.5
+
+
 def test_metadata_has_an_english_and_a_chinese_row_per_file(world):
     rows = json.loads((world / "metadata.json").read_text("utf-8"))
     assert len(rows) == 2 * 70

@@ -76,13 +76,14 @@ class Loader:
                 f"stage {plan.name!r} is i2v, and {records.folder} was prepared without "
                 f"condition_draws; set them and prepare again"
             )
-        control = made.get("control", "")
+        control = made.get("control", ())
         if task in CONTROL_TASKS and (
-            not control or (control == "camera") != (task == "camera_ref")
+            not control or ("camera" in control) != (task == "camera_ref")
         ):
             raise ValueError(
                 f"stage {plan.name!r} is {task}, and {records.folder} was prepared with control "
-                f"{control!r}; give the set {'camera' if task == 'camera_ref' else 'another one'}"
+                f"{', '.join(control) or 'of no kind'}; give the set "
+                f"{'camera' if task == 'camera_ref' else 'another one'}"
             )
         self.records, self.plan, self.task = records, plan, task
         self.microbatch, self.text_drop, self.rows = microbatch, text_drop, rows
@@ -234,18 +235,19 @@ def _condition(rng: np.random.Generator, arrays: dict[str, np.ndarray]) -> np.nd
 def _control(
     rng: np.random.Generator, arrays: dict[str, np.ndarray], task: str, drop: float
 ) -> np.ndarray:
-    """What leads the clip (spec 7.2): the control video or the rays, then the reference frame in
-    the tokens of latent frame 0."""
+    """What leads the clip (spec 7.2): one of its control videos or the rays, then the reference
+    frame in the tokens of latent frame 0."""
 
-    def latents(name: str) -> np.ndarray:
-        parts = (arrays[f"{name}_{part}"].astype(np.float32) for part in ("mean", "logvar"))
+    def latents(name: str, which=slice(None)) -> np.ndarray:
+        parts = (arrays[f"{name}_{part}"][which].astype(np.float32) for part in ("mean", "logvar"))
         return _sample(rng, *parts)
 
     keep_control, keep_reference = rng.random(2) >= drop
     if task == "camera_ref":
         control, keep_reference = arrays["control_rays"].astype(np.float32), True
     else:
-        control = keep_control * latents("control")
+        which = rng.integers(len(arrays["control_mean"]))
+        control = keep_control * latents("control", which)
     if task == "control":
         return control
     reference = keep_reference * latents("reference")

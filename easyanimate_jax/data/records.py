@@ -52,8 +52,9 @@ class LatentSet:
     `min_quality` selects the best of a curated table: 0.9 is a tenth of its clips.
     `condition_draws` masks and noised references per clip (spec 6.1) are encoded with it for I2V.
     With `control` they are encoded with what leads a control model (spec 7.2): the clip's own
-    control file, the rays of its pose file, or an operator's view of it; and with a reference
-    frame, the first, or with `random_reference` any, the first of them in 40 %.
+    control file, the rays of its pose file, or an operator's view of it. Of several, training draws
+    one for each row. With them comes a reference frame, the first, or with `random_reference` any,
+    the first of them in 40 %.
     """
 
     name: str
@@ -62,14 +63,22 @@ class LatentSet:
     min_side: int = 0  # of the source, in pixels
     min_quality: float = 0.0
     condition_draws: int = 0
-    control: str = ""
+    control: str | tuple[str, ...] = ()  # a name, or several
     random_reference: bool = False
 
     def __post_init__(self):
-        if self.control and self.control not in CONTROLS:
+        if isinstance(self.control, str):
+            object.__setattr__(self, "control", (self.control,) if self.control else ())
+        for control in self.control:
+            if control not in CONTROLS:
+                raise ValueError(
+                    f"set {self.name!r}: there is no control {control!r}; choose of "
+                    f"{', '.join(CONTROLS)}"
+                )
+        if "camera" in self.control and len(self.control) > 1:
             raise ValueError(
-                f"set {self.name!r}: there is no control {self.control!r}; choose of "
-                f"{', '.join(CONTROLS)}"
+                f"set {self.name!r}: control {self.control}: a camera has other channels than "
+                f"videos; give it a set of its own"
             )
         if not self.kinds or not set(self.kinds) <= {"image", "video"}:
             raise ValueError(f"set {self.name!r}: kinds {self.kinds} must be of 'image', 'video'")

@@ -1,6 +1,8 @@
 """Score a finished run and write `report.json` and `report.html` beside it:
 
-python -m easyanimate_jax.evaluation world|films CONFIG [--field value ...]
+python -m easyanimate_jax.evaluation world|films|ways CONFIG [--field value ...]
+
+`ways` is for a control model of the world that began at a run which ends as an inpaint model.
 """
 
 import json
@@ -9,11 +11,11 @@ import time
 from pathlib import Path
 
 from easyanimate_jax.config import load
-from easyanimate_jax.evaluation import facts, films_report, world_report
+from easyanimate_jax.evaluation import facts, films_report, ways_report, world_report
 from easyanimate_jax.runs import load_run
 from easyanimate_jax.text.encode import TextEncoder
 
-KINDS = {"world": world_report, "films": films_report}
+KINDS = {"world": world_report, "films": films_report, "ways": ways_report}
 
 
 def main(args: list[str]) -> int:
@@ -21,8 +23,10 @@ def main(args: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     kind, config = KINDS[args[0]], load(args[1], args[2:])
-    began, run, rows = time.time(), load_run(config.run), facts.read_metrics(config)
-    results, shown = kind.evaluate(run, TextEncoder.load(config.text))
+    began, rows = time.time(), facts.read_metrics(config)
+    folders = [config.run, config.init] if kind is ways_report else [config.run]
+    runs = [load_run(folder) for folder in folders]
+    results, shown = kind.evaluate(TextEncoder.load(config.text), *runs)
     results |= facts.training_facts(config, rows)
     results["evaluation_seconds"] = round(time.time() - began, 1)
     root = Path(config.run).parent

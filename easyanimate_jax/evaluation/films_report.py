@@ -9,11 +9,12 @@ from easyanimate_jax.data.sources import read_clips
 from easyanimate_jax.evaluation import facts, report
 from easyanimate_jax.evaluation.generate import generate, psnr, reconstruct
 from easyanimate_jax.evaluation.score import motion
+from easyanimate_jax.pipelines import image_to_video
 
 SCALE = 1.5  # of the videos on the page
 
 
-def evaluate(run, encoder) -> tuple[dict, dict]:
+def evaluate(encoder, run) -> tuple[dict, dict]:
     """(the figures, and per held-out clip its (video, caption) pairs for the page)."""
     samples = run.config.samples
     clips, _ = read_clips(Path(run.config.source) / "heldout")
@@ -27,7 +28,7 @@ def evaluate(run, encoder) -> tuple[dict, dict]:
     )
     rebuilt = reconstruct(run.vae, truth)
     captions = [clip.captions[i % len(clip.captions)] for i, clip in enumerate(clips)]
-    continued = generate(run, encoder, captions, start=truth[:, 0])
+    continued = generate(run, encoder, captions, image_to_video, {"start": truth[:, 0]})
     imagined = generate(run, encoder, captions)
     results = {
         "clips": len(clips),

@@ -1,16 +1,18 @@
-"""Videos of a run: from prompts, from first frames, and through the VAE and back.
+"""Videos of a run: from prompts and what is given with them, and through the VAE and back.
 
 A `run` has what makes videos and the config (`runs.load_run`).
 """
 
 import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import jax
 import numpy as np
 from jaxtyping import UInt8
 
 from easyanimate_jax.denoising import Sampling
-from easyanimate_jax.pipelines import Request, image_to_video, text_to_video
+from easyanimate_jax.pipelines import Request, text_to_video
 from easyanimate_jax.text.encode import TextEncoder
 
 ROWS = 32  # videos at once
@@ -18,10 +20,18 @@ ROWS = 32  # videos at once
 Videos = UInt8[np.ndarray, "B F H W 3"]
 
 
-def generate(run, encoder: TextEncoder, texts: list[str], start=None) -> Videos:
+def generate(
+    run,
+    encoder: TextEncoder,
+    texts: list[str],
+    pipeline: Callable = text_to_video,
+    inputs: Mapping[str, np.ndarray] = MappingProxyType({}),
+    guidance: float | None = None,
+) -> Videos:
     """One video per text at the config's sample size, with consecutive seeds.
 
-    `start`: their first frames, (B, H, W, 3) uint8.
+    `inputs` are the pipeline's further arrays, a row per text, as `start` or `video`; `guidance` is
+    the config's if None.
     """
     samples, videos = run.config.samples, []
     empty = encoder.encode([""])
@@ -32,12 +42,10 @@ def generate(run, encoder: TextEncoder, texts: list[str], start=None) -> Videos:
             empty,
             size=(samples.frames, samples.height, samples.width),
             seeds=[samples.seed + i for i in range(len(texts))[rows]],
-            sampling=Sampling(steps=samples.steps, guidance=samples.guidance),
+            sampling=Sampling(steps=samples.steps, guidance=guidance or samples.guidance),
         )
-        if start is None:
-            videos.append(text_to_video(run.diffusion, request))
-        else:
-            videos.append(image_to_video(run.diffusion, request, start=start[rows]))
+        given = {name: x[rows] for name, x in inputs.items()}
+        videos.append(pipeline(run.diffusion, request, **given))
     return np.concatenate(videos)
 
 

@@ -1,4 +1,6 @@
-"""The verifier of the captioned world: what a clip shows, in closed form from its pixels.
+"""The verifier of the captioned world: what a clip shows, and how near it is to what led it.
+
+Everything is in closed form from the pixels.
 
 Nothing here is learned. The background is the colour of the border; the object is what differs from
 it; its colour is the nearest of the palette, its motion a straight line through the object's centre
@@ -9,9 +11,10 @@ import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from scipy import ndimage
 
+from easyanimate_jax.data.control import canny
 from easyanimate_jax.evaluation.world import (
     BACKGROUNDS,
     COLOURS,
@@ -32,6 +35,7 @@ MIN_AREA = 0.01  # of the short side squared; the thinnest digit has 0.03
 STILL = 0.4 * SPEEDS["slowly"]  # below this speed (short sides per frame) nothing moves
 QUICK = (SPEEDS["slowly"] * SPEEDS["quickly"]) ** 0.5
 BOX = 24  # side of a template
+NEAR = 0.0075  # of a frame's diagonal: how far apart edges still match (Martin et al. 2004)
 
 # What the best constant answer reaches on the world's prompts: half of the objects are forms.
 CHANCE = {
@@ -48,32 +52,79 @@ Video = UInt8[np.ndarray, "F H W 3"]
 
 def attributes(video: Video) -> Attributes:
     """What `video` shows; None for what cannot be told (no object, no motion, one frame)."""
+    ground, colour, frames, seen = _segmented(video)
+    background = _nearest(ground, BACKGROUNDS)
+    if 2 * seen.sum() < len(seen):
+        return Attributes(None, background, None)
+    centres = np.array([ndimage.center_of_mass(frame) for frame in frames[seen]])
+    direction, speed = _motion(np.flatnonzero(seen), centres / min(video.shape[1:3]))
+    shape = _shape(np.stack([_boxed(frame) for frame in frames[seen]]))
+    return Attributes(_nearest(colour, COLOURS), background, shape, direction, speed)
+
+
+def object_path(video: Video) -> Float[np.ndarray, "F 2"]:
+    """The middle of the object's box in each frame, (x, y) pixels; NaN where none is seen."""
+    *_, frames, seen = _segmented(video)
+    path = np.full((len(video), 2), np.nan)
+    for i in np.flatnonzero(seen):
+        ends = [np.flatnonzero((frames[i] > 0.5).any(axis))[[0, -1]] for axis in (0, 1)]
+        path[i] = [(first + last + 1) / 2 for first, last in ends]
+    return path
+
+
+def path_distance(video: Video, path: Float[np.ndarray, "F 2"]) -> float:
+    """Mean distance in pixels of the object from `path`; half the short side where none is seen."""
+    distance = np.linalg.norm(object_path(video) - path, axis=1)
+    return float(np.nan_to_num(distance, nan=min(video.shape[1:3]) / 2).mean())
+
+
+def edge_f1(video: Video, edges: Video) -> float:
+    """F1 of the Canny edges of `video` against white `edges`, those of all frames counted together.
+
+    An edge pixel is right if the other side has one within `NEAR` of the frame's diagonal.
+    """
+    tolerance = NEAR * np.hypot(*video.shape[1:3])
+    found, wanted = canny(video)[..., 0] > 127, edges[..., 0] > 127
+    right = [
+        sum(_near(b, tolerance)[a].sum() for a, b in zip(one, other, strict=True))
+        / max(one.sum(), 1)
+        for one, other in ((found, wanted), (wanted, found))
+    ]
+    return float(2 * right[0] * right[1] / max(sum(right), 1e-9))
+
+
+def _near(edges: Bool[np.ndarray, "H W"], tolerance: float) -> Bool[np.ndarray, "H W"]:
+    """Where there is an edge within `tolerance` pixels."""
+    if not edges.any():
+        return np.zeros_like(edges)
+    return ndimage.distance_transform_edt(~edges) <= tolerance
+
+
+def _segmented(
+    video: Video,
+) -> tuple[
+    Float[np.ndarray, "3"],
+    Float[np.ndarray, "3"],
+    Float[np.ndarray, "F H W"],
+    Bool[np.ndarray, "F"],
+]:
+    """Colours of background and object, the object's coverage, and in which frames it is seen."""
     border = np.concatenate([video[:, [0, -1]].reshape(-1, 3), video[:, :, [0, -1]].reshape(-1, 3)])
     ground = np.median(border, axis=0)
-    background = _nearest(ground, BACKGROUNDS)
-
     pixels = np.float32(video) - np.float32(ground)
     distance = np.sqrt((pixels**2).sum(-1))
     area = MIN_AREA * min(video.shape[1:3]) ** 2
     strongest = np.partition(distance.reshape(len(video), -1), -int(area), axis=1)[:, -int(area)]
     contrast = np.median(strongest)  # that the object's core has in most frames
     if contrast < MIN_CONTRAST:
-        return Attributes(None, background, None)
+        return ground, ground, np.zeros_like(distance), np.zeros(len(video), bool)
     object_colour = np.median(pixels[distance > 0.7 * contrast], axis=0)
 
     # The projection on the line background-object is linear in coverage: blur keeps the centroid.
     coverage = np.clip(pixels @ object_colour / (object_colour @ object_colour), 0, 1)
     coverage = np.clip(2 * coverage - 0.5, 0, 1)
-    frames = [_object(frame) for frame in coverage]
-    seen = np.array([frame.sum() > area for frame in frames])
-    if 2 * seen.sum() < len(seen):
-        return Attributes(None, background, None)
-    centres = np.array([ndimage.center_of_mass(f) for f, s in zip(frames, seen, strict=True) if s])
-    direction, speed = _motion(np.flatnonzero(seen), centres / min(video.shape[1:3]))
-    shape = _shape(np.stack([_boxed(f) for f, s in zip(frames, seen, strict=True) if s]))
-    return Attributes(
-        _nearest(ground + object_colour, COLOURS), background, shape, direction, speed
-    )
+    frames = np.stack([_object(frame) for frame in coverage])
+    return ground, ground + object_colour, frames, frames.sum((1, 2)) > area
 
 
 def score(videos: Iterable[Video], prompts: Sequence[Prompt]) -> dict:
@@ -93,7 +144,18 @@ def score(videos: Iterable[Video], prompts: Sequence[Prompt]) -> dict:
 
 def first_frame_error(video: Video, image: UInt8[np.ndarray, "H W 3"]) -> float:
     """Mean absolute difference of frame 0 from `image`, as a share of the value range."""
-    return float(np.abs(np.float32(video[0]) - np.float32(image)).mean() / 255)
+    return known_error(video[:1], image[None], np.zeros_like(image[None, ..., :1]))
+
+
+def last_frame_error(video: Video, image: UInt8[np.ndarray, "H W 3"]) -> float:
+    """The same of the last frame."""
+    return first_frame_error(video[-1:], image)
+
+
+def known_error(video: Video, source: Video, mask: UInt8[np.ndarray, "F H W 1"]) -> float:
+    """Mean absolute difference where `mask` is 0, as a share of the value range."""
+    difference = np.abs(np.float32(video) - np.float32(source))
+    return float(difference[mask[..., 0] == 0].mean() / 255)
 
 
 def motion(video: Video) -> float:

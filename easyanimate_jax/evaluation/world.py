@@ -8,13 +8,15 @@ occur in training, though every pair of their values does: they show whether wor
     python -m easyanimate_jax.evaluation.world OUT --images 600 --clips 2000 --large-clips 6
 
 writes `OUT/metadata.json` (two rows per file: English, then Chinese) and, as a data set of its own,
-`OUT/heldout/metadata.json` with ground truth for the held-out triples.
+`OUT/heldout/metadata.json` with ground truth for the held-out triples. Every clip has a control
+file: a spot that runs along the object's path.
 """
 
+import copy
 import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +27,7 @@ from jaxtyping import Float, UInt8
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
+from easyanimate_jax.data.control import trajectory_video
 from easyanimate_jax.data.media import write_png, write_video
 
 COLOURS = {
@@ -206,6 +209,39 @@ def render(
     a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "F H W 3"]:
     """Draw a clip (or, without a direction, an image) with random size, start and handwriting."""
+    radius, centres = _placed(a, num_frames, height, width, rng)
+    y = (np.float32(np.arange(height)) + 0.5 - centres[:, :1])[:, :, None] / radius
+    x = (np.float32(np.arange(width)) + 0.5 - centres[:, 1:])[:, None, :] / radius
+    alpha = mask(a.shape, y, x, 1 / radius, int(rng.integers(WRITERS)))[..., None]
+    colour, background = np.float32(COLOURS[a.colour]), np.float32(BACKGROUNDS[a.background])
+    return (background + alpha * (colour - background) + 0.5).astype(np.uint8)
+
+
+def clips(
+    prompts: Sequence[Prompt], num_frames: int, height: int, width: int, seed: int
+) -> tuple[UInt8[np.ndarray, "B F H W 3"], Float[np.ndarray, "B F 2"]]:
+    """A clip of each prompt, and the path of its object."""
+
+    def draw(function):
+        rngs = (np.random.default_rng((i, seed)) for i in range(len(prompts)))
+        size = num_frames, height, width
+        drawn = zip(prompts, rngs, strict=True)
+        return np.stack([function(p.attributes, *size, rng) for p, rng in drawn])
+
+    return draw(render), draw(path)
+
+
+def path(
+    a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
+) -> Float[np.ndarray, "F 2"]:
+    """Where `render` puts the middle of the object's box, given the same draws: (x, y) pixels."""
+    return _placed(a, num_frames, height, width, rng)[1][:, ::-1]
+
+
+def _placed(
+    a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
+) -> tuple[float, Float[np.ndarray, "F 2"]]:
+    """Half the side of the object's box, and the box's middle in each frame: (y, x) pixels."""
     short = min(height, width)
     radius = rng.uniform(*RADII) * short
     step = (
@@ -220,12 +256,8 @@ def render(
         )
     off = np.minimum(room / 2, OFF_CENTRE * short)
     middle = np.array([height, width]) / 2 + rng.uniform(-off, off)
-    centres = np.float32(middle + (np.arange(num_frames) - (num_frames - 1) / 2)[:, None] * step)
-    y = (np.float32(np.arange(height)) + 0.5 - centres[:, :1])[:, :, None] / radius
-    x = (np.float32(np.arange(width)) + 0.5 - centres[:, 1:])[:, None, :] / radius
-    alpha = mask(a.shape, y, x, 1 / radius, int(rng.integers(WRITERS)))[..., None]
-    colour, background = np.float32(COLOURS[a.colour]), np.float32(BACKGROUNDS[a.background])
-    return (background + alpha * (colour - background) + 0.5).astype(np.uint8)
+    times = np.arange(num_frames) - (num_frames - 1) / 2
+    return radius, np.float32(middle + times[:, None] * step)
 
 
 def durations(a: Attributes, height: int, width: int) -> tuple[int, ...]:
@@ -248,26 +280,26 @@ def write_world(out: Path, config: WorldConfig) -> None:
 def _write_folder(out: Path, items: list[tuple[Prompt, tuple[int, ...]]], seed: int) -> None:
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / "clips").mkdir(exist_ok=True)
+    (out / "paths").mkdir(exist_ok=True)
     rows = []
     for i, (prompt, short_sides) in enumerate(items):
         rng = np.random.default_rng((seed, i))
         short, aspect = rng.choice(short_sides), rng.choice(ASPECTS)
         height, width = short * max(1, aspect), short * max(1, 1 / aspect)
         height, width = 2 * round(height / 2), 2 * round(width / 2)  # yuv420 wants even sides
+        row = {"width": width, "height": height}
         if prompt.attributes.direction:
-            name = f"clips/{i:05d}.mp4"
+            row |= {"file_path": f"clips/{i:05d}.mp4", "type": "video"}
+            row["control_file_path"] = f"paths/{i:05d}.mp4"
             num_frames = int(rng.choice(durations(prompt.attributes, height, width)))
-            clip = render(prompt.attributes, num_frames, height, width, rng)
-            write_video(out / name, clip, FPS, crf=10)  # the colours survive
+            size = num_frames, height, width
+            way = path(prompt.attributes, *size, copy.deepcopy(rng))
+            clip = render(prompt.attributes, *size, rng)
+            write_video(out / row["file_path"], clip, FPS, crf=10)  # the colours survive
+            write_video(out / row["control_file_path"], trajectory_video([way], *size), FPS, crf=10)
         else:
-            name = f"images/{i:05d}.png"
-            write_png(out / name, render(prompt.attributes, 1, height, width, rng)[0])
-        row = {
-            "file_path": name,
-            "type": "video" if prompt.attributes.direction else "image",
-            "width": width,
-            "height": height,
-        }
+            row |= {"file_path": f"images/{i:05d}.png", "type": "image"}
+            write_png(out / row["file_path"], render(prompt.attributes, 1, height, width, rng)[0])
         rows += [row | {"text": text} for text in (prompt.en, prompt.zh)]
     (out / "metadata.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0), "utf-8")
 

@@ -12,13 +12,14 @@ import numpy as np
 from easyanimate_jax.evaluation import facts, report, world
 from easyanimate_jax.evaluation.generate import generate, psnr, reconstruct
 from easyanimate_jax.evaluation.score import CHANCE, first_frame_error, motion, score
+from easyanimate_jax.pipelines import image_to_video
 
 COUNTS = {"seen": 48, "heldout": 96}  # prompts per language
 SHOWN = 6  # sample videos of each kind on the page
 NAMES = ("colour", "background", "direction", "speed", "shape", "joint")
 
 
-def evaluate(run, encoder) -> tuple[dict, dict]:
+def evaluate(encoder, run) -> tuple[dict, dict]:
     """(the scores, and (video, caption) pairs for the page by kind)."""
     samples = run.config.samples
     results, shown = {"scores": {}, "chance": CHANCE}, {}
@@ -33,18 +34,14 @@ def evaluate(run, encoder) -> tuple[dict, dict]:
         if split == "heldout":
             results["scores"]["heldout"] = group
 
-    def clip(seed: int, prompt: world.Prompt) -> np.ndarray:
-        rng = np.random.default_rng((seed, samples.seed))
-        return world.render(prompt.attributes, samples.frames, samples.height, samples.width, rng)
-
     texts = [p.en for p in prompts]
-    truth = np.stack([clip(seed, prompt) for seed, prompt in enumerate(prompts)])
+    truth, _ = world.clips(prompts, samples.frames, samples.height, samples.width, samples.seed)
     results["ground_truth"] = score(truth, prompts)
     rebuilt = reconstruct(run.vae, truth)
     results["vae_ceiling"] = score(rebuilt, prompts) | {"psnr": psnr(truth, rebuilt)}
     shown["VAE reconstruction"] = list(zip(rebuilt, texts, strict=True))[:SHOWN]
 
-    videos = generate(run, encoder, texts, start=truth[:, 0])
+    videos = generate(run, encoder, texts, image_to_video, {"start": truth[:, 0]})
     errors = [first_frame_error(v, t[0]) for v, t in zip(videos, truth, strict=True)]
     results["i2v"] = score(videos, prompts) | {
         "first_frame_error": float(np.mean(errors)),

@@ -73,7 +73,7 @@ class Job(NamedTuple):
     shape: Shape
     start: int
     stride: int
-    control: str = ""
+    control: tuple[str, ...] = ()
 
 
 def prepare(
@@ -247,25 +247,25 @@ def _rows(shape: Shape) -> int:
     return max(1, min(ROWS, PIXELS // (shape.frames * shape.height * shape.width)))
 
 
-def _read_both(job: Job) -> tuple[np.ndarray, np.ndarray | None] | ValueError:
-    """The clip, and the video or the camera's rays that lead it."""
+def _read_both(job: Job) -> tuple[np.ndarray, list[np.ndarray]] | ValueError:
+    """The clip, and the videos or the camera's rays that lead it."""
     frames = _read(job)
     if isinstance(frames, ValueError):
         return frames
     try:
-        return frames, _read_control(job, frames) if job.control else None
+        return frames, [_read_control(job, control, frames) for control in job.control]
     except ValueError as error:
         return error
 
 
-def _read_control(job: Job, frames: UInt8[np.ndarray, "F H W 3"]) -> np.ndarray:
+def _read_control(job: Job, control: str, frames: UInt8[np.ndarray, "F H W 3"]) -> np.ndarray:
     """The control of the same frames, resized and cropped as they were (spec 7.2)."""
-    if job.control not in ("file", "camera"):
-        return control_video(frames, job.control)
+    if control not in ("file", "camera"):
+        return control_video(frames, control)
     path, (count, height, width) = job.clip.control, job.shape
     if path is None:
         raise ValueError(f"{job.clip.name} has no control_file_path, and the set wants one")
-    if job.control == "camera":
+    if control == "camera":
         start = job.start - job.clip.first  # the poses are those of the clip
         camera = stretched_camera(read_camera(path), job.clip.num_frames)
         chosen = slice(start, start + (count - 1) * job.stride + 1, job.stride)
@@ -298,7 +298,8 @@ def _encode_group(vae, latent_set: LatentSet, good: list, seed: int) -> list[dic
         for draw in range(latent_set.condition_draws)
     ]
     if latent_set.control:
-        controls = np.stack(controls + controls[-1:] * missing)
+        controls = zip(*(controls + controls[-1:] * missing), strict=True)
+        controls = [np.stack(control) for control in controls]
         fields |= _control_fields(vae, latent_set, videos, controls, names, seed)
     if draws:
         fields |= {name: np.stack([draw[name] for draw in draws], axis=1) for name in draws[0]}
@@ -327,13 +328,18 @@ def _draw_condition(vae, videos, rngs: list[np.random.Generator]) -> dict[str, n
 
 def _control_fields(vae, latent_set: LatentSet, videos, controls, names, seed: int) -> dict:
     """What leads the clips and what they look like, spec 7.2."""
-    if latent_set.control == "camera":
-        fields = {"control_rays": _ray_tokens(controls)}
+    camera = "camera" in latent_set.control
+    if camera:
+        fields = {"control_rays": _ray_tokens(controls[0])}
     else:
-        mean, logvar = _encode(vae, controls.astype(np.float32) / 127.5 - 1)
-        fields = {"control_mean": mean, "control_logvar": logvar}
+        encoded = [_encode(vae, control.astype(np.float32) / 127.5 - 1) for control in controls]
+        means, logvars = zip(*encoded, strict=True)
+        fields = {
+            "control_mean": np.stack(means, axis=1),
+            "control_logvar": np.stack(logvars, axis=1),
+        }
     chosen = np.zeros(len(names), int)
-    if latent_set.random_reference and latent_set.control != "camera":
+    if latent_set.random_reference and not camera:
         rngs = [_rng(seed, latent_set.name, name, "reference") for name in names]
         chosen = np.array([_reference_frame(rng, videos.shape[1]) for rng in rngs])
     mean, logvar = _encode(vae, videos[np.arange(len(names)), chosen][:, None])

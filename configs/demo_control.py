@@ -1,0 +1,41 @@
+"""A control model from the demo's text-to-video checkpoint: one of 48 channels for edges and paths.
+
+A clip is led by its Canny edges or by the spot that runs along its object's path, drawn for every
+row, and by its first frame.
+"""
+
+from dataclasses import replace
+
+from configs.demo import config as demo
+from easyanimate_jax.training.stages import Stage, boundaries
+
+CONTROL = {"control": ("canny", "file"), "condition_draws": 0}
+
+config = replace(
+    demo,
+    prepared="runs/demo_control/latents",
+    run="runs/demo_control/train",
+    sets=tuple(replace(demo.set(name), **CONTROL) for name in ("medium", "large")),
+    stages=(
+        Stage(
+            "medium_control",
+            "medium",
+            task="control_ref",
+            batch_size=8,
+            steps=1000,
+            learning_rate=4e-3,
+            end_learning_rate=1e-4,
+        ),
+        Stage(
+            "large_control",
+            "large",
+            task="control_ref",
+            batch_size=2,
+            steps=20,
+            learning_rate=1e-4,
+        ),
+    ),
+    samples=replace(demo.samples, prompts=()),  # they would be made without a control
+    init=demo.run,
+    init_step=boundaries(demo.stages)[2],  # the end of text to video
+)

@@ -1,0 +1,261 @@
+"""Every way to generate, scored on the captioned world, and its page.
+
+Clips of combinations that training never showed are drawn. Pictures of them, the clips themselves,
+parts of them, their edges and their objects' paths are given to the pipelines, and what these make
+is measured in closed form (`score.py`). Beside each figure stand that of the same prompts and noise
+without what is given, that of the right answer, and what the VAE leaves of it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from easyanimate_jax.data import media
+from easyanimate_jax.data.control import canny, trajectory_video
+from easyanimate_jax.evaluation import facts, report, world
+from easyanimate_jax.evaluation.generate import Videos, generate, reconstruct
+from easyanimate_jax.evaluation.score import (
+    CHANCE,
+    edge_f1,
+    first_frame_error,
+    known_error,
+    last_frame_error,
+    path_distance,
+    score,
+)
+from easyanimate_jax.pipelines import (
+    control_to_video,
+    image_to_video,
+    text_to_video,
+    video_to_video,
+)
+
+COUNT = 48  # clips
+SHOWN = 3  # of them, on the page
+STRENGTH = 0.7  # of video to video
+MARGIN = 8  # pixels between an object and the rim of the hole that it is cut out with
+KEPT = ("background", "direction", "speed")
+
+FIRST, LAST = "error of the first frame", "error of the last frame"
+KNOWN, HOLE = "error of known pixels", "error in the hole"
+EDGES, DISTANCE = "edge F1", "pixels from the path"
+
+
+class Case(NamedTuple):
+    """What is given, what is made of it, what of the prompts alone, and what would be right."""
+
+    given: Videos  # to look at
+    made: Videos
+    without: Videos
+    right: Videos
+    measure: Callable[[Videos], dict[str, float]]
+
+
+def evaluate(encoder, run, inpaint) -> tuple[dict, dict]:
+    """(the figures, and pictures of each way with a caption, for the page).
+
+    `run` is a control model, `inpaint` a model of the same world that takes pictures.
+    """
+    results, shown = {"clips": COUNT, "ways": {}, "chance": CHANCE}, {}
+    for name, case in (inpaint_cases(inpaint, encoder) | control_cases(run, encoder)).items():
+        compared = {
+            "made": case.made,
+            "without": case.without,
+            "vae": np.stack(reconstruct(run.vae, case.right)),
+            "right": case.right,
+        }
+        results["ways"][name] = {what: case.measure(videos) for what, videos in compared.items()}
+        shown[name] = [
+            media.contact_sheet(np.stack([case.given[i], case.made[i], case.without[i]]))
+            for i in range(SHOWN)
+        ]
+        print(lines(name, results["ways"][name]), flush=True)
+    return results, shown
+
+
+def inpaint_cases(run, encoder) -> dict[str, Case]:
+    """Pictures, films and parts of films, given to an inpaint model."""
+    prompts, clips, _, paths = drawn(run)
+    others = [recoloured(prompt) for prompt in prompts]
+    _, recoloured_clips, _, _ = drawn(run, others)
+    make = partial(asked, run, encoder)
+    start, end = clips[:, 0], clips[:, -1]
+    plain, plain_others = make(prompts), make(others)
+    started = make(prompts, image_to_video, start=start)
+    both = make(prompts, image_to_video, start=start, end=end)
+    hole, half = (np.stack([cut(clip) for clip in clips]) for cut in (box_around, half_of))
+    inpaint = partial(video_to_video, strength=1.0)
+    return {
+        "start picture": Case(
+            given_frames(clips, [0]),
+            started,
+            plain,
+            clips,
+            lambda v: {FIRST: mean(first_frame_error, v, start)} | hits(v, prompts, *KEPT),
+        ),
+        "start and end picture": Case(
+            given_frames(clips, [0, -1]),
+            both,
+            started,
+            clips,
+            lambda v: {
+                FIRST: mean(first_frame_error, v, start),
+                LAST: mean(last_frame_error, v, end),
+            },
+        ),
+        f"video to video, strength {STRENGTH}": Case(
+            clips,
+            make(others, partial(video_to_video, strength=STRENGTH), video=clips),
+            plain_others,
+            recoloured_clips,
+            lambda v: hits(v, others, "colour", *KEPT) | {DISTANCE: mean(path_distance, v, paths)},
+        ),
+        "another object in a hole": Case(
+            seen_through(clips, hole),
+            make(others, inpaint, video=clips, mask=hole),
+            plain_others,
+            recoloured_clips,
+            lambda v: (
+                {KNOWN: mean(known_error, v, clips, hole)}
+                | hits(v, others, "colour", "direction", "speed")
+            ),
+        ),
+        "the other half of an object": Case(
+            seen_through(clips, half),
+            make(prompts, inpaint, video=clips, mask=half),
+            plain,
+            clips,
+            lambda v: {
+                KNOWN: mean(known_error, v, clips, half),
+                HOLE: mean(known_error, v, clips, 1 - half),
+            },
+        ),
+    }
+
+
+def control_cases(run, encoder) -> dict[str, Case]:
+    """Edges and paths, given to a control model."""
+    prompts, clips, size, paths = drawn(run)
+    make = partial(asked, run, encoder, prompts, control_to_video)
+    edges = np.stack([canny(clip) for clip in clips])
+    spots = np.stack([trajectory_video([path], *size) for path in paths])
+    reference = clips[:, 0]
+    plain, along = make(), make(control=spots)
+    following = {
+        "Canny edges": (edges, make(control=edges), plain),
+        "path": (spots, along, plain),
+        "path and reference picture": (spots, make(control=spots, reference=reference), along),
+    }
+
+    def measure(v: Videos) -> dict[str, float]:
+        return {
+            EDGES: mean(edge_f1, v, edges),
+            DISTANCE: mean(path_distance, v, paths),
+            FIRST: mean(first_frame_error, v, reference),
+        } | hits(v, prompts, "colour", *KEPT)
+
+    return {name: Case(*videos, clips, measure) for name, videos in following.items()}
+
+
+def drawn(run, prompts: list[world.Prompt] | None = None):
+    """Prompts of combinations never trained on, their clips, these clips' size, and the paths."""
+    samples = run.config.samples
+    size = samples.frames, samples.height, samples.width
+    prompts = prompts or world.prompts("heldout", COUNT, seed=samples.seed)
+    clips, paths = world.clips(prompts, *size, seed=samples.seed)
+    return prompts, clips, size, paths
+
+
+def recoloured(prompt: world.Prompt) -> world.Prompt:
+    """The prompt with the next colour of the palette."""
+    names = list(world.COLOURS)
+    following = dict(zip(names, names[1:] + names[:1], strict=True))
+    return world.caption(prompt.attributes._replace(colour=following[prompt.attributes.colour]))
+
+
+def asked(run, encoder, prompts, pipeline=text_to_video, **inputs: np.ndarray) -> Videos:
+    return generate(run, encoder, [p.en for p in prompts], pipeline, inputs)
+
+
+def box_around(clip: UInt8[np.ndarray, "F H W 3"]) -> UInt8[np.ndarray, "F H W 1"]:
+    """A mask of the box that the object stays in, with a margin, the same in all frames."""
+    there = (clip != clip[0, 0, 0]).any(axis=(0, 3))
+    rows, columns = (np.flatnonzero(there.any(axis)) for axis in (1, 0))
+    mask = np.zeros((*clip.shape[:3], 1), np.uint8)
+    mask[:, *(slice(max(0, at[0] - MARGIN), at[-1] + 1 + MARGIN) for at in (rows, columns))] = 1
+    return mask
+
+
+def half_of(clip: UInt8[np.ndarray, "F H W 3"]) -> UInt8[np.ndarray, "F H W 1"]:
+    """A mask of the half of the picture that the object moves along the rim of."""
+    there = (clip != clip[0, 0, 0]).any(axis=(0, 3))
+    rows, columns = (np.flatnonzero(there.any(axis)) for axis in (1, 0))
+    mask = np.zeros((*clip.shape[:3], 1), np.uint8)
+    if np.ptp(rows) < np.ptp(columns):
+        mask[:, (rows[0] + rows[-1]) // 2 :] = 1
+    else:
+        mask[:, :, (columns[0] + columns[-1]) // 2 :] = 1
+    return mask
+
+
+def seen_through(clips: Videos, masks: UInt8[np.ndarray, "B F H W 1"]) -> Videos:
+    """The clips with a pattern where they are not given."""
+    rows, columns = np.ogrid[: clips.shape[2], : clips.shape[3]]
+    pattern = np.uint8(96 + 64 * ((rows // 8 + columns // 8) % 2))[..., None]
+    return np.where(masks == 1, pattern, clips)
+
+
+def given_frames(clips: Videos, frames: list[int]) -> Videos:
+    masks = np.ones_like(clips[..., :1])
+    masks[:, frames] = 0
+    return seen_through(clips, masks)
+
+
+def mean(measure: Callable[..., float], videos: Videos, *others: np.ndarray) -> float:
+    return float(np.mean([measure(*row) for row in zip(videos, *others, strict=True)]))
+
+
+def hits(videos: Videos, prompts: list[world.Prompt], *names: str) -> dict[str, float]:
+    """The share of videos that show what their prompt says, of the named attributes."""
+    found = score(videos, prompts)
+    return {f"{name} as asked": found[name] for name in names}
+
+
+def lines(name: str, way: dict[str, dict[str, float]]) -> str:
+    return "\n".join(
+        f"{name:<34}{measure:<26}" + "  ".join(f"{what} {way[what][measure]:.3f}" for what in way)
+        for measure in way["made"]
+    )
+
+
+def summary(results: dict) -> str:
+    """The figures as a table for a terminal."""
+    return "\n".join(lines(name, way) for name, way in results["ways"].items())
+
+
+def page(config, results: dict, shown: dict, rows: list[dict]) -> str:
+    """The report as one HTML page."""
+    header = ["", "", "made", "without it", "through the VAE", "right answer"]
+    figures = [
+        [name, measure, *(way[what][measure] for what in way)]
+        for name, way in results["ways"].items()
+        for measure in way["made"]
+    ]
+    strips = "".join(
+        f"<h3>{name}</h3>" + "<br>".join(report.picture(sheet, scale=0.75) for sheet in sheets)
+        for name, sheets in shown.items()
+    )
+    legend = "Three rows each: what is given, what is made of it, what without it."
+    return report.page(
+        f"easyanimate_jax: {config.run}",
+        [
+            (f"Figures of {results['clips']} clips", report.table(header, figures)),
+            ("Pictures", report.note(legend) + strips),
+            ("Loss", facts.loss_chart(config, rows)),
+            ("Stages", facts.stage_table(results)),
+            ("Facts", facts.fact_table(results, {})),
+        ],
+    )
