@@ -22,7 +22,7 @@ config = replace(
             "medium",
             task="control_ref",
             batch_size=8,
-            steps=1000,
+            steps=800,
             learning_rate=4e-3,
             end_learning_rate=1e-4,
         ),

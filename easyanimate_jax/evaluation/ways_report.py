@@ -36,12 +36,13 @@ from easyanimate_jax.pipelines import (
 COUNT = 48  # clips
 SHOWN = 3  # of them, on the page
 STRENGTH = 0.7  # of video to video
+EDITING = 4.0  # guidance where the prompt speaks against what is given
 MARGIN = 8  # pixels between an object and the rim of the hole that it is cut out with
 KEPT = ("background", "direction", "speed")
 
 FIRST, LAST = "error of the first frame", "error of the last frame"
-KNOWN, HOLE = "error of known pixels", "error in the hole"
-EDGES, DISTANCE = "edge F1", "pixels from the path"
+KNOWN, EDGES = "error of known pixels", "edge F1"
+DISTANCE, END = "pixels from the path", "pixels from the path's end"
 
 
 class Case(NamedTuple):
@@ -79,15 +80,22 @@ def evaluate(encoder, run, inpaint) -> tuple[dict, dict]:
 def inpaint_cases(run, encoder) -> dict[str, Case]:
     """Pictures, films and parts of films, given to an inpaint model."""
     prompts, clips, _, paths = drawn(run)
-    others = [recoloured(prompt) for prompt in prompts]
+    others = [recoloured(prompt, i) for i, prompt in enumerate(prompts)]
     _, recoloured_clips, _, _ = drawn(run, others)
+    unmoved = [without_motion(prompt) for prompt in others]
     make = partial(asked, run, encoder)
     start, end = clips[:, 0], clips[:, -1]
-    plain, plain_others = make(prompts), make(others)
+    plain = make(prompts)
+    plain_others, plain_unmoved = (make(asked, guidance=EDITING) for asked in (others, unmoved))
     started = make(prompts, image_to_video, start=start)
     both = make(prompts, image_to_video, start=start, end=end)
     hole, half = (np.stack([cut(clip) for clip in clips]) for cut in (box_around, half_of))
-    inpaint = partial(video_to_video, strength=1.0)
+    again = partial(make, pipeline=partial(video_to_video, strength=STRENGTH), video=clips)
+    fill = partial(make, pipeline=partial(video_to_video, strength=1.0), video=clips)
+
+    def measure_again(v: Videos) -> dict[str, float]:
+        return hits(v, others, "colour", *KEPT) | {DISTANCE: mean(path_distance, v, paths)}
+
     return {
         "start picture": Case(
             given_frames(clips, [0]),
@@ -104,18 +112,18 @@ def inpaint_cases(run, encoder) -> dict[str, Case]:
             lambda v: {
                 FIRST: mean(first_frame_error, v, start),
                 LAST: mean(last_frame_error, v, end),
+                END: mean(path_distance, v[:, -1:], paths[:, -1:]),
             },
         ),
-        f"video to video, strength {STRENGTH}": Case(
-            clips,
-            make(others, partial(video_to_video, strength=STRENGTH), video=clips),
-            plain_others,
-            recoloured_clips,
-            lambda v: hits(v, others, "colour", *KEPT) | {DISTANCE: mean(path_distance, v, paths)},
+        "another colour": Case(
+            clips, again(others, guidance=EDITING), plain_others, recoloured_clips, measure_again
+        ),
+        "another colour, no word of motion": Case(
+            clips, again(unmoved, guidance=EDITING), plain_unmoved, recoloured_clips, measure_again
         ),
         "another object in a hole": Case(
             seen_through(clips, hole),
-            make(others, inpaint, video=clips, mask=hole),
+            fill(others, mask=hole, guidance=EDITING),
             plain_others,
             recoloured_clips,
             lambda v: (
@@ -125,12 +133,12 @@ def inpaint_cases(run, encoder) -> dict[str, Case]:
         ),
         "the other half of an object": Case(
             seen_through(clips, half),
-            make(prompts, inpaint, video=clips, mask=half),
+            fill(prompts, mask=half),
             plain,
             clips,
             lambda v: {
                 KNOWN: mean(known_error, v, clips, half),
-                HOLE: mean(known_error, v, clips, 1 - half),
+                DISTANCE: mean(path_distance, v, paths),
             },
         ),
     }
@@ -169,15 +177,21 @@ def drawn(run, prompts: list[world.Prompt] | None = None):
     return prompts, clips, size, paths
 
 
-def recoloured(prompt: world.Prompt) -> world.Prompt:
-    """The prompt with the next colour of the palette."""
-    names = list(world.COLOURS)
-    following = dict(zip(names, names[1:] + names[:1], strict=True))
-    return world.caption(prompt.attributes._replace(colour=following[prompt.attributes.colour]))
+def recoloured(prompt: world.Prompt, number: int) -> world.Prompt:
+    """The prompt with another colour, all others in turn."""
+    colours = [colour for colour in world.COLOURS if colour != prompt.attributes.colour]
+    return world.caption(prompt.attributes._replace(colour=colours[number % len(colours)]))
 
 
-def asked(run, encoder, prompts, pipeline=text_to_video, **inputs: np.ndarray) -> Videos:
-    return generate(run, encoder, [p.en for p in prompts], pipeline, inputs)
+def without_motion(prompt: world.Prompt) -> world.Prompt:
+    """The prompt of a still picture of the same object."""
+    return world.caption(prompt.attributes._replace(direction=None, speed=None))
+
+
+def asked(
+    run, encoder, prompts, pipeline=text_to_video, guidance=None, **inputs: np.ndarray
+) -> Videos:
+    return generate(run, encoder, [p.en for p in prompts], pipeline, inputs, guidance)
 
 
 def box_around(clip: UInt8[np.ndarray, "F H W 3"]) -> UInt8[np.ndarray, "F H W 1"]:
