@@ -22,9 +22,11 @@ config = replace(
             "medium",
             task="control_ref",
             batch_size=8,
-            steps=800,
+            steps=700,
             learning_rate=4e-3,
-            end_learning_rate=1e-4,
+            end_learning_rate=2e-4,
+            warmup=20,
+            reference_drop=0.8,  # beside the first frame a control says little, and is not learned
         ),
         Stage(
             "large_control",

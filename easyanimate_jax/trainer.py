@@ -524,7 +524,7 @@ def make_loader(config: TrainConfig, stage: Stage, mesh) -> Loader:
         text_drop=config.text_drop,
         rows=own_rows(stage, mesh),
         quarantine=Path(config.run) / "quarantine.jsonl",
-        control_drop=stage.control_drop,
+        drops=(stage.control_drop, stage.reference_drop),
     )
 
 
