@@ -551,7 +551,7 @@ def test_files_are_those_of_the_safetensors_library(tmp_path):
     np.testing.assert_array_equal(part, arrays["bfloat16.0"][box])
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "float8_e4m3fn"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64", "float8_e4m3fn", "int64"])
 @pytest.mark.parametrize("shape", [(300, 1048), (7, 5), (1, 8), (8, 1), (257, 129), (0, 8)])
 def test_transposed_copies_are_those_of_numpy(dtype, shape):
     x = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)

@@ -11,6 +11,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -258,10 +259,11 @@ def write_file(
         position = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file, ThreadPoolExecutor(1) as reader:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as mover:
         file.write(len(text).to_bytes(8, "little") + text)
         reads = (read for name in names for read in _pieces(tensors[name]))
-        for strip in chain.from_iterable(map(_strips, _ahead(reader, reads))):
+        moves = chain.from_iterable(map(_strips, _ahead(reader, reads)))
+        for strip in _ahead(mover, moves):
             progress(file.write(strip.reshape(-1).view(np.uint8).data))
 
 
@@ -276,25 +278,25 @@ def _pieces(tensor: Tensor) -> Iterator[Callable[[], np.ndarray]]:
         yield lambda first=first: tensor.read((slice(first, first + rows),))
 
 
-def _ahead(reader: ThreadPoolExecutor, reads: Iterator[Callable[[], np.ndarray]]):
-    """The results in order; while one is written, the next one is read."""
-    running = deque(reader.submit(read) for read in islice(reads, 1))
+def _ahead(worker: ThreadPoolExecutor, calls: Iterator[Callable[[], np.ndarray]]):
+    """The results in order; while one is used, the next one is made."""
+    running = deque(worker.submit(call) for call in islice(calls, 1))
     while running:
-        piece = running.popleft().result()
-        running.extend(reader.submit(read) for read in islice(reads, 1))
-        yield piece
+        result = running.popleft().result()
+        running.extend(worker.submit(call) for call in islice(calls, 1))
+        yield result
 
 
-def _strips(piece: np.ndarray) -> Iterator[np.ndarray]:
-    """The values in C order, in runs of about STRIP bytes."""
+def _strips(piece: np.ndarray) -> Iterator[Callable[[], np.ndarray]]:
+    """Functions that give the values in C order, in runs of about STRIP bytes."""
     while piece.ndim and len(piece) == 1:
         piece = piece[0, ...]
     if piece.nbytes <= STRIP:
-        yield dense(piece)
+        yield partial(dense, piece)
         return
     rows = max(1, STRIP * len(piece) // piece.nbytes)
     for first in range(0, len(piece), rows):
-        yield dense(piece[first : first + rows])
+        yield partial(dense, piece[first : first + rows])
 
 
 def write_shards(

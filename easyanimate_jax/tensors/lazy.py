@@ -5,9 +5,8 @@ of the result is read, so a model of any size goes from one layout to another a 
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
 
-import jax
+import cv2
 import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
@@ -101,27 +100,20 @@ def stack(layers: Sequence[Tensor]) -> Tensor:
     return Tensor((len(layers), *first.shape), first.dtype, read)
 
 
+BITS = {1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.float64}  # by bytes, as OpenCV knows them
+
+
 def dense(array: np.ndarray) -> np.ndarray:
     """The array in C order, copied only where it is not.
 
-    XLA's copy between layouts goes through the cache by blocks; numpy moves one number at a time, 3
-    times slower in float32 and 8 times in bfloat16.
+    OpenCV transposes a matrix by blocks that stay in the cache, many times as fast as numpy.
     """
     if array.flags.c_contiguous:
         return array
-    host = _host()
-    if host is None or array.itemsize == 8:  # JAX would make 32 bits of 64
-        return np.ascontiguousarray(array)
-    return np.asarray(jax.device_put(array, host))
-
-
-@cache
-def _host() -> jax.Device | None:
-    """The processor as a device of JAX; None where JAX_PLATFORMS leaves it out."""
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except RuntimeError:
-        return None
+    bits = array.view(BITS[array.itemsize])
+    columns = bits.strides == (bits.itemsize, bits.strides[-1])
+    moved = cv2.transpose(bits.T) if columns else np.ascontiguousarray(bits)
+    return moved.view(array.dtype)
 
 
 def is_float(dtype: np.dtype) -> bool:
