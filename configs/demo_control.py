@@ -1,7 +1,7 @@
 """A control model from the demo's text-to-video checkpoint: one of 48 channels for edges and paths.
 
 A clip is led by its Canny edges or by the spot that runs along its object's path, drawn for every
-row, and by its first frame.
+row, and by its first frame. After these steps it takes up the first frame, and not yet the others.
 """
 
 from dataclasses import replace

@@ -1,26 +1,25 @@
 """Runs the commands of generate.md that stand above a picture, and makes the pictures.
 
-Needs the checkpoints of `make demo-control`. What the commands are given is drawn first: a film of
-the demo's world with its first and last frame, a mask of where its object is, and its edges.
+Needs the checkpoints of `make demo`. What the commands are given is drawn first: a film of the
+demo's world, its first and last frame, and a mask of where its object is.
 
     python docs/pictures.py [FOLDER]     # docs/pictures
 """
 
-import json
 import re
 import shlex
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # sample.py
 
 import sample  # noqa: E402
-from easyanimate_jax.data import control, media  # noqa: E402
+from easyanimate_jax.data import media  # noqa: E402
 from easyanimate_jax.evaluation import world  # noqa: E402
 from easyanimate_jax.evaluation.ways_report import box_around  # noqa: E402
 
@@ -40,16 +39,15 @@ def draw_inputs(folder: Path) -> None:
     """The files that the commands are given."""
     (film,), _ = world.clips([world.caption(FILM)], 9, 128, 128, seed=0)
     media.write_video(folder / "film.mp4", film, crf=10)
-    media.write_png(folder / "film.png", media.contact_sheet(film[None]))
-    media.write_png(folder / "edges.png", media.contact_sheet(control.canny(film)[None]))
+    write_small(folder / "film.png", media.contact_sheet(film[None]))
     media.write_png(folder / "start.png", film[0])
     media.write_png(folder / "end.png", film[-1])
     media.write_png(folder / "hole.png", np.repeat(box_around(film)[0] * 255, 3, axis=-1))
-    # Down, then to the right: no clip of the world turns.
-    corner = [[40, 40], [40, 88], [88, 88]]
-    (folder / "path.json").write_text(json.dumps([corner]) + "\n")
-    spots = control.trajectory_video([np.array(corner, float)], 9, 128, 128)
-    media.write_png(folder / "path.png", media.contact_sheet(spots[None]))
+
+
+def write_small(path: Path, picture: np.ndarray) -> None:
+    """Half as high and wide."""
+    Image.fromarray(picture).reduce(2).save(path)
 
 
 def main(folder: Path) -> int:
@@ -61,9 +59,8 @@ def main(folder: Path) -> int:
             code = sample.main([*arguments, "--output", output])
             if code:
                 return code
-            made = Path(output)
-            sheets = sorted(made.glob("*_sheet.png")) or sorted(made.glob("*.png"))
-            shutil.copy(sheets[0], folder / f"{name}.png")
+            for path in sorted(Path(output).glob("*.png")):
+                write_small(folder / f"{name}.png", media.read_image(path))
     return 0
 
 
