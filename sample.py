@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 
 import numpy as np
@@ -35,6 +35,7 @@ from easyanimate_jax.sampling.options import (
     given,
     option,
     parser,
+    read_mesh,
     requests,
 )
 from easyanimate_jax.sampling.outputs import finished, identity, record, write
@@ -47,8 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         for one in todo:
             with naming(one):
                 check(one)
-        # JAX is imported here, and no device is touched before `load_run`.
-        from easyanimate_jax.runs import load_run
+        # JAX is imported here, and no device is touched before `on_mesh`.
         from easyanimate_jax.training.checkpoint import read_meta
 
         step, meta = read_meta(a.checkpoint)
@@ -56,24 +56,39 @@ def main(argv: list[str] | None = None) -> int:
         a.output.mkdir(parents=True, exist_ok=True)
         done = finished(a.output)
         todo = [one for one in todo if one.line is None or identity(one, step) not in done]
-        from easyanimate_jax.text.encode import TextEncoder
-
-        run = load_run(a.checkpoint)
-        encoder = TextEncoder.load(run.config.text)
+        with on_mesh(a.mesh):
+            make(a, todo, meta, sampling)
     except (ValueError, OSError) as error:
         say(error)
         return 2
+    return 0
 
-    warn(a, todo, encoder)
+
+def make(a: argparse.Namespace, todo: list[argparse.Namespace], meta: dict, sampling) -> None:
+    """Load, sample and write; a batch of requests at a time."""
+    from easyanimate_jax.runs import load_run
+
+    run = load_run(a.checkpoint, alone=a.memory == "low", int8=a.weights == "int8")
+    warn(a, todo, run.encoder)
     for rows in batches(todo, a.batch):
         began = time.perf_counter()
-        videos = generate(rows, run, encoder, sampling)
+        videos = generate(rows, run, sampling)
         seconds = (time.perf_counter() - began) / len(rows)
         for one, frames in zip(rows, videos, strict=True):
-            print(write(one, frames, record(one, step, meta, seconds)))
+            print(write(one, frames, record(one, run.step, meta, seconds)))
             if problem := suspicion(frames):
                 say(f"{one.where}{problem}")
-    return 0
+
+
+def on_mesh(text: str | None):
+    """The devices of `data=2,context=4` as the current mesh; without a text one device."""
+    import jax
+
+    from easyanimate_jax.sharding import MeshConfig, make_mesh
+
+    if text is None:
+        return nullcontext()
+    return jax.set_mesh(make_mesh(MeshConfig(**{"fsdp": 1} | read_mesh(text))))
 
 
 def say(what) -> None:
@@ -129,7 +144,7 @@ def batches(todo: list[argparse.Namespace], size: int) -> Iterator[list[argparse
             yield alike[first : first + size]
 
 
-def generate(rows: list[argparse.Namespace], run, encoder, sampling) -> np.ndarray:
+def generate(rows: list[argparse.Namespace], run, sampling) -> np.ndarray:
     """(B, F, H, W, 3) uint8."""
     import jax
     from tqdm import tqdm
@@ -141,8 +156,8 @@ def generate(rows: list[argparse.Namespace], run, encoder, sampling) -> np.ndarr
     inputs = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
     bar = tqdm(desc="denoising", unit="step", total=evaluations)
     request = Request(
-        encoder.encode([one.prompt for one in rows]),
-        encoder.encode([one.negative_prompt for one in rows]),
+        run.encoder.encode([one.prompt for one in rows]),
+        run.encoder.encode([one.negative_prompt for one in rows]),
         size=(rows[0].frames, rows[0].height, rows[0].width),
         seeds=[one.seed for one in rows],
         sampling=sampling,

@@ -27,7 +27,6 @@ from easyanimate_jax.evaluation.score import score
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.pipelines import LatentDiffusion, Request, decode, make_latents
 from easyanimate_jax.runs import load_run
-from easyanimate_jax.text.encode import TextEncoder
 
 RESULT = Path(__file__).parent / "results" / "sampling.md"
 THRESHOLDS = (0.05, 0.1, 0.2)
@@ -62,7 +61,7 @@ def main() -> None:
 def from_run(a):
     """(a function of sampling options that gives latents and videos, the prompts)."""
     run = load_run(a.run)
-    samples, encoder = run.config.samples, TextEncoder.load(run.config.text)
+    samples, encoder = run.config.samples, run.encoder
     prompts = world.prompts("seen", a.rows, seed=samples.seed)
     texts, negative = encoder.encode([prompt.en for prompt in prompts]), encoder.encode([""])
     size = samples.frames, samples.height, samples.width

@@ -82,12 +82,13 @@ class TrainConfig:
                     f"stage {stage.name!r} reads latent set {stage.data!r}, and the config has "
                     f"{names}. Add the set, or correct the stage's `data`."
                 )
-            if stage.task == "i2v" and self.set(stage.data).condition_draws == 0:
+            latents = self.set(stage.data)
+            if stage.task == "i2v" and not (latents.condition_draws or latents.pixels):
                 raise ValueError(
                     f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
                     f"holds no conditioning; give the set `condition_draws` of 1 or more."
                 )
-            if stage.task not in ("t2v", "i2v") and not self.set(stage.data).control:
+            if stage.task not in ("t2v", "i2v") and not latents.control:
                 raise ValueError(
                     f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
                     f"holds no control; give the set one: 'file', 'camera' or an operator's name."

@@ -30,8 +30,8 @@ from easyanimate_jax.diffusion.conditioning import (
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, patchify, unpatchify
-from easyanimate_jax.models.vae import CausalVAE
-from easyanimate_jax.sharding import num_parts
+from easyanimate_jax.models.vae import SPACE_FACTOR, CausalVAE
+from easyanimate_jax.sharding import num_parts, shard
 
 Videos = UInt8[np.ndarray, "B F H W 3"]
 Clips = UInt8[np.ndarray, "B _ H W 3"]  # of several lengths
@@ -52,7 +52,11 @@ PIXELS_AT_ONCE = 2**18  # of one frame, in the VAE: a row of 512 x 512, or 64 ro
 
 
 class LatentDiffusion(NamedTuple):
-    """What makes videos: the transformer, the autoencoder of its latents, the noise process."""
+    """What makes videos: the transformer, the autoencoder of its latents, the noise process.
+
+    `runs.Resident` stands in its place, with parts that are read when they are asked for: so ways
+    keep none of them, and name no type.
+    """
 
     model: MMDiT
     vae: CausalVAE
@@ -83,7 +87,7 @@ class Request(NamedTuple):
         return len(self.seeds), *self.size
 
 
-def text_to_video(diffusion: LatentDiffusion, request: Request) -> Videos:
+def text_to_video(diffusion, request: Request) -> Videos:
     """A video per text. An inpaint model is told that nothing is given (spec 6.2)."""
     check_size(*request.size)
     _want_free(diffusion, "text-to-video has none")
@@ -91,7 +95,7 @@ def text_to_video(diffusion: LatentDiffusion, request: Request) -> Videos:
 
 
 def image_to_video(
-    diffusion: LatentDiffusion,
+    diffusion,
     request: Request,
     *,
     start: Pictures | None = None,
@@ -142,7 +146,7 @@ def _frames_above(count: int) -> int:
 
 
 def video_to_video(
-    diffusion: LatentDiffusion,
+    diffusion,
     request: Request,
     *,
     video: Videos,
@@ -168,7 +172,7 @@ def video_to_video(
     elif mask is not None:
         keep = _by_rows(_keep_tokens, mask)
     if strength < 1 or keep is not None:
-        source = Source(_by_rows(partial(_video_tokens, diffusion.vae), video), keep)
+        source = Source(_encoded(diffusion, video), keep)
     return _generate(diffusion, request, condition, source, strength)
 
 
@@ -187,7 +191,7 @@ def _check_video(request: Request, video, mask) -> None:
 
 
 def control_to_video(
-    diffusion: LatentDiffusion,
+    diffusion,
     request: Request,
     *,
     control: Videos | None = None,
@@ -200,23 +204,23 @@ def control_to_video(
     """
     check_size(*request.size)
     _check_control(diffusion, request, control, camera, reference)
-    extra, encode = extra_channels(diffusion), partial(_video_tokens, diffusion.vae)
+    extra = extra_channels(diffusion)
     if camera is not None:
         signal = _by_rows(_camera_tokens, camera)
     elif control is not None:
-        signal = _by_rows(encode, control)
+        signal = _encoded(diffusion, control)
     else:
         signal = _no_tokens(request, RAY_CHANNELS if extra == CAMERA_CHANNELS else LATENT_CHANNELS)
     if extra == LATENT_CHANNELS:
         return _generate(diffusion, request, signal)
     look = _no_tokens(request, LATENT_CHANNELS)
     if reference is not None and request.size[0] > 1:
-        first = _by_rows(encode, reference[:, None])
+        first = _encoded(diffusion, reference[:, None])
         look[:, : first.shape[1]] = first
     return _generate(diffusion, request, np.concatenate([signal, look], axis=-1))
 
 
-def _check_control(diffusion: LatentDiffusion, request: Request, control, camera, reference):
+def _check_control(diffusion, request: Request, control, camera, reference):
     """Refuse what this model does not take, or takes in another shape."""
     extra = extra_channels(diffusion)
     if extra not in CONTROLLED:
@@ -239,7 +243,7 @@ def _check_control(diffusion: LatentDiffusion, request: Request, control, camera
 
 
 def long_video(
-    diffusion: LatentDiffusion,
+    diffusion,
     request: Request,
     *,
     segment: int = 49,
@@ -298,12 +302,12 @@ def _segment_seed(seed: int, number: int) -> int:
     return (seed + number * 0x9E3779B9) % 2**32
 
 
-def extra_channels(diffusion: LatentDiffusion) -> int:
+def extra_channels(diffusion) -> int:
     """Clean channels that the model takes beside the noisy ones."""
     return diffusion.config.in_channels - diffusion.config.out_channels
 
 
-def _want_free(diffusion: LatentDiffusion, why: str) -> None:
+def _want_free(diffusion, why: str) -> None:
     if extra_channels(diffusion) not in (0, INPAINT_CHANNELS):
         raise ValueError(
             f"a model of {diffusion.config.in_channels} input channels wants a control signal, and "
@@ -311,7 +315,7 @@ def _want_free(diffusion: LatentDiffusion, why: str) -> None:
         )
 
 
-def _want_inpaint(diffusion: LatentDiffusion, what: str) -> None:
+def _want_inpaint(diffusion, what: str) -> None:
     if extra_channels(diffusion) != INPAINT_CHANNELS:
         raise ValueError(
             f"a model of {diffusion.config.in_channels} input channels cannot take {what}; "
@@ -330,9 +334,7 @@ def decode(vae: CausalVAE, latents: Float[np.ndarray, "B T h w C"]) -> Videos:
     return _by_rows(partial(_pixels, vae), latents, pixels_per_cell=64)
 
 
-def _generate(
-    diffusion: LatentDiffusion, request: Request, condition=None, source=None, strength=1.0
-) -> Videos:
+def _generate(diffusion, request: Request, condition=None, source=None, strength=1.0) -> Videos:
     """Denoise, say which rows failed, decode."""
     latents = make_latents(diffusion, request, condition, source, strength)
     for seed, row in zip(request.seeds, latents, strict=True):
@@ -347,7 +349,7 @@ def _generate(
 
 
 def make_latents(
-    diffusion: LatentDiffusion, request: Request, condition=None, source=None, strength=1.0
+    diffusion, request: Request, condition=None, source=None, strength=1.0
 ) -> Float[np.ndarray, "B T h w C"]:
     """Rows and tokens are filled up to what the mesh divides, denoised, and cut again."""
     rows, grid = len(request.seeds), grid_of(*request.size)
@@ -411,15 +413,19 @@ def _picture_tokens(vae, video, mask, seeds, strengths):
 
     mask = mask.astype(jnp.float32)
     video = jax.vmap(blur)(seeds, masked_video(_values(video), mask), strengths)
-    mean, _ = vae.chunked_encode(video)
-    return patchify(inpaint_condition(mask, vae.normalize(mean)))
+    mean, _ = vae.chunked_encode(_spread(video, SPACE_FACTOR))
+    return _whole(patchify(inpaint_condition(mask, vae.normalize(mean))))
+
+
+def _encoded(diffusion, video: Clips) -> np.ndarray:
+    return _by_rows(partial(_video_tokens, diffusion.vae), video)
 
 
 @jax.jit
 def _video_tokens(vae, video):
     """The posterior's mode."""
-    mean, _ = vae.chunked_encode(_values(video))
-    return patchify(vae.normalize(mean))
+    mean, _ = vae.chunked_encode(_spread(_values(video), SPACE_FACTOR))
+    return _whole(patchify(vae.normalize(mean)))
 
 
 @jax.jit
@@ -439,8 +445,27 @@ def _values(video):
 
 @jax.jit
 def _pixels(vae, latents):
-    video = vae.chunked_decode(vae.denormalize(latents))
-    return (jnp.clip(video / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+    video = vae.chunked_decode(_spread(vae.denormalize(latents), 1))
+    return _whole((jnp.clip(video / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8))
+
+
+def _spread(x, cell: int):
+    """Rows of cells, or columns, over all devices of the mesh where they divide.
+
+    XLA follows from there through the whole network: borders are exchanged in front of every
+    convolution, and sums of norms added up.
+    """
+    axes = [None] * x.ndim
+    for dim in (2, 3):
+        if x.shape[dim] // cell % num_parts("picture") == 0:
+            axes[dim] = "picture"
+            break
+    return shard(x, *axes)
+
+
+def _whole(x):
+    """On every device, so that any host can read it."""
+    return shard(x, *[None] * x.ndim)
 
 
 def _by_rows(function, *arrays: np.ndarray, pixels_per_cell: int = 1) -> np.ndarray:

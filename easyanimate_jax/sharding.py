@@ -30,6 +30,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp"),
     "tokens": "context",
+    "picture": MESH_AXES,  # rows or columns of pixels, where the VAE has a video to itself
 }
 ALL_ROWS = ("data", "fsdp", "context")  # over these the devices hold different samples or tokens
 

@@ -18,20 +18,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
 
 from easyanimate_jax.aot.chips import device_memory
 from easyanimate_jax.aot.compile import compile_stage
 from easyanimate_jax.aot.report import memory_line, refusal
+from easyanimate_jax.batches import make_loaders, place
 from easyanimate_jax.config import TrainConfig, to_json
 from easyanimate_jax.convert import load_mmdit, load_vae
 from easyanimate_jax.data import media, records
-from easyanimate_jax.data.loader import Batch, Loader
-from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.denoising import Sampling
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.pipelines import LatentDiffusion, Request, text_to_video
-from easyanimate_jax.sharding import activation_spec, make_mesh
+from easyanimate_jax.prepare.visits import VisitLoader
+from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.tensors.fingerprint import fingerprint
 from easyanimate_jax.training.checkpoint import (
     Checkpoints,
@@ -44,7 +44,7 @@ from easyanimate_jax.training.faults import asked, kill_if_asked
 from easyanimate_jax.training.metrics import MetricsWriter, Progress, clock, now
 from easyanimate_jax.training.monitor import Monitor
 from easyanimate_jax.training.optimizer import make_optimizer
-from easyanimate_jax.training.program import abstract_state, batch_shardings, microbatch_rows
+from easyanimate_jax.training.program import abstract_state, microbatch_rows
 from easyanimate_jax.training.stages import Stage, boundaries, stage_at
 from easyanimate_jax.training.step import TrainState, init_state, widen_state
 
@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> int:
     """
     run = Path(config.run)
     mesh = make_mesh(config.mesh)
-    loaders = {stage.name: make_loader(config, stage, mesh) for stage in config.stages}
+    loaders = make_loaders(config, mesh)
     run.mkdir(parents=True, exist_ok=True, mode=0o700)
     if jax.process_index() == 0:
         (run / "config.json").write_text(to_json(config))
@@ -94,7 +94,7 @@ def replay(config: TrainConfig, step: int) -> int:
     """
     run = Path(config.run)
     mesh = make_mesh(config.mesh)
-    loaders = {stage.name: make_loader(config, stage, mesh) for stage in config.stages}
+    loaders = make_loaders(config, mesh)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logged = next((row for row in lines if row["step"] == step), None)
     if logged is None:
@@ -161,6 +161,9 @@ class Schedule:
         """Starts at the newest checkpoint, or at the named one, or at the first step."""
         self.config, self.mesh, self.checkpoints, self.loaders = config, mesh, checkpoints, loaders
         self.monitor, self.run_folder = monitor, Path(config.run)
+        self.encoders = {x.encoder for x in loaders.values() if isinstance(x, VisitLoader)}
+        for encoder in self.encoders:
+            encoder.announce = self._encode_program
         self.key = jax.random.key(config.seed)
         self.optimizer = make_optimizer(config.optimizer)
         self.programs = {}  # (input channels, batch, microbatch, token length) -> compiled step
@@ -274,6 +277,11 @@ class Schedule:
     def _open_metrics(self) -> None:
         if self.main:
             self.writer = MetricsWriter(self.run_folder, self.step)
+
+    def _encode_program(self, text: str) -> None:
+        """A clip of a new shape: no wait for data."""
+        self.monitor.enter("compile")
+        self._say(text)
 
     def _say(self, text: str) -> None:
         if self.main:
@@ -467,6 +475,7 @@ class Schedule:
             "steps": self.step,
             "seconds": now() - begin,
             "compiled_train_programs": len(self.programs),
+            "compiled_encode_programs": sum(len(encoder.programs) for encoder in self.encoders),
         }
         (Path(self.config.run) / "summary.json").write_text(json.dumps(summary, indent=1))
         print(
@@ -503,48 +512,3 @@ class Sampler:
         self.folder.mkdir(exist_ok=True)
         np.savez_compressed(self.folder / f"{step:07d}.npz", videos=videos)
         media.write_png(self.folder / f"{step:07d}.png", media.contact_sheet(videos))
-
-
-def make_loader(config: TrainConfig, stage: Stage, mesh) -> Loader:
-    """The loader of one stage over its prepared latents."""
-    prepared = records.Records(Path(config.prepared) / stage.data)
-    plan = Plan(
-        prepared.index,
-        lengths=config.set(stage.data).budget.lengths,
-        batch_size=stage.batch_size,
-        seed=config.seed,
-        name=stage.name,
-        weights=stage.weights,
-    )
-    return Loader(
-        prepared,
-        plan,
-        task=stage.task,
-        microbatch=microbatch_rows(stage, mesh),
-        text_drop=config.text_drop,
-        rows=own_rows(stage, mesh),
-        quarantine=Path(config.run) / "quarantine.jsonl",
-        drops=(stage.control_drop, stage.reference_drop),
-    )
-
-
-def own_rows(stage: Stage, mesh) -> tuple[int, int] | None:
-    """First and last + 1 of the rows of a microbatch that this process's devices hold."""
-    if jax.process_count() == 1:
-        return None
-    rows = microbatch_rows(stage, mesh)
-    sharding = NamedSharding(mesh, activation_spec(mesh, (rows,), ("batch",)))
-    held = [
-        at[0].indices(rows) for at in sharding.addressable_devices_indices_map((rows,)).values()
-    ]
-    return min(first for first, *_ in held), max(last for _, last, _ in held)
-
-
-def place(batch: Batch, mesh) -> Batch:
-    """A batch of host arrays as global arrays: rows over data and fsdp, tokens over context."""
-
-    return jax.tree.map(
-        lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda at: x[at]),
-        batch,
-        batch_shardings(mesh, batch),
-    )

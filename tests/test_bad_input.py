@@ -15,7 +15,9 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from test_prepare import SET, FakeText, vae  # noqa: F401 fixture
 
+from easyanimate_jax import prepare as prepare_module
 from easyanimate_jax.data import media, paths
 from easyanimate_jax.data.decode import Decoders, decoders
 from easyanimate_jax.data.records import INDEX_TYPES, Records, Writer
@@ -139,11 +141,17 @@ def bad_media(folder, url):
     return [*files, *more, "device.mp4", "missing.mp4"]
 
 
-def test_every_bad_media_file_gets_a_reason(tmp_path, canary):
-    bad = bad_media(tmp_path, canary)
+def describe(folder, canary):
+    """A source of one good file and of bad ones; their names."""
+    bad = bad_media(folder, canary)
     kind = lambda name: "image" if name.endswith(("png", "jpg", "webp")) else "video"  # noqa: E731
     rows = [{"file_path": n, "text": n, "type": kind(n)} for n in ["ok.mp4", *bad, canary]]
-    (tmp_path / "metadata.json").write_text(json.dumps(rows))
+    (folder / "metadata.json").write_text(json.dumps(rows))
+    return bad
+
+
+def test_every_bad_media_file_gets_a_reason(tmp_path, canary):
+    bad = describe(tmp_path, canary)
     began = time.monotonic()
     clips, problems = read_clips(tmp_path)
     reasons = {p.file: p.reason for p in problems}
@@ -160,6 +168,18 @@ def test_every_bad_media_file_gets_a_reason(tmp_path, canary):
     assert sorted(reasons) == sorted([*bad, canary])
     assert all(len(reason) > 10 for reason in reasons.values())
     assert time.monotonic() - began < 60
+
+
+def test_every_bad_media_file_is_in_the_quarantine(tmp_path, canary, vae, monkeypatch):  # noqa: F811
+    (tmp_path / "source").mkdir()
+    bad = describe(tmp_path / "source", canary)
+    monkeypatch.setattr(prepare_module, "MAX_BAD", 1.0)  # else the third would stop it
+    source, out = tmp_path / "source", tmp_path / "out"
+    prepare_module.prepare(source, out, [SET], vae, FakeText(), (), 0, weights={})
+    lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+    assert sorted(line["file"] for line in lines) == sorted([*bad, canary])
+    assert all(len(line["reason"]) > 10 for line in lines)
+    assert list(Records(out / SET.name).index["clip"]) == ["ok.mp4"]
 
 
 @pytest.fixture

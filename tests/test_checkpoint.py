@@ -134,8 +134,6 @@ def test_no_damage_to_any_file_is_silent(saved, tmp_path):
 
 def test_the_last_good_step_is_used_and_the_damaged_set_aside(copy, capsys):
     flip_a_bit(copy / "checkpoints" / "4" / "ema")
-    with pytest.raises(ValueError, match="4 is damaged"):
-        checkpoint.restore_ema(copy, 4, LIKE.ema)
     assert checkpoint.main(["verify", str(copy)]) == 1
     assert_is(read(copy / "checkpoints"), 2)
     assert checkpoint.main(["verify", str(copy)]) == 0

@@ -18,7 +18,7 @@ from easyanimate_jax.data.plan import Plan
 from easyanimate_jax.diffusion.conditioning import camera_condition
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, patchify
-from easyanimate_jax.prepare import _reference_frame
+from easyanimate_jax.prepare.clips import _reference_frame
 from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import init_state, train_step, widen_state

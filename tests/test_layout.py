@@ -17,7 +17,7 @@ ROWS = [
     {"evaluation"},
     {"config"},
     {"convert"},
-    {"aot"},
+    {"aot", "batches"},
     {"trainer", "describe", "runs", "doctor"},
 ]
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

@@ -1,4 +1,4 @@
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -95,6 +95,28 @@ def test_videos_are_the_same_on_a_mesh_that_divides_neither_rows_nor_tokens(samp
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=1, context=4, tensor=1))):
         on_mesh = sample([3, 4, 5], [0, 1, 2])
     assert np.abs(on_mesh.astype(int) - alone).max() <= 1
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_a_video_spread_over_eight_devices_is_encoded_and_decoded_the_same(attention):
+    """Rows of pixels on each: latents to 1e-5, pixels to the last bit of eight."""
+    config = VAEConfig(channels=(8, 8, 16, 16), groups=4, attention=attention, dtype="float32")
+    vae = jax.jit(lambda: CausalVAE(config, rngs=nnx.Rngs(0)))()
+    leaves, tree = jax.tree.flatten(vae)
+    vae = jax.tree.unflatten(tree, [x + 0.1 * random(*x.shape) for x in leaves])
+    clip = np.random.default_rng(1).integers(0, 256, (1, 5, 128, 48, 3), np.uint8)
+    ways = []
+    for mesh in (None, make_mesh(MeshConfig(data=2, fsdp=2, context=2))):
+        with nullcontext() if mesh is None else jax.set_mesh(mesh):
+            tokens = np.asarray(pipelines._video_tokens(vae, clip))
+            program = pipelines._pixels.lower(vae, random(1, 2, 16, 6, 16)).compile()
+            pixels = np.asarray(program(vae, random(1, 2, 16, 6, 16)))
+        ways.append((tokens, pixels.astype(int), program.as_text()))
+    (tokens, pixels, alone), (others, other_pixels, spread) = ways
+    np.testing.assert_allclose(others, tokens, atol=1e-5)
+    assert np.abs(pixels - other_pixels).max() <= 1 and pixels.std() > 20
+    assert "collective-permute" in spread and "collective-permute" not in alone  # borders
+    assert "[1,5,128,48,8]" not in spread.replace(" ", "")  # the widest layer, nowhere whole
 
 
 def test_large_batches_are_decoded_in_equal_groups(monkeypatch):

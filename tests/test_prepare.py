@@ -1,6 +1,7 @@
 """Files become records: right latents, all captions, honest draws, resumable, nothing silent."""
 
 import json
+import shutil
 
 import flax.nnx as nnx
 import jax
@@ -13,7 +14,8 @@ from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet, Records, read_texts
 from easyanimate_jax.models.mmdit import patchify
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.prepare import fingerprint, prepare
+from easyanimate_jax.prepare import __main__ as command
+from easyanimate_jax.prepare import clips, fingerprint, prepare
 
 SET = LatentSet("small", Budget(12, (4, 12), (32,), frames=9), condition_draws=3)
 PROMPTS = ("a prompt",)
@@ -111,7 +113,7 @@ def test_every_caption_is_kept_and_encoded_once(source, vae):
 
 
 def test_conditions_are_the_encoded_given_pixels(source, vae, monkeypatch):
-    monkeypatch.setattr(prepare_module, "random_mask", lambda rng, *s: np.ones((*s, 1), np.float32))
+    monkeypatch.setattr(clips, "random_mask", lambda rng, *s: np.ones((*s, 1), np.float32))
     records = run(source, vae)
     record = records[list(records.index["clip"]).index("0.mp4")]
     black = np.full((1, 9, 32, 32, 3), -1, np.float32)
@@ -130,7 +132,7 @@ def test_a_given_first_frame_is_marked_and_noised(source, vae, monkeypatch):
         mask[0] = 0
         return mask
 
-    monkeypatch.setattr(prepare_module, "random_mask", first_given)
+    monkeypatch.setattr(clips, "random_mask", first_given)
     records = run(source, vae)
     record = records[list(records.index["clip"]).index("0.mp4")]
     mask = record["condition_mask"][0].reshape(3, 4, 4)
@@ -154,6 +156,34 @@ def test_a_second_run_encodes_nothing_and_a_lost_shard_comes_back_equal(source, 
             np.testing.assert_array_equal(record[name], after[i][name])
 
 
+def test_parts_of_the_work_make_the_same_set_in_any_order(source, vae):
+    run(source, vae)
+    shutil.move(source.parent / "out", source.parent / "alone")
+    alone = Records(source.parent / "alone" / "small")
+    options = {"weights": {"vae": "v", "text": "t"}, "shard_size": 2, "parts": 3}
+
+    def work(part):
+        text = FakeText()
+        out = source.parent / "out"
+        return prepare(source, out, (SET,), vae, text, PROMPTS, 0, part=part, **options), text.asked
+
+    (first, _), (second, _), (last, asked) = work(2), work(0), work(1)
+    assert (first, second, last) == (False, False, True)
+    assert len([prompt for prompt in asked if prompt not in PROMPTS]) <= 3  # its own shard's
+    together = Records(source.parent / "out" / "small")
+    assert together.header == alone.header and len(alone.header["shards"]) == 3
+    for i in range(len(alone)):
+        for name, value in alone[i].items():
+            np.testing.assert_array_equal(together[i][name], value)
+    assert len((source.parent / "out" / "quarantine.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("part", ["", "3", "3/3", "a/b", "-1/2"])
+def test_a_part_that_is_none_is_refused(part, capsys):
+    assert command.main(["configs/demo.py", "--part", part]) == 2
+    assert "as in 0/8 to 7/8" in capsys.readouterr().err
+
+
 def test_other_weights_or_sources_are_not_mixed_in(source, vae):
     run(source, vae)
     with pytest.raises(ValueError, match="another weights"):
@@ -172,16 +202,24 @@ def test_unreadable_files_are_skipped_with_a_reason(source, vae):
 
 
 def test_a_shard_may_lose_all_its_clips(source, vae, monkeypatch):
-    read = prepare_module._read
-    bad = lambda job: ValueError("bad") if job.clip.name == "1.mp4" else read(job)  # noqa: E731
-    monkeypatch.setattr(prepare_module, "_read", bad)
+    read = prepare_module.read_pixels
+
+    def bad(job, *rngs):
+        if job.clip.name == "1.mp4":
+            raise ValueError("bad")
+        return read(job, *rngs)
+
+    monkeypatch.setattr(prepare_module, "read_pixels", bad)
     records = run(source, vae, shard_size=1)
     assert sorted(records.index["clip"]) == ["0.mp4", "2.mp4", "3.mp4", "4.mp4", "p.png"]
     assert records[4]["text0"].shape[1:] == (3, 4)
 
 
 def test_too_many_unreadable_clips_stop_the_run(source, vae, monkeypatch):
-    monkeypatch.setattr(prepare_module, "_read", lambda job: ValueError(f"{job.clip.name} is bad"))
+    def bad(job, *rngs):
+        raise ValueError(f"{job.clip.name} is bad")
+
+    monkeypatch.setattr(prepare_module, "read_pixels", bad)
     with pytest.raises(ValueError, match=r"2 of 6 clips cannot be read"):
         run(source, vae)
 

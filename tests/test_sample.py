@@ -144,6 +144,12 @@ REFUSED = [
     (["run", "--prompts", "tall.jsonl"], "line 2: height 40.*use 32 or 48"),
     (["run", *X, "--output", "file"], "--output file is a file"),
     (["run", *X, "--loops", "2"], "--loops"),
+    (["run", *X, "--memory", "none"], "--memory.*'all', 'low'"),
+    (["run", *X, "--weights", "int4"], "--weights.*'full', 'int8'"),
+    (["run", *X, "--mesh", "8"], "--mesh 8: give a number of devices by axis"),
+    (["run", *X, "--mesh", "data=0"], "--mesh data=0"),
+    (["run", *X, "--mesh", "data=3"], "asks for 3 .* there are 8"),
+    (["run", *X, "--mesh", "data=8", "--weights", "int8"], "for one device"),
 ]
 
 
@@ -151,7 +157,6 @@ REFUSED = [
 def test_what_cannot_work_is_refused_in_one_line(run, arguments, message, capfd, monkeypatch):
     loaded = []
     monkeypatch.setattr(runs, "load_run", loaded.append)
-    monkeypatch.setitem(sys.modules, "easyanimate_jax.text.encode", SimpleNamespace(TextEncoder=0))
     assert run(*arguments) == 2
     line = capfd.readouterr().err
     assert line.startswith("sample.py: ") and line.count("\n") == 1
@@ -189,19 +194,11 @@ def loaded():
     )
     model = jax.jit(lambda: MMDiT(config, rngs=nnx.Rngs(0)))()
     vae = jax.jit(lambda: CausalVAE(vae, rngs=nnx.Rngs(1)))()
-    return SimpleNamespace(
-        diffusion=LatentDiffusion(model, vae, Flow()),
-        config=SimpleNamespace(text="text", process=Flow()),
-    )
+    return SimpleNamespace(step=7, encoder=Encoder(), diffusion=LatentDiffusion(model, vae, Flow()))
 
 
 class Encoder:
     """A prompt is its length, everywhere."""
-
-    @classmethod
-    def load(cls, folder):
-        assert folder == "text"
-        return cls()
 
     def is_cut(self, prompt):
         return len(prompt) > 50
@@ -213,10 +210,7 @@ class Encoder:
 @pytest.fixture
 def working(run, loaded, monkeypatch):
     """`run`, with a tiny model in the checkpoint and a stub for the text encoders."""
-    monkeypatch.setattr(runs, "load_run", lambda folder: loaded)
-    monkeypatch.setitem(
-        sys.modules, "easyanimate_jax.text.encode", SimpleNamespace(TextEncoder=Encoder)
-    )
+    monkeypatch.setattr(runs, "load_run", lambda folder, **options: loaded)
     return lambda *arguments: run("run", "--steps", 2, *arguments)
 
 
@@ -318,11 +312,8 @@ def test_every_kind_of_request_finds_its_pipeline(run, tmp_path, monkeypatch):
     for name in ("text", "image", "video", "control"):
         note(f"{name}_to_video")
     note("long_video")
-    loaded = SimpleNamespace(diffusion=0, config=SimpleNamespace(text="text", process=Flow()))
-    monkeypatch.setattr(runs, "load_run", lambda folder: loaded)
-    monkeypatch.setitem(
-        sys.modules, "easyanimate_jax.text.encode", SimpleNamespace(TextEncoder=Encoder)
-    )
+    loaded = SimpleNamespace(step=7, encoder=Encoder(), diffusion=0)
+    monkeypatch.setattr(runs, "load_run", lambda folder, **options: loaded)
     requests = [
         ("run", [], ("text_to_video", set())),
         ("run", ["--image", "start.png"], ("image_to_video", {"start"})),
@@ -343,6 +334,13 @@ def test_every_kind_of_request_finds_its_pipeline(run, tmp_path, monkeypatch):
     for checkpoint, arguments, expected in requests:
         assert run(checkpoint, *X, *arguments) == 0
         assert seen.pop() == expected
+
+
+def test_a_mesh_makes_the_same_video(working, tmp_path):
+    assert working(*X) == 0
+    assert working(*X, "--mesh", "data=2,context=4") == 0
+    clips = [media.read_clip(tmp_path / "samples" / f"0000000{n}.mp4", 0, 5) for n in (1, 2)]
+    assert np.abs(clips[0].astype(int) - clips[1]).max() <= 4  # of an mp4
 
 
 def test_what_is_visibly_wrong_is_named(working, monkeypatch, capsys):

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from easyanimate_jax.batches import place
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh, shardings
-from easyanimate_jax.trainer import place
 from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
 from easyanimate_jax.training.step import (
     denoising_loss,

@@ -7,7 +7,7 @@ of ours (`config.json` with a class, `weights.safetensors`), whole pipelines wit
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -44,13 +44,15 @@ def load_mmdit(
     weights: Weights = "ema",
     step: int | None = None,
     allow_pickle: bool = False,
+    store: Callable = lambda name, weight: weight,
 ) -> MMDiT:
     """The transformer of a file, a folder of any layout, or a run, ready to use.
 
     `dtype` is what it computes in (None: what its config says, bfloat16 for foreign weights). With
     a mesh every device reads its own part. `in_channels` adapts the patch embedding to another
     task (spec 2.9) and prints how. `config` is built in place of the one found with the weights,
-    which must fit it. Raises ValueError listing all that is wrong.
+    which must fit it. `store` is that of `tensors.module.fill`. Raises ValueError listing all that
+    is wrong.
     """
     problems = []
     model = open_model(
@@ -65,7 +67,7 @@ def load_mmdit(
         faults = misfits(model.tensors, abstract(MMDiT, config))
         files.raise_all(f"{path} does not fit {config}", faults)
         model = Model(config, model.tensors)
-    return _load(MMDiT, model, problems, dtype, weight_dtype, mesh)
+    return _load(MMDiT, model, problems, dtype, weight_dtype, mesh, store)
 
 
 def load_vae(
@@ -75,18 +77,19 @@ def load_vae(
     weight_dtype: str = "float32",
     mesh: Mesh | None = None,
     allow_pickle: bool = False,
+    store: Callable = lambda name, weight: weight,
 ) -> CausalVAE:
     """The VAE of a file, a folder of any layout, or a run; options as in `load_mmdit`."""
     problems = []
     model = open_model(Path(path), "vae", problems, allow_pickle=allow_pickle)
     files.raise_all(path, problems)
-    return _load(CausalVAE, model, problems, dtype, weight_dtype, mesh)
+    return _load(CausalVAE, model, problems, dtype, weight_dtype, mesh, store)
 
 
-def _load(model_class, model: Model, problems, dtype, weight_dtype, mesh):
+def _load(model_class, model: Model, problems, dtype, weight_dtype, mesh, store):
     config = dataclasses.replace(model.config, dtype=dtype) if dtype else model.config
     module = abstract(model_class, config)
-    return fill(module, model.tensors, problems, weight_dtype=weight_dtype, mesh=mesh)
+    return fill(module, model.tensors, problems, weight_dtype=weight_dtype, mesh=mesh, store=store)
 
 
 def open_model(

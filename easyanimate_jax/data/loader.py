@@ -12,7 +12,8 @@ import math
 import mmap
 import signal
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,6 +30,7 @@ MAX_BAD, FEW_BAD = 1e-3, 3  # records that may be unreadable: a share, and a num
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 KEPT = 2**25  # bytes; no record is larger, and glibc allows no more
+FREE = {}  # bytes -> pages of arrays that are gone
 CONTROL_TASKS = ("control", "control_ref", "camera_ref")
 
 
@@ -54,8 +56,8 @@ class Loader:
     A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3), the control
     and the reference of a row by zeros, each by itself, with those of `drops` (spec 7.2). A process
     reads and builds only the `rows` (first, last + 1) of every microbatch that its devices need,
-    all of them if None; the others stay zero, in pages that are never touched. A record that does
-    not read is replaced by the next of its bucket, and noted in the file `quarantine`.
+    all of them if None; the others are memory that is never touched. A record that does not
+    read is replaced by the next of its bucket, and noted in the file `quarantine`.
     """
 
     def __init__(
@@ -71,7 +73,7 @@ class Loader:
         drops: tuple[float, float] = (0.0, 0.0),
     ):
         made = records.header["set"]
-        if task == "i2v" and not made["condition_draws"]:
+        if task == "i2v" and not (made["condition_draws"] or made.get("pixels")):
             raise ValueError(
                 f"stage {plan.name!r} is i2v, and {records.folder} was prepared without "
                 f"condition_draws; set them and prepare again"
@@ -99,46 +101,69 @@ class Loader:
 
         By threads of this process, or by `workers` processes; the batches are the same.
         """
+        return self._ahead(self.batch, start, READ, workers)
+
+    def batch(self, step: int) -> tuple[int, Batch]:
+        """(token length, batch) of one step."""
+        length, ids = self.plan(int(step))
+        rows = ((row, self._row(int(step), row, int(ids[row]))) for row in self._own(len(ids)))
+        return length, self._assemble(length, ids, rows)
+
+    def _ahead(
+        self, function: Callable, start: int, read: grain.ReadOptions, workers: int
+    ) -> Iterator:
+        """What `function` makes of the steps `start`, `start` + 1, ..., made ahead."""
         steps = grain.MapDataset.range(start, FOREVER)
-        batches = steps.map(self.batch).to_iter_dataset(READ)
+        made = steps.map(function).to_iter_dataset(read)
         if workers:
             flags.FLAGS.mark_as_parsed()  # grain's processes read flags that nobody parses here
             options = grain.MultiprocessingOptions(num_workers=workers)
-            batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
-        return iter(batches)
+            made = made.mp_prefetch(options, worker_init_fn=_start_worker)
+        return iter(made)
 
-    def batch(self, step: int) -> tuple[int, Batch]:
-        length, ids = self.plan(int(step))
+    def _own(self, count: int) -> list[int]:
+        """The rows to read of a batch of `count`; where all are padding, one for its shapes."""
+        return [row for row in range(count) if self._holds(row)] or [0]
+
+    def _holds(self, row: int) -> bool:
+        """Whether this process's devices hold the row."""
+        first, last = self.rows or (0, self.microbatch)
+        return first <= row % self.microbatch < last
+
+    def _assemble(self, length: int, ids: np.ndarray, rows: Iterable[tuple[int, dict]]) -> Batch:
+        """The batch of records `ids`, its own `rows` given as `_fields` gives them."""
         micro = self.microbatch
         total = -(-len(ids) // micro) * micro
-        first, last = self.rows or (0, micro)
-        mine = [row for row in range(total) if first <= row % micro < last]
         # All rows have a grid: padding rows are one token long, so that their numbers are finite.
         grid = np.ones((total, 3), np.int32)
+        grid[: len(ids)] = [self._grid(int(record)) for record in ids]
         weight = (np.arange(total) < len(ids)).astype(np.float32)
         arrays = {}
 
         def put(name: str, row: int, values: np.ndarray, *lead: int) -> None:
             if name not in arrays:
                 dtype = np.float32 if name == "condition" else np.float16
-                arrays[name] = _zeros((total, *lead, *values.shape[1:]), dtype)
+                arrays[name] = _memory((total, *lead, *values.shape[1:]), dtype)
             arrays[name][row, : len(values)] = values
+            arrays[name][row, len(values) :] = 0
 
-        for row in mine:
-            if row < len(ids):
-                fields = self._row(int(step), row, int(ids[row]))
-                grid[row] = fields["grid"]
-                for name in ("mean", "logvar", *(["condition"] if self.task != "t2v" else [])):
-                    put(name, row, fields[name], length)
-            texts = fields["texts"] if row < len(ids) else self.empty
+        def put_texts(row: int, texts: list[np.ndarray]) -> None:
             for i, text in enumerate(texts):
                 put(f"text{i}", row, text, len(text))
-        for row in range(len(ids)):
-            if not first <= row % micro < last:
-                grid[row] = self._grid(int(ids[row]))
+
+        latents = ("mean", "logvar", *(["condition"] if self.task != "t2v" else []))
+        for row, fields in rows:
+            grid[row] = fields["grid"]
+            for name in latents:
+                put(name, row, fields[name], length)
+            put_texts(row, fields["texts"])
+        for row in filter(self._holds, range(len(ids), total)):
+            for name in latents:
+                arrays[name][row] = 0
+            put_texts(row, self.empty)
 
         split = lambda x: x.reshape(-1, micro, *x.shape[1:])  # noqa: E731
-        return length, Batch(
+        return Batch(
             mean=split(arrays["mean"]),
             logvar=split(arrays["logvar"]),
             grid=split(grid),
@@ -149,8 +174,12 @@ class Loader:
         )
 
     def _row(self, step: int, row: int, record: int) -> dict:
-        rng = np.random.default_rng([self.plan.seed, self.name_word, step, row])
-        record, arrays = self._read(record)
+        record, arrays = self._instead(record, self._arrays)
+        return self._fields(step, row, record, arrays)
+
+    def _fields(self, step: int, row: int, record: int, arrays: dict[str, np.ndarray]) -> dict:
+        """What the row shows of the record's arrays, by the row's own draws."""
+        rng = np.random.default_rng(self._words(step, row))
         caption = rng.integers(self.records.index["num_captions"][record])
         dropped = rng.random() < self.text_drop
         texts = [
@@ -164,26 +193,33 @@ class Loader:
             fields["condition"] = _control(rng, arrays, self.task, self.drops)
         return fields
 
-    def _read(self, record: int) -> tuple[int, dict[str, np.ndarray]]:
-        """The record, or the next of its bucket that reads, and its arrays."""
+    def _words(self, step: int, row: int) -> list[int]:
+        """The seed of a row's draws."""
+        return [self.plan.seed, self.name_word, step, row]
+
+    def _instead(self, record: int, read: Callable[[int], object]) -> tuple:
+        """The record, or the next of its bucket that `read` can read, and what it gives."""
         for candidate in self.plan.instead_of(record):
             if candidate in self.bad:
                 continue
             try:
-                arrays = self.records[candidate]
-                tokens = self.records.index["tokens"][candidate]
-                if len(arrays["mean"]) != tokens:
-                    raise ValueError(
-                        f"{self.records.folder}: record {candidate} has {len(arrays['mean'])} "
-                        f"tokens, and its index row {tokens}; prepare the set again"
-                    )
-                return candidate, arrays
+                return candidate, read(candidate)
             except ValueError as error:
                 self._leave_out(candidate, str(error))
         raise ValueError(f"stage {self.plan.name!r}: no record of a whole bucket reads")
 
+    def _arrays(self, record: int) -> dict[str, np.ndarray]:
+        arrays, tokens = self.records[record], self.records.index["tokens"][record]
+        if len(arrays["mean"]) != tokens:
+            raise ValueError(
+                f"{self.records.folder}: record {record} has {len(arrays['mean'])} "
+                f"tokens, and its index row {tokens}; prepare the set again"
+            )
+        return arrays
+
     def _leave_out(self, record: int, reason: str) -> None:
-        self.bad[record] = reason
+        if self.bad.setdefault(record, reason) is not reason:
+            return  # another thread met it too
         if self.quarantine:
             entry = {"stage": self.plan.name, "record": record, "reason": reason}
             with open(self.quarantine, "a") as file:
@@ -199,13 +235,23 @@ class Loader:
         return np.array([index[axis][record] for axis in ("T", "gh", "gw")], np.int32)
 
 
-def _zeros(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """Zeros in pages of 2 MB where they fit: a page fault each, instead of one every 4 KB."""
+def _memory(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """An array to be filled, in the memory of one of its size that is gone, or in new pages.
+
+    New pages fault and are zeroed, at a third of the time that a record takes to read; those of
+    2 MB, where they fit, fault once instead of every 4 KB.
+    """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if sys.platform == "linux":
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, dtype).reshape(shape)
+    free = FREE.setdefault(size, [])
+    try:
+        pages = free.pop()
+    except IndexError:
+        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if sys.platform == "linux":
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    array = np.frombuffer(pages, dtype)
+    weakref.finalize(array, free.append, pages).atexit = False  # when its last view is gone
+    return array.reshape(shape)
 
 
 def keep_memory() -> None:

@@ -80,6 +80,7 @@ class Example(NamedTuple):
     index: int
     field: str
     name: str
+    folder: Path  # of the data set
 
     def __str__(self) -> str:
         return f"example {self.index}:{self.name}"

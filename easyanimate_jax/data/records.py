@@ -55,6 +55,9 @@ class LatentSet:
     control file, the rays of its pose file, or an operator's view of it. Of several, training draws
     one for each row. With them comes a reference frame, the first, or with `random_reference` any,
     the first of them in 40 %.
+    With `pixels` nothing of this is encoded ahead: records hold the text states and where the clip
+    lies, and training decodes, draws and encodes anew at every visit, one condition and one control
+    a visit.
     """
 
     name: str
@@ -65,6 +68,7 @@ class LatentSet:
     condition_draws: int = 0
     control: str | tuple[str, ...] = ()  # a name, or several
     random_reference: bool = False
+    pixels: bool = False
 
     def __post_init__(self):
         if isinstance(self.control, str):
@@ -107,6 +111,8 @@ class Writer:
     def write(self, shard: int, records: Sequence[dict[str, np.ndarray]], rows: list[dict]) -> None:
         """One shard: its records and, for each, a row of the index."""
         path = _shard_path(self.folder, shard)
+        for left in self.folder.glob(f"{path.stem}.*.new"):  # by a process that was killed
+            left.unlink()
         columns = {
             name: np.array([row[name] for row in rows], kind) for name, kind in INDEX_TYPES.items()
         }
@@ -236,7 +242,7 @@ def _load_columns(path: Path) -> dict[str, np.ndarray]:
 
 
 def _replace(path: Path, write) -> None:
-    """`path` as `write` makes it, in one rename."""
-    new = path.with_name(path.name + ".new")
+    """`path` as `write` makes it, in one rename; other processes may be making it too."""
+    new = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.new")
     write(new)
     os.replace(new, path)

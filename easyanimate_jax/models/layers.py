@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.nnx.nn import dtypes
 from jaxtyping import Array, Float
 
 from easyanimate_jax.sharding import shard
@@ -37,10 +38,21 @@ def linear(
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=kernel_init,
+        promote_dtype=promoted,
         rngs=rngs,
         kernel_metadata=axes(*names),
         bias_metadata=axes(names[1]),
     )
+
+
+def promoted(arrays, *, dtype, **options):
+    """flax's promotion of (inputs, kernel, bias); a kernel of `int8` becomes numbers before it."""
+    inputs, kernel, bias = arrays
+    if not isinstance(kernel, jax.Array):
+        import qwix  # by those who sample with it alone
+
+        kernel = qwix.dequantize(kernel)
+    return dtypes.promote_dtype((inputs, kernel, bias), dtype=dtype, **options)
 
 
 def layer_norm(width: int, *, eps: float, rngs: nnx.Rngs, name: str | None = None) -> nnx.LayerNorm:

@@ -1,4 +1,7 @@
-"""`python -m easyanimate_jax.prepare CONFIG [--field value ...]`: encode a config's latent sets."""
+"""`python -m easyanimate_jax.prepare CONFIG [--part K/N] [--field value ...]`: encode its sets.
+
+`--part 0/8` to `--part 7/8` share the work, on any hosts; the last to end makes the index.
+"""
 
 import sys
 
@@ -17,9 +20,14 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     try:
-        config = load(arguments[0], arguments[1:])
+        path, *rest = arguments
+        part, parts = 0, 1
+        if rest[:1] == ["--part"]:
+            part, parts = _part(rest[1] if len(rest) > 1 else "")
+            rest = rest[2:]
+        config = load(path, rest)
         with jax.set_mesh(make_mesh(MeshConfig())):  # every device here, not the training's mesh
-            prepare(
+            whole = prepare(
                 config.source,
                 config.prepared,
                 config.sets,
@@ -28,11 +36,22 @@ def main(arguments: list[str]) -> int:
                 config.samples.prompts,
                 config.seed,
                 weights={"vae": fingerprint(config.vae), "text": fingerprint(config.text)},
+                part=part,
+                parts=parts,
             )
+        if not whole:
+            print(f"part {part}/{parts} is done; other parts are not")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise ValueError(f"--part {text!r}: give a number and how many there are, as in 0/8 to 7/8")
+    return int(part), int(parts)
 
 
 if __name__ == "__main__":

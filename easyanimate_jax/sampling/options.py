@@ -16,6 +16,7 @@ MAX_SEED = 2**32 - 1
 FILES = ("image", "end_image", "video", "mask", "control", "trajectory", "camera", "reference")
 WORDS = ("prompt", "negative_prompt", "operator")
 NUMBERS = ("height", "width", "frames", "segment", "seed")
+MESH_AXES = "data", "fsdp", "context", "tensor"  # sharding.py, which imports JAX
 LINE_KEYS = (*WORDS, *FILES, *NUMBERS, "strength")
 STARTS = ("control", "camera", "trajectory", "reference")
 ALONE = (  # what cannot be given together
@@ -35,6 +36,10 @@ SAMPLING = (  # of the whole command
 SAMPLERS = "V5: ddim, euler, euler_a, dpm++, pndm; V5.1: euler, adams (the first)"
 GUIDED = "share of the steps with guidance (0 1)"
 PICTURE_NOISE = "on given pictures; with more the video moves more (0.0563)"
+
+
+MEMORY = "low: text encoders, model and VAE in turn, read again for every batch (all)"
+WEIGHTS = "of the model; int8 is a quarter of the bytes (full)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -90,6 +95,10 @@ def parser(description: str) -> Parser:
     add("--teacache", type=float, default=0.0, metavar="X", help="threshold, as 0.08; 0 is off (0)")
     add("--picture-noise", type=float, default=0.0563, metavar="X", help=PICTURE_NOISE)
     add("--seed", type=int, default=43, metavar="N", help="same seed, same video (43)")
+    add = p.add_argument_group("on what").add_argument
+    add("--memory", choices=("all", "low"), default="all", help=MEMORY)
+    add("--weights", choices=("full", "int8"), default="full", help=WEIGHTS)
+    add("--mesh", metavar="AXES", help="over several devices, as data=2,context=4 (one device)")
     add = p.add_argument_group("where").add_argument
     add("--output", type=Path, default=Path("samples"), metavar="FOLDER", help="(samples)")
     add("--batch", type=int, default=1, metavar="N", help="lines of --prompts made at once (1)")
@@ -166,6 +175,10 @@ def check(a: argparse.Namespace) -> None:
         except UnicodeEncodeError as error:
             message = f"--{option(name)} is not UTF-8 text; save and pass it as UTF-8"
             raise ValueError(message) from error
+    if a.mesh is not None:
+        read_mesh(a.mesh)
+        if a.weights == "int8":
+            raise ValueError("--weights int8 is for one device; leave out --mesh")
     for one, other in ALONE:
         if given(a, one) and given(a, other):
             raise ValueError(f"--{option(one)} and --{option(other)} cannot both be given")
@@ -185,6 +198,17 @@ def check(a: argparse.Namespace) -> None:
         raise ValueError(f"--output {a.output} is a file; name a folder")
 
 
+def read_mesh(text: str) -> dict[str, int]:
+    """`data=2,context=4` -> devices per mesh axis."""
+    pairs = [pair.split("=") for pair in text.split(",")]
+    if not all(len(p) == 2 and p[0] in MESH_AXES and p[1].isdecimal() and int(p[1]) for p in pairs):
+        raise ValueError(
+            f"--mesh {text}: give a number of devices by axis, of {', '.join(MESH_AXES)}, as "
+            f"data=2,context=4"
+        )
+    return {name: int(count) for name, count in pairs}
+
+
 def given(a: argparse.Namespace, name: str) -> bool:
     return getattr(a, name) is not None
 
@@ -195,5 +219,5 @@ def option(name: str) -> str:
 
 def options_of(a: argparse.Namespace) -> dict:
     """Everything that a request says, by the names of the command line."""
-    names = (*LINE_KEYS, *SAMPLING, "picture_noise")
+    names = (*LINE_KEYS, *SAMPLING, "picture_noise", "weights")
     return {option(name): getattr(a, name) for name in names if given(a, name)}

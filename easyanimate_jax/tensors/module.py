@@ -86,11 +86,13 @@ def fill(
     *,
     weight_dtype: str = "float32",
     mesh: Mesh | None = None,
+    store: Callable = lambda name, weight: weight,
 ):
     """The abstract module with these weights: on the first device, or split over a mesh, where
 
-    every device reads its own part from the files and no host holds more than its share.
-    `problems` is the list that reading adds to; if it is not empty in the end, ValueError.
+    every device reads its own part from the files and no host holds more than its share. Without a
+    mesh `store(name, weight)` is what is kept of each, one at a time. `problems` is the list that
+    reading adds to; if it is not empty in the end, ValueError.
     """
     placed = iter(jax.tree.leaves(shardings(mesh, module)) if mesh is not None else ())
 
@@ -99,7 +101,7 @@ def fill(
         if mesh is not None:
             return jax.make_array_from_callback(shape, next(placed), tensor.read)
         # Not committed to a device, so that a jitted call may combine it with any others.
-        return jnp.asarray(tensor.read())
+        return store(name, jnp.asarray(tensor.read()))
 
     filled = with_weights(module, place)
     files.raise_all("the weights cannot be used", problems)

@@ -350,26 +350,6 @@ def read_meta(folder: str | Path, step: int | None = None) -> tuple[int, dict]:
     return step, read_step_meta(root / str(step))
 
 
-def restore_ema(folder: str | Path, step: int, like):
-    """The averaged weights of one step, shaped and placed like the abstract module `like`.
-
-    Raises ValueError if they are not the bits that were saved.
-    """
-    path = (Path(folder) / "checkpoints" / str(step)).absolute()
-    meta = read_step_meta(path)
-    _check_fit(step, meta, {"ema": like})
-    repair = "use another step; training sets this one aside when it meets it"
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            module = _read(checkpointer, path / "ema", like)
-    except Exception as error:  # whatever a reader makes of damaged bytes
-        raise ValueError(f"{path} is damaged: {str(error)[:200]}; {repair}") from error
-    wrong = differing(meta, {"ema": module})
-    if wrong:
-        raise ValueError(f"{path} is damaged: {', '.join(wrong)} are other than saved; {repair}")
-    return module
-
-
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed or failed save, or a killed deletion, left behind."""
     for pattern in LEFTOVERS:

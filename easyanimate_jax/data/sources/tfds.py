@@ -5,6 +5,7 @@ data sets, the first feature of FILES holds the encoded picture or video and the
 caption; a class label counts by its name.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,24 +20,8 @@ TEXTS = ("captions", "caption", "text", "title", "label")
 
 def rows(folder: Path) -> Iterator[Row | Problem]:
     """A row for each caption of each example of the split "train", or of the only split."""
-    import tensorflow_datasets as tfds  # seconds, and only these sources need it
-
-    try:
-        builder = tfds.builder_from_directory(folder)
-        features, splits = builder.info.features, list(builder.info.splits)
-        split = "train" if "train" in splits else splits[0]
-        file = next((name for name in FILES if name in features), None)
-        text = next((name for name in TEXTS if name in features), None)
-        if file is None or text is None:
-            raise ValueError(f"its features {list(features)} hold no {FILES} or none of {TEXTS}")
-        decode = {file: tfds.decode.SkipDecoding()}
-        examples = builder.as_data_source(split, decoders=decode)
-        number = len(examples)
-    except (ValueError, OSError, KeyError, IndexError, RuntimeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder} is no readable TFDS data set in ArrayRecord: {error}"
-        ) from error
-    for i in range(number):
+    examples, features, split, file, text = _open(folder)
+    for i in range(len(examples)):
         try:
             example = examples[i]
         except (ValueError, RuntimeError, KeyError) as error:
@@ -47,7 +32,12 @@ def rows(folder: Path) -> Iterator[Row | Problem]:
             yield Problem(i, name, f"feature {file!r} is not an encoded file")
             continue
         for caption in _captions(features[text], example[text]):
-            yield Row(i, name, caption, file=Example(examples, i, file, name))
+            yield Row(i, name, caption, file=Example(examples, i, file, name, folder))
+
+
+def example(folder: Path, index: int, field: str, name: str) -> Example:
+    """The example's file, by what `rows` said of it; the data set stays open."""
+    return Example(_examples(folder), index, field, name, folder)
 
 
 def write_tfds(clips: Sequence, folder: Path, name: str = "captioned_clips") -> Path:
@@ -91,6 +81,33 @@ def write_tfds(clips: Sequence, folder: Path, name: str = "captioned_clips") -> 
     builder = CaptionedClips(data_dir=folder, file_format="array_record")
     builder.download_and_prepare()
     return Path(builder.data_dir)
+
+
+@functools.cache
+def _examples(folder: Path):
+    return _open(folder)[0]
+
+
+def _open(folder: Path) -> tuple:
+    """The examples, their features, the split's name, and the features of file and caption."""
+    import tensorflow_datasets as tfds  # seconds, and only these sources need it
+
+    try:
+        builder = tfds.builder_from_directory(folder)
+        features, splits = builder.info.features, list(builder.info.splits)
+        split = "train" if "train" in splits else splits[0]
+        file = next((name for name in FILES if name in features), None)
+        text = next((name for name in TEXTS if name in features), None)
+        if file is None or text is None:
+            raise ValueError(f"its features {list(features)} hold no {FILES} or none of {TEXTS}")
+        decode = {file: tfds.decode.SkipDecoding()}
+        examples = builder.as_data_source(split, decoders=decode)
+        len(examples)  # reads the files
+    except (ValueError, OSError, KeyError, IndexError, RuntimeError, AttributeError) as error:
+        raise ValueError(
+            f"{folder} is no readable TFDS data set in ArrayRecord: {error}"
+        ) from error
+    return examples, features, split, file, text
 
 
 def _captions(feature, value) -> list:

@@ -1,0 +1,66 @@
+"""Where a clip lies, as bytes of a record: training finds its file without reading the source.
+
+Names are relative to one root, the folder that all files of a set are below, and pass the guard
+again when they are read.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from easyanimate_jax.data.media import Example, File, Member
+from easyanimate_jax.data.paths import safe_path
+from easyanimate_jax.data.sources import tfds
+from easyanimate_jax.data.sources.rows import Clip
+
+
+def root_of(clips: Iterable[Clip]) -> Path:
+    """The deepest folder that all files of the clips are below."""
+    files = {f for clip in clips for f in (_on_disk(clip.path), clip.control) if f}
+    return Path(os.path.commonpath({os.path.dirname(os.path.realpath(file)) for file in files}))
+
+
+def to_bytes(clip: Clip, root: Path) -> UInt8[np.ndarray, "_bytes"]:
+    """Everything but the captions."""
+    place = {f.name: getattr(clip, f.name) for f in dataclasses.fields(clip)}
+    file = clip.path
+    place["path"] = {"file": _below(_on_disk(file), root)}
+    if not isinstance(file, Path):
+        shown = {name: value for name, value in file._asdict().items() if name in _SHOWN}
+        place["path"] |= shown
+    place["control"] = clip.control and _below(clip.control, root)
+    del place["captions"]
+    return np.frombuffer(json.dumps(place, ensure_ascii=False).encode(), np.uint8)
+
+
+def from_bytes(content: UInt8[np.ndarray, "_bytes"], root: Path) -> Clip:
+    """The clip, without captions. Raises ValueError for a file that is not below `root`."""
+    place = json.loads(bytes(content))
+    path = dict(place.pop("path"))
+    file: File = safe_path(root, path.pop("file"))
+    if "offset" in path:
+        file = Member(file, **path)
+    elif "field" in path:
+        file = tfds.example(file, **path)
+    control = place.pop("control")
+    control = safe_path(root, control) if control else None
+    return Clip(path=file, captions=(), control=control, **place)
+
+
+_SHOWN = ("offset", "size", "index", "field", "name")
+
+
+def _on_disk(file: File) -> Path:
+    """The file, or the archive or data set that it is a part of."""
+    if isinstance(file, Member):
+        return file.archive
+    return file.folder if isinstance(file, Example) else file
+
+
+def _below(path: Path, root: Path) -> str:
+    return f"./{os.path.relpath(os.path.realpath(path), root)}"

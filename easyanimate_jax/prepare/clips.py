@@ -1,0 +1,166 @@
+"""A clip as it is encoded: its frames at its shape, and what an inpaint or control model is given.
+
+What `prepare` encodes once and training encodes anew at every visit (`prepare.visits`) is read
+here. Letters beyond the legend: P token width.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from easyanimate_jax.data.buckets import Shape
+from easyanimate_jax.data.control import (
+    Camera,
+    control_video,
+    pluecker_rays,
+    read_camera,
+    stretched_camera,
+)
+from easyanimate_jax.data.decode import decoders
+from easyanimate_jax.data.records import LatentSet
+from easyanimate_jax.data.sources import Clip
+from easyanimate_jax.diffusion.conditioning import (
+    MASK_SCALE,
+    UNKNOWN,
+    camera_condition,
+    random_mask,
+    resize_mask,
+)
+from easyanimate_jax.models.mmdit import patchify
+
+FPS = 8  # of training clips (spec 8.2)
+FIRST_REFERENCE = 0.4  # share of random references that are the first frame (spec 7.2)
+NO_TASK = 0.9  # share of all-masked draws that become plain T2V (spec 6.1)
+
+Video = Float[np.ndarray, "F H W 3"]
+
+
+class Job(NamedTuple):
+    """A clip, the shape it becomes, and where in the file it is read."""
+
+    clip: Clip
+    shape: Shape
+    start: int
+    stride: int
+    control: tuple[str, ...] = ()
+    random_reference: bool = False
+
+
+class Condition(NamedTuple):
+    """What an inpaint model is given of a clip (spec 6.1); a flag of 0 takes all of it away."""
+
+    given: Video
+    mask: Float[np.ndarray, "N 4"]  # in tokens, as the network sees it: 1 where given
+    flag: bool
+
+
+class Pixels(NamedTuple):
+    """What is encoded of a clip, in [-1, 1]."""
+
+    name: str
+    video: Video
+    conditions: tuple[Condition, ...]
+    controls: tuple[Video, ...]
+    rays: Float[np.ndarray, "N 24"] | None  # in tokens; a camera's, in the place of controls
+    reference: Float[np.ndarray, "1 H W 3"] | None
+
+
+def frames_of(clip: Clip) -> tuple[int, int]:
+    """The clip's frames at the training rate, and the stride in its file that gives it."""
+    stride = max(1, round(clip.fps / FPS))
+    return (clip.num_frames - 1) // stride + 1, stride
+
+
+def make_job(latent_set: LatentSet, clip: Clip, shape: Shape, rng: np.random.Generator) -> Job:
+    """The clip at a shape, from a random frame on."""
+    _, stride = frames_of(clip)
+    last_start = clip.num_frames - 1 - (shape.frames - 1) * stride
+    start = clip.first + int(rng.integers(last_start + 1))
+    return Job(clip, shape, start, stride, latent_set.control, latent_set.random_reference)
+
+
+def read_pixels(
+    job: Job, conditions: list[np.random.Generator], reference: np.random.Generator
+) -> Pixels:
+    """Decode a job, and draw a condition of each generator. ValueError for a file that is bad."""
+    frames = _read_frames(job)
+    video, controls, rays, first = _signed(frames), (), None, None
+    if job.control:
+        led = [_read_control(job, control, frames) for control in job.control]
+        camera, chosen = "camera" in job.control, 0
+        if camera:
+            rays = np.asarray(_ray_tokens(led[0]))
+        else:
+            controls = tuple(map(_signed, led))
+        if job.random_reference and not camera:
+            chosen = _reference_frame(reference, len(frames))
+        first = video[chosen][None]
+    given = tuple(_condition(rng, video) for rng in conditions)
+    return Pixels(job.clip.name, video, given, controls, rays, first)
+
+
+def _read_frames(job: Job) -> UInt8[np.ndarray, "F H W 3"]:
+    size = job.shape[1:]
+    if job.clip.kind == "image":
+        return decoders().read_image(job.clip.path, size)
+    return decoders().read_clip(job.clip.path, job.start, job.shape.frames, job.stride, size)
+
+
+def _read_control(job: Job, control: str, frames: UInt8[np.ndarray, "F H W 3"]) -> np.ndarray:
+    """The control of the same frames, resized and cropped as they were (spec 7.2), or the rays."""
+    if control not in ("file", "camera"):
+        return control_video(frames, control)
+    path, (count, height, width) = job.clip.control, job.shape
+    if path is None:
+        raise ValueError(f"{job.clip.name} has no control_file_path, and the set wants one")
+    if control == "camera":
+        start = job.start - job.clip.first  # the poses are those of the clip
+        camera = stretched_camera(read_camera(path), job.clip.num_frames)
+        chosen = slice(start, start + (count - 1) * job.stride + 1, job.stride)
+        return pluecker_rays(Camera(*(x[chosen] for x in camera)), height, width)
+    if decoders().probe(path).kind == "image":
+        return np.repeat(decoders().read_image(path, (height, width)), count, axis=0)
+    return decoders().read_clip(path, job.start, count, job.stride, (height, width))
+
+
+def _condition(rng: np.random.Generator, video: Video) -> Condition:
+    mask = random_mask(rng, *video.shape[:3])
+    flag = not (mask.all() and rng.random() < NO_TASK)
+    given = _noised_reference(rng, video, mask)
+    return Condition(given, np.asarray(_mask_tokens(mask)), flag)
+
+
+def _noised_reference(
+    rng: np.random.Generator, video: Video, mask: Float[np.ndarray, "F H W 1"]
+) -> Video:
+    """The given pixels with noise; pixels of exactly -1 are unknown and stay so (spec 6.4).
+
+    On the host: a random-number program per shape would compile longer than the VAE's.
+    """
+    given = np.where(mask > 0.5, np.float32(UNKNOWN), video)
+    strength = np.float32(np.exp(-3.0 + 0.5 * rng.standard_normal()))
+    noise = strength * rng.standard_normal(video.shape, np.float32)
+    return np.where(given == UNKNOWN, given, given + noise)
+
+
+def _reference_frame(rng: np.random.Generator, frames: int) -> int:
+    """Any frame, the first in `FIRST_REFERENCE` of all cases."""
+    if frames == 1 or rng.random() < FIRST_REFERENCE:
+        return 0
+    return int(rng.integers(1, frames))
+
+
+def _signed(frames: UInt8[np.ndarray, "F H W 3"]) -> Video:
+    return frames.astype(np.float32) / 127.5 - 1
+
+
+@jax.jit
+def _mask_tokens(mask: Float[Array, "F H W 1"]) -> Float[Array, "N 4"]:
+    return patchify(resize_mask(1 - mask[None]) * MASK_SCALE)[0]
+
+
+@jax.jit
+def _ray_tokens(rays: Float[Array, "F H W 6"]) -> Float[Array, "N 24"]:
+    return patchify(camera_condition(rays[None]))[0]

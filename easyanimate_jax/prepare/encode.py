@@ -1,0 +1,113 @@
+"""Pixels -> latents in tokens, on the devices of this process: one program per pixel shape.
+
+Rows of one shape go over the devices, each of which holds the whole VAE; nothing is exchanged, so
+processes need not encode the same shapes at the same time. Letters beyond the legend: R rows of a
+program, P token width.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from easyanimate_jax.data.buckets import Shape
+from easyanimate_jax.models.mmdit import patchify
+from easyanimate_jax.models.vae import CausalVAE
+from easyanimate_jax.prepare.clips import Pixels
+from easyanimate_jax.sharding import MESH_AXES, batch_sharding
+
+PIXELS = 2**24  # encoded at once, at most
+
+Tokens = Float[np.ndarray, "_rows N P"]
+
+
+class Encoder:
+    """The VAE's encoder on `devices`, for at most `most` clips of one shape at once.
+
+    Rows that are missing repeat the last clip. `announce` is told of each program to be compiled.
+    """
+
+    def __init__(
+        self, vae: CausalVAE, devices: Sequence, *, most: int, announce: Callable[[str], object]
+    ):
+        grid = np.array(devices).reshape(1, -1, 1, 1)
+        self.mesh = Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        self.rows_over = batch_sharding(self.mesh, 5)
+        self.vae = jax.device_put(vae, NamedSharding(self.mesh, PartitionSpec()))
+        self.most, self.announce = most, announce
+        self.programs = {}  # (frames, height, width) -> compiled program
+
+    def rows(self, shape: Shape) -> int:
+        """Clips of a shape that are encoded at once: whole devices."""
+        rows = min(self.most, PIXELS // (shape[0] * shape[1] * shape[2]))
+        return -(-max(1, rows) // self.mesh.size) * self.mesh.size
+
+    def __call__(self, videos: Sequence[Float[np.ndarray, "F H W 3"]]) -> tuple[Tokens, Tokens]:
+        """Mean and log-variance of the normalised latents of videos of one shape."""
+        shape = Shape(*videos[0].shape[:3])
+        program, rows = self._program(shape), self.rows(shape)
+        parts = []
+        for first in range(0, len(videos), rows):
+            some = list(videos[first : first + rows])
+            padded = np.stack(some + some[-1:] * (rows - len(some)))
+            encoded = program(self.vae, jax.device_put(padded, self.rows_over))
+            parts.append([np.asarray(x)[: len(some)] for x in encoded])
+        return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
+
+    def _program(self, shape: Shape) -> jax.stages.Compiled:
+        if shape not in self.programs:
+            rows, began = self.rows(shape), time.perf_counter()
+            name = f"encode program {len(self.programs) + 1}: {rows} x {'x'.join(map(str, shape))}"
+            self.announce(f"{name}, compiling")
+            videos = jax.ShapeDtypeStruct((rows, *shape, 3), np.float32, sharding=self.rows_over)
+            with jax.set_mesh(self.mesh):
+                lowered = jax.jit(_encode, out_shardings=self.rows_over).lower(self.vae, videos)
+                self.programs[shape] = lowered.compile()
+            self.announce(f"{name}, compiled in {time.perf_counter() - began:.1f} s")
+        return self.programs[shape]
+
+
+def encode_pixels(encoder: Encoder, clips: Sequence[Pixels]) -> list[dict[str, np.ndarray]]:
+    """The latents of clips of one shape, their conditions and controls, as records hold them."""
+
+    def encoded(name: str, videos: list) -> dict[str, np.ndarray]:
+        mean, logvar = encoder(videos)
+        return {f"{name}mean": mean, f"{name}logvar": logvar}
+
+    def each(name: str, kinds: Iterable[Sequence]) -> dict[str, np.ndarray]:
+        """Of several videos of every clip."""
+        columns = [encoded(name, list(videos)) for videos in kinds]
+        return {field: np.stack([c[field] for c in columns], axis=1) for field in columns[0]}
+
+    fields = encoded("", [clip.video for clip in clips])
+    draws = list(zip(*(clip.conditions for clip in clips), strict=True))
+    if draws:
+        fields |= each("condition_", [[c.given for c in draw] for draw in draws])
+        for name in ("mask", "flag"):
+            drawn = [np.array([getattr(c, name) for c in clip.conditions]) for clip in clips]
+            fields[f"condition_{name}"] = np.stack(drawn)
+    if clips[0].controls:
+        fields |= each("control_", zip(*(clip.controls for clip in clips), strict=True))
+    if clips[0].rays is not None:
+        fields["control_rays"] = np.stack([clip.rays for clip in clips])
+    if clips[0].reference is not None:
+        fields |= encoded("reference_", [clip.reference for clip in clips])
+    halves = {name: np.asarray(field, np.float16) for name, field in fields.items()}
+    for name, field in halves.items():
+        if not np.isfinite(field).all():
+            names = [clip.name for clip in clips]
+            raise ValueError(f"{name} of {names} is not finite in float16")
+    return [{name: field[i] for name, field in halves.items()} for i in range(len(clips))]
+
+
+def _encode(
+    vae: CausalVAE, videos: Float[Array, "R F H W 3"]
+) -> tuple[Float[Array, "R N P"], Float[Array, "R N P"]]:
+    """Mean and log-variance of the normalised latents, as tokens."""
+    mean, logvar = vae.encode(videos)
+    scale = jnp.array(vae.config.latent_scale).reshape(1, 1, 1, 1, -1)
+    return patchify(vae.normalize(mean)), patchify(logvar + 2 * jnp.log(scale))
