@@ -5,7 +5,8 @@ CPU := JAX_PLATFORMS=cpu
 # Where there is no accelerator JAX would try the TPU compiler, which is there, as a TPU, and complain.
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: setup lock demo demo-long demo-real demo-films test reliability slow bench chaos lint clean
+.PHONY: setup lock demo demo-long demo-control demo-real demo-films test reliability slow bench chaos lint \
+	clean
 
 setup: .venv/ready
 
@@ -42,6 +43,16 @@ demo-long: setup
 	$(demo-latents)
 	$(BIN)/python train.py configs/demo_long.py
 	$(BIN)/python -m easyanimate_jax.evaluation world configs/demo_long.py
+
+# Edges, paths and reference pictures from the demo's text-to-video checkpoint; then every way to
+# generate, scored. What a finished demo left is kept.
+demo-control: setup
+	mkdir -p runs/demo_control && touch runs/demo_control/started
+	$(demo-latents)
+	$(BIN)/python train.py configs/demo.py
+	$(BIN)/python -m easyanimate_jax.prepare configs/demo_control.py
+	$(BIN)/python train.py configs/demo_control.py
+	$(BIN)/python -m easyanimate_jax.evaluation ways configs/demo_control.py
 
 # The VAE and the latents are kept where they are there; the rest is made again, the same.
 define demo-latents

@@ -1,7 +1,7 @@
 """A control model from the demo's text-to-video checkpoint: one of 48 channels for edges and paths.
 
 A clip is led by its Canny edges or by the spot that runs along its object's path, drawn for every
-row, and by its first frame.
+row, and by its first frame. After these steps it takes up the first frame, and not yet the others.
 """
 
 from dataclasses import replace
@@ -22,9 +22,11 @@ config = replace(
             "medium",
             task="control_ref",
             batch_size=8,
-            steps=1000,
+            steps=700,
             learning_rate=4e-3,
-            end_learning_rate=1e-4,
+            end_learning_rate=2e-4,
+            warmup=20,
+            reference_drop=0.8,  # beside the first frame a control says little, and is not learned
         ),
         Stage(
             "large_control",

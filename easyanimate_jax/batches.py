@@ -95,7 +95,7 @@ def _loader(config: TrainConfig, stage: Stage, mesh, records: Records, encoder) 
         "text_drop": config.text_drop,
         "rows": own_rows(stage, mesh),
         "quarantine": Path(config.run) / "quarantine.jsonl",
-        "control_drop": stage.control_drop,
+        "drops": (stage.control_drop, stage.reference_drop),
     }
     if latents.pixels:
         return VisitLoader(records, plan, latents, encoder, **options)

@@ -122,7 +122,7 @@ def test_of_several_controls_each_row_draws_one(source, vae):  # noqa: F811
             video = control.canny(video)
         np.testing.assert_allclose(found, encoded(vae, video[None]), atol=5e-3)
     rng = np.random.default_rng(0)
-    drawn = [_control(rng, record, "control", 0.0) for _ in range(200)]
+    drawn = [_control(rng, record, "control", (0.0, 0.0)) for _ in range(200)]
     nearest = [np.abs(record["control_mean"] - x).mean((1, 2)).argmin() for x in drawn]
     assert abs(np.mean(nearest) - 0.5) < 0.12
 
@@ -131,9 +131,9 @@ def test_of_several_controls_each_row_draws_one(source, vae):  # noqa: F811
 def make_loader(source, vae):  # noqa: F811
     prepared = run(source, vae, sets=led_by("canny"))
 
-    def make(task="control_ref", drop=0.2):
+    def make(task="control_ref", drops=(0.2, 0.4)):
         plan = Plan(prepared.index, lengths=(4, 12), batch_size=4, seed=1, name="control")
-        options = {"microbatch": 4, "text_drop": 0.1, "control_drop": drop}
+        options = {"microbatch": 4, "text_drop": 0.1, "drops": drops}
         return Loader(prepared, plan, task=task, **options)
 
     return make
@@ -145,13 +145,13 @@ def test_control_and_reference_are_dropped_each_by_itself(make_loader):
     rows = [loader._row(step, 0, record)["condition"] for step in range(800)]
     assert rows[0].shape == (12, 128)
     halves = np.array([[x[:, :64].any(), x[:, 64:].any()] for x in rows])
-    np.testing.assert_allclose(halves.mean(0), 0.8, atol=0.05)
-    assert abs(halves.all(axis=1).mean() - 0.64) < 0.06
+    np.testing.assert_allclose(halves.mean(0), (0.8, 0.6), atol=0.05)
+    assert abs(halves.all(axis=1).mean() - 0.48) < 0.06
     given = rows[int(np.argmax(halves.all(axis=1)))]
     arrays = loader.records[record]
     np.testing.assert_allclose(given[:, :64], arrays["control_mean"][0], atol=3)
     assert given[:4, 64:].any() and not given[4:, 64:].any()  # latent frame 0 alone
-    kept = [make_loader(drop=0.0)._row(step, 0, record)["condition"] for step in range(50)]
+    kept = [make_loader(drops=(0.0, 0.0))._row(step, 0, record)["condition"] for step in range(50)]
     assert all(x[:, :64].any() and x[:, 64:].any() for x in kept)
 
 

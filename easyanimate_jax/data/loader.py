@@ -54,7 +54,7 @@ class Loader:
     """Reads `plan` from `records`, in microbatches of `microbatch` rows.
 
     A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3), the control
-    and the reference of a row by zeros, each by itself, with `control_drop` (spec 7.2). A process
+    and the reference of a row by zeros, each by itself, with those of `drops` (spec 7.2). A process
     reads and builds only the `rows` (first, last + 1) of every microbatch that its devices need,
     all of them if None; the others are memory that is never touched. A record that does not
     read is replaced by the next of its bucket, and noted in the file `quarantine`.
@@ -70,7 +70,7 @@ class Loader:
         text_drop: float,
         rows: tuple[int, int] | None = None,
         quarantine: Path | None = None,
-        control_drop: float = 0.0,
+        drops: tuple[float, float] = (0.0, 0.0),
     ):
         made = records.header["set"]
         if task == "i2v" and not (made["condition_draws"] or made.get("pixels")):
@@ -89,7 +89,7 @@ class Loader:
             )
         self.records, self.plan, self.task = records, plan, task
         self.microbatch, self.text_drop, self.rows = microbatch, text_drop, rows
-        self.control_drop = control_drop
+        self.drops = drops
         empty = read_texts(records.folder.parent / "empty.safetensors")
         self.empty = [text[0].astype(np.float16) for text in empty]
         self.name_word = int.from_bytes(hashlib.blake2b(plan.name.encode()).digest()[:8], "little")
@@ -190,7 +190,7 @@ class Loader:
         if self.task == "i2v":
             fields["condition"] = _condition(rng, arrays)
         if self.task in CONTROL_TASKS:
-            fields["condition"] = _control(rng, arrays, self.task, self.control_drop)
+            fields["condition"] = _control(rng, arrays, self.task, self.drops)
         return fields
 
     def _words(self, step: int, row: int) -> list[int]:
@@ -279,7 +279,7 @@ def _condition(rng: np.random.Generator, arrays: dict[str, np.ndarray]) -> np.nd
 
 
 def _control(
-    rng: np.random.Generator, arrays: dict[str, np.ndarray], task: str, drop: float
+    rng: np.random.Generator, arrays: dict[str, np.ndarray], task: str, drops: tuple[float, float]
 ) -> np.ndarray:
     """What leads the clip (spec 7.2): one of its control videos or the rays, then the reference
     frame in the tokens of latent frame 0."""
@@ -288,7 +288,7 @@ def _control(
         parts = (arrays[f"{name}_{part}"][which].astype(np.float32) for part in ("mean", "logvar"))
         return _sample(rng, *parts)
 
-    keep_control, keep_reference = rng.random(2) >= drop
+    keep_control, keep_reference = rng.random(2) >= drops
     if task == "camera_ref":
         control, keep_reference = arrays["control_rays"].astype(np.float32), True
     else:

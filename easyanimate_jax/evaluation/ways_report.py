@@ -6,12 +6,13 @@ is measured in closed form (`score.py`). Beside each figure stand that of the sa
 without what is given, that of the right answer, and what the VAE leaves of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from easyanimate_jax.data import media
 from easyanimate_jax.data.control import canny, trajectory_video
@@ -33,15 +34,25 @@ from easyanimate_jax.pipelines import (
     video_to_video,
 )
 
-COUNT = 48  # clips
+COUNT = 32  # clips
 SHOWN = 3  # of them, on the page
 STRENGTH = 0.7  # of video to video
+EDITING = 4.0  # guidance where the prompt speaks against what is given
 MARGIN = 8  # pixels between an object and the rim of the hole that it is cut out with
 KEPT = ("background", "direction", "speed")
 
 FIRST, LAST = "error of the first frame", "error of the last frame"
-KNOWN, HOLE = "error of known pixels", "error in the hole"
-EDGES, DISTANCE = "edge F1", "pixels from the path"
+KNOWN, EDGES = "error of known pixels", "edge F1"
+DISTANCE, END = "pixels from the path", "pixels from the path's end"
+
+
+class Scene(NamedTuple):
+    """Prompts, what they show, that through the VAE, and the paths of the objects."""
+
+    prompts: list[world.Prompt]
+    clips: Videos
+    rebuilt: Videos
+    paths: Float[np.ndarray, "B F 2"]
 
 
 class Case(NamedTuple):
@@ -50,7 +61,7 @@ class Case(NamedTuple):
     given: Videos  # to look at
     made: Videos
     without: Videos
-    right: Videos
+    right: Scene
     measure: Callable[[Videos], dict[str, float]]
 
 
@@ -59,13 +70,19 @@ def evaluate(encoder, run, inpaint) -> tuple[dict, dict]:
 
     `run` is a control model, `inpaint` a model of the same world that takes pictures.
     """
+    prompts = world.prompts("heldout", COUNT, seed=run.config.samples.seed)
+    scene = drawn(run, prompts)
+    other = drawn(run, [recoloured(prompt, i) for i, prompt in enumerate(prompts)])
     results, shown = {"clips": COUNT, "ways": {}, "chance": CHANCE}, {}
-    for name, case in (inpaint_cases(inpaint, encoder) | control_cases(run, encoder)).items():
+    for name, case in chain(
+        inpaint_cases(partial(asked, inpaint, encoder), scene, other),
+        control_cases(partial(asked, run, encoder), scene),
+    ):
         compared = {
             "made": case.made,
             "without": case.without,
-            "vae": np.stack(reconstruct(run.vae, case.right)),
-            "right": case.right,
+            "vae": case.right.rebuilt,
+            "right": case.right.clips,
         }
         results["ways"][name] = {what: case.measure(videos) for what, videos in compared.items()}
         shown[name] = [
@@ -76,108 +93,132 @@ def evaluate(encoder, run, inpaint) -> tuple[dict, dict]:
     return results, shown
 
 
-def inpaint_cases(run, encoder) -> dict[str, Case]:
-    """Pictures, films and parts of films, given to an inpaint model."""
-    prompts, clips, _, paths = drawn(run)
-    others = [recoloured(prompt) for prompt in prompts]
-    _, recoloured_clips, _, _ = drawn(run, others)
-    make = partial(asked, run, encoder)
+def inpaint_cases(make, scene: Scene, other: Scene) -> Iterator[tuple[str, Case]]:
+    """Pictures, films and parts of films, given to an inpaint model.
+
+    `other` is the scene in other colours.
+    """
+    prompts, clips, _, paths = scene
     start, end = clips[:, 0], clips[:, -1]
-    plain, plain_others = make(prompts), make(others)
-    started = make(prompts, image_to_video, start=start)
-    both = make(prompts, image_to_video, start=start, end=end)
-    hole, half = (np.stack([cut(clip) for clip in clips]) for cut in (box_around, half_of))
-    inpaint = partial(video_to_video, strength=1.0)
-    return {
-        "start picture": Case(
+    plain, started = make(prompts), make(prompts, image_to_video, start=start)
+    yield (
+        "start picture",
+        Case(
             given_frames(clips, [0]),
             started,
             plain,
-            clips,
+            scene,
             lambda v: {FIRST: mean(first_frame_error, v, start)} | hits(v, prompts, *KEPT),
         ),
-        "start and end picture": Case(
+    )
+    yield (
+        "start and end picture",
+        Case(
             given_frames(clips, [0, -1]),
-            both,
+            make(prompts, image_to_video, start=start, end=end),
             started,
-            clips,
+            scene,
             lambda v: {
                 FIRST: mean(first_frame_error, v, start),
                 LAST: mean(last_frame_error, v, end),
+                END: mean(path_distance, v[:, -1:], paths[:, -1:]),
             },
         ),
-        f"video to video, strength {STRENGTH}": Case(
-            clips,
-            make(others, partial(video_to_video, strength=STRENGTH), video=clips),
-            plain_others,
-            recoloured_clips,
-            lambda v: hits(v, others, "colour", *KEPT) | {DISTANCE: mean(path_distance, v, paths)},
-        ),
-        "another object in a hole": Case(
-            seen_through(clips, hole),
-            make(others, inpaint, video=clips, mask=hole),
-            plain_others,
-            recoloured_clips,
-            lambda v: (
-                {KNOWN: mean(known_error, v, clips, hole)}
-                | hits(v, others, "colour", "direction", "speed")
-            ),
-        ),
-        "the other half of an object": Case(
+    )
+    half = np.stack([half_of(clip) for clip in clips])
+    yield (
+        "the other half of an object",
+        Case(
             seen_through(clips, half),
-            make(prompts, inpaint, video=clips, mask=half),
+            make(prompts, partial(video_to_video, strength=1.0), video=clips, mask=half),
             plain,
-            clips,
+            scene,
             lambda v: {
                 KNOWN: mean(known_error, v, clips, half),
-                HOLE: mean(known_error, v, clips, 1 - half),
+                DISTANCE: mean(path_distance, v, paths),
             },
         ),
-    }
+    )
+    make = partial(make, guidance=EDITING)
+    plain, hole = make(other.prompts), np.stack([box_around(clip) for clip in clips])
+    yield (
+        "another object in a hole",
+        Case(
+            seen_through(clips, hole),
+            make(other.prompts, partial(video_to_video, strength=1.0), video=clips, mask=hole),
+            plain,
+            other,
+            lambda v: (
+                {KNOWN: mean(known_error, v, clips, hole)}
+                | hits(v, other.prompts, "colour", "direction", "speed")
+            ),
+        ),
+    )
+    unmoved = [without_motion(prompt) for prompt in other.prompts]
+    for name, texts, without in (
+        ("another colour", other.prompts, plain),
+        ("another colour, no word of motion", unmoved, make(unmoved)),
+    ):
+        yield (
+            name,
+            Case(
+                clips,
+                make(texts, partial(video_to_video, strength=STRENGTH), video=clips),
+                without,
+                other,
+                lambda v: (
+                    hits(v, other.prompts, "colour", *KEPT)
+                    | {DISTANCE: mean(path_distance, v, paths)}
+                ),
+            ),
+        )
 
 
-def control_cases(run, encoder) -> dict[str, Case]:
+def control_cases(make, scene: Scene) -> Iterator[tuple[str, Case]]:
     """Edges and paths, given to a control model."""
-    prompts, clips, size, paths = drawn(run)
-    make = partial(asked, run, encoder, prompts, control_to_video)
+    prompts, clips, _, paths = scene
+    make = partial(make, prompts, control_to_video)
     edges = np.stack([canny(clip) for clip in clips])
-    spots = np.stack([trajectory_video([path], *size) for path in paths])
-    reference = clips[:, 0]
+    spots = np.stack([trajectory_video([path], *clips.shape[1:4]) for path in paths])
     plain, along = make(), make(control=spots)
-    following = {
-        "Canny edges": (edges, make(control=edges), plain),
-        "path": (spots, along, plain),
-        "path and reference picture": (spots, make(control=spots, reference=reference), along),
-    }
 
     def measure(v: Videos) -> dict[str, float]:
         return {
             EDGES: mean(edge_f1, v, edges),
             DISTANCE: mean(path_distance, v, paths),
-            FIRST: mean(first_frame_error, v, reference),
+            FIRST: mean(first_frame_error, v, clips[:, 0]),
         } | hits(v, prompts, "colour", *KEPT)
 
-    return {name: Case(*videos, clips, measure) for name, videos in following.items()}
+    for name, *videos in (
+        ("Canny edges", edges, make(control=edges), plain),
+        ("path", spots, along, plain),
+        ("path and first frame", spots, make(control=spots, reference=clips[:, 0]), along),
+    ):
+        yield name, Case(*videos, scene, measure)
 
 
-def drawn(run, prompts: list[world.Prompt] | None = None):
-    """Prompts of combinations never trained on, their clips, these clips' size, and the paths."""
+def drawn(run, prompts: list[world.Prompt]) -> Scene:
     samples = run.config.samples
     size = samples.frames, samples.height, samples.width
-    prompts = prompts or world.prompts("heldout", COUNT, seed=samples.seed)
     clips, paths = world.clips(prompts, *size, seed=samples.seed)
-    return prompts, clips, size, paths
+    return Scene(prompts, clips, np.stack(reconstruct(run.vae, clips)), paths)
 
 
-def recoloured(prompt: world.Prompt) -> world.Prompt:
-    """The prompt with the next colour of the palette."""
-    names = list(world.COLOURS)
-    following = dict(zip(names, names[1:] + names[:1], strict=True))
-    return world.caption(prompt.attributes._replace(colour=following[prompt.attributes.colour]))
+def recoloured(prompt: world.Prompt, number: int) -> world.Prompt:
+    """The prompt with another colour, all others in turn."""
+    colours = [colour for colour in world.COLOURS if colour != prompt.attributes.colour]
+    return world.caption(prompt.attributes._replace(colour=colours[number % len(colours)]))
 
 
-def asked(run, encoder, prompts, pipeline=text_to_video, **inputs: np.ndarray) -> Videos:
-    return generate(run, encoder, [p.en for p in prompts], pipeline, inputs)
+def without_motion(prompt: world.Prompt) -> world.Prompt:
+    """The prompt of a still picture of the same object."""
+    return world.caption(prompt.attributes._replace(direction=None, speed=None))
+
+
+def asked(
+    run, encoder, prompts, pipeline=text_to_video, guidance=None, **inputs: np.ndarray
+) -> Videos:
+    return generate(run, encoder, [p.en for p in prompts], pipeline, inputs, guidance)
 
 
 def box_around(clip: UInt8[np.ndarray, "F H W 3"]) -> UInt8[np.ndarray, "F H W 1"]:

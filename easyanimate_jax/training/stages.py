@@ -17,7 +17,8 @@ class Stage:
     is accumulated. The learning rate warms up linearly over `warmup` steps of the stage, then goes
     linearly to `end_learning_rate` (constant when None). `weights` say how often clips of a kind or
     a source come beside others, see `data.plan.Plan`. A control stage learns to do without its
-    control and without its reference in `control_drop` of the rows; cameras are always there.
+    control in `control_drop` of the rows, and without its reference in `reference_drop` of them;
+    cameras are always there.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Stage:
     warmup: int = 100
     weights: tuple[tuple[str, float], ...] = ()
     control_drop: float = 0.2
+    reference_drop: float = 0.2
 
     def __post_init__(self):
         for name in ("batch_size", "steps", "microbatch"):
