@@ -131,8 +131,9 @@ def test_pixels_are_clipped_and_truncated():
     class Identity:
         denormalize = chunked_decode = staticmethod(lambda x: x)
 
-    pixels = pipelines._pixels.__wrapped__(Identity(), jnp.array([-2, -1, 0.0, 0.999, 1, 2]))
-    np.testing.assert_array_equal(pixels, [0, 0, 127, 254, 255, 255])
+    values = jnp.array([-2, -1, 0.0, 0.999, 1, 2]).reshape(1, 1, 1, 6, 1)
+    pixels = pipelines._pixels.__wrapped__(Identity(), values)
+    np.testing.assert_array_equal(pixels.ravel(), [0, 0, 127, 254, 255, 255])
 
 
 def test_a_picture_is_a_video_of_one_frame(make_model, vae):

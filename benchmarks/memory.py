@@ -1,0 +1,198 @@
+"""Sampling in little memory: parts in turn, and the transformer in eight bits.
+
+* The most that was resident in a process that loads the parts of a random run of a few hundred MB
+  each, in the order of sampling: as it is, as `--memory low` does, and with int8 too. Needs the
+  tokenizer of runs/demo.
+* Two blocks of the 12B's width, random, in bfloat16: bytes, and how far the output moves.
+* With a run of the demo: the prompts' scores of both, and how far the videos are apart.
+
+Writes benchmarks/results/memory.md.
+
+    python benchmarks/memory.py [RUN] [--rows 16] [--steps 20]
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from setting import setting
+
+from easyanimate_jax.config import load, to_json
+from easyanimate_jax.denoising import Sampling
+from easyanimate_jax.evaluation import world
+from easyanimate_jax.evaluation.generate import psnr
+from easyanimate_jax.evaluation.score import score
+from easyanimate_jax.models import int8
+from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
+from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.pipelines import Request, text_to_video
+from easyanimate_jax.runs import load_run
+from easyanimate_jax.tensors.module import named_weights, save_module, with_weights
+from easyanimate_jax.training.checkpoint import Checkpoints
+from easyanimate_jax.training.step import TrainState
+
+ROOT = Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks" / "results" / "memory.md"
+WAYS = {  # to load_run
+    "as it is": {},
+    "`--memory low`": {"alone": True},
+    "`--memory low --weights int8`": {"alone": True, "int8": True},
+}
+LOAD = """
+import json, sys
+import jax
+from easyanimate_jax.convert.pipeline import peak_rss  # getrusage's outlives fork and exec
+from easyanimate_jax.runs import load_run
+run = load_run(sys.argv[1], **json.loads(sys.argv[2]))
+before = peak_rss()
+assert run.encoder
+jax.block_until_ready(run.diffusion.model)
+jax.block_until_ready(run.diffusion.vae)
+print(before / 2**30, peak_rss() / 2**30)
+"""
+NAMES = ("colour", "background", "direction", "speed")
+WIDE = MMDiTConfig(
+    depth=2, mmdit_depth=2, heads=48, text_widths=(3584,), text_norm=True, round_time=True
+)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("run", nargs="?", help="folder of a finished demo")
+    p.add_argument("--rows", type=int, default=16)
+    p.add_argument("--steps", type=int, default=20)
+    a = p.parse_args()
+    lines = ["# Sampling in little memory", "", setting(), "", *resident(), *wide()]
+    lines += demo(a) if a.run else []
+    RESULT.write_text("\n".join([*lines, ""]))
+    print(RESULT.read_text())
+
+
+def resident() -> list[str]:
+    lines = ["| random parts, loaded | GiB resident at most | before |", "|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = make_run(Path(folder))
+        for name, options in WAYS.items():
+            command = [sys.executable, "-c", LOAD, f"{folder}/run", json.dumps(options)]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+            before, peak = map(float, done.stdout.split()[-2:])
+            lines.append(f"| {name} | {peak:.2f} | {before:.2f} |")
+    parts = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in sizes.items())
+    return [*lines, "", f"MiB of weights on disk: {parts}.", ""]
+
+
+def make_run(folder: Path) -> dict[str, int]:
+    """A run with random parts; the bytes of each."""
+    import torch
+    import transformers
+
+    model = MMDiTConfig(
+        depth=5,
+        mmdit_depth=5,
+        heads=16,
+        text_widths=(1024, 1024),
+        text_norm=False,
+        round_time=True,
+    )
+    transformer = jax.jit(lambda: MMDiT(model, rngs=nnx.Rngs(0)))()
+    vae = jax.jit(lambda: CausalVAE(VAEConfig(), rngs=nnx.Rngs(1)))()
+    save_module(folder / "vae", vae)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "runs/demo/text/tokenizer")
+    for name in ("tokenizer", "tokenizer_2"):
+        tokenizer.save_pretrained(folder / name)
+    torch.manual_seed(0)
+    bert = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=1024,
+        num_hidden_layers=10,
+        num_attention_heads=16,
+        intermediate_size=4096,
+    )
+    for name in ("text_encoder", "text_encoder_2"):
+        transformers.BertModel(bert).save_pretrained(folder / name)
+    config = dataclasses.replace(
+        load("configs/demo.py"), model=model, vae=str(folder / "vae"), text=str(folder)
+    )
+    meta = {"in_channels": 16, "config": json.loads(to_json(config))}
+    zero = jnp.zeros((), jnp.int32)
+    checkpoints = Checkpoints(folder / "run" / "checkpoints", keep=1)
+    checkpoints.save(1, TrainState(zero, zero, transformer, transformer, ()), meta)
+    checkpoints.close()
+    encoders = sum(p.stat().st_size for p in folder.glob("text_encoder*/*.safetensors"))
+    nbytes = lambda module: sum(x.nbytes for x in jax.tree.leaves(module))  # noqa: E731
+    return {"text encoders": encoders, "transformer": nbytes(transformer), "VAE": nbytes(vae)}
+
+
+def wide() -> list[str]:
+    """Bytes and output of two blocks of full width."""
+    rng = np.random.default_rng(0)
+    shapes = nnx.eval_shape(lambda: MMDiT(WIDE, rngs=nnx.Rngs(0)))
+
+    def draw(name, shape):
+        x = rng.standard_normal(shape, np.float32)
+        if name.endswith("kernel"):
+            return jnp.asarray(x / np.sqrt(shape[-2]), WIDE.dtype)
+        return jnp.asarray(0.1 * x + name.endswith("scale"))
+
+    full = with_weights(shapes, draw)
+    weights = iter([int8.store(name, x) for name, x in named_weights(full).items()])
+    small = with_weights(shapes, lambda name, shape: next(weights))
+    inputs = (
+        jnp.asarray(rng.standard_normal((1, 64, 64), np.float32)),
+        jnp.array([[1, 8, 8]]),
+        jnp.array([64]),
+        jnp.array([500.0]),
+        (jnp.asarray(rng.standard_normal((1, 32, 3584), np.float32)),),
+    )
+    run = jax.jit(lambda model, inputs: model(*inputs).astype(jnp.float32))
+    ours, theirs = run(small, inputs), run(full, inputs)
+    error = float(jnp.sqrt(jnp.mean((ours - theirs) ** 2) / jnp.mean(theirs**2)))
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(m.blocks)) / 2**20 for m in (full, small)]
+    return [
+        f"Two blocks of width {WIDE.width}: {sizes[0]:.0f} MiB in bfloat16, {sizes[1]:.0f} MiB in "
+        f"int8 ({sizes[1] / sizes[0]:.3f}); root mean square error of the output "
+        f"{100 * error:.2f} % of its size.",
+        "",
+    ]
+
+
+def demo(a) -> list[str]:
+    """Scores of a demo's prompts in both, from the same noise."""
+    videos, lines = {}, []
+    for name, small in (("full", False), ("int8", True)):
+        run = load_run(a.run, int8=small)
+        samples = run.config.samples
+        prompts = world.prompts("seen", a.rows, seed=samples.seed)
+        request = Request(
+            run.encoder.encode([prompt.en for prompt in prompts]),
+            run.encoder.encode([""]),
+            size=(samples.frames, samples.height, samples.width),
+            seeds=list(range(a.rows)),
+            sampling=Sampling(steps=a.steps, guidance=samples.guidance),
+        )
+        videos[name] = text_to_video(run.diffusion, request)
+        found = score(videos[name], prompts)
+        size = sum(x.nbytes for x in jax.tree.leaves(run.diffusion.model)) / 2**20
+        lines.append(
+            f"| {name} | {size:.1f} | " + " | ".join(f"{found[n]:.2f}" for n in NAMES) + " |"
+        )
+    return [
+        f"The demo, {a.run}, {a.rows} prompts, {a.steps} steps; the videos are "
+        f"{psnr(videos['full'], videos['int8']):.1f} dB apart.",
+        "",
+        "| weights | MiB | " + " | ".join(NAMES) + " |",
+        "|---|---|" + "---|" * len(NAMES),
+        *lines,
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What decoding by a full-size autoencoder takes: seconds and memory, beside diffusers'.
+
+Random weights of the released shapes, bfloat16, chunked as in sampling, one frame of latents at a
+time. Each decode has a process of its own; memory is the most that was resident in it, seconds are
+those of the decode, ours with its compilation. For the large video stands what the compiler has
+planned, and with --whole what a decode took. Writes benchmarks/results/vae.md.
+
+    python benchmarks/vae.py [--frames 9] [--side 128] [--whole]
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+RESULT = Path(__file__).parent / "results" / "vae.md"
+LARGE = 49, 512
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument("--frames", type=int, default=9, help="of the video that both decode")
+    p.add_argument("--side", type=int, default=128)
+    p.add_argument("--whole", action="store_true", help="decode 49 x 512 x 512 too: an hour or so")
+    p.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
+    a = p.parse_args()
+    if a.child:
+        way, version, frames, side = a.child
+        print(json.dumps(WAYS[way](version == "V5", int(frames), int(side))))
+        return
+    small = [("ours", "V5.1"), ("diffusers", "V5.1"), ("ours", "V5")]
+    rows = [measure(*who, a.frames, a.side) for who in small]
+    rows += [measure("ours", v, *LARGE) for v in ("V5.1", "V5") if a.whole]
+    plans = [measure("plan", version, *LARGE) for version in ("V5.1", "V5")]
+    RESULT.write_text(table(rows, plans))
+    print(RESULT.read_text())
+
+
+def measure(way: str, version: str, frames: int, side: int) -> dict:
+    command = [sys.executable, __file__, "--child", way, version, str(frames), str(side)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1]) | {
+        "way": way,
+        "version": version,
+        "size": f"{frames} x {side} x {side}",
+    }
+
+
+def timed(run) -> dict:
+    before = peak()
+    began, cpu = time.perf_counter(), time.process_time()
+    run()
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    return {"seconds": seconds, "cpu": cpu, "before": before, "peak": peak()}
+
+
+def peak() -> float:
+    """GiB that were resident in this process at most, so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def latent_shape(frames: int, side: int) -> tuple[int, ...]:
+    return 1, (frames - 1) // 4 + 1, side // 8, side // 8, 16
+
+
+def ours(attention: bool, frames: int, side: int) -> dict:
+    import jax
+    import numpy as np
+    from flax import nnx
+
+    from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+
+    vae = jax.jit(lambda: CausalVAE(VAEConfig(attention=attention), rngs=nnx.Rngs(0)))()
+    z = jax.random.normal(jax.random.key(0), latent_shape(frames, side))
+    return timed(lambda: np.asarray(jax.jit(lambda vae, z: vae.chunked_decode(z))(vae, z)))
+
+
+def diffusers(attention: bool, frames: int, side: int) -> dict:
+    """It has no attention; its default is the released V5.1 but for the width of the norms."""
+    import torch
+    from diffusers import AutoencoderKLMagvit
+
+    vae = AutoencoderKLMagvit(block_out_channels=[128, 256, 512, 512], latent_channels=16)
+    vae = vae.eval().to(torch.bfloat16)
+    B, T, h, w, C = latent_shape(frames, side)
+    z = torch.randn(B, C, T, h, w, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        return timed(lambda: vae.decode(z))
+
+
+def plan(attention: bool, frames: int, side: int) -> dict:
+    """GiB of the compiled decode: its working memory, and the whole VAE's float32 weights."""
+    import jax
+    from flax import nnx
+
+    from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+
+    vae = nnx.eval_shape(lambda: CausalVAE(VAEConfig(attention=attention), rngs=nnx.Rngs(0)))
+    vae = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), vae)
+    z = jax.ShapeDtypeStruct(latent_shape(frames, side), "float32")
+    program = jax.jit(lambda vae, z: vae.chunked_decode(z)).lower(vae, z).compile()
+    memory = program.memory_analysis()
+    return {
+        "working": memory.temp_size_in_bytes / 2**30,
+        "weights": sum(x.size * 4 for x in jax.tree.leaves(vae)) / 2**30,
+        "video": memory.output_size_in_bytes / 2**30,
+        "process": peak(),
+    }
+
+
+WAYS = {"ours": ours, "diffusers": diffusers, "plan": plan}
+
+
+def table(rows, plans) -> str:
+    from setting import setting
+
+    lines = [
+        "# Decoding by a full-size autoencoder, on a CPU",
+        "",
+        setting(),
+        "",
+        "Random weights, bfloat16, one frame of latents at a time. Seconds of ours are with the "
+        "compilation.",
+        "",
+        "| | video | seconds | CPU seconds | GiB resident at most | of these before |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['way']}, {r['version']} | {r['size']} | {r['seconds']:.0f} | {r['cpu']:.0f} "
+        f"| {r['peak']:.2f} | {r['before']:.2f} |"
+        for r in rows
+    ]
+    lines += [
+        "",
+        "What the compiler plans for the large video, in GiB:",
+        "",
+        "| | video | working memory | weights, float32 | the video | process | sum |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in plans:
+        parts = [r[name] for name in ("working", "weights", "video", "process")]
+        cells = " | ".join(f"{x:.2f}" for x in [*parts, sum(parts)])
+        lines.append(f"| ours, {r['version']} | {r['size']} | {cells} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()
