@@ -84,7 +84,8 @@ def test_r8_a_rank_that_hangs_or_is_stopped_costs_a_restart(folder, pair):
         "EASYANIMATE_FAULTS": "hang@3/1,stopped@7/0",
         "EASYANIMATE_FAULTS_ONCE": str(folder / "still"),
     }
-    words = command(folder, "still", "--hang-seconds", "10")
+    # Less than JAX's own heartbeat, which the rank that waits would else be ended by, with code -6.
+    words = command(folder, "still", "--hang-seconds", "6")
     output = end(start(folder, [*PAIR, *words], 2, **once))
     assert output.count("exit code 4 at step") == 2, output
     for frame in ("stop_if_asked", "_flush"):  # of the rank that hangs, and of the one that waits

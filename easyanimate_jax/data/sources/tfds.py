@@ -44,7 +44,7 @@ def write_tfds(clips: Sequence, folder: Path, name: str = "captioned_clips") -> 
     """The clips (`sources.Clip`) as a TFDS data set in ArrayRecord; returns its folder."""
     import tensorflow_datasets as tfds
 
-    class CaptionedClips(tfds.core.GeneratorBasedBuilder):
+    class CaptionedClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
