@@ -1,8 +1,7 @@
 """Sampling in little memory: parts in turn, and the transformer in eight bits.
 
 * The most that was resident in a process that loads the parts of a random run of a few hundred MB
-  each, in the order of sampling: as it is, as `--memory low` does, and with int8 too. Needs the
-  tokenizer of runs/demo.
+  each, in the order of sampling: as it is, as `--memory low` does, and with int8 too.
 * Two blocks of the 12B's width, random, in bfloat16: bytes, and how far the output moves.
 * With a run of the demo: the prompts' scores of both, and how far the videos are apart.
 
@@ -36,6 +35,7 @@ from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.pipelines import Request, text_to_video
 from easyanimate_jax.runs import load_run
 from easyanimate_jax.tensors.module import named_weights, save_module, with_weights
+from easyanimate_jax.text.train import word_tokenizer
 from easyanimate_jax.training.checkpoint import Checkpoints
 from easyanimate_jax.training.step import TrainState
 
@@ -105,7 +105,7 @@ def make_run(folder: Path) -> dict[str, int]:
     transformer = jax.jit(lambda: MMDiT(model, rngs=nnx.Rngs(0)))()
     vae = jax.jit(lambda: CausalVAE(VAEConfig(), rngs=nnx.Rngs(1)))()
     save_module(folder / "vae", vae)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "runs/demo/text/tokenizer")
+    tokenizer = word_tokenizer([prompt.en for prompt in world.every_prompt()])
     for name in ("tokenizer", "tokenizer_2"):
         tokenizer.save_pretrained(folder / name)
     torch.manual_seed(0)
