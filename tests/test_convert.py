@@ -532,6 +532,38 @@ def test_what_float16_cannot_hold_is_named(tmp_path):
     convert(tmp_path / "model", tmp_path / "out", Options("jax", dtype="bfloat16"))
 
 
+def test_memory_is_used_again_only_when_no_view_of_it_is_left():
+    memory, size = files.Memory(), 2 * files.PIECE
+    place = lambda array: array.__array_interface__["data"][0]  # noqa: E731
+    with memory.kept():
+        first = memory.take(size)
+        first[:] = 1
+        view = first.view(np.int16).reshape(2, -1)[1:].T
+        del first
+        second = memory.take(size)
+        second[:] = 2
+        assert (view == 257).all() and not memory.free
+        taken = {place(second)}
+        del second
+        third = memory.take(size - 5)
+        assert {place(third)} == taken
+        del third, view
+        assert len(memory.free) == 2
+    assert not memory.free
+
+
+def test_matrices_of_many_pieces_pass_through_shards_unchanged(tmp_path):
+    rng = np.random.default_rng(0)
+    matrices = {f"m{i}": rng.integers(0, 256, (3000, 5700 - i), np.uint8) for i in range(5)}
+    save_file(matrices, tmp_path / "theirs.safetensors")
+    there = files.open_file(tmp_path / "theirs.safetensors", [])
+    turned = {name: tensor.transpose((1, 0)) for name, tensor in there.items()}
+    files.write_shards(tmp_path, "ours", turned, shard_bytes=40_000_000)
+    found = files.open_index(tmp_path / "ours.safetensors.index.json", [])
+    for name, matrix in matrices.items():
+        np.testing.assert_array_equal(found[name].read(), matrix.T)
+
+
 def test_files_are_those_of_the_safetensors_library(tmp_path):
     rng = np.random.default_rng(0)
     dtypes = [np.float32, np.float16, ml_dtypes.bfloat16, np.float64, np.int64, np.uint8]

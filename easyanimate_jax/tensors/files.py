@@ -5,12 +5,15 @@ sentence each that names the file and the tensor, so that a user sees everything
 mapped into memory: a tensor is read with plain reads of the boxes asked for.
 """
 
+import ctypes
 import json
 import math
 import os
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -144,13 +147,54 @@ def _from_file(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype)
         if rest:
             begin += box[axis].start * math.prod(rest[1:])
             rest = (box[axis].stop - box[axis].start, *rest[1:])
-        raw = np.fromfile(
-            path, np.uint8, math.prod(rest) * dtype.itemsize, offset=offset + begin * dtype.itemsize
-        )
-        values = raw.view(dtype).reshape((*kept, *rest))
+        raw = memory.take(math.prod(rest) * dtype.itemsize)
+        with path.open("rb") as file:
+            file.seek(offset + begin * dtype.itemsize)
+            there = file.readinto(raw)
+        values = raw[:there].view(dtype).reshape((*kept, *rest))
         return values[(..., *box[axis + 1 :])]
 
     return Tensor(shape, dtype, read)
+
+
+class Memory:
+    """For what is read; while `kept`, large pieces are used again once no array looks at them.
+
+    The system clears every new page before a read fills it, which takes longer than the read.
+    """
+
+    def __init__(self):
+        self.free, self.most = [], 0
+
+    def take(self, size: int) -> np.ndarray:
+        """(size,) uint8, of any values."""
+        if size < PIECE or not self.most:
+            return np.empty(size, np.uint8)
+        fitting = [i for i, owner in enumerate(self.free) if owner.nbytes >= size]
+        if self.free and not fitting:
+            self.free.pop()
+        owner = self.free.pop(fitting[0]) if fitting else np.empty(size, np.uint8)
+        # Views of views hold the last object that is no array, through a memoryview: this one.
+        holder = (ctypes.c_ubyte * size).from_buffer(owner)
+        weakref.finalize(holder, self._give_back, owner).atexit = False
+        return np.frombuffer(holder, np.uint8)
+
+    def _give_back(self, owner: np.ndarray) -> None:
+        if len(self.free) < self.most:
+            self.free.append(owner)
+
+    @contextmanager
+    def kept(self, most: int = 2) -> Iterator[None]:
+        """Keeps up to `most` pieces until the end of the block."""
+        self.most = most
+        try:
+            yield
+        finally:
+            self.most = 0
+            self.free.clear()
+
+
+memory = Memory()
 
 
 def open_index(path: Path, problems: list[str]) -> dict[str, Tensor]:
@@ -316,8 +360,9 @@ def write_shards(
     count = len(shards)
     files = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     files = files if count > 1 else [f"{stem}.safetensors"]
-    for file, shard in zip(files, shards, strict=True):
-        write_file(folder / file, shard, {"format": "pt"}, progress)
+    with memory.kept():
+        for file, shard in zip(files, shards, strict=True):
+            write_file(folder / file, shard, {"format": "pt"}, progress)
     if count > 1:
         places = {name: file for file, s in zip(files, shards, strict=True) for name in s}
         index = {
