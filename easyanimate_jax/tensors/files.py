@@ -43,7 +43,7 @@ LONGEST_HEADER = 100_000_000  # the format's own limit
 # Bytes that are read at a time. A stack is cut anywhere between its layers; rows of a matrix can be
 # columns in the file it comes from, so one layer of the 12B in float32 stays whole.
 PIECE, MATRIX = 2**22, 2**28
-STRIP = 2**23  # bytes that are transposed and written at a time; malloc then uses its pages again
+STRIP = 2**22  # bytes that are transposed and written at a time; malloc then uses its pages again
 SHARD = 5 * 10**9  # bytes of a file, as transformers and diffusers cut them
 
 
@@ -307,7 +307,7 @@ def write_file(
         file.write(len(text).to_bytes(8, "little") + text)
         reads = (read for name in names for read in _pieces(tensors[name]))
         moves = chain.from_iterable(map(_strips, _ahead(reader, reads)))
-        for strip in _ahead(mover, moves):
+        for strip in _ahead(mover, moves, 4):
             progress(file.write(strip.reshape(-1).view(np.uint8).data))
 
 
@@ -322,9 +322,9 @@ def _pieces(tensor: Tensor) -> Iterator[Callable[[], np.ndarray]]:
         yield lambda first=first: tensor.read((slice(first, first + rows),))
 
 
-def _ahead(worker: ThreadPoolExecutor, calls: Iterator[Callable[[], np.ndarray]]):
-    """The results in order; while one is used, the next one is made."""
-    running = deque(worker.submit(call) for call in islice(calls, 1))
+def _ahead(worker: ThreadPoolExecutor, calls: Iterator[Callable[[], np.ndarray]], count: int = 1):
+    """The results in order; while one is used, the next `count` are made."""
+    running = deque(worker.submit(call) for call in islice(calls, count))
     while running:
         result = running.popleft().result()
         running.extend(worker.submit(call) for call in islice(calls, 1))
