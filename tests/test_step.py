@@ -147,9 +147,10 @@ def test_padding_past_a_length_is_not_seen(one_device):
     np.testing.assert_allclose(steps(ONE, batch)[1], one_device[1], rtol=1e-5)
 
 
-def test_a_batch_that_is_not_finite_changes_no_weight():
+@pytest.mark.parametrize("value, where", [(np.nan, (0, 3, 5, 7)), (1e6, ...)])
+def test_a_batch_that_is_not_finite_or_all_outliers_changes_no_weight(value, where):
     batch = make_batch(1, 8)
-    batch.mean[0, 3, 5, 7] = np.nan
+    batch.mean[where] = value
     state, _ = steps(ONE, batch, count=1)
     jax.tree.map(np.testing.assert_array_equal, state.model, jax.jit(start)().model)
     assert (int(state.step), int(state.skipped)) == (1, 1)

@@ -90,7 +90,8 @@ def train_step(
     ema_decay: float,
     batch_size: int | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One update from a global batch of (A, B) rows. A non-finite update is counted, not made.
+    """One update from a global batch of (A, B) rows. A non-finite update is counted, not made, as
+    is one without any error that counts.
 
     The first `batch_size` rows are real, all of them if None; how many fill the batch up depends on
     the devices, so times are drawn, and shared out where they are stratified, for the real ones.
@@ -119,7 +120,8 @@ def train_step(
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema = optax.incremental_update(model, state.ema, 1 - decay)
 
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    # A loss of exactly 0 is one of outliers alone, which count as zero (spec 4.4).
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss > 0)
     model, ema, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (model, ema, opt_state),
