@@ -12,7 +12,6 @@ import pytest
 
 from easyanimate_jax.convert.folder import load_vae
 from easyanimate_jax.data import media
-from easyanimate_jax.data.control import canny
 from easyanimate_jax.data.sources import read_clips
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.tensors.module import flat_weights
@@ -91,22 +90,6 @@ def test_a_clip_that_is_a_span_of_a_film_is_read_there(config):
     span = replace(clips[0], first=3, num_frames=5)
     crop = Crops([span], 0).batch(VAEStage(1, 8, 5, 32), 0, range(1))[0]
     np.testing.assert_array_equal(crop, whole[3:8])
-
-
-def test_crops_are_of_a_clip_its_control_file_and_its_edges(config):
-    clips, _ = read_clips(config.data)
-    clip = replace(clips[0], control=clips[1].path)
-    rows = Crops([clip], 0, ("canny", "file")).batch(VAEStage(1, 8, 9, 32), 0, range(64))
-    frames, file = (media.read_clip(c.path, 0, 9) for c in clips[:2])
-    kinds = [frames, canny(frames), file]
-    seen = [[i for i, kind in enumerate(kinds) if np.array_equal(row, kind)] for row in rows]
-    assert all(len(found) == 1 for found in seen)
-    assert min(np.bincount(np.concatenate(seen), minlength=3)) > 10
-
-
-def test_an_unknown_control_is_refused(config):
-    with pytest.raises(ValueError, match="controls names edges: choose of file, canny"):
-        replace(config, controls=("canny", "edges"))
 
 
 def test_crops_larger_than_every_clip_are_refused(config):

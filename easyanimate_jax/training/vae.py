@@ -30,7 +30,6 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from easyanimate_jax.data import media
-from easyanimate_jax.data.control import OPERATORS, control_video
 from easyanimate_jax.data.sources import Clip, read_clips
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig, check_video
 from easyanimate_jax.sharding import MeshConfig, batch_sharding, make_mesh
@@ -78,15 +77,6 @@ class VAETrainConfig:
     seed: int = 0
     save_every: int = 1000
     log_every: int = 20
-    # Beside every clip, its control videos: by these operators, or the "file" that it comes with.
-    controls: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        unknown = sorted({*self.controls} - {"file", *OPERATORS})
-        if unknown:
-            raise ValueError(
-                f"controls names {', '.join(unknown)}: choose of file, {', '.join(OPERATORS)}."
-            )
 
     @property
     def steps(self) -> int:
@@ -260,13 +250,12 @@ def pixels(frames: UInt8[Array, "B F H W 3"]) -> Video:
 class Crops:
     """Random crops of a list of clips. A crop is a function of (seed, step, row) and nothing else.
 
-    Of four crops the one with most contrast is taken: plain background teaches nothing. With
-    `controls` a row is as often the clip as it is each of them.
+    Of four crops the one with most contrast is taken: plain background teaches nothing.
     """
 
-    def __init__(self, clips: list[Clip], seed: int, controls: tuple[str, ...] = ()):
-        self.clips, self.seed, self.controls = clips, seed, controls
-        self.cache: dict[tuple, np.ndarray] = {}
+    def __init__(self, clips: list[Clip], seed: int):
+        self.clips, self.seed = clips, seed
+        self.cache: dict[str, np.ndarray] = {}
         self.cached_bytes = 0
 
     def fitting(self, stage: VAEStage) -> list[Clip]:
@@ -289,32 +278,24 @@ class Crops:
 
     def _crop(self, clips, stage, seed):
         rng = np.random.default_rng(seed)
-        clip = clips[rng.integers(len(clips))]
-        control = (None, *self.controls)[rng.integers(1 + len(self.controls))]
-        frames = self._frames(clip, control)
+        frames = self._frames(clips[rng.integers(len(clips))])
         start = rng.integers(len(frames) - stage.frames + 1)
         tops, lefts = (rng.integers(side - stage.size + 1, size=4) for side in frames.shape[1:3])
         crops = [
             frames[start : start + stage.frames, top : top + stage.size, left : left + stage.size]
             for top, left in zip(tops, lefts, strict=True)
         ]
-        if control not in (None, "file"):
-            crops = [control_video(crop, control) for crop in crops]
         return max(crops, key=lambda crop: crop[:: max(1, stage.frames - 1), ::4, ::4].std())
 
-    def _frames(self, clip: Clip, control: str | None = None) -> UInt8[np.ndarray, "F H W 3"]:
-        """All frames of a clip, or of its control file where `control` is "file"; a clip that has
-        none stands for itself."""
-        path = clip.control if control == "file" and clip.control else clip.path
-        key = (clip.name, path)
-        if key in self.cache:
-            return self.cache[key]
+    def _frames(self, clip: Clip) -> UInt8[np.ndarray, "F H W 3"]:
+        if clip.name in self.cache:
+            return self.cache[clip.name]
         if clip.kind == "image":
-            frames = media.read_image(path)[None]
+            frames = media.read_image(clip.path)[None]
         else:
-            frames = media.read_clip(path, clip.first, clip.num_frames)
+            frames = media.read_clip(clip.path, clip.first, clip.num_frames)
         if self.cached_bytes + frames.nbytes <= CACHE_BYTES:
-            self.cache[key] = frames
+            self.cache[clip.name] = frames
             self.cached_bytes += frames.nbytes
         return frames
 
@@ -345,8 +326,7 @@ def train(config: VAETrainConfig) -> CausalVAE:
     mesh = make_mesh(MeshConfig())
     clips, _ = read_clips(config.data)
     held_out = clips[HELD_OUT - 1 :: HELD_OUT] or clips[-1:]
-    known = [clip for clip in clips if clip not in held_out]
-    crops = Crops(known, config.seed, config.controls)
+    crops = Crops([clip for clip in clips if clip not in held_out], config.seed)
     for stage in config.stages:
         crops.fitting(stage)
         if stage.batch_size % mesh.size:
@@ -385,7 +365,6 @@ def train(config: VAETrainConfig) -> CausalVAE:
     manager.close()
     metrics_file.close()
 
-    crops = Crops(known, config.seed)
     vae = with_statistics(state.networks.vae, crops, config.stages[-1], config.steps)
     report = {
         "psnr": held_out_psnr(vae, Crops(held_out, config.seed), config.stages[-1]),
