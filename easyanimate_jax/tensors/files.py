@@ -6,6 +6,7 @@ mapped into memory: a tensor is read with plain reads of the boxes asked for.
 """
 
 import ctypes
+import errno
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -304,11 +306,24 @@ def write_file(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file, ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(1) as mover:
+        _reserve(file, 8 + len(text) + position)
         file.write(len(text).to_bytes(8, "little") + text)
         reads = (read for name in names for read in _pieces(tensors[name]))
         moves = chain.from_iterable(map(_strips, _ahead(reader, reads)))
         for strip in _ahead(mover, moves, 4):
             progress(file.write(strip.reshape(-1).view(np.uint8).data))
+
+
+def _reserve(file: BinaryIO, size: int) -> None:
+    """Room for all of a file, where the system can: a full disk shows at once, and ext4 then takes
+    the bytes half again as fast."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, size)
+    except AttributeError:  # macOS has no such call
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # nor have some file systems
+            raise
 
 
 def _pieces(tensor: Tensor) -> Iterator[Callable[[], np.ndarray]]:
