@@ -11,6 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,18 +22,33 @@ from easyanimate_jax.config import load, to_json
 RESULTS = Path("benchmarks/results/pods")
 PAGE = Path("docs/pods.md")
 V5, CONTROL = "configs/v5_12b.py", "configs/v5_12b_control.py"
+WIDE = "configs/tpu_12b.py"
+STAGES = {  # name in a figure's: config, stage
+    **{s: (V5, s) for s in ("image", "3328_t2v", "13312_t2v", "13312_i2v", "53248_i2v")},
+    **{s: (CONTROL, s) for s in ("13312_control", "53248_control")},
+    **{f"tpu_{s}": (WIDE, s) for s in ("image", "3328_t2v", "13312_t2v", "13312_i2v", "53248_i2v")},
+}
+# Rows of 53248 are few: more chips to each.
+LONG = ("--mesh.fsdp", "32", "--mesh.context", "16")
 # For chips with 32 GB in a torus of 16x16, whose two directions are fsdp and context.
 LEAN = ("--mesh.fsdp", "16", "--mesh.context", "16", "--model.save", "attention")
+PODS = {  # name in a figure's: topology, overrides at a token length
+    "v5p-128": ("v5p:4x4x8", lambda tokens: ()),
+    "v5p-512": ("v5p:8x8x8", lambda tokens: LONG if tokens > 13312 else ()),
+    "v6e-256": ("v6e:16x16", lambda tokens: LEAN),
+    "tpu7x-64": ("tpu7x:4x4x4", lambda tokens: ()),
+}
+
+
+def overrides(more: Callable[[int], tuple[str, ...]], stage: str) -> tuple[str, ...]:
+    digits = stage.split("_")[0]
+    return more(int(digits) if digits.isdigit() else 3328)
+
+
 RUNS = {  # name of the figures: config, topology, stage, overrides
-    "v5p-128_image": (V5, "v5p:4x4x8", "image", ()),
-    "v5p-128_3328_t2v": (V5, "v5p:4x4x8", "3328_t2v", ()),
-    "v5p-128_13312_t2v": (V5, "v5p:4x4x8", "13312_t2v", ()),
-    "v5p-128_13312_i2v": (V5, "v5p:4x4x8", "13312_i2v", ()),
-    "v5p-128_53248_i2v": (V5, "v5p:4x4x8", "53248_i2v", ()),
-    "v5p-128_13312_control": (CONTROL, "v5p:4x4x8", "13312_control", ()),
-    "v5p-128_53248_control": (CONTROL, "v5p:4x4x8", "53248_control", ()),
-    "v6e-256_13312_t2v": (V5, "v6e:16x16", "13312_t2v", LEAN),
-    "v5p-512_13312_t2v": (V5, "v5p:8x8x8", "13312_t2v", ()),
+    f"{pod}_{name}": (config, topology, stage, overrides(more, stage))
+    for pod, (topology, more) in PODS.items()
+    for name, (config, stage) in STAGES.items()
 }
 # What the compiled program is made from.
 PACKAGE = Path("easyanimate_jax")

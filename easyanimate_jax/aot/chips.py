@@ -26,12 +26,15 @@ class Chip:
     attention_forward: float  # useful FLOP/s of Splash at heads of 64
     attention_backward: float
     attention_split_backward: float
+    devices: int = 1  # of one chip, which share its links
 
 
 CHIPS = (
     Chip("v5p", "TPU v5", 459e12, 95.74 * 2**30, 1.75e9, 2, 90e9, 190e12, 196e12, 140e12),
     Chip("v6e", "TPU v6 lite", 918e12, 31.25 * 2**30, 1.75e9, 1, 90e9, 140e12, 165e12, 122e12),
     Chip("v5e", "TPU v5 lite", 197e12, 15.75 * 2**30, 1.5e9, 1, 45e9, 80e12, 80e12, 57e12),
+    # Ironwood, half a chip. Its clock is not published: 2.2 GHz is an assumption.
+    Chip("tpu7x", "TPU7x", 1153.5e12, 94.75 * 2**30, 2.2e9, 1, 50e9, 157e12, 175e12, 130e12, 2),
 )
 
 

@@ -65,6 +65,7 @@ class StageReport:
     model_flops: float
     attention_share: float
     steps: int
+    chips: int = 0  # 0 of devices that are here
     collective_bytes: dict[str, int] = field(default_factory=dict)  # sent in a step, by kind
     collective_bytes_per_axis: dict[str, int] = field(default_factory=dict)  # by mesh axes
     waiting_collective_bytes: int = 0  # of them during which the device computes nothing
@@ -148,6 +149,7 @@ def compile_step(
         text_lengths=TEXT_LENGTHS[len(config.model.text_widths)],
         memory=int(chip.memory),
     )
+    report.chips = mesh.size // chip.devices
     report.topology = topology if num_slices == 1 else f"{num_slices} x {topology}"
     if compiled is None:
         return report, ""
@@ -262,7 +264,7 @@ def _with_duration(report: StageReport) -> StageReport:
     if report.predicted_step_seconds is not None:
         hours = report.predicted_step_seconds * report.steps / 3600
         report.predicted_days = hours / 24
-        report.predicted_chip_hours = hours * math.prod(report.mesh.values())
+        report.predicted_chip_hours = hours * report.chips
     return report
 
 

@@ -74,10 +74,10 @@ def read_program(text: str) -> Program:
     """The collectives, kernels and estimated cycles of a compiled program's text."""
     computations, entry = _parse(text)
     program, collectives = Program([], []), {}
-    for instruction, times in _walk(computations, entry, 1):
+    for instruction, times, beside in _walk(computations, entry, 1, False):
         opcode = instruction.opcode.removesuffix("-start")
         if opcode in COLLECTIVES:
-            what = opcode, _group(instruction.rest), opcode != instruction.opcode
+            what = opcode, _group(instruction.rest), beside or opcode != instruction.opcode
             if len(what[1]) > 1:
                 _add(collectives.setdefault(what, Collective(*what)), instruction, times)
         elif 'custom_call_target="tpu_custom_call"' in instruction.rest:
@@ -105,21 +105,25 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
     return computations, entry
 
 
-def _walk(computations: dict, name: str, times: int) -> Iterator[tuple[Instruction, int]]:
-    """Every instruction with the number of times it runs; of a conditional, every branch."""
+def _walk(
+    computations: dict, name: str, times: int, beside: bool
+) -> Iterator[tuple[Instruction, int, bool]]:
+    """Every instruction, the number of times it runs, and whether beside others, as what a sparse
+    core does; of a conditional, every branch."""
     for instruction in computations[name]:
-        yield instruction, times
+        yield instruction, times, beside
         if instruction.opcode == "while":
             inner, trips = [instruction.called("body")], _trips(computations, instruction)
         elif instruction.opcode == "conditional":
             inner, trips = _branches(instruction), 1
-        elif instruction.opcode in ("call", "async-start"):
+        elif instruction.opcode in ("call", "call-start", "async-start"):
             inner = [instruction.called("to_apply") or instruction.called("calls")]
             trips = 1
         else:
             continue
         for computation in inner:
-            yield from _walk(computations, computation, times * trips)
+            started = beside or instruction.opcode.endswith("-start")
+            yield from _walk(computations, computation, times * trips, started)
 
 
 def _branches(instruction: Instruction) -> list[str]:

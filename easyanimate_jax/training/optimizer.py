@@ -5,6 +5,7 @@ stage, and a stage change must not compile anything.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import jax
@@ -53,8 +54,12 @@ def clip_abnormal(max_norm: float, start: int, initial_ratio: float = 5.0):
     return optax.GradientTransformation(init, update)
 
 
+@cache
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, Adam and decoupled weight decay; the caller multiplies by -learning rate."""
+    """Clipping, Adam and decoupled weight decay; the caller multiplies by -learning rate.
+
+    One object per config: JAX knows a traced program again by it.
+    """
     return optax.chain(
         clip_abnormal(config.max_grad_norm, config.clip_start),
         optax.scale_by_adam(config.b1, config.b2, config.eps),

@@ -3,7 +3,7 @@
 What `trainer` runs and what `aot` compiles for devices that are not there is made here, once.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import TrainState, init_state, train_step
 
 
+@cache
 def abstract_state(model: MMDiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
     """(function of a key that makes the state, its shardings, the state as placed shapes)."""
     make = partial(init_state, lambda key: MMDiT(model, rngs=nnx.Rngs(params=key)), optimizer)
