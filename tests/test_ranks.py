@@ -22,25 +22,29 @@ from test_trainer import ROOT, folder, start
 
 pytestmark = pytest.mark.reliability
 HANG = r"hang: ([\d.]+) s in .*limit ([\d.]+) s"
-PAIR = [*SUPERVISED, "--ranks", "2", "--"]
+
+
+def ranks(count: int, folder: Path, run: str, *options: str) -> list[str]:
+    python, *words = command(folder, run, *options)
+    return [*SUPERVISED, "--ranks", str(count), "--", python, "tests/every_rank_caches.py", *words]
 
 
 @pytest.fixture(scope="module")
 def pair(folder):
     """Nobody disturbs it; all its checkpoints are kept."""
-    end(start(folder, [*PAIR, *command(folder, "pair", "--keep-every", "2")], 2))
+    end(start(folder, ranks(2, folder, "pair", "--keep-every", "4"), 2))
     return prints(folder, "pair")
 
 
 def test_r5_a_signal_to_one_of_two_stops_both_at_one_step(folder, pair):
     beats = {"EASYANIMATE_HEARTBEATS": str(folder / "beats-asked")}
-    process = start(folder, [*PAIR, *command(folder, "asked")], 2, **beats)
+    process = start(folder, ranks(2, folder, "asked"), 2, **beats)
     await_section(folder, "asked", "compile", process, rank=1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGTERM)
     output = end(process, 42)
     step = int(output.split("asked to stop: saved at step ")[1].split()[0])
-    output = end(start(folder, [*PAIR, *command(folder, "asked")], 2))
+    output = end(start(folder, ranks(2, folder, "asked"), 2))
     assert f"resuming at step {step}" in output
     assert prints(folder, "asked") == pair
 
@@ -57,13 +61,13 @@ def test_r1_kills_in_the_worst_places_change_no_bit(folder, pair):
         "finalising@6/0",
         "written@8/1",
         "deleting@4/0",
-        "checked@10/1",
+        "checked@12/1",
     ]
     once = {
         "EASYANIMATE_FAULTS": ",".join(faults),
         "EASYANIMATE_FAULTS_ONCE": str(folder / "once"),
     }
-    process = start(folder, [*PAIR, *command(folder, "killed")], 2, **once)
+    process = start(folder, ranks(2, folder, "killed", "--save-every", "2"), 2, **once)
     output, noticed = "", []
     for line in process.stdout:
         output += line
@@ -85,8 +89,8 @@ def test_r8_a_rank_that_hangs_or_is_stopped_costs_a_restart(folder, pair):
         "EASYANIMATE_FAULTS_ONCE": str(folder / "still"),
     }
     # Less than JAX's own heartbeat, which the rank that waits would else be ended by, with code -6.
-    words = command(folder, "still", "--hang-seconds", "6")
-    output = end(start(folder, [*PAIR, *words], 2, **once))
+    words = ranks(2, folder, "still", "--hang-seconds", "6")
+    output = end(start(folder, words, 2, **once))
     assert output.count("exit code 4 at step") == 2, output
     for frame in ("stop_if_asked", "_flush"):  # of the rank that hangs, and of the one that waits
         assert f"in {frame}" in output, output
@@ -95,17 +99,17 @@ def test_r8_a_rank_that_hangs_or_is_stopped_costs_a_restart(folder, pair):
     assert prints(folder, "still") == pair
 
 
-@pytest.mark.parametrize("ranks, devices", [(1, 1), (1, 8), (4, 1)])
-def test_r2_a_checkpoint_is_restored_whole_on_any_mesh(folder, pair, ranks, devices):
+@pytest.mark.parametrize("processes, devices", [(1, 1), (1, 8), (4, 1)])
+def test_r2_a_checkpoint_is_restored_whole_on_any_mesh(folder, pair, processes, devices):
     """What is restored has the fingerprints that two processes saved, or it would be set aside."""
-    run = f"{ranks}x{devices}"
-    source, target = (folder / name / "checkpoints" / "2" for name in ("pair", run))
+    run = f"{processes}x{devices}"
+    source, target = (folder / name / "checkpoints" / "4" for name in ("pair", run))
     shutil.copytree(source, target)
-    words = [*SUPERVISED, "--ranks", str(ranks), "--", *command(folder, run)]
-    assert "resuming at step 2" in end(start(folder, words, devices))
+    output = end(start(folder, ranks(processes, folder, run), devices))
+    assert "resuming at step 4" in output
     assert prints(folder, run).keys() == pair.keys()
     ours, theirs = ([row["loss"] for row in rows(folder, name)] for name in (run, "pair"))
-    np.testing.assert_allclose(ours, theirs[2:], rtol=1e-5)
+    np.testing.assert_allclose(ours, theirs[4:], rtol=1e-5)
 
 
 MEMORY = """
