@@ -148,6 +148,7 @@ ENTRY %main (z: f32[8]) -> f32[8] {
   %gather.4 = ((f32[8]{0}, token[]), bf16[16]{0}) call-start(%z), \
 async_execution_thread="sparsecore", to_apply=%sparse
   %fusion.3 = f32[8]{0} fusion(%z), kind=kLoop, backend_config={"estimated_cycles":"500"}
+  %copy.5 = f32[8]{0} copy(%z), backend_config={"estimated_cycles":"9223372036854775807"}
   ROOT %loop = f32[8]{0} while(%z), condition=%condition, body=%body
 }
 """

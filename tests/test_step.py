@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +57,12 @@ def regroup(batch: Batch, num_micro: int) -> Batch:
     return jax.tree.map(lambda x: x.reshape(num_micro, -1, *x.shape[2:]), batch)
 
 
+@functools.cache
 def start():
+    return jax.jit(_start)()
+
+
+def _start():
     state = init_state(lambda k: MMDiT(TINY, rngs=nnx.Rngs(params=k)), OPTIMIZER, jax.random.key(0))
     # A zero output layer would hide the blocks from the first gradient.
     kernel = state.model.output.linear.kernel
@@ -68,8 +75,8 @@ def steps(mesh_config: MeshConfig, batch: Batch, count: int = 2, num_devices: in
     mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
     settings = {"optimizer": OPTIMIZER, "process": DDPM(), "ema_decay": 0.9} | settings
     with jax.set_mesh(mesh):
-        placed = shardings(mesh, jax.eval_shape(start))
-        state = jax.jit(start, out_shardings=placed)()
+        placed = shardings(mesh, start())
+        state = jax.device_put(start(), placed)
         program = jax.jit(
             lambda *a: train_step(*a, **settings),
             out_shardings=(placed, None),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+UNKNOWN = 2**62  # cycles: what the compiler writes where it makes no estimate
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
@@ -83,7 +84,7 @@ def read_program(text: str) -> Program:
         elif 'custom_call_target="tpu_custom_call"' in instruction.rest:
             program.kernels.append(Kernel(instruction.name, _result(instruction.shape), times))
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
-        if cycles:
+        if cycles and int(cycles[1]) < UNKNOWN:
             if _multiplies(computations, instruction):
                 program.matmul_cycles += int(cycles[1]) * times
             else:
