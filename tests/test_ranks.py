@@ -26,7 +26,8 @@ HANG = r"hang: ([\d.]+) s in .*limit ([\d.]+) s"
 
 def ranks(count: int, folder: Path, run: str, *options: str) -> list[str]:
     python, *words = command(folder, run, *options)
-    return [*SUPERVISED, "--ranks", str(count), "--", python, "tests/every_rank_caches.py", *words]
+    script = "benchmarks/reliability/every_rank_caches.py"
+    return [*SUPERVISED, "--ranks", str(count), "--", python, script, *words]
 
 
 @pytest.fixture(scope="module")

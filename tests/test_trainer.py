@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from fast_compiles import FAST_COMPILES
 from flax import nnx
 
 import train
@@ -105,7 +106,7 @@ def launch(folder: Path, run: str, devices: int = 1, *overrides: str) -> subproc
 
 def start(folder: Path, words: list[str], devices: int = 1, **variables: str) -> subprocess.Popen:
     """A command with virtual devices; all share one compilation cache."""
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILES}"
     return subprocess.Popen(
         words,
         cwd=ROOT,

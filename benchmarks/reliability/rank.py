@@ -4,8 +4,7 @@
 
 RUN/used-RANK.jsonl gets, for every step, the rows that this process's devices held and the records
 in them, read off the arrays that go into the step (`tiny.write_latents` puts a record's number into
-its first token). JAX's compilation cache has other keys in every process of a CPU run and lets only
-the first one write, so the others would compile anew at every start; here all of them write.
+its first token).
 """
 
 import json
@@ -13,15 +12,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
+import every_rank_caches  # noqa: F401 (it acts when it is imported)
 import numpy as np
-from jax._src import compiler, distributed
 
 import train
 from easyanimate_jax import trainer
 
-update, write = trainer.Schedule._update, compiler._cache_write
+update = trainer.Schedule._update
 RANK = os.environ.get("JAX_PROCESS_ID", "0")
 START = os.environ.get("JAX_COORDINATOR_ADDRESS", str(os.getpid()))  # the same for all ranks
 
@@ -44,11 +42,6 @@ def num_records(schedule, stage) -> int:
     return len(schedule.loaders[stage.name].records)
 
 
-def write_of_every_process(*arguments) -> None:
-    with mock.patch.object(distributed.global_state, "process_id", 0):
-        write(*arguments)
-
-
 if __name__ == "__main__":
-    trainer.Schedule._update, compiler._cache_write = watched_update, write_of_every_process
+    trainer.Schedule._update = watched_update
     train.run(sys.argv[1:])

@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent.parent
+sys.path.append(str(ROOT / "tests"))
+from fast_compiles import FAST_COMPILES  # noqa: E402
+
 FOLDER = ROOT / "runs" / "chaos"
 RESULTS = Path(__file__).parent / "results"
 LENGTHS = {"image": (48,), "mixed": (16, 32)}  # tokens
@@ -68,7 +71,7 @@ def supervise(run: str, ranks: int, devices: int = 1, data: str = "image") -> su
     settings = {"folder": FOLDER, "run": run, "steps": STEPS, "save_every": SAVE_EVERY}
     config.write_text(CONFIG.format(**settings, data=data, lengths=LENGTHS[data]))
     words = [sys.executable, "-m", "easyanimate_jax.training.supervisor", "--ranks", str(ranks)]
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILES}"
     return subprocess.Popen(
         [*words, "--", sys.executable, str(Path(__file__).parent / "rank.py"), str(config)],
         cwd=ROOT,
