@@ -40,7 +40,7 @@ config = replace(
     stages=stages,
     model=replace(demo.model, depth=1, mmdit_depth=1, heads=2, head_width=16, text_widths=(8, 12)),
     samples=SampleConfig(),
-    save_every=2,
+    save_every=4,
     log_every=1,
 )
 """
