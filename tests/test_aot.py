@@ -3,6 +3,9 @@
 import dataclasses
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -164,6 +167,18 @@ def test_loops_count_as_often_as_they_run():
     assert (beside.kind, beside.group, beside.overlaps) == ("all-gather", (0, 1), True)
     assert [(k.shape, k.count) for k in program.kernels] == [((1, 4, 256, 64), 48)]
     assert (program.matmul_cycles, program.other_cycles) == (0, 500)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["1 2 2 2", "1 8 1 1"])
+def test_the_memory_of_a_step_on_cpus_is_as_predicted(mesh):
+    words = ["benchmarks/aot_memory.py", "--measure", "configs/demo.py", "large_i2v", *mesh.split()]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": "."}
+    ran = subprocess.run(
+        [sys.executable, *words], env=os.environ | flags, capture_output=True, text=True, check=True
+    )
+    found = json.loads(ran.stdout.splitlines()[-1])
+    assert found["measured"] == pytest.approx(found["predicted"], rel=0.15)
 
 
 @needs_compiler

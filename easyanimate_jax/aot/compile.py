@@ -33,6 +33,7 @@ from easyanimate_jax.training.program import (
 )
 from easyanimate_jax.training.stages import Stage
 
+PACKED = 2**22  # bytes a CPU device copies a product's operands into, which XLA does not plan
 TEXT_LENGTHS = {1: (256,), 2: (77, 256)}  # by encoders: V5.1's, and V5's (spec 5)
 
 
@@ -235,7 +236,8 @@ def _peak(memory, mesh: Mesh) -> int:
     if mesh.devices.flat[0].platform == "tpu":
         return memory.peak_memory_in_bytes
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+    planned = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
+    return planned + (PACKED if mesh.devices.flat[0].platform == "cpu" else 0)
 
 
 def _describe_program(
