@@ -2,7 +2,8 @@
 
 `cpu.py` and `gpu.py` start it. Sides: `ours`, `diffusers`, and `compiled`, which is diffusers'
 under torch.compile. Tasks: `forward`, and `step`: loss, gradient and AdamW. With the task `limits`
-it measures what the device itself can do with a matrix product and with attention of these shapes.
+it measures what the side's framework reaches with a matrix product and with attention of these
+shapes.
 """
 
 import argparse
@@ -26,7 +27,9 @@ def main() -> None:
     p.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
     a = p.parse_args()
     make = ours if a.side == "ours" else diffusers
-    run, peak, device = limits(a) if a.task == "limits" else make(a)
+    if a.task == "limits":
+        make = limits if a.side == "ours" else torch_limits
+    run, peak, device = make(a)
     run()  # compiles
     reset_peak()
     seconds = []
@@ -159,23 +162,55 @@ def limits(a):
 
     from easyanimate_jax.models.attention import attention
 
-    S, D = a.frames * a.rows * a.columns + sum(TEXTS), a.width
+    S, D = sequence(a), a.width
     x, w = jnp.ones((S, D), a.dtype), jnp.ones((D, 4 * D), a.dtype)
     q = jnp.ones((1, S, D // HEAD, HEAD), a.dtype)
+    product, mix, lengths = jax.jit(jnp.dot), jax.jit(attention), jnp.array([S])
     work = {
-        "matmul": (jax.jit(jnp.dot), (x, w), 2 * S * D * 4 * D),
-        "attention": (jax.jit(attention), (q, q, q, jnp.array([S])), 4 * S * S * D),
+        "matmul": lambda: jax.block_until_ready(product(x, w)),
+        "attention": lambda: jax.block_until_ready(mix(q, q, q, lengths)),
     }
+    return rates(work, S, D), jax_peak(jax, resident()), jax.devices()[0].device_kind
+
+
+def torch_limits(a):
+    """The same of torch, whose attention is that of diffusers."""
+    import torch
+
+    cuda, dtype = torch.cuda.is_available(), getattr(torch, a.dtype)
+    device, S, D = torch.device("cuda" if cuda else "cpu"), sequence(a), a.width
+    x, w = (torch.ones(shape, dtype=dtype, device=device) for shape in ((S, D), (D, 4 * D)))
+    q = torch.ones((1, D // HEAD, S, HEAD), dtype=dtype, device=device)
+
+    def timed(function, *operands):
+        function(*operands)
+        if cuda:
+            torch.cuda.synchronize()
+
+    work = {
+        "matmul": lambda: timed(torch.matmul, x, w),
+        "attention": lambda: timed(torch.nn.functional.scaled_dot_product_attention, q, q, q),
+    }
+    return rates(work, S, D), lambda: 0, torch.cuda.get_device_name() if cuda else "cpu"
+
+
+def sequence(a) -> int:
+    return a.frames * a.rows * a.columns + sum(TEXTS)
+
+
+def rates(work: dict, S: int, D: int):
+    """A function that gives the FLOP/s of both kinds of work."""
+    flops = {"matmul": 2 * S * D * 4 * D, "attention": 4 * S * S * D}
 
     def run():
-        rates = {}
-        for name, (function, operands, flops) in work.items():
+        found = {}
+        for name, function in work.items():
             began = time.perf_counter()
-            jax.block_until_ready(function(*operands))
-            rates[name] = flops / (time.perf_counter() - began)
-        return rates
+            function()
+            found[name] = flops[name] / (time.perf_counter() - began)
+        return found
 
-    return run, jax_peak(jax, resident()), jax.devices()[0].device_kind
+    return run
 
 
 def jax_peak(jax, baseline: int):

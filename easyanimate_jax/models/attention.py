@@ -31,7 +31,7 @@ Keys = Float[Array, "B S heads K"]
 Tokens = Float[Array, "B _ heads K"]
 
 LONG = 1024  # keys; up to here the whole score matrix is smaller than what it saves
-SLICE = 512  # queries a slice of a long sequence
+SLICE = 256  # queries a slice of a long sequence: a head's scores then stay near the cores
 
 # Splash: largest blocks of queries, of keys in fast memory, and of keys in one product. All are
 # multiples of 128. What is larger does not fit the vector memory of v5p. The fused backward writes
