@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path.append(str(ROOT / "tests"))
+sys.path += [str(ROOT), str(ROOT / "tests")]  # for the configs, and the flags
 from fast_compiles import FAST_COMPILES  # noqa: E402
 
 FOLDER = ROOT / "runs" / "chaos"
