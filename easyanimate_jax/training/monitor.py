@@ -70,12 +70,13 @@ class Monitor:
         self.windows.append((time.time(), dict(self.total)))
         (_, before), (clock, total) = self.windows[0], self.windows[-1]
         window = {name: total[name] - before[name] for name in SECTIONS}
+        seconds = {name: round(value, 3) for name, value in total.items()}
         row = {
             "time": clock,
             "step": self.furthest,
-            "goodput": _share(total),
+            "goodput": _share(seconds),  # of what is written: a row agrees with itself
             "recent_goodput": _share(window),
-            "seconds": {name: round(value, 3) for name, value in total.items()},
+            "seconds": seconds,
         }
         if self.process == 0:
             with contextlib.suppress(OSError), self.file.open("a") as file:  # the disk may be full
