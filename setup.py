@@ -1,4 +1,5 @@
-"""Packaging. Extras: `tpu` and `cuda` for accelerators, `curate` to cut films, `dev` for tests."""
+"""Packaging. Extras: `tpu` and `cuda` for accelerators, `curate` to cut films, `cloud` for Google's
+goodput measurement, `dev` for tests."""
 
 from setuptools import find_packages, setup
 
@@ -39,6 +40,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "curate": CURATE,
+        "cloud": ["ml-goodput-measurement>=0.2.3,<0.3"],
         # torch 2.13.0 has a build for CPUs alone; any other spec pulls gigabytes of CUDA.
         "dev": [
             "pytest>=8",

@@ -49,6 +49,7 @@ class TrainConfig:
     run it is the newest checkpoint, or that of `init_step`.
     Kept are the last `keep` checkpoints, every stage's last, and the multiples of `keep_every`.
     A step that lasts `hang_seconds` ends the process, unless steps always last about as long.
+    `goodput_job` is the name under which Google Cloud is told where the time goes; "" tells nobody.
     """
 
     source: str
@@ -72,6 +73,7 @@ class TrainConfig:
     keep: int = 3
     keep_every: int | None = None
     hang_seconds: float = 120.0
+    goodput_job: str = ""
     log_every: int = 10
 
     def __post_init__(self):

@@ -39,6 +39,7 @@ from easyanimate_jax.training.checkpoint import (
     StorageError,
     named_leaves,
 )
+from easyanimate_jax.training.cloud_goodput import open_sink
 from easyanimate_jax.training.divergence import SKIP_BATCHES, Detector, DivergedError, Returns
 from easyanimate_jax.training.faults import stop_if_asked, value_asked
 from easyanimate_jax.training.metrics import MetricsWriter, Progress, clock, now
@@ -60,12 +61,13 @@ def train(config: TrainConfig) -> int:
     first step, for a step that does not fit the devices' memory.
     """
     run = Path(config.run)
+    sink = open_sink(config.goodput_job, process=jax.process_index())
     mesh = make_mesh(config.mesh)
     loaders = make_loaders(config, mesh)
     run.mkdir(parents=True, exist_ok=True, mode=0o700)
     if jax.process_index() == 0:
         (run / "config.json").write_text(to_json(config))
-    monitor = Monitor(run, process=jax.process_index(), hang_seconds=config.hang_seconds)
+    monitor = Monitor(run, process=jax.process_index(), hang_seconds=config.hang_seconds, sink=sink)
     stop = Preemption()
     try:
         checkpoints = open_checkpoints(config)

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from easyanimate_jax.training.cloud_goodput import CloudGoodput, open_sink
 from easyanimate_jax.training.monitor import PATIENCE, Monitor
 
 ROOT = Path(__file__).parent.parent
 
 
-def spend(monitor: Monitor, section: str, seconds: float, step: int) -> None:
+def spend(monitor: Monitor, section: str, seconds: float, step: int | None) -> None:
     monitor.enter(section, step)
     time.sleep(seconds)
 
@@ -80,3 +81,94 @@ stuck()
     assert ran.returncode == 4
     if not closed:
         assert "in 'step' at step 5" in ran.stderr and "in stuck" in ran.stderr
+
+
+class Calls:
+    """In place of Google's recorder: notes what it is told, without `record_` and `_time`."""
+
+    def __init__(self):
+        self.told = []
+
+    def __getattr__(self, name):
+        short = name.removeprefix("record_").removesuffix("_time")
+        return lambda *values, **named: self.told.append((short, *values, *named.values()))
+
+
+def test_google_cloud_is_told_the_same_sections(tmp_path):
+    calls = Calls()
+    monitor = Monitor(tmp_path, process=0, hang_seconds=60.0, sink=CloudGoodput(calls))
+    for section, step in [("restore", None), ("compile", None), ("start", None), ("data", 0)]:
+        monitor.enter(section, step)
+    assert calls.told == [
+        ("job_start",),
+        ("training_preparation_start",),
+        ("training_preparation_end",),
+        ("data_loading_start",),
+    ]
+    calls.told.clear()
+    for section, step in [("compile", None), ("compile", 0), ("save", 1), ("data", 1), ("step", 1)]:
+        monitor.enter(section, step)
+    monitor.close()
+    assert calls.told == [
+        ("data_loading_end",),
+        ("custom_badput_event_start", "compile"),
+        ("custom_badput_event_end", "compile"),
+        ("step_start", 0),
+        ("custom_badput_event_start", "save"),
+        ("custom_badput_event_end", "save"),
+        ("data_loading_start",),
+        ("data_loading_end",),
+        ("step_start", 1),
+        ("job_end",),
+        ("flush",),
+    ]
+
+
+class MemoryLog:
+    """Where Google's recorder writes and its calculator reads, instead of Cloud Logging."""
+
+    def __init__(self):
+        self.entries = []
+
+    def write_cloud_logging_entry(self, entry):
+        self.entries.append(entry)
+
+    def read_cloud_logging_entries(self, *_, **__):
+        new, self.entries = self.entries, []
+        return new, (None, None)
+
+    def flush(self):
+        pass
+
+
+def test_googles_own_sum_of_a_run_is_ours(tmp_path):
+    """With the real package, which is no part of the tests' environment."""
+    goodput = pytest.importorskip("ml_goodput_measurement").goodput
+    log = MemoryLog()
+    for steps, stop in (range(8), "save"), (range(6, 20), "sample"):  # two steps again
+        sink = CloudGoodput(goodput.GoodputRecorder("job", "log", True, log))
+        monitor = Monitor(tmp_path, process=0, hang_seconds=60.0, sink=sink)
+        spend(monitor, "restore", 0.3, None)
+        for step in steps:
+            spend(monitor, "data", 0.01, step)
+            spend(monitor, "step", 0.1, step)
+            if step in (3, 15):
+                spend(monitor, stop, 0.3, None)
+        monitor.enter("data", steps[-1] + 1)
+        monitor.close()
+        if steps[0] == 0:
+            log.entries.pop()  # a process that is killed says no good-bye
+        time.sleep(0.3)
+    calculator = goodput.GoodputCalculator("job", "log", log, cache_dir=str(tmp_path))
+    theirs, _, last = calculator.get_job_goodput()
+    seconds = json.loads((tmp_path / "goodput.jsonl").read_text().splitlines()[-1])["seconds"]
+    # A step includes the wait for its data there.
+    ours = (seconds["step"] + seconds["data"]) / sum(seconds.values())
+    assert last == 19 and theirs == pytest.approx(100 * ours, abs=3)
+
+
+def test_a_sink_that_cannot_be_is_refused_and_other_ranks_have_none(monkeypatch):
+    assert open_sink("", process=0) is None and open_sink("pod-7", process=1) is None
+    monkeypatch.setitem(sys.modules, "ml_goodput_measurement", None)
+    with pytest.raises(ValueError, match=r"goodput_job is 'pod-7'.*pip install 'easyanimate_jax"):
+        open_sink("pod-7", process=0)

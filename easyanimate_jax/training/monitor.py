@@ -17,6 +17,8 @@ import time
 from collections import deque
 from pathlib import Path
 
+from easyanimate_jax.training.cloud_goodput import CloudGoodput
+
 HANG = 4  # exit code
 PATIENCE = 3600.0  # seconds for anything but steps and data
 STEP_FACTOR = 5  # times the slowest of recent steps: longer is a hang
@@ -30,11 +32,19 @@ SECTIONS = ["start", "restore", "compile", "step", "rework", "data", "save", "sa
 class Monitor:
     """Of one process; process 0 writes goodput.jsonl, continuing the totals of earlier processes.
 
-    A step or a wait for data may last `hang_seconds`, or five times the slowest recent step.
+    A step or a wait for data may last `hang_seconds`, or five times the slowest recent step. A
+    `sink` is told the same sections.
     """
 
-    def __init__(self, folder: Path, *, process: int, hang_seconds: float):
-        self.process, self.hang_seconds = process, hang_seconds
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        process: int,
+        hang_seconds: float,
+        sink: CloudGoodput | None = None,
+    ):
+        self.process, self.hang_seconds, self.sink = process, hang_seconds, sink
         self.file = folder / "goodput.jsonl"
         self.heartbeat = Path(os.environ.get("EASYANIMATE_HEARTBEATS", folder / "heartbeats"))
         self.heartbeat.mkdir(parents=True, exist_ok=True)
@@ -55,6 +65,8 @@ class Monitor:
         now = time.monotonic()
         spent, self.since = now - self.since, now
         self.total[self.section] += spent
+        if self.sink:
+            self.sink.enter(section, step)
         if self.section in ("step", "rework"):
             self.recent_steps.append(spent)
         self.step = self.step if step is None else step
@@ -85,6 +97,8 @@ class Monitor:
     def close(self) -> None:
         self.enter("start")
         self.write()
+        if self.sink:
+            self.sink.close()
         self.closed.set()
         self.thread.join()
         faulthandler.unregister(signal.SIGUSR1)
