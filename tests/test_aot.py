@@ -7,7 +7,10 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.v5_12b import config as v5_12b
 from easyanimate_jax.aot import hlo
@@ -17,7 +20,9 @@ from easyanimate_jax.aot.predict import model_flops
 from easyanimate_jax.aot.report import markdown, page, table, to_json
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
+from easyanimate_jax.models.attention import splash
 from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.training.program import COMPILER_OPTIONS
 from easyanimate_jax.training.stages import Stage
 
 needs_compiler = pytest.mark.skipif(
@@ -89,6 +94,30 @@ def test_a_narrow_step_compiles_for_a_pod(topology, num_slices, mesh, stage, cap
 def _crosses_slices(collective: hlo.Collective, num_slices: int) -> bool:
     """Whether a group holds devices of both slices of four."""
     return num_slices > 1 and len({device // 4 for device in collective.group}) > 1
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("topology", "num_keys"),
+    [
+        ("v5p:2x2x1", 4096),
+        pytest.param("v5p:2x2x1", 14336, marks=pytest.mark.slow),
+        pytest.param("v6e:2x2", 14336, marks=pytest.mark.slow),
+    ],
+)
+def test_long_blocks_of_keys_fit_the_vector_memory_that_the_step_asks_for(topology, num_keys):
+    device = topology_devices(topology)[0]
+    place = NamedSharding(Mesh([device], ("data",)), PartitionSpec())
+    x = jax.ShapeDtypeStruct((1, num_keys, 2, 64), jnp.bfloat16, sharding=place)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=place)
+
+    def loss(q, k, v, lengths):
+        return splash(q, k, v, lengths, device_kind=device.device_kind).astype(jnp.float32).sum()
+
+    options = COMPILER_OPTIONS[device.device_kind]
+    program = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), compiler_options=options)
+    kernels = hlo.read_program(program.lower(x, x, x, lengths).compile().as_text()).kernels
+    assert [kernel.name.split("_")[2] for kernel in kernels] == ["fwd", "dkv"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 `python benchmarks/pods/tables.py` compiles what has no figures of the present code and config under
 benchmarks/results/pods, one after the other, and writes the tables after each: it may be stopped
 and started again. `--only-tables` compiles nothing; names of figures as arguments compile those
-alone. A stage takes 2 to 4 minutes of one core and 3 GB.
+alone. A stage takes 5 to 11 minutes of one core and 3 GB.
 """
 
 import ast

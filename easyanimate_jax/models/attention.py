@@ -34,11 +34,13 @@ Tokens = Float[Array, "B _ heads K"]
 LONG = 1024  # keys; up to here the whole score matrix is smaller than what it saves
 SLICE = 256  # queries a slice of a long sequence: a head's scores then stay near the cores
 
-# Splash: largest blocks of queries, of keys in fast memory, and of keys in one product. All are
-# multiples of 128. What is larger does not fit the vector memory of v5p. The fused backward writes
-# a partial gradient of the queries per block of keys, so those are as long as can be.
-BLOCKS = {"TPU v5": (1152, 2048, 768), "TPU v6 lite": (1152, 2048, 768)}
-SAFE_BLOCKS = (512, 1536, 512)
+# Splash: largest blocks of queries, of keys in fast memory, of keys in one product, and of keys in
+# the backward pass. All are multiples of 128. The first three fit the vector memory that a program
+# gets unasked. The fused backward writes a partial gradient of the queries per block of keys, and
+# XLA is slow to add them up: so those blocks are as long as the step's own limit allows
+# (`training/program.py`, COMPILER_OPTIONS).
+BLOCKS = {"TPU v5": (1152, 2048, 768, 7168), "TPU v6 lite": (1152, 2048, 768, 7168)}
+SAFE_BLOCKS = (512, 1536, 512, 1536)
 SPLIT_BACKWARD = 24576  # keys from which on the partial sums of the fused backward cost too much
 
 
@@ -212,7 +214,7 @@ def block_sizes(num_queries: int, num_keys: int, device_kind: str | None) -> Blo
     Tokens lie along the lanes: heads of 64 would leave half of every row of 128 empty, and XLA
     would turn what its products give. By its own estimate that took an eighth of a step at 3328.
     """
-    most_q, most_kv, most_compute = BLOCKS.get(device_kind, SAFE_BLOCKS)
+    most_q, most_kv, most_compute, most_back = BLOCKS.get(device_kind, SAFE_BLOCKS)
 
     def largest(length: int, most: int) -> int:
         return max(b for b in range(128, most + 1, 128) if length % b == 0)
@@ -220,13 +222,14 @@ def block_sizes(num_queries: int, num_keys: int, device_kind: str | None) -> Blo
     q, kv = largest(num_queries, most_q), largest(num_keys, most_kv)
     compute = largest(kv, most_compute)
     fused = num_keys < SPLIT_BACKWARD
+    kv_back = largest(num_keys, most_back) if fused else kv
     return BlockSizes(
         block_q=q,
         block_kv=kv,
         block_kv_compute=compute,
         block_q_dkv=q,
-        block_kv_dkv=kv,
-        block_kv_dkv_compute=compute,
+        block_kv_dkv=kv_back,
+        block_kv_dkv_compute=largest(kv_back, most_compute),
         block_q_dq=None if fused else q,
         block_kv_dq=None if fused else kv,
         use_fused_bwd_kernel=fused,
