@@ -102,7 +102,8 @@ def _crosses_slices(collective: hlo.Collective, num_slices: int) -> bool:
     [
         ("v5p:2x2x1", 4096),
         pytest.param("v5p:2x2x1", 14336, marks=pytest.mark.slow),
-        pytest.param("v6e:2x2", 14336, marks=pytest.mark.slow),
+        pytest.param("v5p:2x2x1", 53760, marks=pytest.mark.slow),
+        pytest.param("v6e:2x2", 53760, marks=pytest.mark.slow),
     ],
 )
 def test_long_blocks_of_keys_fit_the_vector_memory_that_the_step_asks_for(topology, num_keys):

@@ -41,7 +41,7 @@ SLICE = 256  # queries a slice of a long sequence: a head's scores then stay nea
 # (`training/program.py`, COMPILER_OPTIONS).
 BLOCKS = {"TPU v5": (1152, 2048, 768, 7168), "TPU v6 lite": (1152, 2048, 768, 7168)}
 SAFE_BLOCKS = (512, 1536, 512, 1536)
-SPLIT_BACKWARD = 24576  # keys from which on the partial sums of the fused backward cost too much
+MOST_PARTIAL = 16  # sums a query; with more, a second backward kernel costs less than adding them
 
 
 def joint_attention(
@@ -221,8 +221,9 @@ def block_sizes(num_queries: int, num_keys: int, device_kind: str | None) -> Blo
 
     q, kv = largest(num_queries, most_q), largest(num_keys, most_kv)
     compute = largest(kv, most_compute)
-    fused = num_keys < SPLIT_BACKWARD
-    kv_back = largest(num_keys, most_back) if fused else kv
+    kv_back = largest(num_keys, most_back)
+    fused = num_keys <= MOST_PARTIAL * kv_back
+    kv_back = kv_back if fused else kv
     return BlockSizes(
         block_q=q,
         block_kv=kv,
