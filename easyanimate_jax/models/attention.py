@@ -32,7 +32,7 @@ Keys = Float[Array, "B S heads K"]
 Tokens = Float[Array, "B _ heads K"]
 
 LONG = 1024  # keys; up to here the whole score matrix is smaller than what it saves
-SLICE = 256  # queries a slice of a long sequence: a head's scores then stay near the cores
+SLICE = 128  # queries a slice of a long sequence: a head's scores then stay near the cores
 
 # Splash: largest blocks of queries, of keys in fast memory, of keys in one product, and of keys in
 # the backward pass. All are multiples of 128. The first three fit the vector memory that a program
@@ -127,27 +127,69 @@ def plain(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
 
 
 def sliced(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
-    """One head and `SLICE` queries at a time; the backward pass computes their scores again.
+    """Flash attention in XLA: `SLICE` queries of one head at a time.
 
-    Beside arguments and results it holds B x SLICE x S scores: linear in the sequence.
+    Beside arguments and results it holds SLICE x S scores: linear in the sequence.
     """
-    num_queries = q.shape[1]
-    q = jnp.pad(q, ((0, 0), (0, -num_queries % SLICE), (0, 0), (0, 0)))
+    num_queries, heads = q.shape[1:3]
+    filled = ((0, 0), (0, -num_queries % SLICE), (0, 0), (0, 0))
+    q = jnp.pad(q * q.shape[-1] ** -0.5, filled)
+    by_head = (rearrange(x, "B S heads K -> (B heads) S K") for x in (q, k, v))
+    out = jax.lax.map(lambda x: _head(*x), (*by_head, jnp.repeat(lengths, heads)))
+    return rearrange(out, "(B heads) S K -> B S heads K", heads=heads)[:, :num_queries]
 
-    def head(_, qkv):
-        q, k, v = (x[:, :, None] for x in qkv)
 
-        @jax.checkpoint
-        def part(_, q):
-            return None, _softmax_mix(q, k, v, lengths)
+@jax.custom_vjp
+def _head(q: Float[Array, "Q K"], k: Float[Array, "S K"], v: Float[Array, "S K"], length):
+    return _head_forward(q, k, v, length)[0]
 
-        slices = rearrange(q, "B (slices Q) heads K -> slices B Q heads K", Q=SLICE)
-        _, out = jax.lax.scan(part, None, slices)
-        return None, rearrange(out, "slices B Q 1 K -> B (slices Q) K")
 
-    by_head = tuple(jnp.moveaxis(x, 2, 0) for x in (q, k, v))
-    _, out = jax.lax.scan(head, None, by_head)
-    return checkpoint_name(jnp.moveaxis(out, 0, 2)[:, :num_queries], "attention")
+def _head_forward(q, k, v, length):
+    """Also what the backward pass needs: it makes the weights again from the logs of their sums."""
+    hidden = _minus_infinity_from(length, k.shape[0])[None]
+
+    def part(q):
+        scores = _product(q, k.T) + hidden
+        largest = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = weights.sum(axis=-1, keepdims=True)
+        mixed = _product(weights.astype(v.dtype), v) / total
+        return mixed.astype(v.dtype), (largest + jnp.log(total))[:, 0]
+
+    out, log_sums = jax.lax.map(part, _slices(q))
+    out, log_sums = (checkpoint_name(x, "attention") for x in (out.reshape(q.shape), log_sums))
+    return out, (q, k, v, length, out, log_sums)
+
+
+def _head_backward(kept, d_out):
+    """Scores lie keys x queries here: so only one of the five products has to turn an operand."""
+    q, k, v, length, out, log_sums = kept
+    hidden = _minus_infinity_from(length, k.shape[0])[:, None]
+    inner = (d_out.astype(jnp.float32) * out).sum(axis=-1).reshape(log_sums.shape)
+
+    def part(sums, slices):
+        q, d_out, log_sums, inner = slices
+        weights = jnp.exp(_product(k, q.T) + hidden - log_sums[None])
+        d_scores = (weights * (_product(v, d_out.T) - inner[None])).astype(k.dtype)
+        d_k, d_v = _product(d_scores, q), _product(weights.astype(v.dtype), d_out)
+        return (sums[0] + d_k, sums[1] + d_v), _product(d_scores.T, k).astype(q.dtype)
+
+    zero = jnp.zeros(k.shape, jnp.float32)
+    parts = (_slices(q), _slices(d_out), log_sums, inner)
+    (d_k, d_v), d_q = jax.lax.scan(part, (zero, zero), parts)
+    return d_q.reshape(q.shape), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_head.defvjp(_head_forward, _head_backward)
+_product = partial(jnp.dot, preferred_element_type=jnp.float32)
+
+
+def _slices(x: Float[Array, "Q K"]) -> Float[Array, "_ slice K"]:
+    return rearrange(x, "(slices Q) K -> slices Q K", Q=SLICE)
+
+
+def _minus_infinity_from(length, num_keys: int) -> Float[Array, "S"]:
+    return jnp.where(jnp.arange(num_keys) < length, 0.0, -jnp.inf)
 
 
 def _softmax_mix(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
