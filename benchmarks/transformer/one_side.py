@@ -3,7 +3,7 @@
 `cpu.py` and `gpu.py` start it. Sides: `ours`, `diffusers`, and `compiled`, which is diffusers'
 under torch.compile. Tasks: `forward`, and `step`: loss, gradient and AdamW. With the task `limits`
 it measures what the side's framework reaches with a matrix product and with attention of these
-shapes.
+shapes. Beside them `extra`: those rates, or the bytes that our compiled program plans with.
 """
 
 import argparse
@@ -84,15 +84,20 @@ def ours(a):
         return optax.apply_updates(model, updates), state
 
     if a.task == "forward":
-        forward = jax.jit(lambda model: model(*inputs))
-        run = lambda: jax.block_until_ready(forward(model)) is None  # noqa: E731
-    else:
-        train, kept = jax.jit(step, donate_argnums=(0, 1)), [model, jax.jit(optimizer.init)(model)]
+        program = jax.jit(lambda model: model(*inputs)).lower(model).compile()
 
         def run():
-            kept[:] = jax.block_until_ready(train(*kept))
-
+            jax.block_until_ready(program(model))
+            return planned(program)
+    else:
+        kept = [model, jax.jit(optimizer.init)(model)]
+        program = jax.jit(step, donate_argnums=(0, 1)).lower(*kept).compile()
         del model
+
+        def run():
+            kept[:] = jax.block_until_ready(program(*kept))
+            return planned(program)
+
     return run, jax_peak(jax, baseline), jax.devices()[0].device_kind
 
 
@@ -156,19 +161,29 @@ def diffusers(a):
 
 
 def limits(a):
-    """FLOP/s of the device at the up-projection and at the attention of these shapes."""
+    """FLOP/s at these shapes: of the up-projection, its weights' gradient, attention."""
     import jax
     import jax.numpy as jnp
 
     from easyanimate_jax.models.attention import attention
 
     S, D = sequence(a), a.width
-    x, w = jnp.ones((S, D), a.dtype), jnp.ones((D, 4 * D), a.dtype)
-    q = jnp.ones((1, S, D // HEAD, HEAD), a.dtype)
-    product, mix, lengths = jax.jit(jnp.dot), jax.jit(attention), jnp.array([S])
+    x, w, dy = (jnp.ones(shape, a.dtype) for shape in ((S, D), (D, 4 * D), (S, 4 * D)))
+    q = jax.random.normal(jax.random.key(0), (1, S, D // HEAD, HEAD), a.dtype)
+    lengths = jnp.array([S])
+
+    def both(q, k, v, dy):
+        return jax.vjp(lambda *x: attention(*x, lengths), q, k, v)[1](dy)
+
+    def timed(function, *operands):
+        program = jax.jit(function)
+        return lambda: jax.block_until_ready(program(*operands))
+
     work = {
-        "matmul": lambda: jax.block_until_ready(product(x, w)),
-        "attention": lambda: jax.block_until_ready(mix(q, q, q, lengths)),
+        "matmul": timed(jnp.dot, x, w),
+        "gradient": timed(lambda x, dy: x.T @ dy, x, dy),
+        "attention": timed(attention, q, q, q, lengths),
+        "both": timed(both, q, q, q, q),
     }
     return rates(work, S, D), jax_peak(jax, resident()), jax.devices()[0].device_kind
 
@@ -179,17 +194,25 @@ def torch_limits(a):
 
     cuda, dtype = torch.cuda.is_available(), getattr(torch, a.dtype)
     device, S, D = torch.device("cuda" if cuda else "cpu"), sequence(a), a.width
-    x, w = (torch.ones(shape, dtype=dtype, device=device) for shape in ((S, D), (D, 4 * D)))
-    q = torch.ones((1, D // HEAD, S, HEAD), dtype=dtype, device=device)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    shapes = (S, D), (D, 4 * D), (S, 4 * D)
+    x, w, dy = (torch.ones(shape, dtype=dtype, device=device) for shape in shapes)
+    q = torch.randn((1, D // HEAD, S, HEAD), dtype=dtype, device=device)
+    learnt = [q.clone().requires_grad_() for _ in range(3)]
 
-    def timed(function, *operands):
-        function(*operands)
-        if cuda:
-            torch.cuda.synchronize()
+    def timed(function):
+        def run():
+            function()
+            if cuda:
+                torch.cuda.synchronize()
+
+        return run
 
     work = {
-        "matmul": lambda: timed(torch.matmul, x, w),
-        "attention": lambda: timed(torch.nn.functional.scaled_dot_product_attention, q, q, q),
+        "matmul": timed(lambda: x @ w),
+        "gradient": timed(lambda: x.T @ dy),
+        "attention": timed(lambda: attention(q, q, q)),
+        "both": timed(lambda: torch.autograd.grad(attention(*learnt), learnt, q)),
     }
     return rates(work, S, D), lambda: 0, torch.cuda.get_device_name() if cuda else "cpu"
 
@@ -199,8 +222,9 @@ def sequence(a) -> int:
 
 
 def rates(work: dict, S: int, D: int):
-    """A function that gives the FLOP/s of both kinds of work."""
+    """A function that gives the FLOP/s of each kind of work; attention computes scores twice."""
     flops = {"matmul": 2 * S * D * 4 * D, "attention": 4 * S * S * D}
+    flops |= {"gradient": flops["matmul"], "both": 3.5 * flops["attention"]}
 
     def run():
         found = {}
@@ -211,6 +235,13 @@ def rates(work: dict, S: int, D: int):
         return found
 
     return run
+
+
+def planned(program) -> int:
+    """Bytes that the compiled program's arguments, results and temporaries take together."""
+    m = program.memory_analysis()
+    sizes = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
+    return sizes - m.alias_size_in_bytes
 
 
 def jax_peak(jax, baseline: int):
