@@ -7,7 +7,7 @@ out; `pipelines` makes videos of them.
 Letters beyond the legend: P is the width of a token, 4 x channels; K evaluations; R registers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -70,6 +70,33 @@ class Source(NamedTuple):
     keep: Tokens | None  # 1 stays, 0 is new
 
 
+class Given(NamedTuple):
+    """What a video is made from, as tokens.
+
+    Without `negative_texts` there is no guidance. `condition` holds the channels that the model
+    reads beyond the latents'. `seeds` feed the samplers that draw fresh noise.
+    """
+
+    noise: Tokens
+    seeds: UInt32[Array, "B"]
+    grid: Int[Array, "B 3"]
+    lengths: Int[Array, "B"]
+    texts: Texts
+    negative_texts: Texts | None
+    condition: Float[Array, "B N _"] | None = None
+    source: Source | None = None
+
+    @property
+    def halves(self) -> int:
+        """How often every row goes through the network: with guidance twice."""
+        return 1 if self.negative_texts is None else 2
+
+    @property
+    def real(self) -> Bool[Array, "B N 1"]:
+        """The tokens that are not padding."""
+        return jnp.arange(self.noise.shape[1])[None, :, None] < self.lengths[:, None, None]
+
+
 class Tables(NamedTuple):
     """A walk and the guidance of its steps, filled up to `TABLE` rows."""
 
@@ -108,34 +135,26 @@ def polynomial(config: MMDiTConfig) -> tuple[float, ...]:
 def denoise(
     model,
     process,
-    noise: Tokens,
-    seeds: UInt32[np.ndarray, "B"] | Sequence[int],
-    grid: Int[Array, "B 3"],
-    lengths: Int[Array, "B"],
-    texts: Texts,
-    negative_texts: Texts | None,
-    condition: Float[Array, "B N _"] | None = None,
-    source: Source | None = None,
-    *,
+    given: Given,
     sampling: Sampling,
+    *,
     strength: float = 1.0,
     progress: Callable[[int], None] | None = None,
 ) -> Tokens:
-    """Noise -> latents, as tokens. Without `negative_texts` there is no guidance.
+    """Noise -> latents, as tokens.
 
     Both halves of the guidance go through the network at once, in the order [uncond, cond]. With a
-    `strength` below 1 the walk starts late, from the noised `source`. `seeds` feed the samplers
-    that draw fresh noise. `progress` is called with the number of each finished evaluation.
+    `strength` below 1 the walk starts late, from the noised source. `progress` is called with the
+    number of each finished evaluation.
     """
     tables = make_tables(process, sampling, strength)
-    if strength < 1 and source is None:
+    if strength < 1 and given.source is None:
         raise ValueError(f"strength {strength} without a video to start from: leave it at 1")
-    thrifty = negative_texts is not None and not tables.both[: tables.count].all()
-    seeds = jnp.asarray(seeds, jnp.uint32)
+    thrifty = given.negative_texts is not None and not tables.both[: tables.count].all()
     return _denoise(
         model,
         tables,
-        Given(noise, seeds, grid, lengths, texts, negative_texts, condition, source),
+        given,
         jnp.float32(sampling.teacache) if sampling.teacache else None,
         rescale=sampling.rescale,
         thrifty=thrifty and not sampling.teacache,
@@ -163,29 +182,6 @@ def make_tables(process, sampling: Sampling, strength: float = 1.0) -> Tables:
         guidance=fill(np.where(guided, np.float32(sampling.guidance), np.float32(1))),
         both=fill(guided & (number % sampling.guidance_every == 0)),
     )
-
-
-class Given(NamedTuple):
-    """The arguments of `denoise` that are arrays."""
-
-    noise: Tokens
-    seeds: UInt32[Array, "B"]
-    grid: Int[Array, "B 3"]
-    lengths: Int[Array, "B"]
-    texts: Texts
-    negative_texts: Texts | None
-    condition: Float[Array, "B N _"] | None
-    source: Source | None
-
-    @property
-    def halves(self) -> int:
-        """How often every row goes through the network: with guidance twice."""
-        return 1 if self.negative_texts is None else 2
-
-    @property
-    def real(self) -> Bool[Array, "B N 1"]:
-        """The tokens that are not padding."""
-        return jnp.arange(self.noise.shape[1])[None, :, None] < self.lengths[:, None, None]
 
 
 @partial(jax.jit, static_argnames=("rescale", "thrifty", "progress"))

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from easyanimate_jax.data.buckets import PATCH, check_size, grid_of
-from easyanimate_jax.denoising import Sampling, Source, Texts, denoise
+from easyanimate_jax.denoising import Given, Sampling, Source, Texts, denoise
 from easyanimate_jax.diffusion.conditioning import (
     SAMPLING_NOISE,
     camera_condition,
@@ -370,19 +370,23 @@ def make_latents(
         repeated = (jnp.broadcast_to(text, (rows, *text.shape[1:])) for text in texts)
         return tuple(fill(text, text.shape[1]) for text in repeated)
 
-    seeds, sampling = np.asarray(request.seeds, np.uint32), request.sampling
+    seeds, width = np.asarray(request.seeds, np.uint32), PATCH**2 * diffusion.config.out_channels
+    guided = request.sampling.guidance > 1
+    given = Given(
+        noise=fill(_noise(seeds, (num_tokens, width)), length),
+        seeds=jnp.pad(jnp.asarray(seeds), (0, all_rows - rows)),
+        grid=jnp.tile(jnp.asarray(grid, jnp.int32), (all_rows, 1)),
+        lengths=jnp.full(all_rows, num_tokens, jnp.int32),
+        texts=fill_texts(request.texts),
+        negative_texts=fill_texts(request.negative_texts) if guided else None,
+        condition=None if condition is None else fill(condition, length),
+        source=jax.tree.map(lambda x: fill(x, length), source),
+    )
     latents = denoise(
         diffusion.model,
         diffusion.process,
-        fill(_noise(seeds, (num_tokens, PATCH**2 * diffusion.config.out_channels)), length),
-        np.pad(seeds, (0, all_rows - rows)),
-        jnp.tile(jnp.asarray(grid, jnp.int32), (all_rows, 1)),
-        jnp.full(all_rows, num_tokens, jnp.int32),
-        fill_texts(request.texts),
-        fill_texts(request.negative_texts) if sampling.guidance > 1 else None,
-        None if condition is None else fill(condition, length),
-        jax.tree.map(lambda x: fill(x, length), source),
-        sampling=sampling,
+        given,
+        request.sampling,
         strength=strength,
         progress=request.progress,
     )

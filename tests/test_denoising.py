@@ -8,7 +8,7 @@ from fakes import fake_network, random, some_texts
 from flax import nnx
 
 from easyanimate_jax import denoising
-from easyanimate_jax.denoising import Sampling, Source, denoise, polynomial
+from easyanimate_jax.denoising import Given, Sampling, Source, denoise, polynomial
 from easyanimate_jax.diffusion.conditioning import guide
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
@@ -39,22 +39,20 @@ class Network:
         return self.function(tokens, time, texts)
 
 
-FAKE, FLOW = Network(fake_network), Flow()
+FAKE, FLOW, TEN = Network(fake_network), Flow(), Sampling(steps=10, rescale=0.7)
 
 
-def run(network=FAKE, process=FLOW, negative=True, rows=2, **options):
-    options = {"sampling": Sampling(steps=10, rescale=0.7)} | options
-    return denoise(
-        network,
-        process,
-        jnp.asarray(random(rows, 6, 64)),
-        np.arange(rows, dtype=np.uint32),
-        jnp.tile(jnp.array([1, 2, 3]), (rows, 1)),
-        jnp.full(rows, 6),
-        some_texts(rows),
-        some_texts(rows, seed=5) if negative else None,
-        **options,
+def run(network=FAKE, process=FLOW, negative=True, rows=2, source=None, sampling=TEN, **options):
+    given = Given(
+        noise=jnp.asarray(random(rows, 6, 64)),
+        seeds=jnp.arange(rows, dtype=jnp.uint32),
+        grid=jnp.tile(jnp.array([1, 2, 3]), (rows, 1)),
+        lengths=jnp.full(rows, 6),
+        texts=some_texts(rows),
+        negative_texts=some_texts(rows, seed=5) if negative else None,
+        source=source,
     )
+    return denoise(network, process, given, sampling, **options)
 
 
 @pytest.mark.parametrize("process", [DDPM(), Flow()])
@@ -82,17 +80,15 @@ def test_both_halves_of_the_guidance_are_one_batch_uncond_first():
         return texts[0].mean((1, 2))[:, None, None] * jnp.ones_like(tokens)
 
     ones = np.ones((1, 3, 8), np.float32)
-    latents = denoise(
-        Network(network),
-        Flow(),
-        jnp.zeros((1, 6, 64)),
-        [0],
-        jnp.array([[1, 2, 3]]),
-        jnp.array([6]),
-        (ones,),
-        (0.5 * ones,),
-        sampling=Sampling(steps=2, guidance=3.0),
+    given = Given(
+        noise=jnp.zeros((1, 6, 64)),
+        seeds=jnp.zeros(1, jnp.uint32),
+        grid=jnp.array([[1, 2, 3]]),
+        lengths=jnp.array([6]),
+        texts=(ones,),
+        negative_texts=(0.5 * ones,),
     )
+    latents = denoise(Network(network), Flow(), given, Sampling(steps=2, guidance=3.0))
     assert seen == [(2, 6, 64)]  # traced once, both halves in it
     np.testing.assert_allclose(latents, -(0.5 + 3 * 0.5), rtol=1e-6)
 

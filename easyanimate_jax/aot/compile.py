@@ -173,9 +173,7 @@ def compile_stage(
     The compiled step takes (state, batch, key, learning rate).
     """
     model = dataclasses.replace(config.model, in_channels=stage.in_channels)
-    optimizer = make_optimizer(config.optimizer)
-    rows = microbatch_rows(stage, mesh)
-    flops, share = model_flops(model, tokens, sum(text_lengths))
+    optimizer, rows = make_optimizer(config.optimizer), microbatch_rows(stage, mesh)
     with jax.set_mesh(mesh):
         _, placed, state = abstract_state(model, optimizer, mesh)
         batch = abstract_batch(
@@ -186,6 +184,7 @@ def compile_stage(
             tokens=tokens,
             text_lengths=text_lengths,
         )
+        flops, share = model_flops(model, tokens, sum(text_lengths))
         report = StageReport(
             name=stage.name,
             task=stage.task,
@@ -209,26 +208,29 @@ def compile_stage(
             attention_share=share,
             steps=stage.steps,
         )
-        program = step_program(
-            optimizer, config.process, config.ema_decay, placed, stage.batch_size
-        )
+        step = step_program(optimizer, config.process, config.ema_decay, placed, stage.batch_size)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        began = time.perf_counter()
-        lowered = program.lower(state, batch, key, jax.ShapeDtypeStruct((), jnp.float32))
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            report.message = _first_lines(str(error))
-            report.peak_bytes_per_chip = _needed_bytes(str(error))
-            return report, None
+        lowered = step.lower(state, batch, key, jax.ShapeDtypeStruct((), jnp.float32))
+        return report, _compile(lowered, mesh, report)
+
+
+def _compile(lowered, mesh: Mesh, report: StageReport) -> jax.stages.Compiled | None:
+    """Compile, and tell the report how it went; None if there is too little memory for it."""
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        report.message = _first_lines(str(error))
+        report.peak_bytes_per_chip = _needed_bytes(str(error))
+        return None
     report.compile_seconds = time.perf_counter() - began
     report.peak_bytes_per_chip = _peak(compiled.memory_analysis(), mesh)
-    report.fits = report.peak_bytes_per_chip <= memory
+    report.fits = report.peak_bytes_per_chip <= report.hbm_bytes
     arguments = sum(report.memory.values())
     report.memory["activations and temporaries"] = report.peak_bytes_per_chip - arguments
-    return report, compiled
+    return compiled
 
 
 def _peak(memory, mesh: Mesh) -> int:
