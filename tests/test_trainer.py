@@ -217,6 +217,16 @@ def test_a_run_starts_from_given_weights(folder):
         np.testing.assert_array_equal(saved[name], value, err_msg=name)
 
 
+def test_a_run_starts_from_the_named_step_of_another(folder, whole):
+    options = ["--init", str(folder / "whole"), "--init-step", "7"]
+    process = launch(folder, "from_step", 2, *options, "--stages.0.learning-rate", "0")
+    stop_at(process, 1, signal.SIGTERM)
+    finish(process, 42)
+    saved = flat_weights(load_mmdit(folder / "from_step", weights="raw"))
+    for name, value in flat_weights(load_mmdit(folder / "whole", step=7)).items():
+        np.testing.assert_array_equal(saved[name], value, err_msg=name)
+
+
 def test_a_step_larger_than_the_memory_is_refused_before_it_runs(folder, monkeypatch, capsys):
     monkeypatch.setattr(trainer, "device_memory", lambda: 1_000_000)
     config = folder / "large.py"
