@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -55,76 +56,103 @@ def make_batch(config) -> Batch:
     )
 
 
-def main() -> None:
-    config = load("configs/demo.py")
+class Guards:
+    """What stands around a step: monitor, detector and checkpoints, as the trainer's loop calls."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.detector, self.checkpoints = Detector(), Checkpoints(folder / "checkpoints", keep=2)
+
+    def __enter__(self):
+        self.monitor = Monitor(self.folder, process=0, hang_seconds=120)
+        return self
+
+    def __exit__(self, *_):
+        self.monitor.close()
+
+    def around(self, number: int, step: Callable) -> None:
+        self.monitor.enter("data", number)
+        self.monitor.enter("step", number)
+        step()
+        self.checkpoints.poll()
+        self.detector.see(number, 1.0, 1.0)
+
+
+def seconds(call: Callable) -> float:
+    began = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - began
+
+
+def programs(config):
+    """(the checked step, the one without the check, the state): each step a function of nothing."""
     optimizer = make_optimizer(config.optimizer)
-    state = jax.jit(
-        lambda key: init_state(
-            lambda k: MMDiT(config.model, rngs=nnx.Rngs(params=k)), optimizer, key
-        )
-    )(jax.random.key(0))
-    batch, key, rate = make_batch(config), jax.random.key(1), jnp.float32(1e-3)
+    model = lambda key: MMDiT(config.model, rngs=nnx.Rngs(params=key))  # noqa: E731
+    state = jax.jit(lambda key: init_state(model, optimizer, key))(jax.random.key(0))
+    arguments = state, make_batch(config), jax.random.key(1), jnp.float32(1e-3)
     make = partial(
         train_step, optimizer=optimizer, process=config.process, ema_decay=config.ema_decay
     )
-    arguments = (state, batch, key, rate)
     checked = jax.jit(lambda *a: make(*a)).lower(*arguments).compile()
     with mock.patch.object(step_module.jnp, "isfinite", lambda x: jnp.ones_like(x, bool)):
         unchecked = jax.jit(lambda *a: make(*a)).lower(*arguments).compile()
+    return *(partial(program, *arguments) for program in (checked, unchecked)), state
 
-    def seconds(call) -> float:
-        began = time.perf_counter()
-        jax.block_until_ready(call())
-        return time.perf_counter() - began
+
+def alternate(guards: Guards, checked: Callable, unchecked: Callable):
+    """(seconds of the bare rounds, those of the guarded ones over them)."""
 
     def bare() -> None:
         for _ in range(STEPS):
-            jax.block_until_ready(unchecked(*arguments))
+            jax.block_until_ready(unchecked())
 
     def guarded() -> None:
         for number in range(STEPS):
-            monitor.enter("data", number)
-            monitor.enter("step", number)
-            jax.block_until_ready(checked(*arguments))
-            checkpoints.poll()
-            detector.see(number, 1.0, 1.0)
+            guards.around(number, lambda: jax.block_until_ready(checked()))
 
-    with tempfile.TemporaryDirectory() as folder:
-        detector, checkpoints = Detector(), Checkpoints(Path(folder) / "checkpoints", keep=2)
-        times = {"bare": [], "guarded": []}
-        for turn in range(ROUNDS):
-            for name in sorted(times, reverse=turn % 2 == 1):
-                if name == "bare":
-                    times[name].append(seconds(bare))
-                    continue
-                monitor = Monitor(Path(folder), process=0, hang_seconds=120)
+    times = {"bare": [], "guarded": []}
+    for turn in range(ROUNDS):
+        for name in sorted(times, reverse=turn % 2 == 1):
+            if name == "bare":
+                times[name].append(seconds(bare))
+                continue
+            with guards:
                 times[name].append(seconds(guarded))
-                monitor.close()
-        step = statistics.median(times["bare"]) / STEPS
-        ratios = [a / b for a, b in zip(times["guarded"], times["bare"], strict=True)]
-        guard = statistics.median(ratios) - 1
-        low, high = (q - 1 for q in np.percentile(bootstrap(ratios), (5, 95)))
-        monitor = Monitor(Path(folder), process=0, hang_seconds=120)
-        began, count = time.perf_counter(), 2000
-        for number in range(count):
-            monitor.enter("data", number)
-            monitor.enter("step", number)
-            checkpoints.poll()
-            detector.see(number, 1.0, 1.0)
-        host = (time.perf_counter() - began) / count
-        named = named_leaves(state)
+    return times["bare"], [a / b for a, b in zip(times["guarded"], times["bare"], strict=True)]
+
+
+def calls_alone(guards: Guards, count: int = 2000) -> float:
+    """Seconds a step of the loop's calls to the guards."""
+    with guards:
+        total = seconds(lambda: [guards.around(n, lambda: None) for n in range(count)] and ())
+    return total / count
+
+
+def save_stall(checkpoints: Checkpoints, state) -> float:
+    """Seconds that the loop waits for a save."""
+    stalls = []
+    for number in range(1, 5):
+        stalls.append(seconds(lambda n=number: checkpoints.save(n, state, {"step": n})))
+        checkpoints.finish()
+    return statistics.median(stalls[1:])
+
+
+def main() -> None:
+    config = load("configs/demo.py")
+    checked, unchecked, state = programs(config)
+    named = named_leaves(state)
+    with tempfile.TemporaryDirectory() as folder:
+        guards = Guards(Path(folder))
+        bare, ratios = alternate(guards, checked, unchecked)
+        host = calls_alone(guards)
         describe(named)  # compiles
         prints = statistics.median(seconds(lambda: describe(named) and ()) for _ in range(5))
-        stalls = []
-        for number in range(1, 5):
-            stalls.append(seconds(lambda n=number: checkpoints.save(n, state, {"step": n})))
-            checkpoints.finish()
-        checkpoints.close()
-        monitor.close()
-    stall = statistics.median(stalls[1:])
-    every = config.save_every
+        stall = save_stall(guards.checkpoints, state)
+        guards.checkpoints.close()
+    step, guard = statistics.median(bare) / STEPS, statistics.median(ratios) - 1
+    low, high = (q - 1 for q in np.percentile(bootstrap(ratios), (5, 95)))
+    every, size = config.save_every, sum(x.nbytes for x in named.values()) / 1e6
     total = guard + prints / (every * step)
-    size = sum(x.nbytes for x in named.values()) / 1e6
     write_results(
         "overhead",
         "python benchmarks/reliability/overhead.py",
