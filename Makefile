@@ -99,7 +99,7 @@ bench: setup
 chaos: setup
 	$(CPU) $(BIN)/python benchmarks/reliability/chaos.py flips --minutes 10
 	$(CPU) $(BIN)/python benchmarks/reliability/chaos.py elastic --minutes 20
-	$(CPU) $(BIN)/python benchmarks/reliability/chaos.py kills --minutes 60
+	$(CPU) $(BIN)/python benchmarks/reliability/chaos.py kills --minutes 90
 
 lint: setup
 	$(BIN)/ruff check .
