@@ -5,22 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from fast_compiles import FAST_COMPILES
-from flax import nnx
 
 import train
 from easyanimate_jax import trainer
-from easyanimate_jax.config import load
 from easyanimate_jax.convert import load_mmdit
 from easyanimate_jax.data.records import INDEX_TYPES, Writer, write_texts
-from easyanimate_jax.models.mmdit import MMDiT
-from easyanimate_jax.tensors.module import flat_weights, save_module
+from easyanimate_jax.tensors.module import flat_weights
 from easyanimate_jax.training.checkpoint import read_meta
 
 ROOT = Path(__file__).parent.parent
@@ -202,22 +197,8 @@ def test_changed_data_is_refused(folder, whole):
     assert "error: checkpoint 16 belongs to stage 'large_i2v' and seed 42" in output
 
 
-def test_a_run_starts_from_given_weights(folder):
-    """At a learning rate of 0 the weights that it saves are those that it was given."""
-    sizes = {"depth": 1, "mmdit_depth": 1, "heads": 2, "head_width": 16, "text_widths": (8, 12)}
-    config = replace(load("configs/demo.py").model, **sizes)
-    given = jax.jit(lambda: MMDiT(config, rngs=nnx.Rngs(5)))()
-    save_module(folder / "given", given)
-    options = ["--init", str(folder / "given"), "--stages.0.learning-rate", "0"]
-    process = launch(folder, "from_given", 2, *options)
-    stop_at(process, 1, signal.SIGTERM)
-    finish(process, 42)
-    saved = flat_weights(load_mmdit(folder / "from_given", weights="raw"))
-    for name, value in flat_weights(given).items():
-        np.testing.assert_array_equal(saved[name], value, err_msg=name)
-
-
 def test_a_run_starts_from_the_named_step_of_another(folder, whole):
+    """At a learning rate of 0 the weights that it saves are those that it was given."""
     options = ["--init", str(folder / "whole"), "--init-step", "7"]
     process = launch(folder, "from_step", 2, *options, "--stages.0.learning-rate", "0")
     stop_at(process, 1, signal.SIGTERM)
