@@ -7,6 +7,7 @@ config lies in every run folder and is enough to rebuild everything.
 import dataclasses
 import json
 import runpy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,11 @@ def load(path: str, overrides: Sequence[str] = ()):
     """
     if not Path(path).is_file():
         raise ValueError(f"there is no config {path!r}; the ones that come with us are in configs/")
-    config = runpy.run_path(path).get("config")
+    sys.path.append(str(Path(path).resolve().parent.parent))  # configs import one another
+    try:
+        config = runpy.run_path(path).get("config")
+    finally:
+        sys.path.pop()
     if not isinstance(config, TrainConfig | VAETrainConfig):
         raise ValueError(f"{path} defines no `config = TrainConfig(...)` or `VAETrainConfig(...)`")
     if not overrides:

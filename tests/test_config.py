@@ -1,5 +1,6 @@
 import dataclasses
 import re
+import sys
 
 import pytest
 
@@ -51,6 +52,16 @@ def test_overrides_reach_nested_fields():
     config = load("v5_12b", "--stages.0.steps", "7", "--mesh.fsdp", "8", "--seed", "3")
     assert (config.stages[0].steps, config.mesh.fsdp, config.seed) == (7, 8, 3)
     assert config.stages[1:] == load("v5_12b").stages[1:]
+
+
+def test_configs_of_a_folder_import_one_another_from_anywhere(tmp_path):
+    (tmp_path / "recipes").mkdir()
+    source = "from easyanimate_jax.config import load\nconfig = load('configs/demo.py')\n"
+    (tmp_path / "recipes" / "one.py").write_text(source)
+    (tmp_path / "recipes" / "two.py").write_text("from recipes.one import config\n")
+    before = list(sys.path)
+    assert configs.load(str(tmp_path / "recipes" / "two.py")) == configs.load("configs/demo.py")
+    assert sys.path == before
 
 
 def test_bad_configs_are_refused_by_name(tmp_path):

@@ -19,8 +19,6 @@ from easyanimate_jax.aot.compile import StageReport
 from easyanimate_jax.aot.report import markdown
 from easyanimate_jax.config import load, to_json
 
-sys.path.insert(0, str(Path.cwd()))  # configs import one another
-
 RESULTS = Path("benchmarks/results/pods")
 PAGE = Path("docs/pods.md")
 V5, CONTROL = "configs/v5_12b.py", "configs/v5_12b_control.py"
