@@ -96,14 +96,14 @@ def test_every_kernel_is_the_softmax_in_float64(attend, num_queries, num_keys, l
 
 
 def test_slices_in_bfloat16_keep_their_sums_in_float32():
-    q, k, v = qkv(600, 700, heads=2, dtype="bfloat16")
+    q, k, v = qkv(2400, 700, heads=2, dtype="bfloat16")
     cotangent = jnp.asarray(np.random.RandomState(1).randn(*q.shape), q.dtype)
     want, want_grads = mix(q, k, v, (700, 333), cotangent)
     out, pull = jax.vjp(lambda *x: sliced(*x, jnp.array([700, 333])), q, k, v)
     for got, true in zip((out, *pull(cotangent)), (want, *want_grads), strict=True):
         assert got.dtype == q.dtype
         error = np.linalg.norm(np.asarray(got, np.float64) - true) / np.linalg.norm(true)
-        assert error < 6e-3  # a number of bfloat16 is off by 2e-3 on average
+        assert error < 3e-3  # rounding alone gives 2.6e-3; sums in bfloat16 5e-3
 
 
 def test_kept_attention_is_not_computed_again():
