@@ -62,7 +62,7 @@ config = TrainConfig(
             "small_t2v",
             "small",
             batch_size=16,
-            steps=1700,
+            steps=1450,
             learning_rate=1e-2,
             end_learning_rate=4e-3,
         ),
