@@ -15,8 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from configs.v5_12b import config as v5_12b
 from easyanimate_jax.aot import hlo
 from easyanimate_jax.aot.__main__ import main
+from easyanimate_jax.aot.chips import chip_of
 from easyanimate_jax.aot.compile import compile_step, suggest_mesh, topology_devices
-from easyanimate_jax.aot.predict import model_flops
+from easyanimate_jax.aot.predict import model_flops, predict
 from easyanimate_jax.aot.report import markdown, page, table, to_json
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
@@ -161,7 +162,8 @@ PROGRAM = """HloModule step, is_scheduled=true
 %body (x: f32[8]) -> f32[8] {
   %x = f32[8]{0} parameter(0)
   %kernel = (f32[8,64]{1,0}, bf16[4,256,64]{2,1,0}) custom-call(%x), \
-custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+custom_call_target="tpu_custom_call", operand_layout_constraints={s8[1]{0}, \
+bf16[4,64,128]{2,1,0}, bf16[4,64,256]{2,1,0}}, frontend_attributes={kernel_metadata={
 }}, backend_config="x"
   ROOT %all-reduce.1 = f32[8]{0} all-reduce(%x), replica_groups={{0,2},{1,3}}, to_apply=%add
 }
@@ -195,8 +197,18 @@ def test_loops_count_as_often_as_they_run():
     assert (gathered.kind, gathered.group, gathered.count) == ("all-gather", (0, 2, 4, 6), 1)
     assert gathered.wire == 32 * 3 / 4 and not gathered.overlaps
     assert (beside.kind, beside.group, beside.overlaps) == ("all-gather", (0, 1), True)
-    assert [(k.shape, k.count) for k in program.kernels] == [((1, 4, 256, 64), 48)]
+    (kernel,) = program.kernels
+    assert (kernel.shape, kernel.num_keys, kernel.count) == ((1, 4, 128, 64), 256, 48)
     assert (program.matmul_cycles, program.other_cycles) == (0, 500)
+
+
+@pytest.mark.parametrize("name", ["splash_mha_fwd", "splash_mha_dkv"])
+def test_attention_on_gathered_keys_takes_the_time_of_queries_times_keys(name):
+    def seconds(queries, keys):
+        program = hlo.Program([], [hlo.Kernel(name, (1, 8, queries, 64), keys, 1)])
+        return predict(program, chip_of("TPU v5"), [], 64).attention
+
+    assert seconds(512, 4096) == pytest.approx(seconds(4096, 4096) / 8)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,32 +28,26 @@ STAGES = {  # name in a figure's: config, stage
     **{s: (CONTROL, s) for s in ("13312_control", "53248_control")},
     **{f"tpu_{s}": (WIDE, s) for s in ("image", "3328_t2v", "13312_t2v", "13312_i2v", "53248_i2v")},
 }
-
-
-def v5p_512(stage: str) -> tuple[str, ...]:
-    """Rows of 53248 are few, so more chips to each, where 16 of them can share the heads."""
-    return ("--mesh.fsdp", "32", "--mesh.context", "16") if stage.startswith("53248") else ()
-
-
-def v6e_256(stage: str) -> tuple[str, ...]:
-    """For 32 GB, in a torus whose two directions are fsdp and context.
-
-    16 devices cannot share the 24 heads of `tpu_12b`: at 53248, gathered keys took 3.6 times the
-    seconds that v5_12b's rows take with shared heads.
-    """
-    fsdp, context = ("32", "8") if stage == "tpu_53248_i2v" else ("16", "16")
-    return "--mesh.fsdp", fsdp, "--mesh.context", context, "--model.save", "attention"
-
-
-PODS = {  # name in a figure's: topology, overrides of a stage
-    "v5p-128": ("v5p:4x4x8", lambda stage: ()),
-    "v5p-512": ("v5p:8x8x8", v5p_512),
-    "v6e-256": ("v6e:16x16", v6e_256),
-    "tpu7x-64": ("tpu7x:4x4x4", lambda stage: ()),
+# Rows of 53248 are few: more chips to each.
+LONG = ("--mesh.fsdp", "32", "--mesh.context", "16")
+# For chips with 32 GB in a torus of 16x16, whose two directions are fsdp and context.
+LEAN = ("--mesh.fsdp", "16", "--mesh.context", "16", "--model.save", "attention")
+PODS = {  # name in a figure's: topology, overrides at a token length
+    "v5p-128": ("v5p:4x4x8", lambda tokens: ()),
+    "v5p-512": ("v5p:8x8x8", lambda tokens: LONG if tokens > 13312 else ()),
+    "v6e-256": ("v6e:16x16", lambda tokens: LEAN),
+    "tpu7x-64": ("tpu7x:4x4x4", lambda tokens: ()),
 }
+
+
+def overrides(more: Callable[[int], tuple[str, ...]], stage: str) -> tuple[str, ...]:
+    digits = stage.split("_")[0]
+    return more(int(digits) if digits.isdigit() else 3328)
+
+
 RUNS = {  # name of the figures: config, topology, stage, overrides
-    f"{pod}_{name}": (config, topology, stage, overrides(name))
-    for pod, (topology, overrides) in PODS.items()
+    f"{pod}_{name}": (config, topology, stage, overrides(more, stage))
+    for pod, (topology, more) in PODS.items()
     for name, (config, stage) in STAGES.items()
 }
 # What the compiled program is made from.

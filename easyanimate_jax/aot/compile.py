@@ -256,7 +256,9 @@ def _describe_program(
     report.waiting_collective_bytes = int(sum(waiting))
     reduced = [c.largest for c in program.collectives if c.kind == "all-reduce"]
     report.largest_all_reduce_bytes = max(reduced, default=0)
-    report.kernels = [f"{k.count} x {k.name} {k.shape}" for k in program.kernels]
+    report.kernels = [
+        f"{k.count} x {k.name} {k.shape} on {k.num_keys} keys" for k in program.kernels
+    ]
     report.predicted_parts = dataclasses.asdict(prediction)
     seconds = prediction.serial
     report.predicted_step_seconds = seconds

@@ -57,7 +57,8 @@ class Kernel:
     """One call of an attention kernel, `count` times a step."""
 
     name: str
-    shape: tuple[int, int, int, int]  # B, heads, S, K of its last bfloat16 result
+    shape: tuple[int, int, int, int]  # B, heads, queries, K
+    num_keys: int  # more than queries where keys are gathered
     count: int
 
 
@@ -82,7 +83,7 @@ def read_program(text: str) -> Program:
             if len(what[1]) > 1:
                 _add(collectives.setdefault(what, Collective(*what)), instruction, times)
         elif 'custom_call_target="tpu_custom_call"' in instruction.rest:
-            program.kernels.append(Kernel(instruction.name, _result(instruction.shape), times))
+            program.kernels.append(Kernel(instruction.name, *_attention(instruction), times))
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
         if cycles and int(cycles[1]) < UNKNOWN:
             if _multiplies(computations, instruction):
@@ -144,11 +145,23 @@ def _trips(computations: dict, loop: Instruction) -> int:
     return max(limits, default=1)
 
 
-def _result(shape: str) -> tuple[int, int, int, int]:
-    """(B, heads, S, K) of a kernel's last bfloat16 result; the compiler drops a B of 1."""
-    dims = [d for kind, d in _ARRAY.findall(shape) if kind == "bf16"][-1]
-    dims = [int(n) for n in dims.split(",")]
-    return tuple([1] * (4 - len(dims)) + dims)
+def _attention(kernel: Instruction) -> tuple[tuple[int, int, int, int], int]:
+    """(B, heads, queries, K) and the number of keys of an attention kernel.
+
+    Its last bfloat16 result is (B, heads, _, K), without a B of 1; its first bfloat16 operands are
+    queries and keys, in either order of tokens and K.
+    """
+    *batch, heads, _, K = _half_arrays(kernel.shape)[-1]
+    B = math.prod(batch)
+    operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", kernel.rest)[1]
+    queries, keys = (math.prod(dims) // (B * heads * K) for dims in _half_arrays(operands)[:2])
+    return (B, heads, queries, K), keys
+
+
+def _half_arrays(shapes: str) -> list[list[int]]:
+    """The dimensions of the bfloat16 arrays of a text."""
+    found = [dims for kind, dims in _ARRAY.findall(shapes) if kind == "bf16"]
+    return [[int(n) for n in dims.split(",")] for dims in found]
 
 
 def _multiplies(computations: dict, instruction: Instruction) -> bool:

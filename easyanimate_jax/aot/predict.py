@@ -42,7 +42,7 @@ def predict(program: Program, chip: Chip, devices: list, head_width: int) -> Pre
         matmul=program.matmul_cycles / chip.clock,
         attention=sum(_kernel_seconds(k, chip, head_width, fused) for k in program.kernels),
         elementwise=program.other_cycles / chip.clock,
-        collectives=sum(_collective_seconds(c, chip, devices) for c in program.collectives),
+        collectives=sum((_collective_seconds(c, chip, devices) for c in program.collectives), 0.0),
     )
 
 
@@ -63,9 +63,9 @@ def model_flops(config: MMDiTConfig, tokens: int, text_tokens: int) -> tuple[flo
 
 
 def _kernel_seconds(kernel: Kernel, chip: Chip, head_width: int, fused: bool) -> float:
-    B, heads, S, K = kernel.shape
+    B, heads, queries, K = kernel.shape
     heads = math.ceil(heads / chip.cores) * chip.cores  # heads are shared out to the cores
-    product = 2 * B * heads * S * S * K * kernel.count
+    product = 2 * B * heads * queries * kernel.num_keys * K * kernel.count
     rate = min(head_width / 64, 2)  # of the table's, which is for heads of 64
     if "fwd" in kernel.name:
         return 2 * product / (chip.attention_forward * rate)
