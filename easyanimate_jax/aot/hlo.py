@@ -151,14 +151,14 @@ def _attention(kernel: Instruction) -> tuple[tuple[int, int, int, int], int]:
     Its last bfloat16 result is (B, heads, _, K), without a B of 1; its first bfloat16 operands are
     queries and keys, in either order of tokens and K.
     """
-    *batch, heads, _, K = _half_arrays(kernel.shape)[-1]
+    *batch, heads, _, K = _bfloat16_arrays(kernel.shape)[-1]
     B = math.prod(batch)
     operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", kernel.rest)[1]
-    queries, keys = (math.prod(dims) // (B * heads * K) for dims in _half_arrays(operands)[:2])
+    queries, keys = (math.prod(dims) // (B * heads * K) for dims in _bfloat16_arrays(operands)[:2])
     return (B, heads, queries, K), keys
 
 
-def _half_arrays(shapes: str) -> list[list[int]]:
+def _bfloat16_arrays(shapes: str) -> list[list[int]]:
     """The dimensions of the bfloat16 arrays of a text."""
     found = [dims for kind, dims in _ARRAY.findall(shapes) if kind == "bf16"]
     return [[int(n) for n in dims.split(",")] for dims in found]
