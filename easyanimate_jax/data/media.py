@@ -245,7 +245,7 @@ def write_video(path: Path, frames: Frames, fps: int = 8, crf: int = 18, comment
     """H.264 in yuv420p, which every player shows; `crf` 0 is best, 51 worst.
 
     The `comment` lies in the file's metadata. Equal frames give equal bytes: x264's macroblock tree
-    is off, because it reads memory that nobody wrote (seen up to 320 x 240 pixels).
+    is off, with which the bytes differed from call to call (seen up to 320 x 240 pixels).
     """
     _, height, width, _ = frames.shape
     if height % 2 or width % 2:
