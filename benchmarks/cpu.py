@@ -41,17 +41,16 @@ def main() -> None:
     ]
     for task in ("forward", "step"):
         for grid in GRIDS:
-            sizes = dict(zip(("frames", "rows", "columns"), grid, strict=True))
-            sizes |= {"depth": a.depth, "width": a.width}
+            sizes = {"depth": a.depth, "width": a.width}
             found = alternate(
-                SIDES, task, sizes, dtype="float32", repeats=a.repeats, rounds=a.rounds
+                SIDES, task, [grid], **sizes, dtype="float32", repeats=a.repeats, rounds=a.rounds
             )
-            pair = [found[side] for side in SIDES]
+            pair = [found[side][0] for side in SIDES]
             peaks = ["-" if r is None else f"{r['peak'] / 1e6:.0f}" for r in pair]
             if pair[0]:
                 peaks[0] += f" ({pair[0]['extra'] / 1e6:.0f})"
             lines.append(
-                f"| {task} | {num_tokens(sizes)} | {best(pair[0])} | {best(pair[1])} "
+                f"| {task} | {num_tokens(grid)} | {best(pair[0])} | {best(pair[1])} "
                 f"| {ratio(*pair, 'seconds')} | {peaks[0]} | {peaks[1]} "
                 f"| {ratio(*pair, 'peak')} |"
             )
@@ -67,11 +66,10 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for grid in GRIDS:
-        sizes = dict(zip(("frames", "rows", "columns"), grid, strict=True))
-        sizes |= {"depth": a.depth, "width": a.width}
-        rates = [measure(s, "limits", sizes, dtype="float32", repeats=5)["extra"] for s in SIDES]
+        sizes = {"depth": a.depth, "width": a.width, "dtype": "float32", "repeats": 5}
+        rates = [measure(s, "limits", [grid], **sizes)[0]["extra"] for s in SIDES]
         cells = [f"{r[work] / 1e9:.0f}" for work in rates[0] for r in rates]
-        lines.append(f"| {num_tokens(sizes)} | {' | '.join(cells)} |")
+        lines.append(f"| {num_tokens(grid)} | {' | '.join(cells)} |")
         print(lines[-1], flush=True)
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text("\n".join([*lines, ""]))

@@ -1,105 +1,119 @@
 """The 12B transformer on a GPU, beside diffusers' and beside what the card itself can do.
 
 bfloat16, random weights, one sample with 333 text tokens: a forward pass at 13,312 and 53,248 video
-tokens, and a training step at full width with as many blocks as fit; diffusers' eager and under
-torch.compile. Without a GPU the same runs small on the CPU, says so, and proves nothing but that
-the script works. Writes benchmarks/results/gpu.md.
+tokens, and a training step at full width with as many blocks as diffusers has room for; diffusers'
+eager and with its blocks under torch.compile. Without a GPU the same runs small on the CPU, says
+so, and proves nothing but that the script works. Writes benchmarks/results/gpu.md, a row at a time.
 
-    python benchmarks/gpu.py [--rounds 2] [--repeats 3]
+    python benchmarks/gpu.py [--repeats 3]
 """
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 
 from setting import setting
-from transformer.compare import alternate, best, measure, num_tokens, ratio
+from transformer.compare import best, measure, num_tokens, ratio
 
 from easyanimate_jax.aot.predict import model_flops
 from easyanimate_jax.models.mmdit import MMDiTConfig
 
 RESULT = Path(__file__).parent / "results" / "gpu.md"
-LARGE = {"width": 3072, "depth": 48}, ((13, 32, 32), (13, 64, 64)), "bfloat16"
-SMALL = {"width": 128, "depth": 2}, ((2, 8, 8), (4, 8, 8)), "float32"
-SIDES = ("ours", "diffusers", "compiled")
+# Width and dtype; grids of tokens, with the blocks of a step that are tried first.
+LARGE = {"width": 3072, "dtype": "bfloat16"}, 48, {(13, 32, 32): 12, (13, 64, 64): 6}
+SMALL = {"width": 128, "dtype": "float32"}, 2, {(2, 8, 8): 2, (4, 8, 8): 2}
+SIDES = ("diffusers", "compiled", "ours")
 TEXT = 333
+KINDS = ("product", "its weights' gradient", "attention", "attention and its backward pass")
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
-    for name, value in (("rounds", 2), ("repeats", 3)):
-        p.add_argument(f"--{name}", type=int, default=value)
+    p.add_argument("--repeats", type=int, default=3)
     a = p.parse_args()
     there = shutil.which("nvidia-smi") is not None
-    model, grids, dtype = LARGE if there else SMALL
-    # torch.compile wants a C++ compiler on the CPU, and says nothing there.
-    sides = SIDES if there else SIDES[:2]
-    lines = [
+    model, depth, grids = LARGE if there else SMALL
+    # JAX takes three quarters of a card unless told; torch.compile wants a C++ compiler on the CPU.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    sides = SIDES if there else ("diffusers", "ours")
+    sizes = model | {"repeats": a.repeats}
+    say(
         "# The transformer on a GPU, beside diffusers",
         "",
         setting(),
         "",
-        "" if there else "**There was no GPU: small, on the CPU, to see that the script runs.**",
+        *([] if there else ["**There was no GPU: small, on the CPU, to see that it runs.**", ""]),
+        "What JAX, attention with this package's function, and torch reach at the shapes of one "
+        "block, TFLOP/s:",
         "",
-        f"Width {model['width']}, {dtype}, one sample. Best (median) seconds of {a.rounds} "
-        f"alternating rounds of {a.repeats}.",
+        f"| tokens | {' | '.join(f'{kind}: JAX | torch' for kind in KINDS)} |",
+        "|---" * 9 + "|",
+    )
+    limits = [
+        measure(side, "limits", grids, depth=1, **model, repeats=3)
+        for side in ("ours", "diffusers")
+    ]
+    for grid, ours, theirs in zip(grids, *limits, strict=True):
+        rates = [f"{x['extra'][k] / 1e12:.0f}" for k in ours["extra"] for x in (ours, theirs)]
+        say(f"| {num_tokens(grid)} | {' | '.join(rates)} |")
+    say(
+        "",
+        f"{limits[0][0]['device']}; {limits[1][0]['device']}. Width {model['width']}, "
+        f"{model['dtype']}, one sample, {TEXT} text tokens. Best (median) seconds of {a.repeats}; "
+        "FLOPs are the model's, nothing recomputed. A step is loss, gradient and AdamW, its "
+        "weights float32.",
         "",
         "| task | blocks | tokens | side | seconds | TFLOP/s | peak GB | ours / this |",
         "|---|---|---|---|---|---|---|---|",
-    ]
-    device = ""
-    for task in ("forward", "step"):
-        for grid in grids:
-            sizes = model | dict(zip(("frames", "rows", "columns"), grid, strict=True))
-            if task == "step":
-                sizes["depth"] = deepest(sizes, dtype)
-            found = alternate(sides, task, sizes, dtype=dtype, repeats=a.repeats, rounds=a.rounds)
-            flops = work(sizes, task)
-            for side, result in found.items():
-                rate = peak = "-"
-                if result:
-                    device = result["device"]
-                    rate = f"{flops / min(result['seconds']) / 1e12:.3g}"
-                    peak = f"{result['peak'] / 1e9:.2f}"
-                lines.append(
-                    f"| {task} | {sizes['depth']} | {num_tokens(sizes)} | {side} | {best(result)} "
-                    f"| {rate} | {peak} | {ratio(found['ours'], result, 'seconds')} |"
-                )
-                print(lines[-1], flush=True)
-    sizes = model | dict(zip(("frames", "rows", "columns"), grids[0], strict=True))
-    rates = measure("ours", "limits", sizes, dtype=dtype, repeats=10)["extra"]
-    measured = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in rates.items())
-    lines += ["", f"Device: {device}. Alone, at {num_tokens(sizes)} tokens: {measured}.", ""]
+    )
+    found = {side: measure(side, "forward", grids, depth=depth, **sizes) for side in sides}
+    for n, grid in enumerate(grids):
+        rows("forward", depth, grid, {side: results[n] for side, results in found.items()}, model)
+    for grid, depth in grids.items():
+        results = {}
+        while not results.get("diffusers") and depth:
+            results = {"diffusers": measure("diffusers", "step", [grid], depth=depth, **sizes)[0]}
+            depth //= 1 if results["diffusers"] else 2
+        for side in sides[1:]:
+            results[side] = measure(side, "step", [grid], depth=depth, **sizes)[0]
+        rows("step", depth, grid, results, model)
+
+
+def say(*lines: str) -> None:
+    """Print, and write: the first line begins the file."""
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text("\n".join(lines))
+    with RESULT.open("w" if lines[0].startswith("#") else "a", encoding="utf-8") as file:
+        for line in lines:
+            print(line, file=file)
+            print(line, flush=True)
 
 
-def work(sizes: dict, task: str) -> float:
-    """Model FLOPs of a forward pass, or of a step: three times as many; nothing recomputed."""
+def rows(task: str, depth: int, grid: tuple[int, int, int], results: dict, model: dict) -> None:
+    flops = work(model["width"], depth, grid, task)
+    for side, result in results.items():
+        rate = peak = "-"
+        if result:
+            rate = f"{flops / min(result['seconds']) / 1e12:.3g}"
+            peak = f"{result['peak'] / 1e9:.2f}"
+        say(
+            f"| {task} | {depth} | {num_tokens(grid)} | {side} | {best(result)} | {rate} | {peak} "
+            f"| {ratio(results['ours'], result, 'seconds')} |"
+        )
+
+
+def work(width: int, depth: int, grid: tuple[int, int, int], task: str) -> float:
+    """Model FLOPs of a forward pass, or of a step: three times as many."""
     config = MMDiTConfig(
-        depth=sizes["depth"],
-        mmdit_depth=sizes["depth"],
-        heads=sizes["width"] // 64,
+        depth=depth,
+        mmdit_depth=depth,
+        heads=width // 64,
         text_widths=(1024, 2048),
         text_norm=False,
         round_time=False,
     )
-    flops, _ = model_flops(config, num_tokens(sizes), TEXT)
+    flops, _ = model_flops(config, num_tokens(grid), TEXT)
     return flops if task == "step" else flops / 3
-
-
-def deepest(sizes: dict, dtype: str) -> int:
-    """The most blocks, halving, of which both sides make a training step."""
-    depth = sizes["depth"]
-    while depth > 1:
-        tried = [
-            measure(side, "step", sizes | {"depth": depth}, dtype=dtype, repeats=1)
-            for side in ("ours", "diffusers")
-        ]
-        if all(tried):
-            return depth
-        depth //= 2
-    return depth
 
 
 if __name__ == "__main__":

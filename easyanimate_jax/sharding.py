@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+AnyMesh = Mesh | AbstractMesh  # the latter of devices that need not be there
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -196,7 +197,7 @@ def batch_sharding(mesh: Mesh, ndim: int, batch_dim: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * batch_dim, RULES["batch"]))
 
 
-def shardings(mesh: Mesh, tree):
+def shardings(mesh: AnyMesh, tree):
     """NamedShardings for a tree of annotated NNX variables (abstract or real).
 
     A leaf without axis names is replicated. Raises ValueError, naming every weight that the mesh

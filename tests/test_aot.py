@@ -17,11 +17,13 @@ from easyanimate_jax.aot import hlo
 from easyanimate_jax.aot.__main__ import main
 from easyanimate_jax.aot.chips import chip_of
 from easyanimate_jax.aot.compile import compile_step, suggest_mesh, topology_devices
+from easyanimate_jax.aot.gpu import model_step
 from easyanimate_jax.aot.predict import model_flops, predict
 from easyanimate_jax.aot.report import markdown, page, table, to_json
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.models.attention import splash
+from easyanimate_jax.models.mmdit import count_parameters
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.training.program import COMPILER_OPTIONS
 from easyanimate_jax.training.stages import Stage
@@ -129,6 +131,8 @@ def test_long_blocks_of_keys_fit_the_vector_memory_that_the_step_asks_for(topolo
         (["configs/demo_vae.py", "--topology", "v5p:4x4x8"], "trains a VAE"),
         (["configs/demo.py", "--topology", "v5p:4x4x8", "--stage", "last"], "no stage 'last'"),
         (["configs/demo.py", "--topology", "v5p:4x4x8", "--suggest", "x.py"], "give --stage"),
+        (["configs/demo.py", "--topology", "h200:0x8"], "use h200:8, or h200:16x8"),
+        (["configs/demo.py", "--topology", "h200:8", "--slices", "2"], "--slices are of TPUs"),
         pytest.param(
             ["configs/demo.py", "--topology", "v5p:9by9"],
             "topology 'v5p:9by9'",
@@ -147,6 +151,40 @@ def test_flops_are_those_of_the_hand_count():
         flops, share = model_flops(v5_12b.model, tokens, 333)
         assert flops / 3 == pytest.approx((linear + attention) * 1e12, rel=0.02)
         assert share == pytest.approx(attention / (linear + attention), abs=0.02)
+
+
+# On one H200, by benchmarks/aot_gpu.py: blocks, tokens, rows; GB at most in use, seconds of a step.
+@pytest.mark.parametrize(
+    ("blocks", "tokens", "rows", "gigabytes", "seconds"),
+    [(8, 3584, 8, 57.93, 0.494), (4, 53248, 1, 39.73, 1.520)],
+)
+def test_the_model_of_a_gpu_is_near_what_was_measured(blocks, tokens, rows, gigabytes, seconds):
+    model = dataclasses.replace(v5_12b.model, depth=blocks, mmdit_depth=blocks)
+    config = dataclasses.replace(v5_12b, model=model)
+    stage = dataclasses.replace(v5_12b.stages[2], batch_size=rows, microbatch=rows)
+    report = model_step(config, stage, "h200:1", tokens=tokens)
+    assert report.memory["weights"] == 4 * count_parameters(model)
+    assert report.peak_bytes_per_chip == pytest.approx(1e9 * gigabytes, rel=0.05)
+    assert report.predicted_step_seconds == pytest.approx(seconds, rel=0.1)
+
+
+def test_more_gpus_hold_less_each_and_are_described_as_a_model(tmp_path, capsys):
+    figures = tmp_path / "figures.json"
+    words = ["configs/v5_12b.py", "--stage", "13312_t2v", "--json", str(figures), "--topology"]
+    found = {}
+    for topology, code in (("h200:16x8", 0), ("h200:32x8", 0), ("h100:8", 1)):
+        assert main([*words, topology]) == code
+        assert "not compiled: a model" in capsys.readouterr().out
+        (found[topology],) = json.loads(figures.read_text())["stages"]
+    few, many, one_host = found.values()
+    assert few["modelled"]
+    # Biases and norms lie whole on every device.
+    assert many["memory"]["weights"] * 2 == pytest.approx(few["memory"]["weights"], rel=0.02)
+    assert many["peak_bytes_per_chip"] < few["peak_bytes_per_chip"]
+    assert 1 < few["predicted_step_seconds"] / many["predicted_step_seconds"] < 2  # one network
+    assert not one_host["fits"] and one_host["changes"]
+    for change in one_host["changes"]:
+        assert change["peak_bytes_per_chip"] < one_host["hbm_bytes"]
 
 
 def test_a_mesh_follows_the_devices():

@@ -18,6 +18,7 @@ from easyanimate_jax.models.attention import (
     sliced,
     splash,
 )
+from easyanimate_jax.models.layers import scan_blocks
 
 
 def qkv(num_queries=7, num_keys=11, heads=3, K=16, dtype="float32"):
@@ -117,6 +118,24 @@ def test_kept_attention_is_not_computed_again():
         return str(jax.make_jaxpr(jax.grad(loss))(q)).count(" exp ")
 
     assert (exponentials(["attention"]), exponentials([])) == (2, 3)
+
+
+@pytest.mark.parametrize(("save", "runs"), [((), 2), (("attention",), 1)])
+def test_cudnn_is_kept_too_and_takes_any_length(monkeypatch, save, runs):
+    """Traced as for a GPU, whose checks see a version of cuDNN."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91900)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)
+    q, k, v = qkv(33, 33, heads=2, dtype="bfloat16")
+
+    def loss(q):
+        mix = lambda _, q: cudnn(q, k, v, jnp.array([33, 20]))  # noqa: E731
+        return scan_blocks(mix, q, jnp.zeros(3), save=save).astype(jnp.float32).sum()
+
+    program = str(jax.make_jaxpr(jax.grad(loss))(q))
+    assert program.count("= dot_product_attention_fwd_wrapper") == runs
+    assert program.count("= dot_product_attention_bwd_wrapper") == 1
 
 
 def test_memory_of_a_long_sequence_grows_linearly():

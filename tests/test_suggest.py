@@ -106,8 +106,12 @@ def test_the_command_searches_where_a_stage_does_not_fit(tmp_path, monkeypatch, 
     refused = report(2 * V6E.memory, None)
     device = SimpleNamespace(device_kind=V6E.device_kind)
     monkeypatch.setattr(command, "topology_devices", lambda *_: [device])
-    monkeypatch.setattr(command, "compile_stages", lambda *_, **__: [refused])
-    monkeypatch.setattr(command, "compile_step", lambda c, s, *_, **__: (of_choice(c, s), ""))
+
+    def compiled(config, stage, *_, **__):
+        given = config == v5_12b and stage == STAGE
+        return (refused if given else of_choice(config, stage)), ""
+
+    monkeypatch.setattr(command, "compile_step", compiled)
     figures, found = tmp_path / "figures.json", tmp_path / "found.py"
     words = ["configs/v5_12b.py", "--topology", "v6e:16x16", "--stage", STAGE.name]
     words += ["--json", str(figures)]

@@ -6,18 +6,30 @@ and started again. `--only-tables` compiles nothing; names of figures as argumen
 alone. A stage takes 5 to 11 minutes of one core and 3 GB.
 """
 
-import ast
 import hashlib
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-from easyanimate_jax.aot.compile import StageReport
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: what is here does not matter
+import jax
+
+from easyanimate_jax.aot.compile import (
+    StageReport,
+    describe_stage,
+    pod_mesh,
+    text_lengths,
+    trace_stage,
+)
 from easyanimate_jax.aot.report import markdown
-from easyanimate_jax.config import load, to_json
+from easyanimate_jax.config import load
+from easyanimate_jax.training.program import COMPILER_OPTIONS
 
 RESULTS = Path("benchmarks/results/pods")
 PAGE = Path("docs/pods.md")
@@ -50,30 +62,34 @@ RUNS = {  # name of the figures: config, topology, stage, overrides
     for pod, (topology, more) in PODS.items()
     for name, (config, stage) in STAGES.items()
 }
-# What the compiled program is made from.
-PACKAGE = Path("easyanimate_jax")
-SOURCES = (
-    "models/*.py",
-    "diffusion/*.py",
-    "sharding.py",
-    "training/step.py",
-    "training/program.py",
-)
-FIELDS = ("model", "process", "optimizer", "mesh", "ema_decay")
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 
 
+@cache
 def fingerprint(name: str) -> str:
-    """Of code, config and compiler: figures with another one are of another program."""
+    """Of the traced step, its placement and the compiler: figures with another one are stale.
+
+    Left out are addresses, and the names of functions that choose what is kept: what they chose is
+    in the program.
+    """
     path, topology, stage, overrides = RUNS[name]
     config = load(path, overrides)
-    chosen = next(s for s in config.stages if s.name == stage)
-    values = [to_json(getattr(config, field)) for field in FIELDS]
-    values += [to_json(chosen), to_json(config.set(chosen.data).budget), topology]
-    values += [version("jaxlib"), version("libtpu")]
-    for pattern in SOURCES:
-        for source in sorted(PACKAGE.glob(pattern)):
-            values.append(ast.unparse(ast.parse(source.read_text("utf-8"))))  # without comments
+    stage = next(s for s in config.stages if s.name == stage)
+    mesh, chip = pod_mesh(config, topology)
+    with jax.set_mesh(mesh):
+        _, placed, arguments = describe_stage(
+            config,
+            stage,
+            mesh,
+            tokens=config.set(stage.data).budget.lengths[-1],
+            text_lengths=text_lengths(config.model),
+            memory=int(chip.memory),
+        )
+        program = str(trace_stage(config, stage, placed, arguments).jaxpr)
+    values = [re.sub(r"0x[0-9a-f]+|policy=.*", "", program)]
+    values += [str(x.sharding.spec) for x in jax.tree.leaves(arguments)]
+    values += [str([device.id for device in mesh.devices.flat]), topology]
+    values += [str(COMPILER_OPTIONS.get(chip.device_kind)), version("jaxlib"), version("libtpu")]
     return hashlib.sha256("\n".join(values).encode()).hexdigest()[:16]
 
 

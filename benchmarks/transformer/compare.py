@@ -1,6 +1,7 @@
 """Both sides of a comparison, each in its own process, rounds alternating."""
 
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -11,41 +12,46 @@ ONE_SIDE = Path(__file__).parent / "one_side.py"
 ROOT = Path(__file__).parents[2]
 
 
-def measure(side: str, task: str, sizes: dict, *, dtype: str, repeats: int) -> dict | None:
-    """Seconds, peak bytes, device; None if the process ended without a result: out of memory."""
+def measure(
+    side: str, task: str, grids: list, *, width: int, depth: int, dtype: str, repeats: int
+) -> list[dict | None]:
+    """Seconds, peak bytes, device at each grid; None where there was none: out of memory."""
     words = [sys.executable, str(ONE_SIDE), side, task, "--dtype", dtype]
-    for name, value in (sizes | {"repeats": repeats}).items():
+    for name, value in (("width", width), ("depth", depth), ("repeats", repeats)):
         words += [f"--{name}", str(value)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    words += ["--grids", *("x".join(map(str, grid)) for grid in grids)]
+    paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     ran = subprocess.run(words, env=environment, capture_output=True, text=True)
     if ran.returncode:
         print(ran.stderr[-2000:], file=sys.stderr)
-        return None
-    return json.loads(ran.stdout.splitlines()[-1])
+    found = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    return found + [None] * (len(grids) - len(found))
 
 
-def alternate(sides, task: str, sizes: dict, *, dtype: str, repeats: int, rounds: int) -> dict:
-    """Per side the results of its rounds together; None where one did not end well."""
-    together = {side: {"seconds": [], "peak": 0} for side in sides}
+def alternate(sides, task: str, grids: list, *, rounds: int, **more) -> dict[str, list]:
+    """Per side and grid the results of its rounds together; None where one did not end well."""
+    together = {side: [{"seconds": [], "peak": 0} for _ in grids] for side in sides}
     for _ in range(rounds):
         for side in sides:
-            result = together[side] and measure(side, task, sizes, dtype=dtype, repeats=repeats)
-            if result:
-                result["seconds"] += together[side]["seconds"]
-                result["peak"] = max(result["peak"], together[side]["peak"])
-            together[side] = result
+            for n, result in enumerate(measure(side, task, grids, **more)):
+                so_far = together[side][n]
+                if so_far and result:
+                    result["seconds"] += so_far["seconds"]
+                    result["peak"] = max(result["peak"], so_far["peak"])
+                together[side][n] = so_far and result
     return together
 
 
-def num_tokens(sizes: dict) -> int:
-    return sizes["frames"] * sizes["rows"] * sizes["columns"]
+def num_tokens(grid: tuple[int, int, int]) -> int:
+    return math.prod(grid)
 
 
 def best(result: dict | None) -> str:
     """Best and median seconds."""
     if result is None:
         return "did not fit"
-    return f"{min(result['seconds']):.2f} ({statistics.median(result['seconds']):.2f})"
+    return f"{min(result['seconds']):.3g} ({statistics.median(result['seconds']):.3g})"
 
 
 def ratio(ours: dict | None, theirs: dict | None, field: str) -> str:

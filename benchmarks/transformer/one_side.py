@@ -1,14 +1,16 @@
-"""One transformer, one task, in a process of its own: seconds and peak memory, as JSON.
+"""One transformer, one task, in a process of its own: seconds and peak memory, as lines of JSON.
 
-`cpu.py` and `gpu.py` start it. Sides: `ours`, `diffusers`, and `compiled`, which is diffusers'
-under torch.compile. Tasks: `forward`, and `step`: loss, gradient and AdamW. With the task `limits`
-it measures what the side's framework reaches with a matrix product and with attention of these
-shapes. Beside them `extra`: those rates, or the bytes that our compiled program plans with.
+`cpu.py` and `gpu.py` start it. Sides: `ours`, `diffusers`, and `compiled`, which is diffusers' with
+every block under torch.compile. Tasks: `forward`, and `step`: loss, gradient and AdamW. With the
+task `limits` it measures what the side's framework reaches with a matrix product and with attention
+of these shapes. A line a grid of tokens, the shortest first, as JAX's peak is that of the process.
+Beside seconds and peak `extra`: those rates, or the bytes that our compiled program plans with.
 """
 
 import argparse
 import ctypes
 import json
+import math
 import resource
 import sys
 import time
@@ -16,32 +18,42 @@ from pathlib import Path
 
 TEXTS = {77: 1024, 256: 2048}  # V5's tokens of a prompt, and widths of their states
 HEAD = 64
+QUEUED = 5  # calls of a kind of work that one wait ends: starting one takes its time
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("side", choices=("ours", "diffusers", "compiled"))
     p.add_argument("task", choices=("forward", "step", "limits"))
-    for name in ("width", "depth", "frames", "rows", "columns", "repeats"):  # of tokens
+    for name in ("width", "depth", "repeats"):
         p.add_argument(f"--{name}", type=int, required=True)
+    p.add_argument("--grids", type=grid_of, nargs="+", required=True, help="of tokens: 13x32x32")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
     a = p.parse_args()
     make = ours if a.side == "ours" else diffusers
     if a.task == "limits":
         make = limits if a.side == "ours" else torch_limits
-    run, peak, device = make(a)
-    run()  # compiles
-    reset_peak()
-    seconds = []
-    for _ in range(a.repeats):
-        began = time.perf_counter()
-        extra = run()
-        seconds.append(time.perf_counter() - began)
-    print(json.dumps({"seconds": seconds, "peak": peak(), "device": device, "extra": extra}))
+    run_of, peak, device = make(a)
+    for grid in a.grids:
+        run = run_of(*grid)
+        run()  # compiles
+        reset_peak()
+        seconds = []
+        for _ in range(a.repeats):
+            began = time.perf_counter()
+            extra = run()
+            seconds.append(time.perf_counter() - began)
+        found = {"seconds": seconds, "peak": peak(), "device": device, "extra": extra}
+        print(json.dumps(found), flush=True)
+
+
+def grid_of(text: str) -> tuple[int, int, int]:
+    frames, rows, columns = map(int, text.split("x"))
+    return frames, rows, columns
 
 
 def ours(a):
-    """(the task as a function, its peak bytes as one, the device's name)."""
+    """(from frames, rows, columns of tokens to the task, its peak bytes, the device's name)."""
     import jax
     import jax.numpy as jnp
     import optax
@@ -67,38 +79,39 @@ def ours(a):
         model = MMDiT(config, rngs=nnx.Rngs(params=key))
         return jax.tree.map(lambda x: x.astype(held), model)
 
-    model = jax.jit(build)(jax.random.key(0))
-    N = a.frames * a.rows * a.columns
-    tokens = jax.random.normal(jax.random.key(1), (1, N, 64))
-    texts = tuple(jax.random.normal(jax.random.key(n), (1, n, w)) for n, w in TEXTS.items())
-    grid, lengths = jnp.array([[a.frames, a.rows, a.columns]]), jnp.array([N])
-    inputs = tokens, grid, lengths, jnp.array([500.0]), texts
     optimizer = optax.adamw(1e-4)
 
-    def loss(model):
-        return jnp.mean((model(*inputs).astype(jnp.float32) - tokens) ** 2)
+    def loss(model, inputs):
+        return jnp.mean((model(*inputs).astype(jnp.float32) - inputs[0]) ** 2)
 
-    def step(model, state):
-        gradient = jax.grad(loss)(model)
+    def step(model, state, inputs):
+        gradient = jax.grad(loss)(model, inputs)
         updates, state = optimizer.update(gradient, state, model)
         return optax.apply_updates(model, updates), state
 
-    if a.task == "forward":
-        program = jax.jit(lambda model: model(*inputs)).lower(model).compile()
+    kept = [jax.jit(build)(jax.random.key(0))]
+    if a.task == "step":
+        kept.append(jax.jit(optimizer.init)(kept[0]))
+
+    def run_of(*grid):
+        N = math.prod(grid)
+        tokens = jax.random.normal(jax.random.key(1), (1, N, 64))
+        texts = tuple(jax.random.normal(jax.random.key(n), (1, n, w)) for n, w in TEXTS.items())
+        inputs = tokens, jnp.array([grid]), jnp.array([N]), jnp.array([500.0]), texts
+        if a.task == "forward":
+            program = jax.jit(lambda model, inputs: model(*inputs)).lower(*kept, inputs).compile()
+        else:
+            program = jax.jit(step, donate_argnums=(0, 1)).lower(*kept, inputs).compile()
 
         def run():
-            jax.block_until_ready(program(model))
-            return planned(program)
-    else:
-        kept = [model, jax.jit(optimizer.init)(model)]
-        program = jax.jit(step, donate_argnums=(0, 1)).lower(*kept).compile()
-        del model
-
-        def run():
-            kept[:] = jax.block_until_ready(program(*kept))
+            out = jax.block_until_ready(program(*kept, inputs))
+            if a.task == "step":
+                kept[:] = out
             return planned(program)
 
-    return run, jax_peak(jax, baseline), jax.devices()[0].device_kind
+        return run
+
+    return run_of, jax_peak(jax, baseline), f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
 
 
 def diffusers(a):
@@ -124,40 +137,50 @@ def diffusers(a):
         )
         if a.task == "forward":
             model = model.to(dtype)
-        latents = torch.randn(1, 16, a.frames, 2 * a.rows, 2 * a.columns)
         texts = [torch.randn(1, n, w) for n, w in TEXTS.items()]
         time = torch.tensor([500.0])
     if a.side == "compiled":
-        model = torch.compile(model)
+        for block in model.transformer_blocks:  # one compilation serves them all
+            block.compile(dynamic=False)
 
     def predict(x, *texts):
         return model(x, time, encoder_hidden_states=texts[0], encoder_hidden_states_t5=texts[1])[0]
 
-    def wait():
-        if cuda:
-            torch.cuda.synchronize()
+    if a.task == "step":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=cuda)
 
-    if a.task == "forward":
+    def run_of(frames, rows, columns):
+        latents = torch.randn(1, 16, frames, 2 * rows, 2 * columns, device=device)
 
         @torch.no_grad()
-        def run():
+        def forward():
             predict(latents.to(dtype), *(text.to(dtype) for text in texts))
-            wait()
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-        def run():
+        def step():
             with torch.autocast(device.type, dtype, enabled=a.dtype != "float32"):
                 out = predict(latents, *texts)
             torch.nn.functional.mse_loss(out.float(), latents).backward()
             optimizer.step()
             optimizer.zero_grad()
-            wait()
+
+        return waited(torch, forward if a.task == "forward" else step)
 
     def peak():
         return torch.cuda.max_memory_allocated() if cuda else high_water() - baseline
 
-    return run, peak, torch.cuda.get_device_name() if cuda else "cpu"
+    name = torch.cuda.get_device_name() if cuda else "cpu"
+    return run_of, peak, f"{name}, torch {torch.__version__}"
+
+
+def waited(torch, function):
+    """The function, and the wait for what it started."""
+
+    def run():
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return run
 
 
 def limits(a):
@@ -167,25 +190,32 @@ def limits(a):
 
     from easyanimate_jax.models.attention import attention
 
-    S, D = sequence(a), a.width
-    x, w, dy = (jnp.ones(shape, a.dtype) for shape in ((S, D), (D, 4 * D), (S, 4 * D)))
-    q = jax.random.normal(jax.random.key(0), (1, S, D // HEAD, HEAD), a.dtype)
-    lengths = jnp.array([S])
-
-    def both(q, k, v, dy):
+    def both(q, k, v, lengths, dy):
         return jax.vjp(lambda *x: attention(*x, lengths), q, k, v)[1](dy)
 
     def timed(function, *operands):
         program = jax.jit(function)
-        return lambda: jax.block_until_ready(program(*operands))
+        return lambda: jax.block_until_ready([program(*operands) for _ in range(QUEUED)])
 
-    work = {
-        "matmul": timed(jnp.dot, x, w),
-        "gradient": timed(lambda x, dy: x.T @ dy, x, dy),
-        "attention": timed(attention, q, q, q, lengths),
-        "both": timed(both, q, q, q, q),
-    }
-    return rates(work, S, D), jax_peak(jax, resident()), jax.devices()[0].device_kind
+    def run_of(*grid):
+        S, D = math.prod(grid) + sum(TEXTS), a.width
+        shapes = (S, D), (D, 4 * D), (S, 4 * D), (1, S, D // HEAD, HEAD)
+        key = jax.random.key(0)
+        x, w, dy, q = (jax.random.normal(key, shape, a.dtype) for shape in shapes)
+        lengths = jnp.array([S])
+        work = {
+            "matmul": timed(jnp.dot, x, w),
+            "gradient": timed(lambda x, dy: x.T @ dy, x, dy),
+            "attention": timed(attention, q, q, q, lengths),
+            "both": timed(both, q, q, q, lengths, q),
+        }
+        return rates(work, S, D)
+
+    return (
+        run_of,
+        jax_peak(jax, resident()),
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}",
+    )
 
 
 def torch_limits(a):
@@ -193,32 +223,28 @@ def torch_limits(a):
     import torch
 
     cuda, dtype = torch.cuda.is_available(), getattr(torch, a.dtype)
-    device, S, D = torch.device("cuda" if cuda else "cpu"), sequence(a), a.width
+    device = torch.device("cuda" if cuda else "cpu")
     attention = torch.nn.functional.scaled_dot_product_attention
-    shapes = (S, D), (D, 4 * D), (S, 4 * D)
-    x, w, dy = (torch.ones(shape, dtype=dtype, device=device) for shape in shapes)
-    q = torch.randn((1, D // HEAD, S, HEAD), dtype=dtype, device=device)
-    learnt = [q.clone().requires_grad_() for _ in range(3)]
 
-    def timed(function):
-        def run():
-            function()
-            if cuda:
-                torch.cuda.synchronize()
+    def run_of(*grid):
+        S, D = math.prod(grid) + sum(TEXTS), a.width
+        shapes = (S, D), (D, 4 * D), (S, 4 * D), (1, D // HEAD, S, HEAD)
+        x, w, dy, q = (torch.randn(shape, dtype=dtype, device=device) for shape in shapes)
+        learnt = [q.clone().requires_grad_() for _ in range(3)]
+        work = {
+            "matmul": lambda: x @ w,
+            "gradient": lambda: x.T @ dy,
+            "attention": lambda: attention(q, q, q),
+            "both": lambda: torch.autograd.grad(attention(*learnt), learnt, q),
+        }
+        queued = {
+            name: waited(torch, lambda f=function: [f() for _ in range(QUEUED)])
+            for name, function in work.items()
+        }
+        return rates(queued, S, D)
 
-        return run
-
-    work = {
-        "matmul": timed(lambda: x @ w),
-        "gradient": timed(lambda: x.T @ dy),
-        "attention": timed(lambda: attention(q, q, q)),
-        "both": timed(lambda: torch.autograd.grad(attention(*learnt), learnt, q)),
-    }
-    return rates(work, S, D), lambda: 0, torch.cuda.get_device_name() if cuda else "cpu"
-
-
-def sequence(a) -> int:
-    return a.frames * a.rows * a.columns + sum(TEXTS)
+    name = torch.cuda.get_device_name() if cuda else "cpu"
+    return run_of, lambda: 0, f"{name}, torch {torch.__version__}"
 
 
 def rates(work: dict, S: int, D: int):
@@ -235,7 +261,8 @@ def rates(work: dict, S: int, D: int):
         for name, function in work.items():
             began = time.perf_counter()
             function()
-            best[name] = max(best[name], flops[name] / (time.perf_counter() - began))
+            seconds = (time.perf_counter() - began) / QUEUED
+            best[name] = max(best[name], flops[name] / seconds)
         return best
 
     return run

@@ -1,6 +1,7 @@
 """`python -m easyanimate_jax.aot CONFIG --topology v5p:4x4x8 [--stage NAME] [--html FILE] ...`.
 
-Compiles the train step of each stage as `train.py` would run it, and prints what it needs. Further
+Compiles the train step of each stage as `train.py` would run it, and prints what it needs; for
+GPUs, whose compiler works only where they are, a model of memory and time says it instead. Further
 arguments override the config's fields. For a stage that does not fit, other ways to run it are
 compiled until three do. With `--suggest FILE` the fastest way that fits one stage is looked for,
 and written as a config. Exit code 0 if every stage fits, 1 if one does not, 2 for arguments that
@@ -11,23 +12,15 @@ import argparse
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-# libtpu must neither look for a TPU nor tell that there is none.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
-os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: what is here does not matter
 
-from easyanimate_jax.aot.chips import chip_of
-from easyanimate_jax.aot.compile import (
-    StageReport,
-    compile_stages,
-    compile_step,
-    topology_devices,
-)
+from easyanimate_jax.aot import gpu
+from easyanimate_jax.aot.chips import Chip, chip_of
+from easyanimate_jax.aot.compile import StageReport, compile_step, stage_reports, topology_devices
 from easyanimate_jax.aot.report import page, row, table, to_json
 from easyanimate_jax.aot.suggest import changes_that_fit, fastest, variant
 from easyanimate_jax.config import TrainConfig, load
@@ -37,8 +30,10 @@ from easyanimate_jax.training.stages import Stage
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m easyanimate_jax.aot")
     parser.add_argument("config", help="a file of configs/")
-    parser.add_argument("--topology", required=True, help="such as v5p:4x4x8 or v6e:16x16")
-    parser.add_argument("--slices", type=int, default=1, help="slices of that topology")
+    parser.add_argument(
+        "--topology", required=True, help="v5p:4x4x8, v6e:16x16; of GPUs h200:8, or h100:16x8"
+    )
+    parser.add_argument("--slices", type=int, default=1, help="slices of that TPU topology")
     parser.add_argument("--stage", action="append", help="compile only this one; may be repeated")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--html", type=Path, help="write the report as a web page here")
@@ -51,17 +46,13 @@ def main(arguments: list[str]) -> int:
         stages = _chosen(config, given.stage)
         if given.suggest and len(stages) > 1:
             raise ValueError("--suggest looks for the best way to run one stage; give --stage NAME")
-        topology_devices(given.topology, given.slices)
-        names = ", ".join(stage.name for stage in stages)
-        print(
-            f"compiling {names} for {given.topology}: minutes a stage", file=sys.stderr, flush=True
-        )
+        chip, report_of = _means(given, ", ".join(stage.name for stage in stages))
         reports = []
-        for report in compile_stages(config, stages, given.topology, num_slices=given.slices):
+        for report in stage_reports(config, stages, report_of):
             reports.append(report)
             _write(given, reports)  # the search takes long and may be stopped
             if not report.fits or given.suggest:
-                reports[-1] = _search(config, given, report)
+                reports[-1] = _search(config, given, report, chip, report_of)
                 _write(given, reports)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -77,22 +68,45 @@ def _write(given: argparse.Namespace, reports: list[StageReport]) -> None:
         given.html.write_text(page(given.topology, reports), "utf-8")
 
 
-def _search(config: TrainConfig, given: argparse.Namespace, report: StageReport) -> StageReport:
+def _means(
+    given: argparse.Namespace, names: str
+) -> tuple[Chip, Callable[[TrainConfig, Stage], StageReport]]:
+    """The chip of a topology, and what makes the report of a stage: its compiler, or a model."""
+    found = gpu.parse(given.topology)
+    if found:
+        if given.slices > 1:
+            raise ValueError("--slices are of TPUs; write GPU hosts as in h200:16x8")
+        return found[0], partial(gpu.model_step, topology=given.topology)
+    devices = topology_devices(given.topology, given.slices)
+    print(f"compiling {names} for {given.topology}: minutes a stage", file=sys.stderr, flush=True)
+
+    def compiled(config: TrainConfig, stage: Stage) -> StageReport:
+        return compile_step(config, stage, given.topology, num_slices=given.slices)[0]
+
+    return chip_of(devices[0].device_kind), compiled
+
+
+def _search(
+    config: TrainConfig,
+    given: argparse.Namespace,
+    report: StageReport,
+    chip: Chip,
+    report_of: Callable[[TrainConfig, Stage], StageReport],
+) -> StageReport:
     """Other ways to run a stage: the report of the fastest, written as a config, with `--suggest`;
     else the report with the changes that make it fit."""
     stage = next(s for s in config.stages if s.name == report.name)
-    chip = chip_of(topology_devices(given.topology, given.slices)[0].device_kind)
 
-    def compile_choice(config: TrainConfig, stage: Stage) -> StageReport:
-        tried, _ = compile_step(config, stage, given.topology, num_slices=given.slices)
+    def report_choice(config: TrainConfig, stage: Stage) -> StageReport:
+        tried = report_of(config, stage)
         print(f"tried {' '.join(row(tried))}", file=sys.stderr, flush=True)
         return tried
 
     if given.suggest:
-        choice, report = fastest(config, stage, chip, report, compile_choice)
+        choice, report = fastest(config, stage, chip, report, report_choice)
         given.suggest.write_text(variant(given.config, stage, choice, report), "utf-8")
         return report
-    changes = changes_that_fit(config, stage, chip, report, compile_choice)
+    changes = changes_that_fit(config, stage, chip, report, report_choice)
     return dataclasses.replace(report, changes=changes)
 
 

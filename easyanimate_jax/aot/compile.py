@@ -8,9 +8,10 @@ decides whether it fits.
 import dataclasses
 import importlib.util
 import math
+import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import jax
@@ -23,7 +24,9 @@ from easyanimate_jax.aot.chips import Chip, chip_of
 from easyanimate_jax.aot.hlo import Program, read_program
 from easyanimate_jax.aot.predict import Prediction, model_flops, predict
 from easyanimate_jax.config import TrainConfig
-from easyanimate_jax.sharding import MESH_AXES, MeshConfig, make_mesh
+from easyanimate_jax.data.loader import Batch
+from easyanimate_jax.models.mmdit import MMDiTConfig
+from easyanimate_jax.sharding import MESH_AXES, AnyMesh, MeshConfig, make_mesh
 from easyanimate_jax.training.optimizer import make_optimizer
 from easyanimate_jax.training.program import (
     abstract_batch,
@@ -32,9 +35,17 @@ from easyanimate_jax.training.program import (
     step_program,
 )
 from easyanimate_jax.training.stages import Stage
+from easyanimate_jax.training.step import TrainState
 
+# libtpu must neither look for a TPU nor tell that there is none.
+ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
 PACKED = 2**22  # bytes a CPU device copies a product's operands into, which XLA does not plan
-TEXT_LENGTHS = {1: (256,), 2: (77, 256)}  # by encoders: V5.1's, and V5's (spec 5)
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ class StageReport:
     attention_share: float
     steps: int
     chips: int = 0  # 0 of devices that are here
+    modelled: bool = False  # by `gpu`, and not compiled
     collective_bytes: dict[str, int] = field(default_factory=dict)  # sent in a step, by kind
     collective_bytes_per_axis: dict[str, int] = field(default_factory=dict)  # by mesh axes
     waiting_collective_bytes: int = 0  # of them during which the device computes nothing
@@ -83,6 +95,11 @@ class StageReport:
     message: str = ""
 
 
+def text_lengths(model: MMDiTConfig) -> tuple[int, ...]:
+    """Tokens of a prompt by encoder: V5.1's one, or V5's two (spec 5)."""
+    return (256,) if len(model.text_widths) == 1 else (77, 256)
+
+
 def topology_devices(name: str, num_slices: int = 1) -> list:
     """The devices of a topology such as "v5p:4x4x8". Raises ValueError, in one line."""
     if importlib.util.find_spec("libtpu") is None:
@@ -90,6 +107,8 @@ def topology_devices(name: str, num_slices: int = 1) -> list:
             "the TPU compiler is not installed: pip install 'libtpu==0.0.42.*' (Linux, x86-64), or "
             "this package with its extra `dev`"
         )
+    for key, value in ALONE.items():
+        os.environ.setdefault(key, value)
     more = {"num_slices": num_slices} if num_slices > 1 else {}
     try:
         devices = topologies.get_topology_desc(name, platform="tpu", **more).devices
@@ -116,38 +135,40 @@ def suggest_mesh(config: MeshConfig, num_devices: int) -> MeshConfig:
         return MeshConfig(rest // fsdp, fsdp, inner // tensor, tensor)
 
 
-def compile_stages(
-    config: TrainConfig, stages: Sequence[Stage], topology: str, *, num_slices: int = 1
+def stage_reports(
+    config: TrainConfig,
+    stages: Sequence[Stage],
+    report_of: Callable[[TrainConfig, Stage], StageReport],
 ) -> Iterator[StageReport]:
-    """The reports of stages; two that run the same program are compiled once.
-
-    Raises ValueError where config, mesh and topology do not match.
-    """
+    """The reports of stages; of two that run the same program it is made once."""
     known = {}  # what a program depends on -> its report
     for stage in stages:
         longest = config.set(stage.data).budget.lengths[-1]
         program = longest, stage.batch_size, stage.microbatch, stage.in_channels
         if program not in known:
-            known[program], _ = compile_step(config, stage, topology, num_slices=num_slices)
+            known[program] = report_of(config, stage)
         report = dataclasses.replace(
             known[program], name=stage.name, task=stage.task, steps=stage.steps
         )
-        yield _with_duration(report)
+        if report.predicted_step_seconds is not None:
+            _add_duration(report)
+        yield report
 
 
 def compile_step(
     config: TrainConfig, stage: Stage, topology: str, *, num_slices: int = 1
 ) -> tuple[StageReport, str]:
-    """The report, and the text of the compiled program ("" where it does not fit)."""
-    devices = topology_devices(topology, num_slices)
-    chip = chip_of(devices[0].device_kind)
-    mesh = make_mesh(suggest_mesh(config.mesh, len(devices)), devices)
+    """The report, and the text of the compiled program ("" where it does not fit).
+
+    Raises ValueError where config, mesh and topology do not match.
+    """
+    mesh, chip = pod_mesh(config, topology, num_slices)
     report, compiled = compile_stage(
         config,
         stage,
         mesh,
         tokens=config.set(stage.data).budget.lengths[-1],
-        text_lengths=TEXT_LENGTHS[len(config.model.text_widths)],
+        text_lengths=text_lengths(config.model),
         memory=int(chip.memory),
     )
     report.chips = mesh.size // chip.devices
@@ -156,7 +177,14 @@ def compile_step(
         return report, ""
     text = compiled.as_text()
     _describe_program(report, read_program(text), chip, mesh, config.model.head_width)
-    return _with_duration(report), text
+    return report, text
+
+
+def pod_mesh(config: TrainConfig, topology: str, num_slices: int = 1) -> tuple[Mesh, Chip]:
+    """The config's mesh, or its like, over the devices of a topology, and what they are."""
+    devices = topology_devices(topology, num_slices)
+    mesh = make_mesh(suggest_mesh(config.mesh, len(devices)), devices)
+    return mesh, chip_of(devices[0].device_kind)
 
 
 def compile_stage(
@@ -172,46 +200,71 @@ def compile_stage(
 
     The compiled step takes (state, batch, key, learning rate).
     """
-    model = dataclasses.replace(config.model, in_channels=stage.in_channels)
-    optimizer, rows = make_optimizer(config.optimizer), microbatch_rows(stage, mesh)
     with jax.set_mesh(mesh):
-        _, placed, state = abstract_state(model, optimizer, mesh)
-        batch = abstract_batch(
-            model,
-            mesh,
-            batch_size=stage.batch_size,
-            microbatch=rows,
-            tokens=tokens,
-            text_lengths=text_lengths,
+        report, placed, arguments = describe_stage(
+            config, stage, mesh, tokens=tokens, text_lengths=text_lengths, memory=memory
         )
-        flops, share = model_flops(model, tokens, sum(text_lengths))
-        report = StageReport(
-            name=stage.name,
-            task=stage.task,
-            topology=f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
-            mesh=dict(zip(MESH_AXES, mesh.devices.shape, strict=True)),
-            batch_size=stage.batch_size,
-            microbatch=rows,
-            accumulate=batch.weight.shape[0],
-            tokens=tokens,
-            text_tokens=sum(text_lengths),
-            fits=False,
-            hbm_bytes=memory,
-            peak_bytes_per_chip=None,
-            memory={
-                "weights": _bytes(state.model),
-                "average": _bytes(state.ema),
-                "optimizer": _bytes(state.opt_state),
-                "batch": _bytes(batch),
-            },
-            model_flops=flops * stage.batch_size,
-            attention_share=share,
-            steps=stage.steps,
-        )
-        step = step_program(optimizer, config.process, config.ema_decay, placed, stage.batch_size)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        lowered = step.lower(state, batch, key, jax.ShapeDtypeStruct((), jnp.float32))
+        report.topology = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+        lowered = trace_stage(config, stage, placed, arguments).lower()
         return report, _compile(lowered, mesh, report)
+
+
+def trace_stage(
+    config: TrainConfig, stage: Stage, placed: TrainState, arguments: tuple[TrainState, Batch]
+) -> jax.stages.Traced:
+    """The step on what `describe_stage` found, before any compiler; under the same mesh."""
+    optimizer = make_optimizer(config.optimizer)
+    step = step_program(optimizer, config.process, config.ema_decay, placed, stage.batch_size)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return step.trace(*arguments, key, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def describe_stage(
+    config: TrainConfig,
+    stage: Stage,
+    mesh: AnyMesh,
+    *,
+    tokens: int,
+    text_lengths: tuple[int, ...],
+    memory: int,
+) -> tuple[StageReport, TrainState, tuple[TrainState, Batch]]:
+    """Before compiling: the report, the state's shardings, and (state, batch) as placed shapes."""
+    model = dataclasses.replace(config.model, in_channels=stage.in_channels)
+    rows = microbatch_rows(stage, mesh)
+    _, placed, state = abstract_state(model, make_optimizer(config.optimizer), mesh)
+    batch = abstract_batch(
+        model,
+        mesh,
+        batch_size=stage.batch_size,
+        microbatch=rows,
+        tokens=tokens,
+        text_lengths=text_lengths,
+    )
+    flops, share = model_flops(model, tokens, sum(text_lengths))
+    report = StageReport(
+        name=stage.name,
+        task=stage.task,
+        topology="",
+        mesh=dict(mesh.shape),
+        batch_size=stage.batch_size,
+        microbatch=rows,
+        accumulate=batch.weight.shape[0],
+        tokens=tokens,
+        text_tokens=sum(text_lengths),
+        fits=False,
+        hbm_bytes=memory,
+        peak_bytes_per_chip=None,
+        memory={
+            "weights": _bytes(state.model),
+            "average": _bytes(state.ema),
+            "optimizer": _bytes(state.opt_state),
+            "batch": _bytes(batch),
+        },
+        model_flops=flops * stage.batch_size,
+        attention_share=share,
+        steps=stage.steps,
+    )
+    return report, placed, (state, batch)
 
 
 def _compile(lowered, mesh: Mesh, report: StageReport) -> jax.stages.Compiled | None:
@@ -245,7 +298,7 @@ def _peak(memory, mesh: Mesh) -> int:
 def _describe_program(
     report: StageReport, program: Program, chip: Chip, mesh: Mesh, head_width: int
 ) -> None:
-    prediction: Prediction = predict(program, chip, [*mesh.devices.flat], head_width)
+    prediction = predict(program, chip, [*mesh.devices.flat], head_width)
     for collective in program.collectives:
         for total, name in (
             (report.collective_bytes, collective.kind),
@@ -259,19 +312,24 @@ def _describe_program(
     report.kernels = [
         f"{k.count} x {k.name} {k.shape} on {k.num_keys} keys" for k in program.kernels
     ]
-    report.predicted_parts = dataclasses.asdict(prediction)
+    describe_time(report, prediction, chip)
+
+
+def describe_time(report: StageReport, prediction: Prediction, chip: Chip) -> None:
+    """Seconds, MFU, days and chip-hours of a stage."""
+    devices = math.prod(report.mesh.values())
     seconds = prediction.serial
+    report.predicted_parts = dataclasses.asdict(prediction)
     report.predicted_step_seconds = seconds
     report.predicted_step_seconds_range = prediction.range()
-    report.predicted_mfu = report.model_flops / (seconds * chip.peak_flops * mesh.size)
+    report.predicted_mfu = report.model_flops / (seconds * chip.peak_flops * devices)
+    _add_duration(report)
 
 
-def _with_duration(report: StageReport) -> StageReport:
-    if report.predicted_step_seconds is not None:
-        hours = report.predicted_step_seconds * report.steps / 3600
-        report.predicted_days = hours / 24
-        report.predicted_chip_hours = hours * report.chips
-    return report
+def _add_duration(report: StageReport) -> None:
+    hours = report.predicted_step_seconds * report.steps / 3600
+    report.predicted_days = hours / 24
+    report.predicted_chip_hours = hours * report.chips
 
 
 def _axes(group: tuple[int, ...], mesh: Mesh) -> str:

@@ -35,7 +35,7 @@ def row(report: StageReport) -> tuple[str, ...]:
         f"{report.tokens}+{report.text_tokens}",
         f"{report.batch_size} = {report.accumulate} x {report.microbatch}",
         "x".join(str(n) for n in report.mesh.values()),
-        f"{'yes' if report.fits else 'NO'}",
+        ("yes" if report.fits else "NO") + (", modelled" if report.modelled else ""),
         f"{_gb(report.peak_bytes_per_chip)} of {_gb(report.hbm_bytes)}",
         _gb(state),
         _gb(report.memory.get("activations and temporaries")),
@@ -142,13 +142,14 @@ def details(report: StageReport) -> list[str]:
     """Memory, kernels, collectives and the parts of the predicted time."""
     lines = [f"{report.name} on {report.topology}"]
     lines += [f"  refused by the compiler: {report.message}"] if report.message else []
+    lines += ["  not compiled: a model of memory and FLOPs"] if report.modelled else []
     lines += [
         f"  fits with {change.overrides}: {_gb(change.peak_bytes_per_chip)} GB, predicted "
         f"{change.predicted_step_seconds:.1f} s a step"
         for change in report.changes
     ]
     lines += ["  memory: " + ", ".join(f"{k} {_gb(v)} GB" for k, v in report.memory.items())]
-    if report.predicted_parts:
+    if report.predicted_parts and not report.modelled:
         for by in (report.collective_bytes, report.collective_bytes_per_axis):
             sent = ", ".join(f"{name} {_gb(size)} GB" for name, size in by.items())
             lines.append(f"  sent by a device: {sent}")
@@ -156,8 +157,10 @@ def details(report: StageReport) -> list[str]:
             f"  sent while nothing is computed: {_gb(report.waiting_collective_bytes)} GB",
             f"  largest all-reduce: {report.largest_all_reduce_bytes / 1e6:.1f} MB",
             *(f"  kernel: {kernel}" for kernel in report.kernels),
-            "  seconds: " + ", ".join(f"{k} {v:.2f}" for k, v in report.predicted_parts.items()),
         ]
+    if report.predicted_parts:
+        parts = ", ".join(f"{k} {v:.2f}" for k, v in report.predicted_parts.items())
+        lines.append(f"  seconds: {parts}")
     return lines
 
 

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
+from jax.extend.core.primitives import name_p
 from jaxtyping import Array, Float
 
 from easyanimate_jax.sharding import shard
 
 LECUN_NORMAL = nnx.initializers.lecun_normal()
+CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # JAX's name of the operation
 
 
 def axes(*names: str | None) -> dict:
@@ -102,7 +104,8 @@ def scan_blocks(
     """Run `carry = block(b, carry)` over the stack.
 
     Of what a block computes, the backward pass finds `save` in device memory and `offload` in host
-    memory, and computes the rest again.
+    memory, and computes the rest again. cuDNN's attention cannot name its log-sums, so the whole
+    operation counts as "attention".
     """
 
     def body(carry, b):
@@ -116,6 +119,12 @@ def scan_blocks(
             offload_src="device",
             offload_dst="pinned_host",
         )
-    body = jax.checkpoint(body, policy=policy, prevent_cse=False)
+
+    def keep(primitive, *operands, **params):
+        if primitive.name == CUDNN_ATTENTION:
+            return policy(name_p, name="attention")
+        return policy(primitive, *operands, **params)
+
+    body = jax.checkpoint(body, policy=keep, prevent_cse=False)
     carry, _ = jax.lax.scan(body, carry, blocks)
     return carry

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
-from easyanimate_jax.sharding import activation_spec, shardings
+from easyanimate_jax.sharding import AnyMesh, activation_spec, shardings
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import TrainState, init_state, train_step
 
@@ -27,7 +27,7 @@ COMPILER_OPTIONS = {
 
 
 @cache
-def abstract_state(model: MMDiTConfig, optimizer: optax.GradientTransformation, mesh: Mesh):
+def abstract_state(model: MMDiTConfig, optimizer: optax.GradientTransformation, mesh: AnyMesh):
     """(function of a key that makes the state, its shardings, the state as placed shapes)."""
     make = partial(init_state, lambda key: MMDiT(model, rngs=nnx.Rngs(params=key)), optimizer)
     shapes = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
@@ -37,7 +37,7 @@ def abstract_state(model: MMDiTConfig, optimizer: optax.GradientTransformation, 
 
 def abstract_batch(
     model: MMDiTConfig,
-    mesh: Mesh,
+    mesh: AnyMesh,
     *,
     batch_size: int,
     microbatch: int,
@@ -64,14 +64,14 @@ def abstract_batch(
     return _place(batch, batch_shardings(mesh, batch))
 
 
-def microbatch_rows(stage: Stage, mesh: Mesh) -> int:
+def microbatch_rows(stage: Stage, mesh: AnyMesh) -> int:
     """Rows that go through the network at once: the stage's, filled up to whole devices."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = min(stage.microbatch or stage.batch_size, stage.batch_size)
     return -(-rows // parts) * parts
 
 
-def batch_shardings(mesh: Mesh, batch: Batch) -> Batch:
+def batch_shardings(mesh: AnyMesh, batch: Batch) -> Batch:
     """Rows over data and fsdp; over context go rows too where there are enough, tokens else."""
 
     def place(x, *axes: str | None):
