@@ -3,7 +3,8 @@
 What lies in memory between steps is exact. The rest is counted: kept activations by what the config
 keeps, one block's backward pass by what it took on an H200, seconds from FLOPs and bytes at rates
 that were measured on that card (benchmarks/results/gpu.md). What goes between devices was never
-measured. On a machine with the GPUs `train.py` compiles the step itself and knows its memory.
+measured. What is offloaded counts as gone, at no time. On a machine with the GPUs `train.py` compiles
+the step itself and knows its memory.
 """
 
 import dataclasses
@@ -36,7 +37,6 @@ SAVED = {"attention out": 1, "mlp": 4, "mlp out": 4, "qkv": 3}
 # once, that its forward and backward pass read and write beside products and attention, and how
 # often these read or write its weights, and the update all of them.
 HELD, PASSED, WEIGHTS_PASSED, UPDATE_PASSED = 30, 216, 4, 11
-BACKWARD = 2.5  # FLOPs of the attention's backward pass, of its forward pass
 
 
 @dataclass(frozen=True, kw_only=True)
