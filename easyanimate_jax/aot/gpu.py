@@ -3,8 +3,8 @@
 What lies in memory between steps is exact. The rest is counted: kept activations by what the config
 keeps, one block's backward pass by what it took on an H200, seconds from FLOPs and bytes at rates
 that were measured on that card (benchmarks/results/gpu.md). What goes between devices was never
-measured. What is offloaded counts as gone, at no time. On a machine with the GPUs `train.py` compiles
-the step itself and knows its memory.
+measured. What is offloaded counts as gone, at no time. On a machine with the GPUs `train.py`
+compiles the step itself and knows its memory.
 """
 
 import dataclasses

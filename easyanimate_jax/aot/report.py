@@ -101,9 +101,9 @@ LEGEND = (
 
 
 MODEL_LEGEND = (
-    "Nothing was compiled: the state's GB are exact, the rest counted by what the config keeps, and "
-    "seconds follow from FLOPs and bytes at rates measured on one H200. Within 2 % in memory and 5 % "
-    "in time of two steps on that card; several GPUs were never measured. The range is from "
+    "Nothing was compiled: the state's GB are exact, the rest counted by what the config keeps; "
+    "seconds follow from FLOPs and bytes at rates measured on one H200. Within 2 % in memory and "
+    "5 % in time of two steps on that card; several GPUs were never measured. The range is from "
     "collectives hidden and the rest a fifth faster, to all of it a third slower."
 )
 
