@@ -69,7 +69,7 @@ def measure(blocks: int, heads: int, tokens: int, batch: int, microbatch: int) -
     import jax.numpy as jnp
     import numpy as np
 
-    from easyanimate_jax.aot.compile import compile_stage, text_lengths
+    from easyanimate_jax.aot.compile import compile_stage, longest
     from easyanimate_jax.aot.gpu import model_step
     from easyanimate_jax.config import load
     from easyanimate_jax.sharding import MeshConfig, make_mesh
@@ -82,7 +82,7 @@ def measure(blocks: int, heads: int, tokens: int, batch: int, microbatch: int) -
     config = dataclasses.replace(config, model=model)
     stage = dataclasses.replace(config.stages[2], batch_size=batch, microbatch=microbatch)
     mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
-    sizes = {"tokens": tokens, "text_lengths": text_lengths(model)}
+    sizes = longest(config, stage) | {"tokens": tokens}
     report, program = compile_stage(config, stage, mesh, memory=sys.maxsize, **sizes)
     model = dataclasses.replace(model, in_channels=stage.in_channels)
     with jax.set_mesh(mesh):

@@ -28,7 +28,6 @@ RESULT = ROOT / "benchmarks" / "results" / "aot_memory.md"
 DEVICES = 8
 MESHES = ((1, 2, 2, 2), (1, 8, 1, 1))  # data, fsdp, context, tensor
 STEPS = 4
-TEXT_LENGTHS = (77, 256)
 FIELDS = (
     *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
     *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
@@ -89,7 +88,7 @@ def measure(path: str, name: str, *mesh: str) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from easyanimate_jax.aot.compile import compile_stage
+    from easyanimate_jax.aot.compile import compile_stage, longest
     from easyanimate_jax.config import load
     from easyanimate_jax.sharding import MeshConfig, make_mesh
     from easyanimate_jax.training.optimizer import make_optimizer
@@ -97,10 +96,7 @@ def measure(path: str, name: str, *mesh: str) -> None:
 
     config, mesh = load(path), make_mesh(MeshConfig(*map(int, mesh)))
     stage = next(s for s in config.stages if s.name == name)
-    sizes = {
-        "tokens": config.set(stage.data).budget.lengths[-1],
-        "text_lengths": TEXT_LENGTHS,
-    }
+    sizes = longest(config, stage)
     report, program = compile_stage(config, stage, mesh, memory=sys.maxsize, **sizes)
     model = dataclasses.replace(config.model, in_channels=stage.in_channels)
     with jax.set_mesh(mesh):

@@ -70,11 +70,11 @@ def main() -> None:
     found = {side: measure(side, "forward", grids, depth=depth, **sizes) for side in sides}
     for n, grid in enumerate(grids):
         rows("forward", depth, grid, {side: results[n] for side, results in found.items()}, model)
-    for grid, depth in grids.items():
-        results = {}
-        while not results.get("diffusers") and depth:
+    for grid, deepest in grids.items():
+        for depth in (n for n in (deepest, deepest // 2, deepest // 4) if n):
             results = {"diffusers": measure("diffusers", "step", [grid], depth=depth, **sizes)[0]}
-            depth //= 1 if results["diffusers"] else 2
+            if results["diffusers"]:
+                break
         for side in sides[1:]:
             results[side] = measure(side, "step", [grid], depth=depth, **sizes)[0]
         rows("step", depth, grid, results, model)

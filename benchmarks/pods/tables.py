@@ -23,8 +23,8 @@ import jax
 from easyanimate_jax.aot.compile import (
     StageReport,
     describe_stage,
+    longest,
     pod_mesh,
-    text_lengths,
     trace_stage,
 )
 from easyanimate_jax.aot.report import markdown
@@ -77,14 +77,8 @@ def fingerprint(name: str) -> str:
     stage = next(s for s in config.stages if s.name == stage)
     mesh, chip = pod_mesh(config, topology)
     with jax.set_mesh(mesh):
-        _, placed, arguments = describe_stage(
-            config,
-            stage,
-            mesh,
-            tokens=config.set(stage.data).budget.lengths[-1],
-            text_lengths=text_lengths(config.model),
-            memory=int(chip.memory),
-        )
+        sizes = longest(config, stage)
+        _, placed, arguments = describe_stage(config, stage, mesh, **sizes, memory=0)
         program = str(trace_stage(config, stage, placed, arguments).jaxpr)
     values = [re.sub(r"0x[0-9a-f]+|policy=.*", "", program)]
     values += [str(x.sharding.spec) for x in jax.tree.leaves(arguments)]

@@ -25,7 +25,6 @@ from easyanimate_jax.aot.hlo import Program, read_program
 from easyanimate_jax.aot.predict import Prediction, model_flops, predict
 from easyanimate_jax.config import TrainConfig
 from easyanimate_jax.data.loader import Batch
-from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.sharding import MESH_AXES, AnyMesh, MeshConfig, make_mesh
 from easyanimate_jax.training.optimizer import make_optimizer
 from easyanimate_jax.training.program import (
@@ -95,9 +94,10 @@ class StageReport:
     message: str = ""
 
 
-def text_lengths(model: MMDiTConfig) -> tuple[int, ...]:
-    """Tokens of a prompt by encoder: V5.1's one, or V5's two (spec 5)."""
-    return (256,) if len(model.text_widths) == 1 else (77, 256)
+def longest(config: TrainConfig, stage: Stage) -> dict:
+    """`tokens` of a stage's longest bucket; `text_lengths`: V5.1's one, or V5's two (spec 5)."""
+    text_lengths = (256,) if len(config.model.text_widths) == 1 else (77, 256)
+    return {"tokens": config.set(stage.data).budget.lengths[-1], "text_lengths": text_lengths}
 
 
 def topology_devices(name: str, num_slices: int = 1) -> list:
@@ -164,12 +164,7 @@ def compile_step(
     """
     mesh, chip = pod_mesh(config, topology, num_slices)
     report, compiled = compile_stage(
-        config,
-        stage,
-        mesh,
-        tokens=config.set(stage.data).budget.lengths[-1],
-        text_lengths=text_lengths(config.model),
-        memory=int(chip.memory),
+        config, stage, mesh, **longest(config, stage), memory=int(chip.memory)
     )
     report.chips = mesh.size // chip.devices
     report.topology = topology if num_slices == 1 else f"{num_slices} x {topology}"

@@ -20,8 +20,8 @@ from easyanimate_jax.aot.compile import (
     StageReport,
     describe_stage,
     describe_time,
+    longest,
     suggest_mesh,
-    text_lengths,
 )
 from easyanimate_jax.aot.predict import Prediction, model_flops
 from easyanimate_jax.config import TrainConfig
@@ -96,14 +96,8 @@ def model_step(
         shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), abstract_device=device
     )
     with jax.sharding.use_abstract_mesh(mesh):
-        report, *_ = describe_stage(
-            config,
-            stage,
-            mesh,
-            tokens=tokens or config.set(stage.data).budget.lengths[-1],
-            text_lengths=text_lengths(config.model),
-            memory=int(gpu.memory),
-        )
+        sizes = longest(config, stage) | ({"tokens": tokens} if tokens else {})
+        report, *_ = describe_stage(config, stage, mesh, **sizes, memory=int(gpu.memory))
     report.topology, report.chips, report.modelled = topology, hosts * per_host, True
     model = dataclasses.replace(config.model, in_channels=stage.in_channels)
     report.memory["activations and temporaries"] = _temporaries(report, model)
