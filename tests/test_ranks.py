@@ -113,6 +113,16 @@ def test_r2_a_checkpoint_is_restored_whole_on_any_mesh(folder, pair, processes, 
     np.testing.assert_allclose(ours, theirs[4:], rtol=1e-5)
 
 
+def test_two_processes_of_four_devices_train_like_one_of_eight(folder):
+    """Each process has one of the two rows of a batch, its tokens split over four devices."""
+    mesh = ("--mesh.fsdp", "2", "--mesh.context", "4")
+    for run, processes, devices in (("two", 2, 4), ("one", 1, 8)):
+        end(start(folder, ranks(processes, folder, run, *mesh), devices))
+    two, one = ([row["loss"] for row in rows(folder, name)] for name in ("two", "one"))
+    assert len(one) == STEPS
+    np.testing.assert_allclose(two, one, rtol=1e-6)
+
+
 MEMORY = """
     import sys
     from pathlib import Path
