@@ -2,29 +2,34 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
+import numpy as np
 from flax import nnx
 
 from easyanimate_jax.config import TrainConfig
 from easyanimate_jax.models.mmdit import MMDiT
-from easyanimate_jax.sharding import RULES, MeshConfig
-
-# float32: weights, their average, two Adam moments; the gradient is alive within a step only.
-STATE_COPIES = 4
+from easyanimate_jax.sharding import RULES, MeshConfig, is_variable
+from easyanimate_jax.training.optimizer import make_optimizer
+from easyanimate_jax.training.step import TrainState, init_state
 
 
 def describe_run(config: TrainConfig) -> str:
     """Stages, buckets with every size, parameters, and state bytes per device, as text."""
     model = dataclasses.replace(config.model, in_channels=config.stages[-1].in_channels)
-    weights = jax.eval_shape(lambda key: MMDiT(model, rngs=nnx.Rngs(params=key)), jax.random.key(0))
-    variables = jax.tree.leaves(weights, is_leaf=lambda x: hasattr(x, "get_metadata"))
-    parameters = sum(math.prod(v.get_value().shape) for v in variables)
+    make = partial(
+        init_state,
+        lambda key: MMDiT(model, rngs=nnx.Rngs(params=key)),
+        make_optimizer(config.optimizer),
+    )
+    state = jax.eval_shape(make, jax.random.key(0))
+    parameters = sum(x.size for x in jax.tree.leaves(state.model))
     lines = [
         f"model    {model.depth} blocks ({model.mmdit_depth} with their own text weights), width "
         f"{model.width} = {model.heads} heads x {model.head_width}, {parameters:,} parameters",
         f"process  {config.process}",
-        *_mesh_lines(config.mesh, variables),
+        *_mesh_lines(config.mesh, state),
         "",
         f"{'stage':<16}{'task':<12}{'set':<12}{'batch':>7}{'steps':>9}{'samples':>14}"
         f"{'tokens':>16}{'learning rate':>15}",
@@ -55,20 +60,27 @@ def describe_run(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def _mesh_lines(mesh: MeshConfig, variables: list) -> list[str]:
-    """What one device of the configured mesh holds of the training state."""
+def _mesh_lines(mesh: MeshConfig, state: TrainState) -> list[str]:
+    """What one device of the configured mesh holds of the training state; gradients not counted."""
     sizes = dataclasses.asdict(mesh)
     if sizes["fsdp"] == -1:
         return [f"mesh     {mesh}: fsdp takes the devices it finds; give a number to see bytes"]
-    elements = 0
-    for variable in variables:
-        names = [RULES[a] if a else None for a in variable.out_sharding or ()]
-        flat = [n for name in names if name for n in ((name,) if isinstance(name, str) else name)]
-        elements += math.prod(variable.get_value().shape) / math.prod(sizes[n] for n in flat)
-    devices = math.prod(sizes.values())
+
+    def bytes_of(tree) -> float:
+        total = 0.0
+        for variable in jax.tree.leaves(tree, is_leaf=is_variable):
+            names = [RULES[axis] for axis in getattr(variable, "out_sharding", None) or () if axis]
+            parts = math.prod(sizes[n] for name in names if name for n in np.atleast_1d(name))
+            # An optimizer keeps no such moment of some weights.
+            total += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variable)) / parts
+        return total
+
+    weights, average, optimizer = (
+        bytes_of(tree) / 1e9 for tree in (state.model, state.ema, state.opt_state)
+    )
     return [
-        f"mesh     {' x '.join(f'{k} {v}' for k, v in sizes.items())} = {devices} devices",
-        f"state    {elements * 4 * STATE_COPIES / 1e9:.2f} GB a device "
-        f"({STATE_COPIES} float32 copies of {elements / 1e6:,.1f} M weights: weights, average, "
-        f"two Adam moments)",
+        f"mesh     {' x '.join(f'{k} {v}' for k, v in sizes.items())} = "
+        f"{math.prod(sizes.values())} devices",
+        f"state    {weights + average + optimizer:.2f} GB a device: weights {weights:.2f}, their "
+        f"average {average:.2f}, the optimizer's moments {optimizer:.2f}",
     ]

@@ -43,7 +43,13 @@ def test_every_config_describes_itself(name):
 def test_the_12b_describes_its_parameters_bytes_and_sizes():
     text = describe_run(load("v5_12b"))
     assert "11,797,692,480 parameters" in text  # spec 1.1
-    assert "128 devices" in text and "GB a device" in text
+    assert "128 devices" in text
+    # 93.7 M weights a device; Muon keeps one moment of the 92 % that are projections of blocks.
+    assert (
+        "1.50 GB a device: weights 0.37, their average 0.37, the optimizer's moments 0.75" in text
+    )
+    muon = describe_run(load("v5_12b", "--optimizer.matrices", "muon"))
+    assert "1.16 GB a device" in muon and "moments 0.41" in muon
     for frames, size in ((49, "512x512"), (21, "768x768"), (9, "1024x1024")):
         assert re.search(rf"{frames} frames of .*\b{size}\b", text)
 

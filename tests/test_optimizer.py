@@ -1,9 +1,17 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from easyanimate_jax.training.optimizer import OptimizerConfig, clip_abnormal, make_optimizer
+from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
+from easyanimate_jax.training.optimizer import (
+    OptimizerConfig,
+    clip_abnormal,
+    labels,
+    make_optimizer,
+)
 
 
 def clipped_norm(norm: float, count: int) -> float:
@@ -48,3 +56,30 @@ def test_an_update_is_torchs_adamw():
         updates, state = optimizer.update(jnp.asarray(grad), state, ours)
         ours = ours - 1e-2 * updates
     np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-6)
+
+
+def test_muon_takes_the_projections_of_all_blocks_and_nothing_else():
+    config = MMDiTConfig(2, 1, 2, (8, 8), False, False, head_width=16, time_width=16)
+    model = jax.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
+    found = jax.tree_util.tree_leaves_with_path(labels(model))
+    muon = {jax.tree_util.keystr(path) for path, label in found if label == "muon"}
+    projections = [f"attention.{name}" for name in ("q", "k", "v", "out")] + ["mlp.up", "mlp.down"]
+    streams = "blocks[0].video", "blocks[0].text", "blocks[1].video"  # the upper block shares
+    assert muon == {f".{s}.{name}.kernel.value" for s in streams for name in projections}
+
+
+def test_an_update_of_muon_is_orthogonal_and_as_large_as_adams():
+    weights = {".blocks": {".mlp": {".kernel": jnp.zeros((2, 24, 96))}}, "bias": jnp.zeros(5)}
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: jnp.float32(rng.standard_normal(x.shape)), weights)
+    adam, muon = (make_optimizer(OptimizerConfig(name)) for name in ("adam", "muon"))
+    state = muon.init(weights)
+    updates, _ = muon.update(grads, state, weights)
+    update = updates[".blocks"][".mlp"][".kernel"]
+    singular = np.linalg.svd(update, compute_uv=False)
+    assert singular.max() / singular.min() < 2  # of the gradient itself 3
+    assert float(jnp.sqrt(jnp.mean(update**2))) == pytest.approx(0.2, rel=0.2)
+    by_adam, _ = adam.update(grads, adam.init(weights), weights)
+    np.testing.assert_allclose(updates["bias"], by_adam["bias"], rtol=1e-6)
+    large = [x for x in jax.tree.leaves(state) if x.size == 2 * 24 * 96]
+    assert len(large) == 1  # one moment, where Adam has two

@@ -32,6 +32,7 @@ TINY = MMDiTConfig(
 )
 # A large eps: Adam turns rounding of near-zero gradients into whole updates.
 OPTIMIZER = make_optimizer(OptimizerConfig(max_grad_norm=1.0, eps=1e-3))
+MUON = make_optimizer(OptimizerConfig("muon", max_grad_norm=1.0, eps=1e-3))
 ONE = MeshConfig(1, 1, 1, 1)
 
 
@@ -58,12 +59,12 @@ def regroup(batch: Batch, num_micro: int) -> Batch:
 
 
 @functools.cache
-def start():
-    return jax.jit(_start)()
+def start(optimizer):
+    return jax.jit(_start, static_argnums=0)(optimizer)
 
 
-def _start():
-    state = init_state(lambda k: MMDiT(TINY, rngs=nnx.Rngs(params=k)), OPTIMIZER, jax.random.key(0))
+def _start(optimizer):
+    state = init_state(lambda k: MMDiT(TINY, rngs=nnx.Rngs(params=k)), optimizer, jax.random.key(0))
     # A zero output layer would hide the blocks from the first gradient.
     kernel = state.model.output.linear.kernel
     kernel.set_value(0.1 * jax.random.normal(jax.random.key(1), kernel.get_value().shape))
@@ -74,9 +75,10 @@ def steps(mesh_config: MeshConfig, batch: Batch, count: int = 2, num_devices: in
     """The state and losses after `count` steps on a mesh."""
     mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
     settings = {"optimizer": OPTIMIZER, "process": DDPM(), "ema_decay": 0.9} | settings
+    state = start(settings["optimizer"])
     with jax.set_mesh(mesh):
-        placed = shardings(mesh, start())
-        state = jax.device_put(start(), placed)
+        placed = shardings(mesh, state)
+        state = jax.device_put(state, placed)
         program = jax.jit(
             lambda *a: train_step(*a, **settings),
             out_shardings=(placed, None),
@@ -147,6 +149,14 @@ def test_eight_devices_train_like_one(one_device, mesh, num_micro):
         np.testing.assert_allclose(x, y, atol=1e-5 * largest, rtol=0)
 
 
+def test_eight_devices_train_with_muon_like_one():
+    batch = make_batch(1, 8)
+    state, losses = steps(MeshConfig(1, 2, 2, 2), batch, num_devices=8, optimizer=MUON)
+    expected, expected_losses = steps(ONE, batch, optimizer=MUON)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
+    assert_same_weights(state, expected, atol=1e-4)
+
+
 def test_padding_past_a_length_is_not_seen(one_device):
     batch = make_batch(1, 8)
     past = np.arange(24)[None, None, :, None] >= batch.lengths[..., None, None]
@@ -159,7 +169,7 @@ def test_a_batch_that_is_not_finite_or_all_outliers_changes_no_weight(value, whe
     batch = make_batch(1, 8)
     batch.mean[where] = value
     state, _ = steps(ONE, batch, count=1)
-    jax.tree.map(np.testing.assert_array_equal, state.model, jax.jit(start)().model)
+    jax.tree.map(np.testing.assert_array_equal, state.model, start(OPTIMIZER).model)
     assert (int(state.step), int(state.skipped)) == (1, 1)
 
 
@@ -174,6 +184,17 @@ def test_a_widened_state_goes_on_with_zero_weights_for_the_new_channels(one_devi
     assert np.isfinite(metrics["loss"])
 
 
+def test_a_widened_state_goes_on_with_muon():
+    state = widen_state(start(MUON), 33)
+    batch, key = make_batch(1, 8, channels=33), jax.random.key(7)
+    with jax.set_mesh(make_mesh(ONE, jax.devices()[:1])):
+        later, _ = jax.jit(
+            lambda *a: train_step(*a, optimizer=MUON, process=DDPM(), ema_decay=0.9)
+        )(state, batch, key, jnp.float32(1e-2))
+    assert jax.tree.structure(later) == jax.tree.structure(state)
+    assert np.any(later.model.patches.kernel.get_value()[64:])
+
+
 def test_halves_give_the_loss_of_the_same_floats():
     batch = jax.tree.map(lambda x: x[0], make_batch(1, 8))
     halve = lambda x: x.astype(np.float16)  # noqa: E731
@@ -183,10 +204,10 @@ def test_halves_give_the_loss_of_the_same_floats():
         texts=tuple(halve(text) for text in batch.texts),
     )
     floats = jax.tree.map(lambda x: x.astype(np.float32) if x.dtype == np.float16 else x, halves)
-    time, rows = jnp.arange(0, 800, 100), jnp.arange(8)
+    time, rows, model = jnp.arange(0, 800, 100), jnp.arange(8), start(OPTIMIZER).model
     loss = jax.jit(
         lambda batch: denoising_loss(
-            start().model, batch, time.astype(jnp.float32), rows, jax.random.key(3), process=DDPM()
+            model, batch, time.astype(jnp.float32), rows, jax.random.key(3), process=DDPM()
         )
     )
     np.testing.assert_array_equal(loss(halves), loss(floats))

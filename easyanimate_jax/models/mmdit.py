@@ -449,9 +449,10 @@ def widen_input(tree, in_channels: int):
             return model
         model = jax.tree.map(lambda x: x, model)  # a copy of the module, not of the arrays
         rows = in_channels * model.config.patch**2
-        kernel = model.patches.kernel.get_value()[:rows]
-        kernel = jnp.pad(kernel, ((0, rows - kernel.shape[0]), (0, 0)))
-        model.patches.kernel.set_value(kernel)
+        kernel = model.patches.kernel.get_value()
+        if jax.tree.leaves(kernel):  # a moment that an optimizer keeps of other weights has none
+            kernel = jnp.pad(kernel[:rows], ((0, max(0, rows - kernel.shape[0])), (0, 0)))
+            model.patches.kernel.set_value(kernel)
         model.patches.in_features = rows
         model.config = dataclasses.replace(model.config, in_channels=in_channels)
         return model

@@ -1,4 +1,4 @@
-"""AdamW with the reference's clipping rule (spec 9.1, 9.2).
+"""AdamW with the reference's clipping rule (spec 9.1, 9.2), and Muon for the blocks' matrices.
 
 The learning rate is an argument of the train step, not part of the optimizer: it belongs to the
 stage, and a stage change must not compile anything.
@@ -6,23 +6,39 @@ stage, and a stage change must not compile anything.
 
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax import contrib
+
+Matrices = Literal["adam", "muon"]
+
+MUON_STEPS = 4  # of Newton and Schulz
+MUON_RMS = 0.2  # of an update's entries, about Adam's (Liu et al. 2025, arXiv 2502.16982)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Defaults are the released V5 scripts (spec 9.1); `clip_start` is the rule's S0."""
+    """Defaults are the released V5 scripts (spec 9.1); `clip_start` is the rule's S0.
 
+    `matrices` says what updates the projections of the blocks' attention and MLP. "muon" makes
+    their momentum orthogonal (Jordan 2024), keeps one moment of them instead of two, and takes
+    Adam's learning rates; all other weights have Adam. It is for training from noise.
+    """
+
+    matrices: Matrices = "adam"
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-10
     weight_decay: float = 5e-3
     max_grad_norm: float = 0.05
     clip_start: int = 1000
+
+    def __post_init__(self):
+        if self.matrices not in get_args(Matrices):
+            raise ValueError(f"matrices is {self.matrices!r}; use one of {get_args(Matrices)}.")
 
 
 class ClipState(NamedTuple):
@@ -54,14 +70,45 @@ def clip_abnormal(max_norm: float, start: int, initial_ratio: float = 5.0):
     return optax.GradientTransformation(init, update)
 
 
+def scale_by_muon() -> optax.GradientTransformation:
+    """Momentum made orthogonal, for weights (layers, in, out); in root mean square like Adam's."""
+    dimensions = contrib.MuonDimensionNumbers(1, 2)
+
+    def scale(update):
+        return MUON_RMS * max(update.shape[1:]) ** 0.5 * update
+
+    return optax.chain(
+        contrib.scale_by_muon(
+            ns_steps=MUON_STEPS,
+            preconditioning="aol",
+            weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: dimensions, tree),
+        ),
+        optax.stateless(lambda updates, _: jax.tree.map(scale, updates)),
+    )
+
+
+def labels(weights):
+    """ "muon" for the kernels of attention and MLP in the blocks of a tree, "adam" for the rest."""
+
+    def label(path, _):
+        name = jax.tree_util.keystr(path)
+        block = ".blocks" in name and (".attention" in name or ".mlp" in name)
+        return "muon" if block and ".kernel" in name else "adam"
+
+    return jax.tree_util.tree_map_with_path(label, weights)
+
+
 @cache
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, Adam and decoupled weight decay; the caller multiplies by -learning rate.
+    """Clipping, Adam or Muon, and decoupled weight decay; the caller multiplies by -learning rate.
 
     One object per config: JAX knows a traced program again by it.
     """
+    update = optax.scale_by_adam(config.b1, config.b2, config.eps)
+    if config.matrices == "muon":
+        update = optax.partition({"adam": update, "muon": scale_by_muon()}, labels)
     return optax.chain(
         clip_abnormal(config.max_grad_norm, config.clip_start),
-        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        update,
         optax.add_decayed_weights(config.weight_decay),
     )
