@@ -7,12 +7,12 @@ from easyanimate_jax.config import SampleConfig
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
 
-STEPS = {
-    "image": 150,
-    "small_t2v": 500,
-    "medium_t2v": 400,
-    "medium_i2v": 400,
-    "large_i2v": 30,
+STAGES = {
+    "image": {"steps": 150},
+    "small_t2v": {"steps": 300},
+    "medium_t2v": {"steps": 300, "learning_rate": 6e-3},
+    "medium_i2v": {"steps": 1500, "learning_rate": 5e-3},
+    "large_i2v": {"steps": 60, "batch_size": 4, "learning_rate": 1e-3, "end_learning_rate": 1e-4},
 }
 SMALL = Budget(48, lengths=(48,), sizes=(64,), frames=9, min_fill=0.8)
 MEDIUM = Budget(192, lengths=(192,), sizes=(96, 128), frames=9, min_fill=0.8)
@@ -31,7 +31,8 @@ config = replace(
         LatentSet("medium", MEDIUM, kinds=("video",), condition_draws=4),
         LatentSet("large", LARGE, kinds=("video",), condition_draws=1),
     ),
-    stages=tuple(replace(s, steps=STEPS[s.name]) for s in demo.stages),
+    stages=tuple(replace(s, **STAGES[s.name]) for s in demo.stages),
+    optimizer=replace(demo.optimizer, matrices="muon"),
     samples=SampleConfig(
         (
             "a big grey rabbit stands up in a meadow",

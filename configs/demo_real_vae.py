@@ -1,4 +1,8 @@
-"""The video autoencoder of `make demo-real`: the demo's, wider, on real footage."""
+"""The video autoencoder of `make demo-real`: slower than the demo's, and sharper.
+
+Pixels are folded 4 x 4, not 8 x 8, and Muon trains it. Its decoder also forgives more of what
+diffusion misses.
+"""
 
 from dataclasses import replace
 
@@ -7,11 +11,13 @@ from easyanimate_jax.training.vae import VAEStage
 
 config = replace(
     demo_vae,
-    vae=replace(demo_vae.vae, channels=(64, 96, 96)),
+    vae=replace(demo_vae.vae, channels=(40, 80, 80), unshuffle=4),
     data="runs/demo_real/data",
     output="runs/demo_real/vae",
     stages=(
-        VAEStage(steps=1500, batch_size=8, frames=5, size=32),
-        VAEStage(steps=200, batch_size=2, frames=9, size=64),
+        VAEStage(steps=1000, batch_size=8, frames=5, size=32),
+        VAEStage(steps=150, batch_size=2, frames=9, size=64),
     ),
+    matrices="muon",
+    learning_rate=2e-3,
 )

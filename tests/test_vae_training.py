@@ -40,6 +40,7 @@ def config(tmp_path_factory) -> VAETrainConfig:
         learning_rate=1e-3,
         warmup_steps=1,
         discriminator_start=None,
+        matrices="muon",
         save_every=2,
         log_every=1,
     )
@@ -97,9 +98,32 @@ def test_crops_larger_than_every_clip_are_refused(config):
         train(replace(config, stages=(VAEStage(1, 8, 5, 64),)))
 
 
+def test_muon_takes_the_inner_convolutions(config):
+    config = replace(config, discriminator_start=0)
+    state = jax.eval_shape(lambda: training.init_state(config))
+    found = jax.tree_util.tree_leaves_with_path(training.labels((*state.networks, state.judges)))
+    names = {label: set() for label in ("adam", "muon")}
+    for path, label in found:
+        names[label].add(jax.tree_util.keystr(path).removesuffix(".value"))
+    assert all(name.endswith(".kernel") for name in names["muon"])
+    # Those at the rims, and matrices over channels alone.
+    assert {name for name in names["adam"] if name.endswith(".kernel")} == {
+        *(
+            f"[0].{part}.conv_{end}.kernel"
+            for part in ("encoder", "decoder")
+            for end in ("in", "out")
+        ),
+        "[0].quant_conv.kernel",
+        "[0].post_quant_conv.kernel",
+        *(f"[2].{judge}.head.kernel" for judge in ("frames", "clips")),
+    }
+    with pytest.raises(ValueError, match="matrices is 'lion'; use one of"):
+        training.check_matrices("lion")
+
+
 def test_the_adversarial_step_trains_both_sides(config):
     """The generator's weight balances gradients; the judges learn to tell real from fake."""
-    config = replace(config, discriminator_start=0, gan_weight=0.5)
+    config = replace(config, matrices="adam", discriminator_start=0, gan_weight=0.5)
     state = training.init_state(config)
     before = flat_weights(state.judges)
     rows = np.random.default_rng(0).integers(0, 256, (2, 5, 16, 16, 3)).astype(np.uint8)

@@ -4,6 +4,7 @@ The learning rate is an argument of the train step, not part of the optimizer: i
 stage, and a stage change must not compile anything.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple, get_args
@@ -37,8 +38,12 @@ class OptimizerConfig:
     clip_start: int = 1000
 
     def __post_init__(self):
-        if self.matrices not in get_args(Matrices):
-            raise ValueError(f"matrices is {self.matrices!r}; use one of {get_args(Matrices)}.")
+        check_matrices(self.matrices)
+
+
+def check_matrices(name: str) -> None:
+    if name not in get_args(Matrices):
+        raise ValueError(f"matrices is {name!r}; use one of {get_args(Matrices)}.")
 
 
 class ClipState(NamedTuple):
@@ -70,18 +75,25 @@ def clip_abnormal(max_norm: float, start: int, initial_ratio: float = 5.0):
     return optax.GradientTransformation(init, update)
 
 
-def scale_by_muon() -> optax.GradientTransformation:
-    """Momentum made orthogonal, for weights (layers, in, out); in root mean square like Adam's."""
-    dimensions = contrib.MuonDimensionNumbers(1, 2)
+def scale_by_muon(*, stacked: bool) -> optax.GradientTransformation:
+    """Momentum made orthogonal, in root mean square as large as Adam's update.
 
-    def scale(update):
-        return MUON_RMS * max(update.shape[1:]) ** 0.5 * update
+    For kernels whose last axis is the output and all others the input; in front of them, if they
+    are `stacked`, one that counts layers.
+    """
+
+    def matrix(x) -> contrib.MuonDimensionNumbers:
+        return contrib.MuonDimensionNumbers(tuple(range(int(stacked), x.ndim - 1)), x.ndim - 1)
+
+    def scale(x):
+        shape = x.shape[int(stacked) :]
+        return MUON_RMS * max(math.prod(shape[:-1]), shape[-1]) ** 0.5 * x
 
     return optax.chain(
         contrib.scale_by_muon(
             ns_steps=MUON_STEPS,
             preconditioning="aol",
-            weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: dimensions, tree),
+            weight_dimension_numbers=lambda tree: jax.tree.map(matrix, tree),
         ),
         optax.stateless(lambda updates, _: jax.tree.map(scale, updates)),
     )
@@ -106,7 +118,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     """
     update = optax.scale_by_adam(config.b1, config.b2, config.eps)
     if config.matrices == "muon":
-        update = optax.partition({"adam": update, "muon": scale_by_muon()}, labels)
+        update = optax.partition({"adam": update, "muon": scale_by_muon(stacked=True)}, labels)
     return optax.chain(
         clip_abnormal(config.max_grad_norm, config.clip_start),
         update,

@@ -35,6 +35,7 @@ from easyanimate_jax.models.vae import CausalVAE, VAEConfig, check_video
 from easyanimate_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from easyanimate_jax.tensors.module import save_module
 from easyanimate_jax.training.metrics import MetricsWriter, clock
+from easyanimate_jax.training.optimizer import Matrices, check_matrices, scale_by_muon
 
 Video = Float[Array, "B F H W 3"]
 
@@ -74,9 +75,13 @@ class VAETrainConfig:
     outlier_weight: float = 1e5
     gan_weight: float = 0.5
     discriminator_start: int | None = 50_001
+    matrices: Matrices = "adam"  # what updates the kernels of convolutions (`optimizer.py`)
     seed: int = 0
     save_every: int = 1000
     log_every: int = 20
+
+    def __post_init__(self):
+        check_matrices(self.matrices)
 
     @property
     def steps(self) -> int:
@@ -137,8 +142,26 @@ def optimizer(config: VAETrainConfig) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, 0.01 * config.learning_rate
     )
-    adamw = optax.adamw(schedule, *config.betas, weight_decay=config.weight_decay)
-    return optax.chain(optax.clip_by_global_norm(1.0), adamw)
+    update = optax.scale_by_adam(*config.betas)
+    if config.matrices == "muon":
+        update = optax.partition({"adam": update, "muon": scale_by_muon(stacked=False)}, labels)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        update,
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def labels(networks):
+    """ "muon" for the kernels of convolutions but the VAE's outer ones and a judge's head, which
+    have "adam" with all other weights."""
+
+    def label(path, x):
+        outer = {"conv_in", "conv_out", "head"} & {getattr(key, "name", None) for key in path}
+        return "muon" if x.ndim > 3 and not outer else "adam"
+
+    return jax.tree_util.tree_map_with_path(label, networks)
 
 
 def random_key(config: VAETrainConfig) -> jax.Array:
