@@ -100,7 +100,7 @@ def scale_by_muon(*, stacked: bool) -> optax.GradientTransformation:
 
 
 def labels(weights):
-    """ "muon" for the kernels of attention and MLP in the blocks of a tree, "adam" for the rest."""
+    """What updates each weight: "muon" the kernels of the blocks' attention and MLP, or "adam"."""
 
     def label(path, _):
         name = jax.tree_util.keystr(path)

@@ -154,8 +154,8 @@ def optimizer(config: VAETrainConfig) -> optax.GradientTransformation:
 
 
 def labels(networks):
-    """ "muon" for the kernels of convolutions but the VAE's outer ones and a judge's head, which
-    have "adam" with all other weights."""
+    """What updates each weight: "muon" the kernels of convolutions, but "adam" the VAE's outer ones
+    and a judge's head, as all other weights."""
 
     def label(path, x):
         outer = {"conv_in", "conv_out", "head"} & {getattr(key, "name", None) for key in path}
