@@ -142,15 +142,15 @@ def optimizer(config: VAETrainConfig) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, 0.01 * config.learning_rate
     )
-    update = optax.scale_by_adam(*config.betas)
+    rule = optax.scale_by_adam(*config.betas)
     if config.matrices == "muon":
-        update = optax.partition({"adam": update, "muon": scale_by_muon(stacked=False)}, labels)
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        update,
+        rule = optax.partition({"adam": rule, "muon": scale_by_muon(stacked=False)}, labels)
+    update = optax.chain(
+        rule,
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(schedule),
     )
+    return optax.chain(optax.clip_by_global_norm(1.0), update)
 
 
 def labels(networks):
