@@ -11,6 +11,7 @@ from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh, shardings
+from easyanimate_jax.training.checkpoint import Checkpoints
 from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
 from easyanimate_jax.training.step import (
     denoising_loss,
@@ -193,6 +194,21 @@ def test_a_widened_state_goes_on_with_muon():
         )(state, batch, key, jnp.float32(1e-2))
     assert jax.tree.structure(later) == jax.tree.structure(state)
     assert np.any(later.model.patches.kernel.get_value()[64:])
+
+
+def test_a_state_of_muon_comes_back_from_a_checkpoint(tmp_path):
+    state = jax.tree.map(jnp.asarray, steps(ONE, make_batch(1, 8), optimizer=MUON)[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(2, state, {"step": 2})
+    checkpoints.settle()
+    _, restored, _ = checkpoints.restore(lambda meta: like)
+    checkpoints.close(2)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    moments = restored.opt_state[1].inner_states["muon"].inner_state[0].mu
+    assert np.any(moments.blocks[0].video.mlp.up.kernel.get_value())
 
 
 def test_halves_give_the_loss_of_the_same_floats():
