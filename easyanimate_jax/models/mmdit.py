@@ -438,7 +438,7 @@ def denoise_latents(
 
 
 def widen_input(tree, in_channels: int):
-    """Every MMDiT in a tree (a model, its EMA, Adam's moments) with `in_channels` input channels.
+    """Every MMDiT in a tree (a model, its EMA, moments) with `in_channels` input channels.
 
     New channels come last and are zero, so a T2V model becomes an inpainting or control model that
     at first ignores its condition; with fewer channels the leading ones stay (spec 2.9).
@@ -449,10 +449,13 @@ def widen_input(tree, in_channels: int):
             return model
         model = jax.tree.map(lambda x: x, model)  # a copy of the module, not of the arrays
         rows = in_channels * model.config.patch**2
-        kernel = model.patches.kernel.get_value()
-        if jax.tree.leaves(kernel):  # a moment that an optimizer keeps of other weights has none
-            kernel = jnp.pad(kernel[:rows], ((0, max(0, rows - kernel.shape[0])), (0, 0)))
-            model.patches.kernel.set_value(kernel)
+
+        def resize(kernel):
+            return jnp.pad(kernel[:rows], ((0, max(0, rows - kernel.shape[0])), (0, 0)))
+
+        # By tree: there is no kernel in a moment that an optimizer keeps of other weights.
+        kernel = model.patches.kernel
+        kernel.set_value(jax.tree.map(resize, kernel.get_value()))
         model.patches.in_features = rows
         model.config = dataclasses.replace(model.config, in_channels=in_channels)
         return model
