@@ -37,10 +37,12 @@ demo: setup
 	$(BIN)/python train.py configs/demo.py
 	$(BIN)/python -m easyanimate_jax.evaluation world configs/demo.py
 
-# The same latents and more steps, where shapes are asked for.
+# The demo's VAE and texts, three times its clips and more steps, where shapes are asked for.
 demo-long: setup
 	mkdir -p runs/demo_long && touch runs/demo_long/started
-	$(demo-latents)
+	$(demo-encoders)
+	$(BIN)/python -m easyanimate_jax.evaluation.world runs/demo_long/data --clips 3000
+	$(BIN)/python -m easyanimate_jax.prepare configs/demo_long.py
 	$(BIN)/python train.py configs/demo_long.py
 	$(BIN)/python -m easyanimate_jax.evaluation world configs/demo_long.py
 
@@ -55,10 +57,13 @@ demo-control: setup
 	$(BIN)/python -m easyanimate_jax.evaluation ways configs/demo_control.py
 
 # The VAE and the latents are kept where they are there; the rest is made again, the same.
-define demo-latents
+define demo-encoders
 	$(BIN)/python -m easyanimate_jax.evaluation.world runs/demo/data
 	$(BIN)/python train.py configs/demo_vae.py
 	$(BIN)/python -m easyanimate_jax.text.train runs/demo/data runs/demo/text
+endef
+define demo-latents
+	$(demo-encoders)
 	$(BIN)/python -m easyanimate_jax.prepare configs/demo.py
 endef
 

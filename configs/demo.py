@@ -49,7 +49,7 @@ config = TrainConfig(
         time_width=128,
         dtype="float32",
     ),
-    process=Flow(stratified=True, train_shift=3.0),
+    process=Flow(stratified=True, train_shift=6.0),
     sets=(
         LatentSet("image", Budget(48, (48,), (112,), frames=1, min_fill=0.9), kinds=("image",)),
         LatentSet("small", SMALL, kinds=("video",)),
@@ -62,7 +62,7 @@ config = TrainConfig(
             "small_t2v",
             "small",
             batch_size=16,
-            steps=1450,
+            steps=450,
             learning_rate=1e-2,
             end_learning_rate=4e-3,
         ),
@@ -70,8 +70,8 @@ config = TrainConfig(
             "medium_t2v",
             "medium",
             batch_size=8,
-            steps=250,
-            learning_rate=4e-3,
+            steps=300,
+            learning_rate=6e-3,
             end_learning_rate=2e-3,
         ),
         Stage(
@@ -79,13 +79,15 @@ config = TrainConfig(
             "medium",
             task="i2v",
             batch_size=8,
-            steps=550,
+            steps=450,
             learning_rate=3e-3,
             end_learning_rate=1e-4,
         ),
         Stage("large_i2v", "large", task="i2v", batch_size=2, steps=20, learning_rate=1e-4),
     ),
-    optimizer=OptimizerConfig(b2=0.99, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0),
+    optimizer=OptimizerConfig(
+        matrices="muon", b2=0.99, eps=1e-8, weight_decay=0.01, max_grad_norm=1.0
+    ),
     mesh=MeshConfig(),
     samples=SampleConfig(
         PROMPTS, every=1000, frames=9, height=128, width=128, steps=12, guidance=2.0

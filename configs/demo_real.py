@@ -32,7 +32,7 @@ config = replace(
         LatentSet("large", LARGE, kinds=("video",), condition_draws=1),
     ),
     stages=tuple(replace(s, **STAGES[s.name]) for s in demo.stages),
-    optimizer=replace(demo.optimizer, matrices="muon"),
+    process=replace(demo.process, train_shift=3.0),
     samples=SampleConfig(
         (
             "a big grey rabbit stands up in a meadow",

@@ -1,17 +1,21 @@
-"""The video autoencoder of the demo: 8 x 8 pixels folded into channels, then a narrow stack."""
+"""The video autoencoder of the demo: 4 x 4 pixels folded into channels, then a narrow stack.
+
+Folded 8 x 8 it trains in half the time, and outlines come in steps of eight pixels.
+"""
 
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.training.vae import VAEStage, VAETrainConfig
 
 config = VAETrainConfig(
-    vae=VAEConfig(channels=(48, 64, 64), layers=1, unshuffle=8, norm="rms", dtype="float32"),
+    vae=VAEConfig(channels=(32, 64, 64), layers=1, unshuffle=4, norm="rms", dtype="float32"),
     data="runs/demo/data",
     output="runs/demo/vae",
     stages=(
-        VAEStage(steps=800, batch_size=8, frames=5, size=32),
+        VAEStage(steps=600, batch_size=8, frames=5, size=32),
         VAEStage(steps=150, batch_size=2, frames=9, size=64),  # where borders are rare
     ),
-    learning_rate=5e-4,
+    matrices="muon",
+    learning_rate=2e-3,
     warmup_steps=20,
     betas=(0.9, 0.99),
     weight_decay=0.01,

@@ -5,7 +5,7 @@ and a Chinese caption that state all there is to know about it, so `score.py` ca
 clip against its prompt without a learned judge. Some (colour, background, direction) triples never
 occur in training, though every pair of their values does: they show whether words compose.
 
-    python -m easyanimate_jax.evaluation.world OUT --images 600 --clips 2000 --large-clips 6
+    python -m easyanimate_jax.evaluation.world OUT --images 400 --clips 1000 --large-clips 4
 
 writes `OUT/metadata.json` (two rows per file: English, then Chinese) and, as a data set of its own,
 `OUT/heldout/metadata.json` with ground truth for the held-out triples. Every clip has a control
@@ -41,7 +41,7 @@ COLOURS = {
 # Not quite black and white: -1 exactly would mean "unknown" to the noised references (spec 6.4).
 BACKGROUNDS = {"black": (16, 16, 16), "white": (240, 240, 240), "grey": (128, 128, 128)}
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
-SPEEDS = {"slowly": 0.028, "quickly": 0.058}  # short sides per frame
+SPEEDS = {"slowly": 0.019, "quickly": 0.038}  # short sides per frame
 FORMS = ("circle", "square", "triangle", "cross")
 DIGITS = tuple(f"digit {d}" for d in range(10))
 SHAPES = FORMS + DIGITS
@@ -60,7 +60,7 @@ DURATIONS = (9, 13, 17, 25)
 ASPECTS = (1.0, 0.75, 1.33, 0.67, 1.5, 0.5, 2.0)  # height / width
 SHORT_SIDES = (64, 80, 96, 112, 128)
 LARGE_SHORT_SIDES = (192, 224, 256)
-RADII = (0.20, 0.26)  # half the object's box, in short sides
+RADII = (0.28, 0.34)  # half the object's box, in short sides: outlines are learned across tokens
 OFF_CENTRE = 0.10  # the middle of a path lies this near to the picture's, in short sides
 FORMS_PER_DIGIT = 3  # of every four objects three are drawn forms and one is a digit
 WRITERS = 20  # handwritten images per digit
@@ -86,9 +86,9 @@ class Prompt(NamedTuple):
 class WorldConfig:
     """How many files of each kind; `large_clips` have a short side of 192 to 256 pixels."""
 
-    images: int = 600
-    clips: int = 2000
-    large_clips: int = 6
+    images: int = 400
+    clips: int = 1000
+    large_clips: int = 4
     heldout: int = 96
     seed: int = 0
 
