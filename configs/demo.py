@@ -62,7 +62,7 @@ config = TrainConfig(
             "small_t2v",
             "small",
             batch_size=16,
-            steps=450,
+            steps=400,
             learning_rate=1e-2,
             end_learning_rate=4e-3,
         ),
@@ -79,7 +79,7 @@ config = TrainConfig(
             "medium",
             task="i2v",
             batch_size=8,
-            steps=450,
+            steps=400,
             learning_rate=3e-3,
             end_learning_rate=1e-4,
         ),
@@ -90,7 +90,7 @@ config = TrainConfig(
     ),
     mesh=MeshConfig(),
     samples=SampleConfig(
-        PROMPTS, every=1000, frames=9, height=128, width=128, steps=12, guidance=2.0
+        PROMPTS, every=2000, frames=9, height=128, width=128, steps=10, guidance=2.0
     ),
     ema_decay=0.99,
     save_every=500,

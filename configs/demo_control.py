@@ -1,12 +1,12 @@
-"""A control model from the demo's text-to-video checkpoint: one of 48 channels for edges and paths.
+"""A control model from the long demo's text-to-video checkpoint: 48 channels, for edges and paths.
 
 A clip is led by its Canny edges or by the spot that runs along its object's path, drawn for every
-row, and by its first frame. After these steps it takes up the first frame, and not yet the others.
+row, and by its first frame.
 """
 
 from dataclasses import replace
 
-from configs.demo import config as demo
+from configs.demo_long import config as demo
 from easyanimate_jax.training.stages import Stage, boundaries
 
 CONTROL = {"control": ("canny", "file"), "condition_draws": 0}
@@ -22,9 +22,9 @@ config = replace(
             "medium",
             task="control_ref",
             batch_size=8,
-            steps=700,
-            learning_rate=4e-3,
-            end_learning_rate=2e-4,
+            steps=3000,
+            learning_rate=6e-3,
+            end_learning_rate=3e-4,
             warmup=20,
             reference_drop=0.8,  # beside the first frame a control says little, and is not learned
         ),

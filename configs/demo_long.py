@@ -1,4 +1,4 @@
-"""The demo with more clips and most of an hour for them: where shapes and digits are asked for.
+"""The demo with three times its clips and most of an hour for them: where shapes are asked for.
 
 Outlines need far more steps than colours and directions do, and objects that span several tokens:
 the medium stage, and a high learning rate that decays until it is fine enough.
@@ -9,7 +9,7 @@ from dataclasses import replace
 from configs.demo import config as demo
 
 LONGER = {
-    "medium_t2v": {"steps": 6500, "learning_rate": 8e-3, "end_learning_rate": 4e-4},
+    "medium_t2v": {"steps": 4500, "learning_rate": 8e-3, "end_learning_rate": 4e-4},
     "medium_i2v": {"steps": 800, "learning_rate": 2e-3},
 }
 
@@ -17,6 +17,8 @@ config = replace(
     demo,
     source="runs/demo_long/data",
     prepared="runs/demo_long/latents",
+    vae="runs/demo_long/vae",
+    text="runs/demo_long/text",
     run="runs/demo_long/train",
     stages=tuple(replace(s, **LONGER.get(s.name, {})) for s in demo.stages),
     samples=replace(demo.samples, guidance=4.0),

@@ -16,6 +16,7 @@ from easyanimate_jax.pipelines import Request, text_to_video
 from easyanimate_jax.text.encode import TextEncoder
 
 ROWS = 32  # videos at once
+RECONSTRUCTED = 4  # at once: their features stay near the cores
 
 Videos = UInt8[np.ndarray, "B F H W 3"]
 
@@ -53,8 +54,8 @@ def reconstruct(vae, videos: Videos) -> Videos:
     """Videos through the VAE and back."""
     program = jax.jit(lambda vae, x: vae.decode(vae.encode(x)[0]))
     out = []
-    for first in range(0, len(videos), ROWS):
-        pixels = np.stack(videos[first : first + ROWS]).astype(np.float32) / 127.5 - 1
+    for first in range(0, len(videos), RECONSTRUCTED):
+        pixels = np.stack(videos[first : first + RECONSTRUCTED]).astype(np.float32) / 127.5 - 1
         pixels = np.asarray(program(vae, pixels))
         out += list(((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8))
     return out

@@ -21,6 +21,7 @@ from easyanimate_jax.prepare.clips import Pixels
 from easyanimate_jax.sharding import MESH_AXES, batch_sharding
 
 PIXELS = 2**24  # encoded at once, at most
+CPU_PIXELS = 2**17  # one clip keeps all cores busy, and a missing row costs as much as any
 
 Tokens = Float[np.ndarray, "_rows N P"]
 
@@ -43,7 +44,8 @@ class Encoder:
 
     def rows(self, shape: Shape) -> int:
         """Clips of a shape that are encoded at once: whole devices."""
-        rows = min(self.most, PIXELS // (shape[0] * shape[1] * shape[2]))
+        pixels = CPU_PIXELS if self.mesh.devices.flat[0].platform == "cpu" else PIXELS
+        rows = min(self.most, pixels // (shape[0] * shape[1] * shape[2]))
         return -(-max(1, rows) // self.mesh.size) * self.mesh.size
 
     def __call__(self, videos: Sequence[Float[np.ndarray, "F H W 3"]]) -> tuple[Tokens, Tokens]:

@@ -42,7 +42,7 @@ class TextTrainConfig:
     width: int = 128
     layers: int = 2
     heads: int = 4
-    steps: int = 500
+    steps: int = 400
     batch: int = 64  # caption pairs
     learning_rate: float = 2e-3
     temperature: float = 0.1
