@@ -57,12 +57,12 @@ config = TrainConfig(
         LatentSet("large", LARGE, kinds=("video",), min_side=192, condition_draws=1),
     ),
     stages=(
-        Stage("image", "image", batch_size=16, steps=150, learning_rate=1e-2),
+        Stage("image", "image", batch_size=16, steps=100, learning_rate=1e-2),
         Stage(
             "small_t2v",
             "small",
             batch_size=16,
-            steps=400,
+            steps=450,
             learning_rate=1e-2,
             end_learning_rate=4e-3,
         ),
@@ -79,7 +79,7 @@ config = TrainConfig(
             "medium",
             task="i2v",
             batch_size=8,
-            steps=400,
+            steps=500,
             learning_rate=3e-3,
             end_learning_rate=1e-4,
         ),

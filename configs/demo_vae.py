@@ -11,7 +11,7 @@ config = VAETrainConfig(
     data="runs/demo/data",
     output="runs/demo/vae",
     stages=(
-        VAEStage(steps=500, batch_size=8, frames=5, size=32),
+        VAEStage(steps=400, batch_size=8, frames=5, size=32),
         VAEStage(steps=100, batch_size=2, frames=9, size=64),  # where borders are rare
     ),
     matrices="muon",

@@ -5,7 +5,7 @@ and a Chinese caption that state all there is to know about it, so `score.py` ca
 clip against its prompt without a learned judge. Some (colour, background, direction) triples never
 occur in training, though every pair of their values does: they show whether words compose.
 
-    python -m easyanimate_jax.evaluation.world OUT --images 400 --clips 900 --large-clips 4
+    python -m easyanimate_jax.evaluation.world OUT --images 400 --clips 1000 --large-clips 4
 
 writes `OUT/metadata.json` (two rows per file: English, then Chinese) and, as a data set of its own,
 `OUT/heldout/metadata.json` with ground truth for the held-out triples. Every clip has a control
@@ -87,7 +87,7 @@ class WorldConfig:
     """How many files of each kind; `large_clips` have a short side of 192 to 256 pixels."""
 
     images: int = 400
-    clips: int = 900
+    clips: int = 1000
     large_clips: int = 4
     heldout: int = 96
     seed: int = 0

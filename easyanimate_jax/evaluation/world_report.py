@@ -14,7 +14,7 @@ from easyanimate_jax.evaluation.generate import generate, psnr, reconstruct
 from easyanimate_jax.evaluation.score import CHANCE, first_frame_error, motion, score
 from easyanimate_jax.pipelines import image_to_video
 
-COUNTS = {"seen": 48, "heldout": 96}  # prompts per language
+COUNTS = {"seen": 32, "heldout": 96}  # prompts per language, whole groups of `ROWS`
 SHOWN = 6  # sample videos of each kind on the page
 NAMES = ("colour", "background", "direction", "speed", "shape", "joint")
 
