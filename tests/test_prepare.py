@@ -10,12 +10,13 @@ import pytest
 
 from easyanimate_jax import prepare as prepare_module
 from easyanimate_jax.data import media
-from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.buckets import Budget, Shape
 from easyanimate_jax.data.records import LatentSet, Records, read_texts
 from easyanimate_jax.models.mmdit import patchify
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.prepare import __main__ as command
 from easyanimate_jax.prepare import clips, fingerprint, prepare
+from easyanimate_jax.prepare.encode import Encoder
 
 SET = LatentSet("small", Budget(12, (4, 12), (32,), frames=9), condition_draws=3)
 PROMPTS = ("a prompt",)
@@ -141,6 +142,12 @@ def test_a_given_first_frame_is_marked_and_noised(source, vae, monkeypatch):
     assert record["condition_flag"].all()
     first, second = record["condition_mean"][:2]
     assert not np.array_equal(first, second)  # the noise differs between draws
+
+
+def test_on_a_cpu_a_large_clip_is_encoded_alone(vae):
+    encoder = Encoder(vae, jax.local_devices()[:1], most=16, announce=print)
+    assert encoder.rows(Shape(9, 256, 256)) == 1
+    assert encoder.rows(Shape(1, 64, 64)) == 16
 
 
 def test_a_second_run_encodes_nothing_and_a_lost_shard_comes_back_equal(source, vae):
