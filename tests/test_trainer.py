@@ -34,6 +34,7 @@ config = replace(
     run="{folder}/{run}",
     stages=stages,
     model=replace(demo.model, depth=1, mmdit_depth=1, heads=2, head_width=16, text_widths=(8, 12)),
+    optimizer=replace(demo.optimizer, matrices="adam"),  # which compiles faster
     samples=SampleConfig(),
     save_every=4,
     log_every=1,

@@ -184,6 +184,7 @@ config = replace(
         Stage("second", "films", task="i2v", batch_size=3, steps=3, microbatch=2),
     ),
     model=replace(demo.model, depth=1, mmdit_depth=1, heads=2, head_width=16, text_widths=(4, 2)),
+    optimizer=replace(demo.optimizer, matrices="adam"),  # which compiles faster
     samples=SampleConfig(),
     save_every=2,
     log_every=1,

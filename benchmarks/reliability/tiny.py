@@ -34,6 +34,7 @@ config = replace(
     sets=(LatentSet("{data}", Budget({lengths}[-1], {lengths}, (64,), 1)),),
     stages=(Stage("only", "{data}", batch_size=4, steps={steps}, learning_rate=1e-3, warmup=1),),
     model=replace(demo.model, depth=1, mmdit_depth=1, heads=2, head_width=16, text_widths=(8, 12)),
+    optimizer=replace(demo.optimizer, matrices="adam"),  # which compiles faster
     samples=SampleConfig(),
     save_every={save_every},
     log_every=100,
