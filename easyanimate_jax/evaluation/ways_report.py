@@ -38,7 +38,7 @@ COUNT = 32  # clips
 SHOWN = 3  # of them, on the page
 STRENGTH = 0.7  # of video to video
 EDITING = 4.0  # guidance where the prompt speaks against what is given
-MARGIN = 8  # pixels between an object and the rim of the hole that it is cut out with
+MARGIN = 4  # pixels between an object and the rim of the hole that it is cut out with
 KEPT = ("background", "direction", "speed")
 
 FIRST, LAST = "error of the first frame", "error of the last frame"
