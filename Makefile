@@ -12,7 +12,7 @@ setup: .venv/ready
 
 # Everything at its locked release and hash. The tests' torch is the build for CPUs where pip finds it,
 # else that of PyPI, whose CUDA libraries the last line brings.
-LOCKED := $(BIN)/pip install --quiet --require-hashes --no-deps
+LOCKED := $(BIN)/pip install --quiet --no-compile --require-hashes --no-deps
 .venv/ready: setup.py requirements.lock requirements-torch.lock requirements-torch-cpu.lock
 	$(PYTHON) -m venv .venv
 	$(LOCKED) -r requirements.lock

@@ -171,6 +171,17 @@ def test_the_spot_of_a_trajectory_is_where_the_path_is():
     assert trajectory_video([path + 100], 5, 64, 64).max() == 0  # outside
 
 
+@pytest.mark.parametrize(
+    "size, half, wide", [((720, 1280), None, 50), ((180, 320), None, 12), ((128, 128), 40, 40)]
+)
+def test_a_spot_is_as_wide_as_asked_or_as_the_released_models_saw(size, half, wide):
+    frame = trajectory_video([np.array([[64.0, 64.0]])], 1, *size, half)[0, ..., 0]
+    half_way = frame[64, 64 + wide // 2 - 1 : 64 + wide // 2 + 1].mean()  # pixels are between
+    sigmas = 0.5 / 0.4  # of 40 in 100 pixels
+    assert abs(half_way - 255 * np.exp(-0.5 * sigmas**2)) <= 255 * 0.02
+    assert frame[64, 64 + wide :].max() == 0 < frame[64, 64 + wide - 2]
+
+
 def test_a_folder_gets_its_control_files(tmp_path, capsys):
     media.write_video(tmp_path / "a.mp4", square(5))
     media.write_png(tmp_path / "b.png", square(1)[0])

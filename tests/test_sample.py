@@ -122,6 +122,8 @@ REFUSED = [
     (["camera", *X, "--camera", "pose.txt"], "line 2 has 3 numbers"),
     (["control", *X, "--trajectory", "no_paths.json"], "no JSON list of paths"),
     (["control", *X, "--trajectory", "file"], "no JSON list of paths"),
+    (["control", *X, "--trajectory", "file", "--spot", "0"], "--spot 0 is not between"),
+    (["control", *X, "--control", "film.mp4", "--spot", "9"], "without --trajectory"),
     (["control", *X, "--control", "film.mp4", "--operator", "depth"], "no control 'depth'"),
     (["control", *X, "--control", "film.mp4", "--frames", "13"], "has 9 frames.*--frames 9"),
     (["control", *X, "--control", "film.mp4", "--camera", "pose.txt"], "cannot both"),

@@ -212,10 +212,18 @@ def pluecker_rays(camera: Camera, height: int, width: int) -> Float[np.ndarray, 
 
 
 def trajectory_video(
-    paths: list[Float[np.ndarray, "_points 2"]], frames: int, height: int, width: int
+    paths: list[Float[np.ndarray, "_points 2"]],
+    frames: int,
+    height: int,
+    width: int,
+    half: int | None = None,
 ) -> Video:
-    """A Gaussian spot that runs along each path of (x, y) pixels, the brightest on top (7.1)."""
-    half = max(1, int(HEAT_HALF * math.sqrt(height * width / (1280 * 720))))
+    """A Gaussian spot that runs along each path of (x, y) pixels, the brightest on top (7.1).
+
+    It fills a box of half a side of `half` pixels: by default that of the released control models.
+    """
+    if half is None:
+        half = max(1, int(HEAT_HALF * math.sqrt(height * width / (1280 * 720))))
     axis = np.arange(HEAT_SIDE) - HEAT_SIDE / 2
     spot = np.exp(-(axis[:, None] ** 2 + axis**2) / (2 * HEAT_SIGMA**2)).astype(np.float32)
     spot = cv2.resize(spot, (2 * half, 2 * half)) * 255

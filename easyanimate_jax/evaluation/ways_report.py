@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from easyanimate_jax.data import media
-from easyanimate_jax.data.control import canny, trajectory_video
+from easyanimate_jax.data.control import canny
 from easyanimate_jax.evaluation import facts, report, world
 from easyanimate_jax.evaluation.generate import Videos, generate, reconstruct
 from easyanimate_jax.evaluation.score import (
@@ -179,7 +179,7 @@ def control_cases(make, scene: Scene) -> Iterator[tuple[str, Case]]:
     prompts, clips, _, paths = scene
     make = partial(make, prompts, control_to_video)
     edges = np.stack([canny(clip) for clip in clips])
-    spots = np.stack([trajectory_video([path], *clips.shape[1:4]) for path in paths])
+    spots = np.stack([world.path_video(path, *clips.shape[1:4]) for path in paths])
     plain, along = make(), make(control=spots)
 
     def measure(v: Videos) -> dict[str, float]:

@@ -62,6 +62,7 @@ SHORT_SIDES = (64, 80, 96, 112, 128)
 LARGE_SHORT_SIDES = (192, 224, 256)
 RADII = (0.28, 0.34)  # half the object's box, in short sides: outlines are learned across tokens
 OFF_CENTRE = 0.10  # the middle of a path lies this near to the picture's, in short sides
+SPOT = 0.5  # half the side of a path's spot, in short sides
 FORMS_PER_DIGIT = 3  # of every four objects three are drawn forms and one is a digit
 WRITERS = 20  # handwritten images per digit
 
@@ -238,6 +239,14 @@ def path(
     return _placed(a, num_frames, height, width, rng)[1][:, ::-1]
 
 
+def path_video(
+    path: Float[np.ndarray, "F 2"], num_frames: int, height: int, width: int
+) -> UInt8[np.ndarray, "F H W 3"]:
+    """The control video of a path: a spot as large as an object, so that its rim is lit too."""
+    half = round(SPOT * min(height, width))
+    return trajectory_video([path], num_frames, height, width, half)
+
+
 def _placed(
     a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
 ) -> tuple[float, Float[np.ndarray, "F 2"]]:
@@ -296,7 +305,7 @@ def _write_folder(out: Path, items: list[tuple[Prompt, tuple[int, ...]]], seed: 
             way = path(prompt.attributes, *size, copy.deepcopy(rng))
             clip = render(prompt.attributes, *size, rng)
             write_video(out / row["file_path"], clip, FPS, crf=10)  # the colours survive
-            write_video(out / row["control_file_path"], trajectory_video([way], *size), FPS, crf=10)
+            write_video(out / row["control_file_path"], path_video(way, *size), FPS, crf=10)
         else:
             row |= {"file_path": f"images/{i:05d}.png", "type": "image"}
             write_png(out / row["file_path"], render(prompt.attributes, 1, height, width, rng)[0])

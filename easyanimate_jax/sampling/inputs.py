@@ -149,4 +149,4 @@ def read_trajectory(a: argparse.Namespace) -> np.ndarray:
         usable = False
     if not usable:
         raise ValueError(f"{a.trajectory} is no JSON list of paths, as [[[10, 20], [50, 20]]]")
-    return trajectory_video(paths, a.frames, a.height, a.width)
+    return trajectory_video(paths, a.frames, a.height, a.width, a.spot)

@@ -15,7 +15,7 @@ from easyanimate_jax.data.buckets import check_size
 MAX_SEED = 2**32 - 1
 FILES = ("image", "end_image", "video", "mask", "control", "trajectory", "camera", "reference")
 WORDS = ("prompt", "negative_prompt", "operator")
-NUMBERS = ("height", "width", "frames", "segment", "seed")
+NUMBERS = ("height", "width", "frames", "segment", "spot", "seed")
 MESH_AXES = "data", "fsdp", "context", "tensor"  # sharding.py, which imports JAX
 LINE_KEYS = (*WORDS, *FILES, *NUMBERS, "strength")
 STARTS = ("control", "camera", "trajectory", "reference")
@@ -28,7 +28,12 @@ ALONE = (  # what cannot be given together
     ("camera", "trajectory"),
     *((a, b) for a in STARTS for b in ("image", "end_image", "video", "segment")),
 )
-NEEDS = (("mask", "video"), ("strength", "video"), ("operator", "control"))
+NEEDS = (
+    ("mask", "video"),
+    ("strength", "video"),
+    ("operator", "control"),
+    ("spot", "trajectory"),
+)
 SAMPLING = (  # of the whole command
     *("steps", "sampler", "eta", "guidance", "rescale", "guided", "guidance_every", "teacache"),
 )
@@ -76,6 +81,7 @@ def parser(description: str) -> Parser:
     add("--control", metavar="FILE", help="control video, or any video and --operator")
     add("--operator", metavar="NAME", help="canny, soft_edge, scribble, lines or line_art")
     add("--trajectory", metavar="FILE", help="JSON list of paths of [x, y] pixels")
+    add("--spot", type=int, metavar="N", help="pixels around a path (50 at 1280x720, in proportion)")
     add("--camera", metavar="FILE", help="pose file")
     add("--reference", metavar="FILE", help="what a controlled video looks like")
     add = p.add_argument_group("size").add_argument
@@ -164,6 +170,7 @@ def check(a: argparse.Namespace) -> None:
         ("picture_noise", 0, 1),
         ("seed", 0, MAX_SEED),
         ("strength", 0, 1),
+        ("spot", 1, 1344),
         ("batch", 1, 1024),
     ):
         value = getattr(a, name)
