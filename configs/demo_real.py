@@ -44,6 +44,6 @@ config = replace(
         height=96,
         width=160,
         steps=16,
-        guidance=1.5,
+        guidance=2.0,
     ),
 )

@@ -7,7 +7,7 @@ import numpy as np
 from easyanimate_jax.data import media
 from easyanimate_jax.data.sources import read_clips
 from easyanimate_jax.evaluation import facts, report
-from easyanimate_jax.evaluation.generate import generate, psnr, reconstruct
+from easyanimate_jax.evaluation.generate import FOLLOWING, generate, psnr, reconstruct
 from easyanimate_jax.evaluation.score import motion
 from easyanimate_jax.pipelines import image_to_video
 
@@ -28,7 +28,8 @@ def evaluate(encoder, run) -> tuple[dict, dict]:
     )
     rebuilt = reconstruct(run.vae, truth)
     captions = [clip.captions[i % len(clip.captions)] for i, clip in enumerate(clips)]
-    continued = generate(run, encoder, captions, image_to_video, {"start": truth[:, 0]})
+    start = {"start": truth[:, 0]}
+    continued = generate(run, encoder, captions, image_to_video, start, FOLLOWING)
     imagined = generate(run, encoder, captions)
     results = {
         "clips": len(clips),

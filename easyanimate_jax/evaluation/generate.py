@@ -16,6 +16,7 @@ from easyanimate_jax.pipelines import Request, text_to_video
 from easyanimate_jax.text.encode import TextEncoder
 
 ROWS = 32  # videos at once
+FOLLOWING = 1.0  # guidance where what is given says most: more pulls away from it
 RECONSTRUCTED = 4  # at once: their features stay near the cores
 
 Videos = UInt8[np.ndarray, "B F H W 3"]

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from easyanimate_jax.data import media
 from easyanimate_jax.data.control import canny
 from easyanimate_jax.evaluation import facts, report, world
-from easyanimate_jax.evaluation.generate import Videos, generate, reconstruct
+from easyanimate_jax.evaluation.generate import FOLLOWING, Videos, generate, reconstruct
 from easyanimate_jax.evaluation.score import (
     CHANCE,
     edge_f1,
@@ -75,8 +75,8 @@ def evaluate(encoder, run, inpaint) -> tuple[dict, dict]:
     other = drawn(run, [recoloured(prompt, i) for i, prompt in enumerate(prompts)])
     results, shown = {"clips": COUNT, "ways": {}, "chance": CHANCE}, {}
     for name, case in chain(
-        inpaint_cases(partial(asked, inpaint, encoder), scene, other),
-        control_cases(partial(asked, run, encoder), scene),
+        inpaint_cases(partial(asked, inpaint, encoder, guidance=FOLLOWING), scene, other),
+        control_cases(partial(asked, run, encoder, guidance=FOLLOWING), scene),
     ):
         compared = {
             "made": case.made,
@@ -216,7 +216,7 @@ def without_motion(prompt: world.Prompt) -> world.Prompt:
 
 
 def asked(
-    run, encoder, prompts, pipeline=text_to_video, guidance=None, **inputs: np.ndarray
+    run, encoder, prompts, pipeline=text_to_video, *, guidance: float, **inputs: np.ndarray
 ) -> Videos:
     return generate(run, encoder, [p.en for p in prompts], pipeline, inputs, guidance)
 

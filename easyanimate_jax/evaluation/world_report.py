@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from easyanimate_jax.evaluation import facts, report, world
-from easyanimate_jax.evaluation.generate import generate, psnr, reconstruct
+from easyanimate_jax.evaluation.generate import FOLLOWING, generate, psnr, reconstruct
 from easyanimate_jax.evaluation.score import CHANCE, first_frame_error, motion, score
 from easyanimate_jax.pipelines import image_to_video
 
@@ -41,7 +41,7 @@ def evaluate(encoder, run) -> tuple[dict, dict]:
     results["vae_ceiling"] = score(rebuilt, prompts) | {"psnr": psnr(truth, rebuilt)}
     shown["VAE reconstruction"] = list(zip(rebuilt, texts, strict=True))[:SHOWN]
 
-    videos = generate(run, encoder, texts, image_to_video, {"start": truth[:, 0]})
+    videos = generate(run, encoder, texts, image_to_video, {"start": truth[:, 0]}, FOLLOWING)
     errors = [first_frame_error(v, t[0]) for v, t in zip(videos, truth, strict=True)]
     results["i2v"] = score(videos, prompts) | {
         "first_frame_error": float(np.mean(errors)),

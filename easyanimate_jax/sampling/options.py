@@ -81,7 +81,7 @@ def parser(description: str) -> Parser:
     add("--control", metavar="FILE", help="control video, or any video and --operator")
     add("--operator", metavar="NAME", help="canny, soft_edge, scribble, lines or line_art")
     add("--trajectory", metavar="FILE", help="JSON list of paths of [x, y] pixels")
-    add("--spot", type=int, metavar="N", help="pixels around a path (50 at 1280x720, in proportion)")
+    add("--spot", type=int, metavar="N", help="pixels around a path (50 at 1280x720)")
     add("--camera", metavar="FILE", help="pose file")
     add("--reference", metavar="FILE", help="what a controlled video looks like")
     add = p.add_argument_group("size").add_argument
