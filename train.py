@@ -4,6 +4,7 @@ With `--describe` the whole schedule is printed and no device is touched. With `
 step is made twice from a checkpoint, to see whether the hardware makes the same bits.
 """
 
+import gc
 import os
 import sys
 import traceback
@@ -15,6 +16,8 @@ from easyanimate_jax import pod
 def main(args: list[str]) -> int:
     # Of a GPU's memory JAX takes three quarters unless told.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    # JAX makes so many objects that the collector, by default, takes a tenth of a start.
+    gc.set_threshold(100_000, 50, 50)
     describe = "--describe" in args
     if describe:
         args = [a for a in args if a != "--describe"]
