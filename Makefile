@@ -2,9 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu
-# Where there is no accelerator JAX would try the TPU compiler, which is there, as a TPU, and complain.
 # Bytecode is made and kept when a module is first imported, not of all when it is installed.
 unexport PYTHONDONTWRITEBYTECODE
+# Where there is no accelerator JAX would try the TPU compiler, which is there, as a TPU, and complain.
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
 .PHONY: setup lock demo demo-long demo-control demo-real demo-films test reliability slow bench chaos lint \
