@@ -12,6 +12,7 @@ import pytest
 
 from easyanimate_jax.convert.folder import load_vae
 from easyanimate_jax.data import media
+from easyanimate_jax.data.control import canny
 from easyanimate_jax.data.sources import read_clips
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.tensors.module import flat_weights
@@ -83,6 +84,21 @@ def test_crops_do_not_depend_on_who_reads_them(config):
     whole = Crops(clips, 0).batch(stage, 7, range(8))
     halves = [Crops(clips, 0).batch(stage, 7, rows) for rows in (range(4), range(4, 8))]
     np.testing.assert_array_equal(whole, np.concatenate(halves))
+
+
+def test_a_quarter_of_the_crops_are_control_signals(config):
+    clips, _ = read_clips(config.data)
+    stage, rows = config.stages[0], range(400)
+    plain, mixed = (Crops(clips, 0, names).batch(stage, 0, rows) for names in ((), ("canny",)))
+    other = (plain != mixed).any((1, 2, 3, 4))
+    assert 0.2 < other.mean() < 0.3
+    for crop, signal in zip(plain[other], mixed[other], strict=True):
+        np.testing.assert_array_equal(signal, canny(crop))
+
+
+def test_an_unknown_control_is_refused(config):
+    with pytest.raises(ValueError, match="no operator 'cany'; use canny, "):
+        replace(config, controls=("canny", "cany"))
 
 
 def test_a_clip_that_is_a_span_of_a_film_is_read_there(config):

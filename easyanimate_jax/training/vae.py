@@ -30,6 +30,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from easyanimate_jax.data import media
+from easyanimate_jax.data.control import OPERATORS, control_video
 from easyanimate_jax.data.sources import Clip, read_clips
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig, check_video
 from easyanimate_jax.sharding import MeshConfig, batch_sharding, make_mesh
@@ -42,6 +43,7 @@ Video = Float[Array, "B F H W 3"]
 HELD_OUT = 20  # every 20th clip is never trained on; of fewer, the last
 CACHE_BYTES = 2**30  # decoded clips kept in memory
 PYRAMID_LEVELS = 4
+CONTROL_SHARE = 0.25  # of the crops, where the config has controls
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,12 @@ class VAEStage:
 
 @dataclass(frozen=True)
 class VAETrainConfig:
+    """One training of an autoencoder: on the clips of `data`, into the folder `output`.
+
+    With `controls`, operators of `data/control.py`, a quarter of the crops are their signals. A
+    control model reads signals as latents: an autoencoder that never saw thin lines loses them.
+    """
+
     vae: VAEConfig
     data: str
     output: str
@@ -76,12 +84,16 @@ class VAETrainConfig:
     gan_weight: float = 0.5
     discriminator_start: int | None = 50_001
     matrices: Matrices = "adam"  # what updates the kernels of convolutions (`optimizer.py`)
+    controls: tuple[str, ...] = ()
     seed: int = 0
     save_every: int = 1000
     log_every: int = 20
 
     def __post_init__(self):
         check_matrices(self.matrices)
+        for name in self.controls:
+            if name not in OPERATORS:
+                raise ValueError(f"controls: no operator {name!r}; use {', '.join(OPERATORS)}")
 
     @property
     def steps(self) -> int:
@@ -273,11 +285,12 @@ def pixels(frames: UInt8[Array, "B F H W 3"]) -> Video:
 class Crops:
     """Random crops of a list of clips. A crop is a function of (seed, step, row) and nothing else.
 
-    Of four crops the one with most contrast is taken: plain background teaches nothing.
+    Of four crops the one with most contrast is taken: plain background teaches nothing. `controls`
+    are the operators whose signals take the place of some.
     """
 
-    def __init__(self, clips: list[Clip], seed: int):
-        self.clips, self.seed = clips, seed
+    def __init__(self, clips: list[Clip], seed: int, controls: tuple[str, ...] = ()):
+        self.clips, self.seed, self.controls = clips, seed, controls
         self.cache: dict[str, np.ndarray] = {}
         self.cached_bytes = 0
 
@@ -308,7 +321,10 @@ class Crops:
             frames[start : start + stage.frames, top : top + stage.size, left : left + stage.size]
             for top, left in zip(tops, lefts, strict=True)
         ]
-        return max(crops, key=lambda crop: crop[:: max(1, stage.frames - 1), ::4, ::4].std())
+        crop = max(crops, key=lambda crop: crop[:: max(1, stage.frames - 1), ::4, ::4].std())
+        if self.controls and rng.random() < CONTROL_SHARE:
+            return control_video(crop, self.controls[rng.integers(len(self.controls))])
+        return crop
 
     def _frames(self, clip: Clip) -> UInt8[np.ndarray, "F H W 3"]:
         if clip.name in self.cache:
@@ -349,7 +365,8 @@ def train(config: VAETrainConfig) -> CausalVAE:
     mesh = make_mesh(MeshConfig())
     clips, _ = read_clips(config.data)
     held_out = clips[HELD_OUT - 1 :: HELD_OUT] or clips[-1:]
-    crops = Crops([clip for clip in clips if clip not in held_out], config.seed)
+    trained_on = [clip for clip in clips if clip not in held_out]
+    crops = Crops(trained_on, config.seed, config.controls)
     for stage in config.stages:
         crops.fitting(stage)
         if stage.batch_size % mesh.size:
@@ -388,7 +405,8 @@ def train(config: VAETrainConfig) -> CausalVAE:
     manager.close()
     metrics_file.close()
 
-    vae = with_statistics(state.networks.vae, crops, config.stages[-1], config.steps)
+    plain = Crops(trained_on, config.seed)
+    vae = with_statistics(state.networks.vae, plain, config.stages[-1], config.steps)
     report = {
         "psnr": held_out_psnr(vae, Crops(held_out, config.seed), config.stages[-1]),
         "seconds": time.perf_counter() - began,
