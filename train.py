@@ -41,9 +41,11 @@ def main(args: list[str]) -> int:
             print(describe_run(config))
             return 0
         if isinstance(config, configs.VAETrainConfig):
+            from easyanimate_jax.convert import load_vae
             from easyanimate_jax.training import vae
 
-            vae.train(config)
+            start = load_vae(config.init, dtype=config.vae.dtype) if config.init else None
+            vae.train(config, start)
             return 0
         pod.join()
         from easyanimate_jax import trainer

@@ -3,7 +3,7 @@
 Random weights of the released shapes, bfloat16, chunked as in sampling, one frame of latents at a
 time. Each decode has a process of its own; memory is the most that was resident in it, seconds are
 those of the decode, ours with its compilation. For the large video stands what the compiler has
-planned, and with --whole what a decode took. Writes benchmarks/results/vae.md.
+planned, and with --whole what V5.1's decode took. Writes benchmarks/results/vae.md.
 
     python benchmarks/vae.py [--frames 9] [--side 128] [--whole]
 """
@@ -33,7 +33,7 @@ def main() -> None:
         return
     small = [("ours", "V5.1"), ("diffusers", "V5.1"), ("ours", "V5")]
     rows = [measure(*who, a.frames, a.side) for who in small]
-    rows += [measure("ours", v, *LARGE) for v in ("V5.1", "V5") if a.whole]
+    rows += [measure("ours", "V5.1", *LARGE)] if a.whole else []
     plans = [measure("plan", version, *LARGE) for version in ("V5.1", "V5")]
     RESULT.write_text(table(rows, plans))
     print(RESULT.read_text())

@@ -14,6 +14,7 @@ CONTROL = {"control": ("canny", "file"), "condition_draws": 0}
 config = replace(
     demo,
     prepared="runs/demo_control/latents",
+    vae="runs/demo_control/vae",
     run="runs/demo_control/train",
     sets=tuple(replace(demo.set(name), **CONTROL) for name in ("medium", "large")),
     stages=(
@@ -22,7 +23,7 @@ config = replace(
             "medium",
             task="control_ref",
             batch_size=8,
-            steps=3000,
+            steps=4000,
             learning_rate=6e-3,
             end_learning_rate=3e-4,
             warmup=20,

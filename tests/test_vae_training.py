@@ -78,6 +78,40 @@ def test_statistics_normalise_the_latents(config, trained):
     np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=0.1)
 
 
+def test_a_decoder_trained_on_leaves_latents_as_they_were(config, trained, tmp_path):
+    more = replace(config, init=config.output, decoder_only=True, output=str(tmp_path))
+    before, after = flat_weights(trained), flat_weights(train(more, load_vae(more.init)))
+    same = {name for name in before if np.array_equal(before[name], after[name])}
+    assert same == {name for name in before if name.startswith(("encoder.", "quant_conv."))}
+    assert load_vae(more.output).config == trained.config
+
+
+def test_an_autoencoder_is_trained_on_from_its_weights(config, trained, tmp_path):
+    """The whole of it: the first step's loss is that of what it begins with."""
+    more = replace(config, init=config.output, output=str(tmp_path))
+    state = training.init_state(more, load_vae(more.init))
+    before, begun = flat_weights(trained), flat_weights(state.networks.vae)
+    assert all(np.array_equal(before[name], begun[name]) for name in before)
+    after = flat_weights(train(more, load_vae(more.init)))
+    assert not any(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({}, "init '': give the autoencoder that it holds, and only that"),
+        ({"decoder_only": True}, "decoder_only without init"),
+        (
+            {"init": "elsewhere", "vae": replace(TINY, layers=2)},
+            "elsewhere holds .*make them alike",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(config, trained, wrong, words):
+    with pytest.raises(ValueError, match=words):
+        train(replace(config, **wrong), trained)
+
+
 def test_crops_do_not_depend_on_who_reads_them(config):
     clips, _ = read_clips(config.data)
     stage = config.stages[0]

@@ -68,15 +68,16 @@ class Case(NamedTuple):
 def evaluate(encoder, run, inpaint) -> tuple[dict, dict]:
     """(the figures, and pictures of each way with a caption, for the page).
 
-    `run` is a control model, `inpaint` a model of the same world that takes pictures.
+    `run` is a control model, `inpaint` a model of the same world that takes pictures. Beside each
+    stands what its own VAE leaves.
     """
     prompts = world.prompts("heldout", COUNT, seed=run.config.samples.seed)
-    scene = drawn(run, prompts)
-    other = drawn(run, [recoloured(prompt, i) for i, prompt in enumerate(prompts)])
+    other = [recoloured(prompt, i) for i, prompt in enumerate(prompts)]
+    pictured = drawn(inpaint, prompts), drawn(inpaint, other)
     results, shown = {"clips": COUNT, "ways": {}, "chance": CHANCE}, {}
     for name, case in chain(
-        inpaint_cases(partial(asked, inpaint, encoder, guidance=FOLLOWING), scene, other),
-        control_cases(partial(asked, run, encoder, guidance=FOLLOWING), scene),
+        inpaint_cases(partial(asked, inpaint, encoder, guidance=FOLLOWING), *pictured),
+        control_cases(partial(asked, run, encoder, guidance=FOLLOWING), drawn(run, prompts)),
     ):
         compared = {
             "made": case.made,

@@ -67,6 +67,8 @@ class VAETrainConfig:
 
     With `controls`, operators of `data/control.py`, a quarter of the crops are their signals. A
     control model reads signals as latents: an autoencoder that never saw thin lines loses them.
+    `init` is an autoencoder to go on from. `decoder_only` leaves its encoder and statistics as they
+    are, so latents that were made stay right, and so do models that were trained on them.
     """
 
     vae: VAEConfig
@@ -85,12 +87,16 @@ class VAETrainConfig:
     discriminator_start: int | None = 50_001
     matrices: Matrices = "adam"  # what updates the kernels of convolutions (`optimizer.py`)
     controls: tuple[str, ...] = ()
+    init: str = ""
+    decoder_only: bool = False
     seed: int = 0
     save_every: int = 1000
     log_every: int = 20
 
     def __post_init__(self):
         check_matrices(self.matrices)
+        if self.decoder_only and not self.init:
+            raise ValueError("decoder_only without init: name the autoencoder whose decoder it is")
         for name in self.controls:
             if name not in OPERATORS:
                 raise ValueError(f"controls: no operator {name!r}; use {', '.join(OPERATORS)}")
@@ -162,7 +168,20 @@ def optimizer(config: VAETrainConfig) -> optax.GradientTransformation:
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(schedule),
     )
-    return optax.chain(optax.clip_by_global_norm(1.0), update)
+    whole = optax.chain(optax.clip_by_global_norm(1.0), update)
+    if not config.decoder_only:
+        return whole
+    return optax.partition({"trained": whole, "frozen": optax.set_to_zero()}, parts)
+
+
+def parts(networks):
+    """What becomes of each weight: "frozen" those that make latents, "trained" all others."""
+
+    def part(path, _):
+        makes_latents = {"encoder", "quant_conv"} & {getattr(key, "name", None) for key in path}
+        return "frozen" if makes_latents else "trained"
+
+    return jax.tree_util.tree_map_with_path(part, networks)
 
 
 def labels(networks):
@@ -181,9 +200,11 @@ def random_key(config: VAETrainConfig) -> jax.Array:
     return jax.random.key(config.seed, impl="rbg")
 
 
-def init_state(config: VAETrainConfig) -> VAEState:
+def init_state(config: VAETrainConfig, start: CausalVAE | None = None) -> VAEState:
+    """The state before the first step, of new weights or of those of `start`."""
     rngs = nnx.Rngs(random_key(config))
-    networks = Networks(CausalVAE(config.vae, rngs=rngs), jnp.zeros(()))
+    vae = CausalVAE(config.vae, rngs=rngs) if start is None else start
+    networks = Networks(vae, jnp.zeros(()))
     judges = None if config.discriminator_start is None else Discriminators(rngs=rngs)
     init = optimizer(config).init
     return VAEState(jnp.zeros((), jnp.int32), networks, init(networks), judges, init(judges))
@@ -211,6 +232,8 @@ def vae_loss(networks: Networks, judges, video: Video, key, config: VAETrainConf
     """(loss, (reconstruction, metrics)); the adversarial term only where `judges` are given."""
     vae, logvar = networks
     mean, z_logvar = vae.encode(video)
+    if config.decoder_only:
+        mean, z_logvar = jax.lax.stop_gradient((mean, z_logvar))  # spares the way back
     z = mean + jnp.exp(z_logvar / 2) * jax.random.normal(key, mean.shape)
 
     def likelihood(output):
@@ -357,9 +380,11 @@ def batches(crops: Crops, config: VAETrainConfig, first_step: int, mesh) -> Iter
             yield batch
 
 
-def train(config: VAETrainConfig) -> CausalVAE:
+def train(config: VAETrainConfig, start: CausalVAE | None = None) -> CausalVAE:
     """Train, resuming from the newest checkpoint in `config.output`; write the finished model,
-    its latent statistics and `vae_report.json` there."""
+    its latent statistics and `vae_report.json` there. `start` is what `config.init` holds; its
+    arrays are used up. Raises ValueError, before the first step, for one of another shape."""
+    _check_start(start, config)
     began = time.perf_counter()
     output = Path(config.output)
     mesh = make_mesh(MeshConfig())
@@ -373,7 +398,7 @@ def train(config: VAETrainConfig) -> CausalVAE:
             raise ValueError(f"{stage}: batch_size does not divide over {mesh.size} devices.")
 
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    state = jax.device_put(init_state(config), replicated)
+    state = jax.device_put(init_state(config, start), replicated)
     manager = ocp.CheckpointManager(
         (output / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
     )
@@ -405,8 +430,10 @@ def train(config: VAETrainConfig) -> CausalVAE:
     manager.close()
     metrics_file.close()
 
-    plain = Crops(trained_on, config.seed)
-    vae = with_statistics(state.networks.vae, plain, config.stages[-1], config.steps)
+    vae = state.networks.vae
+    if not config.decoder_only:
+        plain = Crops(trained_on, config.seed)
+        vae = with_statistics(vae, plain, config.stages[-1], config.steps)
     report = {
         "psnr": held_out_psnr(vae, Crops(held_out, config.seed), config.stages[-1]),
         "seconds": time.perf_counter() - began,
@@ -416,6 +443,19 @@ def train(config: VAETrainConfig) -> CausalVAE:
     (output / "vae_report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"vae finished: {report['psnr']:.2f} dB on {len(held_out)} held-out clips", flush=True)
     return vae
+
+
+def _check_start(start: CausalVAE | None, config: VAETrainConfig) -> None:
+    if (start is None) == bool(config.init):
+        raise ValueError(f"init {config.init!r}: give the autoencoder that it holds, and only that")
+    if start is None:
+        return
+    found = start.config
+    statistics = {"latent_mean": found.latent_mean, "latent_scale": found.latent_scale}
+    if found != replace(config.vae, **statistics):
+        raise ValueError(
+            f"{config.init} holds {found}, and the config's vae is {config.vae}; make them alike"
+        )
 
 
 def with_statistics(vae: CausalVAE, crops: Crops, stage: VAEStage, step: int) -> CausalVAE:

@@ -1,0 +1,21 @@
+"""The long demo's video autoencoder with a decoder trained on: edges follow a control as well as it
+draws them. Latents stay as they were, and so does what was trained on them.
+"""
+
+from dataclasses import replace
+
+from configs.demo_long_vae import config as demo_vae
+from easyanimate_jax.training.vae import VAEStage
+
+config = replace(
+    demo_vae,
+    init=demo_vae.output,
+    decoder_only=True,
+    output="runs/demo_control/vae",
+    stages=(
+        VAEStage(steps=1500, batch_size=8, frames=5, size=32),
+        VAEStage(steps=200, batch_size=2, frames=9, size=64),
+    ),
+    learning_rate=1e-3,
+    controls=(),
+)
