@@ -99,6 +99,16 @@ def load_run(
     read = {
         "encoder": lambda: TextEncoder.load(training.text),
         "model": read_model,
-        "vae": lambda: load_vae(training.vae),
+        "vae": lambda: as_computed(load_vae(training.vae)),
     }
     return Run(step, training, Resident(config, training.process, read, alone=alone))
+
+
+def as_computed(vae: CausalVAE) -> CausalVAE:
+    """The VAE with its kernels in the type that it computes in: every use would round them so."""
+
+    def store(path, x):
+        kernel = any(getattr(key, "name", None) == "kernel" for key in path)
+        return x.astype(vae.config.dtype) if kernel else x
+
+    return jax.tree_util.tree_map_with_path(store, vae)

@@ -14,9 +14,9 @@ from easyanimate_jax.denoising import Sampling
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models import int8
 from easyanimate_jax.models.mmdit import MMDiT
-from easyanimate_jax.models.vae import CausalVAE
+from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.pipelines import Request, text_to_video, video_to_video
-from easyanimate_jax.runs import Resident, load_run
+from easyanimate_jax.runs import Resident, as_computed, load_run
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.text.encode import TextEncoder
 
@@ -61,6 +61,18 @@ def test_alone_memory_holds_the_part_that_was_asked_for_last():
     assert [name for name, _ in seen] == ["encoder", "model", "vae", "model"]
     together = Resident(MODEL, Flow(), readers)
     assert together.vae is together.vae and together.model is not None and together.vae
+
+
+def test_a_vae_of_half_size_kernels_makes_the_same_bits():
+    config = VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4, attention=True)
+    vae = random_module(CausalVAE, config)
+    stored = as_computed(vae)
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(each)) for each in (vae, stored)]
+    assert 0.5 * sizes[0] < sizes[1] < 0.55 * sizes[0]
+    video = jax.random.uniform(jax.random.key(0), (1, 5, 16, 16, 3), minval=-1)
+    latents, _ = vae.encode(video)
+    np.testing.assert_array_equal(stored.encode(video)[0], latents)
+    np.testing.assert_array_equal(stored.decode(latents), vae.decode(latents))
 
 
 def test_a_way_keeps_no_part(folder):
