@@ -13,8 +13,8 @@ config = replace(
     decoder_only=True,
     output="runs/demo_control/vae",
     stages=(
-        VAEStage(steps=1500, batch_size=8, frames=5, size=32),
-        VAEStage(steps=200, batch_size=2, frames=9, size=64),
+        VAEStage(steps=3000, batch_size=8, frames=5, size=32),
+        VAEStage(steps=300, batch_size=2, frames=9, size=64),
     ),
     learning_rate=1e-3,
     controls=(),

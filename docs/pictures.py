@@ -1,11 +1,13 @@
 """Runs the commands of generate.md that stand above a picture, and makes the pictures.
 
-Needs the checkpoints of `make demo`. What the commands are given is drawn first: a film of the
-demo's world, its first and last frame, and a mask of where its object is.
+Needs the checkpoints of `make demo` and `make demo-control`; commands without theirs are left out.
+What the commands are given is drawn first: a film of the demo's world, its first and last frame, a
+mask of where its object is, its edges and its object's path.
 
     python docs/pictures.py [FOLDER]     # docs/pictures
 """
 
+import json
 import re
 import shlex
 import sys
@@ -20,6 +22,7 @@ sys.path.insert(0, str(ROOT))  # sample.py
 
 import sample  # noqa: E402
 from easyanimate_jax.data import media  # noqa: E402
+from easyanimate_jax.data.control import canny  # noqa: E402
 from easyanimate_jax.evaluation import world  # noqa: E402
 from easyanimate_jax.evaluation.ways_report import box_around  # noqa: E402
 
@@ -37,12 +40,16 @@ def commands() -> dict[str, list[str]]:
 
 def draw_inputs(folder: Path) -> None:
     """The files that the commands are given."""
-    (film,), _ = world.clips([world.caption(FILM)], 9, 128, 128, seed=0)
+    (film,), (path,) = world.clips([world.caption(FILM)], 9, 128, 128, seed=0)
     media.write_video(folder / "film.mp4", film, crf=10)
     write_small(folder / "film.png", media.contact_sheet(film[None]))
     media.write_png(folder / "start.png", film[0])
     media.write_png(folder / "end.png", film[-1])
     media.write_png(folder / "hole.png", np.repeat(box_around(film)[0] * 255, 3, axis=-1))
+    write_small(folder / "edges.png", media.contact_sheet(canny(film)[None]))
+    spot = world.path_video(path, *film.shape[:3])
+    write_small(folder / "spot.png", media.contact_sheet(spot[None]))
+    (folder / "path.json").write_text(json.dumps([path.astype(float).round(1).tolist()]) + "\n")
 
 
 def write_small(path: Path, picture: np.ndarray) -> None:
@@ -55,6 +62,9 @@ def main(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     draw_inputs(folder)
     for name, arguments in commands().items():
+        if not (ROOT / arguments[0] / "summary.json").is_file():
+            print(f"left out: {name}, as {arguments[0]} is missing or unfinished")
+            continue
         with tempfile.TemporaryDirectory() as output:
             code = sample.main([*arguments, "--output", output])
             if code:
