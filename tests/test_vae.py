@@ -187,6 +187,24 @@ def test_all_convolutions_agree(strides, monkeypatch):
         np.testing.assert_allclose(other, native, atol=1e-4)
 
 
+def test_a_large_video_is_decoded_frame_by_frame(monkeypatch):
+    """Once per chunk that has one before it; a chunk behind the first has four frames."""
+    config = VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4, dtype="float32")
+    vae, z = make(config), normal(9, 2, 4, 3, 2, 16)
+    whole = jax.jit(lambda vae, z: vae.chunked_decode(z))(vae, z)
+    taken, by_frame = [], vae_module._by_frame
+
+    def counted(network, x, past):
+        taken.append(x.shape[1])
+        return by_frame(network, x, past)
+
+    monkeypatch.setattr(vae_module, "_by_frame", counted)
+    monkeypatch.setattr(vae_module, "TAPS_AT_ONCE", 1)
+    by_frames = jax.jit(lambda vae, z: vae.chunked_decode(z))(vae, z)
+    np.testing.assert_allclose(by_frames, whole, atol=1e-5)
+    assert taken and set(taken) == {4}
+
+
 def reference_blend(a, b, extent, axis):
     """The reference's loop, in place on `b`."""
     a, b = np.moveaxis(a, axis, 0), np.moveaxis(b, axis, 0)

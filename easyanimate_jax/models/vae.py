@@ -93,6 +93,10 @@ class Past:
         self._before = iter(tails or ())
         self.tails: list[Array] = []
 
+    def rest(self) -> list[Array]:
+        """The tails that were not asked for yet."""
+        return list(self._before)
+
     def prepend(self, x: Features, stride: int) -> Features:
         """`x` behind the frames that its conv saw last; a clip starts with copies of its first.
 
@@ -114,7 +118,7 @@ def conv3d(
     """
     if jax.default_backend() != "cpu":
         return _native_3d(x, kernel, strides, pad)
-    if 3 * x.size < TAPS_AT_ONCE:
+    if not _is_large(x):
         return _taps_as_channels(x, kernel, strides, pad)
     time, frames = strides[0], (x.shape[1] - 3) // strides[0] + 1
 
@@ -123,6 +127,24 @@ def conv3d(
         return _taps_as_channels(window, kernel, strides, pad)
 
     return rearrange(jax.lax.map(frame, jnp.arange(frames)), "F B 1 H W C -> B F H W C")
+
+
+def _is_large(x: Features) -> bool:
+    """Whether a CPU takes the frames of `x` one by one."""
+    return jax.default_backend() == "cpu" and 3 * x.size >= TAPS_AT_ONCE
+
+
+def _by_frame(network, x: Features, past: Past) -> Features:
+    """What `network`, the last to read `past`, makes of `x`, frame after frame."""
+
+    def body(tails, frame):
+        inner = Past(tails)
+        y = network(frame[:, None], inner)
+        return inner.tails, y[:, 0]
+
+    tails, y = jax.lax.scan(body, past.rest(), rearrange(x, "B F H W C -> F B H W C"))
+    past.tails += tails
+    return rearrange(y, "F B H W C -> B F H W C")
 
 
 def _native_3d(x, kernel, strides, pad):
@@ -349,11 +371,19 @@ class Decoder(nnx.Module):
 
     def __call__(self, z: Latents, past: Past) -> Video:
         x = self.mid_block(self.conv_in(z, past), past)
-        for block in self.up_blocks:
+        for block in self.up_blocks[:-1]:
             x = block(x, past)
-        x = self.conv_out(jax.nn.silu(self.conv_norm_out(x)), past)
+        if past.starts or not _is_large(x):
+            x = self._last(x, past)
+        else:
+            x = _by_frame(self._last, x, past)
         s = self.unshuffle
         return rearrange(x, "B F H W (y x C) -> B F (H y) (W x) C", y=s, x=s)
+
+    def _last(self, x: Features, past: Past) -> Features:
+        """At the full size: where the memory of a decode goes."""
+        x = self.up_blocks[-1](x, past)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)), past)
 
 
 class CausalVAE(nnx.Module):
