@@ -18,4 +18,5 @@ config = replace(
     ),
     learning_rate=1e-3,
     controls=(),
+    hidden_frames=False,
 )

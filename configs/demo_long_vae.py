@@ -1,6 +1,7 @@
 """The video autoencoder of `make demo-long`: the demo's, trained until edges are sharp.
 
-A quarter of its crops are Canny edges, as the control model reads them through it.
+A quarter of its crops are Canny edges and a quarter clips with hidden frames, as the control and the
+inpaint model read them through it.
 """
 
 from dataclasses import replace
@@ -13,8 +14,9 @@ config = replace(
     data="runs/demo_long/data",
     output="runs/demo_long/vae",
     stages=(
-        VAEStage(steps=3000, batch_size=8, frames=5, size=32),
+        VAEStage(steps=2700, batch_size=8, frames=5, size=32),
         VAEStage(steps=300, batch_size=2, frames=9, size=64),
     ),
     controls=("canny",),
+    hidden_frames=True,
 )

@@ -130,6 +130,21 @@ def test_a_quarter_of_the_crops_are_control_signals(config):
         np.testing.assert_array_equal(signal, canny(crop))
 
 
+def test_a_quarter_of_the_crops_have_hidden_frames(config):
+    """As an inpaint model reads them: the rims are given, and of the others one in four."""
+    clips, _ = read_clips(config.data)
+    stage, rows = config.stages[0], range(400)
+    plain = Crops(clips, 0).batch(stage, 0, rows)
+    hidden = Crops(clips, 0, hidden=True).batch(stage, 0, rows)
+    both = Crops(clips, 0, ("canny",), hidden=True).batch(stage, 0, rows)
+    other = (plain != hidden).any((2, 3, 4))
+    assert 0.2 < other.any(1).mean() < 0.3
+    assert not other[:, [0, -1]].any() and not hidden[other].any()
+    assert 0.7 < other[other.any(1)][:, 1:-1].mean() < 0.8
+    led = (both != hidden).any((1, 2, 3, 4))
+    assert 0.2 < led.mean() < 0.3 and not (led & other.any(1)).any()
+
+
 def test_an_unknown_control_is_refused(config):
     with pytest.raises(ValueError, match="no operator 'cany'; use canny, "):
         replace(config, controls=("canny", "cany"))

@@ -44,6 +44,7 @@ HELD_OUT = 20  # every 20th clip is never trained on; of fewer, the last
 CACHE_BYTES = 2**30  # decoded clips kept in memory
 PYRAMID_LEVELS = 4
 CONTROL_SHARE = 0.25  # of the crops, where the config has controls
+HIDDEN_SHARE = 0.25  # of the crops, where the config has hidden frames
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,10 @@ class VAETrainConfig:
     """One training of an autoencoder: on the clips of `data`, into the folder `output`.
 
     With `controls`, operators of `data/control.py`, a quarter of the crops are their signals. A
-    control model reads signals as latents: an autoencoder that never saw thin lines loses them.
+    control model reads signals as latents: an autoencoder that never saw thin lines loses them. With
+    `hidden_frames`, a quarter keep their first and last frame and one in four of the others, the
+    rest black, as an inpaint model reads them: else a last frame after black ones loses its colours
+    and gets the ghost of the first.
     `init` is an autoencoder to go on from. `decoder_only` leaves its encoder and statistics as they
     are, so latents that were made stay right, and so do models that were trained on them.
     """
@@ -87,6 +91,7 @@ class VAETrainConfig:
     discriminator_start: int | None = 50_001
     matrices: Matrices = "adam"  # what updates the kernels of convolutions (`optimizer.py`)
     controls: tuple[str, ...] = ()
+    hidden_frames: bool = False
     init: str = ""
     decoder_only: bool = False
     seed: int = 0
@@ -305,15 +310,26 @@ def pixels(frames: UInt8[Array, "B F H W 3"]) -> Video:
     return frames.astype(jnp.float32) / 127.5 - 1
 
 
+def hide_frames(
+    rng: np.random.Generator, crop: UInt8[np.ndarray, "F H W 3"]
+) -> UInt8[np.ndarray, "F H W 3"]:
+    """Black for three in four of the frames between the first and the last."""
+    given = rng.random(len(crop)) < 0.25
+    given[[0, -1]] = True
+    return crop * given[:, None, None, None]
+
+
 class Crops:
     """Random crops of a list of clips. A crop is a function of (seed, step, row) and nothing else.
 
     Of four crops the one with most contrast is taken: plain background teaches nothing. `controls`
-    are the operators whose signals take the place of some.
+    are the operators whose signals take the place of some, and `hidden` hides frames of others.
     """
 
-    def __init__(self, clips: list[Clip], seed: int, controls: tuple[str, ...] = ()):
-        self.clips, self.seed, self.controls = clips, seed, controls
+    def __init__(
+        self, clips: list[Clip], seed: int, controls: tuple[str, ...] = (), hidden: bool = False
+    ):
+        self.clips, self.seed, self.controls, self.hidden = clips, seed, controls, hidden
         self.cache: dict[str, np.ndarray] = {}
         self.cached_bytes = 0
 
@@ -345,8 +361,11 @@ class Crops:
             for top, left in zip(tops, lefts, strict=True)
         ]
         crop = max(crops, key=lambda crop: crop[:: max(1, stage.frames - 1), ::4, ::4].std())
-        if self.controls and rng.random() < CONTROL_SHARE:
+        draw = rng.random()
+        if self.controls and draw < CONTROL_SHARE:
             return control_video(crop, self.controls[rng.integers(len(self.controls))])
+        if self.hidden and draw > 1 - HIDDEN_SHARE:
+            return hide_frames(rng, crop)
         return crop
 
     def _frames(self, clip: Clip) -> UInt8[np.ndarray, "F H W 3"]:
@@ -391,7 +410,7 @@ def train(config: VAETrainConfig, start: CausalVAE | None = None) -> CausalVAE:
     clips, _ = read_clips(config.data)
     held_out = clips[HELD_OUT - 1 :: HELD_OUT] or clips[-1:]
     trained_on = [clip for clip in clips if clip not in held_out]
-    crops = Crops(trained_on, config.seed, config.controls)
+    crops = Crops(trained_on, config.seed, config.controls, config.hidden_frames)
     for stage in config.stages:
         crops.fitting(stage)
         if stage.batch_size % mesh.size:
