@@ -47,12 +47,12 @@ demo-long: setup
 	$(BIN)/python train.py configs/demo_long.py
 	$(BIN)/python -m easyanimate_jax.evaluation world configs/demo_long.py
 
-# Edges, paths and reference pictures from the long demo's text-to-video checkpoint, on its VAE with a
-# decoder trained on; then every way to generate, scored. What a finished long demo left is kept.
+# The same on a VAE that saw edges and hidden frames; from its text-to-video checkpoint a model of edges,
+# paths and reference pictures, on that VAE with a decoder trained on; every way to generate, scored.
 demo-control: setup
 	mkdir -p runs/demo_control && touch runs/demo_control/started
-	$(call latents,demo_long,$(LONG_CLIPS))
-	$(BIN)/python train.py configs/demo_long.py
+	$(call latents,demo_base,$(LONG_CLIPS))
+	$(BIN)/python train.py configs/demo_base.py
 	$(BIN)/python train.py configs/demo_control_vae.py
 	$(BIN)/python -m easyanimate_jax.prepare configs/demo_control.py
 	$(BIN)/python train.py configs/demo_control.py

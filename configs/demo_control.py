@@ -1,4 +1,4 @@
-"""A control model from the long demo's text-to-video checkpoint: 48 channels, for edges and paths.
+"""A control model from `demo_base`'s text-to-video checkpoint: 48 channels, for edges and paths.
 
 A clip is led by its Canny edges or by the spot that runs along its object's path, drawn for every
 row, and by its first frame.
@@ -6,7 +6,7 @@ row, and by its first frame.
 
 from dataclasses import replace
 
-from configs.demo_long import config as demo
+from configs.demo_base import config as demo
 from easyanimate_jax.training.stages import Stage, boundaries
 
 CONTROL = {"control": ("canny", "file"), "condition_draws": 0}

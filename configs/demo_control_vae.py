@@ -1,10 +1,12 @@
-"""The long demo's video autoencoder with a decoder trained on: edges follow a control as well as it
-draws them. Latents stay as they were, and so does what was trained on them.
+"""The video autoencoder of `demo_base_vae` with a decoder trained on.
+
+Edges follow a control as well as it draws them. Latents stay as they were, and so does what was
+trained on them.
 """
 
 from dataclasses import replace
 
-from configs.demo_long_vae import config as demo_vae
+from configs.demo_base_vae import config as demo_vae
 from easyanimate_jax.training.vae import VAEStage
 
 config = replace(

@@ -10,7 +10,7 @@ from configs.demo import config as demo
 
 LONGER = {
     "medium_t2v": {"steps": 4500, "learning_rate": 8e-3, "end_learning_rate": 4e-4},
-    "medium_i2v": {"steps": 1000, "learning_rate": 2e-3},
+    "medium_i2v": {"steps": 800, "learning_rate": 2e-3},
 }
 
 config = replace(

@@ -1,8 +1,4 @@
-"""The video autoencoder of `make demo-long`: the demo's, trained until edges are sharp.
-
-A quarter of its crops are Canny edges and a quarter clips with hidden frames, as the control and the
-inpaint model read them through it.
-"""
+"""The video autoencoder of `make demo-long`: the demo's, trained until edges are sharp."""
 
 from dataclasses import replace
 
@@ -14,9 +10,7 @@ config = replace(
     data="runs/demo_long/data",
     output="runs/demo_long/vae",
     stages=(
-        VAEStage(steps=2700, batch_size=8, frames=5, size=32),
-        VAEStage(steps=300, batch_size=2, frames=9, size=64),
+        VAEStage(steps=1600, batch_size=8, frames=5, size=32),
+        VAEStage(steps=200, batch_size=2, frames=9, size=64),
     ),
-    controls=("canny",),
-    hidden_frames=True,
 )

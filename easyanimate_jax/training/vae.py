@@ -67,10 +67,10 @@ class VAETrainConfig:
     """One training of an autoencoder: on the clips of `data`, into the folder `output`.
 
     With `controls`, operators of `data/control.py`, a quarter of the crops are their signals. A
-    control model reads signals as latents: an autoencoder that never saw thin lines loses them. With
-    `hidden_frames`, a quarter keep their first and last frame and one in four of the others, the
-    rest black, as an inpaint model reads them: else a last frame after black ones loses its colours
-    and gets the ghost of the first.
+    control model reads signals as latents: an autoencoder that never saw thin lines loses them.
+    With `hidden_frames`, a quarter keep their first and last frame and one in four of the others,
+    the rest black, as an inpaint model reads them: else a last frame after black ones loses its
+    colours and gets the ghost of the first.
     `init` is an autoencoder to go on from. `decoder_only` leaves its encoder and statistics as they
     are, so latents that were made stay right, and so do models that were trained on them.
     """

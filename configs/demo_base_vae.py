@@ -1,0 +1,22 @@
+"""The video autoencoder that `make demo-control` begins with: the demo's, on what models are given.
+
+A quarter of its crops are Canny edges and a quarter clips with hidden frames, as the control and
+the inpaint model read them through it.
+"""
+
+from dataclasses import replace
+
+from configs.demo_vae import config as demo_vae
+from easyanimate_jax.training.vae import VAEStage
+
+config = replace(
+    demo_vae,
+    data="runs/demo_base/data",
+    output="runs/demo_base/vae",
+    stages=(
+        VAEStage(steps=2700, batch_size=8, frames=5, size=32),
+        VAEStage(steps=300, batch_size=2, frames=9, size=64),
+    ),
+    controls=("canny",),
+    hidden_frames=True,
+)
