@@ -34,7 +34,7 @@ from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.pipelines import Request, text_to_video
 from easyanimate_jax.runs import load_run
-from easyanimate_jax.tensors.module import named_weights, save_module, with_weights
+from easyanimate_jax.tensors.module import save_module, with_weights
 from easyanimate_jax.text.train import word_tokenizer
 from easyanimate_jax.training.checkpoint import Checkpoints
 from easyanimate_jax.training.step import TrainState
@@ -136,15 +136,14 @@ def wide() -> list[str]:
     rng = np.random.default_rng(0)
     shapes = nnx.eval_shape(lambda: MMDiT(WIDE, rngs=nnx.Rngs(0)))
 
-    def draw(name, shape):
-        x = rng.standard_normal(shape, np.float32)
+    def draw(name, weight):
+        x = rng.standard_normal(weight.shape, np.float32)
         if name.endswith("kernel"):
-            return jnp.asarray(x / np.sqrt(shape[-2]), WIDE.dtype)
+            return jnp.asarray(x / np.sqrt(weight.shape[-2]), WIDE.dtype)
         return jnp.asarray(0.1 * x + name.endswith("scale"))
 
     full = with_weights(shapes, draw)
-    weights = iter([int8.store(name, x) for name, x in named_weights(full).items()])
-    small = with_weights(shapes, lambda name, shape: next(weights))
+    small = with_weights(full, int8.store)
     inputs = (
         jnp.asarray(rng.standard_normal((1, 64, 64), np.float32)),
         jnp.array([[1, 8, 8]]),

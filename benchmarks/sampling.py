@@ -31,7 +31,7 @@ from easyanimate_jax.runs import load_run
 
 RESULT = Path(__file__).parent / "results" / "sampling.md"
 THRESHOLDS = (0.05, 0.1, 0.2)
-NAMES = ("colour", "background", "direction", "speed")
+NAMES = ("colour", "background", "direction", "speed", "shape")
 SIZE = 9, 128, 128
 
 

@@ -14,6 +14,7 @@ from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE
+from easyanimate_jax.tensors.module import with_weights
 from easyanimate_jax.text.encode import TextEncoder
 from easyanimate_jax.training.checkpoint import read_meta
 
@@ -85,13 +86,9 @@ def load_run(
     if int8 and mesh is not None:
         raise ValueError("eight-bit weights are for one device: leave out the mesh, or int8")
 
-    def stored(dtype):
-        """Kernels as they are computed with: every use would round them so."""
-        return lambda name, x: x.astype(dtype) if name.endswith("kernel") else x
-
     def read_model():
         if not int8:
-            return load_mmdit(folder, step=step, mesh=mesh, store=stored(config.dtype))
+            return load_mmdit(folder, step=step, mesh=mesh, store=_kernels(config.dtype))
         from easyanimate_jax.models.int8 import store
 
         return load_mmdit(folder, step=step, store=store)
@@ -105,10 +102,10 @@ def load_run(
 
 
 def as_computed(vae: CausalVAE) -> CausalVAE:
-    """The VAE with its kernels in the type that it computes in: every use would round them so."""
+    """The VAE with its kernels in the type that it computes in."""
+    return with_weights(vae, _kernels(vae.config.dtype))
 
-    def store(path, x):
-        kernel = any(getattr(key, "name", None) == "kernel" for key in path)
-        return x.astype(vae.config.dtype) if kernel else x
 
-    return jax.tree_util.tree_map_with_path(store, vae)
+def _kernels(dtype) -> Callable:
+    """Kernels as they are computed with: every use would round them so."""
+    return lambda name, x: x.astype(dtype) if name.endswith("kernel") else x

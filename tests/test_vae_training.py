@@ -57,6 +57,8 @@ def test_a_stopped_run_resumes_bit_for_bit(config, trained):
     output = Path(config.output)
     shutil.rmtree(output / "checkpoints" / "3")
     (output / "weights.safetensors").unlink()
+    with pytest.raises(ValueError, match=f"{output} holds a VAE's training that has not ended"):
+        load_vae(output)
     whole, resumed = flat_weights(trained), flat_weights(train(config))
     assert all(np.array_equal(whole[name], resumed[name]) for name in whole)
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -14,8 +14,10 @@ from easyanimate_jax.evaluation.ways_report import (
     Scene,
     box_around,
     control_cases,
+    editing_cases,
+    film_cases,
     half_of,
-    inpaint_cases,
+    picture_cases,
     recoloured,
     summary,
     without_motion,
@@ -63,8 +65,13 @@ def test_right_answers_reach_the_best_figures_and_what_was_not_asked_does_not(sc
         return (other if prompts[0].attributes[0] == other.prompts[0].attributes[0] else first)[1]
 
     best = {FIRST: 0, LAST: 0, KNOWN: 0, EDGES: 1}
-    cases = [*inpaint_cases(perfect, first, other), *control_cases(perfect, first)]
-    assert len(cases) == 9
+    cases = [
+        *picture_cases(perfect, first, first.clips),
+        *film_cases(perfect, first, first.clips),
+        *editing_cases(perfect, first, other),
+        *control_cases(perfect, first),
+    ]
+    assert len(cases) == 10
     for name, case in cases:
         figures = case.measure(case.made)
         for measure, value in figures.items():

@@ -62,6 +62,11 @@ def _meta(folder: Path, step: int | None):
     from easyanimate_jax.config import from_json
     from easyanimate_jax.training.checkpoint import read_meta
 
+    if any((folder / "checkpoints").glob("*/default")):  # orbax's name where there is one item
+        raise ValueError(
+            f"{folder} holds a VAE's training that has not ended: run its command again, which "
+            "goes on from there"
+        )
     step, meta = read_meta(folder, step)
     config = from_json(json.dumps(meta["config"]))
     return step, config, meta["in_channels"], meta.get("arrays", {})

@@ -73,10 +73,15 @@ def evaluate(encoder, run, inpaint) -> tuple[dict, dict]:
     """
     prompts = world.prompts("heldout", COUNT, seed=run.config.samples.seed)
     other = [recoloured(prompt, i) for i, prompt in enumerate(prompts)]
-    pictured = drawn(inpaint, prompts), drawn(inpaint, other)
+    scene, recolouring = drawn(inpaint, prompts), drawn(inpaint, other)
+    make = partial(asked, inpaint, encoder)
+    follow, edit = partial(make, guidance=FOLLOWING), partial(make, guidance=EDITING)
+    plain = follow(prompts)
     results, shown = {"clips": COUNT, "ways": {}, "chance": CHANCE}, {}
     for name, case in chain(
-        inpaint_cases(partial(asked, inpaint, encoder, guidance=FOLLOWING), *pictured),
+        picture_cases(follow, scene, plain),
+        film_cases(follow, scene, plain),
+        editing_cases(edit, scene, recolouring),
         control_cases(partial(asked, run, encoder, guidance=FOLLOWING), drawn(run, prompts)),
     ):
         compared = {
@@ -94,14 +99,11 @@ def evaluate(encoder, run, inpaint) -> tuple[dict, dict]:
     return results, shown
 
 
-def inpaint_cases(make, scene: Scene, other: Scene) -> Iterator[tuple[str, Case]]:
-    """Pictures, films and parts of films, given to an inpaint model.
-
-    `other` is the scene in other colours.
-    """
+def picture_cases(make, scene: Scene, plain: Videos) -> Iterator[tuple[str, Case]]:
+    """Pictures, given to an inpaint model; `plain` are its videos of the prompts alone."""
     prompts, clips, _, paths = scene
     start, end = clips[:, 0], clips[:, -1]
-    plain, started = make(prompts), make(prompts, image_to_video, start=start)
+    started = make(prompts, image_to_video, start=start)
     yield (
         "start picture",
         Case(
@@ -126,6 +128,11 @@ def inpaint_cases(make, scene: Scene, other: Scene) -> Iterator[tuple[str, Case]
             },
         ),
     )
+
+
+def film_cases(make, scene: Scene, plain: Videos) -> Iterator[tuple[str, Case]]:
+    """Films and parts of films, given to an inpaint model with what they show as prompts."""
+    prompts, clips, _, paths = scene
     half = np.stack([half_of(clip) for clip in clips])
     yield (
         "the other half of an object",
@@ -140,7 +147,21 @@ def inpaint_cases(make, scene: Scene, other: Scene) -> Iterator[tuple[str, Case]
             },
         ),
     )
-    make = partial(make, guidance=EDITING)
+    yield (
+        "made anew",
+        Case(
+            clips,
+            make(prompts, partial(video_to_video, strength=STRENGTH), video=clips),
+            plain,
+            scene,
+            lambda v: kept(v, prompts, paths),
+        ),
+    )
+
+
+def editing_cases(make, scene: Scene, other: Scene) -> Iterator[tuple[str, Case]]:
+    """Films, given to an inpaint model with the prompts of `other`: the scene in other colours."""
+    _, clips, _, paths = scene
     plain, hole = make(other.prompts), np.stack([box_around(clip) for clip in clips])
     yield (
         "another object in a hole",
@@ -167,10 +188,7 @@ def inpaint_cases(make, scene: Scene, other: Scene) -> Iterator[tuple[str, Case]
                 make(texts, partial(video_to_video, strength=STRENGTH), video=clips),
                 without,
                 other,
-                lambda v: (
-                    hits(v, other.prompts, "colour", *KEPT)
-                    | {DISTANCE: mean(path_distance, v, paths)}
-                ),
+                lambda v: kept(v, other.prompts, paths),
             ),
         )
 
@@ -264,6 +282,12 @@ def hits(videos: Videos, prompts: list[world.Prompt], *names: str) -> dict[str, 
     """The share of videos that show what their prompt says, of the named attributes."""
     found = score(videos, prompts)
     return {f"{name} as asked": found[name] for name in names}
+
+
+def kept(videos: Videos, prompts: list[world.Prompt], paths) -> dict[str, float]:
+    """What a video made anew shows of its prompt, and of the path of what it was made from."""
+    distance = {DISTANCE: mean(path_distance, videos, paths)}
+    return hits(videos, prompts, "colour", *KEPT) | distance
 
 
 def lines(name: str, way: dict[str, dict[str, float]]) -> str:

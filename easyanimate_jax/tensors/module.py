@@ -96,10 +96,10 @@ def fill(
     """
     placed = iter(jax.tree.leaves(shardings(mesh, module)) if mesh is not None else ())
 
-    def place(name, shape):
+    def place(name, leaf):
         tensor = tensors[name].astype(weight_dtype)
         if mesh is not None:
-            return jax.make_array_from_callback(shape, next(placed), tensor.read)
+            return jax.make_array_from_callback(leaf.shape, next(placed), tensor.read)
         # Not committed to a device, so that a jitted call may combine it with any others.
         return store(name, jnp.asarray(tensor.read()))
 
@@ -109,9 +109,9 @@ def fill(
 
 
 def with_weights(module, value: Callable):
-    """The abstract module with `value(name, shape)` in place of every weight, in their order."""
+    """The module, abstract or not, with `value(name, weight)` for every weight, in order."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(module)
-    return jax.tree.unflatten(structure, [value(_name(path), leaf.shape) for path, leaf in leaves])
+    return jax.tree.unflatten(structure, [value(_name(path), leaf) for path, leaf in leaves])
 
 
 def save_module(folder: str | os.PathLike, module: nnx.Module) -> None:

@@ -46,7 +46,7 @@ def load(abstract: nnx.Module, folder: Path, names: Mapping[str, str], prefixes=
     theirs = {name: tensor for name, tensor in tensors.items() if name in wanted}
     ours = to_ours(files.checked(theirs, problems, "float32"), rules, shapes, problems)
     files.raise_all(f"{folder}: weights do not fit", problems)
-    model = with_weights(abstract, lambda name, shape: ours[name].read())
+    model = with_weights(abstract, lambda name, _: ours[name].read())
     files.raise_all(f"{folder}: weights cannot be used", problems)
     return model
 
