@@ -58,7 +58,7 @@ jax.block_until_ready(run.diffusion.model)
 jax.block_until_ready(run.diffusion.vae)
 print(before / 2**30, peak_rss() / 2**30)
 """
-NAMES = ("colour", "background", "direction", "speed")
+NAMES = ("colour", "background", "direction", "speed", "shape")
 WIDE = MMDiTConfig(
     depth=2, mmdit_depth=2, heads=48, text_widths=(3584,), text_norm=True, round_time=True
 )

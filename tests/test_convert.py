@@ -304,6 +304,7 @@ MALFORMED = {
     ),
     "header is no JSON": (spoil_header(b"{'a': 1}"), "its header is no JSON"),
     "header is no UTF-8": (spoil_header(b'{"\xff\xfe": 1}'), "its header is no JSON"),
+    "header is nested": (spoil_header(b"[" * 50_000), "its header is no JSON"),
     "header is a list": (spoil_header([1, 2]), "its header is a list"),
     "name twice in a header": (spoil_header(TWICE), "a stands twice in the header"),
     "no offsets": (
@@ -343,6 +344,7 @@ MALFORMED = {
         "model-00009-of-00009.safetensors is a shard that .* does not name",
     ),
     "index is no JSON": (spoil_shards(lambda f, i: "{"), "is no index of tensors"),
+    "index is nested": (spoil_shards(lambda f, i: "[" * 50_000), "is no index of tensors"),
     "index without a map": (spoil_shards(lambda f, i: {"metadata": {}}), "'weight_map'"),
     "index of lists": (spoil_shards(lambda f, i: {"weight_map": [1]}), "is no index of tensors"),
     "index points elsewhere": (
@@ -397,6 +399,10 @@ MALFORMED = {
     "not ours": (
         lambda f: save_file({"x": ZEROS}, f / WHOLE),
         "is no transformer, VAE or LoRA of EasyAnimate: its first tensor is x",
+    ),
+    "config is nested": (
+        lambda f: (f / "config.json").write_text("[" * 50_000),
+        "cannot be read as JSON",
     ),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "cannot be read as JSON"),
     "config is a list": (lambda f: (f / "config.json").write_text("[]"), "holds a list"),

@@ -32,6 +32,8 @@ LINES = {
     "unknown": '{"prompt": "x", "sede": 3}',
     "typed": '{"prompt": "x", "seed": "3"}',
     "tall": '{"prompt": "x"}\n{"prompt": "x", "height": 40}',
+    "nested": '{"prompt": ' + "[" * 50_000,
+    "foreign": '{"prompt": "caf\udce9"}',
 }
 
 
@@ -51,8 +53,9 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "pose.txt").write_text("title\n1 2 3\n")
     (tmp_path / "paths.json").write_text("[[[4, 4], [28, 12]]]")
     (tmp_path / "no_paths.json").write_text('{"x": 1}')
+    (tmp_path / "nested.json").write_text("[" * 50_000)
     for name, text in LINES.items():
-        (tmp_path / f"{name}.jsonl").write_text(text)
+        (tmp_path / f"{name}.jsonl").write_text(text, errors="surrogateescape")
 
     def run(*arguments):
         try:
@@ -106,7 +109,7 @@ REFUSED = [
     (["run", *X, "--negative-prompt", "\udcff"], "--negative-prompt is not UTF-8"),
     (["nowhere", *X], "no checkpoint folder nowhere"),
     (["file", *X], "no checkpoint folder file"),
-    (["empty", *X], "empty holds no"),
+    (["empty", *X], "empty holds no checkpoint"),
     (["run", *X, "--image", "lost.png"], "no file lost.png"),
     (["run", *X, "--image", "file"], "file starts with"),
     (["run", *X, "--image", "film.mp4"], "film.mp4 is a video"),
@@ -122,6 +125,7 @@ REFUSED = [
     (["camera", *X, "--camera", "pose.txt"], "line 2 has 3 numbers"),
     (["control", *X, "--trajectory", "no_paths.json"], "no JSON list of paths"),
     (["control", *X, "--trajectory", "file"], "no JSON list of paths"),
+    (["control", *X, "--trajectory", "nested.json"], "nested.json is no JSON list of paths"),
     (["control", *X, "--trajectory", "file", "--spot", "0"], "--spot 0 is not between"),
     (["control", *X, "--control", "film.mp4", "--spot", "9"], "without --trajectory"),
     (["control", *X, "--control", "film.mp4", "--operator", "depth"], "no control 'depth'"),
@@ -140,6 +144,8 @@ REFUSED = [
     (["run", "--prompts", "lost.jsonl"], "no prompt file lost.jsonl"),
     (["run", "--prompts", "none.jsonl"], "holds no line"),
     (["run", "--prompts", "broken.jsonl"], "line 2: not JSON"),
+    (["run", "--prompts", "nested.jsonl"], "line 1: not JSON"),
+    (["run", "--prompts", "foreign.jsonl"], "foreign.jsonl is not UTF-8 text.*save it as UTF-8"),
     (["run", "--prompts", "wordless.jsonl"], 'line 1: an object with a "prompt"'),
     (["run", "--prompts", "unknown.jsonl"], "no key 'sede'"),
     (["run", "--prompts", "typed.jsonl"], 'seed is "3", which is of another type'),
@@ -283,6 +289,15 @@ def test_a_prompt_file_is_made_line_by_line_and_not_twice(working, tmp_path, cap
     assert capsys.readouterr().out.split() == ["out/00000005.mp4"]
     assert working(*command) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_a_prompt_file_may_hold_all_that_json_may(working, tmp_path):
+    """A byte order mark, ends of lines as Windows writes them, and Unicode's own."""
+    text = '\ufeff{"prompt": "one\u2028two", "frames": 1}\r\n{"prompt": "\x85", "frames": 1}\r\n'
+    (tmp_path / "lines.jsonl").write_bytes(text.encode())
+    assert working("--prompts", "lines.jsonl") == 0
+    sidecars = [json.loads((tmp_path / "samples" / f"0000000{n}.json").read_text()) for n in (1, 2)]
+    assert [s["options"]["prompt"] for s in sidecars] == ["one\u2028two", "\x85"]
 
 
 def test_a_line_can_be_made_again_by_itself(working, tmp_path):

@@ -144,7 +144,7 @@ def read_json(path: Path, problems: list[str]) -> dict:
     """A JSON object; {} and a problem where the file holds none."""
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         problems.append(f"{path} cannot be read as JSON: {error}")
         return {}
     if not isinstance(value, dict):

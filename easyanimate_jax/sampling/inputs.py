@@ -145,7 +145,7 @@ def read_trajectory(a: argparse.Namespace) -> np.ndarray:
             for path in json.loads(Path(a.trajectory).read_text())
         ]
         usable = bool(paths) and all(len(p) and np.isfinite(p).all() for p in paths)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         usable = False
     if not usable:
         raise ValueError(f"{a.trajectory} is no JSON list of paths, as [[[10, 20], [50, 20]]]")

@@ -121,15 +121,20 @@ def requests(a: argparse.Namespace) -> list[argparse.Namespace]:
         return [a]
     if not a.prompts.is_file():
         raise ValueError(f"there is no prompt file {a.prompts}")
+    try:
+        # Not splitlines: JSON may hold U+2028 and U+0085, which it takes for ends of lines.
+        lines = a.prompts.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{a.prompts} is not UTF-8 text ({error}); save it as UTF-8") from error
     found = []
-    for number, text in enumerate(a.prompts.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, text in enumerate(lines, start=1):
         if not text.strip():
             continue
         one = copy.copy(a)
         one.line, one.where = number, f"{a.prompts}, line {number}: "
         try:
             line = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{one.where}not JSON ({error})") from error
         for key, value in check_line(line, one.where).items():
             setattr(one, key, value)

@@ -74,7 +74,7 @@ def open_file(path: Path, problems: list[str]) -> dict[str, Tensor]:
 
     try:
         entries = json.loads(header, object_pairs_hook=unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problems.append(f"{path}: its header is no JSON ({error}); download it again")
         return {}
     if not isinstance(entries, dict):
@@ -205,7 +205,7 @@ def open_index(path: Path, problems: list[str]) -> dict[str, Tensor]:
     try:
         names = json.loads(path.read_text("utf-8"))["weight_map"]
         places = {name: Path(file) for name, file in names.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problems.append(f"{path} is no index of tensors with a `weight_map`: {error!r}")
         return {}
     outside = sorted({str(p) for p in places.values() if p.name != str(p)})

@@ -326,7 +326,7 @@ def read_step_meta(path: Path) -> dict:
     file = path / "meta" / "metadata"
     try:
         meta = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is no checkpoint of ours: {file} is missing or no JSON"
         ) from error
@@ -359,7 +359,7 @@ def read_meta(folder: str | Path, step: int | None = None) -> tuple[int, dict]:
     root = Path(folder) / "checkpoints"
     steps = complete_steps(root)
     if not steps or (step is not None and step not in steps):
-        wanted = "a checkpoint" if step is None else f"checkpoint {step}"
+        wanted = "checkpoint" if step is None else f"checkpoint {step}"
         raise ValueError(f"{folder} holds no {wanted}; complete ones in {root}: {steps or 'none'}")
     step = steps[-1] if step is None else step
     return step, read_step_meta(root / str(step))
