@@ -16,6 +16,7 @@ it again. What cannot work is refused in one line with exit code 2, before a dev
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -44,6 +45,7 @@ from easyanimate_jax.sampling.outputs import finished, identity, record, write
 
 def main(argv: list[str] | None = None) -> int:
     a = parser(__doc__).parse_args(argv)
+    logging.basicConfig(format="sample.py: %(message)s")
     # Of a GPU's memory JAX takes three quarters unless told.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     try:
@@ -64,6 +66,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         say(error)
         return 2
+    except (MemoryError, RuntimeError) as error:  # of NumPy, of XLA
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        why = str(error).partition("\n")[0]
+        say(f"there is too little memory; ask for fewer frames, or a smaller size ({why})")
+        return 2
     return 0
 
 
@@ -72,6 +80,9 @@ def make(a: argparse.Namespace, todo: list[argparse.Namespace], meta: dict, samp
     from easyanimate_jax.runs import load_run
 
     run = load_run(a.checkpoint, alone=a.memory == "low", int8=a.weights == "int8")
+    if a.memory == "all":  # read now, for they count when it is asked what else fits
+        _ = run.diffusion.model, run.diffusion.vae
+    logging.getLogger("easyanimate_jax.memory").setLevel(logging.INFO)
     warn(a, todo, run.encoder)
     for rows in batches(todo, a.batch):
         began = time.perf_counter()
@@ -157,7 +168,8 @@ def generate(rows: list[argparse.Namespace], run, sampling) -> np.ndarray:
     way, options, evaluations = way_of(rows[0])
     parts = [read_inputs(one) for one in rows]
     inputs = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-    bar = tqdm(desc="denoising", unit="step", total=evaluations)
+    # Shown from the first step on: before it stands what the programs take.
+    bar = tqdm(desc="denoising", unit="step", total=evaluations, delay=1e-3)
     request = Request(
         run.encoder.encode([one.prompt for one in rows]),
         run.encoder.encode([one.negative_prompt for one in rows]),

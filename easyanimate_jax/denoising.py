@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from easyanimate_jax.diffusion.conditioning import guide
 from easyanimate_jax.diffusion.samplers import advance, walk
+from easyanimate_jax.memory import check_fit
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.sharding import shard
 
@@ -145,21 +146,23 @@ def denoise(
 
     Both halves of the guidance go through the network at once, in the order [uncond, cond]. With a
     `strength` below 1 the walk starts late, from the noised source. `progress` is called with the
-    number of each finished evaluation.
+    number of each finished evaluation. Raises ValueError, before it begins, where a device has too
+    little memory.
     """
     tables = make_tables(process, sampling, strength)
     if strength < 1 and given.source is None:
         raise ValueError(f"strength {strength} without a video to start from: leave it at 1")
     thrifty = given.negative_texts is not None and not tables.both[: tables.count].all()
-    return _denoise(
-        model,
-        tables,
-        given,
-        jnp.float32(sampling.teacache) if sampling.teacache else None,
-        rescale=sampling.rescale,
-        thrifty=thrifty and not sampling.teacache,
-        progress=progress,
-    )
+    threshold = jnp.float32(sampling.teacache) if sampling.teacache else None
+    arguments = model, tables, given, threshold
+    options = {
+        "rescale": sampling.rescale,
+        "thrifty": thrifty and not sampling.teacache,
+        "progress": progress,
+    }
+    rows, tokens, _ = given.noise.shape
+    check_fit(f"denoising {rows} x {tokens:,} tokens", _denoise, *arguments, **options)
+    return _denoise(*arguments, **options)
 
 
 def make_tables(process, sampling: Sampling, strength: float = 1.0) -> Tables:

@@ -27,8 +27,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easyanimate_jax import pod
-from easyanimate_jax.aot.chips import device_memory
 from easyanimate_jax.config import TrainConfig, load
+from easyanimate_jax.memory import device_memory
 from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.training.optimizer import make_optimizer
 from easyanimate_jax.training.program import abstract_state

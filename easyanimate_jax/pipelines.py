@@ -29,6 +29,7 @@ from easyanimate_jax.diffusion.conditioning import (
 )
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.memory import check_fit
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, patchify, unpatchify
 from easyanimate_jax.models.vae import SPACE_FACTOR, CausalVAE
 from easyanimate_jax.sharding import num_parts, shard
@@ -335,7 +336,16 @@ def decode(vae: CausalVAE, latents: Float[np.ndarray, "B T h w C"]) -> Videos:
 
 
 def _generate(diffusion, request: Request, condition=None, source=None, strength=1.0) -> Videos:
-    """Denoise, say which rows failed, decode."""
+    """Denoise, say which rows failed, decode. What decoding takes is looked at first."""
+    rows, frames, height, width = request.shape
+    at_once = _rows_at_once(rows, height * width)
+    shape = at_once, (frames + 3) // 4, height // SPACE_FACTOR, width // SPACE_FACTOR
+    check_fit(
+        f"decoding {at_once} x {frames}x{height}x{width}",
+        _pixels,
+        diffusion.vae,
+        jax.ShapeDtypeStruct((*shape, LATENT_CHANNELS), jnp.float32),
+    )
     latents = make_latents(diffusion, request, condition, source, strength)
     for seed, row in zip(request.seeds, latents, strict=True):
         if not np.isfinite(row).all():
@@ -475,10 +485,15 @@ def _whole(x):
 def _by_rows(function, *arrays: np.ndarray, pixels_per_cell: int = 1) -> np.ndarray:
     """`function` over equal groups of rows, the last one filled up: one compiled program."""
     rows, _, height, width, _ = arrays[0].shape
-    groups = math.ceil(rows * height * width * pixels_per_cell / PIXELS_AT_ONCE)
-    size = math.ceil(rows / min(groups, rows))
+    size = _rows_at_once(rows, height * width * pixels_per_cell)
     parts = []
     for first in range(0, rows, size):
         index = np.minimum(np.arange(first, first + size), rows - 1)
         parts.append(np.asarray(function(*(x[index] for x in arrays))))
     return np.concatenate(parts)[:rows]
+
+
+def _rows_at_once(rows: int, pixels: int) -> int:
+    """How many rows the VAE takes at once, of so many pixels a frame."""
+    groups = math.ceil(rows * pixels / PIXELS_AT_ONCE)
+    return math.ceil(rows / min(groups, rows))

@@ -19,7 +19,6 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from easyanimate_jax import pod
-from easyanimate_jax.aot.chips import device_memory
 from easyanimate_jax.aot.compile import compile_stage
 from easyanimate_jax.aot.report import memory_line, refusal
 from easyanimate_jax.batches import make_loaders, place
@@ -28,6 +27,7 @@ from easyanimate_jax.convert import load_mmdit, load_vae
 from easyanimate_jax.data import media, records
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.denoising import Sampling
+from easyanimate_jax.memory import device_memory
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.pipelines import LatentDiffusion, Request, text_to_video
 from easyanimate_jax.prepare.visits import VisitLoader

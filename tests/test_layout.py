@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "easyanimate_jax"
 ROWS = [
-    {"sharding", "pod"},
+    {"sharding", "pod", "memory"},
     {"tensors"},
     {"models", "diffusion", "data"},
     {"text", "denoising"},

@@ -7,7 +7,7 @@ import pytest
 from fakes import random, some_texts
 from flax import nnx
 
-from easyanimate_jax import pipelines
+from easyanimate_jax import memory, pipelines
 from easyanimate_jax.denoising import Sampling
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -117,6 +117,18 @@ def test_a_video_spread_over_eight_devices_is_encoded_and_decoded_the_same(atten
     assert np.abs(pixels - other_pixels).max() <= 1 and pixels.std() > 20
     assert "collective-permute" in spread and "collective-permute" not in alone  # borders
     assert "[1,5,128,48,8]" not in spread.replace(" ", "")  # the widest layer, nowhere whole
+
+
+def test_nothing_is_denoised_that_could_not_be_decoded(vae, monkeypatch):
+    asked = []
+    network = Network(lambda tokens, *_: (asked.append(1), tokens)[1])
+    monkeypatch.setattr(memory, "device_memory", lambda: memory.memory_in_use() + 10_000)
+    with pytest.raises(ValueError, match=r"decoding 1 x 5x48x48 takes .* ask for fewer frames"):
+        text_to_video(LatentDiffusion(network, vae, Flow()), ask(1))
+    assert not asked
+    monkeypatch.setattr(pipelines, "check_fit", lambda *_: None)
+    with pytest.raises(ValueError, match=r"denoising 1 x 18 tokens takes"):
+        text_to_video(LatentDiffusion(network, vae, Flow()), ask(1, sampling=Sampling(1000)))
 
 
 def test_large_batches_are_decoded_in_equal_groups(monkeypatch):

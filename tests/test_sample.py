@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import av
 import jax
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 
 import sample
-from easyanimate_jax import runs
+from easyanimate_jax import memory, runs
 from easyanimate_jax.data import media
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -247,6 +248,30 @@ def test_pictures_begin_and_end_a_video(working, tmp_path):
     assert set(sidecar["files_sha256"]) == {"image", "end-image"}
 
 
+def test_what_programs_take_is_told_before_they_run(working, monkeypatch, caplog):
+    monkeypatch.setattr(memory, "_TOLD", set())
+    assert working("--prompt", "x", "--guidance", 1) == 0
+    told = [record.message for record in caplog.records]
+    assert [re.sub(r" takes [0-9.]+ GB of .*", "", line) for line in told] == [
+        "decoding 1 x 5x16x32",
+        "denoising 1 x 4 tokens",
+    ]
+
+
+def test_too_little_memory_is_one_line(working, monkeypatch, capsys, tmp_path):
+    with monkeypatch.context() as little:
+        little.setattr(memory, "device_memory", lambda: 1000)
+        assert working("--prompt", "x") == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "decoding 1 x 5x16x32 takes" in line
+    for error in (MemoryError("for an array"), RuntimeError("RESOURCE_EXHAUSTED: 5 GB\nmore")):
+        monkeypatch.setattr(sample, "generate", Mock(side_effect=error))
+        assert working("--prompt", "x") == 2
+        line = capsys.readouterr().err
+        assert line.count("\n") == 1 and "too little memory" in line
+    assert not list((tmp_path / "samples").iterdir())
+
+
 def test_a_prompt_that_is_cut_is_named(working, capsys):
     assert working("--prompt", "x" * 51, "--frames", 1, "--guidance", 1) == 0
     assert "--prompt is too long" in capsys.readouterr().err
@@ -329,7 +354,7 @@ def test_every_kind_of_request_finds_its_pipeline(run, tmp_path, monkeypatch):
     for name in ("text", "image", "video", "control"):
         note(f"{name}_to_video")
     note("long_video")
-    loaded = SimpleNamespace(step=7, encoder=Encoder(), diffusion=0)
+    loaded = SimpleNamespace(step=7, encoder=Encoder(), diffusion=SimpleNamespace(model=0, vae=0))
     monkeypatch.setattr(runs, "load_run", lambda folder, **options: loaded)
     requests = [
         ("run", [], ("text_to_video", set())),

@@ -6,10 +6,7 @@ a chip: they are the bundles (cycles) of the compiled Splash kernel for a block 
 takes as many bundles for heads of 128, which are twice the work.
 """
 
-import os
 from dataclasses import dataclass
-
-import jax
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,3 @@ def chip_of(device_kind: str) -> Chip:
             return chip
     known = ", ".join(chip.name for chip in CHIPS)
     raise ValueError(f"nothing is known of device kind {device_kind!r}; known chips are {known}")
-
-
-def device_memory() -> int:
-    """Bytes that a program may use on a device that is here; of a CPU, its share of the host's."""
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return limit or host // jax.local_device_count()

@@ -25,6 +25,7 @@ from easyanimate_jax.aot.hlo import Program, read_program
 from easyanimate_jax.aot.predict import Prediction, model_flops, predict
 from easyanimate_jax.config import TrainConfig
 from easyanimate_jax.data.loader import Batch
+from easyanimate_jax.memory import peak_bytes
 from easyanimate_jax.sharding import MESH_AXES, AnyMesh, MeshConfig, make_mesh
 from easyanimate_jax.training.optimizer import make_optimizer
 from easyanimate_jax.training.program import (
@@ -44,7 +45,6 @@ ALONE = {
     "TPU_ACCELERATOR_TYPE": "v5p-8",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-PACKED = 2**22  # bytes a CPU device copies a product's operands into, which XLA does not plan
 
 
 @dataclass(frozen=True)
@@ -274,20 +274,11 @@ def _compile(lowered, mesh: Mesh, report: StageReport) -> jax.stages.Compiled | 
         report.peak_bytes_per_chip = _needed_bytes(str(error))
         return None
     report.compile_seconds = time.perf_counter() - began
-    report.peak_bytes_per_chip = _peak(compiled.memory_analysis(), mesh)
+    report.peak_bytes_per_chip = peak_bytes(compiled, mesh.devices.flat[0].platform)
     report.fits = report.peak_bytes_per_chip <= report.hbm_bytes
     arguments = sum(report.memory.values())
     report.memory["activations and temporaries"] = report.peak_bytes_per_chip - arguments
     return compiled
-
-
-def _peak(memory, mesh: Mesh) -> int:
-    """Bytes of a device. Only the TPU compiler's own peak knows which buffers share their place."""
-    if mesh.devices.flat[0].platform == "tpu":
-        return memory.peak_memory_in_bytes
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    planned = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes
-    return planned + (PACKED if mesh.devices.flat[0].platform == "cpu" else 0)
 
 
 def _describe_program(

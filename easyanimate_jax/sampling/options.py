@@ -175,6 +175,7 @@ def check(a: argparse.Namespace) -> None:
         ("picture_noise", 0, 1),
         ("seed", 0, MAX_SEED),
         ("strength", 0, 1),
+        ("frames", 1, 100_001),  # three hours and a half at 8 a second
         ("spot", 1, 1344),
         ("batch", 1, 1024),
     ):
