@@ -414,7 +414,7 @@ def _noise(seeds, shape):
 def _inpaint_tokens(vae, video, mask, seeds, noise) -> np.ndarray:
     """The inpaint condition of 8-bit videos as tokens."""
     seeds, strengths = np.asarray(seeds, np.uint32), np.full(len(seeds), noise, np.float32)
-    return _by_rows(partial(_picture_tokens, vae), video, mask, seeds, strengths)
+    return _encode(_picture_tokens, vae, video, mask, seeds, strengths)
 
 
 @jax.jit
@@ -432,7 +432,7 @@ def _picture_tokens(vae, video, mask, seeds, strengths):
 
 
 def _encoded(diffusion, video: Clips) -> np.ndarray:
-    return _by_rows(partial(_video_tokens, diffusion.vae), video)
+    return _encode(_video_tokens, diffusion.vae, video)
 
 
 @jax.jit
@@ -440,6 +440,15 @@ def _video_tokens(vae, video):
     """The posterior's mode."""
     mean, _ = vae.chunked_encode(_spread(_values(video), SPACE_FACTOR))
     return _whole(patchify(vae.normalize(mean)))
+
+
+def _encode(program, vae, *arrays: np.ndarray) -> np.ndarray:
+    """`program(vae, ...)` by rows, after a look at what it takes."""
+    rows, frames, height, width, _ = arrays[0].shape
+    at_once = _rows_at_once(rows, height * width)
+    shapes = (jax.ShapeDtypeStruct((at_once, *x.shape[1:]), x.dtype) for x in arrays)
+    check_fit(f"encoding {at_once} x {frames}x{height}x{width}", program, vae, *shapes)
+    return _by_rows(partial(program, vae), *arrays)
 
 
 @jax.jit

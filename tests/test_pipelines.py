@@ -119,13 +119,16 @@ def test_a_video_spread_over_eight_devices_is_encoded_and_decoded_the_same(atten
     assert "[1,5,128,48,8]" not in spread.replace(" ", "")  # the widest layer, nowhere whole
 
 
-def test_nothing_is_denoised_that_could_not_be_decoded(vae, monkeypatch):
+def test_what_does_not_fit_is_refused_before_it_begins(vae, monkeypatch):
     asked = []
     network = Network(lambda tokens, *_: (asked.append(1), tokens)[1])
     monkeypatch.setattr(memory, "device_memory", lambda: memory.memory_in_use() + 10_000)
     with pytest.raises(ValueError, match=r"decoding 1 x 5x48x48 takes .* ask for fewer frames"):
         text_to_video(LatentDiffusion(network, vae, Flow()), ask(1))
     assert not asked
+    clip = np.zeros((1, *SIZE, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"encoding 1 x 5x48x48 takes .* ask for fewer frames"):
+        video_to_video(LatentDiffusion(network, vae, Flow()), ask(1), video=clip)
     monkeypatch.setattr(pipelines, "check_fit", lambda *_: None)
     with pytest.raises(ValueError, match=r"denoising 1 x 18 tokens takes"):
         text_to_video(LatentDiffusion(network, vae, Flow()), ask(1, sampling=Sampling(1000)))
