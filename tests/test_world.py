@@ -10,14 +10,19 @@ from easyanimate_jax.data.media import probe, read_clip
 from easyanimate_jax.evaluation.score import attributes
 from easyanimate_jax.evaluation.world import (
     BACKGROUNDS,
+    BONES,
     COLOURS,
     DIRECTIONS,
     DURATIONS,
+    FAR,
+    NEAR,
     Attributes,
     WorldConfig,
     caption,
+    depth,
     durations,
     held_out,
+    pose,
     prompts,
     read_prompts,
     render,
@@ -85,6 +90,38 @@ def test_every_clip_has_a_spot_that_runs_along_the_path_of_its_object(world):
             box = np.array([[axis.min(), axis.max()] for axis in np.nonzero(there)]).mean(1)
             centre = np.array(np.nonzero(bright > 0.8 * bright.max())).mean(1)
             assert np.abs(box - centre).max() <= 1.5
+
+
+@pytest.mark.parametrize("shape", ["cross", "triangle", "digit 3"])
+def test_depth_and_pose_are_those_of_the_drawn_object(shape):
+    a = Attributes("red", "white", shape, "right", "slowly")
+    clip, near, bones = (
+        draw(a, 9, 96, 128, np.random.default_rng(3)).astype(int) for draw in (render, depth, pose)
+    )
+    red = np.abs(clip - COLOURS["red"]).sum(-1) < np.abs(clip - BACKGROUNDS["white"]).sum(-1)
+    np.testing.assert_array_equal(near[..., 0] == NEAR, red)
+    assert set(np.unique(near)) == {FAR, NEAR}
+    for there, drawn in zip(red, bones, strict=True):
+        rows, columns = np.nonzero(there)
+        by_bone = {
+            side: np.argwhere((drawn == colour).all(-1)).mean(0) for side, colour in BONES.items()
+        }
+        assert by_bone[-1, 0][0] < by_bone[0, 1][0] < by_bone[1, 0][0]
+        assert by_bone[0, -1][1] < by_bone[1, 0][1] < by_bone[0, 1][1]
+        skeleton = np.nonzero(drawn.any(-1))
+        for object_at, bones_at in ((rows, skeleton[0]), (columns, skeleton[1])):
+            assert bones_at.min() - 3 <= object_at.min() and object_at.max() <= bones_at.max() + 3
+        if shape == "cross":
+            assert there[skeleton].mean() > 0.9
+
+
+def test_a_world_has_the_control_it_is_asked_for(tmp_path):
+    config = WorldConfig(images=0, clips=2, large_clips=0, heldout=1, control="depth")
+    write_world(tmp_path, config)
+    row = json.loads((tmp_path / "metadata.json").read_text("utf-8"))[0]
+    assert row["control_file_path"] == "depths/00000.mp4"
+    shown = read_clip(tmp_path / row["control_file_path"], 0, 1)
+    assert np.abs(shown[0, 0, 0].astype(int) - FAR).max() <= 4 and shown.max() > 250
 
 
 def test_metadata_has_an_english_and_a_chinese_row_per_file(world):

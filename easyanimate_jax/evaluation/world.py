@@ -9,7 +9,7 @@ occur in training, though every pair of their values does: they show whether wor
 
 writes `OUT/metadata.json` (two rows per file: English, then Chinese) and, as a data set of its own,
 `OUT/heldout/metadata.json` with ground truth for the held-out triples. Every clip has a control
-file: a spot that runs along the object's path.
+file: a spot that runs along the object's path, or, with `--control`, its exact depth or pose.
 """
 
 import copy
@@ -19,8 +19,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import cv2
 import numpy as np
 import tyro
 from jaxtyping import Float, UInt8
@@ -65,6 +66,13 @@ OFF_CENTRE = 0.10  # the middle of a path lies this near to the picture's, in sh
 SPOT = 0.5  # half the side of a path's spot, in short sides
 FORMS_PER_DIGIT = 3  # of every four objects three are drawn forms and one is a digit
 WRITERS = 20  # handwritten images per digit
+NEAR, FAR = 255, 64  # grey of a depth video: what is near is bright
+BONES = {  # (y, x) of a box's sides -> RGB
+    (-1, 0): (255, 0, 0),
+    (1, 0): (0, 255, 0),
+    (0, -1): (0, 0, 255),
+    (0, 1): (255, 255, 0),
+}
 
 
 class Attributes(NamedTuple):
@@ -85,17 +93,22 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """How many files of each kind; `large_clips` have a short side of 192 to 256 pixels."""
+    """How many files of each kind; `large_clips` have a short side of 192 to 256 pixels.
+
+    `control` is what each clip's control video shows of its object: its path, its depth or its
+    pose, each exactly.
+    """
 
     images: int = 400
     clips: int = 1000
     large_clips: int = 4
     heldout: int = 96
     seed: int = 0
+    control: Literal["path", "depth", "pose"] = "path"
 
     def __post_init__(self):
         for name, value in asdict(self).items():
-            if value < 0:
+            if name != "control" and value < 0:
                 raise ValueError(f"{name} is {value}: a count or seed must be 0 or more")
 
 
@@ -210,12 +223,41 @@ def render(
     a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "F H W 3"]:
     """Draw a clip (or, without a direction, an image) with random size, start and handwriting."""
+    alpha = _coverage(a, num_frames, height, width, rng)
+    colour, background = np.float32(COLOURS[a.colour]), np.float32(BACKGROUNDS[a.background])
+    return (background + alpha * (colour - background) + 0.5).astype(np.uint8)
+
+
+def depth(
+    a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "F H W 3"]:
+    """The depth of what `render` draws, given the same draws: the object `NEAR`, a wall behind."""
+    near = _coverage(a, num_frames, height, width, rng) >= 0.5
+    return np.repeat(np.where(near, np.uint8(NEAR), np.uint8(FAR)), 3, axis=-1)
+
+
+def pose(
+    a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "F H W 3"]:
+    """The skeleton of what `render` draws, given the same draws: four bones in colours of their
+    own, from the middle of the object's box to the middles of its sides."""
+    radius, centres = _placed(a, num_frames, height, width, rng)
+    video, thick = np.zeros((num_frames, height, width, 3), np.uint8), max(1, round(radius / 10))
+    for frame, middle in zip(video, centres, strict=True):
+        for bone, colour in BONES.items():
+            ends = (middle[::-1], (middle + radius * np.array(bone))[::-1])
+            cv2.line(frame, *(tuple(int(v) for v in end) for end in ends), colour, thick)
+    return video
+
+
+def _coverage(
+    a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
+) -> Float[np.ndarray, "F H W 1"]:
+    """How much of each pixel the object covers."""
     radius, centres = _placed(a, num_frames, height, width, rng)
     y = (np.float32(np.arange(height)) + 0.5 - centres[:, :1])[:, :, None] / radius
     x = (np.float32(np.arange(width)) + 0.5 - centres[:, 1:])[:, None, :] / radius
-    alpha = mask(a.shape, y, x, 1 / radius, int(rng.integers(WRITERS)))[..., None]
-    colour, background = np.float32(COLOURS[a.colour]), np.float32(BACKGROUNDS[a.background])
-    return (background + alpha * (colour - background) + 0.5).astype(np.uint8)
+    return mask(a.shape, y, x, 1 / radius, int(rng.integers(WRITERS)))[..., None]
 
 
 def clips(
@@ -245,6 +287,13 @@ def path_video(
     """The control video of a path: a spot as large as an object, so that its rim is lit too."""
     half = round(SPOT * min(height, width))
     return trajectory_video([path], num_frames, height, width, half)
+
+
+CONTROLS = {
+    "path": lambda a, *size_and_rng: path_video(path(a, *size_and_rng), *size_and_rng[:3]),
+    "depth": depth,
+    "pose": pose,
+}
 
 
 def _placed(
@@ -281,15 +330,19 @@ def write_world(out: Path, config: WorldConfig) -> None:
     stills = [(p, SHORT_SIDES) for p in image_prompts(config.images, config.seed)]
     moving = prompts("seen", config.clips + config.large_clips, config.seed)
     sides = [SHORT_SIDES] * config.clips + [LARGE_SHORT_SIDES] * config.large_clips
-    _write_folder(out, stills + list(zip(moving, sides, strict=True)), config.seed)
+    items = stills + list(zip(moving, sides, strict=True))
+    _write_folder(out, items, config.seed, config.control)
     unseen = [(p, SHORT_SIDES) for p in prompts("heldout", config.heldout, config.seed)]
-    _write_folder(out / "heldout", unseen, config.seed + 1)
+    _write_folder(out / "heldout", unseen, config.seed + 1, config.control)
 
 
-def _write_folder(out: Path, items: list[tuple[Prompt, tuple[int, ...]]], seed: int) -> None:
+def _write_folder(
+    out: Path, items: list[tuple[Prompt, tuple[int, ...]]], seed: int, control: str
+) -> None:
+    folder = f"{control}s"
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / "clips").mkdir(exist_ok=True)
-    (out / "paths").mkdir(exist_ok=True)
+    (out / folder).mkdir(exist_ok=True)
     rows = []
     for i, (prompt, short_sides) in enumerate(items):
         rng = np.random.default_rng((seed, i))
@@ -299,13 +352,13 @@ def _write_folder(out: Path, items: list[tuple[Prompt, tuple[int, ...]]], seed: 
         row = {"width": width, "height": height}
         if prompt.attributes.direction:
             row |= {"file_path": f"clips/{i:05d}.mp4", "type": "video"}
-            row["control_file_path"] = f"paths/{i:05d}.mp4"
+            row["control_file_path"] = f"{folder}/{i:05d}.mp4"
             num_frames = int(rng.choice(durations(prompt.attributes, height, width)))
             size = num_frames, height, width
-            way = path(prompt.attributes, *size, copy.deepcopy(rng))
+            shown = CONTROLS[control](prompt.attributes, *size, copy.deepcopy(rng))
             clip = render(prompt.attributes, *size, rng)
             write_video(out / row["file_path"], clip, FPS, crf=10)  # the colours survive
-            write_video(out / row["control_file_path"], path_video(way, *size), FPS, crf=10)
+            write_video(out / row["control_file_path"], shown, FPS, crf=10)
         else:
             row |= {"file_path": f"images/{i:05d}.png", "type": "image"}
             write_png(out / row["file_path"], render(prompt.attributes, 1, height, width, rng)[0])
