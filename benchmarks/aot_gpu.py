@@ -69,10 +69,11 @@ def measure(blocks: int, heads: int, tokens: int, batch: int, microbatch: int) -
     import jax.numpy as jnp
     import numpy as np
 
-    from easyanimate_jax.aot.compile import compile_stage, longest
-    from easyanimate_jax.aot.gpu import model_step
-    from easyanimate_jax.config import load
+    from easyanimate_jax.pods.compile import longest
+    from easyanimate_jax.pods.gpu import model_step
+    from easyanimate_jax.runs.config import load
     from easyanimate_jax.sharding import MeshConfig, make_mesh
+    from easyanimate_jax.training.compile import compile_stage
     from easyanimate_jax.training.optimizer import make_optimizer
     from easyanimate_jax.training.program import abstract_batch, abstract_state
 
@@ -83,7 +84,7 @@ def measure(blocks: int, heads: int, tokens: int, batch: int, microbatch: int) -
     stage = dataclasses.replace(config.stages[2], batch_size=batch, microbatch=microbatch)
     mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
     sizes = longest(config, stage) | {"tokens": tokens}
-    report, program = compile_stage(config, stage, mesh, memory=sys.maxsize, **sizes)
+    report, program = compile_stage(config.step, stage, mesh, memory=sys.maxsize, **sizes)
     model = dataclasses.replace(model, in_channels=stage.in_channels)
     with jax.set_mesh(mesh):
         make, placed, _ = abstract_state(model, make_optimizer(config.optimizer), mesh)

@@ -41,7 +41,7 @@ class MallInfo(ctypes.Structure):
 
 
 def main(path: str = "configs/demo.py") -> None:
-    from easyanimate_jax.config import load
+    from easyanimate_jax.runs.config import load
 
     config, programs = load(path), {}
     for stage in config.stages:
@@ -88,16 +88,17 @@ def measure(path: str, name: str, *mesh: str) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from easyanimate_jax.aot.compile import compile_stage, longest
-    from easyanimate_jax.config import load
+    from easyanimate_jax.pods.compile import longest
+    from easyanimate_jax.runs.config import load
     from easyanimate_jax.sharding import MeshConfig, make_mesh
+    from easyanimate_jax.training.compile import compile_stage
     from easyanimate_jax.training.optimizer import make_optimizer
     from easyanimate_jax.training.program import abstract_batch, abstract_state, microbatch_rows
 
     config, mesh = load(path), make_mesh(MeshConfig(*map(int, mesh)))
     stage = next(s for s in config.stages if s.name == name)
     sizes = longest(config, stage)
-    report, program = compile_stage(config, stage, mesh, memory=sys.maxsize, **sizes)
+    report, program = compile_stage(config.step, stage, mesh, memory=sys.maxsize, **sizes)
     model = dataclasses.replace(config.model, in_channels=stage.in_channels)
     with jax.set_mesh(mesh):
         make, placed, _ = abstract_state(model, make_optimizer(config.optimizer), mesh)

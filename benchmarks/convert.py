@@ -29,11 +29,11 @@ MAKE = """
 import json
 import sys
 import ml_dtypes, numpy as np
-from easyanimate_jax.convert import mmdit
+from easyanimate_jax.weights import mmdit_table
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
-from easyanimate_jax.tensors import files
-from easyanimate_jax.tensors.lazy import Tensor
-from easyanimate_jax.tensors.module import abstract, shapes_of
+from easyanimate_jax.weights import files
+from easyanimate_jax.weights.lazy import Tensor
+from easyanimate_jax.weights.module import abstract, shapes_of
 from pathlib import Path
 
 folder, shard_bytes = Path(sys.argv[1]), int(sys.argv[2])
@@ -45,7 +45,7 @@ none = {n: Tensor(s, ml_dtypes.bfloat16, lambda box: None) for n, s in ours.item
 rng = np.random.default_rng(0)
 noise = rng.standard_normal(2**24 + 1, np.float32).astype(ml_dtypes.bfloat16)
 fill = lambda shape: Tensor.of(np.resize(np.roll(noise, rng.integers(2**24)), shape))
-theirs = {n: fill(t.shape) for n, t in mmdit.to_torch(none, config, "diffusers").items()}
+theirs = {n: fill(t.shape) for n, t in mmdit_table.to_torch(none, config, "diffusers").items()}
 files.write_shards(folder, mmdit.STEM, theirs, shard_bytes=shard_bytes)
 (folder / "config.json").write_text(json.dumps(mmdit.config_json(config, "diffusers")))
 """
@@ -53,8 +53,8 @@ OURS = """
 import json
 import sys
 import time
-from easyanimate_jax.convert import Options, convert
-from easyanimate_jax.convert.pipeline import peak_rss
+from easyanimate_jax.weights.conversion import Options, convert
+from easyanimate_jax.weights.conversion import peak_rss
 
 source, target, to, shard_bytes = sys.argv[1:]
 before, cpu = peak_rss(), time.process_time()
@@ -68,7 +68,7 @@ import sys
 import time
 import torch
 from diffusers import EasyAnimateTransformer3DModel
-from easyanimate_jax.convert.pipeline import peak_rss
+from easyanimate_jax.weights.conversion import peak_rss
 
 source, target, to, shard_bytes = sys.argv[1:]
 before, began, cpu = peak_rss(), time.perf_counter(), time.process_time()

@@ -24,20 +24,20 @@ import numpy as np
 from flax import nnx
 from setting import setting
 
-from easyanimate_jax.config import load, to_json
-from easyanimate_jax.denoising import Sampling
-from easyanimate_jax.evaluation import world
-from easyanimate_jax.evaluation.generate import psnr
-from easyanimate_jax.evaluation.score import score
+from demos import world
+from demos.generate import psnr
+from demos.score import score
+from easyanimate_jax.generation.denoising import Sampling
+from easyanimate_jax.generation.pipelines import Request, text_to_video
 from easyanimate_jax.models import int8
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.pipelines import Request, text_to_video
-from easyanimate_jax.runs import load_run
-from easyanimate_jax.tensors.module import save_module, with_weights
+from easyanimate_jax.runs.config import load, to_json
+from easyanimate_jax.runs.load import load_run
 from easyanimate_jax.text.train import word_tokenizer
 from easyanimate_jax.training.checkpoint import Checkpoints
 from easyanimate_jax.training.step import TrainState
+from easyanimate_jax.weights.module import save_module, with_weights
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "memory.md"
@@ -49,8 +49,8 @@ WAYS = {  # to load_run
 LOAD = """
 import json, sys
 import jax
-from easyanimate_jax.convert.pipeline import peak_rss  # getrusage's outlives fork and exec
-from easyanimate_jax.runs import load_run
+from easyanimate_jax.weights.conversion import peak_rss  # getrusage's outlives fork and exec
+from easyanimate_jax.runs.load import load_run
 run = load_run(sys.argv[1], **json.loads(sys.argv[2]))
 before = peak_rss()
 assert run.encoder

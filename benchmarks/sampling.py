@@ -21,13 +21,13 @@ import numpy as np
 from flax import nnx
 from setting import setting
 
-from easyanimate_jax.denoising import Sampling
+from demos import world
+from demos.score import score
 from easyanimate_jax.diffusion.flow import Flow
-from easyanimate_jax.evaluation import world
-from easyanimate_jax.evaluation.score import score
+from easyanimate_jax.generation.denoising import Sampling
+from easyanimate_jax.generation.pipelines import LatentDiffusion, Request, decode, make_latents
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
-from easyanimate_jax.pipelines import LatentDiffusion, Request, decode, make_latents
-from easyanimate_jax.runs import load_run
+from easyanimate_jax.runs.load import load_run
 
 RESULT = Path(__file__).parent / "results" / "sampling.md"
 THRESHOLDS = (0.05, 0.1, 0.2)

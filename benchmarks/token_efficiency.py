@@ -19,7 +19,7 @@ from setting import setting
 
 from easyanimate_jax.data import buckets
 from easyanimate_jax.data.buckets import Budget, Clips, choose_all, fit_budget, num_tokens
-from easyanimate_jax.data.plan import CYCLE, Plan
+from easyanimate_jax.data.plan.plan import CYCLE, Plan
 
 RESULT = Path(__file__).parent / "results" / "token_efficiency.md"
 RANKS = 128

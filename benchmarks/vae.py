@@ -72,7 +72,7 @@ def ours(attention: bool, frames: int, side: int) -> dict:
     from flax import nnx
 
     from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-    from easyanimate_jax.runs import as_computed
+    from easyanimate_jax.runs.load import as_computed
 
     config = VAEConfig(attention=attention)
     vae = jax.jit(lambda: as_computed(CausalVAE(config, rngs=nnx.Rngs(0))))()
@@ -99,7 +99,7 @@ def plan(attention: bool, frames: int, side: int) -> dict:
     from flax import nnx
 
     from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-    from easyanimate_jax.runs import as_computed
+    from easyanimate_jax.runs.load import as_computed
 
     config = VAEConfig(attention=attention)
     vae = nnx.eval_shape(lambda: as_computed(CausalVAE(config, rngs=nnx.Rngs(0))))

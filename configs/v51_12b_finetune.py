@@ -1,6 +1,6 @@
 """Fine-tuning the released V5.1 12B text-to-video weights on clips of one's own (docs/weights.md).
 
-`weights` is what `python -m easyanimate_jax.convert EasyAnimateV5.1-12b-zh weights --to jax` wrote.
+`weights` is what `python -m easyanimate_jax convert EasyAnimateV5.1-12b-zh weights --to jax` wrote.
 """
 
 from dataclasses import replace

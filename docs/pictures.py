@@ -20,11 +20,11 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # sample.py
 
-import sample  # noqa: E402
+from demos import world  # noqa: E402
+from demos.ways_report import box_around  # noqa: E402
+from easyanimate_jax.commands import sample  # noqa: E402
 from easyanimate_jax.data import media  # noqa: E402
 from easyanimate_jax.data.control import canny  # noqa: E402
-from easyanimate_jax.evaluation import world  # noqa: E402
-from easyanimate_jax.evaluation.ways_report import box_around  # noqa: E402
 
 FILM = world.Attributes("blue", "white", "circle", "right", "quickly")
 COMMAND = re.compile(

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import jax
 
-from easyanimate_jax.config import load, to_json
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.runs.config import load, to_json
 from easyanimate_jax.training.checkpoint import Checkpoints
 from easyanimate_jax.training.step import TrainState
 

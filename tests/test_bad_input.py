@@ -17,12 +17,12 @@ import pytest
 from PIL import Image
 from test_prepare import SET, FakeText, vae  # noqa: F401 fixture
 
-from easyanimate_jax import prepare as prepare_module
 from easyanimate_jax.data import media, paths
 from easyanimate_jax.data.decode import Decoders, decoders
 from easyanimate_jax.data.records import INDEX_TYPES, Records, Writer
-from easyanimate_jax.data.sources import read_clips
+from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.data.sources.rows import MAX_CAPTION
+from easyanimate_jax.prepare import prepare as prepare_module
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from disk import flip_a_bit
 
-from easyanimate_jax.tensors import orbax_item
+from easyanimate_jax.commands.checkpoint import main
 from easyanimate_jax.training import checkpoint
 from easyanimate_jax.training.checkpoint import Checkpoints, NotFiniteError, StorageError
 from easyanimate_jax.training.step import TrainState
+from easyanimate_jax.weights import orbax_item, run_folder
 
 META = {"step": 0, "stage": "only", "seed": 42}
 
@@ -69,7 +70,7 @@ def copy(saved, tmp_path):
 def test_what_was_saved_comes_back_and_is_known_to_be_right(saved):
     assert_is(read(saved / "checkpoints"), 4)
     assert_is(read(saved / "checkpoints", before=4), 2)
-    assert all(checkpoint.is_verified(saved / "checkpoints" / str(step)) for step in (2, 4))
+    assert all(run_folder.is_verified(saved / "checkpoints" / str(step)) for step in (2, 4))
     assert (saved / "checkpoints").stat().st_mode & 0o77 == 0
 
 
@@ -135,19 +136,19 @@ def test_no_damage_to_any_file_is_silent(saved, tmp_path):
 
 def test_the_last_good_step_is_used_and_the_damaged_set_aside(copy, capsys):
     flip_a_bit(copy / "checkpoints" / "4" / "ema")
-    assert checkpoint.main(["verify", str(copy)]) == 1
+    assert main(["verify", str(copy)]) == 1
     assert_is(read(copy / "checkpoints"), 2)
-    assert checkpoint.main(["verify", str(copy)]) == 0
-    assert checkpoint.main(["list", str(copy)]) == 0
+    assert main(["verify", str(copy)]) == 0
+    assert main(["list", str(copy)]) == 0
     output = capsys.readouterr().out
     assert "4  ema." in output and "4.corrupt" in output and "2  only  verified" in output
 
 
 def test_diff_names_the_arrays(saved, capsys):
-    assert checkpoint.main(["diff", str(saved), "2", "4"]) == 1
+    assert main(["diff", str(saved), "2", "4"]) == 1
     assert "5 of 7 arrays differ" in capsys.readouterr().out
-    assert checkpoint.main(["diff", str(saved), "2", "2"]) == 0
-    assert checkpoint.main(["verify", str(saved / "nothing")]) == 2
+    assert main(["diff", str(saved), "2", "2"]) == 0
+    assert main(["verify", str(saved / "nothing")]) == 2
 
 
 def test_a_state_that_is_not_finite_is_not_saved(copy):
@@ -157,12 +158,12 @@ def test_a_state_that_is_not_finite_is_not_saved(copy):
     with pytest.raises(NotFiniteError, match="bias"):
         checkpoints.save(6, state, META)
     checkpoints.close()
-    assert checkpoint.complete_steps(copy / "checkpoints") == [2, 4]
+    assert run_folder.complete_steps(copy / "checkpoints") == [2, 4]
 
 
 def test_kept_are_the_last_the_boundaries_and_the_multiples(tmp_path):
     write(tmp_path, range(1, 12), keep=1, keep_steps=(3,), keep_every=5)
-    assert checkpoint.complete_steps(tmp_path) == [3, 5, 10, 11]
+    assert run_folder.complete_steps(tmp_path) == [3, 5, 10, 11]
 
 
 def test_nothing_is_deleted_for_what_is_not_verified(tmp_path, monkeypatch):
@@ -173,7 +174,7 @@ def test_nothing_is_deleted_for_what_is_not_verified(tmp_path, monkeypatch):
         checkpoints.save(step, make_state(step), META | {"step": step})
     checkpoints.finish()
     checkpoints.checkpointer.close()
-    assert checkpoint.complete_steps(tmp_path) == [1, 2]
+    assert run_folder.complete_steps(tmp_path) == [1, 2]
     assert len(list(tmp_path.glob("*.corrupt"))) == 2
 
 
@@ -194,7 +195,7 @@ def test_a_full_disk_costs_the_save_and_nothing_else(copy, monkeypatch, capsys):
         checkpoints.save(8, make_state(8), META | {"step": 8})
     checkpoints.save(10, make_state(10), META | {"step": 10})
     checkpoints.close(10)
-    assert checkpoint.complete_steps(copy / "checkpoints") == [2, 4, 10]
+    assert run_folder.complete_steps(copy / "checkpoints") == [2, 4, 10]
     assert "checkpoint 6 was not saved" in capsys.readouterr().out
     assert_is(read(copy / "checkpoints"), 10)
 
@@ -225,7 +226,7 @@ def test_another_model_is_refused_and_nothing_set_aside(copy):
     with pytest.raises(ValueError, match=r"does not fit the config's model: model\.bias"):
         checkpoints.restore(lambda meta: other)
     checkpoints.close()
-    assert checkpoint.complete_steps(copy / "checkpoints") == [2, 4]
+    assert run_folder.complete_steps(copy / "checkpoints") == [2, 4]
 
 
 def test_a_checkpoint_from_before_fingerprints_is_used_and_said_to_be(copy, capsys):
@@ -236,4 +237,4 @@ def test_a_checkpoint_from_before_fingerprints_is_used_and_said_to_be(copy, caps
         file.write_text(json.dumps(meta))
     assert_is(read(copy / "checkpoints"), 4)
     assert "checkpoint 4 is from before fingerprints: used unverified" in capsys.readouterr().out
-    assert checkpoint.main(["verify", str(copy)]) == 1
+    assert main(["verify", str(copy)]) == 1

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from easyanimate_jax import config as configs
-from easyanimate_jax.describe import describe_run
+from easyanimate_jax.runs import config as configs
+from easyanimate_jax.runs.describe import describe_run
 
 TRAIN_CONFIGS = ("v5_12b", "v5_12b_control", "v51_12b", "v5_7b", "v51_7b", "tpu_12b", "demo")
 
@@ -62,7 +62,7 @@ def test_overrides_reach_nested_fields():
 
 def test_configs_of_a_folder_import_one_another_from_anywhere(tmp_path):
     (tmp_path / "recipes").mkdir()
-    source = "from easyanimate_jax.config import load\nconfig = load('configs/demo.py')\n"
+    source = "from easyanimate_jax.runs.config import load\nconfig = load('configs/demo.py')\n"
     (tmp_path / "recipes" / "one.py").write_text(source)
     (tmp_path / "recipes" / "two.py").write_text("from recipes.one import config\n")
     before = list(sys.path)

@@ -11,14 +11,14 @@ import pytest
 from flax import nnx
 from test_prepare import SET, run, source, vae  # noqa: F401 fixtures
 
-from easyanimate_jax.config import load
 from easyanimate_jax.data import control, media, records
 from easyanimate_jax.data.loader import Loader, _control
-from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.diffusion.conditioning import camera_condition
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, patchify
 from easyanimate_jax.prepare.clips import _reference_frame
+from easyanimate_jax.runs.config import load
 from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import init_state, train_step, widen_state

@@ -13,14 +13,16 @@ import pytest
 import tyro
 from PIL import Image, ImageDraw
 
-from easyanimate_jax.data import media, sources
+from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.plan.report import choose
 from easyanimate_jax.data.records import LatentSet, Records
-from easyanimate_jax.data.sources import read_clips
+from easyanimate_jax.data.sources import read
+from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.prepare import curate as curation
-from easyanimate_jax.prepare import scores, select
+from easyanimate_jax.prepare import scores
 from easyanimate_jax.prepare.curate import Rules, curate
+from easyanimate_jax.prepare.prepare import select
 from easyanimate_jax.prepare.scores import Score
 from easyanimate_jax.prepare.shots import Span, Splitting, find_cuts, split
 
@@ -125,7 +127,7 @@ def test_a_set_may_take_the_best_of_a_table(table):
     out, _ = table
     budget = Budget(24, (12, 24), (64,), frames=13, min_fill=0.1)
     clips, _ = read_clips(out / "clips.parquet")
-    index = sources.table(out / "clips.parquet")
+    index = read.table(out / "clips.parquet")
     for least, number in ((0.0, 3), (0.3, 2), (0.6, 1)):
         videos = LatentSet("set", budget, ("video",), min_quality=least)
         names = {job.clip.name for job in select(videos, clips, 0)}

@@ -7,12 +7,12 @@ import pytest
 from fakes import fake_network, random, some_texts
 from flax import nnx
 
-from easyanimate_jax import denoising
-from easyanimate_jax.denoising import Given, Sampling, Source, denoise, polynomial
 from easyanimate_jax.diffusion.conditioning import guide
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.samplers import walk
+from easyanimate_jax.generation import denoising
+from easyanimate_jax.generation.denoising import Given, Sampling, Source, denoise, polynomial
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 
 TINY = MMDiTConfig(

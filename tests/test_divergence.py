@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from easyanimate_jax.training.divergence import (
+from easyanimate_jax.training.safety.divergence import (
     HISTORY,
     MAX_RETURNS,
     Detector,

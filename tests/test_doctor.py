@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
-from test_trainer import ROOT
+from test_loop import ROOT
 
-from easyanimate_jax import doctor
+from easyanimate_jax.commands.doctor import main
+from easyanimate_jax.runs import doctor
 
 CONFIG = """
 from dataclasses import replace
@@ -41,7 +42,7 @@ def write_config(folder, fsdp):
 
 
 def test_one_process_is_sound(tmp_path, capsys):
-    assert doctor.main([write_config(tmp_path, 8)]) == 0
+    assert main([write_config(tmp_path, 8)]) == 0
     out = capsys.readouterr().out
     assert "8 x cpu: 8 in each of 1 processes" in out and "all is well" in out
     assert list((tmp_path / "run").iterdir()) == []
@@ -50,7 +51,7 @@ def test_one_process_is_sound(tmp_path, capsys):
 def test_a_mesh_that_the_devices_do_not_make_and_missing_data_are_named(tmp_path, capsys):
     path = write_config(tmp_path, 3)
     (tmp_path / "latents" / "large").rmdir()
-    assert doctor.main([path]) == 1
+    assert main([path]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
     assert len(failed) == 2
     assert "latents/large" in failed[0] and failed[0].endswith("missing")
@@ -58,8 +59,8 @@ def test_a_mesh_that_the_devices_do_not_make_and_missing_data_are_named(tmp_path
 
 
 def test_two_processes_are_sound(tmp_path):
-    words = [sys.executable, "-m", "easyanimate_jax.training.supervisor", "--ranks", "2", "--"]
-    words += [sys.executable, "-m", "easyanimate_jax.doctor", write_config(tmp_path, 2)]
+    words = [sys.executable, "-m", "easyanimate_jax", "supervise", "--ranks", "2", "--"]
+    words += [sys.executable, "-m", "easyanimate_jax", "doctor", write_config(tmp_path, 2)]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     ran = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -84,5 +85,5 @@ def test_processes_that_see_different_things_are_named(field, value, message):
 
 
 def test_arguments_that_make_no_sense_are_refused(capsys):
-    assert doctor.main(["configs/none.py"]) == 2
+    assert main(["configs/none.py"]) == 2
     assert "there is no config" in capsys.readouterr().err

@@ -19,17 +19,17 @@ from disk import write_run
 from einops import rearrange
 from tokenizers.pre_tokenizers import ByteLevel
 
-from easyanimate_jax import pipelines
-from easyanimate_jax.convert import load_mmdit, load_vae
-from easyanimate_jax.convert.__main__ import main
+from easyanimate_jax.commands.convert import main
 from easyanimate_jax.data.buckets import grid_of
-from easyanimate_jax.denoising import Sampling
 from easyanimate_jax.diffusion.ddpm import DDPM, SIGNAL_POWER
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.generation import pipelines
+from easyanimate_jax.generation.denoising import Sampling
+from easyanimate_jax.generation.pipelines import LatentDiffusion, Request
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, unpatchify
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.pipelines import LatentDiffusion, Request
-from easyanimate_jax.tensors.module import abstract, build, save_module, shapes_of
+from easyanimate_jax.weights.folder import load_mmdit, load_vae
+from easyanimate_jax.weights.module import abstract, build, save_module, shapes_of
 
 SIZE = FRAMES, HEIGHT, WIDTH = 9, 32, 48
 STEPS, GUIDANCE, SEED = 4, 5.0, 7

@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from easyanimate_jax.tensors import files
-from easyanimate_jax.tensors.lazy import Tensor
+from easyanimate_jax.weights import files
+from easyanimate_jax.weights.lazy import Tensor
 
 ROWS = np.arange(12, dtype=np.float32).reshape(3, 4)
 

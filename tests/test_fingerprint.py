@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from easyanimate_jax.sharding import MeshConfig, make_mesh
-from easyanimate_jax.tensors.fingerprint import fingerprint, fingerprint_box
+from easyanimate_jax.weights.fingerprint import fingerprint, fingerprint_box
 
 X = np.random.default_rng(0).standard_normal((8, 6, 4)).astype(np.float32)
 

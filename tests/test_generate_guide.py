@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from demos.score import attributes
 from easyanimate_jax.data import media
-from easyanimate_jax.evaluation.guard import suspicion
-from easyanimate_jax.evaluation.score import attributes
-from easyanimate_jax.sampling.options import FILES, parser
+from easyanimate_jax.generation.guard import suspicion
+from easyanimate_jax.generation.options import FILES, parser
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "pictures"

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from easyanimate_jax.evaluation.guard import suspicion
+from easyanimate_jax.generation.guard import suspicion
 
 Y, X = np.mgrid[:32, :48]
 FILM = np.stack([128 + 90 * np.sin((X + 3 * f) / 9) * np.cos(Y / 7) for f in range(5)])

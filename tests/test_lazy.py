@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 
-from easyanimate_jax.tensors.lazy import all_finite
+from easyanimate_jax.weights.lazy import all_finite
 
 
 def test_every_bfloat16_is_told_finite_or_not():

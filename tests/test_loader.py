@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from easyanimate_jax.data.loader import Loader
-from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import INDEX_TYPES, Records, Writer, write_texts
 
 GRIDS = [(1, 2, 2), (2, 2, 2), (3, 2, 3), (2, 3, 3)]

@@ -12,7 +12,6 @@ from diffusers import EasyAnimateTransformer3DModel
 from einops import rearrange
 from flax import nnx
 
-from easyanimate_jax.convert.mmdit import from_torch, to_torch
 from easyanimate_jax.models.mmdit import (
     MMDiT,
     MMDiTConfig,
@@ -22,8 +21,9 @@ from easyanimate_jax.models.mmdit import (
     unpatchify,
     widen_input,
 )
-from easyanimate_jax.tensors.lazy import Tensor
-from easyanimate_jax.tensors.module import build, flat_weights
+from easyanimate_jax.weights.lazy import Tensor
+from easyanimate_jax.weights.mmdit_table import from_torch, to_torch
+from easyanimate_jax.weights.module import build, flat_weights
 
 V51 = {"text_widths": (3584,), "text_norm": True, "round_time": True}
 V5 = {"text_widths": (1024, 2048), "text_norm": False, "round_time": True}

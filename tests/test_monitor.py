@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from easyanimate_jax.training.cloud_goodput import CloudGoodput, open_sink
-from easyanimate_jax.training.monitor import PATIENCE, Monitor
+from easyanimate_jax.training.safety.cloud_goodput import CloudGoodput, open_sink
+from easyanimate_jax.training.safety.monitor import PATIENCE, Monitor
 
 ROOT = Path(__file__).parent.parent
 

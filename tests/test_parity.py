@@ -25,13 +25,13 @@ from test_mmdit import converted, numpy_state, reference
 from test_pipelines import catch_latents
 from test_vae import pair as pair  # a fixture: the VAE of both
 
-from easyanimate_jax import pipelines
 from easyanimate_jax.data.buckets import grid_of
-from easyanimate_jax.denoising import Sampling
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.generation import pipelines
+from easyanimate_jax.generation.denoising import Sampling
+from easyanimate_jax.generation.pipelines import LatentDiffusion, Request
 from easyanimate_jax.models.mmdit import unpatchify
-from easyanimate_jax.pipelines import LatentDiffusion, Request
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 STEPS, GUIDANCE, SEED = 4, 5.0, 7

@@ -7,12 +7,11 @@ import pytest
 from fakes import random, some_texts
 from flax import nnx
 
-from easyanimate_jax import memory, pipelines
-from easyanimate_jax.denoising import Sampling
+from easyanimate_jax import memory
 from easyanimate_jax.diffusion.flow import Flow
-from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
-from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.pipelines import (
+from easyanimate_jax.generation import pipelines
+from easyanimate_jax.generation.denoising import Sampling
+from easyanimate_jax.generation.pipelines import (
     LatentDiffusion,
     Request,
     control_to_video,
@@ -22,6 +21,8 @@ from easyanimate_jax.pipelines import (
     text_to_video,
     video_to_video,
 )
+from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
+from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 
 SIZE = 5, 48, 48  # 18 tokens

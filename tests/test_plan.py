@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from easyanimate_jax.data.plan import CYCLE, Plan
+from easyanimate_jax.data.plan.plan import CYCLE, Plan
 
 
 def index(num_records=60, seed=0):

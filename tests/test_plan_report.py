@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from easyanimate_jax.data import media, sources
+from easyanimate_jax.commands import plan as command
+from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget
-from easyanimate_jax.data.plan import __main__ as command
 from easyanimate_jax.data.plan.report import choose, describe_stage
 from easyanimate_jax.data.records import LatentSet
-from easyanimate_jax.data.sources import clip_table
+from easyanimate_jax.data.sources import clip_table, read
 from easyanimate_jax.training.stages import Stage
 
 CONFIG = """
@@ -65,7 +65,7 @@ def test_better_lengths_are_named(tmp_path):
     write_table(tmp_path / "clips.parquet", 500)
     latents = LatentSet("all", Budget(13312, (15360,), (512, 768, 1024)))
     stage = Stage("one", "all", batch_size=2, steps=10)
-    shown = describe_stage(stage, latents, sources.table(tmp_path / "clips.parquet"), {}, 0)
+    shown = describe_stage(stage, latents, read.table(tmp_path / "clips.parquet"), {}, 0)
     found = re.search(r"would use .* computed (\d\.\d+) instead of (\d\.\d+)", shown)
     assert float(found[1]) > 0.95
 
@@ -73,7 +73,7 @@ def test_better_lengths_are_named(tmp_path):
 def test_the_report_chooses_what_prepare_will(tmp_path):
     write_table(tmp_path / "clips.parquet", 300)
     latents = LatentSet("all", Budget(13312, (4096, 12288, 13312, 15360), (512, 768, 1024)))
-    index, left_out, _ = choose(latents, sources.table(tmp_path / "clips.parquet"))
+    index, left_out, _ = choose(latents, read.table(tmp_path / "clips.parquet"))
     clips = pyarrow.parquet.read_table(tmp_path / "clips.parquet").to_pylist()
     choose_one = lambda c: latents.budget.choose(  # noqa: E731
         (c["frames"] - 1) // 3 + 1, c["height"], c["width"], c["clip"]
@@ -91,7 +91,7 @@ def test_a_folder_is_an_index_and_an_empty_stage_says_why(tmp_path):
     (tmp_path / "metadata.json").write_text(json.dumps([{"file_path": "a.png", "text": "a"}]))
     latents = LatentSet("all", Budget(48, (48,), (64,)), kinds=("video",))
     stage = Stage("one", "all", batch_size=2, steps=10)
-    shown = describe_stage(stage, latents, sources.table(tmp_path), {}, 0)
+    shown = describe_stage(stage, latents, read.table(tmp_path), {}, 0)
     assert "no clip is left" in shown and re.search(r"left out +1  not of kind video", shown)
 
 

@@ -8,15 +8,16 @@ import jax
 import numpy as np
 import pytest
 
-from easyanimate_jax import prepare as prepare_module
+from easyanimate_jax.commands import prepare as command
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget, Shape
 from easyanimate_jax.data.records import LatentSet, Records, read_texts
 from easyanimate_jax.models.mmdit import patchify
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.prepare import __main__ as command
-from easyanimate_jax.prepare import clips, fingerprint, prepare
+from easyanimate_jax.prepare import clips
+from easyanimate_jax.prepare import prepare as prepare_module
 from easyanimate_jax.prepare.encode import Encoder
+from easyanimate_jax.prepare.prepare import fingerprint, prepare
 
 SET = LatentSet("small", Budget(12, (4, 12), (32,), frames=9), condition_draws=3)
 PROMPTS = ("a prompt",)

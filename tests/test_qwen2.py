@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
+from easyanimate_jax.commands import prepare as command
 from easyanimate_jax.data.media import write_png
 from easyanimate_jax.data.records import Records, read_texts
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.prepare import __main__ as command
-from easyanimate_jax.prepare import fingerprint
+from easyanimate_jax.prepare.prepare import fingerprint
 from easyanimate_jax.sharding import MeshConfig, make_mesh, shardings
 from easyanimate_jax.text.encode import CHAT, Chat, TextConfig, TextEncoder
 from easyanimate_jax.text.qwen2 import Qwen2, Qwen2Config, load_qwen2, read_qwen2_config
@@ -379,7 +379,7 @@ def test_other_merges_are_another_folder(folder, tmp_path):
 CONFIG = """
 from dataclasses import replace
 from configs.demo import config as demo
-from easyanimate_jax.config import SampleConfig
+from easyanimate_jax.runs.config import SampleConfig
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
 

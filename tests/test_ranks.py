@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from test_loop import ROOT, folder, start
 from test_reliability import STEPS, SUPERVISED, await_section, command, end, prints, rows
-from test_trainer import ROOT, folder, start
 
 pytestmark = pytest.mark.reliability
 HANG = r"hang: ([\d.]+) s in .*limit ([\d.]+) s"

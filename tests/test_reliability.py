@@ -1,6 +1,6 @@
 """Faults in train.py itself, on one process: kills, signals, full disks, NaN, hangs.
 
-Every run trains the first stage of the cut in test_trainer.py; what counts is how it ends: the exit
+Every run trains the first stage of the cut in test_loop.py; what counts is how it ends: the exit
 code, and the bits of its last checkpoint beside those of a run without faults. The numbers R1 to
 R15 are those of docs/reliability.md; `pytest -m reliability` runs them all.
 """
@@ -15,16 +15,17 @@ import time
 from pathlib import Path
 
 import pytest
-from test_trainer import CUT, ROOT, folder, start
+from test_loop import CUT, ROOT, folder, start
 
 from easyanimate_jax.training import checkpoint
+from easyanimate_jax.weights import run_folder
 
 STEPS = 12
 STAGE = f"""
 stage = replace(stages[0], steps={STEPS}, microbatch=None, batch_size=2)
 config = replace(config, stages=(stage,), save_every=4)
 """
-SUPERVISED = [sys.executable, "-m", "easyanimate_jax.training.supervisor"]
+SUPERVISED = [sys.executable, "-m", "easyanimate_jax", "supervise"]
 
 
 def command(folder: Path, run: str, *options: str) -> list[str]:
@@ -43,7 +44,7 @@ def prints(folder: Path, run: str, step: int = STEPS) -> dict:
     """The fingerprints of a checkpoint, which its files have, too; nothing else is left there."""
     path = folder / run / "checkpoints" / str(step)
     assert checkpoint.damage(path) == []
-    assert checkpoint.is_verified(path)
+    assert run_folder.is_verified(path)
     left = [p.name for p in path.parent.iterdir()]
     assert all(name.isdigit() for name in left), left
     return checkpoint.read_step_meta(path)["arrays"]
@@ -100,7 +101,7 @@ def test_r7_a_full_disk_costs_two_checkpoints_and_nothing_else(folder, whole):
     output = end(start(folder, words, EASYANIMATE_FAULTS="full@6-8"))
     for step in (6, 8):
         assert f"checkpoint {step} was not saved" in output
-    assert checkpoint.complete_steps(folder / "full" / "checkpoints") == [10, 12]
+    assert run_folder.complete_steps(folder / "full" / "checkpoints") == [10, 12]
     assert prints(folder, "full") == whole
 
 

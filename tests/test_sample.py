@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-import sample
-from easyanimate_jax import memory, runs
+from easyanimate_jax import memory
+from easyanimate_jax.commands import sample
 from easyanimate_jax.data import media
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.generation.pipelines import LatentDiffusion
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.pipelines import LatentDiffusion
+from easyanimate_jax.runs import load
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
 FILM = np.random.default_rng(1).integers(0, 256, (9, 24, 40, 3), np.uint8)
@@ -165,7 +166,7 @@ REFUSED = [
 @pytest.mark.parametrize(("arguments", "message"), REFUSED)
 def test_what_cannot_work_is_refused_in_one_line(run, arguments, message, capfd, monkeypatch):
     loaded = []
-    monkeypatch.setattr(runs, "load_run", loaded.append)
+    monkeypatch.setattr(load, "load_run", loaded.append)
     assert run(*arguments) == 2
     line = capfd.readouterr().err
     assert line.startswith("sample.py: ") and line.count("\n") == 1
@@ -175,12 +176,12 @@ def test_what_cannot_work_is_refused_in_one_line(run, arguments, message, capfd,
 
 def test_wrong_arguments_are_refused_before_jax_is_imported(run):
     program = (
-        "import sys, sample\n"
+        "import sys\nfrom easyanimate_jax.commands import sample\n"
         "code = sample.main(['nowhere', '--prompt', 'x'])\n"
         "assert not {'jax', 'torch', 'transformers'} & set(sys.modules)\n"
         "sys.exit(code)"
     )
-    root = sample.__file__.rsplit("/", 1)[0]
+    root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("sample.py: there is no checkpoint folder nowhere")
@@ -219,7 +220,7 @@ class Encoder:
 @pytest.fixture
 def working(run, loaded, monkeypatch):
     """`run`, with a tiny model in the checkpoint and a stub for the text encoders."""
-    monkeypatch.setattr(runs, "load_run", lambda folder, **options: loaded)
+    monkeypatch.setattr(load, "load_run", lambda folder, **options: loaded)
     return lambda *arguments: run("run", "--steps", 2, *arguments)
 
 
@@ -337,7 +338,7 @@ def test_a_line_can_be_made_again_by_itself(working, tmp_path):
 
 
 def test_every_kind_of_request_finds_its_pipeline(run, tmp_path, monkeypatch):
-    from easyanimate_jax import pipelines
+    from easyanimate_jax.generation import pipelines
 
     pose = " ".join(["0", *["0.5"] * 4, "0", "0", *map(str, np.eye(4)[:3].ravel())])
     (tmp_path / "good.txt").write_text("title\n" + f"{pose}\n" * 13)
@@ -355,7 +356,7 @@ def test_every_kind_of_request_finds_its_pipeline(run, tmp_path, monkeypatch):
         note(f"{name}_to_video")
     note("long_video")
     loaded = SimpleNamespace(step=7, encoder=Encoder(), diffusion=SimpleNamespace(model=0, vae=0))
-    monkeypatch.setattr(runs, "load_run", lambda folder, **options: loaded)
+    monkeypatch.setattr(load, "load_run", lambda folder, **options: loaded)
     requests = [
         ("run", [], ("text_to_video", set())),
         ("run", ["--image", "start.png"], ("image_to_video", {"start"})),

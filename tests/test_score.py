@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from easyanimate_jax.data.control import canny
-from easyanimate_jax.evaluation import world
-from easyanimate_jax.evaluation.score import (
+from demos import world
+from demos.score import (
     CHANCE,
     attributes,
     edge_f1,
@@ -18,7 +17,8 @@ from easyanimate_jax.evaluation.score import (
     path_distance,
     score,
 )
-from easyanimate_jax.evaluation.world import durations, prompts, render
+from demos.world import durations, prompts, render
+from easyanimate_jax.data.control import canny
 
 
 def clips(num_frames, height, width, count=60, split="seen"):

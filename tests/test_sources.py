@@ -18,15 +18,15 @@ import pytest
 import tensorflow_datasets
 from PIL import Image
 
-from easyanimate_jax.data import media, sources
+from easyanimate_jax.commands import sources as command
+from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.loader import Loader
-from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import LatentSet, Records
-from easyanimate_jax.data.sources import __main__ as command
-from easyanimate_jax.data.sources import tfds
+from easyanimate_jax.data.sources import read, tfds
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.prepare import prepare
+from easyanimate_jax.prepare.prepare import prepare
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def describe(folder, *rows):
 
 def test_rows_of_one_file_are_one_clip(folder):
     describe(folder, ("a.mp4", "red", "video"), ("b.png", "blue"), ("a.mp4", "红", "video"))
-    (a, b), problems = sources.read_clips(folder)
+    (a, b), problems = read.read_clips(folder)
     assert (a.name, a.kind, a.captions) == ("a.mp4", "video", ("red", "红"))
     assert (a.num_frames, a.height, a.width, a.fps) == (5, 32, 48, 8.0)
     assert (b.kind, b.num_frames, b.height, b.width) == ("image", 1, 20, 30)
@@ -55,11 +55,11 @@ def test_rows_of_one_file_are_one_clip(folder):
 def test_csv_says_the_same_as_json(folder):
     rows = [("a.mp4", "red, fast", "video"), ("b.png", "蓝", "image")]
     describe(folder, *rows)
-    from_json = sources.read_clips(folder)
+    from_json = read.read_clips(folder)
     (folder / "metadata.json").unlink()
     table = "file_path,text,type\n" + "".join(f'{f},"{t}",{k}\n' for f, t, k in rows)
     (folder / "metadata.csv").write_text(table, encoding="utf-8-sig")
-    assert sources.read_clips(folder) == from_json
+    assert read.read_clips(folder) == from_json
 
 
 def test_every_bad_row_is_reported_with_its_reason(folder):
@@ -74,7 +74,7 @@ def test_every_bad_row_is_reported_with_its_reason(folder):
         ("b.png", "?", "sound"),
         ("", "nameless"),
     )
-    clips, problems = sources.read_clips(folder)
+    clips, problems = read.read_clips(folder)
     assert [clip.name for clip in clips] == ["a.mp4"] and clips[0].captions == ("fine",)
     assert [p.row for p in problems] == [1, 2, 3, 4, 5, 6, 7]
     for problem, reason in zip(
@@ -86,19 +86,19 @@ def test_every_bad_row_is_reported_with_its_reason(folder):
 def test_a_folder_without_a_usable_clip_raises(folder):
     describe(folder, ("c.mp4", "not a video", "video"))
     with pytest.raises(ValueError, match=r"no usable clip[\s\S]*c\.mp4"):
-        sources.read_clips(folder)
+        read.read_clips(folder)
 
 
 @pytest.mark.parametrize("text", ["{", '{"a": 1}', "[1]"])
 def test_a_broken_metadata_file_is_named(folder, text):
     (folder / "metadata.json").write_text(text)
     with pytest.raises(ValueError, match=r"metadata\.json"):
-        sources.read_clips(folder)
+        read.read_clips(folder)
 
 
 def test_a_missing_metadata_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="neither metadata"):
-        sources.read_clips(tmp_path)
+        read.read_clips(tmp_path)
 
 
 def clips_of(read):
@@ -138,12 +138,12 @@ def three(tmp_path_factory):
         *[(n, t, "image" if n.endswith("png") else "video") for n in captions for t in captions[n]],
     )
     write_tar(place / "clips.tar", folder, captions)
-    built = tfds.write_tfds(sources.read_clips(folder)[0], place / "tfds")
+    built = tfds.write_tfds(read.read_clips(folder)[0], place / "tfds")
     return folder, place / "clips.tar", built
 
 
 def test_a_folder_a_tar_and_a_tfds_data_set_hold_the_same_clips(three):
-    folder, tar, built = (clips_of(sources.read_clips(source)) for source in three)
+    folder, tar, built = (clips_of(read.read_clips(source)) for source in three)
     assert folder == tar == built and len(folder) == 5
 
 
@@ -173,7 +173,7 @@ def test_all_three_train_on_the_same_batches(three, tmp_path):
 
 def test_reading_tfds_imports_no_tensorflow(three):
     code = (
-        "import sys; from easyanimate_jax.data.sources import read_clips; "
+        "import sys; from easyanimate_jax.data.sources.read import read_clips; "
         "print(len(read_clips(sys.argv[1])[0]), 'tensorflow' in sys.modules)"
     )
     command = [sys.executable, "-c", code, str(three[2])]
@@ -185,7 +185,7 @@ def test_lists_pairs_and_tables_say_the_same(tmp_path):
     captions = {name: texts[0] for name, texts in rich(tmp_path).items()}
     for name, text in captions.items():
         (tmp_path / name).with_suffix(".txt").write_text(text)
-    pairs = sources.read_clips(tmp_path)
+    pairs = read.read_clips(tmp_path)
     assert len(pairs[0]) == 5 and pairs[1] == []
 
     table = pyarrow.table({"video_path": list(captions), "caption": list(captions.values())})
@@ -193,12 +193,12 @@ def test_lists_pairs_and_tables_say_the_same(tmp_path):
     rows = "".join(f"{n},{t}\n" for n, t in captions.items())
     (tmp_path / "t.csv").write_text("path,prompt\n" + rows)
     for name in ("t.parquet", "t.csv"):
-        assert clips_of(sources.read_clips(tmp_path / name)) == clips_of(pairs)
+        assert clips_of(read.read_clips(tmp_path / name)) == clips_of(pairs)
     (tmp_path / "videos.txt").write_text("\n".join(captions))
     (tmp_path / "prompt.txt").write_text("\n".join(captions.values()))
-    assert clips_of(sources.read_clips(tmp_path)) == clips_of(pairs)
+    assert clips_of(read.read_clips(tmp_path)) == clips_of(pairs)
     (tmp_path / "prompt.txt").write_text("\n".join([*captions.values(), "one too many"]))
-    assert [p.row for p in sources.read_clips(tmp_path)[1]] == [6]
+    assert [p.row for p in read.read_clips(tmp_path)[1]] == [6]
 
 
 def test_other_data_sets_of_pictures_read_by_their_features(tmp_path):
@@ -222,7 +222,7 @@ def test_other_data_sets_of_pictures_read_by_their_features(tmp_path):
 
     builder = Digits(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
-    clips, problems = sources.read_clips(builder.data_dir)
+    clips, problems = read.read_clips(builder.data_dir)
     assert problems == [] and sorted(c.captions[0] for c in clips) == ["nought", "one"]
     assert {(c.kind, c.height, c.width) for c in clips} == {("image", 32, 32)}
 
@@ -237,13 +237,13 @@ def test_the_command_shows_sizes_durations_and_problems(folder):
 def test_an_unknown_source_is_named(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"a\.zip is no source"):
-        sources.read_clips(tmp_path / "a.zip")
+        read.read_clips(tmp_path / "a.zip")
 
 
 def test_a_mixture_names_its_sources(three, tmp_path):
     folder, tar, _ = three
     (tmp_path / "m.toml").write_text(f'films = "{folder}"\nstock = "{tar}"\n')
-    clips, problems = sources.read_clips(tmp_path / "m.toml")
+    clips, problems = read.read_clips(tmp_path / "m.toml")
     assert len(clips) == 10 and problems == []
     assert {c.name: c.source for c in clips if c.name.endswith("p.png")} == {
         "films/p.png": "films",
@@ -251,4 +251,4 @@ def test_a_mixture_names_its_sources(three, tmp_path):
     }
     (tmp_path / "m.toml").write_text("films = 3")
     with pytest.raises(ValueError, match="films must be a source"):
-        sources.read_clips(tmp_path / "m.toml")
+        read.read_clips(tmp_path / "m.toml")

@@ -6,19 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from easyanimate_jax.batches import place
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
+from easyanimate_jax.runs.batches import place
 from easyanimate_jax.sharding import MeshConfig, make_mesh, shardings
 from easyanimate_jax.training.checkpoint import Checkpoints
 from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
-from easyanimate_jax.training.step import (
-    denoising_loss,
-    init_state,
-    train_step,
-    widen_state,
-)
+from easyanimate_jax.training.step import denoising_loss, init_state, train_step, widen_state
 
 TINY = MMDiTConfig(
     depth=2,

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import pytest
 
 from configs.v5_12b import config as v5_12b
-from easyanimate_jax.aot import __main__ as command
-from easyanimate_jax.aot.chips import CHIPS
-from easyanimate_jax.aot.compile import StageReport
-from easyanimate_jax.aot.report import page, table
-from easyanimate_jax.aot.suggest import (
+from easyanimate_jax.commands import aot as command
+from easyanimate_jax.pods.chips import CHIPS
+from easyanimate_jax.pods.compile import StageReport
+from easyanimate_jax.pods.report import page, table
+from easyanimate_jax.pods.suggest import (
     Choice,
     changes_that_fit,
     choices,
@@ -22,7 +22,7 @@ from easyanimate_jax.aot.suggest import (
     present,
     variant,
 )
-from easyanimate_jax.config import load
+from easyanimate_jax.runs.config import load
 from easyanimate_jax.sharding import MeshConfig
 
 V6E = next(chip for chip in CHIPS if chip.name == "v6e")

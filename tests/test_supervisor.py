@@ -41,7 +41,7 @@ def supervise(folder: Path, body: str, ranks: int = 1, silence: float = 30) -> s
     words = ["--ranks", str(ranks), "--silence", str(silence), "--"]
     words += [sys.executable, str(folder / "rank.py"), str(folder)]
     return subprocess.Popen(
-        [sys.executable, "-m", "easyanimate_jax.training.supervisor", *words],
+        [sys.executable, "-m", "easyanimate_jax", "supervise", *words],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -10,7 +10,7 @@ import torch
 import transformers
 from flax import nnx
 
-from easyanimate_jax.evaluation.world import image_prompts, prompts
+from demos.world import image_prompts, prompts
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.text.bert import Bert, load_bert, save_bert
 from easyanimate_jax.text.encode import TextConfig, TextEncoder, clean

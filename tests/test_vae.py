@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from easyanimate_jax.convert.folder import load_vae
-from easyanimate_jax.convert.vae import table
 from easyanimate_jax.models import vae as vae_module
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.tensors.lazy import Tensor
-from easyanimate_jax.tensors.module import abstract, build, flat_weights, save_module, shapes_of
-from easyanimate_jax.tensors.table import their_shape, to_ours
+from easyanimate_jax.weights.folder import load_vae
+from easyanimate_jax.weights.lazy import Tensor
+from easyanimate_jax.weights.module import abstract, build, flat_weights, save_module, shapes_of
+from easyanimate_jax.weights.table import their_shape, to_ours
+from easyanimate_jax.weights.vae_table import table
 
 GOLDEN = VAEConfig(channels=(32, 32, 64, 64), dtype="float32")
 TINY = VAEConfig(channels=(8, 8, 16, 16), groups=4, dtype="float32")

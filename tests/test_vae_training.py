@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from easyanimate_jax.convert.folder import load_vae
 from easyanimate_jax.data import media
 from easyanimate_jax.data.control import canny
-from easyanimate_jax.data.sources import read_clips
+from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.models.vae import VAEConfig
-from easyanimate_jax.tensors.module import flat_weights
-from easyanimate_jax.training import vae as training
-from easyanimate_jax.training.vae import Crops, VAEStage, VAETrainConfig, train
+from easyanimate_jax.training.vae import loop as training
+from easyanimate_jax.training.vae.loop import Crops, VAEStage, VAETrainConfig, train
+from easyanimate_jax.weights.folder import load_vae
+from easyanimate_jax.weights.module import flat_weights
 
 TINY = VAEConfig(channels=(8, 8, 8), layers=1, unshuffle=8, norm="rms", dtype="float32")
 

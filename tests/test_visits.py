@@ -8,23 +8,23 @@ import sys
 import jax
 import numpy as np
 import pytest
+from test_loop import finish, start, stop_at
 from test_prepare import PROMPTS, SET, FakeText, source, vae  # noqa: F401 fixtures
 from test_sources import three  # noqa: F401
-from test_trainer import finish, start, stop_at
 
-from easyanimate_jax.batches import make_loaders
-from easyanimate_jax.config import load
-from easyanimate_jax.data import media, sources
+from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.loader import Loader
-from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records
-from easyanimate_jax.data.sources import places
-from easyanimate_jax.prepare import fingerprint, prepare
+from easyanimate_jax.data.sources import places, read
 from easyanimate_jax.prepare.encode import Encoder
-from easyanimate_jax.prepare.visits import VisitLoader
+from easyanimate_jax.prepare.prepare import fingerprint, prepare
+from easyanimate_jax.runs.batches import make_loaders
+from easyanimate_jax.runs.config import load
+from easyanimate_jax.runs.visits import VisitLoader
 from easyanimate_jax.sharding import make_mesh
-from easyanimate_jax.tensors.module import save_module
+from easyanimate_jax.weights.module import save_module
 
 SIZES = Budget(72, (72,), (48, 96), frames=29)
 
@@ -140,7 +140,7 @@ def test_a_bad_file_is_replaced_the_same_for_all_and_noted(films, encoder, tmp_p
 
 def test_folder_tar_and_tfds_say_where_their_clips_lie(three):  # noqa: F811
     for place in three:
-        found, _ = sources.read_clips(place)
+        found, _ = read.read_clips(place)
         root = places.root_of(found)
         for clip in found:
             again = places.from_bytes(places.to_bytes(clip, root), root)
@@ -154,7 +154,7 @@ def test_folder_tar_and_tfds_say_where_their_clips_lie(three):  # noqa: F811
 
 @pytest.mark.parametrize("name", ["../outside.mp4", "/etc/passwd", "http://localhost/x.mp4"])
 def test_a_place_outside_the_root_is_refused(source, name):  # noqa: F811
-    clip = sources.read_clips(source)[0][0]
+    clip = read.read_clips(source)[0][0]
     place = json.loads(bytes(places.to_bytes(clip, source)))
     place["path"]["file"] = name
     content = np.frombuffer(json.dumps(place).encode(), np.uint8)
@@ -165,7 +165,7 @@ def test_a_place_outside_the_root_is_refused(source, name):  # noqa: F811
 RUN = """
 from dataclasses import replace
 from configs.demo import config as demo
-from easyanimate_jax.config import SampleConfig
+from easyanimate_jax.runs.config import SampleConfig
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.training.stages import Stage

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from easyanimate_jax.evaluation import world
-from easyanimate_jax.evaluation.ways_report import (
+from demos import world
+from demos.ways_report import (
     DISTANCE,
     EDGES,
     FIRST,

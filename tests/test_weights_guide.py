@@ -14,14 +14,14 @@ from test_export import MODEL, exported, parts, random_module  # noqa: F401
 
 from easyanimate_jax.data import media
 from easyanimate_jax.models.mmdit import MMDiT
-from easyanimate_jax.tensors import files
+from easyanimate_jax.weights import files
 
 ROOT = Path(__file__).parent.parent
 CONFIG = """
 from dataclasses import replace
 
 from configs.v51_12b_finetune import config as released
-from easyanimate_jax.config import SampleConfig
+from easyanimate_jax.runs.config import SampleConfig
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.models.mmdit import MMDiTConfig
@@ -68,9 +68,9 @@ def test_released_weights_are_fine_tuned_and_handed_back(tmp_path, parts):  # no
         assert ran.returncode == 0, ran.stdout + ran.stderr
         return ran.stdout
 
-    convert = ("-m", "easyanimate_jax.convert")
+    convert = ("-m", "easyanimate_jax", "convert")
     run(*convert, str(released), "weights", "--to", "jax")
-    run("-m", "easyanimate_jax.prepare", "finetune.py", "--source", "data/clips")
+    run("-m", "easyanimate_jax", "prepare", "finetune.py", "--source", "data/clips")
     train = (str(ROOT / "train.py"), "finetune.py", "--stages.0.learning-rate", "1e-2")
     said = run(*train, "--stages.0.steps", "4", "--stages.0.warmup", "1")
     assert "starting from the weights of weights/transformer" in said

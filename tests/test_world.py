@@ -6,9 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from easyanimate_jax.data.media import probe, read_clip
-from easyanimate_jax.evaluation.score import attributes
-from easyanimate_jax.evaluation.world import (
+from demos.score import attributes
+from demos.world import (
     BACKGROUNDS,
     BONES,
     COLOURS,
@@ -28,6 +27,7 @@ from easyanimate_jax.evaluation.world import (
     render,
     write_world,
 )
+from easyanimate_jax.data.media import probe, read_clip
 
 
 @pytest.fixture(scope="module")

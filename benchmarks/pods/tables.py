@@ -20,15 +20,10 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: what is here does not matter
 import jax
 
-from easyanimate_jax.aot.compile import (
-    StageReport,
-    describe_stage,
-    longest,
-    pod_mesh,
-    trace_stage,
-)
-from easyanimate_jax.aot.report import markdown
-from easyanimate_jax.config import load
+from easyanimate_jax.pods.compile import longest, pod_mesh
+from easyanimate_jax.pods.report import markdown
+from easyanimate_jax.runs.config import load
+from easyanimate_jax.training.compile import StageReport, describe_stage, trace_stage
 from easyanimate_jax.training.program import COMPILER_OPTIONS
 
 RESULTS = Path("benchmarks/results/pods")
@@ -78,8 +73,8 @@ def fingerprint(name: str) -> str:
     mesh, chip = pod_mesh(config, topology)
     with jax.set_mesh(mesh):
         sizes = longest(config, stage)
-        _, placed, arguments = describe_stage(config, stage, mesh, **sizes, memory=0)
-        program = str(trace_stage(config, stage, placed, arguments).jaxpr)
+        _, placed, arguments = describe_stage(config.step, stage, mesh, **sizes, memory=0)
+        program = str(trace_stage(config.step, stage, placed, arguments).jaxpr)
     values = [re.sub(r"0x[0-9a-f]+|policy=.*", "", program)]
     values += [str(x.sharding.spec) for x in jax.tree.leaves(arguments)]
     values += [str([device.id for device in mesh.devices.flat]), topology]
@@ -97,7 +92,7 @@ def compile_run(name: str) -> None:
     config, topology, stage, overrides = RUNS[name]
     path, made_of = RESULTS / f"{name}.json", fingerprint(name)
     new = path.with_suffix(".new")
-    command = ["-m", "easyanimate_jax.aot", config, "--topology", topology, "--stage", stage]
+    command = ["-m", "easyanimate_jax", "aot", config, "--topology", topology, "--stage", stage]
     command = [*command, *overrides]
     print(f"python {' '.join(command)}", flush=True)
     code = subprocess.run([sys.executable, *command, "--json", str(new)]).returncode

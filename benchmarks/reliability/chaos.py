@@ -272,9 +272,9 @@ def flips(minutes: float, goal: int) -> None:
     from jax.sharding import NamedSharding, PartitionSpec
 
     from easyanimate_jax.sharding import MeshConfig, make_mesh
-    from easyanimate_jax.tensors import orbax_item
     from easyanimate_jax.training.checkpoint import Checkpoints, damage
     from easyanimate_jax.training.step import TrainState
+    from easyanimate_jax.weights import orbax_item
 
     rng = np.random.default_rng(time.time_ns() % 2**32)
     FOLDER.mkdir(parents=True, exist_ok=True)

@@ -28,14 +28,14 @@ import numpy as np
 from flax import nnx
 from tiny import write_results
 
-from easyanimate_jax.config import load
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.models.mmdit import MMDiT
+from easyanimate_jax.runs.config import load
 from easyanimate_jax.training import step as step_module
 from easyanimate_jax.training.checkpoint import Checkpoints, describe, named_leaves
-from easyanimate_jax.training.divergence import Detector
-from easyanimate_jax.training.monitor import Monitor
 from easyanimate_jax.training.optimizer import make_optimizer
+from easyanimate_jax.training.safety.divergence import Detector
+from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.step import init_state, train_step
 
 ROUNDS, STEPS = 24, 5

@@ -16,10 +16,10 @@ from pathlib import Path
 import every_rank_caches  # noqa: F401 (it acts when it is imported)
 import numpy as np
 
-import train
-from easyanimate_jax import trainer
+from easyanimate_jax.commands import train
+from easyanimate_jax.runs import loop
 
-update = trainer.Schedule._update
+update = loop.Schedule._update
 RANK = os.environ.get("JAX_PROCESS_ID", "0")
 START = os.environ.get("JAX_COORDINATOR_ADDRESS", str(os.getpid()))  # the same for all ranks
 
@@ -43,5 +43,5 @@ def num_records(schedule, stage) -> int:
 
 
 if __name__ == "__main__":
-    trainer.Schedule._update = watched_update
+    loop.Schedule._update = watched_update
     train.run(sys.argv[1:])

@@ -22,7 +22,7 @@ STEPS, SAVE_EVERY = 120, 5
 CONFIG = """
 from dataclasses import replace
 from configs.demo import config as demo
-from easyanimate_jax.config import SampleConfig
+from easyanimate_jax.runs.config import SampleConfig
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.training.stages import Stage
@@ -71,7 +71,7 @@ def supervise(run: str, ranks: int, devices: int = 1, data: str = "image") -> su
     config = FOLDER / f"{run}.py"
     settings = {"folder": FOLDER, "run": run, "steps": STEPS, "save_every": SAVE_EVERY}
     config.write_text(CONFIG.format(**settings, data=data, lengths=LENGTHS[data]))
-    words = [sys.executable, "-m", "easyanimate_jax.training.supervisor", "--ranks", str(ranks)]
+    words = [sys.executable, "-m", "easyanimate_jax", "supervise", "--ranks", str(ranks)]
     flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILES}"
     return subprocess.Popen(
         [*words, "--", sys.executable, str(Path(__file__).parent / "rank.py"), str(config)],
@@ -117,7 +117,8 @@ def stepping(now: list[dict]) -> bool:
 
 def fingerprints(run: str) -> dict:
     """Of the last checkpoint, whose files are read and hold them."""
-    from easyanimate_jax.training.checkpoint import damage, read_step_meta
+    from easyanimate_jax.training.checkpoint import damage
+    from easyanimate_jax.weights.run_folder import read_step_meta
 
     path = FOLDER / run / "checkpoints" / str(STEPS)
     wrong = damage(path)
@@ -140,9 +141,9 @@ def samples_not_as_planned(run: str) -> int:
 
     Of every step the last time it was made counts: what came before was thrown away with a kill.
     """
-    from easyanimate_jax.config import load
-    from easyanimate_jax.data.plan import Plan
+    from easyanimate_jax.data.plan.plan import Plan
     from easyanimate_jax.data.records import Records
+    from easyanimate_jax.runs.config import load
 
     made = {}  # step -> {start: (time, length, {row: record})}
     for file in (FOLDER / run).glob("used-*.jsonl"):

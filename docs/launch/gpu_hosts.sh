@@ -11,5 +11,5 @@ export JAX_NUM_PROCESSES=${HOSTS:?number of hosts}
 export JAX_PROCESS_ID=${HOST:?number of this host, from 0}
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
 
-python -m easyanimate_jax.doctor "$@" || exit 1
+python -m easyanimate_jax doctor "$@" || exit 1
 exec python train.py "$@"

@@ -10,6 +10,6 @@ name=${1:?name of the TPU} zone=${2:?its zone}
 shift 2
 # "auto": the hosts hear of each other from their metadata server.
 run="cd easyanimate_jax && export JAX_COORDINATOR_ADDRESS=auto"
-run="$run && .venv/bin/python -m easyanimate_jax.doctor $*"
+run="$run && .venv/bin/python -m easyanimate_jax doctor $*"
 run="$run && .venv/bin/python train.py $*"
 exec gcloud compute tpus tpu-vm ssh "$name" --zone "$zone" --worker=all --command "$run"

@@ -6,7 +6,7 @@
 set -euo pipefail
 cluster=${1:?name of the cluster}
 shift
-run="python -m easyanimate_jax.doctor $* && python train.py $*"
+run="python -m easyanimate_jax doctor $* && python train.py $*"
 exec xpk workload create \
     --cluster "$cluster" \
     --workload easyanimate \

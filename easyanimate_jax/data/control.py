@@ -1,6 +1,6 @@
 """Control signals from pixels, camera files and drawn paths: what a control model is led by.
 
-`python -m easyanimate_jax.data.control FOLDER OPERATOR` writes the control videos of a folder of
+`python -m easyanimate_jax control FOLDER OPERATOR` writes the control videos of a folder of
 captioned files and enters them in its metadata.json.
 
 One interface: an operator takes a video, (F, H, W, 3) uint8, and gives the control video, of that
@@ -275,14 +275,3 @@ def write_controls(folder: str | Path, operator: str) -> int:
     part.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     part.replace(table)
     return written
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[2] not in OPERATORS:
-        print(f"{__doc__}\noperators: {', '.join(OPERATORS)}", file=sys.stderr)
-        sys.exit(2)
-    try:
-        print(f"{write_controls(*sys.argv[1:])} control files written")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

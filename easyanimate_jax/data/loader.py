@@ -21,7 +21,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records, read_texts
 
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # in batches

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from safetensors.numpy import load_file, save, save_file
 
 from easyanimate_jax.data.buckets import Budget
-from easyanimate_jax.tensors.files import DTYPES
+from easyanimate_jax.weights.files import DTYPES
 
 VERSION = 1
 INDEX_TYPES = {
@@ -147,7 +147,7 @@ class Records:
         self.folder = Path(folder)
         if not (self.folder / "header.json").is_file():
             raise ValueError(
-                f"{folder} holds no finished set; run python -m easyanimate_jax.prepare"
+                f"{folder} holds no finished set; run python -m easyanimate_jax prepare"
             )
         self.header = json.loads((self.folder / "header.json").read_text())
         if self.header["version"] != VERSION:
@@ -193,7 +193,7 @@ class Records:
     def _damaged(self, shard: int, what: str) -> str:
         return (
             f"{_shard_path(self.folder, shard)} is damaged ({what}); remove it and run "
-            f"python -m easyanimate_jax.prepare again"
+            f"python -m easyanimate_jax prepare again"
         )
 
 
@@ -204,7 +204,7 @@ def write_texts(path: Path, texts: Texts) -> None:
 
 def read_texts(path: str | os.PathLike) -> Texts:
     if not Path(path).is_file():
-        raise ValueError(f"{path} is missing; run python -m easyanimate_jax.prepare")
+        raise ValueError(f"{path} is missing; run python -m easyanimate_jax prepare")
     return tuple(text.astype(np.float32) for _, text in sorted(load_file(path).items()))
 
 

@@ -11,12 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from easyanimate_jax.diffusion.times import (
-    NUM_TRAIN_TIMES,
-    align,
-    to_index,
-    uniform,
-)
+from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES, align, to_index, uniform
 
 SHIFT = math.e  # the released pipelines call the dynamic shift with mu = 1
 

@@ -18,14 +18,7 @@ from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
 from easyanimate_jax.models.attention import joint_attention
-from easyanimate_jax.models.layers import (
-    layer_norm,
-    linear,
-    rms_norm,
-    scan_blocks,
-    sinusoid,
-    stack,
-)
+from easyanimate_jax.models.layers import layer_norm, linear, rms_norm, scan_blocks, sinusoid, stack
 from easyanimate_jax.models.rope import MAX_GRID, Angles, rotary_angles, rotate
 from easyanimate_jax.sharding import by_device, token_axis
 

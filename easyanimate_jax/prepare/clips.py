@@ -20,7 +20,7 @@ from easyanimate_jax.data.control import (
 )
 from easyanimate_jax.data.decode import decoders
 from easyanimate_jax.data.records import LatentSet
-from easyanimate_jax.data.sources import Clip
+from easyanimate_jax.data.sources.rows import Clip
 from easyanimate_jax.diffusion.conditioning import (
     MASK_SCALE,
     UNKNOWN,

@@ -1,6 +1,6 @@
 """From raw films to a table of clips: probe, cut, score, remove near-duplicates, report.
 
-    python -m easyanimate_jax.prepare.curate SOURCE OUT
+    python -m easyanimate_jax curate SOURCE OUT
 
 `SOURCE` is any source of data/sources, or a folder of films without captions. Nothing is rewritten:
 a clip is a span of a file. OUT/clips.parquet is the table, one row per clip, with its scores and,
@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,15 +21,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import tyro
 from tqdm import tqdm
 
 from easyanimate_jax.data import media, paths
 from easyanimate_jax.data.decode import Decoders
-from easyanimate_jax.data.sources import clip_table, read_clips
+from easyanimate_jax.data.sources import clip_table
 from easyanimate_jax.data.sources.layouts import MEDIA
+from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.prepare import funnel
-from easyanimate_jax.prepare.captions import Server
 from easyanimate_jax.prepare.scores import SCORES, Score, picture_hash
 from easyanimate_jax.prepare.shots import Span, Splitting, find_cuts, split
 
@@ -252,25 +250,3 @@ def _thumbnails(root: Path, rows: list[dict]) -> dict[str, np.ndarray]:
 
 def _digest(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def main(
-    source: tyro.conf.Positional[Path],
-    out: tyro.conf.Positional[Path],
-    rules: tyro.conf.OmitArgPrefixes[Rules] = Rules(),
-    captioner: Server | None = None,
-    part: int = 0,
-    parts: int = 1,
-) -> int:
-    """Cut and score the films of SOURCE into the table OUT/clips.parquet."""
-    try:
-        rows = curate(source, out, rules, captioner=captioner, part=part, parts=parts)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"part {part} of {parts} is done" if rows is None else funnel.text(rows))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(tyro.cli(main))

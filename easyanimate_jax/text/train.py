@@ -1,6 +1,6 @@
 """Two small text encoders from nothing but captions, in the layout of the released ones.
 
-    python -m easyanimate_jax.text.train SOURCE OUT
+    python -m easyanimate_jax text SOURCE OUT
 
 SOURCE holds a metadata.json whose files may have captions in several languages. The tokenizers'
 vocabularies are the captions' words (and single Chinese characters); the encoders learn to keep
@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -224,16 +223,3 @@ def t5(vocabulary: int, length: int, config: TextTrainConfig) -> T5:
         num_heads=config.heads,
     )
     return T5(sizes, rngs=nnx.Rngs(config.seed))
-
-
-def main(
-    source: tyro.conf.Positional[Path],
-    out: tyro.conf.Positional[Path],
-    config: tyro.conf.OmitArgPrefixes[TextTrainConfig],
-) -> None:
-    """Train two small text encoders on the captions of SOURCE into OUT."""
-    train(source, out, config)
-
-
-if __name__ == "__main__":
-    tyro.cli(main)

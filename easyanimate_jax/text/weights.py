@@ -11,10 +11,10 @@ from pathlib import Path
 
 from flax import nnx
 
-from easyanimate_jax.tensors import files
-from easyanimate_jax.tensors.lazy import Tensor
-from easyanimate_jax.tensors.module import named_weights, shapes_of, with_weights
-from easyanimate_jax.tensors.table import Rule, Table, to_ours, to_theirs
+from easyanimate_jax.weights import files
+from easyanimate_jax.weights.lazy import Tensor
+from easyanimate_jax.weights.module import named_weights, shapes_of, with_weights
+from easyanimate_jax.weights.table import Rule, Table, to_ours, to_theirs
 
 
 def read_config(folder: Path) -> dict:

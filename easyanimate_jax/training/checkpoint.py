@@ -9,15 +9,11 @@
 orbax writes in the background and does not check what it reads. So each array's fingerprint is
 taken on the device when it is saved, and compared with the files after they are written and with
 the arrays after they are restored. A step appears under its name only when it is complete, and
-disappears in one rename. `python -m easyanimate_jax.training.checkpoint verify|list|diff DIR`.
+disappears in one rename. `python -m easyanimate_jax checkpoint verify|list|diff DIR`.
 """
 
-import argparse
-import hashlib
-import json
 import os
 import shutil
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -29,10 +25,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from easyanimate_jax.tensors.fingerprint import fingerprint
-from easyanimate_jax.tensors.orbax_item import fingerprint_on_disk, names
-from easyanimate_jax.training.faults import kill_if_asked, limit_files_if_asked
+from easyanimate_jax.training.safety.faults import kill_if_asked, limit_files_if_asked
 from easyanimate_jax.training.step import TrainState
+from easyanimate_jax.weights.fingerprint import fingerprint
+from easyanimate_jax.weights.orbax_item import fingerprint_on_disk, names
+from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read_step_meta, sealed
 
 ITEMS = ("state", "ema")
 LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
@@ -115,7 +112,7 @@ class Checkpoints:
                 self.folder / str(step),
                 args=ocp.args.Composite(
                     **{item: ocp.args.PyTreeSave(named) for item, named in items.items()},
-                    meta=ocp.args.JsonSave(_sealed(meta)),
+                    meta=ocp.args.JsonSave(sealed(meta)),
                 ),
             )
         except Exception as error:  # orbax, tensorstore and the file system all have their own
@@ -321,50 +318,6 @@ def damage(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     return wrong
 
 
-def read_step_meta(path: Path) -> dict:
-    """The meta of a step folder. Raises ValueError if it is missing or not what was written."""
-    file = path / "meta" / "metadata"
-    try:
-        meta = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is no checkpoint of ours: {file} is missing or no JSON"
-        ) from error
-    if not isinstance(meta, dict) or ("digest" not in meta and "arrays" in meta):
-        raise ValueError(f"{file} is damaged: it has lost its digest")
-    if "digest" in meta and _sealed(meta) != meta:
-        raise ValueError(f"{file} is damaged: its digest is another")
-    return meta
-
-
-def complete_steps(folder: Path) -> list[int]:
-    """The steps that were written whole, in order."""
-    return sorted(int(p.name) for p in Path(folder).glob("*") if p.name.isdigit())
-
-
-def is_verified(path: Path) -> bool:
-    """Whether the files of a step were read and found right, by all processes of some run."""
-    done: dict[str, int] = {}
-    for mark in path.glob("verified-*-of-*"):
-        count = mark.name.rsplit("-", 1)[1]
-        done[count] = done.get(count, 0) + 1
-    return any(number == int(count) for count, number in done.items())
-
-
-def read_meta(folder: str | Path, step: int | None = None) -> tuple[int, dict]:
-    """(step, meta) of a run folder's newest or named checkpoint, without touching a device.
-
-    Raises ValueError if there is none, or if its meta is damaged.
-    """
-    root = Path(folder) / "checkpoints"
-    steps = complete_steps(root)
-    if not steps or (step is not None and step not in steps):
-        wanted = "checkpoint" if step is None else f"checkpoint {step}"
-        raise ValueError(f"{folder} holds no {wanted}; complete ones in {root}: {steps or 'none'}")
-    step = steps[-1] if step is None else step
-    return step, read_step_meta(root / str(step))
-
-
 def remove_leftovers(folder: Path) -> None:
     """Delete what a killed or failed save, or a killed deletion, left behind."""
     for pattern in LEFTOVERS:
@@ -410,13 +363,6 @@ def _inspect(x: jax.Array) -> tuple[int, bool]:
 def _fingerprint_and_finite(x: jax.Array) -> jax.Array:
     """One program, because compiling takes longer than running."""
     return jnp.stack([fingerprint(x), jnp.isfinite(x).all().astype(jnp.uint32)])
-
-
-def _sealed(meta: dict) -> dict:
-    """`meta` with the digest of everything else in it."""
-    rest = {name: value for name, value in meta.items() if name != "digest"}
-    text = json.dumps(rest, sort_keys=True).encode()
-    return rest | {"digest": hashlib.blake2b(text, digest_size=16).hexdigest()}
 
 
 def _mark(path: Path, process: int, processes: int) -> None:
@@ -469,73 +415,3 @@ def _read(checkpointer, path: Path, like):
     if wrong:
         raise ValueError(f"the checkpoint does not fit the model: {'; '.join(wrong)}")
     return jax.tree.unflatten(jax.tree.structure(like), [read[name] for name in named])
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The command; 0 if all is well, 1 if something is damaged or differs, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m easyanimate_jax.training.checkpoint")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("list", "the steps of a run and what is known of them"),
-        ("verify", "read every array of every step and compare it with what was saved"),
-        ("diff", "the arrays in which two steps differ"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("folder", type=Path, help="a run, or its checkpoints")
-        if name == "diff":
-            command.add_argument("first", type=int)
-            command.add_argument("second", type=int)
-    a = parser.parse_args(arguments)
-    folder = a.folder / "checkpoints" if (a.folder / "checkpoints").is_dir() else a.folder
-    try:
-        if not complete_steps(folder):
-            raise ValueError(f"{a.folder} holds no checkpoints")
-        if a.command == "diff":
-            return _diff(folder, a.first, a.second)
-        return {"list": _list, "verify": _verify}[a.command](folder)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def _list(folder: Path) -> int:
-    for step in complete_steps(folder):
-        path = folder / str(step)
-        try:
-            meta = read_step_meta(path)
-            known = "verified" if is_verified(path) else "not verified yet"
-            known = known if "arrays" in meta else "without fingerprints"
-            print(f"{step:>8}  {meta.get('stage', '')}  {known}")
-        except ValueError as error:
-            print(f"{step:>8}  {error}")
-    for path in sorted(folder.glob("*.corrupt*")):
-        print(f"{path.name:>8}  {(path / 'reason').read_text().strip()}")
-    return 0
-
-
-def _verify(folder: Path) -> int:
-    bad = 0
-    for step in complete_steps(folder):
-        wrong = damage(folder / str(step))
-        bad += bool(wrong)
-        print(f"{step:>8}  {'; '.join(wrong) or 'as saved'}", flush=True)
-    return 1 if bad else 0
-
-
-def _diff(folder: Path, first: int, second: int) -> int:
-    metas = [read_step_meta(folder / str(step)) for step in (first, second)]
-    if not all("arrays" in meta for meta in metas):
-        raise ValueError(f"checkpoint {first} or {second} is from before fingerprints")
-    one, two = (
-        {f"{item}.{n}": array for item in ITEMS for n, array in meta["arrays"][item].items()}
-        for meta in metas
-    )
-    differ = [name for name in one | two if one.get(name) != two.get(name)]
-    for name in differ:
-        print(f"{name}  {one.get(name, '-')}  {two.get(name, '-')}")
-    print(f"{len(differ)} of {len(one | two)} arrays differ between {first} and {second}")
-    return 1 if differ else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

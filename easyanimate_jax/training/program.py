@@ -4,6 +4,7 @@ What `trainer` runs and what `aot` compiles for devices that are not there is ma
 """
 
 from functools import cache, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from easyanimate_jax.data.loader import Batch
+from easyanimate_jax.diffusion.ddpm import DDPM
+from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.sharding import AnyMesh, activation_spec, shardings
+from easyanimate_jax.training.optimizer import OptimizerConfig
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import TrainState, init_state, train_step
 
@@ -24,6 +28,15 @@ COMPILER_OPTIONS = {
     "TPU v5": {"xla_tpu_scoped_vmem_limit_kib": "65536"},
     "TPU v6 lite": {"xla_tpu_scoped_vmem_limit_kib": "98304"},
 }
+
+
+class StepConfig(NamedTuple):
+    """What a run's train step depends on beside its stage."""
+
+    model: MMDiTConfig
+    optimizer: OptimizerConfig
+    process: DDPM | Flow
+    ema_decay: float
 
 
 @cache

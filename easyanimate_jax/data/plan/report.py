@@ -19,7 +19,7 @@ from easyanimate_jax.data.buckets import (
     grid_of,
     num_tokens,
 )
-from easyanimate_jax.data.plan import CYCLE, Plan
+from easyanimate_jax.data.plan.plan import CYCLE, Plan
 from easyanimate_jax.data.records import LatentSet
 
 FPS = 8  # of training clips (spec 8.2)

@@ -1,0 +1,43 @@
+"""Score a finished run and write `report.json` and `report.html` beside it:
+
+python -m demos world|films|ways CONFIG [--field value ...]
+
+`ways` is for a control model of the world that began at a run which ends as an inpaint model.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from demos import facts, films_report, ways_report, world_report
+from easyanimate_jax.runs.config import load
+from easyanimate_jax.runs.load import load_run
+from easyanimate_jax.text.encode import TextEncoder
+
+KINDS = {"world": world_report, "films": films_report, "ways": ways_report}
+
+
+def main(args: list[str]) -> int:
+    if len(args) < 2 or args[0] not in KINDS:
+        print(__doc__, file=sys.stderr)
+        return 2
+    kind, config = KINDS[args[0]], load(args[1], args[2:])
+    began, rows = time.time(), facts.read_metrics(config)
+    folders = [config.run, config.init] if kind is ways_report else [config.run]
+    runs = [load_run(folder) for folder in folders]
+    results, shown = kind.evaluate(TextEncoder.load(config.text), *runs)
+    results |= facts.training_facts(config, rows)
+    results["evaluation_seconds"] = round(time.time() - began, 1)
+    root = Path(config.run).parent
+    started = root / "started"
+    if started.is_file():  # written by make, when the first command began
+        results["seconds"] = round(time.time() - started.stat().st_mtime)
+    (root / "report.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    (root / "report.html").write_text(kind.page(config, results, shown, rows), encoding="utf-8")
+    print(f"{kind.summary(results)}\n{root / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,72 @@
+"""What a finished run says of its own training, as numbers and as parts of a page."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from easyanimate_jax.evaluation import web
+from easyanimate_jax.training.stages import boundaries
+
+SMOOTH = 25  # steps
+
+
+def read_metrics(config) -> list[dict]:
+    """One row a step."""
+    lines = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def training_facts(config, rows: list[dict]) -> dict:
+    """What the metrics file says of the schedule."""
+    facts = json.loads((Path(config.run) / "summary.json").read_text())
+    stages = {}
+    for stage in config.stages:
+        losses = [row["loss"] for row in rows if row["stage"] == stage.name]
+        tenth = max(1, len(losses) // 10)
+        stages[stage.name] = {
+            "steps": len(losses),
+            "loss_start": float(np.mean(losses[:tenth])),
+            "loss_end": float(np.mean(losses[-tenth:])),
+            "seconds": round(sum(row["seconds"] for row in rows if row["stage"] == stage.name), 1),
+        }
+    vae, goodput = Path(config.vae) / "vae_report.json", Path(config.run) / "goodput.jsonl"
+    return {
+        "stages": stages,
+        "token_efficiency": sum(r["real_tokens"] for r in rows) / sum(r["tokens"] for r in rows),
+        "compiled_train_programs": facts["compiled_train_programs"],
+        "bucket_task_pairs": len({(row["bucket"], row["task"]) for row in rows}),
+        "training_seconds": round(facts["seconds"], 1),
+        "goodput": json.loads(goodput.read_text().splitlines()[-1]) if goodput.is_file() else None,
+        "vae": json.loads(vae.read_text()) if vae.is_file() else None,
+        "seed": config.seed,
+        "versions": {n: version(n) for n in ("jax", "flax", "optax", "orbax-checkpoint", "grain")},
+        "machine": f"{platform.machine()}, {jax.devices()[0].device_kind}",
+    }
+
+
+def loss_chart(config, rows: list[dict]) -> str:
+    """The loss over steps, one band a stage."""
+    ends = [0, *boundaries(config.stages)]
+    bands = [(a, b, s.name) for a, b, s in zip(ends, ends[1:], config.stages, strict=False)]
+    losses = web.smooth([row["loss"] for row in rows], SMOOTH)
+    series = {f"loss, mean of {SMOOTH} steps": ([row["step"] for row in rows], losses)}
+    return web.line_chart(series, x_label="step", bands=bands)
+
+
+def stage_table(facts: dict) -> str:
+    header = ["stage", "steps", "loss at start", "loss at end", "seconds"]
+    return web.table(header, [[name, *row.values()] for name, row in facts["stages"].items()])
+
+
+def fact_table(facts: dict, more: dict) -> str:
+    """`more` on top, then what every page states."""
+    names = ("token_efficiency", "compiled_train_programs", "bucket_task_pairs")
+    names += ("training_seconds", "seconds", "seed", "machine")
+    rows = more | {name.replace("_", " "): facts.get(name, "not measured") for name in names}
+    goodput = facts.get("goodput") or {"goodput": "not measured"}
+    rows |= {"share of the time spent in new steps": goodput["goodput"]}
+    return web.table(["", ""], list((rows | facts["versions"]).items()))

@@ -1,0 +1,70 @@
+"""Videos of a run: from prompts and what is given with them, and through the VAE and back.
+
+A `run` has what makes videos and the config (`runs.load_run`).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+
+from easyanimate_jax.generation.denoising import Sampling
+from easyanimate_jax.generation.pipelines import Request, text_to_video
+from easyanimate_jax.text.encode import TextEncoder
+
+ROWS = 32  # videos at once
+FOLLOWING = 1.0  # guidance where what is given says most: more pulls away from it
+RECONSTRUCTED = 4  # at once: their features stay near the cores
+
+Videos = UInt8[np.ndarray, "B F H W 3"]
+
+
+def generate(
+    run,
+    encoder: TextEncoder,
+    texts: list[str],
+    pipeline: Callable = text_to_video,
+    inputs: Mapping[str, np.ndarray] = MappingProxyType({}),
+    guidance: float | None = None,
+) -> Videos:
+    """One video per text at the config's sample size, with consecutive seeds.
+
+    `inputs` are the pipeline's further arrays, a row per text, as `start` or `video`; `guidance` is
+    the config's if None.
+    """
+    samples, videos = run.config.samples, []
+    empty = encoder.encode([""])
+    for first in range(0, len(texts), ROWS):
+        rows = slice(first, first + ROWS)
+        request = Request(
+            encoder.encode(texts[rows]),
+            empty,
+            size=(samples.frames, samples.height, samples.width),
+            seeds=[samples.seed + i for i in range(len(texts))[rows]],
+            sampling=Sampling(steps=samples.steps, guidance=guidance or samples.guidance),
+        )
+        given = {name: x[rows] for name, x in inputs.items()}
+        videos.append(pipeline(run.diffusion, request, **given))
+    return np.concatenate(videos)
+
+
+def reconstruct(vae, videos: Videos) -> Videos:
+    """Videos through the VAE and back."""
+    program = jax.jit(lambda vae, x: vae.decode(vae.encode(x)[0]))
+    out = []
+    for first in range(0, len(videos), RECONSTRUCTED):
+        pixels = np.stack(videos[first : first + RECONSTRUCTED]).astype(np.float32) / 127.5 - 1
+        pixels = np.asarray(program(vae, pixels))
+        out += list(((np.clip(pixels, -1, 1) + 1) * 127.5).astype(np.uint8))
+    return out
+
+
+def psnr(a, b) -> float:
+    """Peak signal-to-noise ratio in dB over all frames."""
+    error = np.mean(
+        [np.mean((np.float32(x) - np.float32(y)) ** 2) for x, y in zip(a, b, strict=True)]
+    )
+    return float(20 * math.log10(255) - 10 * math.log10(max(error, 1e-9)))

@@ -1,0 +1,220 @@
+"""The verifier of the captioned world: what a clip shows, and how near it is to what led it.
+
+Everything is in closed form from the pixels.
+
+Nothing here is learned. The background is the colour of the border; the object is what differs from
+it; its colour is the nearest of the palette, its motion a straight line through the object's centre
+over the frames, its shape the template (drawn form or handwritten digit) that overlaps best.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from scipy import ndimage
+
+from demos.world import (
+    BACKGROUNDS,
+    COLOURS,
+    DIGITS,
+    DIRECTIONS,
+    FORMS,
+    FORMS_PER_DIGIT,
+    SHAPES,
+    SPEEDS,
+    WRITERS,
+    Attributes,
+    Prompt,
+    mask,
+)
+from easyanimate_jax.data.control import canny
+
+MIN_CONTRAST = 45.0  # RGB distance; palette and backgrounds are at least 130 apart
+MIN_AREA = 0.01  # of the short side squared; the thinnest digit has 0.03
+STILL = 0.4 * SPEEDS["slowly"]  # below this speed (short sides per frame) nothing moves
+QUICK = (SPEEDS["slowly"] * SPEEDS["quickly"]) ** 0.5
+BOX = 24  # side of a template
+NEAR = 0.0075  # of a frame's diagonal: how far apart edges still match (Martin et al. 2004)
+
+# What the best constant answer reaches on the world's prompts: half of the objects are forms.
+CHANCE = {
+    "colour": 1 / len(COLOURS),
+    "background": 1 / len(BACKGROUNDS),
+    "direction": 1 / len(DIRECTIONS),
+    "speed": 1 / len(SPEEDS),
+    "shape": FORMS_PER_DIGIT / (FORMS_PER_DIGIT + 1) / len(FORMS),
+    "joint": 1 / (len(COLOURS) * len(BACKGROUNDS) * len(DIRECTIONS)),
+}
+
+Video = UInt8[np.ndarray, "F H W 3"]
+
+
+def attributes(video: Video) -> Attributes:
+    """What `video` shows; None for what cannot be told (no object, no motion, one frame)."""
+    ground, colour, frames, seen = _segmented(video)
+    background = _nearest(ground, BACKGROUNDS)
+    if 2 * seen.sum() < len(seen):
+        return Attributes(None, background, None)
+    centres = np.array([ndimage.center_of_mass(frame) for frame in frames[seen]])
+    direction, speed = _motion(np.flatnonzero(seen), centres / min(video.shape[1:3]))
+    shape = _shape(np.stack([_boxed(frame) for frame in frames[seen]]))
+    return Attributes(_nearest(colour, COLOURS), background, shape, direction, speed)
+
+
+def object_path(video: Video) -> Float[np.ndarray, "F 2"]:
+    """The middle of the object's box in each frame, (x, y) pixels; NaN where none is seen."""
+    *_, frames, seen = _segmented(video)
+    path = np.full((len(video), 2), np.nan)
+    for i in np.flatnonzero(seen):
+        ends = [np.flatnonzero((frames[i] > 0.5).any(axis))[[0, -1]] for axis in (0, 1)]
+        path[i] = [(first + last + 1) / 2 for first, last in ends]
+    return path
+
+
+def path_distance(video: Video, path: Float[np.ndarray, "F 2"]) -> float:
+    """Mean distance in pixels of the object from `path`; half the short side where none is seen."""
+    distance = np.linalg.norm(object_path(video) - path, axis=1)
+    return float(np.nan_to_num(distance, nan=min(video.shape[1:3]) / 2).mean())
+
+
+def edge_f1(video: Video, edges: Video) -> float:
+    """F1 of the Canny edges of `video` against white `edges`, those of all frames counted together.
+
+    An edge pixel is right if the other side has one within `NEAR` of the frame's diagonal.
+    """
+    tolerance = NEAR * np.hypot(*video.shape[1:3])
+    found, wanted = canny(video)[..., 0] > 127, edges[..., 0] > 127
+    right = [
+        sum(_near(b, tolerance)[a].sum() for a, b in zip(one, other, strict=True))
+        / max(one.sum(), 1)
+        for one, other in ((found, wanted), (wanted, found))
+    ]
+    return float(2 * right[0] * right[1] / max(sum(right), 1e-9))
+
+
+def _near(edges: Bool[np.ndarray, "H W"], tolerance: float) -> Bool[np.ndarray, "H W"]:
+    """Where there is an edge within `tolerance` pixels."""
+    if not edges.any():
+        return np.zeros_like(edges)
+    return ndimage.distance_transform_edt(~edges) <= tolerance
+
+
+def _segmented(
+    video: Video,
+) -> tuple[
+    Float[np.ndarray, "3"],
+    Float[np.ndarray, "3"],
+    Float[np.ndarray, "F H W"],
+    Bool[np.ndarray, "F"],
+]:
+    """Colours of background and object, the object's coverage, and in which frames it is seen."""
+    border = np.concatenate([video[:, [0, -1]].reshape(-1, 3), video[:, :, [0, -1]].reshape(-1, 3)])
+    ground = np.median(border, axis=0)
+    pixels = np.float32(video) - np.float32(ground)
+    distance = np.sqrt((pixels**2).sum(-1))
+    area = MIN_AREA * min(video.shape[1:3]) ** 2
+    strongest = np.partition(distance.reshape(len(video), -1), -int(area), axis=1)[:, -int(area)]
+    contrast = np.median(strongest)  # that the object's core has in most frames
+    if contrast < MIN_CONTRAST:
+        return ground, ground, np.zeros_like(distance), np.zeros(len(video), bool)
+    object_colour = np.median(pixels[distance > 0.7 * contrast], axis=0)
+
+    # The projection on the line background-object is linear in coverage: blur keeps the centroid.
+    coverage = np.clip(pixels @ object_colour / (object_colour @ object_colour), 0, 1)
+    coverage = np.clip(2 * coverage - 0.5, 0, 1)
+    frames = np.stack([_object(frame) for frame in coverage])
+    return ground, ground + object_colour, frames, frames.sum((1, 2)) > area
+
+
+def score(videos: Iterable[Video], prompts: Sequence[Prompt]) -> dict:
+    """Share of videos that show what their prompt says, by attribute, beside the chance levels.
+
+    `joint` asks for colour, background and direction together.
+    """
+    hits = {name: [] for name in CHANCE}
+    for video, prompt in zip(videos, prompts, strict=True):
+        shown, wanted = attributes(video), prompt.attributes
+        for name in Attributes._fields:
+            hits[name].append(getattr(shown, name) == getattr(wanted, name))
+        hits["joint"].append(shown[:2] == wanted[:2] and shown.direction == wanted.direction)
+    accuracy = {name: float(np.mean(values)) for name, values in hits.items()}
+    return accuracy | {"count": len(prompts), "chance": CHANCE}
+
+
+def first_frame_error(video: Video, image: UInt8[np.ndarray, "H W 3"]) -> float:
+    """Mean absolute difference of frame 0 from `image`, as a share of the value range."""
+    return known_error(video[:1], image[None], np.zeros_like(image[None, ..., :1]))
+
+
+def last_frame_error(video: Video, image: UInt8[np.ndarray, "H W 3"]) -> float:
+    """The same of the last frame."""
+    return first_frame_error(video[-1:], image)
+
+
+def known_error(video: Video, source: Video, mask: UInt8[np.ndarray, "F H W 1"]) -> float:
+    """Mean absolute difference where `mask` is 0, as a share of the value range."""
+    difference = np.abs(np.float32(video) - np.float32(source))
+    return float(difference[mask[..., 0] == 0].mean() / 255)
+
+
+def motion(video: Video) -> float:
+    """Mean absolute difference of neighbouring frames, as a share of the value range."""
+    return float(np.abs(np.diff(np.float32(video), axis=0)).mean() / 255)
+
+
+def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
+    return min(palette, key=lambda name: np.linalg.norm(colour - palette[name]))
+
+
+def _object(coverage: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
+    """The coverage without specks: parts smaller than a fifth of the largest are dropped."""
+    labels, count = ndimage.label(coverage > 0.5, structure=np.ones((3, 3)))
+    if count == 0:
+        return np.zeros_like(coverage)
+    sizes = np.bincount(labels.ravel())[1:]
+    kept = np.concatenate([[False], sizes >= sizes.max() / 5])[labels]
+    return coverage * ndimage.binary_dilation(kept, iterations=2)
+
+
+def _motion(times: np.ndarray, centres: Float[np.ndarray, "F 2"]) -> tuple[str | None, str | None]:
+    """Direction and speed of the least-squares line through the centres (short sides per frame)."""
+    if len(times) < 2:
+        return None, None
+    velocity = np.polyfit(times, centres, 1)[0]
+    direction = max(DIRECTIONS, key=lambda name: velocity @ DIRECTIONS[name])
+    speed = velocity @ DIRECTIONS[direction]
+    if speed < STILL:
+        return None, None
+    return direction, "quickly" if speed > QUICK else "slowly"
+
+
+def _boxed(coverage: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "box box"]:
+    """The object scaled so that the longer side of its bounding box fills the template, centred."""
+    rows, columns = (np.flatnonzero((coverage > 0.5).any(axis)) for axis in (1, 0))
+    ends = [(axis[0] - 0.5, axis[-1] + 0.5) for axis in (rows, columns)]
+    scale = max(last - first for first, last in ends) / BOX
+    offsets = (np.arange(BOX) - (BOX - 1) / 2) * scale
+    points = [offsets + (first + last) / 2 for first, last in ends]
+    return ndimage.map_coordinates(coverage, np.meshgrid(*points, indexing="ij"), order=1)
+
+
+def _shape(boxes: Float[np.ndarray, "F box box"]) -> str:
+    """The shape whose best template has the highest normalised overlap, averaged over frames."""
+    templates, names = _templates()
+    boxes = boxes.reshape(len(boxes), -1)
+    overlap = boxes @ templates.T / np.linalg.norm(boxes, axis=1, keepdims=True)
+    return names[int(overlap.mean(0).argmax())]
+
+
+@functools.cache
+def _templates() -> tuple[Float[np.ndarray, "templates pixels"], tuple[str, ...]]:
+    """Every form and every handwriting at its box's size, of unit norm."""
+    side = np.linspace(-1.2, 1.2, 96, dtype=np.float32)
+    drawn = [
+        (shape, mask(shape, side[:, None], side[None, :], 2.4 / 96, writer))
+        for shape in SHAPES
+        for writer in range(WRITERS if shape in DIGITS else 1)
+    ]
+    boxes = np.stack([_boxed(coverage).ravel() for _, coverage in drawn])
+    return boxes / np.linalg.norm(boxes, axis=1, keepdims=True), tuple(name for name, _ in drawn)

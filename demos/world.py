@@ -1,0 +1,390 @@
+"""A small captioned world, written to real files: one coloured object moves over a background.
+
+An object is a drawn shape or a handwritten digit (scikit-learn's). Every clip carries an English
+and a Chinese caption that state all there is to know about it, so `score.py` can check a generated
+clip against its prompt without a learned judge. Some (colour, background, direction) triples never
+occur in training, though every pair of their values does: they show whether words compose.
+
+    python -m demos.world OUT --images 400 --clips 1000 --large-clips 4
+
+writes `OUT/metadata.json` (two rows per file: English, then Chinese) and, as a data set of its own,
+`OUT/heldout/metadata.json` with ground truth for the held-out triples. Every clip has a control
+file: a spot that runs along the object's path, or, with `--control`, its exact depth or pose.
+"""
+
+import copy
+import functools
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import cv2
+import numpy as np
+import tyro
+from jaxtyping import Float, UInt8
+from scipy import ndimage
+from sklearn.datasets import load_digits
+
+from easyanimate_jax.data.control import trajectory_video
+from easyanimate_jax.data.media import write_png, write_video
+
+COLOURS = {
+    "red": (225, 40, 40),
+    "green": (30, 175, 50),
+    "blue": (45, 75, 230),
+    "yellow": (240, 220, 40),
+    "purple": (175, 35, 205),
+    "cyan": (40, 215, 225),
+}
+# Not quite black and white: -1 exactly would mean "unknown" to the noised references (spec 6.4).
+BACKGROUNDS = {"black": (16, 16, 16), "white": (240, 240, 240), "grey": (128, 128, 128)}
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
+SPEEDS = {"slowly": 0.019, "quickly": 0.038}  # short sides per frame
+FORMS = ("circle", "square", "triangle", "cross")
+DIGITS = tuple(f"digit {d}" for d in range(10))
+SHAPES = FORMS + DIGITS
+
+CHINESE = {
+    **{"red": "红色", "green": "绿色", "blue": "蓝色"},
+    **{"yellow": "黄色", "purple": "紫色", "cyan": "青色"},
+    **{"black": "黑色", "white": "白色", "grey": "灰色"},
+    **{"left": "左", "right": "右", "up": "上", "down": "下", "slowly": "慢慢", "quickly": "快速"},
+    **{"circle": "圆形", "square": "正方形", "triangle": "三角形", "cross": "十字形"},
+    **{digit: digit.replace("digit ", "数字") for digit in DIGITS},
+}
+
+FPS = 8
+DURATIONS = (9, 13, 17, 25)
+ASPECTS = (1.0, 0.75, 1.33, 0.67, 1.5, 0.5, 2.0)  # height / width
+SHORT_SIDES = (64, 80, 96, 112, 128)
+LARGE_SHORT_SIDES = (192, 224, 256)
+RADII = (0.28, 0.34)  # half the object's box, in short sides: outlines are learned across tokens
+OFF_CENTRE = 0.10  # the middle of a path lies this near to the picture's, in short sides
+SPOT = 0.5  # half the side of a path's spot, in short sides
+FORMS_PER_DIGIT = 3  # of every four objects three are drawn forms and one is a digit
+WRITERS = 20  # handwritten images per digit
+NEAR, FAR = 255, 64  # grey of a depth video: what is near is bright
+BONES = {  # (y, x) of a box's sides -> RGB
+    (-1, 0): (255, 0, 0),
+    (1, 0): (0, 255, 0),
+    (0, -1): (0, 0, 255),
+    (0, 1): (255, 255, 0),
+}
+
+
+class Attributes(NamedTuple):
+    """What a clip shows; an image has neither direction nor speed."""
+
+    colour: str | None
+    background: str
+    shape: str | None
+    direction: str | None = None
+    speed: str | None = None
+
+
+class Prompt(NamedTuple):
+    attributes: Attributes
+    en: str
+    zh: str
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """How many files of each kind; `large_clips` have a short side of 192 to 256 pixels.
+
+    `control` is what each clip's control video shows of its object: its path, its depth or its
+    pose, each exactly.
+    """
+
+    images: int = 400
+    clips: int = 1000
+    large_clips: int = 4
+    heldout: int = 96
+    seed: int = 0
+    control: Literal["path", "depth", "pose"] = "path"
+
+    def __post_init__(self):
+        for name, value in asdict(self).items():
+            if name != "control" and value < 0:
+                raise ValueError(f"{name} is {value}: a count or seed must be 0 or more")
+
+
+def caption(a: Attributes) -> Prompt:
+    """The English and the Chinese sentence that state these attributes."""
+    zh = {key: CHINESE.get(value) for key, value in a._asdict().items()}
+    en_motion, zh_motion = "", ""
+    if a.direction:
+        en_motion = f" moves {a.direction} {a.speed}"
+        zh_motion = f"{zh['speed']}向{zh['direction']}移动"
+    return Prompt(
+        a,
+        en=f"a {a.colour} {a.shape}{en_motion} on a {a.background} background",
+        zh=f"{zh['colour']}的{zh['shape']}在{zh['background']}背景上{zh_motion}",
+    )
+
+
+def held_out() -> tuple[tuple[str, str, str], ...]:
+    """The 12 of 72 (colour, background, direction) triples that training clips never show."""
+    backgrounds, directions = tuple(BACKGROUNDS), tuple(DIRECTIONS)
+    return tuple(
+        (colour, backgrounds[(i + k) % 3], directions[(i + 2 * k) % 4])
+        for i, colour in enumerate(COLOURS)
+        for k in range(2)
+    )
+
+
+def prompts(split: str, count: int, seed: int) -> list[Prompt]:
+    """`count` prompts for clips of the "seen" or "heldout" triples, all values equally often.
+
+    One object in four is a digit, the others are drawn forms.
+    """
+    if split not in ("seen", "heldout"):
+        raise ValueError(f'split is {split!r}: choose "seen" or "heldout"')
+    triples = [
+        triple
+        for triple in itertools.product(COLOURS, BACKGROUNDS, DIRECTIONS)
+        if (triple in held_out()) == (split == "heldout")
+    ]
+    rng = np.random.default_rng((seed, split == "heldout"))
+    triples, shapes, speeds = _cycle(triples, rng), _shapes(rng), _cycle(tuple(SPEEDS), rng)
+    return [
+        caption(Attributes(colour, background, next(shapes), direction, next(speeds)))
+        for colour, background, direction in itertools.islice(triples, count)
+    ]
+
+
+def image_prompts(count: int, seed: int) -> list[Prompt]:
+    """`count` prompts for still images: colour, background and shape."""
+    rng = np.random.default_rng((seed, 2))
+    pairs, shapes = _cycle(tuple(itertools.product(COLOURS, BACKGROUNDS)), rng), _shapes(rng)
+    return [caption(Attributes(*next(pairs), next(shapes))) for _ in range(count)]
+
+
+def _cycle(values, rng: np.random.Generator) -> Iterator:
+    """Every value once in random order, again and again."""
+    while True:
+        yield from (values[i] for i in rng.permutation(len(values)))
+
+
+def _shapes(rng: np.random.Generator) -> Iterator[str]:
+    forms, digits = _cycle(FORMS, rng), _cycle(DIGITS, rng)
+    for choice in _cycle((*[forms] * FORMS_PER_DIGIT, digits), rng):
+        yield next(choice)
+
+
+@functools.cache
+def digit_images(digit: int) -> Float[np.ndarray, "writers 64 64"]:
+    """Handwritten images of one digit, spread over the writers, upsampled from 8x8; ink is 1."""
+    images, labels = load_digits(return_X_y=True)
+    images = images[labels == digit].reshape(-1, 8, 8) / 16
+    images = images[:: len(images) // WRITERS][:WRITERS]
+    fine = ndimage.zoom(images, (1, 8, 8), order=3, mode="grid-constant", grid_mode=True)
+    return np.stack([_fill_box(image) for image in fine])
+
+
+def _fill_box(ink: np.ndarray) -> np.ndarray:
+    """Scale the ink so that its longer side fills the image, centred."""
+    rows, columns = (np.flatnonzero((ink > INK).any(axis)) for axis in (1, 0))
+    top, left = rows[0], columns[0]
+    height, width = rows[-1] + 1 - top, columns[-1] + 1 - left
+    size, scale = len(ink), max(height, width) / len(ink)
+    y = (np.arange(size) + 0.5 - size / 2) * scale + top + height / 2 - 0.5
+    x = (np.arange(size) + 0.5 - size / 2) * scale + left + width / 2 - 0.5
+    return ndimage.map_coordinates(ink, np.meshgrid(y, x, indexing="ij"), order=1)
+
+
+INK = 0.25  # grey level of a digit's outline
+
+
+def mask(
+    shape: str, y: np.ndarray, x: np.ndarray, pixel: float, writer: int = 0
+) -> Float[np.ndarray, "..."]:
+    """Anti-aliased coverage of `shape` at points of its box [-1, 1]^2; a pixel is `pixel` wide."""
+    if shape in DIGITS:
+        ink = digit_images(DIGITS.index(shape))[writer]
+        points = [(coordinate + 1) * len(ink) / 2 - 0.5 for coordinate in (y, x)]
+        value = ndimage.map_coordinates(ink, np.broadcast_arrays(*points), order=1)
+        return np.clip(0.5 + (value - INK) * max(3.0, 0.5 / pixel), 0, 1)
+    inside = {  # distance to the outline, positive inside
+        "circle": lambda: 1 - np.hypot(y, x),
+        "square": lambda: 1 - np.maximum(abs(y), abs(x)),
+        "triangle": lambda: np.minimum(1 - y, (1 + y - 2 * abs(x)) / 5**0.5),
+        "cross": lambda: np.minimum(
+            1 - np.maximum(abs(y), abs(x)), 0.34 - np.minimum(abs(y), abs(x))
+        ),
+    }[shape]()
+    return np.clip(0.5 + inside / pixel, 0, 1)
+
+
+def render(
+    a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "F H W 3"]:
+    """Draw a clip (or, without a direction, an image) with random size, start and handwriting."""
+    alpha = _coverage(a, num_frames, height, width, rng)
+    colour, background = np.float32(COLOURS[a.colour]), np.float32(BACKGROUNDS[a.background])
+    return (background + alpha * (colour - background) + 0.5).astype(np.uint8)
+
+
+def depth(
+    a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "F H W 3"]:
+    """The depth of what `render` draws, given the same draws: the object `NEAR`, a wall behind."""
+    near = _coverage(a, num_frames, height, width, rng) >= 0.5
+    return np.repeat(np.where(near, np.uint8(NEAR), np.uint8(FAR)), 3, axis=-1)
+
+
+def pose(
+    a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, "F H W 3"]:
+    """The skeleton of what `render` draws, given the same draws: four bones in colours of their
+    own, from the middle of the object's box to the middles of its sides."""
+    radius, centres = _placed(a, num_frames, height, width, rng)
+    video, thick = np.zeros((num_frames, height, width, 3), np.uint8), max(1, round(radius / 10))
+    for frame, middle in zip(video, centres, strict=True):
+        for bone, colour in BONES.items():
+            ends = (middle[::-1], (middle + radius * np.array(bone))[::-1])
+            cv2.line(frame, *(tuple(int(v) for v in end) for end in ends), colour, thick)
+    return video
+
+
+def _coverage(
+    a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
+) -> Float[np.ndarray, "F H W 1"]:
+    """How much of each pixel the object covers."""
+    radius, centres = _placed(a, num_frames, height, width, rng)
+    y = (np.float32(np.arange(height)) + 0.5 - centres[:, :1])[:, :, None] / radius
+    x = (np.float32(np.arange(width)) + 0.5 - centres[:, 1:])[:, None, :] / radius
+    return mask(a.shape, y, x, 1 / radius, int(rng.integers(WRITERS)))[..., None]
+
+
+def clips(
+    prompts: Sequence[Prompt], num_frames: int, height: int, width: int, seed: int
+) -> tuple[UInt8[np.ndarray, "B F H W 3"], Float[np.ndarray, "B F 2"]]:
+    """A clip of each prompt, and the path of its object."""
+
+    def draw(function):
+        rngs = (np.random.default_rng((i, seed)) for i in range(len(prompts)))
+        size = num_frames, height, width
+        drawn = zip(prompts, rngs, strict=True)
+        return np.stack([function(p.attributes, *size, rng) for p, rng in drawn])
+
+    return draw(render), draw(path)
+
+
+def path(
+    a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
+) -> Float[np.ndarray, "F 2"]:
+    """Where `render` puts the middle of the object's box, given the same draws: (x, y) pixels."""
+    return _placed(a, num_frames, height, width, rng)[1][:, ::-1]
+
+
+def path_video(
+    path: Float[np.ndarray, "F 2"], num_frames: int, height: int, width: int
+) -> UInt8[np.ndarray, "F H W 3"]:
+    """The control video of a path: a spot as large as an object, so that its rim is lit too."""
+    half = round(SPOT * min(height, width))
+    return trajectory_video([path], num_frames, height, width, half)
+
+
+CONTROLS = {
+    "path": lambda a, *size_and_rng: path_video(path(a, *size_and_rng), *size_and_rng[:3]),
+    "depth": depth,
+    "pose": pose,
+}
+
+
+def _placed(
+    a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
+) -> tuple[float, Float[np.ndarray, "F 2"]]:
+    """Half the side of the object's box, and the box's middle in each frame: (y, x) pixels."""
+    short = min(height, width)
+    radius = rng.uniform(*RADII) * short
+    step = (
+        np.array(DIRECTIONS[a.direction]) * SPEEDS[a.speed] * short if a.direction else np.zeros(2)
+    )
+    travel = step * (num_frames - 1)
+    room = np.array([height, width]) - 2 * radius - abs(travel)
+    if (room < 0).any():
+        raise ValueError(
+            f"{num_frames} frames of {height}x{width} have no room for an object that moves "
+            f"{a.direction} {a.speed}; choose fewer frames (see `durations`)"
+        )
+    off = np.minimum(room / 2, OFF_CENTRE * short)
+    middle = np.array([height, width]) / 2 + rng.uniform(-off, off)
+    times = np.arange(num_frames) - (num_frames - 1) / 2
+    return radius, np.float32(middle + times[:, None] * step)
+
+
+def durations(a: Attributes, height: int, width: int) -> tuple[int, ...]:
+    """The frame counts through which any object stays inside the picture."""
+    length = (height if DIRECTIONS[a.direction][0] else width) / min(height, width)
+    room = length - 2 * RADII[1]
+    return tuple(F for F in DURATIONS if SPEEDS[a.speed] * (F - 1) <= room)
+
+
+def write_world(out: Path, config: WorldConfig) -> None:
+    """Write the training files of `config` into `out` and the held-out ones into `out/heldout`."""
+    stills = [(p, SHORT_SIDES) for p in image_prompts(config.images, config.seed)]
+    moving = prompts("seen", config.clips + config.large_clips, config.seed)
+    sides = [SHORT_SIDES] * config.clips + [LARGE_SHORT_SIDES] * config.large_clips
+    items = stills + list(zip(moving, sides, strict=True))
+    _write_folder(out, items, config.seed, config.control)
+    unseen = [(p, SHORT_SIDES) for p in prompts("heldout", config.heldout, config.seed)]
+    _write_folder(out / "heldout", unseen, config.seed + 1, config.control)
+
+
+def _write_folder(
+    out: Path, items: list[tuple[Prompt, tuple[int, ...]]], seed: int, control: str
+) -> None:
+    folder = f"{control}s"
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    (out / "clips").mkdir(exist_ok=True)
+    (out / folder).mkdir(exist_ok=True)
+    rows = []
+    for i, (prompt, short_sides) in enumerate(items):
+        rng = np.random.default_rng((seed, i))
+        short, aspect = rng.choice(short_sides), rng.choice(ASPECTS)
+        height, width = short * max(1, aspect), short * max(1, 1 / aspect)
+        height, width = 2 * round(height / 2), 2 * round(width / 2)  # yuv420 wants even sides
+        row = {"width": width, "height": height}
+        if prompt.attributes.direction:
+            row |= {"file_path": f"clips/{i:05d}.mp4", "type": "video"}
+            row["control_file_path"] = f"{folder}/{i:05d}.mp4"
+            num_frames = int(rng.choice(durations(prompt.attributes, height, width)))
+            size = num_frames, height, width
+            shown = CONTROLS[control](prompt.attributes, *size, copy.deepcopy(rng))
+            clip = render(prompt.attributes, *size, rng)
+            write_video(out / row["file_path"], clip, FPS, crf=10)  # the colours survive
+            write_video(out / row["control_file_path"], shown, FPS, crf=10)
+        else:
+            row |= {"file_path": f"images/{i:05d}.png", "type": "image"}
+            write_png(out / row["file_path"], render(prompt.attributes, 1, height, width, rng)[0])
+        rows += [row | {"text": text} for text in (prompt.en, prompt.zh)]
+    (out / "metadata.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0), "utf-8")
+
+
+def read_prompts(folder: Path) -> list[tuple[Path, Prompt]]:
+    """The files of a world's folder with what they show."""
+    rows = json.loads((folder / "metadata.json").read_text("utf-8"))
+    known = {p.en: p for p in every_prompt()}
+    return [(folder / row["file_path"], known[row["text"]]) for row in rows[::2]]
+
+
+def every_prompt() -> Iterator[Prompt]:
+    """All that the world can show, images and clips, held out or not."""
+    for pair in itertools.product(COLOURS, BACKGROUNDS, SHAPES):
+        yield caption(Attributes(*pair))
+        for motion in itertools.product(DIRECTIONS, SPEEDS):
+            yield caption(Attributes(*pair, *motion))
+
+
+def main(out: tyro.conf.Positional[Path], config: tyro.conf.OmitArgPrefixes[WorldConfig]) -> None:
+    """Write a world of captioned clips into the folder OUT."""
+    write_world(out, config)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

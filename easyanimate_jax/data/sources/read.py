@@ -1,0 +1,184 @@
+"""Captioned videos and pictures, from every layout that people have, through one interface.
+
+    DIR/metadata.json, .jsonl, .csv      EasyAnimate: file_path, text, type (spec 8.1), and, of what
+                                         leads a control model, control_file_path (spec 7.2)
+    DIR/videos.txt, DIR/prompt.txt       a file and its caption on the same line of each
+    DIR/x.mp4, DIR/x.txt                 side by side, at any depth
+    FILE.csv, FILE.parquet               columns for path and caption, under their usual names
+    FILE.tar, DIR/*.tar                  WebDataset: x.mp4, x.txt, x.json; read in place
+    DIR/dataset_info.json                a TFDS data set in ArrayRecord, see sources/tfds.py
+    FILE.parquet of `prepare.curate`     clips as spans of films, see sources/clip_table.py
+    FILE.toml                            a mixture: lines NAME = "SOURCE", any of the above
+
+Sizes and durations come from the files. Rows that name the same file are one clip with several
+captions; this is how the English and the Chinese caption of a clip are given. A row that cannot be
+used is a `Problem` with its reason, never an exception and never silent.
+"""
+
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from easyanimate_jax.data import media, paths
+from easyanimate_jax.data.buckets import name_word
+from easyanimate_jax.data.decode import decoders
+from easyanimate_jax.data.sources import clip_table, layouts, tars, tfds
+from easyanimate_jax.data.sources.rows import Clip, Problem, Row, caption_of
+
+KINDS = ("image", "video")
+
+
+class _Mention(NamedTuple):
+    row: int
+    kind: str  # "" where the layout does not say
+    caption: str
+
+
+def read_clips(source: str | Path) -> tuple[list[Clip], list[Problem]]:
+    """The usable clips in order of first mention, and every row that is not usable.
+
+    Raises ValueError for a source of no known layout, and for one without any usable clip.
+    """
+    source = Path(source)
+    if source.suffix == ".toml":
+        return _mixture(source)
+    if clip_table.is_table(source):
+        return clip_table.clips(source), []
+    described, rows = _rows(source)
+    files: dict[str, media.File | None] = {}
+    controls: dict[str, object] = {}
+    mentions: dict[str, list[_Mention]] = {}
+    problems = []
+    for row in rows:
+        if isinstance(row, Problem):
+            problems.append(row)
+            continue
+        reason = _reason(row)
+        if reason:
+            name = row.name if isinstance(row.name, str) else ""
+            problems.append(Problem(row.number, name, reason))
+        elif files.setdefault(row.name, row.file) != row.file:
+            problems.append(Problem(row.number, row.name, "another file has this name"))
+        else:
+            mention = _Mention(row.number, row.kind or "", row.text)
+            mentions.setdefault(row.name, []).append(mention)
+            controls[row.name] = row.control or controls.get(row.name)
+
+    clips = []
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(
+            lambda name: _probe(described.parent, name, files[name], controls[name]), mentions
+        )
+        for (name, some), probed in zip(mentions.items(), found, strict=True):
+            if isinstance(probed, ValueError):
+                problems += [Problem(mention.row, name, str(probed)) for mention in some]
+                continue
+            path, header, control = probed
+            captions = []
+            for mention in some:
+                if mention.kind and mention.kind != header.kind:
+                    reason = f"type is {mention.kind!r}, but the file holds {header.kind}"
+                    problems.append(Problem(mention.row, name, reason))
+                else:
+                    captions.append(mention.caption)
+            if captions:
+                _, num_frames, height, width, fps = header
+                size = num_frames, height, width, fps
+                clips.append(Clip(name, path, header.kind, tuple(captions), *size, control=control))
+    problems.sort()
+    if not clips:
+        listed = "".join(f"\n  row {p.row} {p.file}: {p.reason}" for p in problems[:20])
+        raise ValueError(f"{described} describes no usable clip ({len(problems)} bad rows){listed}")
+    return clips, problems
+
+
+def _mixture(path: Path) -> tuple[list[Clip], list[Problem]]:
+    """The clips of several sources; the source's name stands before a clip's."""
+    try:
+        named = tomllib.loads(paths.open_regular(path).read().decode())
+    except ValueError as error:
+        raise ValueError(f"{path} is not TOML: {error}") from error
+    clips, problems = [], []
+    for name, source in named.items():
+        if not isinstance(source, str) or source.endswith(".toml"):
+            raise ValueError(f'{path}: {name} must be a source in quotes, as in {name} = "films"')
+        found, bad = read_clips(path.parent / source)
+        clips += [replace(clip, name=f"{name}/{clip.name}", source=name) for clip in found]
+        problems += [Problem(p.row, f"{name}/{p.file}", p.reason) for p in bad]
+    if not clips:
+        raise ValueError(f'{path} names no source; write lines such as films = "folder"')
+    return clips, problems
+
+
+def table(source: str | Path) -> dict[str, np.ndarray]:
+    """The clips of a source as columns: clip, kind, frames, fps, height, width, word.
+
+    A parquet table that `prepare` wrote is taken as it is, without opening a file.
+    """
+    if clip_table.is_table(source):
+        columns = clip_table.sizes(source)
+    else:
+        clips, _ = read_clips(source)
+        columns = {
+            "clip": np.array([clip.name for clip in clips]),
+            "kind": np.array([clip.kind for clip in clips]),
+            "frames": np.array([clip.num_frames for clip in clips], np.int64),
+            "fps": np.array([clip.fps for clip in clips]),
+            "height": np.array([clip.height for clip in clips], np.int64),
+            "width": np.array([clip.width for clip in clips], np.int64),
+            "quality": np.array([clip.quality for clip in clips]),
+        }
+    names = (n.decode() if isinstance(n, bytes) else str(n) for n in columns["clip"])
+    words = (name_word(name) for name in names)
+    return columns | {"word": np.fromiter(words, np.uint64, len(columns["clip"]))}
+
+
+def _rows(source: Path) -> tuple[Path, Iterator[Row | Problem]]:
+    """What describes the source, in whose folder relative names start, and its rows."""
+    if source.is_dir():
+        for name in ("metadata.json", "metadata.jsonl", "metadata.csv"):
+            if (source / name).is_file():
+                return source / name, layouts.metadata(source / name)
+        if (source / "dataset_info.json").is_file():
+            return source / "dataset_info.json", tfds.rows(source)
+        if (source / "videos.txt").is_file():
+            return source / "videos.txt", layouts.lists(source)
+        archives = sorted(source.glob("*.tar"))
+        if archives:
+            return archives[0], (row for path in archives for row in tars.rows(path))
+        return source / "*.txt", layouts.side_by_side(source)
+    suffix = source.suffix.lower()
+    if suffix in (".json", ".jsonl", ".csv"):
+        return source, layouts.metadata(source)
+    if suffix == ".parquet":
+        return source, layouts.parquet(source)
+    if suffix == ".tar":
+        return source, tars.rows(source)
+    raise ValueError(
+        f"{source} is no source: give a folder, .json, .jsonl, .csv, .parquet, .tar or .toml"
+    )
+
+
+def _reason(row: Row) -> str:
+    """Why a row cannot be used, before its file is looked at."""
+    if not isinstance(row.name, str) or not row.name:
+        return "no file_path"
+    if row.kind and row.kind not in KINDS:
+        return f"type {row.kind!r} is neither 'image' nor 'video'"
+    return caption_of(row.text)
+
+
+def _probe(
+    folder: Path, name: str, file: media.File | None, control: object
+) -> tuple[media.File, media.Probe, Path | None] | ValueError:
+    try:
+        file = file or paths.safe_path(folder, name)
+        control = paths.safe_path(folder, str(control)) if control else None
+        return file, decoders().probe(file), control
+    except ValueError as error:
+        return error

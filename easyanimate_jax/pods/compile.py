@@ -1,0 +1,166 @@
+"""Compiles the train step of a stage and says what it needs, for devices that need not be there.
+
+libtpu's compiler runs on any Linux machine; what it compiles is what a run compiles, see
+training/compile.py. A stage is compiled at its longest bucket, which decides whether it fits.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from easyanimate_jax.pods.chips import Chip, chip_of
+from easyanimate_jax.pods.hlo import Program, read_program
+from easyanimate_jax.pods.predict import Prediction, predict
+from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.sharding import MESH_AXES, MeshConfig, make_mesh
+from easyanimate_jax.training.compile import StageReport, compile_stage
+from easyanimate_jax.training.stages import Stage
+
+# libtpu must neither look for a TPU nor tell that there is none.
+ALONE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+def longest(config: TrainConfig, stage: Stage) -> dict:
+    """`tokens` of a stage's longest bucket; `text_lengths`: V5.1's one, or V5's two (spec 5)."""
+    text_lengths = (256,) if len(config.model.text_widths) == 1 else (77, 256)
+    return {"tokens": config.set(stage.data).budget.lengths[-1], "text_lengths": text_lengths}
+
+
+def topology_devices(name: str, num_slices: int = 1) -> list:
+    """The devices of a topology such as "v5p:4x4x8". Raises ValueError, in one line."""
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "the TPU compiler is not installed: pip install 'libtpu==0.0.42.*' (Linux, x86-64), or "
+            "this package with its extra `dev`"
+        )
+    for key, value in ALONE.items():
+        os.environ.setdefault(key, value)
+    more = {"num_slices": num_slices} if num_slices > 1 else {}
+    try:
+        devices = topologies.get_topology_desc(name, platform="tpu", **more).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"topology {name!r}: {str(error).splitlines()[0]}. Use one such as v5p:4x4x8 or "
+            f"v6e:16x16."
+        ) from error
+    return devices
+
+
+def suggest_mesh(config: MeshConfig, num_devices: int) -> MeshConfig:
+    """The configured mesh where it has as many devices, else its like on `num_devices`.
+
+    `context` and `tensor` stay, `fsdp` takes the rest, `data` what would make `fsdp` more than 64.
+    """
+    try:
+        return MeshConfig(*config.shape(num_devices))
+    except ValueError:
+        inner = math.gcd(config.context * config.tensor, num_devices)
+        tensor = math.gcd(config.tensor, inner)
+        rest = num_devices // inner
+        fsdp = math.gcd(rest, 64)
+        return MeshConfig(rest // fsdp, fsdp, inner // tensor, tensor)
+
+
+def stage_reports(
+    config: TrainConfig,
+    stages: Sequence[Stage],
+    report_of: Callable[[TrainConfig, Stage], StageReport],
+) -> Iterator[StageReport]:
+    """The reports of stages; of two that run the same program it is made once."""
+    known = {}  # what a program depends on -> its report
+    for stage in stages:
+        longest = config.set(stage.data).budget.lengths[-1]
+        program = longest, stage.batch_size, stage.microbatch, stage.in_channels
+        if program not in known:
+            known[program] = report_of(config, stage)
+        report = dataclasses.replace(
+            known[program], name=stage.name, task=stage.task, steps=stage.steps
+        )
+        if report.predicted_step_seconds is not None:
+            _add_duration(report)
+        yield report
+
+
+def compile_step(
+    config: TrainConfig, stage: Stage, topology: str, *, num_slices: int = 1
+) -> tuple[StageReport, str]:
+    """The report, and the text of the compiled program ("" where it does not fit).
+
+    Raises ValueError where config, mesh and topology do not match.
+    """
+    mesh, chip = pod_mesh(config, topology, num_slices)
+    report, compiled = compile_stage(
+        config.step, stage, mesh, **longest(config, stage), memory=int(chip.memory)
+    )
+    report.chips = mesh.size // chip.devices
+    report.topology = topology if num_slices == 1 else f"{num_slices} x {topology}"
+    if compiled is None:
+        return report, ""
+    text = compiled.as_text()
+    _describe_program(report, read_program(text), chip, mesh, config.model.head_width)
+    return report, text
+
+
+def pod_mesh(config: TrainConfig, topology: str, num_slices: int = 1) -> tuple[Mesh, Chip]:
+    """The config's mesh, or its like, over the devices of a topology, and what they are."""
+    devices = topology_devices(topology, num_slices)
+    mesh = make_mesh(suggest_mesh(config.mesh, len(devices)), devices)
+    return mesh, chip_of(devices[0].device_kind)
+
+
+def _describe_program(
+    report: StageReport, program: Program, chip: Chip, mesh: Mesh, head_width: int
+) -> None:
+    prediction = predict(program, chip, [*mesh.devices.flat], head_width)
+    for collective in program.collectives:
+        for total, name in (
+            (report.collective_bytes, collective.kind),
+            (report.collective_bytes_per_axis, _axes(collective.group, mesh)),
+        ):
+            total[name] = total.get(name, 0) + int(collective.wire)
+    waiting = [c.wire for c in program.collectives if not c.overlaps]
+    report.waiting_collective_bytes = int(sum(waiting))
+    reduced = [c.largest for c in program.collectives if c.kind == "all-reduce"]
+    report.largest_all_reduce_bytes = max(reduced, default=0)
+    report.kernels = [
+        f"{k.count} x {k.name} {k.shape} on {k.num_keys} keys" for k in program.kernels
+    ]
+    describe_time(report, prediction, chip)
+
+
+def describe_time(report: StageReport, prediction: Prediction, chip: Chip) -> None:
+    """Seconds, MFU, days and chip-hours of a stage."""
+    devices = math.prod(report.mesh.values())
+    seconds = prediction.serial
+    report.predicted_parts = dataclasses.asdict(prediction)
+    report.predicted_step_seconds = seconds
+    report.predicted_step_seconds_range = prediction.range()
+    report.predicted_mfu = report.model_flops / (seconds * chip.peak_flops * devices)
+    _add_duration(report)
+
+
+def _add_duration(report: StageReport) -> None:
+    hours = report.predicted_step_seconds * report.steps / 3600
+    report.predicted_days = hours / 24
+    report.predicted_chip_hours = hours * report.chips
+
+
+def _axes(group: tuple[int, ...], mesh: Mesh) -> str:
+    """The mesh axes along which the devices of a group differ: "fsdp", or "fsdp x context"."""
+    places = np.unravel_index(np.array(group), mesh.devices.shape)
+    return " x ".join(
+        name for name, place in zip(MESH_AXES, places, strict=True) if len(set(place.tolist())) > 1
+    )

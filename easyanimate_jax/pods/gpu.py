@@ -1,0 +1,161 @@
+"""The same report for GPUs that are not there, by a model: their compiler needs them.
+
+What lies in memory between steps is exact. The rest is counted: kept activations by what the config
+keeps, one block's backward pass by what it took on an H200, seconds from FLOPs and bytes at rates
+that were measured on that card (benchmarks/results/gpu.md). What goes between devices was never
+measured. What is offloaded counts as gone, at no time. On a machine with the GPUs `train.py`
+compiles the step itself and knows its memory.
+"""
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from easyanimate_jax.models.mmdit import MMDiTConfig
+from easyanimate_jax.pods.chips import Chip
+from easyanimate_jax.pods.compile import describe_time, longest, suggest_mesh
+from easyanimate_jax.pods.predict import Prediction
+from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.sharding import MESH_AXES, token_axis
+from easyanimate_jax.training.compile import StageReport, describe_stage, model_flops
+from easyanimate_jax.training.stages import Stage
+
+# Values of the model width a token that a block keeps under these names; its input is kept always.
+KEPT = {"attention": 1, "attention out": 1, "mlp": 4, "mlp out": 1, "qkv": 3}
+# Of a block's 12 matrices (in width squared) those whose product a name saves.
+SAVED = {"attention out": 1, "mlp": 4, "mlp out": 4, "qkv": 3}
+# Counted on the card, for a block of the 12B model: values a token that its backward pass holds at
+# once, that its forward and backward pass read and write beside products and attention, and how
+# often these read or write its weights, and the update all of them.
+HELD, PASSED, WEIGHTS_PASSED, UPDATE_PASSED = 30, 216, 4, 11
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu(Chip):
+    """`link` is a quarter of what a device sends one way to those of its host."""
+
+    matmul: float  # FLOP/s that products reach
+    bandwidth: float  # of its memory, bytes a second, reading and writing
+    network: float  # bytes a second one way between hosts, of each device
+
+
+GPUS = tuple(
+    Gpu(
+        name,
+        kind,
+        989e12,
+        0.95 * memory * 2**20,
+        1.98e9,
+        1,
+        112.5e9,
+        *(430e12, 334e12, 334e12),  # the backward pass as useful FLOPs, twice the forward pass's
+        matmul=800e12,
+        bandwidth=bandwidth,
+        network=50e9,  # 400 Gb/s: an assumption
+    )
+    for name, kind, memory, bandwidth in (
+        ("h100", "NVIDIA H100 80GB HBM3", 81559, 2.4e12),  # by the ratio of the data sheets
+        ("h200", "NVIDIA H200", 143771, 3.3e12),
+    )
+)
+
+
+def parse(topology: str) -> tuple[Gpu, int, int] | None:
+    """(the GPU, hosts, GPUs of a host) of "h200:8" or "h200:16x8"; None if it names no GPU.
+
+    Raises ValueError for a GPU's name without such numbers.
+    """
+    name, _, shape = topology.partition(":")
+    gpu = next((gpu for gpu in GPUS if gpu.name == name), None)
+    if gpu is None:
+        return None
+    numbers = re.fullmatch(r"(?:(\d+)x)?(\d+)", shape)
+    hosts, devices = (int(n or 1) for n in numbers.groups()) if numbers else (0, 0)
+    if not hosts * devices:
+        raise ValueError(f"topology {topology!r}: use {name}:8, or {name}:16x8 for 16 hosts of 8")
+    return gpu, hosts, devices
+
+
+def model_step(
+    config: TrainConfig, stage: Stage, topology: str, *, tokens: int | None = None
+) -> StageReport:
+    """The report of a stage, at its longest bucket unless told. Raises ValueError as `parse`."""
+    gpu, hosts, per_host = parse(topology)
+    shape = suggest_mesh(config.mesh, hosts * per_host).shape(hosts * per_host)
+    device = jax.sharding.AbstractDevice(gpu.device_kind, gpu.cores, "gpu")
+    mesh = AbstractMesh(
+        shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), abstract_device=device
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        sizes = longest(config, stage) | ({"tokens": tokens} if tokens else {})
+        report, *_ = describe_stage(config.step, stage, mesh, **sizes, memory=int(gpu.memory))
+    report.topology, report.chips, report.modelled = topology, hosts * per_host, True
+    model = dataclasses.replace(config.model, in_channels=stage.in_channels)
+    report.memory["activations and temporaries"] = _temporaries(report, model)
+    report.peak_bytes_per_chip = sum(report.memory.values())
+    report.fits = report.peak_bytes_per_chip <= report.hbm_bytes
+    exchanged = token_axis(mesh, report.microbatch) is not None
+    describe_time(report, _seconds(report, model, gpu, hosts, per_host, exchanged), gpu)
+    return report
+
+
+def _stream(report: StageReport, model: MMDiTConfig) -> float:
+    """Bytes of one value of the model width for all tokens of a device's microbatch."""
+    mesh = report.mesh
+    parts = mesh["data"] * mesh["fsdp"] * mesh["context"]
+    rows = report.microbatch * (report.tokens + report.text_tokens)
+    return 2 * rows * model.width / parts
+
+
+def _temporaries(report: StageReport, model: MMDiTConfig) -> int:
+    stream, tensor = _stream(report, model), report.mesh["tensor"]
+    kept = 1 + sum(KEPT[name] for name in model.save) / tensor
+    gradients = report.memory["weights"] * (2 if report.accumulate > 1 else 1)
+    gathered = 2 * 2 * _block_weights(model) / tensor if _devices(report) > 1 else 0  # bfloat16
+    return int(gradients + gathered + stream * (model.depth * kept + HELD / tensor))
+
+
+def _seconds(
+    report: StageReport,
+    model: MMDiTConfig,
+    gpu: Gpu,
+    hosts: int,
+    per_host: int,
+    exchanged: bool,
+) -> Prediction:
+    """Of a step; `exchanged` if devices hold parts of the tokens."""
+    times, tensor = report.accumulate, report.mesh["tensor"]
+    stream = _stream(report, model)
+    flops, share = model_flops(model, report.tokens, report.text_tokens)
+    # What fills a microbatch up is computed too.
+    flops *= report.microbatch * times / _devices(report)
+    again = 12 - sum(SAVED.get(name, 0) for name in model.save)
+    attention = flops * share / 3 * (1 if "attention" in model.save else 2) / gpu.attention_forward
+    attention += flops * share / 3 * 2 / gpu.attention_backward
+    block = _block_weights(model)
+    moved = model.depth * (stream * PASSED + 4 * block * WEIGHTS_PASSED) / tensor * times
+    moved += report.memory["weights"] * UPDATE_PASSED
+    sent = 0.0
+    if _devices(report) > 1:  # gathered twice and summed once, in bfloat16
+        sent += 3 * 2 * block * model.depth / tensor
+    if exchanged:
+        sent += 24 * stream * model.depth
+    between = (hosts - 1) / hosts / (per_host * gpu.network)
+    return Prediction(
+        matmul=flops * (1 - share) * (1 + again / 36) / gpu.matmul,
+        attention=attention,
+        elementwise=moved / gpu.bandwidth,
+        collectives=sent * times * (1 / (4 * gpu.link) + between),
+    )
+
+
+def _block_weights(model: MMDiTConfig) -> int:
+    return 24 * model.width**2 + 24 * model.time_width * model.width  # of text, video, modulation
+
+
+def _devices(report: StageReport) -> int:
+    return math.prod(report.mesh.values())

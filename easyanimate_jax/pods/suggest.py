@@ -1,0 +1,219 @@
+"""What else fits a pod: meshes, kept activations and microbatches, tried by the compiler.
+
+Arithmetic orders the choices and leaves out what is far too large, so that few are compiled; what
+is returned has been compiled. Only `microbatch` is a stage's own; mesh and kept activations are the
+run's.
+"""
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from easyanimate_jax.pods.chips import Chip
+from easyanimate_jax.pods.compile import suggest_mesh
+from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.sharding import MeshConfig
+from easyanimate_jax.training.compile import Change, StageReport, model_flops
+from easyanimate_jax.training.stages import Stage
+
+# What a block keeps, by how much computing a kept byte saves: values of the model width a token,
+# and matrices (in width squared, of a block's 12) that need not be multiplied again.
+LADDER = {
+    "attention": (1, 0),
+    "mlp out": (1, 4),
+    "attention out": (1, 1),
+    "mlp": (4, 4),
+    "qkv": (3, 3),
+}
+TRANSIENTS = 40  # values of the model width a token that one block's backward pass holds
+MATMUL_SHARE = 0.8  # of the peak
+HOPELESS = 1.1  # times the memory, by the estimate: not compiled
+CHANGES, TRIES = 3, 8  # what is looked for, and programs that are compiled for it at most
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run a stage."""
+
+    mesh: MeshConfig
+    save: tuple[str, ...]
+    microbatch: int  # rows that go through the network at once
+
+    def apply(self, config: TrainConfig, stage: Stage) -> tuple[TrainConfig, Stage]:
+        model = dataclasses.replace(config.model, save=self.save)
+        stage = dataclasses.replace(stage, microbatch=self.microbatch)
+        return dataclasses.replace(config, mesh=self.mesh, model=model), stage
+
+    def differences(self, other: "Choice", stage_index: int) -> list[str]:
+        """The overrides of `train.py` that lead from `other` here."""
+        words = []
+        if self.mesh != other.mesh:
+            for axis, size in dataclasses.asdict(self.mesh).items():
+                words += [f"--mesh.{axis}", str(size)]
+        if self.save != other.save:
+            words += ["--model.save", *self.save]
+        if self.microbatch != other.microbatch:
+            words += [f"--stages.{stage_index}.microbatch", str(self.microbatch)]
+        return words
+
+
+def present(config: TrainConfig, stage: Stage, num_devices: int) -> Choice:
+    """The choice that the config makes on so many devices."""
+    rows = min(stage.microbatch or stage.batch_size, stage.batch_size)
+    return Choice(suggest_mesh(config.mesh, num_devices), config.model.save, rows)
+
+
+def choices(config: TrainConfig, stage: Stage, num_devices: int) -> Iterator[Choice]:
+    """Every split of a slice's devices into fsdp and context that the heads allow, every step of
+    the ladder, and microbatches of a power of two rows a device or a group of them."""
+    now = suggest_mesh(config.mesh, num_devices)
+    free = [name for name in LADDER if name not in config.model.offload]
+    inner = num_devices // (now.data * now.tensor)
+    for context in (2**n for n in range(int(math.log2(inner)) + 1)):
+        if inner % context or config.model.heads % context or config.model.width % context:
+            continue
+        mesh = MeshConfig(now.data, inner // context, context, now.tensor)
+        groups = mesh.data * mesh.fsdp
+        if config.model.width % mesh.fsdp or groups > stage.batch_size:
+            continue
+        rows = groups
+        while rows < 2 * stage.batch_size:
+            for kept in range(len(free) + 1):
+                yield Choice(mesh, tuple(free[:kept]), min(rows, stage.batch_size))
+            rows *= 2
+
+
+def estimate(
+    choice: Choice, config: TrainConfig, stage: Stage, tokens: int, chip: Chip
+) -> tuple[float, float]:
+    """(bytes of a device, seconds of a step), roughly: good for an order, not for a figure."""
+    model, mesh = config.model, choice.mesh
+    num_weights = 24 * model.depth * model.width**2  # text and video have their own
+    groups, tensor = mesh.data * mesh.fsdp, mesh.tensor
+    rows = -(-choice.microbatch // groups) * groups
+    accumulate = -(-stage.batch_size // rows)
+    parts = mesh.fsdp * mesh.context * tensor
+    local = rows * tokens / (groups * mesh.context)  # tokens of a device in a microbatch
+
+    kept = 1 + sum(LADDER[name][0] for name in choice.save)
+    kept += "attention" in choice.save and model.head_width < 128  # filled up to 128 lanes
+    value = 2 * local * model.width / tensor
+    memory = 24 * num_weights / parts + 4 * num_weights / model.depth / tensor
+    memory += value * (model.depth * kept + TRANSIENTS)
+
+    flops, share = model_flops(model, tokens, 0)
+    again = 12 - sum(LADDER[name][1] for name in choice.save)
+    linear = flops * (1 - share) * (1 + again / 36)
+    attention = flops * share * (1 if "attention" in choice.save else 4 / 3)
+    done = accumulate * rows / (groups * mesh.context * tensor)  # samples of a device
+    seconds = linear * done / (MATMUL_SHARE * chip.peak_flops)
+    seconds += attention * done / chip.attention_backward
+    sent = 6 * num_weights / tensor * accumulate  # gathered twice, summed once, in bfloat16
+    sent += 0 if rows % (groups * mesh.context) == 0 else 24 * value * model.depth * accumulate
+    return memory, seconds + sent / (4 * chip.link)
+
+
+def ordered(
+    config: TrainConfig, stage: Stage, chip: Chip, report: StageReport, *, one_change: bool
+) -> list[Choice]:
+    """The choices that may fit, the fastest first; with `one_change` those that change one thing.
+
+    The estimate of memory is corrected by what the compiler said of the present choice.
+    """
+    num_devices = math.prod(report.mesh.values())
+    now = present(config, stage, num_devices)
+    tokens = report.tokens + report.text_tokens
+
+    def rough(choice: Choice) -> tuple[float, float]:
+        return estimate(choice, config, stage, tokens, chip)
+
+    factor = (report.peak_bytes_per_chip or report.hbm_bytes) / rough(now)[0]
+    found = []
+    for choice in choices(config, stage, num_devices):
+        changed = [getattr(choice, f.name) != getattr(now, f.name) for f in dataclasses.fields(now)]
+        if sum(changed) < 1 or (one_change and sum(changed) > 1):
+            continue
+        if rough(choice)[0] * factor < HOPELESS * report.hbm_bytes:
+            found.append(choice)
+    return sorted(found, key=lambda choice: rough(choice)[1])
+
+
+def changes_that_fit(
+    config: TrainConfig,
+    stage: Stage,
+    chip: Chip,
+    report: StageReport,
+    compile_choice: Callable[[TrainConfig, Stage], StageReport],
+) -> list[Change]:
+    """At most three changes after which a stage that does not fit does, the cheapest first.
+
+    Each changes one thing; where no such change fits, several.
+    """
+    index = [s.name for s in config.stages].index(stage.name)
+    now = present(config, stage, math.prod(report.mesh.values()))
+    fitting = []
+    for one_change in (True, False):
+        for choice in ordered(config, stage, chip, report, one_change=one_change)[:TRIES]:
+            tried = compile_choice(*choice.apply(config, stage))
+            if tried.fits:
+                words = shlex.join(choice.differences(now, index))
+                seconds = tried.predicted_step_seconds
+                fitting.append(Change(words, tried.peak_bytes_per_chip, seconds))
+            if len(fitting) == CHANGES:
+                break
+        if fitting:
+            break
+    return sorted(fitting, key=lambda change: change.predicted_step_seconds)
+
+
+def fastest(
+    config: TrainConfig,
+    stage: Stage,
+    chip: Chip,
+    report: StageReport,
+    compile_choice: Callable[[TrainConfig, Stage], StageReport],
+) -> tuple[Choice, StageReport]:
+    """Of the choices that the estimate puts first, the one predicted fastest that fits.
+
+    The present choice is among them. Raises ValueError if nothing that was compiled fits.
+    """
+    now = present(config, stage, math.prod(report.mesh.values()))
+    tried = [(now, report)]
+    for choice in ordered(config, stage, chip, report, one_change=False)[:TRIES]:
+        tried.append((choice, compile_choice(*choice.apply(config, stage))))
+    fitting = [(choice, result) for choice, result in tried if result.fits]
+    if not fitting:
+        raise ValueError(
+            f"stage {stage.name!r}: none of {len(tried)} ways to run it fits {report.topology}; "
+            f"use more chips"
+        )
+    return min(fitting, key=lambda found: found[1].predicted_step_seconds)
+
+
+def variant(path: str, stage: Stage, choice: Choice, report: StageReport) -> str:
+    """A config file: the one at `path` with a choice, for `train.py` to read."""
+    used, given = report.peak_bytes_per_chip / 1e9, report.hbm_bytes / 1e9
+    return f'''"""{path} for {report.topology}, found by `python -m easyanimate_jax aot --suggest`.
+
+Stage {stage.name!r}: {used:.1f} of {given:.1f} GB a chip, predicted \
+{report.predicted_step_seconds:.1f} s a step.
+"""
+
+from dataclasses import replace
+
+from easyanimate_jax.runs.config import load
+from easyanimate_jax.sharding import MeshConfig
+
+base = load({path!r})
+config = replace(
+    base,
+    mesh={choice.mesh},
+    model=replace(base.model, save={choice.save}),
+    stages=tuple(
+        replace(s, microbatch={choice.microbatch}) if s.name == {stage.name!r} else s
+        for s in base.stages
+    ),
+)
+'''

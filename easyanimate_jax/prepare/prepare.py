@@ -1,0 +1,285 @@
+"""From captioned files to encoded records: `python -m easyanimate_jax prepare CONFIG`.
+
+Every clip is cut to a shape of its set's budget and encoded once, mean and log-variance, so that
+training reads tokens and draws fresh samples. What cannot be encoded ahead stays a draw: captions
+are all kept, and of I2V masks and noised references (spec 6.1) there are several per clip. Of a set
+of `pixels` only the texts are encoded, see prepare/visits.py.
+
+    OUT/SET/                  the records of one latent set, see data/records.py
+    OUT/empty.safetensors     text states of the empty prompt
+    OUT/prompts.safetensors   text states of the config's sample prompts
+    OUT/quarantine.jsonl      rows and clips that were left out, with the reason
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from easyanimate_jax.data.buckets import grid_of
+from easyanimate_jax.data.records import LatentSet, Texts, Writer, write_texts
+from easyanimate_jax.data.sources import places
+from easyanimate_jax.data.sources.read import read_clips
+from easyanimate_jax.data.sources.rows import Clip
+from easyanimate_jax.models.vae import CausalVAE
+from easyanimate_jax.prepare.clips import Job, Pixels, frames_of, make_job, read_pixels
+from easyanimate_jax.prepare.encode import Encoder, encode_pixels
+
+SHARD_SIZE = 128  # records
+ROWS = 16  # clips encoded at once, at most
+TEXT_ROWS, TEXT_CACHE = 128, 2**30  # prompts whose states are made at once; bytes of states kept
+MODEL_FILES = (
+    "*.safetensors",
+    "config.json",
+    "text.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
+MAX_BAD = 0.05  # share of a set's clips that may be unreadable
+
+
+def prepare(
+    source: str | Path,
+    output: str | Path,
+    sets: Sequence[LatentSet],
+    vae: CausalVAE,
+    text_encoder,
+    prompts: Sequence[str],
+    seed: int,
+    *,
+    weights: dict[str, str],
+    shard_size: int = SHARD_SIZE,
+    part: int = 0,
+    parts: int = 1,
+) -> bool:
+    """Encode the clips of `source` for every set; finished shards are kept, others made.
+
+    Of `parts` processes, on any hosts, each makes every `parts`-th shard, and the last to end the
+    index. Returns whether all sets are whole.
+
+    `text_encoder.encode(prompts)` gives one array of states per encoder. `weights` are the
+    fingerprints of the VAE's and the text encoders' folders: records of others are not mixed in.
+    Raises ValueError when more than `MAX_BAD` of a set's clips, or of a part's, cannot be read.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    clips, problems = read_clips(source)
+    quarantine = Quarantine(output / "quarantine.jsonl")
+    for problem in problems if part == 0 else ():
+        quarantine.add(problem._asdict())
+    texts = TextStates(text_encoder)
+    encoder = Encoder(vae, jax.local_devices(), most=ROWS, announce=tqdm.write)
+    write_texts(output / "empty.safetensors", texts([""]))
+    if prompts:
+        write_texts(output / "prompts.safetensors", texts(prompts))
+    whole = []
+    for latent_set in sets:
+        jobs = select(latent_set, clips, seed)
+        identity = {
+            "set": _told(latent_set),
+            "weights": weights,
+            "seed": seed,
+            "jobs": _digest(repr([(j.clip.name, j.clip.captions, *j[1:4]) for j in jobs])),
+            "shard_size": shard_size,
+        }
+        folder, root = output / latent_set.name, places.root_of(job.clip for job in jobs)
+        if latent_set.pixels:
+            identity["root"] = os.path.relpath(root, os.path.realpath(folder))
+        writer = Writer(folder, json.loads(json.dumps(identity)))
+        shards = [jobs[i : i + shard_size] for i in range(0, len(jobs), shard_size)]
+        todo = [n for n in range(part, len(shards), parts) if not writer.has(n)]
+        own = sum(len(shard) for shard in shards[part::parts])
+        done = own - sum(len(shards[number]) for number in todo)
+        with tqdm(total=own, initial=done, desc=latent_set.name, unit="clip") as progress:
+            read = Reader(latent_set, own, encoder, quarantine, seed, progress)
+            for number in todo:
+                shard = shards[number]
+                made = _located(shard, root, progress) if latent_set.pixels else read(shard)
+                _add_texts(made, texts)
+                records = [record for _, record in made]
+                writer.write(number, records, [_index_row(job) for job, _ in made])
+        whole.append(all(map(writer.has, range(len(shards)))))
+        if whole[-1]:
+            writer.finish(len(shards))
+    return all(whole)
+
+
+def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]:
+    """The set's clips, each with its shape, ordered so that equal shapes are neighbours."""
+    jobs = []
+    for clip in clips:
+        if clip.kind not in latent_set.kinds or clip.quality < latent_set.min_quality:
+            continue
+        if min(clip.height, clip.width) < latent_set.min_side:
+            continue
+        frames, _ = frames_of(clip)
+        shape = latent_set.budget.choose(frames, clip.height, clip.width, clip.name)
+        if shape is not None:
+            jobs.append(make_job(latent_set, clip, shape, _rng(seed, latent_set.name, clip.name)))
+    if not jobs:
+        raise ValueError(
+            f"set {latent_set.name!r}: none of {len(clips)} clips is of kind "
+            f"{'/'.join(latent_set.kinds)}, at least {latent_set.min_side} pixels wide, of "
+            f"quality {latent_set.min_quality} or more (only curation rates clips), and large "
+            f"enough for {latent_set.budget}; change the set or add clips"
+        )
+    return sorted(jobs, key=lambda job: (job.shape, job.clip.name))
+
+
+def fingerprint(folder: str | Path) -> str:
+    """A hash of a model folder: weights, configs and tokenizers, not what its training left."""
+    digest = hashlib.blake2b(digest_size=16)
+    found = (path for pattern in MODEL_FILES for path in Path(folder).rglob(pattern))
+    for path in sorted(path for path in found if path.is_file()):
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "blake2b").digest()
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + content)
+    return digest.hexdigest()
+
+
+class Quarantine:
+    """A JSON line for each thing left out; a resumed run does not repeat them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.lines = set(path.read_text().splitlines()) if path.is_file() else set()
+
+    def add(self, entry: dict) -> None:
+        line = json.dumps(entry, ensure_ascii=False)
+        if line not in self.lines:
+            self.lines.add(line)
+            with open(self.path, "a") as file:
+                file.write(line + "\n")
+
+
+class TextStates:
+    """Text states as float16, each distinct prompt encoded once while the cache lasts."""
+
+    def __init__(self, text_encoder):
+        self.text_encoder, self.cache = text_encoder, {}
+
+    def __call__(self, prompts: Sequence[str]) -> Texts:
+        """The states of `prompts`, per encoder."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
+        for i in range(0, len(new), TEXT_ROWS):
+            some = new[i : i + TEXT_ROWS]
+            states = [np.asarray(s, np.float16) for s in self.text_encoder.encode(some)]
+            if not all(np.isfinite(s).all() for s in states):
+                raise ValueError(f"text states of {some} are not finite in float16")
+            self.cache |= {p: tuple(s[row] for s in states) for row, p in enumerate(some)}
+        rows = [self.cache[prompt] for prompt in prompts]
+        if len(self.cache) * sum(s.nbytes for s in rows[0]) > TEXT_CACHE:
+            self.cache = {}
+        return tuple(np.stack(column) for column in zip(*rows, strict=True))
+
+
+class Reader:
+    """Reads and encodes a set's jobs; counts those that do not read, and stops at too many."""
+
+    def __init__(self, latent_set: LatentSet, jobs: int, encoder, quarantine, seed: int, progress):
+        self.latent_set, self.jobs, self.encoder, self.seed = latent_set, jobs, encoder, seed
+        self.quarantine, self.progress, self.bad = quarantine, progress, 0
+
+    def __call__(self, jobs: Sequence[Job]) -> list[tuple[Job, dict[str, np.ndarray]]]:
+        """The jobs that read, with their records."""
+        encoded = []
+        with ThreadPoolExecutor() as pool:
+            for group in self._groups(jobs):
+                good = []
+                for job, found in zip(group, pool.map(self._read, group), strict=True):
+                    if isinstance(found, ValueError):
+                        self._leave_out(job, str(found))
+                    else:
+                        good.append((job, found))
+                if good:
+                    records = encode_pixels(self.encoder, [pixels for _, pixels in good])
+                    encoded += zip([job for job, _ in good], records, strict=True)
+                self.progress.update(len(group))
+        return encoded
+
+    def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
+        """Neighbours of one shape, as many as are encoded at once."""
+        for shape, same in itertools.groupby(jobs, key=lambda job: job.shape):
+            while group := list(itertools.islice(same, self.encoder.rows(shape))):
+                yield group
+
+    def _read(self, job: Job) -> Pixels | ValueError:
+        def rng(*names):
+            return _rng(self.seed, self.latent_set.name, job.clip.name, *names)
+
+        draws = [rng(draw) for draw in range(self.latent_set.condition_draws)]
+        try:
+            return read_pixels(job, draws, rng("reference"))
+        except ValueError as error:
+            return error
+
+    def _leave_out(self, job: Job, reason: str) -> None:
+        self.bad += 1
+        self.quarantine.add({"file": job.clip.name, "reason": reason})
+        if self.bad > max(1, MAX_BAD * self.jobs):
+            raise ValueError(
+                f"set {self.latent_set.name!r}: {self.bad} of {self.jobs} clips cannot be read; "
+                f"the reasons are in {self.quarantine.path}"
+            )
+
+
+def _located(jobs: Sequence[Job], root: Path, progress) -> list[tuple[Job, dict[str, np.ndarray]]]:
+    """The jobs, with records that say where their clips lie."""
+    progress.update(len(jobs))
+    return [(job, {"place": places.to_bytes(job.clip, root)}) for job in jobs]
+
+
+def _add_texts(encoded: list[tuple[Job, dict]], texts: TextStates) -> None:
+    """Give every record the states of its captions, a shard's together: full batches."""
+    if not encoded:
+        return
+    states = texts([caption for job, _ in encoded for caption in job.clip.captions])
+    first = 0
+    for job, record in encoded:
+        last = first + len(job.clip.captions)
+        record |= {f"text{i}": s[first:last] for i, s in enumerate(states)}
+        first = last
+
+
+def _told(latent_set: LatentSet) -> dict:
+    """The set's fields, but for those that older sets do not know and that say nothing here."""
+    fields = dataclasses.asdict(latent_set)
+    unknown = () if latent_set.control else ("control", "random_reference")
+    unknown += () if latent_set.min_quality else ("min_quality",)
+    unknown += () if latent_set.pixels else ("pixels",)
+    return {name: value for name, value in fields.items() if name not in unknown}
+
+
+def _index_row(job: Job) -> dict:
+    T, gh, gw = grid_of(*job.shape)
+    return {
+        "clip": job.clip.name,
+        "kind": job.clip.kind,
+        **job.shape._asdict(),
+        "T": T,
+        "gh": gh,
+        "gw": gw,
+        "tokens": T * gh * gw,
+        "source_height": job.clip.height,
+        "source_width": job.clip.width,
+        "num_captions": len(job.clip.captions),
+        "source": job.clip.source,
+    }
+
+
+def _rng(seed: int, *names) -> np.random.Generator:
+    return np.random.default_rng([seed, int(_digest(repr(names)), 16)])
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

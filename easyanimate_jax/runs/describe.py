@@ -1,0 +1,86 @@
+"""`train.py CONFIG --describe`: the whole schedule in numbers, without touching a device."""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import numpy as np
+from flax import nnx
+
+from easyanimate_jax.models.mmdit import MMDiT
+from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.sharding import RULES, MeshConfig, is_variable
+from easyanimate_jax.training.optimizer import make_optimizer
+from easyanimate_jax.training.step import TrainState, init_state
+
+
+def describe_run(config: TrainConfig) -> str:
+    """Stages, buckets with every size, parameters, and state bytes per device, as text."""
+    model = dataclasses.replace(config.model, in_channels=config.stages[-1].in_channels)
+    make = partial(
+        init_state,
+        lambda key: MMDiT(model, rngs=nnx.Rngs(params=key)),
+        make_optimizer(config.optimizer),
+    )
+    state = jax.eval_shape(make, jax.random.key(0))
+    parameters = sum(x.size for x in jax.tree.leaves(state.model))
+    lines = [
+        f"model    {model.depth} blocks ({model.mmdit_depth} with their own text weights), width "
+        f"{model.width} = {model.heads} heads x {model.head_width}, {parameters:,} parameters",
+        f"process  {config.process}",
+        *_mesh_lines(config.mesh, state),
+        "",
+        f"{'stage':<16}{'task':<12}{'set':<12}{'batch':>7}{'steps':>9}{'samples':>14}"
+        f"{'tokens':>16}{'learning rate':>15}",
+    ]
+    total_samples = total_tokens = 0
+    for stage in config.stages:
+        samples = stage.batch_size * stage.steps
+        tokens = samples * config.set(stage.data).budget.lengths[-1]
+        total_samples, total_tokens = total_samples + samples, total_tokens + tokens
+        lines.append(
+            f"{stage.name:<16}{stage.task:<12}{stage.data:<12}{stage.batch_size:>7,}"
+            f"{stage.steps:>9,}{samples:>14,}{tokens:>16.3e}{stage.learning_rate:>15.1e}"
+        )
+    steps = sum(stage.steps for stage in config.stages)
+    lines += [f"{'all':<47}{steps:>9,}{total_samples:>14,}{total_tokens:>16.3e}"]
+    for budget in dict.fromkeys(latents.budget for latents in config.sets):
+        lines += ["", f"nominal {budget.tokens:,} tokens"]
+        for latents in config.sets:
+            if latents.budget == budget:
+                kinds = " and ".join(f"{kind}s" for kind in latents.kinds)
+                best = f", quality >= {latents.min_quality}" if latents.min_quality else ""
+                lines += [f"  set {latents.name}: {kinds}, short side >= {latents.min_side}{best}"]
+        by_size = {}
+        for (frames, height, width), tokens, length in budget.describe():
+            by_size.setdefault((length, tokens, frames), []).append(f"{height}x{width}")
+        for (length, tokens, frames), sizes in sorted(by_size.items()):
+            lines += [f"  {length:>6} <- {tokens:>6} tokens: {frames} frames of {', '.join(sizes)}"]
+    return "\n".join(lines)
+
+
+def _mesh_lines(mesh: MeshConfig, state: TrainState) -> list[str]:
+    """What one device of the configured mesh holds of the training state; gradients not counted."""
+    sizes = dataclasses.asdict(mesh)
+    if sizes["fsdp"] == -1:
+        return [f"mesh     {mesh}: fsdp takes the devices it finds; give a number to see bytes"]
+
+    def bytes_of(tree) -> float:
+        total = 0.0
+        for variable in jax.tree.leaves(tree, is_leaf=is_variable):
+            names = [RULES[axis] for axis in getattr(variable, "out_sharding", None) or () if axis]
+            parts = math.prod(sizes[n] for name in names if name for n in np.atleast_1d(name))
+            # An optimizer keeps no such moment of some weights.
+            total += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variable)) / parts
+        return total
+
+    weights, average, optimizer = (
+        bytes_of(tree) / 1e9 for tree in (state.model, state.ema, state.opt_state)
+    )
+    return [
+        f"mesh     {' x '.join(f'{k} {v}' for k, v in sizes.items())} = "
+        f"{math.prod(sizes.values())} devices",
+        f"state    {weights + average + optimizer:.2f} GB a device: weights {weights:.2f}, their "
+        f"average {average:.2f}, the optimizer's moments {optimizer:.2f}",
+    ]

@@ -1,0 +1,223 @@
+"""`python -m easyanimate_jax doctor [CONFIG] [--field value ...]`: is this pod fit for the run?
+
+Started like `train.py`, on every host. Compares what the processes see: devices, versions, clocks,
+folders; sums over all devices; and, with a config, checks the mesh against the weights, the state
+against memory and disk, and that all processes see the same files. Process 0 prints one table.
+Exit code 0 if all is well, 1 if something is not, 2 for arguments that make no sense.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+import shutil
+import socket
+import time
+import uuid
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from easyanimate_jax.memory import device_memory
+from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.sharding import make_mesh
+from easyanimate_jax.training.optimizer import make_optimizer
+from easyanimate_jax.training.program import abstract_state
+
+PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")
+MAX_CLOCK_SPREAD = 1.0  # seconds; more confuses logs, heartbeats and certificates
+MESSAGE = 1 << 14  # bytes of facts that a process tells the others
+REDUCED = 1 << 22  # float32 numbers a device gives to the sum
+
+
+class Finding(NamedTuple):
+    name: str
+    good: bool
+    what: str
+
+
+def examine(config: TrainConfig | None) -> list[Finding]:
+    """Everything that is looked at, by all processes together."""
+    facts = gather(facts_here(config))
+    findings = [*compare(facts), all_reduce()]
+    if config is not None:
+        findings += [same_run_folder(Path(config.run)), *fits(config)]
+    return findings
+
+
+def facts_here(config: TrainConfig | None) -> dict:
+    """What this process sees, as JSON holds it. The clock is read when all have come."""
+    multihost_utils.sync_global_devices("doctor clock")
+    return {
+        "clock": time.time(),
+        "host": socket.gethostname(),
+        "devices": [d.device_kind for d in jax.local_devices()],
+        "versions": {"python": platform.python_version()} | _versions(),
+        "files": {str(path): _listing(path) for path in _inputs(config)} if config else {},
+    }
+
+
+def gather(facts: dict) -> list[dict]:
+    """The facts of every process, in their order; all must call it."""
+    message = json.dumps(facts).encode()
+    assert len(message) <= MESSAGE, len(message)
+    padded = np.frombuffer(message.ljust(MESSAGE), np.uint8)
+    rows = multihost_utils.process_allgather(padded).reshape(-1, MESSAGE)
+    return [json.loads(row.tobytes()) for row in rows]
+
+
+def compare(facts: list[dict]) -> list[Finding]:
+    """Whether the processes see the same."""
+    devices = [f["devices"] for f in facts]
+    kinds = sorted({kind for local in devices for kind in local})
+    numbers = sorted({len(local) for local in devices})
+    findings = [
+        Finding(
+            "devices",
+            len(kinds) == 1 and len(numbers) == 1,
+            f"{sum(map(len, devices))} x {', '.join(kinds)}: {' or '.join(map(str, numbers))} in "
+            f"each of {len(facts)} processes",
+        )
+    ]
+    for package in facts[0]["versions"]:
+        seen = [f["versions"][package] for f in facts]
+        findings.append(Finding(package, len(set(seen)) == 1, _differing(facts, seen)))
+    clocks = [f["clock"] for f in facts]
+    spread = max(clocks) - min(clocks)
+    findings.append(Finding("clocks", spread <= MAX_CLOCK_SPREAD, f"{spread:.3f} s apart"))
+    for path in facts[0]["files"]:
+        seen = [f["files"][path] for f in facts]
+        good = None not in seen and len(set(seen)) == 1
+        what = "the same everywhere" if good else _differing(facts, [s or "missing" for s in seen])
+        findings.append(Finding(path, good, what))
+    return findings
+
+
+def all_reduce() -> Finding:
+    """A sum over all devices, right and timed."""
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    parts = NamedSharding(mesh, PartitionSpec("all"))
+    numbers = np.arange(mesh.size, dtype=np.float32)
+    make = jax.jit(lambda x: jnp.repeat(x[:, None], REDUCED, axis=1), out_shardings=parts)
+    given = make(jax.make_array_from_callback(numbers.shape, parts, lambda at: numbers[at]))
+    whole = NamedSharding(mesh, PartitionSpec())
+    add = jax.jit(lambda x: x.sum(axis=0), out_shardings=whole)
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        result = jax.block_until_ready(add(given))
+        seconds.append(time.perf_counter() - began)
+    want = mesh.size * (mesh.size - 1) / 2
+    good = bool(np.all(np.asarray(result.addressable_data(0)) == want))
+    rate = 4 * REDUCED / min(seconds) / 1e9
+    what = f"{4 * REDUCED / 1e6:.0f} MB a device in {min(seconds) * 1e3:.1f} ms, {rate:.1f} GB/s"
+    return Finding("all-reduce", good, what if good else f"gives {result.ravel()[0]}, not {want}")
+
+
+def same_run_folder(folder: Path) -> Finding:
+    """Whether what one process writes into the run folder every process reads."""
+    token = gather({"token": uuid.uuid4().hex})[0]["token"]
+    problem = ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mine = folder / f"doctor.{token}.{jax.process_index()}"
+        mine.write_text(token)
+    except OSError as error:
+        problem = f"cannot be written: {error}"
+    multihost_utils.sync_global_devices("doctor wrote")
+    seen = sorted(p.name for p in folder.glob(f"doctor.{token}.*")) if folder.is_dir() else []
+    multihost_utils.sync_global_devices("doctor read")
+    if not problem:
+        mine.unlink()
+        if len(seen) < jax.process_count():
+            problem = f"shows files of {len(seen)} of {jax.process_count()} processes"
+    problems = [
+        f"process {i}: {f['problem']}"
+        for i, f in enumerate(gather({"problem": problem[:500]}))
+        if f["problem"]
+    ]
+    return Finding(f"run {folder}", not problems, "; ".join(problems) or "shared and writable")
+
+
+def fits(config: TrainConfig) -> list[Finding]:
+    """Mesh against devices and weights; state against memory and disk."""
+    try:
+        mesh = make_mesh(config.mesh)
+        channels = max(stage.in_channels for stage in config.stages)
+        model = dataclasses.replace(config.model, in_channels=channels)
+        _, _, state = abstract_state(model, make_optimizer(config.optimizer), mesh)
+    except ValueError as error:
+        return [Finding("mesh", False, str(error))]
+    leaves = jax.tree.leaves(state)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
+    local = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    memory = device_memory()
+    needed = (max(2, config.keep) + 1) * sum(sizes)
+    place = next(p for p in (Path(config.run), *Path(config.run).absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return [
+        Finding("mesh", True, shape),
+        Finding(
+            "memory",
+            local < memory,
+            f"the state takes {local / 1e9:.2f} of {memory / 1e9:.1f} GB a device; train.py checks "
+            f"the whole step",
+        ),
+        Finding(
+            "disk",
+            free > needed,
+            f"{free / 1e9:.1f} GB free, {config.keep} + 1 checkpoints take {needed / 1e9:.1f} GB",
+        ),
+    ]
+
+
+def table(findings: list[Finding]) -> str:
+    width = max(len(finding.name) for finding in findings)
+    lines = [f"{'ok' if f.good else 'FAIL':<6}{f.name.ljust(width)}  {f.what}" for f in findings]
+    bad = sum(not finding.good for finding in findings)
+    return "\n".join([*lines, f"{bad} of {len(findings)} checks failed" if bad else "all is well"])
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _inputs(config: TrainConfig) -> list[Path]:
+    """The folders that training reads."""
+    names = dict.fromkeys(stage.data for stage in config.stages)
+    folders = [Path(config.prepared) / name for name in names]
+    folders += [Path(config.vae)] if config.samples.prompts else []
+    folders += [Path(config.init)] if config.init else []
+    return folders
+
+
+def _listing(folder: Path) -> str | None:
+    """A digest of the names and sizes of a folder's files; None if it is not there."""
+    if not folder.exists():
+        return None
+    files = sorted((p.name, p.stat().st_size) for p in folder.iterdir() if p.is_file())
+    return hashlib.sha256(repr(files).encode()).hexdigest()[:12]
+
+
+def _differing(facts: list[dict], seen: list[str]) -> str:
+    """The one value, or who sees which."""
+    if len(set(seen)) == 1:
+        return seen[0]
+    hosts = {}
+    for number, (fact, value) in enumerate(zip(facts, seen, strict=True)):
+        hosts.setdefault(value, []).append(f"{number} ({fact['host']})")
+    return "; ".join(f"{value} on {', '.join(h[:4])}" for value, h in hosts.items())

@@ -1,0 +1,97 @@
+"""Batches of clips that are decoded, cut, drawn and encoded anew at every visit.
+
+Beside cached latents: the plan, the texts, the substitution of what does not read and the row's
+draws are those of `data.loader`. What a visit adds is drawn from seed, stage, step and row too: a
+size among the admissible ones of the record's token length (spec 8.4), the first frame, the mask
+(6.5), the noised reference, the reference frame of a control model.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from easyanimate_jax.data.buckets import Shape, grid_of
+from easyanimate_jax.data.loader import CONTROL_TASKS, Batch, Loader
+from easyanimate_jax.data.plan.plan import Plan
+from easyanimate_jax.data.records import LatentSet, Records
+from easyanimate_jax.data.sources import places
+from easyanimate_jax.prepare.clips import Pixels, frames_of, make_job, read_pixels
+from easyanimate_jax.prepare.encode import Encoder, encode_pixels
+
+READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # in batches: pixels are large
+
+
+class Visit(NamedTuple):
+    """A row's record, or what came in its place, decoded."""
+
+    row: int
+    record: int
+    shape: Shape
+    texts: dict[str, np.ndarray]
+    pixels: Pixels
+
+
+class VisitLoader(Loader):
+    """A `Loader` of a set of pixels, see there. `encoder` runs where the batches are asked for."""
+
+    def __init__(
+        self, records: Records, plan: Plan, latent_set: LatentSet, encoder: Encoder, **options
+    ):
+        super().__init__(records, plan, **options)
+        self.latent_set, self.encoder = latent_set, encoder
+        self.root = records.folder / records.header["root"]
+
+    def batches(self, start: int = 0, workers: int = 0) -> Iterator[tuple[int, Batch]]:
+        """As of `Loader`; the clips are decoded ahead, by threads and the processes of `decode`."""
+        assert not workers, "decoding is in processes of its own"
+        for read in self._ahead(self.read, start, READ, workers):
+            yield self.encode(*read)
+
+    def batch(self, step: int) -> tuple[int, Batch]:
+        return self.encode(*self.read(step))
+
+    def read(self, step: int) -> tuple[int, list[Visit]]:
+        """The step, and its own rows decoded, all at the same time."""
+        step = int(step)
+        ids = self.plan(step)[1].tolist()
+        with ThreadPoolExecutor() as pool:
+            visits = pool.map(lambda row: self._visit(step, row, ids[row]), self._own(len(ids)))
+            return step, list(visits)
+
+    def encode(self, step: int, visits: list[Visit]) -> tuple[int, Batch]:
+        """(token length, batch) of what `read` gave."""
+        length, ids = self.plan(step)
+        rows = {}
+        for shape in dict.fromkeys(visit.shape for visit in visits):
+            same = [visit for visit in visits if visit.shape == shape]
+            latents = encode_pixels(self.encoder, [visit.pixels for visit in same])
+            for visit, arrays in zip(same, latents, strict=True):
+                fields = self._fields(step, visit.row, visit.record, visit.texts | arrays)
+                rows[visit.row] = fields | {"grid": np.array(grid_of(*shape), np.int32)}
+        return length, self._assemble(length, ids, rows.items())
+
+    def _visit(self, step: int, row: int, record: int) -> Visit:
+        def read(candidate: int) -> tuple:
+            rng = np.random.default_rng([*self._words(step, row), 1])  # 1: not those of _fields
+            arrays = self.records[candidate]
+            clip = places.from_bytes(arrays.pop("place"), self.root)
+            shapes = self._shapes(candidate, *frames_of(clip)[:1], clip.height, clip.width)
+            shape = shapes[rng.integers(len(shapes))]
+            job = make_job(self.latent_set, clip, shape, rng)
+            leads = job.control if self.task in CONTROL_TASKS else ()
+            job = job._replace(control=leads and (leads[rng.integers(len(leads))],))
+            return shape, arrays, read_pixels(job, [rng] if self.task == "i2v" else [], rng)
+
+        candidate, found = self._instead(record, read)
+        return Visit(row, candidate, *found)
+
+    def _shapes(self, record: int, frames: int, height: int, width: int) -> list[Shape]:
+        """What the clip may become without leaving the token length that the plan has it in."""
+        budget = self.latent_set.budget
+        planned = Shape(*(int(self.records.index[n][record]) for n in Shape._fields))
+        length = budget.length_of(planned)
+        shapes, _ = budget.admissible(frames, height, width)
+        return [shape for shape in shapes if budget.length_of(shape) == length] or [planned]

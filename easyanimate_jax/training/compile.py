@@ -1,0 +1,209 @@
+"""Compiles the train step of a stage and says what it needs, on devices that need not be there.
+
+The loop of a run compiles here what it runs, and `pods` what a pod would run: the same function,
+state, batch, mesh and donated buffers.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from easyanimate_jax.data.loader import Batch
+from easyanimate_jax.memory import peak_bytes
+from easyanimate_jax.models.mmdit import MMDiTConfig
+from easyanimate_jax.sharding import AnyMesh
+from easyanimate_jax.training.optimizer import make_optimizer
+from easyanimate_jax.training.program import (
+    StepConfig,
+    abstract_batch,
+    abstract_state,
+    microbatch_rows,
+    step_program,
+)
+from easyanimate_jax.training.stages import Stage
+from easyanimate_jax.training.step import TrainState
+
+
+@dataclass(frozen=True)
+class Change:
+    """Overrides of the config with which a stage fits, and what the compiler says of it then."""
+
+    overrides: str
+    peak_bytes_per_chip: int
+    predicted_step_seconds: float
+
+
+@dataclass
+class StageReport:
+    """What the compiler says of one stage, and what follows from it. Bytes are a device's."""
+
+    name: str
+    task: str
+    topology: str
+    mesh: dict[str, int]
+    batch_size: int
+    microbatch: int
+    accumulate: int
+    tokens: int
+    text_tokens: int
+    fits: bool
+    hbm_bytes: int
+    peak_bytes_per_chip: int | None  # None where the compiler refused without saying
+    memory: dict[str, int]
+    model_flops: float
+    attention_share: float
+    steps: int
+    chips: int = 0  # 0 of devices that are here
+    modelled: bool = False  # by `gpu`, and not compiled
+    collective_bytes: dict[str, int] = field(default_factory=dict)  # sent in a step, by kind
+    collective_bytes_per_axis: dict[str, int] = field(default_factory=dict)  # by mesh axes
+    waiting_collective_bytes: int = 0  # of them during which the device computes nothing
+    largest_all_reduce_bytes: int = 0
+    kernels: list[str] = field(default_factory=list)
+    predicted_parts: dict[str, float] = field(default_factory=dict)  # seconds
+    predicted_step_seconds: float | None = None
+    predicted_step_seconds_range: tuple[float, float] | None = None
+    predicted_mfu: float | None = None
+    predicted_days: float | None = None
+    predicted_chip_hours: float | None = None
+    changes: list[Change] = field(default_factory=list)  # that make it fit, the cheapest first
+    compile_seconds: float = 0.0
+    message: str = ""
+
+
+def compile_stage(
+    config: StepConfig,
+    stage: Stage,
+    mesh: Mesh,
+    *,
+    tokens: int,
+    text_lengths: tuple[int, ...],
+    memory: int,
+) -> tuple[StageReport, jax.stages.Compiled | None]:
+    """What the step needs of `memory` bytes a device, and the step; None if nothing was compiled.
+
+    The compiled step takes (state, batch, key, learning rate).
+    """
+    with jax.set_mesh(mesh):
+        report, placed, arguments = describe_stage(
+            config, stage, mesh, tokens=tokens, text_lengths=text_lengths, memory=memory
+        )
+        report.topology = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+        lowered = trace_stage(config, stage, placed, arguments).lower()
+        return report, _compile(lowered, mesh, report)
+
+
+def trace_stage(
+    config: StepConfig, stage: Stage, placed: TrainState, arguments: tuple[TrainState, Batch]
+) -> jax.stages.Traced:
+    """The step on what `describe_stage` found, before any compiler; under the same mesh."""
+    optimizer = make_optimizer(config.optimizer)
+    step = step_program(optimizer, config.process, config.ema_decay, placed, stage.batch_size)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return step.trace(*arguments, key, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def describe_stage(
+    config: StepConfig,
+    stage: Stage,
+    mesh: AnyMesh,
+    *,
+    tokens: int,
+    text_lengths: tuple[int, ...],
+    memory: int,
+) -> tuple[StageReport, TrainState, tuple[TrainState, Batch]]:
+    """Before compiling: the report, the state's shardings, and (state, batch) as placed shapes."""
+    model = dataclasses.replace(config.model, in_channels=stage.in_channels)
+    rows = microbatch_rows(stage, mesh)
+    _, placed, state = abstract_state(model, make_optimizer(config.optimizer), mesh)
+    batch = abstract_batch(
+        model,
+        mesh,
+        batch_size=stage.batch_size,
+        microbatch=rows,
+        tokens=tokens,
+        text_lengths=text_lengths,
+    )
+    flops, share = model_flops(model, tokens, sum(text_lengths))
+    report = StageReport(
+        name=stage.name,
+        task=stage.task,
+        topology="",
+        mesh=dict(mesh.shape),
+        batch_size=stage.batch_size,
+        microbatch=rows,
+        accumulate=batch.weight.shape[0],
+        tokens=tokens,
+        text_tokens=sum(text_lengths),
+        fits=False,
+        hbm_bytes=memory,
+        peak_bytes_per_chip=None,
+        memory={
+            "weights": _bytes(state.model),
+            "average": _bytes(state.ema),
+            "optimizer": _bytes(state.opt_state),
+            "batch": _bytes(batch),
+        },
+        model_flops=flops * stage.batch_size,
+        attention_share=share,
+        steps=stage.steps,
+    )
+    return report, placed, (state, batch)
+
+
+def _compile(lowered, mesh: Mesh, report: StageReport) -> jax.stages.Compiled | None:
+    """Compile, and tell the report how it went; None if there is too little memory for it."""
+    began = time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        report.message = _first_lines(str(error))
+        report.peak_bytes_per_chip = _needed_bytes(str(error))
+        return None
+    report.compile_seconds = time.perf_counter() - began
+    report.peak_bytes_per_chip = peak_bytes(compiled, mesh.devices.flat[0].platform)
+    report.fits = report.peak_bytes_per_chip <= report.hbm_bytes
+    arguments = sum(report.memory.values())
+    report.memory["activations and temporaries"] = report.peak_bytes_per_chip - arguments
+    return compiled
+
+
+def model_flops(config: MMDiTConfig, tokens: int, text_tokens: int) -> tuple[float, float]:
+    """(FLOPs of one sample's forward and backward pass, the share of them in attention).
+
+    What the model needs and not what the program does: nothing recomputed, no padding beyond the
+    bucket's, a backward pass of twice the forward.
+    """
+    S, D = tokens + text_tokens, config.width
+    linear = config.depth * S * 2 * 12 * D * D  # q, k, v, out; up and down of 4 D
+    modulation = config.depth * 2 * 2 * config.time_width * 6 * D
+    ends = 2 * tokens * D * config.patch**2 * (config.in_channels + config.out_channels)
+    ends += 2 * text_tokens * D * max(config.text_widths)
+    attention = config.depth * 4 * S * S * D
+    total = linear + modulation + ends + attention
+    return 3.0 * total, attention / total
+
+
+def _bytes(tree) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _needed_bytes(message: str) -> int | None:
+    """The "Used 101.6G of 95.7G hbm" of the compiler's refusal."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMG]) of", message)
+    return int(float(found[1]) * 1024 ** ("KMG".index(found[2]) + 1)) if found else None
+
+
+def _first_lines(message: str, most: int = 300) -> str:
+    return " ".join(message.split())[:most]

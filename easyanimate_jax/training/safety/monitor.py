@@ -1,0 +1,150 @@
+"""What a run does at this moment: seconds by section, a heartbeat, and the end of one that hangs.
+
+The loop says `enter("step")` and so on. From that follow `goodput.jsonl` (how much of the time went
+into new steps, and where the rest went), a heartbeat file that the supervisor reads, and the
+watchdog: a section that lasts too long has every thread's stack printed and the process leaves with
+exit code HANG. A thread does this, so it works while the loop waits inside a collective.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+
+from easyanimate_jax.training.safety.cloud_goodput import CloudGoodput
+
+HANG = 4  # exit code
+PATIENCE = 3600.0  # seconds for anything but steps and data
+STEP_FACTOR = 5  # times the slowest of recent steps: longer is a hang
+BEAT = 0.5  # seconds between heartbeats
+WRITE = 10.0  # seconds between lines of goodput.jsonl
+
+# "step" is productive; "rework" is a step that was made before, "down" the time between processes.
+SECTIONS = ["start", "restore", "compile", "step", "rework", "data", "save", "sample", "down"]
+
+
+class Monitor:
+    """Of one process; process 0 writes goodput.jsonl, continuing the totals of earlier processes.
+
+    A step or a wait for data may last `hang_seconds`, or five times the slowest recent step. A
+    `sink` is told the same sections.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        process: int,
+        hang_seconds: float,
+        sink: CloudGoodput | None = None,
+    ):
+        self.process, self.hang_seconds, self.sink = process, hang_seconds, sink
+        self.file = folder / "goodput.jsonl"
+        self.heartbeat = Path(os.environ.get("EASYANIMATE_HEARTBEATS", folder / "heartbeats"))
+        self.heartbeat.mkdir(parents=True, exist_ok=True)
+        self.heartbeat /= f"{process}.json"
+        self.total, self.furthest, ended = _last_line(self.file)
+        self.total["down"] += max(0.0, time.time() - ended) if ended else 0.0
+        self.section, self.since, self.step = "start", time.monotonic(), 0
+        self.recent_steps = deque(maxlen=200)  # seconds
+        self.windows = deque([(time.time(), dict(self.total))], maxlen=60)
+        self.closed = threading.Event()
+        # The supervisor asks for stacks; sys.stderr need not be a file, as in a notebook.
+        faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+
+    def enter(self, section: str, step: int | None = None) -> None:
+        """The run now does `section`, at `step`; a step below the furthest is rework."""
+        now = time.monotonic()
+        spent, self.since = now - self.since, now
+        self.total[self.section] += spent
+        if self.sink:
+            self.sink.enter(section, step)
+        if self.section in ("step", "rework"):
+            self.recent_steps.append(spent)
+        self.step = self.step if step is None else step
+        if section == "step" and self.step < self.furthest:
+            section = "rework"
+        self.section = section
+        self.furthest = max(self.furthest, self.step)
+        if time.time() - self.windows[-1][0] > WRITE:
+            self.write()
+
+    def write(self) -> None:
+        """A line of goodput.jsonl: totals since the run began, and shares of the last minutes."""
+        self.windows.append((time.time(), dict(self.total)))
+        (_, before), (clock, total) = self.windows[0], self.windows[-1]
+        window = {name: total[name] - before[name] for name in SECTIONS}
+        seconds = {name: round(value, 3) for name, value in total.items()}
+        row = {
+            "time": clock,
+            "step": self.furthest,
+            "goodput": _share(seconds),  # of what is written: a row agrees with itself
+            "recent_goodput": _share(window),
+            "seconds": seconds,
+        }
+        if self.process == 0:
+            with contextlib.suppress(OSError), self.file.open("a") as file:  # the disk may be full
+                file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self.enter("start")
+        self.write()
+        if self.sink:
+            self.sink.close()
+        self.closed.set()
+        self.thread.join()
+        faulthandler.unregister(signal.SIGUSR1)
+
+    def limit(self) -> float:
+        """Seconds that the present section may last."""
+        if self.section not in ("step", "rework", "data"):
+            return max(PATIENCE, self.hang_seconds)
+        return max(self.hang_seconds, STEP_FACTOR * max(self.recent_steps, default=0.0))
+
+    def _watch(self) -> None:
+        beaten = 0.0
+        while not self.closed.wait(0.1):
+            now = time.monotonic()
+            if now - beaten > BEAT:
+                with contextlib.suppress(OSError):  # the disk may be full
+                    self._beat()
+                beaten = now
+            since, limit = self.since, self.limit()
+            if now - since > limit:
+                message = f"hang: {now - since:.1f} s in {self.section!r} at step {self.step}"
+                try:
+                    print(f"\n{message}; limit {limit:.1f} s", file=sys.stderr, flush=True)
+                    faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+                finally:  # also where nobody reads stderr any more
+                    os._exit(HANG)
+
+    def _beat(self) -> None:
+        beat = {"step": self.step, "section": self.section, "time": time.time()}
+        new = self.heartbeat.with_suffix(".new")
+        new.write_text(json.dumps(beat | {"pid": os.getpid()}))
+        os.replace(new, self.heartbeat)
+
+
+def _share(seconds: dict[str, float]) -> float:
+    return round(seconds["step"] / max(1e-9, sum(seconds.values())), 4)
+
+
+def _last_line(file: Path) -> tuple[dict[str, float], int, float]:
+    """(seconds by section, furthest step, time) of the last whole line, or zeros."""
+    zeros = dict.fromkeys(SECTIONS, 0.0)
+    lines = file.read_text().splitlines() if file.is_file() else []
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+            return zeros | row["seconds"], row["step"], row["time"]
+        except (ValueError, KeyError):  # cut short by a kill
+            continue
+    return zeros, 0, 0.0

@@ -1,0 +1,153 @@
+"""Starts the processes of a run, watches them, and starts them again.
+
+    python -m easyanimate_jax supervise --ranks 2 -- python train.py configs/demo.py
+
+It imports nothing of ours, so that nothing of ours can take it down. It ends all ranks within
+seconds of the death of one, or of one that has stopped to beat (stopped, or stuck in native code;
+a hang in Python ends the rank by itself, see monitor.py). It restarts after a growing pause, as
+long as restarts make progress. What no restart can mend ends it, with the ranks' exit code:
+
+    0 done   2 bad input   3 diverged   4 hang   5 storage   42 preempted: run again to go on
+
+SIGTERM goes on to the ranks, which save and leave. On a cluster run one per host, or leave the
+watch over hosts to the scheduler: docs/reliability.md.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+FINAL = (0, 2, 3, 42)  # exit codes after which a restart changes nothing, or is not wanted
+HANG = 4
+POLL = 0.1  # seconds
+STACKS = 1.0  # seconds that living ranks have to print their stacks
+MAX_PAUSE = 60.0  # seconds before a restart
+WITHOUT_PROGRESS = 3  # restarts
+
+
+class Supervisor:
+    """`ranks` processes of `command`. A rank whose heartbeat is older than `silence` s is dead."""
+
+    def __init__(self, command: Sequence[str], ranks: int, silence: float):
+        self.command, self.count, self.silence = list(command), ranks, silence
+        self.beats = Path(os.environ.get("EASYANIMATE_HEARTBEATS") or tempfile.mkdtemp())
+        self.beats.mkdir(exist_ok=True)
+        self.ranks: list[subprocess.Popen] = []
+        self.terminated = False
+        signal.signal(signal.SIGTERM, self._terminate)
+
+    def run(self) -> int:
+        """Until the ranks are done, or cannot go on. Returns the exit code."""
+        furthest, fruitless, pause = -1, 0, 1.0
+        while True:
+            self._start()
+            code = self._watch()
+            step = max((beat["step"] for beat in self._beats()), default=-1)
+            if code in FINAL or self.terminated:
+                return code
+            fruitless = 0 if step > furthest else fruitless + 1
+            pause = 1.0 if step > furthest else min(2 * pause, MAX_PAUSE)
+            furthest = max(furthest, step)
+            if fruitless == WITHOUT_PROGRESS:
+                self._say(f"{fruitless} restarts have not come further than step {furthest}")
+                return code
+            self._say(f"exit code {code} at step {step}; starting again in {pause:.0f} s")
+            time.sleep(pause)
+            if self.terminated:
+                return code
+
+    def _start(self) -> None:
+        for old in self.beats.glob("*.json"):
+            old.unlink()
+        with socket.socket() as probe:  # loopback: nobody else can reach the coordinator
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(self.count)}
+        self.ranks = []
+        for rank in range(self.count):
+            environment = os.environ | {"EASYANIMATE_HEARTBEATS": str(self.beats)}
+            if self.count > 1:
+                environment |= several | {"JAX_PROCESS_ID": str(rank)}
+            self.ranks.append(
+                subprocess.Popen(
+                    self.command,
+                    env=environment,
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,
+                )
+            )
+        if self.terminated:
+            self._signal(signal.SIGTERM)
+
+    def _watch(self) -> int:
+        """The exit code of the run: of its first rank that failed, or of all."""
+        while True:
+            codes = [rank.poll() for rank in self.ranks]
+            failed = next((code for code in codes if code not in (None, 0, 42)), None)
+            silent = self._silent()
+            if failed is None and not silent:
+                if None not in codes:
+                    return max(codes)
+                time.sleep(POLL)
+                continue
+            if silent:
+                self._say(f"no heartbeat of rank {silent} for {self.silence:.0f} s")
+            self._end()
+            return HANG if failed is None else failed
+
+    def _end(self) -> None:
+        """End every rank, with the stacks of those that still run."""
+        for how in (signal.SIGCONT, signal.SIGUSR1):
+            self._signal(how)
+        deadline = time.monotonic() + STACKS
+        while time.monotonic() < deadline and any(rank.poll() is None for rank in self.ranks):
+            time.sleep(POLL)
+        for rank in self.ranks:  # the group: a rank's own workers, too
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(rank.pid, signal.SIGKILL)
+            rank.wait()
+
+    def _silent(self) -> list[int]:
+        """The ranks that run, have beaten, and beat no more."""
+        return [
+            beat["rank"]
+            for beat in self._beats()
+            if time.time() - beat["time"] > self.silence and self.ranks[beat["rank"]].poll() is None
+        ]
+
+    def _beats(self) -> list[dict]:
+        found = []
+        for file in self.beats.glob("*.json"):
+            with contextlib.suppress(ValueError, FileNotFoundError):
+                found.append(json.loads(file.read_text()) | {"rank": int(file.stem)})
+        return found
+
+    def _terminate(self, *_) -> None:
+        self.terminated = True
+        self._signal(signal.SIGTERM)
+
+    def _signal(self, how: signal.Signals) -> None:
+        """To those that beat: before, a rank does not know what the signal means."""
+        ready = {beat["rank"] for beat in self._beats()}
+        for rank, process in enumerate(self.ranks):
+            if process.poll() is None and (rank in ready or how == signal.SIGTERM):
+                process.send_signal(how)
+
+    def _say(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # nobody may read any more
+            print(f"supervisor: {text}", file=sys.stderr, flush=True)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it is gone (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -1,0 +1,361 @@
+"""`convert(source, target, options)`: a model or a whole pipeline from one layout to another.
+
+A pipeline is a folder of folders: `transformer` and `vae` are renamed and reshaped; text encoders
+are rewritten as they are, in the dtype asked for; tokenizers and the scheduler are copied. Every
+header is checked before a byte is written, and the target appears whole or not at all.
+"""
+
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from easyanimate_jax.weights import files, lora, mmdit_table, run_folder, vae_table
+from easyanimate_jax.weights.folder import KINDS, Model, Weights, open_model, read_json
+from easyanimate_jax.weights.lazy import Tensor
+from easyanimate_jax.weights.module import CONFIG, WEIGHTS, config_text
+from easyanimate_jax.weights.pickles import PICKLES
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+TEXTS = (*TEXT_ENCODERS, *TOKENIZERS)
+PARTS = (*KINDS, *TEXTS, "scheduler")
+REQUIRED = ("vae", "text_encoder", "tokenizer")  # of diffusers' pipelines; null where absent
+LORA = "lora"
+INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
+SCHEDULERS = {  # spec 1.3
+    "DDPM": {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": 1000,
+        "beta_schedule": "scaled_linear",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "timestep_spacing": "trailing",
+    },
+    "Flow": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "num_train_timesteps": 1000,
+        "shift": 3.0,
+        "use_dynamic_shifting": True,
+        "base_shift": 0.5,
+        "max_shift": 1.15,
+        "base_image_seq_len": 256,
+        "max_image_seq_len": 4096,
+    },
+}
+PIPELINES = {16: "EasyAnimatePipeline", 33: "EasyAnimateInpaintPipeline"}
+CONTROL = "EasyAnimateControlPipeline"
+
+
+class Part(NamedTuple):
+    """One folder to write: tensors as `stem`.safetensors, small files, and copies."""
+
+    name: str  # of the folder below the target; "" is the target itself
+    tensors: Mapping[str, Tensor] = {}
+    stem: str = ""
+    shard_bytes: int = files.SHARD
+    texts: Mapping[str, str] = {}
+    copies: Sequence[Path] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+class Report(NamedTuple):
+    """What a conversion did; `parts` are (name, number of tensors, bytes)."""
+
+    parts: list[tuple[str, int, int]]
+    notes: list[str]
+    seconds: float
+    peak_rss: int  # bytes, of the whole process
+
+    def __str__(self) -> str:
+        count, size = (sum(part[i] for part in self.parts) for i in (1, 2))
+        lines = [f"{name:16}{n:6} tensors {b / 1e6:12.2f} MB" for name, n, b in self.parts]
+        total = (
+            f"{'total':16}{count:6} tensors {size / 1e6:12.2f} MB in {self.seconds:.1f} s, "
+            f"{size / 1e6 / self.seconds:.0f} MB/s, peak RSS {self.peak_rss / 1e6:.0f} MB"
+        )
+        return "\n".join([*lines, total, *(f"note: {note}" for note in self.notes)])
+
+
+@dataclass(frozen=True)
+class Options:
+    """`to`: the layout to write. `dtype` casts all weights; None keeps each tensor's own.
+
+    `weights` and `step` choose from the checkpoints of a run. `in_channels` adapts the transformer
+    to another task (spec 2.9). `only` takes one part of a pipeline, and makes it the target itself.
+    """
+
+    to: Literal["jax", "diffusers", "original"]
+    dtype: str | None = None
+    weights: Weights = "ema"
+    step: int | None = None
+    in_channels: int | None = None
+    only: str | None = None
+    allow_pickle: bool = False
+    shard_bytes: int = files.SHARD
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    options: Options,
+    progress: Callable[[int, int], object] = lambda size, total: None,
+) -> Report:
+    """Write what is at `source` to `target`, a new folder (a new file, for a LoRA).
+
+    `progress` gets the bytes just written and the bytes in all. Raises ValueError listing all that
+    is wrong, and then leaves nothing behind.
+    """
+    began, source, target = time.perf_counter(), Path(source), Path(target)
+    problems = []
+    if not source.exists():
+        problems.append(f"there is no {source}")
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        problems.append(f"{target} is there already; name a new folder, or remove it")
+    files.raise_all(f"{source} -> {target}", problems)
+    plan = Plan(options, problems)
+    plan.read(source)
+    files.raise_all(source, problems)
+
+    total = sum(part.nbytes for part in plan.parts)
+    with _appearing(target) as folder:
+        for part in plan.parts:
+            _write(folder / part.name, part, lambda size: progress(size, total))
+            files.raise_all(source, problems)
+    return Report(
+        [(p.name or target.name, len(p.tensors), p.nbytes) for p in plan.parts if p.tensors],
+        plan.notes,
+        time.perf_counter() - began,
+        peak_rss(),
+    )
+
+
+class Plan:
+    """The parts that a conversion will write, found by reading headers alone."""
+
+    def __init__(self, options: Options, problems: list[str]):
+        self.options, self.problems = options, problems
+        self.parts: list[Part] = []
+        self.notes: list[str] = []
+        self.models: dict[str, Model] = {}
+        self.process = ""  # the class of a run's
+
+    def read(self, source: Path) -> None:
+        """Fill `parts` from a pipeline, a run, a model or a LoRA; add misfits to `problems`."""
+        only = self.options.only
+        places = self._places(source)
+        if not places:
+            names = files.open_weights(source, self.problems, self.options.allow_pickle)
+            if lora.is_lora(names):
+                self._add_lora(names)
+            elif names and not self.problems:
+                self._add(only or self._kind(source, names), source, "")
+        elif only:
+            if only not in places:
+                self.problems.append(f"{source} has no {only}; it has {', '.join(places)}")
+                return
+            self._add(only, places[only], "")
+        else:
+            for name, place in places.items():
+                self._add(name, place, name)
+            if not self.problems:
+                self._add_pipeline_files(places)
+
+    def _places(self, source: Path) -> dict[str, Path]:
+        """Where the parts of a pipeline lie; {} if this is a single model."""
+        if run_folder.is_run(source):
+            _, meta = run_folder.read_meta(source, self.options.step)
+            config = meta["config"]
+            self.process = config["process"]["class"]
+            texts = {name: Path(config["text"]) / name for name in TEXTS}
+            texts = {name: place for name, place in texts.items() if place.is_dir()}
+            return {"transformer": source, "vae": Path(config["vae"]), **texts}
+        places = {name: source / name for name in PARTS if (source / name).is_dir()}
+        if (source / INDEX).is_file():
+            named = read_json(source / INDEX, self.problems)
+            self.problems += [
+                f"{source / INDEX} names {name}, and there is no such folder; download it"
+                for name in PARTS
+                if isinstance(named.get(name), list) and any(named[name]) and name not in places
+            ]
+        return places
+
+    def _kind(self, source: Path, names: Iterable[str]) -> str:
+        """Which part a single model is, by the names of its tensors."""
+        if any(name.startswith(("transformer_blocks.", "blocks.")) for name in names):
+            return "transformer"
+        if any("coder." in name for name in names):
+            return "vae"
+        self.problems.append(
+            f"{source} is no transformer, VAE or LoRA of EasyAnimate: its first tensor is "
+            f"{next(iter(names))}"
+        )
+        return ""
+
+    def _add(self, name: str, place: Path, folder: str) -> None:
+        if name in KINDS:
+            self._add_model(name, place, folder)
+        elif name in TEXT_ENCODERS:
+            self._add_text_encoder(place, folder)
+        elif name:
+            copies = [path for path in place.iterdir() if path.is_file()]
+            self.parts.append(Part(folder, copies=copies))
+
+    def _add_model(self, name: str, place: Path, folder: str) -> None:
+        options, kind = self.options, KINDS[name]
+        found = len(self.problems)
+        model = open_model(
+            place,
+            name,
+            self.problems,
+            dtype=options.dtype,
+            weights=options.weights,
+            step=options.step,
+            allow_pickle=options.allow_pickle,
+        )
+        if model is None or len(self.problems) > found:
+            return
+        wanted = options.in_channels
+        if name == "transformer" and wanted not in (None, model.config.in_channels):
+            config, tensors, lines = mmdit_table.widen(model.tensors, model.config, wanted)
+            model = Model(config, tensors)
+            self.notes += lines
+        self.models[name] = model
+        if options.to == "jax":
+            text = config_text(kind.MODEL_CLASS, model.config)
+            stem, longest = WEIGHTS.removesuffix(".safetensors"), sys.maxsize
+            self.parts.append(Part(folder, model.tensors, stem, longest, {CONFIG: text}))
+            return
+        try:
+            fields = kind.config_json(model.config, options.to)
+        except ValueError as error:
+            self.problems.append(f"{name}: {error}")
+            return
+        self.notes += kind.notes(model.config, options.to)
+        tensors = kind.to_torch(model.tensors, model.config, options.to)
+        texts = {CONFIG: _json(fields)}
+        self.parts.append(Part(folder, tensors, kind.STEM, options.shard_bytes, texts))
+
+    def _add_text_encoder(self, place: Path, folder: str) -> None:
+        options = self.options
+        tensors = files.open_weights(place, self.problems, options.allow_pickle)
+        tensors = files.checked(tensors, self.problems, options.dtype)
+        fields = read_json(place / CONFIG, self.problems)
+        if options.dtype:
+            named = [name for name in ("dtype", "torch_dtype") if name in fields]
+            fields |= dict.fromkeys(named, options.dtype)
+        weights = (".safetensors", ".safetensors.index.json", *PICKLES)
+        copies = [
+            path
+            for path in place.iterdir()
+            if path.is_file() and path.name != CONFIG and not path.name.endswith(weights)
+        ]
+        texts = {CONFIG: _json(fields)}
+        self.parts.append(Part(folder, tensors, "model", options.shard_bytes, texts, copies))
+
+    def _add_pipeline_files(self, places: Mapping[str, Path]) -> None:
+        """The scheduler where there is none, and diffusers' index of the parts."""
+        transformer = self.models.get("transformer")
+        if not transformer:
+            return
+        if "scheduler" in places:
+            scheduler = read_json(places["scheduler"] / SCHEDULER, self.problems)
+        else:  # V5 has two text encoders
+            released = "DDPM" if len(transformer.config.text_widths) == 2 else "Flow"
+            scheduler = SCHEDULERS[self.process or released]
+            self.parts.append(Part("scheduler", texts={SCHEDULER: _json(scheduler)}))
+        if self.options.to == "jax":
+            return
+        if "text_encoder_2" in places and self.options.to == "diffusers":
+            self.notes.append(
+                "diffusers has no pipeline with the two text encoders of V5; its classes load the "
+                "parts, one by one"
+            )
+        index = {
+            "_class_name": PIPELINES.get(transformer.config.in_channels, CONTROL),
+            **{n: self._text_class(n, place) for n, place in places.items() if n in TEXTS},
+            "transformer": ["diffusers", mmdit_table.FOREIGN_CLASS],
+            "vae": ["diffusers", vae_table.FOREIGN_CLASS],
+            "scheduler": ["diffusers", scheduler.get("_class_name")],
+        }
+        missing = {name: [None, None] for name in REQUIRED if name not in places}
+        self.notes += [f"there is no {name}, so diffusers loads None for it" for name in missing]
+        self.parts.append(Part("", texts={INDEX: _json(index | missing)}))
+
+    def _text_class(self, name: str, place: Path) -> list[str | None]:
+        """Library and class of a text encoder or tokenizer, as its own config names it."""
+        if name in TEXT_ENCODERS:
+            classes = read_json(place / CONFIG, self.problems).get("architectures") or [None]
+            return ["transformers", classes[0]]
+        fields = read_json(place / "tokenizer_config.json", self.problems)
+        return ["transformers", fields.get("tokenizer_class")]
+
+    def _add_lora(self, theirs: Mapping[str, Tensor]) -> None:
+        to = self.options.to
+        if to == "jax":
+            self.problems.append(
+                "a LoRA file has no layout of ours; read it with weights.lora.read, or convert it "
+                "--to original or diffusers"
+            )
+            return
+        theirs = files.checked(theirs, self.problems, self.options.dtype)
+        target = lora.target_of(theirs)
+        ours = lora.from_torch(theirs, target, self.problems)
+        if not self.problems:
+            self.parts.append(Part("", lora.to_torch(ours, target, to), LORA, sys.maxsize))
+
+
+def _json(fields: Mapping) -> str:
+    return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
+
+
+def _write(folder: Path, part: Part, progress: Callable[[int], object]) -> None:
+    folder.mkdir(exist_ok=True)
+    if part.tensors:
+        files.write_shards(folder, part.stem, part.tensors, progress, part.shard_bytes)
+    for name, text in part.texts.items():
+        (folder / name).write_text(text, "utf-8")
+    for path in part.copies:
+        shutil.copyfile(path, folder / path.name)
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder beside `target` that becomes it at the end, or goes away with any error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    folder.mkdir()
+    try:
+        yield folder
+        made = folder / f"{LORA}.safetensors"
+        if made.is_file():
+            made.replace(target)
+        else:
+            folder.replace(target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def peak_rss() -> int:
+    """The most memory that this process has had, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # unlike getrusage, it does not count what the parent had before exec
+        return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,171 @@
+"""A transformer or a VAE on disk, in whatever layout it lies there, as ours.
+
+Known are files and folders of PyTorch weights in the original's and in diffusers' layout, folders
+of ours (`config.json` with a class, `weights.safetensors`), whole pipelines with such folders below
+`transformer` and `vae`, and folders of training runs.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+from jax.sharding import Mesh
+
+from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
+from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.weights import files, mmdit_table, run_folder, vae_table
+from easyanimate_jax.weights.lazy import Tensor
+from easyanimate_jax.weights.module import CONFIG, WEIGHTS, abstract, fill, misfits
+
+Weights = Literal["ema", "raw"]
+
+KINDS: dict[str, ModuleType] = {"transformer": mmdit_table, "vae": vae_table}
+
+
+class Model(NamedTuple):
+    """A config and its weights by our names, not read yet."""
+
+    config: MMDiTConfig | VAEConfig
+    tensors: dict[str, Tensor]
+
+
+def load_mmdit(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    weight_dtype: str = "float32",
+    mesh: Mesh | None = None,
+    in_channels: int | None = None,
+    config: MMDiTConfig | None = None,
+    weights: Weights = "ema",
+    step: int | None = None,
+    allow_pickle: bool = False,
+    store: Callable = lambda name, weight: weight,
+) -> MMDiT:
+    """The transformer of a file, a folder of any layout, or a run, ready to use.
+
+    `dtype` is what it computes in (None: what its config says, bfloat16 for foreign weights). With
+    a mesh every device reads its own part. `in_channels` adapts the patch embedding to another
+    task (spec 2.9) and prints how. `config` is built in place of the one found with the weights,
+    which must fit it. `store` is that of `tensors.module.fill`. Raises ValueError listing all that
+    is wrong.
+    """
+    problems = []
+    model = open_model(
+        Path(path), "transformer", problems, weights=weights, step=step, allow_pickle=allow_pickle
+    )
+    files.raise_all(path, problems)
+    if in_channels is not None and in_channels != model.config.in_channels:
+        *changed, lines = mmdit_table.widen(model.tensors, model.config, in_channels)
+        model = Model(*changed)
+        print("\n".join(lines))
+    if config is not None:
+        faults = misfits(model.tensors, abstract(MMDiT, config))
+        files.raise_all(f"{path} does not fit {config}", faults)
+        model = Model(config, model.tensors)
+    return _load(MMDiT, model, problems, dtype, weight_dtype, mesh, store)
+
+
+def load_vae(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    weight_dtype: str = "float32",
+    mesh: Mesh | None = None,
+    allow_pickle: bool = False,
+    store: Callable = lambda name, weight: weight,
+) -> CausalVAE:
+    """The VAE of a file, a folder of any layout, or a run; options as in `load_mmdit`."""
+    problems = []
+    model = open_model(Path(path), "vae", problems, allow_pickle=allow_pickle)
+    files.raise_all(path, problems)
+    return _load(CausalVAE, model, problems, dtype, weight_dtype, mesh, store)
+
+
+def _load(model_class, model: Model, problems, dtype, weight_dtype, mesh, store):
+    config = dataclasses.replace(model.config, dtype=dtype) if dtype else model.config
+    module = abstract(model_class, config)
+    return fill(module, model.tensors, problems, weight_dtype=weight_dtype, mesh=mesh, store=store)
+
+
+def open_model(
+    path: Path,
+    name: Literal["transformer", "vae"],
+    problems: list[str],
+    *,
+    dtype: str | None = None,
+    weights: Weights = "ema",
+    step: int | None = None,
+    allow_pickle: bool = False,
+) -> Model | None:
+    """The model of that name in a file or folder, its weights cast to `dtype` as they are read.
+
+    What is wrong is added to `problems`, now or while reading; None where nothing can be read.
+    """
+    if run_folder.is_run(path):
+        if name == "vae":
+            _, meta = run_folder.read_meta(path, step)
+            return open_model(Path(meta["config"]["vae"]), name, problems, dtype=dtype)
+        meta, tensors = run_folder.open_transformer(path, weights, step)
+        fields = meta["config"]["model"] | {"in_channels": meta["in_channels"]}
+        tensors = files.checked(tensors, problems, dtype)
+        return _ours(MMDiT, _config(MMDiTConfig, fields), tensors, problems)
+    if (path / name).is_dir():
+        path = path / name
+    if not path.exists():
+        problems.append(f"there is no {path}")
+        return None
+    fields = read_json(path / CONFIG, problems) if (path / CONFIG).is_file() else {}
+    found = len(problems)
+    own = "class" in fields
+    place = path / WEIGHTS if own and (path / WEIGHTS).is_file() else path
+    tensors = files.open_weights(place, problems, allow_pickle)
+    if not tensors or len(problems) > found:
+        return None
+    tensors = files.checked(tensors, problems, dtype)
+    kind = KINDS[name]
+    wanted = kind.MODEL_CLASS.__name__ if own else kind.FOREIGN_CLASS
+    says = fields.get("class", fields.get("_class_name", wanted))
+    if says != wanted:
+        problems.append(f"{path} holds a {says}; wanted a {wanted}")
+        return None
+    try:
+        if own:
+            return _ours(kind.MODEL_CLASS, _config(kind.CONFIG_CLASS, fields), tensors, problems)
+        return Model(*kind.from_torch(tensors, problems, fields))
+    except ValueError as error:  # no config can be made of it
+        problems.append(str(error))
+        return None
+
+
+def read_json(path: Path, problems: list[str]) -> dict:
+    """A JSON object; {} and a problem where the file holds none."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        problems.append(f"{path} cannot be read as JSON: {error}")
+        return {}
+    if not isinstance(value, dict):
+        problems.append(f"{path} holds a {type(value).__name__}, not an object")
+        return {}
+    return value
+
+
+def _config(config_class: type, fields: Mapping):
+    """A config of ours from its JSON. Raises ValueError where a field is unknown or missing."""
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "class"}
+    known = [field.name for field in dataclasses.fields(config_class)]
+    needed = [f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING]
+    faults = [f"{name!r} is not known" for name in fields if name not in known]
+    faults += [f"{name!r} is missing" for name in needed if name not in fields]
+    if faults:
+        raise ValueError(f"{CONFIG} does not fit {config_class.__name__}: {', '.join(faults)}")
+    return config_class(**fields)
+
+
+def _ours(model_class: type, config, tensors: Mapping[str, Tensor], problems: list[str]) -> Model:
+    problems += misfits(tensors, abstract(model_class, config))
+    return Model(config, dict(tensors))

@@ -1,0 +1,136 @@
+"""A module and its weights: named by dotted path, built on any mesh, kept in a folder.
+
+A folder of ours is `config.json` (class and config fields) and `weights.safetensors`, whose tensors
+are named by their path in the module, for example `encoder.conv_in.kernel`.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from easyanimate_jax.sharding import shardings
+from easyanimate_jax.weights import files
+from easyanimate_jax.weights.lazy import Tensor
+
+WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+
+
+def named_weights(module) -> dict:
+    """Dotted path -> array (or shape), for every weight of a real or abstract module."""
+    leaves = jax.tree_util.tree_leaves_with_path(module)
+    return {_name(path): leaf for path, leaf in leaves}
+
+
+def flat_weights(module: nnx.Module) -> dict[str, np.ndarray]:
+    """Dotted path -> array on the host, for every weight."""
+    return {name: np.asarray(value) for name, value in named_weights(module).items()}
+
+
+@cache
+def abstract(model_class: type, config) -> nnx.Module:
+    """`model_class(config)` with shapes in place of arrays."""
+    return jax.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
+
+
+def shapes_of(module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in named_weights(module).items()}
+
+
+def misfits(tensors: Mapping[str, Tensor], module) -> list[str]:
+    """A line for each weight that is missing, misshapen, or not of `module`."""
+    wanted = shapes_of(module)
+    return [
+        *(f"{name} is missing" for name in wanted if name not in tensors),
+        *(f"{name} is not known" for name in sorted(set(tensors) - set(wanted))),
+        *(
+            f"{name} has shape {tensors[name].shape}, wanted {shape}"
+            for name, shape in wanted.items()
+            if name in tensors and tensors[name].shape != shape
+        ),
+    ]
+
+
+def build(
+    model_class: type,
+    config,
+    weights: Mapping[str, np.ndarray | Tensor],
+    *,
+    weight_dtype: str = "float32",
+    mesh: Mesh | None = None,
+) -> nnx.Module:
+    """`model_class(config)` with these weights. Raises ValueError listing all that do not fit."""
+    module = abstract(model_class, config)
+    tensors = {n: w if isinstance(w, Tensor) else Tensor.of(w) for n, w in weights.items()}
+    problems = misfits(tensors, module)
+    files.raise_all(
+        f"weights do not fit {model_class.__name__}; use the config that they were trained with, "
+        f"not {config}",
+        problems,
+    )
+    return fill(module, tensors, problems, weight_dtype=weight_dtype, mesh=mesh)
+
+
+def fill(
+    module,
+    tensors: Mapping[str, Tensor],
+    problems: list[str],
+    *,
+    weight_dtype: str = "float32",
+    mesh: Mesh | None = None,
+    store: Callable = lambda name, weight: weight,
+):
+    """The abstract module with these weights: on the first device, or split over a mesh, where
+
+    every device reads its own part from the files and no host holds more than its share. Without a
+    mesh `store(name, weight)` is what is kept of each, one at a time. `problems` is the list that
+    reading adds to; if it is not empty in the end, ValueError.
+    """
+    placed = iter(jax.tree.leaves(shardings(mesh, module)) if mesh is not None else ())
+
+    def place(name, leaf):
+        tensor = tensors[name].astype(weight_dtype)
+        if mesh is not None:
+            return jax.make_array_from_callback(leaf.shape, next(placed), tensor.read)
+        # Not committed to a device, so that a jitted call may combine it with any others.
+        return store(name, jnp.asarray(tensor.read()))
+
+    filled = with_weights(module, place)
+    files.raise_all("the weights cannot be used", problems)
+    return filled
+
+
+def with_weights(module, value: Callable):
+    """The module, abstract or not, with `value(name, weight)` for every weight, in order."""
+    leaves, structure = jax.tree_util.tree_flatten_with_path(module)
+    return jax.tree.unflatten(structure, [value(_name(path), leaf) for path, leaf in leaves])
+
+
+def save_module(folder: str | os.PathLike, module: nnx.Module) -> None:
+    """Write `module` with its config; each file appears whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: Tensor.of(value) for name, value in named_weights(module).items()}
+    files.write_file(folder / f"{WEIGHTS}.new", tensors)
+    (folder / f"{CONFIG}.new").write_text(config_text(type(module), module.config))
+    for name in (WEIGHTS, CONFIG):
+        os.replace(folder / f"{name}.new", folder / name)
+
+
+def config_text(model_class: type, config) -> str:
+    """What config.json says of a module."""
+    fields = {"class": model_class.__name__, **dataclasses.asdict(config)}
+    return json.dumps(fields, indent=2) + "\n"
+
+
+def _name(path) -> str:
+    keys = [str(next(getattr(k, a) for a in ("name", "key", "idx") if hasattr(k, a))) for k in path]
+    return ".".join(keys[:-1])  # the last key is the variable's value

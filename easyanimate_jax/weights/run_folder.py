@@ -1,0 +1,110 @@
+"""A run folder as files: its checkpoints, what they say of themselves, the transformer in them.
+
+Metadata is JSON and weights are read slice by slice from orbax's files, so nothing here starts a
+device or knows how a run is trained.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Literal
+
+from easyanimate_jax.weights import orbax_item
+from easyanimate_jax.weights.lazy import Tensor
+from easyanimate_jax.weights.module import WEIGHTS
+
+LEAF = ".value"  # orbax's names end in the variable's own
+
+
+def is_run(path: Path) -> bool:
+    """Checkpoints and no finished model: the VAE's own training leaves both in its folder."""
+    return (path / "checkpoints").is_dir() and not (path / WEIGHTS).is_file()
+
+
+def read_meta(folder: str | Path, step: int | None = None) -> tuple[int, dict]:
+    """(step, meta) of a run folder's newest or named checkpoint, without touching a device.
+
+    Raises ValueError if there is none, or if its meta is damaged.
+    """
+    root = Path(folder) / "checkpoints"
+    if any(root.glob("*/default")):  # orbax's name where there is one item
+        raise ValueError(
+            f"{folder} holds a VAE's training that has not ended: run its command again, which "
+            f"goes on from there"
+        )
+    steps = complete_steps(root)
+    if not steps or (step is not None and step not in steps):
+        wanted = "checkpoint" if step is None else f"checkpoint {step}"
+        raise ValueError(f"{folder} holds no {wanted}; complete ones in {root}: {steps or 'none'}")
+    step = steps[-1] if step is None else step
+    return step, read_step_meta(root / str(step))
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """The steps that were written whole, in order."""
+    return sorted(int(p.name) for p in Path(folder).glob("*") if p.name.isdigit())
+
+
+def read_step_meta(path: Path) -> dict:
+    """The meta of a step folder. Raises ValueError if it is missing or not what was written."""
+    file = path / "meta" / "metadata"
+    try:
+        meta = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is no checkpoint of ours: {file} is missing or no JSON"
+        ) from error
+    if not isinstance(meta, dict) or ("digest" not in meta and "arrays" in meta):
+        raise ValueError(f"{file} is damaged: it has lost its digest")
+    if "digest" in meta and sealed(meta) != meta:
+        raise ValueError(f"{file} is damaged: its digest is another")
+    return meta
+
+
+def sealed(meta: dict) -> dict:
+    """`meta` with the digest of everything else in it."""
+    rest = {name: value for name, value in meta.items() if name != "digest"}
+    text = json.dumps(rest, sort_keys=True).encode()
+    return rest | {"digest": hashlib.blake2b(text, digest_size=16).hexdigest()}
+
+
+def is_verified(path: Path) -> bool:
+    """Whether the files of a step were read and found right, by all processes of some run."""
+    done: dict[str, int] = {}
+    for mark in path.glob("verified-*-of-*"):
+        count = mark.name.rsplit("-", 1)[1]
+        done[count] = done.get(count, 0) + 1
+    return any(number == int(count) for count, number in done.items())
+
+
+def open_transformer(
+    folder: Path, weights: Literal["ema", "raw"], step: int | None
+) -> tuple[dict, dict[str, Tensor]]:
+    """(metadata, averaged or raw weights) of a checkpoint, the newest if no step is named.
+
+    Raises ValueError where there is no such checkpoint, or its files have other bits than were
+    saved: they are read once for this, a chunk at a time.
+    """
+    step, meta = read_meta(folder, step)
+    item, prefix = ("ema", "") if weights == "ema" else ("state", "model.")
+    place = folder / "checkpoints" / str(step) / item
+    names = [name for name in orbax_item.names(place) if name.startswith(prefix)]
+    wrong = [
+        name
+        for name, (saved, _, _) in meta.get("arrays", {}).get(item, {}).items()
+        if name in names and not _as_saved(place, name, saved)
+    ]
+    if wrong:
+        raise ValueError(f"{place} is damaged: {', '.join(wrong)} are other than saved; use --step")
+    tensors = {
+        name.removeprefix(prefix).removesuffix(LEAF): orbax_item.tensor(place, name)
+        for name in names
+    }
+    return meta, tensors
+
+
+def _as_saved(place: Path, name: str, saved: str) -> bool:
+    try:
+        return f"{orbax_item.fingerprint_on_disk(place, name):08x}" == saved
+    except ValueError:  # of tensorstore, for bytes that do not decode
+        return False

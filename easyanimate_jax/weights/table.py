@@ -1,0 +1,91 @@
+"""The engine between two layouts of the same weights: a table of names, read in both directions.
+
+A table maps each of our tensors to the foreign ones it is made of, one for each layer of a stack.
+Both sides are `Tensor`s, so nothing is read here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from easyanimate_jax.weights.lazy import Tensor, is_float, stack
+
+
+class Rule(NamedTuple):
+    """How one of our tensors is stored elsewhere.
+
+    `order` are the dimensions of theirs in the order of ours, () where it is the same. `shape` is
+    theirs where it has more dimensions than ours has: it is folded to (first, all others) before.
+    """
+
+    names: tuple[str, ...]
+    order: tuple[int, ...] = ()
+    shape: tuple[int, ...] | None = None
+    stacked: bool = False
+
+
+Table = Mapping[str, Rule]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def to_ours(
+    theirs: Mapping[str, Tensor], table: Table, shapes: Shapes | None, problems: list[str]
+) -> dict[str, Tensor]:
+    """Foreign tensors as ours. What is missing, left over or misshapen is added to `problems`.
+
+    `shapes` are those that ours must have; None where only the layers must agree.
+    """
+    known = {name for rule in table.values() for name in rule.names}
+    problems += [f"{name} is not known" for name in theirs if name not in known]
+    problems += [
+        f"{name} has dtype {theirs[name].dtype}; weights are floating-point numbers"
+        for name in theirs
+        if name in known and not is_float(theirs[name].dtype)
+    ]
+    ours = {}
+    for name, rule in table.items():
+        missing = [n for n in rule.names if n not in theirs]
+        problems += [f"{n} is missing" for n in missing]
+        if missing:
+            continue
+        layers = [theirs[n] for n in rule.names]
+        wanted = their_shape(rule, shapes[name]) if shapes else layers[0].shape
+        wrong = [n for n in rule.names if theirs[n].shape != wanted]
+        problems += [f"{n} has shape {theirs[n].shape}, wanted {wanted}" for n in wrong]
+        dtypes = {layer.dtype for layer in layers}
+        if len(dtypes) > 1:
+            problems.append(
+                f"{rule.names[0]} and its like in other layers have dtypes "
+                f"{sorted(map(str, dtypes))}; choose one with --dtype"
+            )
+        elif not wrong:
+            parts = [_permute(layer, rule) for layer in layers]
+            ours[name] = stack(parts) if rule.stacked else parts[0]
+    return ours
+
+
+def to_theirs(ours: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
+    """The inverse of `to_ours`, for tensors that are complete."""
+    theirs = {}
+    for name, rule in table.items():
+        back = np.argsort(rule.order).tolist()
+        for i, their_name in enumerate(rule.names):
+            tensor = ours[name].layer(i) if rule.stacked else ours[name]
+            tensor = tensor.transpose(back) if rule.order else tensor
+            theirs[their_name] = tensor.reshape(rule.shape) if rule.shape else tensor
+    return theirs
+
+
+def their_shape(rule: Rule, ours: Sequence[int]) -> tuple[int, ...]:
+    """The shape of each foreign tensor, from that of ours."""
+    if rule.shape:
+        return rule.shape
+    layer = ours[1:] if rule.stacked else ours
+    return tuple(layer[axis] for axis in np.argsort(rule.order)) if rule.order else tuple(layer)
+
+
+def _permute(tensor: Tensor, rule: Rule) -> Tensor:
+    if rule.shape:
+        tensor = tensor.reshape((rule.shape[0], int(np.prod(rule.shape[1:]))))
+    return tensor.transpose(rule.order) if rule.order else tensor

@@ -1,0 +1,184 @@
+"""VAE weights in PyTorch's layout, the same in the original and in diffusers (spec 3.7), and ours.
+
+Names are equal but for the leaf. Checkpoints of VAE training carry `loss.*` tensors, which are left
+out, and may put `state_dict.` before every name.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.weights.lazy import Tensor
+from easyanimate_jax.weights.module import abstract, shapes_of
+from easyanimate_jax.weights.table import Rule, Table, to_ours, to_theirs
+
+Layout = Literal["original", "diffusers"]
+
+MODEL_CLASS, CONFIG_CLASS = CausalVAE, VAEConfig
+FOREIGN_CLASS = "AutoencoderKLMagvit"
+STEM = "diffusion_pytorch_model"
+WRAPPER = "state_dict."
+ENCODER_CONV = re.compile(r"encoder\.down_blocks\.(\d+)\.convs\.(\d+)\.conv2\.weight")
+CONV = (2, 3, 4, 1, 0)  # (out, in, time, y, x) in the order of ours
+DOWN = ("SpatialDownBlock3D", *["SpatialTemporalDownBlock3D"] * 3)
+UP = ("SpatialUpBlock3D", *["SpatialTemporalUpBlock3D"] * 3)
+SUPPORTED = {
+    "act_fn": ("silu",),
+    "spatial_group_norm": (True,),
+    "mid_block_attention_type": ("spatial", "3d"),  # "3d" is a default where there is none
+    "in_channels": (3,),
+    "out_channels": (3,),
+    "down_block_types": (list(DOWN),),
+    "up_block_types": (list(UP),),
+    "slice_mag_vae": (False,),
+    "slice_compression_vae": (False,),
+    "cache_compression_vae": (False,),
+}
+
+
+def from_torch(
+    tensors: Mapping[str, Tensor], problems: list[str], fields: Mapping | None = None
+) -> tuple[VAEConfig, dict[str, Tensor]]:
+    """A state dict -> its config and ours; all misfits are added to `problems`."""
+    if tensors and all(name.startswith(WRAPPER) for name in tensors):
+        tensors = {name.removeprefix(WRAPPER): tensor for name, tensor in tensors.items()}
+    weights = {name: t for name, t in tensors.items() if not name.startswith("loss.")}
+    config = config_of(weights, fields)
+    problems += _contradictions(config, fields or {})
+    shapes = shapes_of(abstract(CausalVAE, config))
+    return config, to_ours(weights, table(config), shapes, problems)
+
+
+def to_torch(tensors: Mapping[str, Tensor], config: VAEConfig, layout: Layout) -> dict[str, Tensor]:
+    """Ours -> a state dict, the inverse of `from_torch`. Raises ValueError for our own variants."""
+    config_json(config, layout)
+    return to_theirs(tensors, table(config))
+
+
+def config_of(weights: Mapping, fields: Mapping | None = None) -> VAEConfig:
+    """The config of a state dict, from the tensors' shapes; group count and scale from `fields`.
+
+    Raises ValueError where the tensors are no whole VAE.
+    """
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    convs = {(int(m[1]), int(m[2])) for m in map(ENCODER_CONV.fullmatch, shapes) if m}
+    layers = range(1 + max((layer for _, layer in convs), default=0))
+    quant = shapes.get("quant_conv.weight", ())
+    if convs != {(block, layer) for block in range(4) for layer in layers} or len(quant) != 5:
+        raise ValueError(
+            f"not a whole EasyAnimate VAE: of encoder.down_blocks 0 to 3 it has convs "
+            f"{sorted(convs)}, and quant_conv.weight of shape {quant}. Give all files of one model."
+        )
+    fields = fields or {}
+    groups, scale = fields.get("norm_num_groups", 32), fields.get("scaling_factor", 0.7125)
+    if type(groups) is not int or type(scale) not in (int, float):
+        raise ValueError(
+            f"config.json: norm_num_groups is {groups!r} and scaling_factor {scale!r}; the "
+            f"released model has 32 and 0.7125"
+        )
+    width = lambda block: shapes[f"encoder.down_blocks.{block}.convs.0.conv2.weight"][0]  # noqa: E731
+    return VAEConfig(
+        channels=tuple(width(block) for block in range(4)),
+        layers=len(layers),
+        groups=groups,
+        latent_channels=quant[0] // 2,
+        attention="encoder.mid_block.attentions.0.to_q.weight" in shapes,
+        latent_scale=(float(scale),),
+    )
+
+
+def config_json(config: VAEConfig, layout: Layout) -> dict:
+    """The config.json of `config` in a layout (spec 1.2). ValueError for our own variants."""
+    own = [
+        f"{name} is {getattr(config, name)!r}"
+        for name, released in (("unshuffle", 1), ("norm", "group"))
+        if getattr(config, name) != released
+    ]
+    own += [
+        f"{name} differs between channels"
+        for name in ("latent_mean", "latent_scale")
+        if len(set(getattr(config, name))) > 1
+    ]
+    if config.latent_mean[0]:
+        own.append(f"latent_mean is {config.latent_mean[0]}")
+    if own:
+        raise ValueError(
+            f"this VAE has no counterpart in PyTorch: {', '.join(own)}. Train one of the released "
+            f"form, or export the transformer alone with --only transformer."
+        )
+    fields = {
+        "_class_name": FOREIGN_CLASS,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": list(config.channels),
+        "down_block_types": list(DOWN),
+        "up_block_types": list(UP),
+        "layers_per_block": config.layers,
+        "act_fn": "silu",
+        "norm_num_groups": config.groups,
+        "scaling_factor": config.latent_scale[0],
+        "spatial_group_norm": True,
+        # Not a field of diffusers' class, but its inpaint pipeline reads it (spec 12, row 4).
+        "cache_mag_vae": True,
+    }
+    if layout == "original":
+        fields |= {
+            "mid_block_use_attention": config.attention,
+            "mid_block_attention_type": "spatial",
+            "mid_block_num_attention_heads": 1,
+            "mini_batch_encoder": 4,
+            "mini_batch_decoder": 1,
+        }
+    return fields
+
+
+def notes(config: VAEConfig, layout: Layout) -> list[str]:
+    """What a reader of the exported weights must know."""
+    if layout == "diffusers" and config.attention:
+        return ["diffusers has no mid-block attention: it will ignore 20 tensors of this V5 VAE"]
+    return []
+
+
+def table(config: VAEConfig) -> Table:
+    """Our weights and theirs."""
+    rules = {}
+    for name, shape in shapes_of(abstract(CausalVAE, config)).items():
+        parent, leaf = name.rsplit(".", 1)
+        theirs = (f"{parent}.{'bias' if leaf == 'bias' else 'weight'}",)
+        if len(shape) == 5:
+            rules[name] = Rule(theirs, CONV)
+        elif len(shape) == 2 and ".attentions." in name:
+            rules[name] = Rule(theirs, (1, 0))
+        elif len(shape) == 2:  # a 1x1x1 convolution there
+            rules[name] = Rule(theirs, (1, 0), shape=(*shape[::-1], 1, 1, 1))
+        else:
+            rules[name] = Rule(theirs)
+    return rules
+
+
+def _contradictions(config: VAEConfig, fields: Mapping) -> list[str]:
+    """Where a config.json says other than the tensors, or asks for what is not built."""
+    problems = [
+        f"config.json: {name} is {fields[name]!r}, and only {values[0]!r} is supported"
+        for name, values in SUPPORTED.items()
+        if name in fields and fields[name] not in values
+    ]
+    told = config_json(config, "original")
+    problems += [
+        f"config.json: {name} is {fields[name]!r}, and the tensors have {told[name]!r}"
+        for name in (
+            "block_out_channels",
+            "layers_per_block",
+            "latent_channels",
+            "mid_block_use_attention",
+        )
+        if name in fields and fields[name] != told[name]
+    ]
+    problems += [
+        f"config.json: norm_num_groups is {config.groups}, which does not divide {width} channels"
+        for width in sorted(set(config.channels))
+        if config.groups < 1 or width % config.groups
+    ]
+    return problems

@@ -1,0 +1,129 @@
+"""A run's parts: all in memory, one at a time, and the transformer's in eight bits."""
+
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from disk import write_run
+from test_export import MODEL, PROMPT, SIZE, random_module
+from test_export import parts as parts  # a fixture: VAE, text encoder and tokenizer
+
+from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.generation.denoising import Sampling
+from easyanimate_jax.generation.pipelines import Request, text_to_video, video_to_video
+from easyanimate_jax.models import int8
+from easyanimate_jax.models.mmdit import MMDiT
+from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.runs.load import Resident, as_computed, load_run
+from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.text.encode import TextEncoder
+
+
+@pytest.fixture(scope="module")
+def folder(parts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    model = random_module(MMDiT, MODEL)
+    write_run(folder, [model, model], vae=parts / "vae", text=parts)
+    return folder
+
+
+def request(run):
+    texts = run.encoder.encode([PROMPT]), run.encoder.encode([""])
+    return Request(*texts, SIZE, [7], Sampling(steps=3, guidance=3.0))
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    run = load_run(folder)
+    return text_to_video(run.diffusion, request(run))
+
+
+def test_parts_that_take_turns_make_the_same_video(folder, whole):
+    run = load_run(folder, alone=True)
+    np.testing.assert_array_equal(text_to_video(run.diffusion, request(run)), whole)
+
+
+def test_alone_memory_holds_the_part_that_was_asked_for_last():
+    seen, kinds = [], {"encoder": TextEncoder, "model": MMDiT, "vae": CausalVAE}
+
+    def read(name):
+        part = object.__new__(kinds[name])
+        seen.append((name, weakref.ref(part)))
+        return part
+
+    readers = {name: (lambda name=name: read(name)) for name in kinds}
+    parts = Resident(MODEL, Flow(), readers, alone=True)
+    for name in ("encoder", "encoder", "model", "vae", "model"):
+        getattr(parts, name)
+        assert [n for n, part in seen if part() is not None] == [name]
+    assert [name for name, _ in seen] == ["encoder", "model", "vae", "model"]
+    together = Resident(MODEL, Flow(), readers)
+    assert together.vae is together.vae and together.model is not None and together.vae
+
+
+def test_a_vae_of_half_size_kernels_makes_the_same_bits():
+    config = VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4, attention=True)
+    vae = random_module(CausalVAE, config)
+    stored = as_computed(vae)
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(each)) for each in (vae, stored)]
+    assert 0.5 * sizes[0] < sizes[1] < 0.55 * sizes[0]
+    video = jax.random.uniform(jax.random.key(0), (1, 5, 16, 16, 3), minval=-1)
+    latents, _ = vae.encode(video)
+    np.testing.assert_array_equal(stored.encode(video)[0], latents)
+    np.testing.assert_array_equal(stored.decode(latents), vae.decode(latents))
+
+
+def test_a_way_keeps_no_part(folder):
+    """VAE, transformer and VAE again: each is gone when the next comes."""
+    run = load_run(folder, alone=True)
+    asked, alive = request(run), {}
+    for name, reader in dict(run.diffusion._read).items():
+
+        def read(name=name, reader=reader):
+            left = [other for other, ref in alive.items() if ref() is not None]
+            assert not left, f"{left} still there when {name} is read"
+            part = reader()
+            alive[name] = weakref.ref(jax.tree.leaves(part)[0])
+            return part
+
+        run.diffusion._read[name] = read
+    film = np.random.default_rng(0).integers(0, 256, (1, *SIZE, 3), np.uint8)
+    video_to_video(run.diffusion, asked, video=film, strength=0.7)
+    assert set(alive) == {"model", "vae"}
+
+
+def test_kernels_of_eight_bits_are_a_quarter_and_change_little(folder, whole):
+    run = load_run(folder, int8=True)
+    full = sum(x.nbytes for x in jax.tree.leaves(load_run(folder).diffusion.model.blocks))
+    small = sum(x.nbytes for x in jax.tree.leaves(run.diffusion.model.blocks))
+    assert small < 0.3 * full
+    video = text_to_video(run.diffusion, request(run)).astype(int)
+    assert 0 < np.abs(video - whole).mean() < 3
+
+
+def test_a_channel_of_zeros_stays_zero_and_no_weight_is_off_by_more_than_half_a_level():
+    kernel = np.random.default_rng(0).standard_normal((2, 8, 3)).astype(np.float32)
+    kernel[1, :, 2] = 0
+    stored = int8.store("blocks.0.video.mlp.up.kernel", jnp.asarray(kernel))
+    assert stored.qvalue.dtype == jnp.int8 and stored.scale.shape == (2, 1, 3)
+    error = np.abs(int8.qwix.dequantize(stored) - kernel)
+    level = np.abs(kernel).max(axis=1, keepdims=True) / 127
+    assert (error <= 0.51 * level + 1e-7).all()
+    bias = jnp.ones((2, 8))
+    assert int8.store("blocks.0.video.mlp.up.bias", bias) is bias
+
+
+def test_weights_of_eight_bits_are_for_one_device(folder):
+    with jax.set_mesh(make_mesh(MeshConfig())), pytest.raises(ValueError, match="one device"):
+        load_run(folder, int8=True)
+
+
+def test_a_run_on_a_mesh_makes_the_same_video(folder, whole):
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, context=2))):
+        run = load_run(folder)
+        kernel = run.diffusion.model.blocks[0].video.mlp.up.kernel.get_value()
+        assert len(kernel.sharding.device_set) == 8
+        video = text_to_video(run.diffusion, request(run))
+    assert np.abs(video.astype(int) - whole).max() <= 2
