@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from easyanimate_jax.models import causal_conv
 from easyanimate_jax.models import vae as vae_module
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.weights.folder import load_vae
@@ -179,10 +180,10 @@ def test_all_convolutions_agree(strides, monkeypatch):
     pad = (0, 1) if strides[1] == 2 else (1, 1)
     native, stacked, whole = (
         jax.jit(form, static_argnums=(2, 3))(x, kernel, strides, pad)
-        for form in (vae_module._native_3d, vae_module._taps_as_channels, vae_module.conv3d)
+        for form in (causal_conv._native, causal_conv._taps_as_channels, causal_conv.conv3d)
     )
-    monkeypatch.setattr(vae_module, "TAPS_AT_ONCE", 1)
-    by_frame = jax.jit(lambda *a: vae_module.conv3d(*a, strides, pad))(x, kernel)
+    monkeypatch.setattr(causal_conv, "TAPS_AT_ONCE", 1)
+    by_frame = jax.jit(lambda *a: causal_conv.conv3d(*a, strides, pad))(x, kernel)
     for other in (stacked, whole, by_frame):
         np.testing.assert_allclose(other, native, atol=1e-4)
 
@@ -192,14 +193,14 @@ def test_a_large_video_is_decoded_frame_by_frame(monkeypatch):
     config = VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4, dtype="float32")
     vae, z = make(config), normal(9, 2, 4, 3, 2, 16)
     whole = jax.jit(lambda vae, z: vae.chunked_decode(z))(vae, z)
-    taken, by_frame = [], vae_module._by_frame
+    taken, by_frame = [], vae_module.by_frame
 
     def counted(network, x, past):
         taken.append(x.shape[1])
         return by_frame(network, x, past)
 
-    monkeypatch.setattr(vae_module, "_by_frame", counted)
-    monkeypatch.setattr(vae_module, "TAPS_AT_ONCE", 1)
+    monkeypatch.setattr(vae_module, "by_frame", counted)
+    monkeypatch.setattr(causal_conv, "TAPS_AT_ONCE", 1)
     by_frames = jax.jit(lambda vae, z: vae.chunked_decode(z))(vae, z)
     np.testing.assert_allclose(by_frames, whole, atol=1e-5)
     assert taken and set(taken) == {4}

@@ -16,16 +16,15 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from easyanimate_jax.models.causal_conv import CausalConv, Features, Past, by_frame, is_large
 from easyanimate_jax.models.layers import axes, linear
+from easyanimate_jax.models.tiles import TILE_OVERLAP, map_tiles, stitch
 
 TIME_FACTOR, SPACE_FACTOR = 4, 8
 FIRST_LOGVAR = -6.0  # of an untrained posterior; at 0 its noise would drown the latents for long
-TAPS_AT_ONCE = 2**27  # values that a convolution stacks at most, on a CPU
-TILE_OVERLAP = 0.25  # share of a tile that is blended with the next one (spec 3.6)
 
 Video = Float[Array, "B F H W 3"]
 Latents = Float[Array, "B T h w C"]
-Features = Float[Array, "B _F _H _W _C"]  # layers change all of these
 
 
 @dataclass(frozen=True)
@@ -79,131 +78,6 @@ class VAEConfig:
         """(time, space) factor of the upsampler after `level`: space first, time last."""
         left = len(self.channels) - 1 - level
         return (2 if left <= 2 else 1), (2 if level < self.space_halvings else 1)
-
-
-class Past:
-    """The last input frames of every causal conv, in call order: the state between two chunks.
-
-    Lives for one trace: built from the tails of the chunk before (None at the start of a clip),
-    filled while the network runs, read out as `tails`.
-    """
-
-    def __init__(self, tails: list[Array] | None = None):
-        self.starts = tails is None
-        self._before = iter(tails or ())
-        self.tails: list[Array] = []
-
-    def rest(self) -> list[Array]:
-        """The tails that were not asked for yet."""
-        return list(self._before)
-
-    def prepend(self, x: Features, stride: int) -> Features:
-        """`x` behind the frames that its conv saw last; a clip starts with copies of its first.
-
-        A conv of stride 2 consumes its windows up to one frame of overlap, one of stride 1 to two.
-        """
-        head = jnp.repeat(x[:, :1], 2, axis=1) if self.starts else next(self._before)
-        x = jnp.concatenate([head, x], axis=1)
-        self.tails.append(x[:, stride - 3 :])
-        return x
-
-
-def conv3d(
-    x: Features, kernel: Float[Array, "3 3 3 _ _"], strides: tuple[int, int], pad: tuple[int, int]
-) -> Features:
-    """Convolve; (time, space) strides, `pad` zeros in front of and behind H and W, none in time.
-
-    On CPUs XLA's native 3-D convolution is 4 to 9 times slower than a 2-D one over stacked frames.
-    Its input is three times as large, and becomes float32: large videos go through frame by frame.
-    """
-    if jax.default_backend() != "cpu":
-        return _native_3d(x, kernel, strides, pad)
-    if not _is_large(x):
-        return _taps_as_channels(x, kernel, strides, pad)
-    time, frames = strides[0], (x.shape[1] - 3) // strides[0] + 1
-
-    def frame(number):
-        window = jax.lax.dynamic_slice_in_dim(x, number * time, 3, axis=1)
-        return _taps_as_channels(window, kernel, strides, pad)
-
-    return rearrange(jax.lax.map(frame, jnp.arange(frames)), "F B 1 H W C -> B F H W C")
-
-
-def _is_large(x: Features) -> bool:
-    """Whether a CPU takes the frames of `x` one by one."""
-    return jax.default_backend() == "cpu" and 3 * x.size >= TAPS_AT_ONCE
-
-
-def _by_frame(network, x: Features, past: Past) -> Features:
-    """What `network`, the last to read `past`, makes of `x`, frame after frame."""
-
-    def body(tails, frame):
-        inner = Past(tails)
-        y = network(frame[:, None], inner)
-        return inner.tails, y[:, 0]
-
-    tails, y = jax.lax.scan(body, past.rest(), rearrange(x, "B F H W C -> F B H W C"))
-    past.tails += tails
-    return rearrange(y, "F B H W C -> B F H W C")
-
-
-def _native_3d(x, kernel, strides, pad):
-    time, space = strides
-    return jax.lax.conv_general_dilated(
-        x,
-        kernel,
-        (time, space, space),
-        ((0, 0), pad, pad),
-        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
-    )
-
-
-def _taps_as_channels(x, kernel, strides, pad):
-    time, space = strides
-    batch, frames = x.shape[0], (x.shape[1] - 3) // time + 1
-    taps = [x[:, tap : tap + (frames - 1) * time + 1 : time] for tap in range(3)]
-    x = jax.lax.conv_general_dilated(
-        rearrange(jnp.concatenate(taps, axis=-1), "B F H W C -> (B F) H W C"),
-        rearrange(kernel, "taps y x C out -> y x (taps C) out"),
-        (space, space),
-        (pad, pad),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    return rearrange(x, "(B F) H W C -> B F H W C", B=batch)
-
-
-def _centred(key, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-    """A random map of the newest frame's own position, zero elsewhere.
-
-    Down- and upsamplers have no shortcut. As random mixtures of 27 neighbours they would have to be
-    unmixed before anything is learned; as maps of single positions the picture passes at once.
-    """
-    kernel = nnx.initializers.lecun_normal()(key, shape[3:], dtype)
-    return jnp.zeros(shape, dtype).at[2, 1, 1].set(kernel)
-
-
-class CausalConv(nnx.Module):
-    """A 3x3x3 convolution that sees its own frame and the two before it."""
-
-    def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        strides=(1, 1),
-        *,
-        dtype,
-        rngs: nnx.Rngs,
-        init=_centred,
-    ):
-        self.strides, self.dtype = strides, dtype
-        self.kernel = nnx.Param(init(rngs.params(), (3, 3, 3, d_in, d_out)), **axes(*[None] * 5))
-        self.bias = nnx.Param(jnp.zeros(d_out), **axes(None))
-
-    def __call__(self, x: Features, past: Past) -> Features:
-        x = past.prepend(x.astype(self.dtype), stride=self.strides[0])
-        pad = (0, 1) if self.strides[1] == 2 else (1, 1)
-        x = conv3d(x, self.kernel[...].astype(self.dtype), self.strides, pad)
-        return x + self.bias[...].astype(self.dtype).reshape(1, 1, 1, 1, -1)
 
 
 class FrameNorm(nnx.Module):
@@ -373,10 +247,8 @@ class Decoder(nnx.Module):
         x = self.mid_block(self.conv_in(z, past), past)
         for block in self.up_blocks[:-1]:
             x = block(x, past)
-        if past.starts or not _is_large(x):
-            x = self._last(x, past)
-        else:
-            x = _by_frame(self._last, x, past)
+        whole = past.starts or not is_large(x)
+        x = self._last(x, past) if whole else by_frame(self._last, x, past)
         s = self.unshuffle
         return rearrange(x, "B F H W (y x C) -> B F (H y) (W x) C", y=s, x=s)
 
@@ -428,16 +300,16 @@ class CausalVAE(nnx.Module):
         """Windows of `tile` x `tile` pixels, blended in latent space (spec 3.6)."""
         check_video(video.shape)
         step = int(tile * (1 - TILE_OVERLAP))
-        tiles = _map_tiles(lambda window: _encode_tile(self, window), video, tile, step)
+        tiles = map_tiles(lambda window: _encode_tile(self, window), video, tile, step)
         latent_tile = tile // SPACE_FACTOR
-        return _split(_stitch(tiles, latent_tile, int(latent_tile * (1 - TILE_OVERLAP))))
+        return _split(stitch(tiles, latent_tile, int(latent_tile * (1 - TILE_OVERLAP))))
 
     def tiled_decode(self, z: Latents, tile: int = 384) -> Video:
         """Windows of `tile` x `tile` pixels; the lower right one is mixed in twice (spec 3.6)."""
         size = tile // SPACE_FACTOR
         step = int(size * (1 - TILE_OVERLAP))
-        tiles = _map_tiles(lambda window: _decode_tile(self, window), z, size, step)
-        video = _stitch(tiles, tile, int(tile * (1 - TILE_OVERLAP)))
+        tiles = map_tiles(lambda window: _decode_tile(self, window), z, size, step)
+        video = stitch(tiles, tile, int(tile * (1 - TILE_OVERLAP)))
         corner = _decode_tile(self, z[:, :, -size:, -size:])
         _, _, height, width, _ = corner.shape
         weight = jnp.minimum(
@@ -516,35 +388,3 @@ def _encode_tile(vae, video):
 @jax.jit
 def _decode_tile(vae, z):
     return vae.chunked_decode(z)
-
-
-def _map_tiles(network, x, size, step):
-    return [
-        [network(x[:, :, i : i + size, j : j + size]) for j in range(0, x.shape[3], step)]
-        for i in range(0, x.shape[2], step)
-    ]
-
-
-def _stitch(tiles, size, step):
-    """Blend each tile with the one above, then the one to the left; keep `step` of each.
-
-    As in the reference, the neighbour is the one already blended, and is not yet cropped.
-    """
-    extent = int(size * TILE_OVERLAP)
-    for i, row in enumerate(tiles):
-        for j in range(len(row)):
-            if i > 0:
-                row[j] = _blend(tiles[i - 1][j], row[j], extent, axis=2)
-            if j > 0:
-                row[j] = _blend(row[j - 1], row[j], extent, axis=3)
-    rows = [jnp.concatenate([tile[:, :, :step, :step] for tile in row], axis=3) for row in tiles]
-    return jnp.concatenate(rows, axis=2)
-
-
-def _blend(before, tile, extent, axis):
-    extent = min(extent, before.shape[axis], tile.shape[axis])
-    weight = jnp.arange(extent).reshape([-1 if a == axis else 1 for a in range(5)]) / extent
-    end = jax.lax.slice_in_dim(before, before.shape[axis] - extent, None, axis=axis)
-    start = jax.lax.slice_in_dim(tile, 0, extent, axis=axis)
-    rest = jax.lax.slice_in_dim(tile, extent, None, axis=axis)
-    return jnp.concatenate([end * (1 - weight) + start * weight, rest], axis=axis)

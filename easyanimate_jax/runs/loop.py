@@ -8,7 +8,6 @@ anywhere and started again makes the same updates.
 import dataclasses
 import itertools
 import json
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from easyanimate_jax import processes
 from easyanimate_jax.data import media, records
@@ -47,15 +45,14 @@ from easyanimate_jax.training.safety.divergence import (
     DivergedError,
     Returns,
 )
+from easyanimate_jax.training.safety.exits import DIVERGED, DONE, PREEMPTED, STORAGE
 from easyanimate_jax.training.safety.faults import stop_if_asked, value_asked
 from easyanimate_jax.training.safety.monitor import Monitor
+from easyanimate_jax.training.safety.preemption import Preemption
 from easyanimate_jax.training.stages import Stage, boundaries, stage_at
 from easyanimate_jax.training.step import TrainState, init_state, widen_state
 from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.folder import load_mmdit, load_vae
-
-# Exit codes, with 2 for bad input (train.py) and 4 for a hang (training/monitor.py).
-DONE, DIVERGED, STORAGE, PREEMPTED = 0, 3, 5, 42
 
 
 def train(config: TrainConfig) -> int:
@@ -128,29 +125,6 @@ def open_checkpoints(config: TrainConfig) -> Checkpoints:
         keep_steps=boundaries(config.stages),
         keep_every=config.keep_every,
     )
-
-
-class Preemption:
-    """Turns SIGTERM into a question that the loop asks between steps.
-
-    With several processes, a signal to any of them stops all after the same step.
-    """
-
-    def __init__(self):
-        self.signalled, self.steps = False, 0
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._signalled)
-
-    def asked(self) -> bool:
-        """To be called once a step, by all processes."""
-        if jax.process_count() > 1:
-            self.steps += 1
-            reached = multihost_utils.reached_preemption_sync_point(self.steps)
-            self.signalled = self.signalled or reached
-        return self.signalled
-
-    def _signalled(self, *_):
-        self.signalled = True
 
 
 class Schedule:

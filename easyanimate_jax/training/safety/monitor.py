@@ -18,8 +18,8 @@ from collections import deque
 from pathlib import Path
 
 from easyanimate_jax.training.safety.cloud_goodput import CloudGoodput
+from easyanimate_jax.training.safety.exits import HANG
 
-HANG = 4  # exit code
 PATIENCE = 3600.0  # seconds for anything but steps and data
 STEP_FACTOR = 5  # times the slowest of recent steps: longer is a hang
 BEAT = 0.5  # seconds between heartbeats

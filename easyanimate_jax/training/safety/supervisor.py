@@ -26,8 +26,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-FINAL = (0, 2, 3, 42)  # exit codes after which a restart changes nothing, or is not wanted
-HANG = 4
+from easyanimate_jax.training.safety.exits import DONE, FINAL, HANG, PREEMPTED
+
 POLL = 0.1  # seconds
 STACKS = 1.0  # seconds that living ranks have to print their stacks
 MAX_PAUSE = 60.0  # seconds before a restart
@@ -92,7 +92,7 @@ class Supervisor:
         """The exit code of the run: of its first rank that failed, or of all."""
         while True:
             codes = [rank.poll() for rank in self.ranks]
-            failed = next((code for code in codes if code not in (None, 0, 42)), None)
+            failed = next((code for code in codes if code not in (None, DONE, PREEMPTED)), None)
             silent = self._silent()
             if failed is None and not silent:
                 if None not in codes:
