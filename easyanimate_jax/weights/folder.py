@@ -108,7 +108,8 @@ def open_model(
     if run_folder.is_run(path):
         if name == "vae":
             _, meta = run_folder.read_meta(path, step)
-            return open_model(Path(meta["config"]["vae"]), name, problems, dtype=dtype)
+            vae = run_folder.frozen_model(path, meta["config"], "vae")
+            return open_model(vae, name, problems, dtype=dtype)
         meta, tensors = run_folder.open_transformer(path, weights, step)
         fields = meta["config"]["model"] | {"in_channels": meta["in_channels"]}
         tensors = files.checked(tensors, problems, dtype)
