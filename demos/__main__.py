@@ -12,7 +12,7 @@ from pathlib import Path
 
 from demos import facts, films_report, ways_report, world_report
 from easyanimate_jax.runs.config import load
-from easyanimate_jax.runs.load import load_run
+from easyanimate_jax.runs.load import load_pipeline
 from easyanimate_jax.text.encode import TextEncoder
 
 KINDS = {"world": world_report, "films": films_report, "ways": ways_report}
@@ -25,7 +25,7 @@ def main(args: list[str]) -> int:
     kind, config = KINDS[args[0]], load(args[1], args[2:])
     began, rows = time.time(), facts.read_metrics(config)
     folders = [config.run, config.init] if kind is ways_report else [config.run]
-    runs = [load_run(folder) for folder in folders]
+    runs = [load_pipeline(folder) for folder in folders]
     results, shown = kind.evaluate(TextEncoder.load(config.text), *runs)
     results |= facts.training_facts(config, rows)
     results["evaluation_seconds"] = round(time.time() - began, 1)

@@ -1,6 +1,6 @@
 """Videos of a run: from prompts and what is given with them, and through the VAE and back.
 
-A `run` has what makes videos and the config (`runs.load_run`).
+A `run` has what makes videos and the config (`runs.load_pipeline`).
 """
 
 import math

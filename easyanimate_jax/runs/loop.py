@@ -437,6 +437,7 @@ class Schedule:
             "stage": stage.name,
             "in_channels": stage.in_channels,
             "plan": self.loaders[stage.name].plan.hash,
+            "weights": self.loaders[stage.name].records.header.get("weights", {}),
             "seed": self.config.seed,
             "config": json.loads(to_json(self.config)),
         }

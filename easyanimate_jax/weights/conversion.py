@@ -29,6 +29,7 @@ from easyanimate_jax.weights.schedulers import INDEX, SCHEDULER, SCHEDULERS, rel
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 TEXTS = (*TEXT_ENCODERS, *TOKENIZERS)
+LENGTHS = "text.json"  # of our own text encoders, where they are not the released ones
 PARTS = (*KINDS, *TEXTS, "scheduler")
 REQUIRED = ("vae", "text_encoder", "tokenizer")  # of diffusers' pipelines; null where absent
 LORA = "lora"
@@ -244,7 +245,10 @@ class Plan:
         self.parts.append(Part(folder, tensors, "model", options.shard_bytes, texts, copies))
 
     def _add_pipeline_files(self, places: Mapping[str, Path]) -> None:
-        """The scheduler where there is none, and diffusers' index of the parts."""
+        """The scheduler where there is none, the texts' lengths, diffusers' index of the parts."""
+        for place in (places[name].parent / LENGTHS for name in places if name == "text_encoder"):
+            if place.is_file():
+                self.parts.append(Part("", copies=[place]))
         transformer = self.models.get("transformer")
         if not transformer:
             return
