@@ -27,13 +27,18 @@ from setting import setting
 from demos import world
 from demos.generate import psnr
 from demos.score import score
-from easyanimate_jax.generation.denoising import Sampling
-from easyanimate_jax.generation.pipelines import Request, text_to_video
+from easyanimate_jax import (
+    CausalVAE,
+    MMDiT,
+    MMDiTConfig,
+    Request,
+    Sampling,
+    VAEConfig,
+    load_pipeline,
+    text_to_video,
+)
 from easyanimate_jax.models import int8
-from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
-from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.runs.config import load, to_json
-from easyanimate_jax.runs.load import load_pipeline
 from easyanimate_jax.text.train import word_tokenizer
 from easyanimate_jax.training.checkpoint import Checkpoints
 from easyanimate_jax.training.step import TrainState

@@ -23,12 +23,17 @@ from setting import setting
 
 from demos import world
 from demos.score import score
-from easyanimate_jax.diffusion.flow import Flow
-from easyanimate_jax.generation.denoising import Sampling
-from easyanimate_jax.generation.pipelines import LatentDiffusion, Request, denoise_latents
+from easyanimate_jax import (
+    Flow,
+    LatentDiffusion,
+    MMDiT,
+    MMDiTConfig,
+    Request,
+    Sampling,
+    denoise_latents,
+    load_pipeline,
+)
 from easyanimate_jax.generation.pixels import decode
-from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
-from easyanimate_jax.runs.load import load_pipeline
 
 RESULT = Path(__file__).parent / "results" / "sampling.md"
 THRESHOLDS = (0.05, 0.1, 0.2)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from easyanimate_jax.text.encode import TextEncoder as TextEncoder
     from easyanimate_jax.training.optimizer import OptimizerConfig as OptimizerConfig
     from easyanimate_jax.training.stages import Stage as Stage
+    from easyanimate_jax.training.stages import boundaries as boundaries
     from easyanimate_jax.training.vae.loop import VAEStage as VAEStage
     from easyanimate_jax.training.vae.loop import VAETrainConfig as VAETrainConfig
     from easyanimate_jax.weights.conversion import Options as ConvertOptions  # noqa: F401
@@ -72,7 +73,7 @@ _HOMES = {
     "sharding": ("MeshConfig",),
     "text.encode": ("TextEncoder",),
     "training.optimizer": ("OptimizerConfig",),
-    "training.stages": ("Stage",),
+    "training.stages": ("Stage", "boundaries"),
     "training.vae.loop": ("VAEStage", "VAETrainConfig"),
     "weights.conversion": ("ConvertOptions", "convert"),
     "weights.folder": ("load_mmdit", "load_vae"),

@@ -309,8 +309,8 @@ class MMDiT(nnx.Module):
         the states of each text encoder. Raises ValueError for shapes that do not fit the config or
         the current mesh.
         """
-        check_rows(tokens=tokens, grid=grid, lengths=lengths)
         video, text, time = self.embed(tokens, time, texts)
+        check_rows(tokens=tokens, grid=grid, lengths=lengths)
         features = self.features(video, text, time, grid, lengths)
         (out,) = by_device(
             lambda linear, x: (linear(x),),

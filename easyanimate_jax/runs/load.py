@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple, Unpack
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
-from numpy import ndarray
 
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
@@ -29,6 +29,7 @@ from easyanimate_jax.generation.pipelines import (
     long_video,
     video_to_video,
 )
+from easyanimate_jax.generation.protocols import PromptEncoder
 from easyanimate_jax.generation.request import Request
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE
@@ -41,7 +42,7 @@ from easyanimate_jax.weights.folder import Weights, load_mmdit, load_vae, open_m
 from easyanimate_jax.weights.module import CONFIG, with_weights
 from easyanimate_jax.weights.schedulers import SCHEDULER, process_of, released_process
 
-Films = UInt8[ndarray, "F H W 3"] | UInt8[ndarray, "B F H W 3"]
+Films = UInt8[np.ndarray, "F H W 3"] | UInt8[np.ndarray, "B F H W 3"]
 
 WAYS = ("video", "mask", "control", "camera", "reference", "image", "end_image", "segment")
 
@@ -65,7 +66,7 @@ class Resident:
         self._read, self._alone, self._parts = read, alone, {}
 
     @property
-    def encoder(self) -> TextEncoder:
+    def encoder(self) -> PromptEncoder:
         """The text encoders and their tokenizers."""
         return self._part("encoder")
 
@@ -113,7 +114,7 @@ class Pipeline:
         self._mesh = mesh
 
     @property
-    def encoder(self) -> TextEncoder:
+    def encoder(self) -> PromptEncoder:
         """The text encoders."""
         return self.diffusion.encoder
 
@@ -148,7 +149,7 @@ class Pipeline:
         together and cannot be, does not fit, or is not for this model.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
+        seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
         given = {name: value for name, value in given.items() if value is not None}
         self._check(given)
         samples = self.samples
