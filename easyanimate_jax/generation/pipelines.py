@@ -384,14 +384,7 @@ def denoise_latents(
     request.check(diffusion.config)
     rows, grid = len(request.seeds), grid_of(*request.size)
     num_tokens = math.prod(grid)
-    if condition is None and extra_channels(diffusion):
-        condition = _no_tokens(request, extra_channels(diffusion))
-    wanted = (rows, num_tokens, extra_channels(diffusion) * PATCH**2)
-    if condition is not None and condition.shape != wanted:
-        raise ValueError(
-            f"a condition of shape {condition.shape}: a model of {diffusion.config.in_channels} "
-            f"input channels reads {wanted} for this request"
-        )
+    condition = _condition(diffusion, request, condition)
     all_rows = -rows % num_parts("batch") + rows
     length = -num_tokens % num_parts("tokens") + num_tokens
 
@@ -424,6 +417,23 @@ def denoise_latents(
         progress=request.progress,
     )
     return np.asarray(unpatchify(latents[:rows, :num_tokens], grid))
+
+
+def _condition(diffusion: Diffusion, request: Request, given: Tokens | None) -> Tokens | None:
+    """What is given as the model reads it: zeros for nothing, None where it reads none."""
+    wanted = (
+        len(request.seeds),
+        math.prod(grid_of(*request.size)),
+        extra_channels(diffusion) * PATCH**2,
+    )
+    if given is None:
+        return _no_tokens(request, extra_channels(diffusion)) if wanted[-1] else None
+    if given.shape != wanted:
+        raise ValueError(
+            f"a condition of shape {given.shape}: a model of {diffusion.config.in_channels} input "
+            f"channels reads {wanted} for this request"
+        )
+    return given
 
 
 @partial(jax.jit, static_argnames="shape")
