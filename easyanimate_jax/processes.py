@@ -43,6 +43,47 @@ def meeting_point(environment: Mapping[str, str]) -> dict:
     return given
 
 
+def own_gpus(environment: Mapping[str, str]) -> list[int] | None:
+    """Return which of the GPUs that it sees a process under Slurm takes; None elsewhere.
+
+    JAX takes one GPU a process under Slurm. A process that is alone on its host takes all of them;
+    several share them out, unless Slurm shows each only its own.
+    """
+    if "SLURM_STEP_NODELIST" not in environment or "SLURM_LOCALID" not in environment:
+        return None
+    on_host = _count(environment.get("SLURM_GPUS_ON_NODE", ""))
+    shown = environment.get("CUDA_VISIBLE_DEVICES")
+    visible = len([name for name in shown.split(",") if name]) if shown else on_host
+    if not visible:
+        return None
+    tasks = _tasks_here(environment)
+    if tasks == 1 or visible < on_host:
+        return list(range(visible))
+    if visible % tasks:
+        raise ValueError(
+            f"{tasks} tasks of this host share {visible} GPUs, which does not divide: use one task "
+            f"a host (--ntasks-per-node=1), or one a GPU"
+        )
+    share, first = visible // tasks, int(environment["SLURM_LOCALID"]) * (visible // tasks)
+    return list(range(first, first + share))
+
+
+def _tasks_here(environment: Mapping[str, str]) -> int:
+    """Return the tasks of this host in the step: "8(x2),4" is 8 on two hosts, 4 on a third."""
+    counts = []
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    node = int(environment.get("SLURM_NODEID", 0))
+    return counts[node] if node < len(counts) else counts[-1]
+
+
+def _count(text: str) -> int:
+    """Return the number in "8" or "h100:8"; 0 where there is none."""
+    number = text.rpartition(":")[2]
+    return int(number) if number.isdigit() else 0
+
+
 def join() -> None:
     """Meet the other processes, if there are any; before the first use of a device."""
     if not several_processes(os.environ):
@@ -50,6 +91,8 @@ def join() -> None:
     import jax
 
     given = meeting_point(os.environ)
+    if (gpus := own_gpus(os.environ)) is not None:
+        given["local_device_ids"] = gpus
     if "coordinator_address" not in given:
         os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # JAX would take "auto" for an address
     jax.distributed.initialize(**given)

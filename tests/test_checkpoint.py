@@ -162,8 +162,20 @@ def test_a_state_that_is_not_finite_is_not_saved(copy):
 
 
 def test_kept_are_the_last_the_boundaries_and_the_multiples(tmp_path):
-    write(tmp_path, range(1, 12), keep=1, keep_steps=(3,), keep_every=5)
+    write(tmp_path, range(1, 12), keep=1, keep_if=lambda meta: meta["step"] == 3, keep_every=5)
     assert run_folder.complete_steps(tmp_path) == [3, 5, 10, 11]
+
+
+def test_opening_deletes_nothing_and_what_is_protected_stays(tmp_path):
+    write(tmp_path, range(1, 5), keep=4)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert run_folder.complete_steps(tmp_path) == [1, 2, 3, 4]
+    checkpoints.protect()
+    checkpoints.save(5, make_state(5), META | {"step": 5})
+    checkpoints.save(6, make_state(6), META | {"step": 6})
+    checkpoints.save(7, make_state(7), META | {"step": 7})
+    checkpoints.close(7)
+    assert run_folder.complete_steps(tmp_path) == [1, 2, 3, 4, 6, 7]
 
 
 def test_nothing_is_deleted_for_what_is_not_verified(tmp_path, monkeypatch):
@@ -186,7 +198,7 @@ def test_leftovers_of_a_kill_are_removed(copy):
     assert sorted(p.name for p in folder.iterdir()) == ["2", "4"]
 
 
-def test_a_full_disk_costs_the_save_and_nothing_else(copy, monkeypatch, capsys):
+def test_a_full_disk_costs_the_save_and_nothing_else(copy, monkeypatch, caplog):
     free = namedtuple("usage", "total used free")
     checkpoints = Checkpoints(copy / "checkpoints", keep=3)
     with monkeypatch.context() as patch:
@@ -196,7 +208,7 @@ def test_a_full_disk_costs_the_save_and_nothing_else(copy, monkeypatch, capsys):
     checkpoints.save(10, make_state(10), META | {"step": 10})
     checkpoints.close(10)
     assert run_folder.complete_steps(copy / "checkpoints") == [2, 4, 10]
-    assert "checkpoint 6 was not saved" in capsys.readouterr().out
+    assert "checkpoint 6 was not saved" in caplog.text
     assert_is(read(copy / "checkpoints"), 10)
 
 
@@ -229,12 +241,12 @@ def test_another_model_is_refused_and_nothing_set_aside(copy):
     assert run_folder.complete_steps(copy / "checkpoints") == [2, 4]
 
 
-def test_a_checkpoint_from_before_fingerprints_is_used_and_said_to_be(copy, capsys):
+def test_a_checkpoint_from_before_fingerprints_is_used_and_said_to_be(copy, caplog):
     for step in ("2", "4"):
         file = copy / "checkpoints" / step / "meta" / "metadata"
         meta = json.loads(file.read_text())
         del meta["digest"], meta["arrays"]
         file.write_text(json.dumps(meta))
     assert_is(read(copy / "checkpoints"), 4)
-    assert "checkpoint 4 is from before fingerprints: used unverified" in capsys.readouterr().out
+    assert "checkpoint 4 is from before fingerprints: used unverified" in caplog.text
     assert main(["verify", str(copy)]) == 1

@@ -13,7 +13,8 @@ import mmap
 import signal
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ from easyanimate_jax.diffusion.tasks import TASKS, TaskName
 
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # in batches
 FOREVER = 2**40  # steps
+READERS = 16  # records of a batch that are read at the same time
 MAX_BAD, FEW_BAD = 1e-3, 3  # records that may be unreadable: a share, and a number
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
@@ -55,9 +57,10 @@ class Loader:
 
     A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3), the control
     and the reference of a row by zeros, each by itself, with those of `drops` (spec 7.2). A process
-    reads and builds only the `rows` (first, last + 1) of every microbatch that its devices need,
-    all of them if None; the others are memory that is never touched. A record that does not
-    read is replaced by the next of its bucket, and noted in the file `quarantine`.
+    reads and builds only the `rows` of every microbatch that its devices need, all of them if None;
+    the others are memory that is never touched. The rows of a batch are read at the same time. A
+    record that does not read is replaced by the next of its bucket, and noted in the file
+    `quarantine`.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class Loader:
         task: TaskName,
         microbatch: int,
         text_drop: float,
-        rows: tuple[int, int] | None = None,
+        rows: Collection[int] | None = None,
         quarantine: Path | None = None,
         drops: tuple[float, float] = (0.0, 0.0),
     ):
@@ -105,8 +108,10 @@ class Loader:
     def batch(self, step: int) -> tuple[int, Batch]:
         """(token length, batch) of one step."""
         length, ids = self.plan(int(step))
-        rows = ((row, self._row(int(step), row, int(ids[row]))) for row in self._own(len(ids)))
-        return length, self._assemble(length, ids, rows)
+        own = self._own(len(ids))
+        with ThreadPoolExecutor(READERS) as pool:
+            fields = pool.map(lambda row: self._row(int(step), row, int(ids[row])), own)
+            return length, self._assemble(length, ids, zip(own, fields, strict=True))
 
     def _ahead(
         self, function: Callable, start: int, read: grain.ReadOptions, workers: int
@@ -126,8 +131,7 @@ class Loader:
 
     def _holds(self, row: int) -> bool:
         """Whether this process's devices hold the row."""
-        first, last = self.rows or (0, self.microbatch)
-        return first <= row % self.microbatch < last
+        return self.rows is None or row % self.microbatch in self.rows
 
     def _assemble(self, length: int, ids: np.ndarray, rows: Iterable[tuple[int, dict]]) -> Batch:
         """The batch of records `ids`, its own `rows` given as `_fields` gives them."""

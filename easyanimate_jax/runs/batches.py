@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.data.plan.plan import Plan
@@ -42,16 +42,16 @@ def place(batch: Batch, mesh) -> Batch:
     )
 
 
-def own_rows(stage: Stage, mesh) -> tuple[int, int] | None:
-    """First and last + 1 of the rows of a microbatch that this process's devices hold."""
-    if jax.process_count() == 1:
-        return None
+def held_rows(stage: Stage, mesh: Mesh, process: int) -> frozenset[int]:
+    """Return the rows of a microbatch that the devices of a process hold, and it has to read.
+
+    They need not be neighbours: a host of a TPU slice is a block of its torus.
+    """
     rows = microbatch_rows(stage, mesh)
     sharding = NamedSharding(mesh, activation_spec(mesh, (rows,), ("batch",)))
-    held = [
-        at[0].indices(rows) for at in sharding.addressable_devices_indices_map((rows,)).values()
-    ]
-    return min(first for first, *_ in held), max(last for _, last, _ in held)
+    places = sharding.devices_indices_map((rows,)).items()
+    own = {range(rows)[at[0]] for device, at in places if device.process_index == process}
+    return frozenset(row for part in own for row in part)
 
 
 def _used(config: TrainConfig) -> list:
@@ -93,7 +93,7 @@ def _loader(config: TrainConfig, stage: Stage, mesh, records: Records, encoder) 
         "task": stage.task,
         "microbatch": microbatch_rows(stage, mesh),
         "text_drop": config.text_drop,
-        "rows": own_rows(stage, mesh),
+        "rows": held_rows(stage, mesh, jax.process_index()),
         "quarantine": Path(config.run) / "quarantine.jsonl",
         "drops": (stage.control_drop, stage.reference_drop),
     }

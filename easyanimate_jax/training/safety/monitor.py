@@ -60,6 +60,12 @@ class Monitor:
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
 
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
     def enter(self, section: str, step: int | None = None) -> None:
         """The run now does `section`, at `step`; a step below the furthest is rework."""
         now = time.monotonic()
