@@ -243,7 +243,7 @@ def test_the_noise_on_a_picture_depends_on_its_seed_and_not_on_its_batch(animate
         ({"start": pictures(2)}, "one per seed"),
         ({"size": (5, 48, 64)}, "resized to that size"),
         ({"in_channels": 16}, "inpaint checkpoint"),
-        ({"seeds": [1]}, "one per seed"),
+        ({"seeds": [1]}, "1 seeds: give a seed each"),
     ],
 )
 def test_pictures_that_cannot_be_animated_are_refused(animate, options, message):
