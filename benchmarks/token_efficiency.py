@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from setting import setting
 
+from easyanimate_jax import Budget
 from easyanimate_jax.data import buckets
-from easyanimate_jax.data.buckets import Budget, Clips, choose_all, fit_budget, num_tokens
+from easyanimate_jax.data.buckets import Clips, choose_all, fit_budget, num_tokens
 from easyanimate_jax.data.plan.plan import CYCLE, Plan
 
 RESULT = Path(__file__).parent / "results" / "token_efficiency.md"

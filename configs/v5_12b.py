@@ -5,13 +5,16 @@ takes the next stage's. A bucket is a token length: every resolution and duratio
 through the one program of its bucket.
 """
 
-from easyanimate_jax.data.buckets import Budget
-from easyanimate_jax.data.records import LatentSet
-from easyanimate_jax.diffusion.ddpm import DDPM
-from easyanimate_jax.models.mmdit import MMDiTConfig
-from easyanimate_jax.runs.config import SampleConfig, TrainConfig
-from easyanimate_jax.sharding import MeshConfig
-from easyanimate_jax.training.stages import Stage
+from easyanimate_jax import (
+    DDPM,
+    Budget,
+    LatentSet,
+    MeshConfig,
+    MMDiTConfig,
+    SampleConfig,
+    Stage,
+    TrainConfig,
+)
 
 MODEL = MMDiTConfig(
     depth=48,

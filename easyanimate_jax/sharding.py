@@ -2,6 +2,15 @@
 
 Weights and activations name their axes where they are made (`models/layers.py`); only this file
 knows which mesh axis a name means. A new strategy is a new row, or a new mesh shape.
+
+`shardings(mesh, model)` gives the sharding of every weight, and refuses a mesh that does not divide
+one. Flax's own `nnx.get_named_sharding(model, mesh)` gives the same where it knows the table:
+
+    with nnx.logical_axis_rules(tuple(RULES.items())):
+        nnx.get_named_sharding(model, mesh)
+
+`jax.experimental.mesh_utils` is used because `jax.make_mesh` takes neither several slices nor an
+axis that is part of a torus direction.
 """
 
 import math
@@ -49,11 +58,18 @@ class MeshConfig:
     def shape(self, num_devices: int) -> tuple[int, int, int, int]:
         """The mesh shape on `num_devices` devices. Raises ValueError where they do not divide."""
         given = self.data * self.context * self.tensor
-        fsdp = num_devices // given if self.fsdp == -1 else self.fsdp
-        if given * fsdp != num_devices:
+        if min(self.data, self.context, self.tensor) < 1 or (self.fsdp < 1 and self.fsdp != -1):
+            raise ValueError(f"{self}: an axis has 1 device or more; fsdp=-1 takes those left.")
+        if self.fsdp == -1 and num_devices % given:
             raise ValueError(
                 f"{self} asks for {given} x fsdp devices, and there are {num_devices}. "
                 f"Choose data, context and tensor whose product divides {num_devices}."
+            )
+        fsdp = num_devices // given if self.fsdp == -1 else self.fsdp
+        if given * fsdp != num_devices:
+            raise ValueError(
+                f"{self} asks for {given * fsdp} devices, and there are {num_devices}. "
+                f"Choose axes whose product is {num_devices}, or fsdp=-1 for those that are left."
             )
         return (self.data, fsdp, self.context, self.tensor)
 

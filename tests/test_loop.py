@@ -32,6 +32,7 @@ config = replace(
     demo,
     prepared="{folder}/latents",
     run="{folder}/{run}",
+    text="{folder}/text",
     stages=stages,
     model=replace(demo.model, depth=1, mmdit_depth=1, heads=2, head_width=16, text_widths=(8, 12)),
     optimizer=replace(demo.optimizer, matrices="adam"),  # which compiles faster
@@ -41,6 +42,7 @@ config = replace(
 )
 """
 STEPS = 16
+PRINT = "of the text encoders"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,8 @@ def folder(tmp_path_factory):
         kind, draws = (
             ("image", 0) if name == "image" else ("video", 2 * (name in ("medium", "large")))
         )
-        writer = Writer(latents / name, {"set": {"condition_draws": draws}})
+        made_with = {"text": PRINT}
+        writer = Writer(latents / name, {"set": {"condition_draws": draws}, "weights": made_with})
         records, rows = [], []
         for clip in range(5):
             N = T * gh * gw
@@ -170,6 +173,7 @@ def test_the_schedule_runs_through_every_stage(folder, whole):
         assert word in whole
     steps = {int(p.name) for p in (folder / "whole" / "checkpoints").iterdir() if p.name.isdigit()}
     assert {3, 7, 10, 14, 16} <= steps  # every stage boundary is kept
+    assert read_meta(folder / "whole")[1]["weights"] == {"text": PRINT}  # compared by load_pipeline
 
 
 @pytest.mark.parametrize("how, code", [(signal.SIGTERM, 42), (signal.SIGKILL, -9)])

@@ -18,7 +18,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from easyanimate_jax.diffusion.conditioning import guide
+from easyanimate_jax.diffusion.ddpm import DDPM
+from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.samplers import advance, walk
+from easyanimate_jax.generation.protocols import Denoiser
 from easyanimate_jax.memory import check_fit
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.sharding import shard
@@ -134,8 +137,8 @@ def polynomial(config: MMDiTConfig) -> tuple[float, ...]:
 
 
 def denoise(
-    model,
-    process,
+    model: Denoiser,
+    process: DDPM | Flow,
     given: Given,
     sampling: Sampling,
     *,
@@ -165,7 +168,7 @@ def denoise(
     return _denoise(*arguments, **options)
 
 
-def make_tables(process, sampling: Sampling, strength: float = 1.0) -> Tables:
+def make_tables(process: DDPM | Flow, sampling: Sampling, strength: float = 1.0) -> Tables:
     """The walk of `sampling` under `process`, and where it is guided."""
     times, moves, levels = walk(process, sampling.sampler, sampling.steps, strength, sampling.eta)
     count = len(times)

@@ -11,9 +11,9 @@ from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import check_size, whole_frames
 from easyanimate_jax.diffusion.tasks import TASKS, numbers, task_of
 from easyanimate_jax.facts import FPS
+from easyanimate_jax.generation.arrays import NEW, resized
 from easyanimate_jax.generation.options import STARTS, given, option
 
-NEW = 240  # grey of a mask from which on the video is made anew (spec 6.6)
 INPUTS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.inputs))
 
 
@@ -84,8 +84,7 @@ def read_inputs(a: argparse.Namespace) -> dict[str, np.ndarray]:
 
 def stretch(frames: np.ndarray, a: argparse.Namespace, how) -> np.ndarray:
     """Resized to the request's size without regard to the aspect, as the reference does."""
-    resized = (Image.fromarray(x).resize((a.width, a.height), how) for x in frames)
-    return np.stack([np.asarray(x) for x in resized])
+    return resized(frames, a.height, a.width, how)
 
 
 def read_film(path: str, a: argparse.Namespace) -> np.ndarray:

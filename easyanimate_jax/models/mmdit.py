@@ -2,7 +2,7 @@
 
 Follows section 2 of the specification. The 7B models share weights between the modalities in
 their upper blocks; the 12B models never do. The transformer knows tokens, a grid and a length;
-`patchify`, `unpatchify` and `denoise_latents` lead there from latent videos and back.
+`patchify` and `unpatchify` lead there from latent videos and back.
 
 E: width of the time embedding.
 """
@@ -17,10 +17,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
-from easyanimate_jax.facts import ACTIVATIONS, CELL, LATENT_CHANNELS, PATCH
+from easyanimate_jax.facts import ACTIVATIONS, LATENT_CHANNELS, PATCH
 from easyanimate_jax.models.attention import joint_attention
+from easyanimate_jax.models.borders import check_mesh, check_rows, check_tokens
 from easyanimate_jax.models.layers import layer_norm, linear, rms_norm, scan_blocks, sinusoid, stack
-from easyanimate_jax.models.rope import MAX_GRID, Angles, rotary_angles, rotate
+from easyanimate_jax.models.rope import Angles, rotary_angles, rotate
 from easyanimate_jax.sharding import by_device, token_axis
 
 Video = Float[Array, "B N D"]
@@ -269,6 +270,8 @@ class Output(nnx.Module):
 
 
 class MMDiT(nnx.Module):
+    """The transformer of one config; weights are float32, and it computes in `config.dtype`."""
+
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.patches = linear(
@@ -298,8 +301,16 @@ class MMDiT(nnx.Module):
         time: Float[Array, "B"],
         texts: tuple[Float[Array, "B _ _"], ...],
     ) -> Float[Array, "B N out"]:
-        """The prediction for every token; tokens past a sample's length influence nothing else."""
+        """Return the prediction for every token, in the compute dtype.
+
+        `tokens` are those of `patchify`, `in` = 4 x in_channels wide, padded at the end to N;
+        `grid` holds the latent frames, token rows and columns of each row, `lengths` the number of
+        its real tokens: the ones past it influence nothing else. `time` is 0 to 1000. `texts` are
+        the states of each text encoder. Raises ValueError for shapes that do not fit the config or
+        the current mesh.
+        """
         video, text, time = self.embed(tokens, time, texts)
+        check_rows(tokens=tokens, grid=grid, lengths=lengths)
         features = self.features(video, text, time, grid, lengths)
         (out,) = by_device(
             lambda linear, x: (linear(x),),
@@ -317,7 +328,10 @@ class MMDiT(nnx.Module):
         time: Float[Array, "B"],
         texts: tuple[Float[Array, "B _ _"], ...],
     ) -> tuple[Video, Text, Time]:
-        """What enters the first block."""
+        """Return the inputs of the first block: video tokens, text tokens, time embedding."""
+        config = self.config
+        check_tokens(tokens, time, texts, config.in_channels, config.text_widths)
+        check_mesh(*tokens.shape[:2], config.heads)
 
         def enter(weights, tokens, time, *texts):
             patches, embed_time, projections = weights
@@ -343,7 +357,7 @@ class MMDiT(nnx.Module):
         grid: Int[Array, "B 3"],
         lengths: Int[Array, "B"],
     ) -> Video:
-        """What the last layer, `output.linear`, reads."""
+        """Return the input of the last layer, `output.linear`."""
         config, mesh = self.config, jax.sharding.get_abstract_mesh()
         axis, num_text = token_axis(mesh, video.shape[0]), text.shape[1]
         if axis is not None:  # whole parts of the text too
@@ -394,35 +408,6 @@ def unpatchify(
         ph=PATCH,
         pw=PATCH,
     )
-
-
-def denoise_latents(
-    model: MMDiT,
-    latents: Float[Array, "B T h w C"],
-    time: Float[Array, "B"],
-    texts: tuple[Float[Array, "B _ _"], ...],
-    condition: Float[Array, "B T h w extra"] | None = None,
-) -> Float[Array, "B T h w C"]:
-    """The model on latent videos of one size; `condition` joins as further channels."""
-    config = model.config
-    if condition is not None:
-        latents = jnp.concatenate([latents, condition], axis=-1)
-    B, T, h, w, C = latents.shape
-    if config.in_channels != C:
-        raise ValueError(
-            f"latents and condition have {C} channels together, and the model takes "
-            f"{config.in_channels}: give the condition it was trained with, or widen_input it."
-        )
-    if h % PATCH or w % PATCH or max(h, w) > MAX_GRID * PATCH:
-        raise ValueError(
-            f"latents of {h} x {w} do not split into patches of {PATCH} x {PATCH}, "
-            f"at most {MAX_GRID} a side: use a video whose sides are multiples of {CELL} pixels."
-        )
-    grid = (T, h // PATCH, w // PATCH)
-    tokens = patchify(latents)
-    lengths = jnp.full((B,), tokens.shape[1])
-    tokens = model(tokens, jnp.tile(jnp.array([grid]), (B, 1)), lengths, time, texts)
-    return unpatchify(tokens, grid)
 
 
 def widen_input(tree, in_channels: int):

@@ -258,8 +258,12 @@ class Decoder(nnx.Module):
 
 
 class CausalVAE(nnx.Module):
-    """`encode` and `decode` run a clip whole; `chunked_*` in groups of four frames and `tiled_*`
-    in overlapping windows need less memory. Chunks change nothing; tiles change seams slightly.
+    """The autoencoder: float pixels (B, F, H, W, 3) in [-1, 1] to raw latents z, and back.
+
+    F is 4n+1, H and W are multiples of 8; z is float32 (B, n+1, H/8, W/8, 16). `encode` and
+    `decode` run a clip whole; `chunked_*` in groups of four frames and `tiled_*` in overlapping
+    windows need less memory. Chunks change nothing; tiles change seams slightly. All raise
+    ValueError, while they are traced, for shapes and types that do not fit.
     """
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
@@ -279,25 +283,34 @@ class CausalVAE(nnx.Module):
         )
         self.quant_conv.bias[...] = jnp.repeat(jnp.array([0.0, FIRST_LOGVAR]), C)
 
+    def __call__(self, video: Video) -> Video:
+        """Return the reconstruction of a video by the mode of its posterior, not clamped."""
+        mean, _ = self.encode(video)
+        return self.decode(mean)
+
     def encode(self, video: Video) -> tuple[Latents, Latents]:
-        """Mean and log-variance of z. A sample is `mean + exp(logvar / 2) * noise`."""
-        check_video(video.shape)
+        """Return mean and log-variance of z. A sample is `mean + exp(logvar / 2) * noise`."""
+        check_pixels(video)
         return _split(self._moments(video, Past()))
 
     def decode(self, z: Latents) -> Video:
-        """Pixels, not clamped to [-1, 1]."""
+        """Return the pixels of raw latents, float32, not clamped to [-1, 1]."""
+        check_latents(z)
         return self._pixels(z, Past())
 
     def chunked_encode(self, video: Video) -> tuple[Latents, Latents]:
-        check_video(video.shape)
+        """Return what `encode` does, four frames at a time."""
+        check_pixels(video)
         return _split(_in_chunks(self._moments, video, TIME_FACTOR))
 
     def chunked_decode(self, z: Latents) -> Video:
+        """Return what `decode` does, one latent frame at a time."""
+        check_latents(z)
         return _in_chunks(self._pixels, z, 1)
 
     def tiled_encode(self, video: Video, tile: int = 384) -> tuple[Latents, Latents]:
         """Windows of `tile` x `tile` pixels, blended in latent space (spec 3.6)."""
-        check_video(video.shape)
+        check_pixels(video)
         step = int(tile * (1 - TILE_OVERLAP))
         tiles = map_tiles(lambda window: _encode_tile(self, window), video, tile, step)
         latent_tile = tile // SPACE_FACTOR
@@ -305,6 +318,7 @@ class CausalVAE(nnx.Module):
 
     def tiled_decode(self, z: Latents, tile: int = 384) -> Video:
         """Windows of `tile` x `tile` pixels; the lower right one is mixed in twice (spec 3.6)."""
+        check_latents(z)
         size = tile // SPACE_FACTOR
         step = int(size * (1 - TILE_OVERLAP))
         tiles = map_tiles(lambda window: _decode_tile(self, window), z, size, step)
@@ -319,11 +333,12 @@ class CausalVAE(nnx.Module):
         return video.at[:, :, -height:, -width:].set(mixed)
 
     def normalize(self, z: Latents) -> Latents:
-        """Raw latents -> latents for diffusion."""
+        """Return the latents that diffusion works on, of raw ones."""
         mean, scale = self._statistics()
         return (z - mean) * scale
 
     def denormalize(self, latents: Latents) -> Latents:
+        """Return the raw latents of those that diffusion works on."""
         mean, scale = self._statistics()
         return latents / scale + mean
 
@@ -341,8 +356,27 @@ class CausalVAE(nnx.Module):
         return self.decoder(self.post_quant_conv(z), past).astype(jnp.float32)
 
 
+def check_pixels(video) -> None:
+    """Raise ValueError where an array is no video that the VAE can read."""
+    if video.ndim != 5 or video.shape[-1] != 3 or not jnp.issubdtype(video.dtype, jnp.floating):
+        raise ValueError(
+            f"a video of {video.dtype} and shape {video.shape}: the VAE reads floats in [-1, 1] of "
+            f"shape (rows, frames, height, width, 3); of 8-bit pixels give pixels / 127.5 - 1"
+        )
+    check_video(video.shape)
+
+
+def check_latents(z) -> None:
+    """Raise ValueError where an array is no raw latents that the VAE can decode."""
+    if z.ndim != 5 or z.shape[-1] != LATENT_CHANNELS or 0 in z.shape:
+        raise ValueError(
+            f"latents of shape {z.shape}: the VAE decodes (rows, latent frames, height / "
+            f"{SPACE_FACTOR}, width / {SPACE_FACTOR}, {LATENT_CHANNELS}), channels last"
+        )
+
+
 def check_video(shape: tuple[int, ...]) -> None:
-    """Raises ValueError where (B, F, H, W, 3) does not fit the 4 x 8 x 8 compression."""
+    """Raise ValueError where (B, F, H, W, 3) does not fit the 4 x 8 x 8 compression."""
     _, frames, height, width, _ = shape
     if frames % TIME_FACTOR != 1:
         nearest = max(round((frames - 1) / TIME_FACTOR), 0) * TIME_FACTOR + 1

@@ -118,13 +118,14 @@ class States:
 
         Raises NotFiniteError, and saves nothing, where an array is not finite.
         """
-        step = place.made + 1
+        step, records = place.made + 1, self.programs.loaders[place.stage.name].records
         self.monitor.enter("save", step)
         meta = {
             "step": step,
             "stage": place.stage.name,
             "in_channels": place.stage.in_channels,
             "plan": self.plans[place.stage.name],
+            "weights": records.header.get("weights", {}),  # fingerprints of VAE and text encoders
             "seed": self.config.seed,
             "config": json.loads(to_json(self.config)),
         }

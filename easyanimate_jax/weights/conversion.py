@@ -24,39 +24,15 @@ from easyanimate_jax.weights.folder import KINDS, Model, Weights, open_model, re
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import CONFIG, WEIGHTS, config_text
 from easyanimate_jax.weights.pickles import PICKLES
+from easyanimate_jax.weights.schedulers import INDEX, SCHEDULER, SCHEDULERS, released_process
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 TEXTS = (*TEXT_ENCODERS, *TOKENIZERS)
+LENGTHS = "text.json"  # of our own text encoders, where they are not the released ones
 PARTS = (*KINDS, *TEXTS, "scheduler")
 REQUIRED = ("vae", "text_encoder", "tokenizer")  # of diffusers' pipelines; null where absent
 LORA = "lora"
-INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
-SCHEDULERS = {  # spec 1.3
-    "DDPM": {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": 1000,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "prediction_type": "v_prediction",
-        "rescale_betas_zero_snr": True,
-        "clip_sample": False,
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
-        "timestep_spacing": "trailing",
-    },
-    "Flow": {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "shift": 3.0,
-        "use_dynamic_shifting": True,
-        "base_shift": 0.5,
-        "max_shift": 1.15,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
-    },
-}
 
 
 class Part(NamedTuple):
@@ -182,9 +158,9 @@ class Plan:
             _, meta = run_folder.read_meta(source, self.options.step)
             config = meta["config"]
             self.process = config["process"]["class"]
-            texts = {name: Path(config["text"]) / name for name in TEXTS}
-            texts = {name: place for name, place in texts.items() if place.is_dir()}
-            return {"transformer": source, "vae": Path(config["vae"]), **texts}
+            vae, text = (run_folder.frozen_model(source, config, name) for name in ("vae", "text"))
+            texts = {name: text / name for name in TEXTS if (text / name).is_dir()}
+            return {"transformer": source, "vae": vae, **texts}
         places = {name: source / name for name in PARTS if (source / name).is_dir()}
         if (source / INDEX).is_file():
             named = read_json(source / INDEX, self.problems)
@@ -269,14 +245,17 @@ class Plan:
         self.parts.append(Part(folder, tensors, "model", options.shard_bytes, texts, copies))
 
     def _add_pipeline_files(self, places: Mapping[str, Path]) -> None:
-        """The scheduler where there is none, and diffusers' index of the parts."""
+        """The scheduler where there is none, the texts' lengths, diffusers' index of the parts."""
+        for place in (places[name].parent / LENGTHS for name in places if name == "text_encoder"):
+            if place.is_file():
+                self.parts.append(Part("", copies=[place]))
         transformer = self.models.get("transformer")
         if not transformer:
             return
         if "scheduler" in places:
             scheduler = read_json(places["scheduler"] / SCHEDULER, self.problems)
-        else:  # V5 has two text encoders
-            released = "DDPM" if len(transformer.config.text_widths) == 2 else "Flow"
+        else:
+            released = released_process(len(transformer.config.text_widths))
             scheduler = SCHEDULERS[self.process or released]
             self.parts.append(Part("scheduler", texts={SCHEDULER: _json(scheduler)}))
         if self.options.to == "jax":

@@ -45,13 +45,14 @@ def load_mmdit(
     allow_pickle: bool = False,
     store: Callable = lambda name, weight: weight,
 ) -> MMDiT:
-    """The transformer of a file, a folder of any layout, or a run, ready to use.
+    """Return the transformer of a file, a folder of any layout, or a run.
 
     `dtype` is what it computes in (None: what its config says, bfloat16 for foreign weights). With
     a mesh every device reads its own part. `in_channels` adapts the patch embedding to another
     task (spec 2.9) and prints how. `config` is built in place of the one found with the weights,
-    which must fit it. `store` is that of `tensors.module.fill`. Raises ValueError listing all that
-    is wrong.
+    which must fit it. `weights` and `step` choose from the checkpoints of a run; `allow_pickle`
+    lets torch's own files in; `store` is that of `weights.module.fill`. Raises ValueError listing
+    all that is wrong.
     """
     problems = []
     model = open_model(
@@ -78,7 +79,7 @@ def load_vae(
     allow_pickle: bool = False,
     store: Callable = lambda name, weight: weight,
 ) -> CausalVAE:
-    """The VAE of a file, a folder of any layout, or a run; options as in `load_mmdit`."""
+    """Return the VAE of a file, a folder of any layout, or a run; options as in `load_mmdit`."""
     problems = []
     model = open_model(Path(path), "vae", problems, allow_pickle=allow_pickle)
     files.raise_all(path, problems)
@@ -108,7 +109,8 @@ def open_model(
     if run_folder.is_run(path):
         if name == "vae":
             _, meta = run_folder.read_meta(path, step)
-            return open_model(Path(meta["config"]["vae"]), name, problems, dtype=dtype)
+            vae = run_folder.frozen_model(path, meta["config"], "vae")
+            return open_model(vae, name, problems, dtype=dtype)
         meta, tensors = run_folder.open_transformer(path, weights, step)
         fields = meta["config"]["model"] | {"in_channels": meta["in_channels"]}
         tensors = files.checked(tensors, problems, dtype)

@@ -6,6 +6,9 @@ device or knows how a run is trained.
 
 import hashlib
 import json
+import logging
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -38,6 +41,30 @@ def read_meta(folder: str | Path, step: int | None = None) -> tuple[int, dict]:
         raise ValueError(f"{folder} holds no {wanted}; complete ones in {root}: {steps or 'none'}")
     step = steps[-1] if step is None else step
     return step, read_step_meta(root / str(step))
+
+
+def frozen_model(folder: str | Path, config: Mapping, name: Literal["vae", "text"]) -> Path:
+    """Return where the VAE or the text encoders of a run lie: the first of `frozen_places`.
+
+    Where there is none it is the place that the config names.
+    """
+    places = frozen_places(folder, config, name)
+    found = next((place for place in places if place.exists()), places[0])
+    if found != places[0]:
+        log = logging.getLogger(__name__)
+        log.info("%s: its %s is read from %s, not %s", folder, name, found, places[0])
+    return found
+
+
+def frozen_places(folder: str | Path, config: Mapping, name: Literal["vae", "text"]) -> list[Path]:
+    """Return where to look for the VAE or the text encoders of a run, in this order.
+
+    The place that `config`, the JSON of its TrainConfig, names; that place relative to the run, for
+    a run that was moved together with them; the folder of that name beside the run, and in it.
+    """
+    run, named = Path(folder), Path(config[name])
+    moved = os.path.normpath(run / os.path.relpath(named, config["run"]))
+    return list(dict.fromkeys([named, Path(moved), run.parent / named.name, run / named.name]))
 
 
 def complete_steps(folder: Path) -> list[int]:
