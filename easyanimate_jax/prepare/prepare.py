@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,8 @@ from easyanimate_jax.data.sources.rows import Clip
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.prepare.clips import Job, Pixels, frames_of, make_job, read_pixels
 from easyanimate_jax.prepare.encode import Encoder, encode_pixels
+
+logger = logging.getLogger(__name__)
 
 SHARD_SIZE = 128  # records
 ROWS = 16  # clips encoded at once, at most
@@ -78,7 +81,7 @@ def prepare(
     for problem in problems if part == 0 else ():
         quarantine.add(problem._asdict())
     texts = TextStates(text_encoder)
-    encoder = Encoder(vae, jax.local_devices(), most=ROWS, announce=tqdm.write)
+    encoder = Encoder(vae, jax.local_devices(), most=ROWS, announce=logger.info)
     write_texts(output / "empty.safetensors", texts([""]))
     if prompts:
         write_texts(output / "prompts.safetensors", texts(prompts))
