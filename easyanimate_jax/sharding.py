@@ -14,8 +14,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from easyanimate_jax.facts import MESH_AXES
+
 AnyMesh = Mesh | AbstractMesh  # the latter of devices that need not be there
-MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Weights are split over both of their dimensions, so that gathering them stays an all-gather

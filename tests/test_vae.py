@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from easyanimate_jax.facts import LATENT_CHANNELS
 from easyanimate_jax.models import causal_conv
 from easyanimate_jax.models import vae as vae_module
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
@@ -126,7 +127,7 @@ def pair():
         block_out_channels=TINY.channels,
         layers_per_block=TINY.layers,
         norm_num_groups=TINY.groups,
-        latent_channels=TINY.latent_channels,
+        latent_channels=LATENT_CHANNELS,
     ).eval()
     state = {name: value.numpy() for name, value in theirs.state_dict().items()}
     return converted(state, TINY), theirs

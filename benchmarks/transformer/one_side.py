@@ -59,7 +59,8 @@ def ours(a):
     import optax
     from flax import nnx
 
-    from easyanimate_jax.models.mmdit import ACTIVATIONS, MMDiT, MMDiTConfig
+    from easyanimate_jax.facts import ACTIVATIONS
+    from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 
     baseline = resident()
     config = MMDiTConfig(

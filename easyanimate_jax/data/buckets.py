@@ -2,7 +2,7 @@
 
 After the VAE nothing knows resolution: a bucket is a token length, one compiled program. A stage
 has a nominal `Budget` ("3328", "13312", ...); within it a clip may become few large frames or
-many small ones. Here stand, once, the factors that the VAE and the transformer compress by.
+many small ones.
 
 A stage's lengths are chosen offline, from the clips it has: `fit_lengths`, `fit_budget`.
 """
@@ -16,8 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt64
 
-TIME_FACTOR, SPACE_FACTOR, PATCH = 4, 8, 2  # VAE time, VAE space, transformer patch
-CELL = SPACE_FACTOR * PATCH  # pixels of a token's side
+from easyanimate_jax.facts import CELL, TIME_FACTOR
 
 MAX_SIDE = 1344  # pixels of what is generated; released models were trained for 128 to 1344
 MAX_UPSCALE = 1.25  # the reference's rule for small sources (spec 8.4)
@@ -92,12 +91,12 @@ def aspect_sizes(size: int) -> dict[float, tuple[int, int]]:
 
 def frames_for_budget_a(budget: int, pixels: int, most: int = 49) -> int:
     """The reference's collate step; may exceed the budget. `pixels` of one frame."""
-    return min(budget // pixels, most) // 4 * 4 + 1
+    return min(budget // pixels, most) // TIME_FACTOR * TIME_FACTOR + 1
 
 
 def frames_for_budget_b(budget: int, pixels: int, most: int = 49) -> int:
     """The documented table (49 / 21 / 9 frames at 512 / 768 / 1024 for "13312")."""
-    return max((min(budget // pixels, most) - 1) // 4 * 4 + 1, 1)
+    return max(whole_frames(min(budget // pixels, most)), 1)
 
 
 class Shape(NamedTuple):

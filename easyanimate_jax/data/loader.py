@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -25,6 +25,7 @@ from absl import flags
 
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records, read_texts
+from easyanimate_jax.diffusion.tasks import TASKS, TaskName
 
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # in batches
 FOREVER = 2**40  # steps
@@ -32,7 +33,6 @@ MAX_BAD, FEW_BAD = 1e-3, 3  # records that may be unreadable: a share, and a num
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 KEPT = 2**25  # bytes; no record is larger, and glibc allows no more
-CONTROL_TASKS = ("control", "control_ref", "camera_ref")
 
 
 class Batch(NamedTuple):
@@ -91,7 +91,7 @@ class Loader:
         records: Records,
         plan: Plan,
         *,
-        task: Literal["t2v", "i2v", "control", "control_ref", "camera_ref"],
+        task: TaskName,
         microbatch: int,
         text_drop: float,
         rows: tuple[int, int] | None = None,
@@ -105,13 +105,12 @@ class Loader:
                 f"condition_draws; set them and prepare again"
             )
         control = made.get("control", ())
-        if task in CONTROL_TASKS and (
-            not control or ("camera" in control) != (task == "camera_ref")
-        ):
+        camera = "camera" in TASKS[task].holds
+        if TASKS[task].is_control and (not control or ("camera" in control) != camera):
             raise ValueError(
                 f"stage {plan.name!r} is {task}, and {records.folder} was prepared with control "
                 f"{', '.join(control) or 'of no kind'}; give the set "
-                f"{'camera' if task == 'camera_ref' else 'another one'}"
+                f"{'camera' if camera else 'another one'}"
             )
         self.records, self.plan, self.task = records, plan, task
         self.microbatch, self.text_drop, self.rows = microbatch, text_drop, rows
@@ -217,7 +216,7 @@ class Loader:
         fields["grid"] = self._grid(record)
         if self.task == "i2v":
             fields["condition"] = _condition(rng, arrays)
-        if self.task in CONTROL_TASKS:
+        if TASKS[self.task].is_control:
             fields["condition"] = _control(rng, arrays, self.task, self.drops)
         return fields
 
@@ -298,12 +297,12 @@ def _control(
         return _sample(rng, *parts)
 
     keep_control, keep_reference = rng.random(2) >= drops
-    if task == "camera_ref":
+    if "camera" in TASKS[task].holds:
         control, keep_reference = arrays["control_rays"].astype(np.float32), True
     else:
         which = rng.integers(len(arrays["control_mean"]))
         control = keep_control * latents("control", which)
-    if task == "control":
+    if "reference picture" not in TASKS[task].holds:
         return control
     reference = keep_reference * latents("reference")
     placed = np.zeros((len(control), reference.shape[1]), np.float32)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from easyanimate_jax.data.buckets import PATCH, check_size, grid_of
+from easyanimate_jax.data.buckets import check_size, grid_of, latent_frames
 from easyanimate_jax.diffusion.conditioning import (
     SAMPLING_NOISE,
     camera_condition,
@@ -28,10 +28,19 @@ from easyanimate_jax.diffusion.conditioning import (
 )
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.diffusion.tasks import RAY_CHANNELS, numbers, task_of
+from easyanimate_jax.facts import (
+    LATENT_CHANNELS,
+    PATCH,
+    SPACE_FACTOR,
+    TIME_FACTOR,
+    to_bytes,
+    to_signed,
+)
 from easyanimate_jax.generation.denoising import Given, Sampling, Source, Texts, denoise
 from easyanimate_jax.memory import check_fit
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, patchify, unpatchify
-from easyanimate_jax.models.vae import SPACE_FACTOR, CausalVAE
+from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.sharding import num_parts, shard
 
 Videos = UInt8[np.ndarray, "B F H W 3"]
@@ -40,14 +49,6 @@ Masks = UInt8[np.ndarray, "_ _ _ _ 1"]
 Rays = Float[np.ndarray, "B F H W 6"]
 Pictures = UInt8[np.ndarray, "B _ _ 3"] | UInt8[np.ndarray, "B _ _ _ 3"]  # one a row, or several
 
-LATENT_CHANNELS, RAY_CHANNELS = 16, 6
-INPAINT_CHANNELS = 17  # a mask and the latents of the given pixels (spec 6)
-CAMERA_CHANNELS = RAY_CHANNELS + LATENT_CHANNELS  # with a reference picture
-CONTROLLED = {  # what a model takes, by its extra channels
-    LATENT_CHANNELS: "a control video",
-    2 * LATENT_CHANNELS: "a control video and a reference picture",
-    CAMERA_CHANNELS: "a camera and a reference picture",
-}
 OVERLAP = 4  # frames that a segment of a long video shares with the one before
 PIXELS_AT_ONCE = 2**18  # of one frame, in the VAE: a row of 512 x 512, or 64 rows of 64 x 64
 
@@ -143,7 +144,7 @@ def _place(request: Request, start, end) -> tuple[Videos, Masks]:
 
 def _frames_above(count: int) -> int:
     """The smallest possible number of frames above `count`."""
-    return max(5, count // 4 * 4 + (1 if count % 4 == 0 else 5))
+    return (count + TIME_FACTOR - 1) // TIME_FACTOR * TIME_FACTOR + 1
 
 
 def video_to_video(
@@ -205,14 +206,14 @@ def control_to_video(
     """
     check_size(*request.size)
     _check_control(diffusion, request, control, camera, reference)
-    extra = extra_channels(diffusion)
+    holds = task_of(diffusion.config.in_channels).holds
     if camera is not None:
         signal = _by_rows(_camera_tokens, camera)
     elif control is not None:
         signal = _encoded(diffusion, control)
     else:
-        signal = _no_tokens(request, RAY_CHANNELS if extra == CAMERA_CHANNELS else LATENT_CHANNELS)
-    if extra == LATENT_CHANNELS:
+        signal = _no_tokens(request, holds["camera" if "camera" in holds else "control video"])
+    if "reference picture" not in holds:
         return _generate(diffusion, request, signal)
     look = _no_tokens(request, LATENT_CHANNELS)
     if reference is not None and request.size[0] > 1:
@@ -223,21 +224,22 @@ def control_to_video(
 
 def _check_control(diffusion, request: Request, control, camera, reference):
     """Refuse what this model does not take, or takes in another shape."""
-    extra = extra_channels(diffusion)
-    if extra not in CONTROLLED:
+    task = task_of(diffusion.config.in_channels)
+    if not task.is_control:
         raise ValueError(
             f"a model of {diffusion.config.in_channels} input channels takes no control; use a "
-            f"control (32 or 48) or camera (38) checkpoint"
+            f"control ({numbers('control')}) or camera ({numbers('camera')}) checkpoint"
         )
     rows, _, *sides = request.shape
-    for name, value, takers, shape in (
-        ("control", control, (LATENT_CHANNELS, 2 * LATENT_CHANNELS), (*request.shape, 3)),
-        ("camera", camera, (CAMERA_CHANNELS,), (*request.shape, RAY_CHANNELS)),
-        ("reference", reference, (2 * LATENT_CHANNELS, CAMERA_CHANNELS), (rows, *sides, 3)),
+    for name, value, shape in (
+        ("control", control, (*request.shape, 3)),
+        ("camera", camera, (*request.shape, RAY_CHANNELS)),
+        ("reference", reference, (rows, *sides, 3)),
     ):
-        if value is not None and extra not in takers:
+        if value is not None and name not in task.inputs:
             raise ValueError(
-                f"{name} is given, and this model takes {CONTROLLED[extra]}: leave it out"
+                f"{name} is given, and this model takes a {' and a '.join(task.holds)}: "
+                f"leave it out"
             )
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} of shape {value.shape}: it must be {shape}")
@@ -291,7 +293,7 @@ def segments(frames: int, segment: int) -> list[tuple[int, int]]:
     while parts[-1][1] < frames:
         first = parts[-1][1] - OVERLAP
         if frames - first <= segment:
-            length = (frames - first + 2) // 4 * 4 + 1
+            length = (frames - first + 2) // TIME_FACTOR * TIME_FACTOR + 1
             parts.append((frames - length, frames))
         else:
             parts.append((first, first + segment))
@@ -305,22 +307,22 @@ def _segment_seed(seed: int, number: int) -> int:
 
 def extra_channels(diffusion) -> int:
     """Clean channels that the model takes beside the noisy ones."""
-    return diffusion.config.in_channels - diffusion.config.out_channels
+    return diffusion.config.in_channels - LATENT_CHANNELS
 
 
 def _want_free(diffusion, why: str) -> None:
-    if extra_channels(diffusion) not in (0, INPAINT_CHANNELS):
+    if task_of(diffusion.config.in_channels).is_control:
         raise ValueError(
             f"a model of {diffusion.config.in_channels} input channels wants a control signal, and "
-            f"{why}; use a T2V (16) or inpaint (33) checkpoint"
+            f"{why}; use a T2V or inpaint checkpoint ({numbers('text_to_video')})"
         )
 
 
 def _want_inpaint(diffusion, what: str) -> None:
-    if extra_channels(diffusion) != INPAINT_CHANNELS:
+    if "image_to_video" not in task_of(diffusion.config.in_channels).ways:
         raise ValueError(
             f"a model of {diffusion.config.in_channels} input channels cannot take {what}; "
-            f"use an inpaint checkpoint (33), or text-to-video"
+            f"use an inpaint checkpoint ({numbers('image_to_video')}), or text-to-video"
         )
 
 
@@ -332,14 +334,14 @@ def _no_tokens(request: Request, channels: int) -> np.ndarray:
 
 def decode(vae: CausalVAE, latents: Float[np.ndarray, "B T h w C"]) -> Videos:
     """Latents -> 8-bit videos, some rows at a time; truncated, not rounded, as in the reference."""
-    return _by_rows(partial(_pixels, vae), latents, pixels_per_cell=64)
+    return _by_rows(partial(_pixels, vae), latents, pixels_per_cell=SPACE_FACTOR**2)
 
 
 def _generate(diffusion, request: Request, condition=None, source=None, strength=1.0) -> Videos:
     """Denoise, say which rows failed, decode. What decoding takes is looked at first."""
     rows, frames, height, width = request.shape
     at_once = _rows_at_once(rows, height * width)
-    shape = at_once, (frames + 3) // 4, height // SPACE_FACTOR, width // SPACE_FACTOR
+    shape = at_once, latent_frames(frames), height // SPACE_FACTOR, width // SPACE_FACTOR
     check_fit(
         f"decoding {at_once} x {frames}x{height}x{width}",
         _pixels,
@@ -380,7 +382,7 @@ def make_latents(
         repeated = (jnp.broadcast_to(text, (rows, *text.shape[1:])) for text in texts)
         return tuple(fill(text, text.shape[1]) for text in repeated)
 
-    seeds, width = np.asarray(request.seeds, np.uint32), PATCH**2 * diffusion.config.out_channels
+    seeds, width = np.asarray(request.seeds, np.uint32), PATCH**2 * LATENT_CHANNELS
     guided = request.sampling.guidance > 1
     given = Given(
         noise=fill(_noise(seeds, (num_tokens, width)), length),
@@ -426,7 +428,7 @@ def _picture_tokens(vae, video, mask, seeds, strengths):
         return reference_noise(key, video[None], strength[None])[0]
 
     mask = mask.astype(jnp.float32)
-    video = jax.vmap(blur)(seeds, masked_video(_values(video), mask), strengths)
+    video = jax.vmap(blur)(seeds, masked_video(to_signed(video), mask), strengths)
     mean, _ = vae.chunked_encode(_spread(video, SPACE_FACTOR))
     return _whole(patchify(inpaint_condition(mask, vae.normalize(mean))))
 
@@ -438,7 +440,7 @@ def _encoded(diffusion, video: Clips) -> np.ndarray:
 @jax.jit
 def _video_tokens(vae, video):
     """The posterior's mode."""
-    mean, _ = vae.chunked_encode(_spread(_values(video), SPACE_FACTOR))
+    mean, _ = vae.chunked_encode(_spread(to_signed(video), SPACE_FACTOR))
     return _whole(patchify(vae.normalize(mean)))
 
 
@@ -462,14 +464,10 @@ def _keep_tokens(mask):
     return patchify(jnp.repeat(keep, LATENT_CHANNELS, axis=-1))
 
 
-def _values(video):
-    return video.astype(jnp.float32) / 127.5 - 1
-
-
 @jax.jit
 def _pixels(vae, latents):
     video = vae.chunked_decode(_spread(vae.denormalize(latents), 1))
-    return _whole((jnp.clip(video / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8))
+    return _whole(to_bytes(video))
 
 
 def _spread(x, cell: int):

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
+from easyanimate_jax.facts import ACTIVATIONS, CELL, LATENT_CHANNELS, PATCH
 from easyanimate_jax.models.attention import joint_attention
 from easyanimate_jax.models.layers import layer_norm, linear, rms_norm, scan_blocks, sinusoid, stack
 from easyanimate_jax.models.rope import MAX_GRID, Angles, rotary_angles, rotate
@@ -29,11 +30,7 @@ Time = Float[Array, "B E"]
 
 QK_NORM_EPS = 1e-6  # spec 2.4: not the config's norm_eps
 TEXT_NORM_EPS = 1e-6
-
-# What a block can keep for its backward pass, in values of the model width per token: 3, 1 (and
-# the attention's log-sums), 1, 4, 1.
 STREAM = ("batch", "tokens", None)
-ACTIVATIONS = ("qkv", "attention", "attention out", "mlp", "mlp out")
 
 
 @dataclass(frozen=True)
@@ -47,9 +44,7 @@ class MMDiTConfig:
     text_norm: bool
     round_time: bool
     head_width: int = 64
-    in_channels: int = 16
-    out_channels: int = 16
-    patch: int = 2
+    in_channels: int = LATENT_CHANNELS
     time_width: int = 512
     norm_eps: float = 1e-5
     dtype: str = "bfloat16"
@@ -71,7 +66,8 @@ class MMDiTConfig:
         unknown = set(self.save + self.offload) - set(ACTIVATIONS)
         if unknown or set(self.save) & set(self.offload):
             raise ValueError(
-                f"save={self.save} and offload={self.offload}: each takes names of {ACTIVATIONS}, "
+                f"save={self.save} and offload={self.offload}: each takes names of "
+                f"{tuple(ACTIVATIONS)}, "
                 f"and no name stands in both."
             )
 
@@ -259,7 +255,7 @@ class Output(nnx.Module):
         self.modulation = modulation(config, 2, rngs=rngs)
         self.linear = linear(
             config.width,
-            config.out_channels * config.patch**2,
+            LATENT_CHANNELS * PATCH**2,
             ("embed", None),
             dtype=config.dtype,
             rngs=rngs,
@@ -276,7 +272,7 @@ class MMDiT(nnx.Module):
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.patches = linear(
-            config.in_channels * config.patch**2,
+            config.in_channels * PATCH**2,
             config.width,
             (None, "embed"),
             dtype=config.dtype,
@@ -379,13 +375,13 @@ class MMDiT(nnx.Module):
         return out
 
 
-def patchify(latents: Float[Array, "B T h w C"], patch: int = 2) -> Float[Array, "B N patch_C"]:
+def patchify(latents: Float[Array, "B T h w C"]) -> Float[Array, "B N patch_C"]:
     """Tokens in (t, y, x) order; inside a token the channel is slowest."""
-    return rearrange(latents, "B T (gh ph) (gw pw) C -> B (T gh gw) (C ph pw)", ph=patch, pw=patch)
+    return rearrange(latents, "B T (gh ph) (gw pw) C -> B (T gh gw) (C ph pw)", ph=PATCH, pw=PATCH)
 
 
 def unpatchify(
-    tokens: Float[Array, "B N patch_C"], grid: tuple[int, int, int], patch: int = 2
+    tokens: Float[Array, "B N patch_C"], grid: tuple[int, int, int]
 ) -> Float[Array, "B T h w C"]:
     """The inverse of `patchify`, for tokens without padding."""
     T, gh, gw = grid
@@ -395,8 +391,8 @@ def unpatchify(
         T=T,
         gh=gh,
         gw=gw,
-        ph=patch,
-        pw=patch,
+        ph=PATCH,
+        pw=PATCH,
     )
 
 
@@ -417,17 +413,16 @@ def denoise_latents(
             f"latents and condition have {C} channels together, and the model takes "
             f"{config.in_channels}: give the condition it was trained with, or widen_input it."
         )
-    if h % config.patch or w % config.patch or max(h, w) > MAX_GRID * config.patch:
+    if h % PATCH or w % PATCH or max(h, w) > MAX_GRID * PATCH:
         raise ValueError(
-            f"latents of {h} x {w} do not split into patches of {config.patch} x {config.patch}, "
-            f"at most {MAX_GRID} a side: use a video whose sides are multiples of "
-            f"{8 * config.patch} pixels."
+            f"latents of {h} x {w} do not split into patches of {PATCH} x {PATCH}, "
+            f"at most {MAX_GRID} a side: use a video whose sides are multiples of {CELL} pixels."
         )
-    grid = (T, h // config.patch, w // config.patch)
-    tokens = patchify(latents, config.patch)
+    grid = (T, h // PATCH, w // PATCH)
+    tokens = patchify(latents)
     lengths = jnp.full((B,), tokens.shape[1])
     tokens = model(tokens, jnp.tile(jnp.array([grid]), (B, 1)), lengths, time, texts)
-    return unpatchify(tokens, grid, config.patch)
+    return unpatchify(tokens, grid)
 
 
 def widen_input(tree, in_channels: int):
@@ -441,7 +436,7 @@ def widen_input(tree, in_channels: int):
         if not isinstance(model, MMDiT):
             return model
         model = jax.tree.map(lambda x: x, model)  # a copy of the module, not of the arrays
-        rows = in_channels * model.config.patch**2
+        rows = in_channels * PATCH**2
 
         def resize(kernel):
             return jnp.pad(kernel[:rows], ((0, max(0, rows - kernel.shape[0])), (0, 0)))

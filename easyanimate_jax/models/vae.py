@@ -16,11 +16,11 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from easyanimate_jax.facts import LATENT_CHANNELS, SPACE_FACTOR, TIME_FACTOR
 from easyanimate_jax.models.causal_conv import CausalConv, Features, Past, by_frame, is_large
 from easyanimate_jax.models.layers import axes, linear
 from easyanimate_jax.models.tiles import TILE_OVERLAP, map_tiles, stitch
 
-TIME_FACTOR, SPACE_FACTOR = 4, 8
 FIRST_LOGVAR = -6.0  # of an untrained posterior; at 0 its noise would drown the latents for long
 
 Video = Float[Array, "B F H W 3"]
@@ -39,7 +39,6 @@ class VAEConfig:
     channels: tuple[int, ...] = (128, 256, 512, 512)
     layers: int = 2
     groups: int = 32
-    latent_channels: int = 16
     attention: bool = False
     unshuffle: int = 1
     norm: str = "group"
@@ -59,10 +58,10 @@ class VAEConfig:
                 f"unshuffle={self.unshuffle} needs {levels}."
             )
         for name in ("latent_mean", "latent_scale"):
-            if len(getattr(self, name)) not in (1, self.latent_channels):
+            if len(getattr(self, name)) not in (1, LATENT_CHANNELS):
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} entries; give 1, or one for each of "
-                    f"{self.latent_channels} latent channels."
+                    f"{LATENT_CHANNELS} latent channels."
                 )
 
     @property
@@ -217,7 +216,7 @@ class Encoder(nnx.Module):
         )
         self.mid_block = MidBlock(widths[-1], config, rngs=rngs)
         self.conv_norm_out = FrameNorm(widths[-1], config)
-        moments = 2 * config.latent_channels
+        moments = 2 * LATENT_CHANNELS
         self.conv_out = CausalConv(widths[-1], moments, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, video: Video, past: Past) -> Latents:
@@ -233,7 +232,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         self.unshuffle, widths = config.unshuffle, config.channels[::-1]
-        self.conv_in = CausalConv(config.latent_channels, widths[0], dtype=config.dtype, rngs=rngs)
+        self.conv_in = CausalConv(LATENT_CHANNELS, widths[0], dtype=config.dtype, rngs=rngs)
         self.mid_block = MidBlock(widths[0], config, rngs=rngs)
         pairs = zip((widths[0], *widths[:-1]), widths, strict=True)
         self.up_blocks = nnx.List(
@@ -264,7 +263,7 @@ class CausalVAE(nnx.Module):
     """
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
-        self.config, C = config, config.latent_channels
+        self.config, C = config, LATENT_CHANNELS
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
         self.quant_conv, self.post_quant_conv = (

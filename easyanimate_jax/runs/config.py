@@ -18,6 +18,7 @@ from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.diffusion.tasks import TASKS
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.sharding import MeshConfig
@@ -25,6 +26,7 @@ from easyanimate_jax.training.optimizer import OptimizerConfig
 from easyanimate_jax.training.program import StepConfig
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.vae.loop import VAEStage, VAETrainConfig
+from easyanimate_jax.weights.module import without_removed
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class TrainConfig:
                     f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
                     f"holds no conditioning; give the set `condition_draws` of 1 or more."
                 )
-            if stage.task not in ("t2v", "i2v") and not latents.control:
+            if TASKS[stage.task].is_control and not latents.control:
                 raise ValueError(
                     f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
                     f"holds no control; give the set one: 'file', 'camera' or an operator's name."
@@ -163,7 +165,8 @@ def from_json(text: str):
         if name not in _CLASSES:
             raise ValueError(f"config names class {name!r}; known are {sorted(_CLASSES)}")
         try:
-            return _CLASSES[name](**{k: decode(v) for k, v in x.items() if k != "class"})
+            fields = without_removed(name, x)
+            return _CLASSES[name](**{k: decode(v) for k, v in fields.items() if k != "class"})
         except TypeError as error:
             raise ValueError(f"config of {name} does not fit this version: {error}") from error
 

@@ -14,10 +14,11 @@ import grain
 import numpy as np
 
 from easyanimate_jax.data.buckets import Shape, grid_of
-from easyanimate_jax.data.loader import CONTROL_TASKS, Batch, Loader, Pages
+from easyanimate_jax.data.loader import Batch, Loader, Pages
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import LatentSet, Records
 from easyanimate_jax.data.sources import places
+from easyanimate_jax.diffusion.tasks import TASKS
 from easyanimate_jax.prepare.clips import Pixels, frames_of, make_job, read_pixels
 from easyanimate_jax.prepare.encode import Encoder, encode_pixels
 
@@ -82,7 +83,7 @@ class VisitLoader(Loader):
             shapes = self._shapes(candidate, *frames_of(clip)[:1], clip.height, clip.width)
             shape = shapes[rng.integers(len(shapes))]
             job = make_job(self.latent_set, clip, shape, rng)
-            leads = job.control if self.task in CONTROL_TASKS else ()
+            leads = job.control if TASKS[self.task].is_control else ()
             job = job._replace(control=leads and (leads[rng.integers(len(leads))],))
             return shape, arrays, read_pixels(job, [rng] if self.task == "i2v" else [], rng)
 

@@ -2,11 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-# Clean input channels beside the 16 noisy ones (spec 0): mask and masked-video latents for I2V;
-# control latents; control and reference latents; Pluecker rays and reference latents.
-EXTRA_CHANNELS = {"t2v": 0, "i2v": 17, "control": 16, "control_ref": 32, "camera_ref": 22}
+from easyanimate_jax.diffusion.tasks import TASKS, TaskName
 
 
 @dataclass(frozen=True)
@@ -25,7 +22,7 @@ class Stage:
     data: str
     batch_size: int
     steps: int
-    task: Literal["t2v", "i2v", "control", "control_ref", "camera_ref"] = "t2v"
+    task: TaskName = "t2v"
     microbatch: int | None = None
     learning_rate: float = 2e-5
     end_learning_rate: float | None = None
@@ -44,7 +41,7 @@ class Stage:
     @property
     def in_channels(self) -> int:
         """Input channels of the network in this stage."""
-        return 16 + EXTRA_CHANNELS[self.task]
+        return TASKS[self.task].in_channels
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the stage's own step `step`, counted from 0."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from easyanimate_jax.diffusion.tasks import task_of
 from easyanimate_jax.weights import files, lora, mmdit_table, run_folder, vae_table
 from easyanimate_jax.weights.folder import KINDS, Model, Weights, open_model, read_json
 from easyanimate_jax.weights.lazy import Tensor
@@ -56,8 +57,6 @@ SCHEDULERS = {  # spec 1.3
         "max_image_seq_len": 4096,
     },
 }
-PIPELINES = {16: "EasyAnimatePipeline", 33: "EasyAnimateInpaintPipeline"}
-CONTROL = "EasyAnimateControlPipeline"
 
 
 class Part(NamedTuple):
@@ -292,8 +291,13 @@ class Plan:
                 "diffusers has no pipeline with the two text encoders of V5; its classes load the "
                 "parts, one by one"
             )
+        try:
+            task = task_of(transformer.config.in_channels)
+        except ValueError as error:
+            self.problems.append(f"{error}; choose one with --in-channels")
+            return
         index = {
-            "_class_name": PIPELINES.get(transformer.config.in_channels, CONTROL),
+            "_class_name": task.pipeline,
             **{n: self._text_class(n, place) for n, place in places.items() if n in TEXTS},
             "transformer": ["diffusers", mmdit_table.FOREIGN_CLASS],
             "vae": ["diffusers", vae_table.FOREIGN_CLASS],

@@ -18,7 +18,7 @@ from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.weights import files, mmdit_table, run_folder, vae_table
 from easyanimate_jax.weights.lazy import Tensor
-from easyanimate_jax.weights.module import CONFIG, WEIGHTS, abstract, fill, misfits
+from easyanimate_jax.weights.module import CONFIG, WEIGHTS, abstract, fill, misfits, without_removed
 
 Weights = Literal["ema", "raw"]
 
@@ -157,6 +157,7 @@ def read_json(path: Path, problems: list[str]) -> dict:
 
 def _config(config_class: type, fields: Mapping):
     """A config of ours from its JSON. Raises ValueError where a field is unknown or missing."""
+    fields = without_removed(config_class.__name__, fields)
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "class"}
     known = [field.name for field in dataclasses.fields(config_class)]
     needed = [f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING]

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
+from easyanimate_jax.facts import LATENT_CHANNELS
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import abstract, shapes_of
@@ -82,7 +83,6 @@ def config_of(weights: Mapping, fields: Mapping | None = None) -> VAEConfig:
         channels=tuple(width(block) for block in range(4)),
         layers=len(layers),
         groups=groups,
-        latent_channels=quant[0] // 2,
         attention="encoder.mid_block.attentions.0.to_q.weight" in shapes,
         latent_scale=(float(scale),),
     )
@@ -111,7 +111,7 @@ def config_json(config: VAEConfig, layout: Layout) -> dict:
         "_class_name": FOREIGN_CLASS,
         "in_channels": 3,
         "out_channels": 3,
-        "latent_channels": config.latent_channels,
+        "latent_channels": LATENT_CHANNELS,
         "block_out_channels": list(config.channels),
         "down_block_types": list(DOWN),
         "up_block_types": list(UP),

@@ -33,6 +33,7 @@ from easyanimate_jax.data import media
 from easyanimate_jax.data.control import OPERATORS, control_video
 from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.data.sources.rows import Clip
+from easyanimate_jax.facts import to_signed
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig, check_video
 from easyanimate_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from easyanimate_jax.training.metrics import MetricsWriter, clock
@@ -308,7 +309,7 @@ def train_step(
 
 
 def pixels(frames: UInt8[Array, "B F H W 3"]) -> Video:
-    return frames.astype(jnp.float32) / 127.5 - 1
+    return to_signed(frames)
 
 
 def hide_frames(
