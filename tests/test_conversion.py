@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from arrays import flat_weights
 from disk import flip_a_bit, write_run
 from safetensors.numpy import load_file, save_file
 
@@ -28,7 +29,6 @@ from easyanimate_jax.weights.lazy import Tensor, dense
 from easyanimate_jax.weights.module import (
     abstract,
     build,
-    flat_weights,
     misfits,
     named_weights,
     save_module,
