@@ -142,12 +142,12 @@ def test_ranks_die_with_their_supervisor(tmp_path):
 
 def test_it_imports_nothing_of_ours():
     code = (
-        "import sys, json, easyanimate_jax.training.supervisor; "
+        "import sys, json, easyanimate_jax.training.safety.supervisor; "
         "roots = ('easyanimate_jax', 'jax', 'numpy'); "
         "print(json.dumps([m for m in sys.modules if m.split('.')[0] in roots]))"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    ours = ["easyanimate_jax", "easyanimate_jax.training", "easyanimate_jax.training.supervisor"]
+    ours = ["easyanimate_jax", "easyanimate_jax.training", "easyanimate_jax.training.safety.supervisor"]
     assert sorted(json.loads(ran.stdout)) == ours
