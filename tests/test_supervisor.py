@@ -149,5 +149,7 @@ def test_it_imports_nothing_of_ours():
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    ours = ["easyanimate_jax", "easyanimate_jax.training", "easyanimate_jax.training.safety.supervisor"]
+    room = "easyanimate_jax.training.safety"
+    ours = ["easyanimate_jax", "easyanimate_jax.training", room, f"{room}.exits"]
+    ours.append(f"{room}.supervisor")
     assert sorted(json.loads(ran.stdout)) == ours
