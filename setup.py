@@ -53,6 +53,7 @@ setup(
             "pytest-xdist>=3",
             "beartype>=0.19",
             "ruff>=0.6",
+            "vulture>=2.14",
             "torch==2.13.0",
             "diffusers>=0.35,<1",
             "accelerate>=1.2,<2",  # with it diffusers loads without a second copy

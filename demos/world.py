@@ -366,13 +366,6 @@ def _write_folder(
     (out / "metadata.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0), "utf-8")
 
 
-def read_prompts(folder: Path) -> list[tuple[Path, Prompt]]:
-    """The files of a world's folder with what they show."""
-    rows = json.loads((folder / "metadata.json").read_text("utf-8"))
-    known = {p.en: p for p in every_prompt()}
-    return [(folder / row["file_path"], known[row["text"]]) for row in rows[::2]]
-
-
 def every_prompt() -> Iterator[Prompt]:
     """All that the world can show, images and clips, held out or not."""
     for pair in itertools.product(COLOURS, BACKGROUNDS, SHAPES):

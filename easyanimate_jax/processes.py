@@ -1,9 +1,13 @@
 """Meeting the other processes of a run: on a TPU pod, under Slurm, or where one is told where.
 
-One process per TPU host or per GPU host; under Slurm also one per GPU. All run the same command.
+One process per TPU host or per GPU host; under Slurm also one per GPU. All run the same command,
+and each one's log lines begin with its number.
 """
 
+import contextlib
+import logging
 import os
+import sys
 from collections.abc import Mapping
 
 PATIENCE = 3600  # seconds for others that compile more slowly
@@ -106,3 +110,40 @@ def wait(what: str) -> None:
     from orbax.checkpoint import multihost
 
     multihost.get_barrier_sync_fn()(key=what, timeout_ms=1000 * PATIENCE)
+
+
+class Terminal(logging.Handler):
+    """Writes each record as a line to stderr: `prefix`, then the message.
+
+    Of records that carry the same `once`, it writes the first alone: a program that runs for every
+    sample is described one time.
+    """
+
+    def __init__(self, prefix: str):
+        super().__init__()
+        self.prefix, self.seen = prefix, set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        once = getattr(record, "once", None)
+        if once in self.seen:
+            return
+        if once is not None:
+            self.seen.add(once)
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # of a progress line
+        with contextlib.suppress(OSError):  # nobody may read any more
+            print(f"{clear}{self.prefix}{self.format(record)}", file=sys.stderr, flush=True)
+
+
+def start_logging() -> None:
+    """Write the package's log records from INFO on to stderr, for a command; after `join`.
+
+    A program that imports the package sets up `logging` its own way instead.
+    """
+    prefix = ""
+    if several_processes(os.environ):
+        import jax
+
+        prefix = f"[{jax.process_index()}] "
+    logger = logging.getLogger(__package__)
+    logger.handlers = [Terminal(prefix)]
+    logger.setLevel(logging.INFO)

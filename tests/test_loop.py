@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from arrays import flat_weights
 from fast_compiles import FAST_COMPILES
 
 from easyanimate_jax.commands import train
 from easyanimate_jax.data.records import INDEX_TYPES, Writer, write_texts
 from easyanimate_jax.runs import loop
 from easyanimate_jax.weights.folder import load_mmdit
-from easyanimate_jax.weights.module import flat_weights
 from easyanimate_jax.weights.run_folder import read_meta
 
 ROOT = Path(__file__).parent.parent

@@ -249,8 +249,7 @@ def test_pictures_begin_and_end_a_video(working, tmp_path):
     assert set(sidecar["files_sha256"]) == {"image", "end-image"}
 
 
-def test_what_programs_take_is_told_before_they_run(working, monkeypatch, caplog):
-    monkeypatch.setattr(memory, "_TOLD", set())
+def test_what_programs_take_is_told_before_they_run(working, caplog):
     assert working("--prompt", "x", "--guidance", 1) == 0
     told = [record.message for record in caplog.records]
     assert [re.sub(r" takes [0-9.]+ GB of .*", "", line) for line in told] == [

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import flat_weights
 
 from easyanimate_jax.data import media
 from easyanimate_jax.data.control import canny
@@ -17,7 +18,6 @@ from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.training.vae import loop as training
 from easyanimate_jax.training.vae.loop import Crops, VAEStage, VAETrainConfig, train
 from easyanimate_jax.weights.folder import load_vae
-from easyanimate_jax.weights.module import flat_weights
 
 TINY = VAEConfig(channels=(8, 8, 8), layers=1, unshuffle=8, norm="rms", dtype="float32")
 

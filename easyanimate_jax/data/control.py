@@ -10,8 +10,8 @@ like them, no more. Depth and pose need a model of their own: any callable of th
 """
 
 import json
+import logging
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,8 @@ from tqdm import tqdm
 from easyanimate_jax.data import media, paths
 from easyanimate_jax.data.buckets import whole_frames
 from easyanimate_jax.facts import FPS
+
+logger = logging.getLogger(__name__)
 
 Video = UInt8[np.ndarray, "F H W 3"]
 Operator = Callable[[Video], Video]
@@ -272,7 +274,7 @@ def write_controls(folder: str | Path, operator: str) -> int:
                 written += 1
             row["control_file_path"] = str(name)
         except ValueError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            logger.warning(f"left out: {error}")
     part = table.with_suffix(".part")
     part.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     part.replace(table)

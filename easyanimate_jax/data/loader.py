@@ -13,8 +13,10 @@ import mmap
 import signal
 import sys
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +35,6 @@ MAX_BAD, FEW_BAD = 1e-3, 3  # records that may be unreadable: a share, and a num
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 KEPT = 2**25  # bytes; no record is larger, and glibc allows no more
-FREE = {}  # bytes -> pages of arrays that are gone
 
 
 class Batch(NamedTuple):
@@ -50,6 +51,31 @@ class Batch(NamedTuple):
     texts: tuple[np.ndarray, ...]  # (A, B, L, width) each
     condition: np.ndarray | None  # (A, B, N, extra * 4): mask first, or control first
     weight: np.ndarray  # (A, B), 1 or 0
+
+
+class Pages:
+    """Memory for the arrays of batches, used again once no view of them is left.
+
+    New pages fault and are zeroed, at a third of the time that a record takes to read; those of
+    2 MB, where they fit, fault once instead of every 4 KB.
+    """
+
+    def __init__(self):
+        self.free = defaultdict(list)  # bytes -> pages of arrays that are gone
+
+    def array(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """An array of any values, to be filled."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        free = self.free[size]
+        try:
+            pages = free.pop()
+        except IndexError:
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if sys.platform == "linux":
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        array = np.frombuffer(pages, dtype)
+        weakref.finalize(array, free.append, pages).atexit = False  # when its last view is gone
+        return array.reshape(shape)
 
 
 class Loader:
@@ -103,15 +129,16 @@ class Loader:
 
         By threads of this process, or by `workers` processes; the batches are the same.
         """
-        return self._ahead(self.batch, start, READ, workers)
+        return self._ahead(partial(self.batch, pages=Pages()), start, READ, workers)
 
-    def batch(self, step: int) -> tuple[int, Batch]:
-        """(token length, batch) of one step."""
+    def batch(self, step: int, pages: Pages | None = None) -> tuple[int, Batch]:
+        """(token length, batch) of one step, in memory of `pages` where they are given."""
         length, ids = self.plan(int(step))
         own = self._own(len(ids))
         with ThreadPoolExecutor(READERS) as pool:
             fields = pool.map(lambda row: self._row(int(step), row, int(ids[row])), own)
-            return length, self._assemble(length, ids, zip(own, fields, strict=True))
+            made = zip(own, fields, strict=True)
+            return length, self._assemble(length, ids, made, pages or Pages())
 
     def _ahead(
         self, function: Callable, start: int, read: grain.ReadOptions, workers: int
@@ -133,7 +160,9 @@ class Loader:
         """Whether this process's devices hold the row."""
         return self.rows is None or row % self.microbatch in self.rows
 
-    def _assemble(self, length: int, ids: np.ndarray, rows: Iterable[tuple[int, dict]]) -> Batch:
+    def _assemble(
+        self, length: int, ids: np.ndarray, rows: Iterable[tuple[int, dict]], pages: Pages
+    ) -> Batch:
         """The batch of records `ids`, its own `rows` given as `_fields` gives them."""
         micro = self.microbatch
         total = -(-len(ids) // micro) * micro
@@ -146,7 +175,7 @@ class Loader:
         def put(name: str, row: int, values: np.ndarray, *lead: int) -> None:
             if name not in arrays:
                 dtype = np.float32 if name == "condition" else np.float16
-                arrays[name] = _memory((total, *lead, *values.shape[1:]), dtype)
+                arrays[name] = pages.array((total, *lead, *values.shape[1:]), dtype)
             arrays[name][row, : len(values)] = values
             arrays[name][row, len(values) :] = 0
 
@@ -236,25 +265,6 @@ class Loader:
     def _grid(self, record: int) -> np.ndarray:
         index = self.records.index
         return np.array([index[axis][record] for axis in ("T", "gh", "gw")], np.int32)
-
-
-def _memory(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An array to be filled, in the memory of one of its size that is gone, or in new pages.
-
-    New pages fault and are zeroed, at a third of the time that a record takes to read; those of
-    2 MB, where they fit, fault once instead of every 4 KB.
-    """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    free = FREE.setdefault(size, [])
-    try:
-        pages = free.pop()
-    except IndexError:
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if sys.platform == "linux":
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    array = np.frombuffer(pages, dtype)
-    weakref.finalize(array, free.append, pages).atexit = False  # when its last view is gone
-    return array.reshape(shape)
 
 
 def keep_memory() -> None:

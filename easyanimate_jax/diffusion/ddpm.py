@@ -50,10 +50,6 @@ class DDPM:
     def weight(self, time: Float[Array, "..."]) -> Float[Array, "..."]:
         return jnp.ones_like(time)
 
-    def predict_clean(self, x, prediction, time):
-        signal, sigma = _scales(time, x)
-        return signal * x - sigma * prediction
-
     def timesteps(self, num_steps: int) -> Float[np.ndarray, "steps"]:
         """The times at which a sampler of `num_steps` steps asks the network: trailing spacing."""
         k = np.arange(num_steps)

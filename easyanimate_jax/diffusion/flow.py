@@ -42,9 +42,6 @@ class Flow:
     def weight(self, time: Float[Array, "..."]) -> Float[Array, "..."]:
         return jnp.ones_like(time)
 
-    def predict_clean(self, x, prediction, time):
-        return x - _sigma(time, x) * prediction
-
     def timesteps(self, num_steps: int) -> Float[np.ndarray, "steps"]:
         """The times at which a sampler of `num_steps` steps asks the network, shifted."""
         sigma = np.linspace(1, 1 / NUM_TRAIN_TIMES, num_steps)

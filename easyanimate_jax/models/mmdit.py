@@ -7,7 +7,6 @@ their upper blocks; the 12B models never do. The transformer knows tokens, a gri
 E: width of the time embedding.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -408,35 +407,3 @@ def unpatchify(
         ph=PATCH,
         pw=PATCH,
     )
-
-
-def widen_input(tree, in_channels: int):
-    """Every MMDiT in a tree (a model, its EMA, moments) with `in_channels` input channels.
-
-    New channels come last and are zero, so a T2V model becomes an inpainting or control model that
-    at first ignores its condition; with fewer channels the leading ones stay (spec 2.9).
-    """
-
-    def widen(model):
-        if not isinstance(model, MMDiT):
-            return model
-        model = jax.tree.map(lambda x: x, model)  # a copy of the module, not of the arrays
-        rows = in_channels * PATCH**2
-
-        def resize(kernel):
-            return jnp.pad(kernel[:rows], ((0, max(0, rows - kernel.shape[0])), (0, 0)))
-
-        # By tree: there is no kernel in a moment that an optimizer keeps of other weights.
-        kernel = model.patches.kernel
-        kernel.set_value(jax.tree.map(resize, kernel.get_value()))
-        model.patches.in_features = rows
-        model.config = dataclasses.replace(model.config, in_channels=in_channels)
-        return model
-
-    return jax.tree.map(widen, tree, is_leaf=lambda x: isinstance(x, MMDiT))
-
-
-def count_parameters(config: MMDiTConfig) -> int:
-    """By abstract evaluation: no array is made."""
-    model = jax.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
-    return sum(x.size for x in jax.tree.leaves(model))

@@ -36,7 +36,6 @@ SMALL, LARGE = 160, 512  # pixels of the longer side: for cuts and motion, for s
 MAX_FRAMES = 20_000  # of a film; all of them are in memory, small
 SECONDS = 600.0  # to decode a film
 NEAR = 5  # bits by which hashes of near-duplicates differ, at most
-CLIP_FIELDS = ("clip", "file", "kind", "first", "frames", "fps", "height", "width")
 
 Captioner = Callable[[np.ndarray], Sequence[str]]  # still frames of a clip -> its captions
 

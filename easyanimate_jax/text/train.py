@@ -10,6 +10,7 @@ state, different from any other file's (contrastive), so that languages meet.
 
 import functools
 import json
+import logging
 import string
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast
 from easyanimate_jax.text.bert import Bert, BertConfig, save_bert
 from easyanimate_jax.text.encode import token_ids
 from easyanimate_jax.text.t5 import T5, T5Config, save_t5
+
+logger = logging.getLogger(__name__)
 
 CHARACTERS = string.ascii_lowercase + string.digits + ".,;:!?'-"
 CHINESE = Regex("[\u4e00-\u9fff]")
@@ -173,9 +176,8 @@ def train_encoder(
         rows = rng.choice(len(pairs), config.batch, replace=len(pairs) < config.batch)
         learner, opt_state, value = step(learner, opt_state, pairs[rows], words[rows])
         if (i + 1) % 50 == 0:
-            print(
-                f"{type(encoder).__name__} step {i + 1}/{config.steps} loss {value:.3f}", flush=True
-            )
+            name = type(encoder).__name__
+            logger.info(f"{name} step {i + 1}/{config.steps} loss {value:.3f}")
     return learner.encoder
 
 

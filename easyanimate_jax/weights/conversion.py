@@ -130,13 +130,14 @@ class Plan:
         self.notes: list[str] = []
         self.models: dict[str, Model] = {}
         self.process = ""  # the class of a run's
+        self.memory = files.Memory()
 
     def read(self, source: Path) -> None:
         """Fill `parts` from a pipeline, a run, a model or a LoRA; add misfits to `problems`."""
         only = self.options.only
         places = self._places(source)
         if not places:
-            names = files.open_weights(source, self.problems, self.options.allow_pickle)
+            names = self._open(source)
             if lora.is_lora(names):
                 self._add_lora(names)
             elif names and not self.problems:
@@ -171,6 +172,9 @@ class Plan:
             ]
         return places
 
+    def _open(self, path: Path) -> dict[str, Tensor]:
+        return files.open_weights(path, self.problems, self.options.allow_pickle, self.memory)
+
     def _kind(self, source: Path, names: Iterable[str]) -> str:
         """Which part a single model is, by the names of its tensors."""
         if any(name.startswith(("transformer_blocks.", "blocks.")) for name in names):
@@ -203,6 +207,7 @@ class Plan:
             weights=options.weights,
             step=options.step,
             allow_pickle=options.allow_pickle,
+            memory=self.memory,
         )
         if model is None or len(self.problems) > found:
             return
@@ -229,7 +234,7 @@ class Plan:
 
     def _add_text_encoder(self, place: Path, folder: str) -> None:
         options = self.options
-        tensors = files.open_weights(place, self.problems, options.allow_pickle)
+        tensors = self._open(place)
         tensors = files.checked(tensors, self.problems, options.dtype)
         fields = read_json(place / CONFIG, self.problems)
         if options.dtype:

@@ -101,6 +101,7 @@ def open_model(
     weights: Weights = "ema",
     step: int | None = None,
     allow_pickle: bool = False,
+    memory: files.Memory | None = None,
 ) -> Model | None:
     """The model of that name in a file or folder, its weights cast to `dtype` as they are read.
 
@@ -124,7 +125,7 @@ def open_model(
     found = len(problems)
     own = "class" in fields
     place = path / WEIGHTS if own and (path / WEIGHTS).is_file() else path
-    tensors = files.open_weights(place, problems, allow_pickle)
+    tensors = files.open_weights(place, problems, allow_pickle, memory)
     if not tensors or len(problems) > found:
         return None
     tensors = files.checked(tensors, problems, dtype)

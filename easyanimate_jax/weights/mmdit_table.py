@@ -15,7 +15,7 @@ from easyanimate_jax.facts import LATENT_CHANNELS, PATCH
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import abstract, shapes_of
-from easyanimate_jax.weights.table import Rule, Table, to_ours, to_theirs
+from easyanimate_jax.weights.table import Rule, Table, contradictions, to_ours, to_theirs
 
 Layout = Literal["original", "diffusers"]
 
@@ -77,6 +77,19 @@ SUPPORTED = {
     "sample_height": (60,),
     "dropout": (0, None),
 }
+COMPARED = (  # fields that follow from the tensors
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "patch_size",
+    "num_layers",
+    "mmdit_layers",
+    "time_embed_dim",
+    "add_norm_text_encoder",
+    "text_embed_dim",
+    "text_embed_dim_t5",
+)
 NEEDED = {  # what a config is made of, and the number of dimensions
     "proj.weight": 4,
     "proj_out.weight": 2,
@@ -275,29 +288,7 @@ def _in_original_names(tensors: Mapping[str, Tensor], problems: list[str]) -> di
 
 
 def _contradictions(config: MMDiTConfig, fields: Mapping) -> list[str]:
-    """Where a config.json says other than the tensors, or asks for what is not built."""
-    problems = [
-        f"config.json: {name} is {fields[name]!r}, and only {values[0]!r} is supported"
-        for name, values in SUPPORTED.items()
-        if name in fields and fields[name] not in values
-    ]
-    told = config_json(config, "diffusers")
-    for name in (
-        "num_attention_heads",
-        "attention_head_dim",
-        "in_channels",
-        "out_channels",
-        "patch_size",
-        "num_layers",
-        "mmdit_layers",
-        "time_embed_dim",
-        "add_norm_text_encoder",
-        "text_embed_dim",
-        "text_embed_dim_t5",
-    ):
-        says = fields.get(name, told[name])
-        if name == "mmdit_layers" and type(says) is int:
-            says = min(says, config.depth)  # the original writes 10000 for "all"
-        if says != told[name]:
-            problems.append(f"config.json: {name} is {says!r}, and the tensors have {told[name]!r}")
-    return problems
+    own = fields.get("mmdit_layers")
+    if type(own) is int:  # the original writes 10000 for "all"
+        fields = {**fields, "mmdit_layers": min(own, config.depth)}
+    return contradictions(fields, SUPPORTED, config_json(config, "diffusers"), COMPARED)

@@ -54,11 +54,6 @@ def named_weights(module) -> dict:
     return {_name(path): leaf for path, leaf in leaves}
 
 
-def flat_weights(module: nnx.Module) -> dict[str, np.ndarray]:
-    """Dotted path -> array on the host, for every weight."""
-    return {name: np.asarray(value) for name, value in named_weights(module).items()}
-
-
 @cache
 def abstract(model_class: type, config) -> nnx.Module:
     """`model_class(config)` with shapes in place of arrays."""

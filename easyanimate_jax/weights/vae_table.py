@@ -12,7 +12,7 @@ from easyanimate_jax.facts import LATENT_CHANNELS
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import abstract, shapes_of
-from easyanimate_jax.weights.table import Rule, Table, to_ours, to_theirs
+from easyanimate_jax.weights.table import Rule, Table, contradictions, to_ours, to_theirs
 
 Layout = Literal["original", "diffusers"]
 
@@ -36,6 +36,12 @@ SUPPORTED = {
     "slice_compression_vae": (False,),
     "cache_compression_vae": (False,),
 }
+COMPARED = (  # fields that follow from the tensors
+    "block_out_channels",
+    "layers_per_block",
+    "latent_channels",
+    "mid_block_use_attention",
+)
 
 
 def from_torch(
@@ -159,23 +165,7 @@ def table(config: VAEConfig) -> Table:
 
 
 def _contradictions(config: VAEConfig, fields: Mapping) -> list[str]:
-    """Where a config.json says other than the tensors, or asks for what is not built."""
-    problems = [
-        f"config.json: {name} is {fields[name]!r}, and only {values[0]!r} is supported"
-        for name, values in SUPPORTED.items()
-        if name in fields and fields[name] not in values
-    ]
-    told = config_json(config, "original")
-    problems += [
-        f"config.json: {name} is {fields[name]!r}, and the tensors have {told[name]!r}"
-        for name in (
-            "block_out_channels",
-            "layers_per_block",
-            "latent_channels",
-            "mid_block_use_attention",
-        )
-        if name in fields and fields[name] != told[name]
-    ]
+    problems = contradictions(fields, SUPPORTED, config_json(config, "original"), COMPARED)
     problems += [
         f"config.json: norm_num_groups is {config.groups}, which does not divide {width} channels"
         for width in sorted(set(config.channels))

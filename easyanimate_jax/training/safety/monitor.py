@@ -9,6 +9,7 @@ exit code HANG. A thread does this, so it works while the loop waits inside a co
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import signal
 import sys
@@ -19,6 +20,8 @@ from pathlib import Path
 
 from easyanimate_jax.training.safety.cloud_goodput import CloudGoodput
 from easyanimate_jax.training.safety.exits import HANG
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = 3600.0  # seconds for anything but steps and data
 STEP_FACTOR = 5  # times the slowest of recent steps: longer is a hang
@@ -127,7 +130,7 @@ class Monitor:
             if now - since > limit:
                 message = f"hang: {now - since:.1f} s in {self.section!r} at step {self.step}"
                 try:
-                    print(f"\n{message}; limit {limit:.1f} s", file=sys.stderr, flush=True)
+                    logger.critical(f"{message}; limit {limit:.1f} s")
                     faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
                 finally:  # also where nobody reads stderr any more
                     os._exit(HANG)
