@@ -1,5 +1,6 @@
 """The batches of a config's stages, as global arrays on its mesh."""
 
+import logging
 from pathlib import Path
 
 import jax
@@ -17,6 +18,8 @@ from easyanimate_jax.training.program import batch_shardings, microbatch_rows
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.folder import load_vae
 
+logger = logging.getLogger(__name__)
+
 
 def make_loaders(config: TrainConfig, mesh) -> dict[str, Loader]:
     """The loader of every stage, by its name: of prepared latents, or of the clips themselves.
@@ -28,7 +31,7 @@ def make_loaders(config: TrainConfig, mesh) -> dict[str, Loader]:
     encoder = None
     if any(latents.pixels for latents in _used(config)):
         own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-        encoder = Encoder(load_vae(config.vae), own, most=1, announce=print)
+        encoder = Encoder(load_vae(config.vae), own, most=1, announce=logger.info)
     return {s.name: _loader(config, s, mesh, records[s.data], encoder) for s in config.stages}
 
 

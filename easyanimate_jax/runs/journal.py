@@ -1,6 +1,7 @@
 """What a run writes of its steps: metrics a step, the progress line, a summary at the end."""
 
 import json
+import logging
 from pathlib import Path
 
 import jax
@@ -9,8 +10,10 @@ import numpy as np
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.runs.position import Position
-from easyanimate_jax.training.metrics import MetricsWriter, Progress, announce, clock, now
+from easyanimate_jax.training.metrics import MetricsWriter, Progress, clock, now
 from easyanimate_jax.training.stages import Stage, boundaries
+
+logger = logging.getLogger(__name__)
 
 
 class Journal:
@@ -94,7 +97,7 @@ class Journal:
             "compiled_encode_programs": encode_programs,
         }
         (Path(self.config.run) / "summary.json").write_text(json.dumps(summary, indent=1))
-        announce(f"{step} steps in {clock(seconds)}, {programs} train programs")
+        logger.info("%d steps in %s, %d train programs", step, clock(seconds), programs)
 
     def _tokens(self, stage: Stage) -> int:
         return stage.batch_size * self.config.set(stage.data).budget.lengths[-1]

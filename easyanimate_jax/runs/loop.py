@@ -29,7 +29,7 @@ from easyanimate_jax.runs.states import States, open_checkpoints
 from easyanimate_jax.runs.visits import VisitLoader
 from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.training.checkpoint import NotFiniteError, StorageError, named_leaves
-from easyanimate_jax.training.metrics import announce, now
+from easyanimate_jax.training.metrics import now
 from easyanimate_jax.training.safety.cloud_goodput import CloudGoodput, open_sink
 from easyanimate_jax.training.safety.divergence import DivergedError
 from easyanimate_jax.training.safety.exits import DIVERGED, DONE, PREEMPTED, STORAGE
@@ -41,7 +41,7 @@ from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.run_folder import complete_steps, read_step_meta
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, faults: Faults = NO_FAULTS) -> int:
@@ -71,10 +71,10 @@ def train(config: TrainConfig, faults: Faults = NO_FAULTS) -> int:
             monitor.enter("save")
             run.states.checkpoints.close(step)
     except DivergedError as error:
-        log.error("diverged: %s", error)
+        logger.error("diverged: %s", error)
         return DIVERGED
     except StorageError as error:
-        log.error("storage: %s", error)
+        logger.error("storage: %s", error)
         return STORAGE
     return DONE if finished else PREEMPTED
 
@@ -155,7 +155,7 @@ class Run:
                 self._sample(where, state)
                 if stopping:
                     self._close(step)
-                    log.warning("asked to stop: saved at step %d", step)
+                    logger.warning("asked to stop: saved at step %d", step)
                     return False, step
                 if where.last:
                     break
@@ -238,7 +238,7 @@ class Run:
     def _encode_program(self, text: str) -> None:
         """Note that a clip of a new shape is compiled for: no wait for data."""
         self.monitor.enter("compile")
-        log.info(text)
+        logger.info(text)
 
 
 def replay(config: TrainConfig, step: int) -> int:
@@ -262,7 +262,7 @@ def replay(config: TrainConfig, step: int) -> int:
         run.states.checkpoints.close()
     names = [name for name in first if first[name] != second[name]]
     names += [f"{name}, as logged" for name in ("loss", "grad_norm") if first[name] != logged[name]]
-    announce(f"step {step} made twice: {', '.join(names) or 'nothing'} differs")
+    logger.info("step %d made twice: %s differs", step, ", ".join(names) or "nothing")
     return 1 if names else 0
 
 

@@ -15,7 +15,7 @@ from easyanimate_jax.training.program import StepConfig, microbatch_rows
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.stages import Stage
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Programs:
@@ -52,7 +52,7 @@ class Programs:
             )
             if not report.fits:
                 raise ValueError(refusal(report))
-            log.info(memory_line(report))
+            logger.info(memory_line(report))
             self.compiled[key] = program
             processes.wait(f"program {len(self.compiled)}")
         return self.compiled[key]

@@ -15,7 +15,7 @@ from easyanimate_jax.training.safety.divergence import SKIP_BATCHES, Detector, R
 from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.weights.fingerprint import fingerprint
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Recovery:
@@ -75,7 +75,7 @@ class Recovery:
         event |= {"returned_to": step, "offset": self.offset(place) + skip}
         self.returns.add(event, jax.process_index() == 0)
         states.checkpoints.drop_after(step)
-        log.warning(
+        logger.warning(
             "%s at step %d: back to step %d, without %d batches of stage %r",
             *(event["reason"], last_bad, step, skip, event["stage"]),
         )

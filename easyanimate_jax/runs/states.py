@@ -22,7 +22,7 @@ from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import TrainState, init_state, widen_state
 from easyanimate_jax.weights.folder import load_mmdit
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class States:
@@ -54,7 +54,7 @@ class States:
         self.monitor.enter("start")
         if not self.config.init:
             return jax.jit(make, out_shardings=placed)(jax.random.fold_in(self.key, 1))
-        log.info("starting from the weights of %s", self.config.init)
+        logger.info("starting from the weights of %s", self.config.init)
         model = load_mmdit(
             self.config.init,
             mesh=self.mesh,
@@ -75,7 +75,7 @@ class States:
         def like(meta: dict) -> TrainState:
             changes = check_resume(meta, self.config, self.plans)
             for change in changes:
-                log.warning("changed since checkpoint %d: %s", meta["step"], change)
+                logger.warning("changed since checkpoint %d: %s", meta["step"], change)
             if changes:
                 self.checkpoints.protect()
             place = position_at(self.config, meta["step"])
@@ -87,7 +87,7 @@ class States:
         if found is None:
             return None
         step, state, meta = found
-        log.info("resuming at step %d (stage %r)", step, meta["stage"])
+        logger.info("resuming at step %d (stage %r)", step, meta["stage"])
         return step, state
 
     def at(self, step: int) -> TrainState:
@@ -109,7 +109,7 @@ class States:
             _, placed, _ = self._abstract(stage.in_channels)
             widen = partial(widen_state, in_channels=stage.in_channels)
             state = jax.jit(widen, out_shardings=placed)(state)
-            log.info("stage %r: input channels %d -> %d", stage.name, have, stage.in_channels)
+            logger.info("stage %r: input channels %d -> %d", stage.name, have, stage.in_channels)
         self.programs.check(stage)
         return state
 

@@ -32,7 +32,7 @@ from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.orbax_item import fingerprint_on_disk, names
 from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read_step_meta, sealed
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 ITEMS = ("state", "ema")
 LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
@@ -183,7 +183,7 @@ class Checkpoints:
                 self._set_aside(step, f"other bits than were saved, in {', '.join(wrong)}")
                 continue
             if "arrays" not in meta:
-                log.warning("checkpoint %d is from before fingerprints: used unverified", step)
+                logger.warning("checkpoint %d is from before fingerprints: used unverified", step)
             elif self.process == 0:
                 _mark(self.folder / str(step), 0, 1)
             return step, parts["state"]._replace(ema=parts["ema"]), meta
@@ -266,7 +266,7 @@ class Checkpoints:
     def _failed(self, step: int, reason) -> None:
         self.failures += 1
         reason = " ".join(str(reason).split())[:300]
-        log.error("checkpoint %d was not saved: %s", step, reason)
+        logger.error("checkpoint %d was not saved: %s", step, reason)
         self._clean()
         if self.processes > 1:  # the others wait for us; the next start tries again
             raise StorageError(f"checkpoint {step} was not saved: {reason}")
@@ -362,7 +362,7 @@ def set_aside(path: Path, reason: str) -> None:
     except FileNotFoundError:  # another process found the damage, too
         return
     (target / "reason").write_text(reason + "\n")
-    log.error("checkpoint %s is damaged, set aside as %s: %s", path.name, target.name, reason)
+    logger.error("checkpoint %s is damaged, set aside as %s: %s", path.name, target.name, reason)
 
 
 def named_leaves(tree) -> dict:

@@ -94,11 +94,6 @@ def show_progress(line: str) -> None:
         print(line, flush=True)
 
 
-def announce(text: str) -> None:
-    """Print a line for people, apart from the progress line that may be in place."""
-    print(f"\n{text}", flush=True)
-
-
 def clock(seconds: float) -> str:
     """`75.2` as `1:15`, days written out."""
     minutes, seconds = divmod(round(seconds), 60)

@@ -7,6 +7,7 @@ of ours (`config.json` with a class, `weights.safetensors`), whole pipelines wit
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,8 @@ from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.weights import files, mmdit_table, run_folder, vae_table
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import CONFIG, WEIGHTS, abstract, fill, misfits, without_removed
+
+logger = logging.getLogger(__name__)
 
 Weights = Literal["ema", "raw"]
 
@@ -49,7 +52,7 @@ def load_mmdit(
 
     `dtype` is what it computes in (None: what its config says, bfloat16 for foreign weights). With
     a mesh every device reads its own part. `in_channels` adapts the patch embedding to another
-    task (spec 2.9) and prints how. `config` is built in place of the one found with the weights,
+    task (spec 2.9) and logs how. `config` is built in place of the one found with the weights,
     which must fit it. `weights` and `step` choose from the checkpoints of a run; `allow_pickle`
     lets torch's own files in; `store` is that of `weights.module.fill`. Raises ValueError listing
     all that is wrong.
@@ -62,7 +65,8 @@ def load_mmdit(
     if in_channels is not None and in_channels != model.config.in_channels:
         *changed, lines = mmdit_table.widen(model.tensors, model.config, in_channels)
         model = Model(*changed)
-        print("\n".join(lines))
+        for line in lines:
+            logger.info(line)
     if config is not None:
         faults = misfits(model.tensors, abstract(MMDiT, config))
         files.raise_all(f"{path} does not fit {config}", faults)

@@ -16,6 +16,8 @@ from easyanimate_jax.weights import orbax_item
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import WEIGHTS
 
+logger = logging.getLogger(__name__)
+
 LEAF = ".value"  # orbax's names end in the variable's own
 
 
@@ -51,8 +53,7 @@ def frozen_model(folder: str | Path, config: Mapping, name: Literal["vae", "text
     places = frozen_places(folder, config, name)
     found = next((place for place in places if place.exists()), places[0])
     if found != places[0]:
-        log = logging.getLogger(__name__)
-        log.info("%s: its %s is read from %s, not %s", folder, name, found, places[0])
+        logger.info("%s: its %s is read from %s, not %s", folder, name, found, places[0])
     return found
 
 
