@@ -9,6 +9,7 @@ exit code HANG. A thread does this, so it works while the loop waits inside a co
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import signal
 import sys
@@ -32,8 +33,8 @@ SECTIONS = ["start", "restore", "compile", "step", "rework", "data", "save", "sa
 class Monitor:
     """Of one process; process 0 writes goodput.jsonl, continuing the totals of earlier processes.
 
-    A step or a wait for data may last `hang_seconds`, or five times the slowest recent step. A
-    `sink` is told the same sections.
+    A step or a wait for data may last `hang_seconds`, or five times the slowest recent step; with 0
+    it may last for ever. A `sink` is told the same sections.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Monitor:
         hang_seconds: float,
         sink: CloudGoodput | None = None,
     ):
-        self.process, self.hang_seconds, self.sink = process, hang_seconds, sink
+        self.process, self.hang_seconds, self.sink = process, hang_seconds or math.inf, sink
         self.file = folder / "goodput.jsonl"
         self.heartbeat = Path(os.environ.get("EASYANIMATE_HEARTBEATS", folder / "heartbeats"))
         self.heartbeat.mkdir(parents=True, exist_ok=True)
