@@ -23,7 +23,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from easyanimate_jax.facts import MESH_AXES
+from easyanimate_jax.facts import MESH_AXES, check_fields
 
 AnyMesh = Mesh | AbstractMesh  # the latter of devices that need not be there
 
@@ -48,12 +48,26 @@ ALL_ROWS = ("data", "fsdp", "context")  # over these the devices hold different 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; `fsdp=-1` takes every device the other axes leave."""
+    """Devices along each mesh axis; their product is the number of devices."""
 
     data: int = 1
+    """Devices that hold copies of the weights and different rows; the only axis that may cross the
+    network between TPU slices."""
+
     fsdp: int = -1
+    """Devices that share out the weights and hold different rows; -1 takes every device that the
+    other axes leave."""
+
     context: int = 1
+    """Devices that share out the tokens of a row, or rows where there are enough of them."""
+
     tensor: int = 1
+    """Devices that share out the heads of attention and the columns of the MLP."""
+
+    def __post_init__(self):
+        check_fields(
+            self, data="[1, inf)", fsdp="-1 or [1, inf)", context="[1, inf)", tensor="[1, inf)"
+        )
 
     def shape(self, num_devices: int) -> tuple[int, int, int, int]:
         """The mesh shape on `num_devices` devices. Raises ValueError where they do not divide."""

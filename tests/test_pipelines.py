@@ -260,7 +260,6 @@ def test_pictures_that_cannot_be_animated_are_refused(animate, options, message)
         (16, {"size": (5, 0, 48)}, "use 16$"),
         (32, {}, "control signal"),
         (16, {"seeds": [1, 2]}, "a seed each"),
-        (16, {"sampling": Sampling(0)}, "1 to 1000"),
     ],
 )
 def test_texts_that_cannot_be_shown_are_refused(vae, in_channels, options, message):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt64
 
-from easyanimate_jax.facts import CELL, TIME_FACTOR
+from easyanimate_jax.facts import CELL, TIME_FACTOR, check_fields
 
 MAX_SIDE = 1344  # pixels of what is generated; released models were trained for 128 to 1344
 MAX_UPSCALE = 1.25  # the reference's rule for small sources (spec 8.4)
@@ -107,24 +107,37 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """A nominal token count and the clips admitted under it.
-
-    `lengths` are the compiled token lengths, ascending; the last is the capacity. `sizes` are the
-    square-equivalent resolutions. A clip that fills no length to `min_fill` is left to others.
-    """
+    """A nominal token count and the clips admitted under it."""
 
     tokens: int
+    """Nominal tokens of a clip: 3,328, 13,312 and 53,248 in the report (spec 9.4)."""
+
     lengths: tuple[int, ...]
+    """Token lengths that programs are compiled for, ascending; the last is the capacity."""
+
     sizes: tuple[int, ...]
+    """Resolutions, as the side in pixels of a square of equal area."""
+
     frames: int = 49
+    """Most frames of a clip, 4n+1; the default is that of the released scripts (spec 9.1)."""
+
     min_fill: float = 0.8
+    """Share of a length that a clip must fill, or it is left to other sets."""
 
     def __post_init__(self):
-        latent_frames(self.frames)
+        check_fields(
+            self,
+            tokens="[1, inf)",
+            lengths="[1, inf)",
+            sizes=f"[{CELL}, inf)",
+            frames="[1, inf)",
+            min_fill="[0, 1]",
+        )
+        latent_frames(self.frames)  # refuses a count that is not 4n+1
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
             raise ValueError(f"{self}: lengths must be one or more, ascending")
-        if not self.sizes or any(size < CELL for size in self.sizes):
-            raise ValueError(f"{self}: sizes must be one or more, each at least {CELL}")
+        if not self.sizes:
+            raise ValueError(f"{self}: sizes must be one or more")
 
     @property
     def pixels(self) -> int:

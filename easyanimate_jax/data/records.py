@@ -23,6 +23,7 @@ from jaxtyping import Float
 from safetensors.numpy import load_file, save, save_file
 
 from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.facts import check_fields
 from easyanimate_jax.weights.files import DTYPES
 
 VERSION = 1
@@ -52,30 +53,41 @@ CONTROLS = ("file", "camera", "canny", "soft_edge", "scribble", "lines", "line_a
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Clips of one source folder encoded under one budget.
-
-    `min_quality` selects the best of a curated table: 0.9 is a tenth of its clips.
-    `condition_draws` masks and noised references per clip (spec 6.1) are encoded with it for I2V.
-    With `control` they are encoded with what leads a control model (spec 7.2): the clip's own
-    control file, the rays of its pose file, or an operator's view of it. Of several, training draws
-    one for each row. With them comes a reference frame, the first, or with `random_reference` any,
-    the first of them in 40 %.
-    With `pixels` nothing of this is encoded ahead: records hold the text states and where the clip
-    lies, and training decodes, draws and encodes anew at every visit, one condition and one control
-    a visit.
-    """
+    """Clips of one source encoded under one budget."""
 
     name: str
+    """Name of the set and of its folder below the config's `prepared`."""
+
     budget: Budget
+    """Token lengths and resolutions that the clips are cut to."""
+
     kinds: tuple[str, ...] = ("image", "video")
-    min_side: int = 0  # of the source, in pixels
+    """Kinds of files that are taken: "image", "video" or both."""
+
+    min_side: int = 0
+    """Least shorter side of a source, in pixels; 0 takes all sizes."""
+
     min_quality: float = 0.0
+    """Share of a curated table's clips that a clip must beat: 0.9 takes the best tenth, 0 all."""
+
     condition_draws: int = 0
-    control: str | tuple[str, ...] = ()  # a name, or several
+    """Masks and noised references that are encoded with each clip for I2V (spec 6.1); 0 is none."""
+
+    control: str | tuple[str, ...] = ()
+    """What leads a control model (spec 7.2): "file" (the clip's control file), "camera" (its pose
+    file), names of operators that draw the clip, or "" for none. Of several, training draws one for
+    each row."""
+
     random_reference: bool = False
+    """Take any frame as the reference of a control model, the first in 40 % of the clips; else
+    always the first (spec 7.2)."""
+
     pixels: bool = False
+    """Keep text states and the clip's place only; training then decodes and encodes the clip, one
+    condition and one control at every visit."""
 
     def __post_init__(self):
+        check_fields(self, min_side="[0, inf)", min_quality="[0, 1]", condition_draws="[0, inf)")
         if isinstance(self.control, str):
             object.__setattr__(self, "control", (self.control,) if self.control else ())
         for control in self.control:

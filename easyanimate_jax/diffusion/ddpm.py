@@ -30,9 +30,10 @@ SIGNAL_POWER = _POWER.astype(np.float32)
 
 @dataclass(frozen=True)
 class DDPM:
-    """Zero-SNR v-prediction. `stratified`: the rows of a batch share out the times (spec 4.3)."""
+    """Zero-SNR v-prediction."""
 
     stratified: bool = False
+    """Let the rows of a batch share out the training times (spec 4.3)."""
 
     def sample_time(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Training times: whole numbers 0 ... 999."""

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
-from easyanimate_jax.facts import ACTIVATIONS, LATENT_CHANNELS, PATCH
+from easyanimate_jax.facts import ACTIVATIONS, LATENT_CHANNELS, PATCH, DTypes, check_fields
 from easyanimate_jax.models.attention import joint_attention
 from easyanimate_jax.models.borders import check_mesh, check_rows, check_tokens
 from easyanimate_jax.models.layers import layer_norm, linear, rms_norm, scan_blocks, sinusoid, stack
@@ -35,40 +35,75 @@ STREAM = ("batch", "tokens", None)
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """One released or trained size. `round_time` rounds the timestep to `dtype` (spec 2.9)."""
+    """The size of a transformer, and what it computes in; spec 1.1 has the released sizes."""
 
     depth: int
-    mmdit_depth: int  # the first blocks, with weights of their own for text; the rest share
+    """Number of blocks."""
+
+    mmdit_depth: int
+    """Number of first blocks that have weights of their own for text; the rest share theirs."""
+
     heads: int
+    """Number of attention heads; the model width is `heads` times `head_width`."""
+
     text_widths: tuple[int, ...]
+    """Width of the states of each text encoder."""
+
     text_norm: bool
+    """Normalise text states before their projection: V5.1 does, V5 does not (spec 1.1)."""
+
     round_time: bool
+    """Round the timestep to `dtype`, as released weights expect it (spec 2.9)."""
+
     head_width: int = 64
+    """Width of one attention head, a multiple of 16."""
+
     in_channels: int = LATENT_CHANNELS
+    """Input channels of a latent pixel: the noisy ones and those of the task (spec 0)."""
+
     time_width: int = 512
+    """Width of the time embedding (spec 2.2)."""
+
     norm_eps: float = 1e-5
-    dtype: str = "bfloat16"
-    save: tuple[str, ...] = ("attention",)  # of ACTIVATIONS: kept for the backward pass
-    offload: tuple[str, ...] = ()  # of ACTIVATIONS: kept in host memory; the rest is recomputed
+    """Number added to the variance in the blocks' LayerNorms (spec 1.1)."""
+
+    dtype: DTypes = "bfloat16"
+    """Type that the network computes in; training keeps its weights in float32."""
+
+    save: tuple[str, ...] = ("attention",)
+    """Activations of a block, of `ACTIVATIONS`, that stay in device memory for the backward pass;
+    those in neither `save` nor `offload` are computed again."""
+
+    offload: tuple[str, ...] = ()
+    """Activations of a block, of `ACTIVATIONS`, that wait in host memory for the backward pass."""
 
     def __post_init__(self):
+        check_fields(
+            self,
+            depth="[1, inf)",
+            mmdit_depth="[0, inf)",
+            heads="[1, inf)",
+            text_widths="[1, inf)",
+            head_width="[16, inf)",
+            in_channels="[1, inf)",
+            time_width="[2, inf)",
+            norm_eps="(0, inf)",
+        )
         if self.head_width % 16:
             raise ValueError(
-                f"head_width={self.head_width}: rotary angles split a head into 1/4, 3/8 and 3/8, "
-                f"in pairs; use a multiple of 16."
+                f"MMDiTConfig: head_width={self.head_width}: rotary angles split a head into 1/4, "
+                f"3/8 and 3/8, in pairs; use a multiple of 16."
             )
-        if not 0 <= self.mmdit_depth <= self.depth or self.depth < 1:
+        if self.mmdit_depth > self.depth:
             raise ValueError(
-                f"mmdit_depth={self.mmdit_depth} of depth={self.depth}: "
+                f"MMDiTConfig: mmdit_depth={self.mmdit_depth} of depth={self.depth}: "
                 f"it counts the first blocks of the stack; use 0 to {self.depth}."
             )
-
         unknown = set(self.save + self.offload) - set(ACTIVATIONS)
         if unknown or set(self.save) & set(self.offload):
             raise ValueError(
-                f"save={self.save} and offload={self.offload}: each takes names of "
-                f"{tuple(ACTIVATIONS)}, "
-                f"and no name stands in both."
+                f"MMDiTConfig: save={self.save} and offload={self.offload}: each takes names of "
+                f"{tuple(ACTIVATIONS)}, and no name stands in both."
             )
 
     @property

@@ -9,6 +9,7 @@ Letters: z are raw latents, as the decoder reads them; `latents` are normalised 
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,13 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from easyanimate_jax.facts import LATENT_CHANNELS, SPACE_FACTOR, TIME_FACTOR
+from easyanimate_jax.facts import (
+    LATENT_CHANNELS,
+    SPACE_FACTOR,
+    TIME_FACTOR,
+    DTypes,
+    check_fields,
+)
 from easyanimate_jax.models.causal_conv import CausalConv, Features, Past, by_frame, is_large
 from easyanimate_jax.models.layers import axes, linear
 from easyanimate_jax.models.tiles import TILE_OVERLAP, map_tiles, stitch
@@ -29,39 +36,59 @@ Latents = Float[Array, "B T h w C"]
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Defaults are the released V5.1 weights; V5 has `attention=True`.
-
-    `unshuffle` folds s x s pixels into channels in front of the encoder and unfolds them behind the
-    decoder; each doubling replaces one spatial halving, for small models that train in minutes.
-    `norm="rms"` normalises every position by itself, so that crops and whole frames look alike.
-    """
+    """The size of an autoencoder; defaults are the released V5.1 weights (spec 1.2)."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Channels of each level, from pixels to latents."""
+
     layers: int = 2
+    """Residual blocks of a level of the encoder; the decoder has one more."""
+
     groups: int = 32
+    """Groups of channels that the group norms normalise together."""
+
     attention: bool = False
+    """Attention within a frame in the middle of encoder and decoder: V5 has it, V5.1 has not."""
+
     unshuffle: int = 1
-    norm: str = "group"
-    latent_mean: tuple[float, ...] = (0.0,)  # one number, or one per channel
+    """Side in pixels of the squares that are folded into channels in front of the encoder, and
+    unfolded behind the decoder. Each doubling replaces one spatial halving, for small models that
+    train in minutes."""
+
+    norm: Literal["group", "rms"] = "group"
+    """Normalisation: "group" over a frame, or "rms" at every position by itself, so that crops and
+    whole frames look alike."""
+
+    latent_mean: tuple[float, ...] = (0.0,)
+    """Number that is taken off raw latents for diffusion: one, or one for each channel."""
+
     latent_scale: tuple[float, ...] = (0.7125,)
-    dtype: str = "bfloat16"
+    """Number that latents are then multiplied by: one, or one for each channel (spec 1.2)."""
+
+    dtype: DTypes = "bfloat16"
+    """Type that the autoencoder computes in."""
 
     def __post_init__(self):
-        if self.unshuffle not in (1, 2, 4, 8):
-            raise ValueError(f"unshuffle is {self.unshuffle}; use 1, 2, 4 or 8.")
-        if self.norm not in ("group", "rms"):
-            raise ValueError(f"norm is {self.norm!r}; use 'group' or 'rms'.")
+        check_fields(
+            self,
+            channels="[1, inf)",
+            layers="[1, inf)",
+            groups="[1, inf)",
+            unshuffle="1 or 2 or 4 or 8",
+            latent_mean="(-inf, inf)",
+            latent_scale="(0, inf)",
+        )
         levels = 1 + max(int(math.log2(TIME_FACTOR)), self.space_halvings)
         if len(self.channels) != levels:
             raise ValueError(
-                f"channels {self.channels} has {len(self.channels)} levels; "
+                f"VAEConfig: channels {self.channels} has {len(self.channels)} levels; "
                 f"unshuffle={self.unshuffle} needs {levels}."
             )
         for name in ("latent_mean", "latent_scale"):
             if len(getattr(self, name)) not in (1, LATENT_CHANNELS):
                 raise ValueError(
-                    f"{name} has {len(getattr(self, name))} entries; give 1, or one for each of "
-                    f"{LATENT_CHANNELS} latent channels."
+                    f"VAEConfig: {name} has {len(getattr(self, name))} entries; give 1, or one for "
+                    f"each of {LATENT_CHANNELS} latent channels."
                 )
 
     @property

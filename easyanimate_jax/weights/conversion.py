@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from easyanimate_jax.diffusion.tasks import task_of
+from easyanimate_jax.facts import DTypes, check_fields
 from easyanimate_jax.weights import files, lora, mmdit_table, run_folder, vae_table
 from easyanimate_jax.weights.folder import KINDS, Model, Weights, open_model, read_json
 from easyanimate_jax.weights.lazy import Tensor
@@ -70,20 +71,37 @@ class Report(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """`to`: the layout to write. `dtype` casts all weights; None keeps each tensor's own.
-
-    `weights` and `step` choose from the checkpoints of a run. `in_channels` adapts the transformer
-    to another task (spec 2.9). `only` takes one part of a pipeline, and makes it the target itself.
-    """
+    """What a conversion writes."""
 
     to: Literal["jax", "diffusers", "original"]
-    dtype: str | None = None
+    """Layout to write."""
+
+    dtype: DTypes | None = None
+    """Type that all weights are cast to. None keeps each tensor's own."""
+
     weights: Weights = "ema"
+    """Weights to take from a run's checkpoint: the average "ema", or "raw"."""
+
     step: int | None = None
+    """Checkpoint to take of a run. None is the newest."""
+
     in_channels: int | None = None
+    """Input channels of the transformer to write, which adapt it to a task (spec 2.9). None keeps
+    them."""
+
     only: str | None = None
+    """Part of a pipeline that is written, as the target itself. None is the whole pipeline."""
+
     allow_pickle: bool = False
+    """Read .bin, .pt and .ckpt files too, with torch."""
+
     shard_bytes: int = files.SHARD
+    """Most bytes of a file of weights; larger models are split over several."""
+
+    def __post_init__(self):
+        check_fields(self, step="[0, inf)", in_channels="[1, inf)", shard_bytes="[1, inf)")
+        if self.only not in (None, *PARTS):
+            raise ValueError(f"Options.only is {self.only!r}; use one of {', '.join(PARTS)}")
 
 
 def convert(

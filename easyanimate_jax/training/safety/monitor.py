@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -35,8 +36,8 @@ SECTIONS = ["start", "restore", "compile", "step", "rework", "data", "save", "sa
 class Monitor:
     """Of one process; process 0 writes goodput.jsonl, continuing the totals of earlier processes.
 
-    A step or a wait for data may last `hang_seconds`, or five times the slowest recent step. A
-    `sink` is told the same sections.
+    A step or a wait for data may last `hang_seconds`, or five times the slowest recent step; with 0
+    it may last for ever. A `sink` is told the same sections.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Monitor:
         hang_seconds: float,
         sink: CloudGoodput | None = None,
     ):
-        self.process, self.hang_seconds, self.sink = process, hang_seconds, sink
+        self.process, self.hang_seconds, self.sink = process, hang_seconds or math.inf, sink
         self.file = folder / "goodput.jsonl"
         self.heartbeat = Path(os.environ.get("EASYANIMATE_HEARTBEATS", folder / "heartbeats"))
         self.heartbeat.mkdir(parents=True, exist_ok=True)
