@@ -40,14 +40,11 @@ def main(args: list[str]) -> int:
 
             print(describe_run(config))
             return 0
-        if isinstance(config, configs.VAETrainConfig):
-            from easyanimate_jax.training.vae import loop
-            from easyanimate_jax.weights.folder import load_vae
-
-            start = load_vae(config.init, dtype=config.vae.dtype) if config.init else None
-            vae.train(config, start)
-            return 0
         processes.join()
+        if isinstance(config, configs.VAETrainConfig):
+            from easyanimate_jax.training.vae import loop as vae
+
+            return vae.train(config)
         from easyanimate_jax.runs import loop
 
         return loop.train(config) if replay is None else loop.replay(config, int(replay))
