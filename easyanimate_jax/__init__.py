@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from easyanimate_jax.training.optimizer import OptimizerConfig as OptimizerConfig
     from easyanimate_jax.training.stages import Stage as Stage
     from easyanimate_jax.training.stages import boundaries as boundaries
-    from easyanimate_jax.training.vae.loop import VAEStage as VAEStage
-    from easyanimate_jax.training.vae.loop import VAETrainConfig as VAETrainConfig
+    from easyanimate_jax.training.vae.config import VAEStage as VAEStage
+    from easyanimate_jax.training.vae.config import VAETrainConfig as VAETrainConfig
     from easyanimate_jax.weights.conversion import Options as ConvertOptions  # noqa: F401
     from easyanimate_jax.weights.conversion import convert as convert
     from easyanimate_jax.weights.folder import load_mmdit as load_mmdit
@@ -74,7 +74,7 @@ _HOMES = {
     "text.encode": ("TextEncoder",),
     "training.optimizer": ("OptimizerConfig",),
     "training.stages": ("Stage", "boundaries"),
-    "training.vae.loop": ("VAEStage", "VAETrainConfig"),
+    "training.vae.config": ("VAEStage", "VAETrainConfig"),
     "weights.conversion": ("ConvertOptions", "convert"),
     "weights.folder": ("load_mmdit", "load_vae"),
 }

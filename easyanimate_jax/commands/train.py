@@ -43,14 +43,11 @@ def main(args: list[str]) -> int:
 
             print(describe_run(config))
             return 0
+        processes.join()
         if isinstance(config, configs.VAETrainConfig):
             from easyanimate_jax.training.vae import loop as vae
-            from easyanimate_jax.weights.folder import load_vae
 
-            start = load_vae(config.init, dtype=config.vae.dtype) if config.init else None
-            vae.train(config, start)
-            return 0
-        processes.join()
+            return vae.train(config)
         from easyanimate_jax.runs import loop
         from easyanimate_jax.training.safety.faults import Faults
 

@@ -30,7 +30,7 @@ from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.optimizer import OptimizerConfig
 from easyanimate_jax.training.program import StepConfig
 from easyanimate_jax.training.stages import Stage
-from easyanimate_jax.training.vae.loop import VAEStage, VAETrainConfig
+from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
 from easyanimate_jax.weights.module import without_removed
 
 

@@ -7,6 +7,9 @@ import time
 from collections import deque
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import UInt8
+
 logger = logging.getLogger(__name__)
 
 
@@ -30,6 +33,10 @@ class MetricsWriter:
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self.board.add_scalar(name, value, row["step"])
+
+    def picture(self, name: str, step: int, picture: UInt8[np.ndarray, "H W 3"]) -> None:
+        """Show a picture on the board."""
+        self.board.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
         self.file.close()

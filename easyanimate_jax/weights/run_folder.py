@@ -18,31 +18,46 @@ from easyanimate_jax.weights.module import WEIGHTS
 
 logger = logging.getLogger(__name__)
 
+VAE = "CausalVAE"  # "class" in the meta of a VAE's checkpoints; a transformer's have none
 LEAF = ".value"  # orbax's names end in the variable's own
 
 
 def is_run(path: Path) -> bool:
-    """Checkpoints and no finished model: the VAE's own training leaves both in its folder."""
+    """Return True for checkpoints without a finished model: a VAE's training ends with one."""
     return (path / "checkpoints").is_dir() and not (path / WEIGHTS).is_file()
 
 
 def read_meta(folder: str | Path, step: int | None = None) -> tuple[int, dict]:
-    """(step, meta) of a run folder's newest or named checkpoint, without touching a device.
+    """Return (step, meta) of a transformer run's newest or named checkpoint; no device is touched.
 
-    Raises ValueError if there is none, or if its meta is damaged.
+    Raises ValueError if there is none, if its meta is damaged, or if it is a VAE's.
     """
     root = Path(folder) / "checkpoints"
-    if any(root.glob("*/default")):  # orbax's name where there is one item
-        raise ValueError(
-            f"{folder} holds a VAE's training that has not ended: run its command again, which "
-            f"goes on from there"
-        )
+    check_format(Path(folder))
     steps = complete_steps(root)
     if not steps or (step is not None and step not in steps):
         wanted = "checkpoint" if step is None else f"checkpoint {step}"
         raise ValueError(f"{folder} holds no {wanted}; complete ones in {root}: {steps or 'none'}")
     step = steps[-1] if step is None else step
-    return step, read_step_meta(root / str(step))
+    meta = read_step_meta(root / str(step))
+    if meta.get("class") == VAE and (Path(folder) / WEIGHTS).is_file():
+        raise ValueError(f"{folder} holds a VAE; give the run folder of a transformer")
+    if meta.get("class") == VAE:
+        raise ValueError(
+            f"{folder} holds a VAE's training that has not ended: run its command again, which "
+            f"goes on from there"
+        )
+    return step, meta
+
+
+def check_format(folder: Path) -> None:
+    """Raise ValueError where a folder holds a VAE's checkpoints of an earlier version."""
+    if any((folder / "checkpoints").glob("*/default")):  # orbax's name where there is one item
+        raise ValueError(
+            f"{folder} holds checkpoints of a VAE's training by an earlier version, which has one "
+            f"item named 'default' in them and cannot be resumed: train in a new folder, or remove "
+            f"{folder / 'checkpoints'} to begin anew"
+        )
 
 
 def frozen_model(folder: str | Path, config: Mapping, name: Literal["vae", "text"]) -> Path:
