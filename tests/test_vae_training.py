@@ -50,7 +50,7 @@ config = VAETrainConfig(
     save_every=2,
     log_every=1,
     picture_every=6,
-    hang_seconds=1000,
+    hang_seconds=1000.0,
 )
 """
 
@@ -91,7 +91,7 @@ def config(data) -> VAETrainConfig:
         save_every=2,
         log_every=1,
         picture_every=2,
-        hang_seconds=1000,
+        hang_seconds=1000.0,
     )
 
 
@@ -223,16 +223,16 @@ def test_checkpoints_of_an_earlier_version_are_refused(config, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
-def test_a_training_whose_checkpoints_are_all_damaged_does_not_begin_anew(config, tmp_path, capsys):
+def test_a_training_whose_checkpoints_are_all_damaged_does_not_begin_anew(config, tmp_path, caplog):
     (tmp_path / "checkpoints" / "2.corrupt").mkdir(parents=True)
     assert train(replace(config, output=str(tmp_path))) == STORAGE
-    assert "storage: no good checkpoint is left" in capsys.readouterr().err
+    assert "storage: no good checkpoint is left" in caplog.text
 
 
-def test_a_loss_that_is_not_finite_ends_the_training_unsaved(config, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_ends_the_training_unsaved(config, tmp_path, caplog):
     wrong = replace(config, matrices="adam", learning_rate=float("nan"), output=str(tmp_path))
     assert train(replace(wrong, save_every=1)) == DIVERGED
-    assert "diverged: " in capsys.readouterr().err
+    assert "diverged: " in caplog.text
     assert complete_steps(tmp_path / "checkpoints") == []
     assert not (tmp_path / "weights.safetensors").exists()
 
