@@ -110,8 +110,8 @@ def test_only_regular_files_are_opened(tmp_path):
 
 
 def test_a_huge_picture_is_refused_from_its_header(tmp_path):
-    Image.new("1", (5000, 10)).save(tmp_path / "big.png")
-    with pytest.raises(ValueError, match="10x5000"):
+    Image.new("1", (12_001, 10)).save(tmp_path / "big.png")
+    with pytest.raises(ValueError, match="10x12001"):
         media.read_image(tmp_path / "big.png")
 
 

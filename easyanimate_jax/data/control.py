@@ -22,6 +22,7 @@ from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from easyanimate_jax.data import media, paths
+from easyanimate_jax.data.times import frames_in
 
 Video = UInt8[np.ndarray, "F H W 3"]
 Operator = Callable[[Video], Video]
@@ -264,8 +265,8 @@ def write_controls(folder: str | Path, operator: str) -> int:
                     picture = media.read_image(path)[None]
                     media.write_png(part, control_video(picture, operator)[0])
                 else:
-                    frames = media.read_clip(path, 0, probe.num_frames)
-                    media.write_video(part, control_video(frames, operator), fps=round(probe.fps))
+                    frames = media.read_at(path, 0, int(frames_in(probe.seconds)))
+                    media.write_video(part, control_video(frames, operator))
                 part.replace(target)
                 written += 1
             row["control_file_path"] = str(name)

@@ -58,6 +58,9 @@ class LatentSet:
     With `pixels` nothing of this is encoded ahead: records hold the text states and where the clip
     lies, and training decodes, draws and encodes anew at every visit, one condition and one control
     a visit.
+    Clips are read at 8 frames a second by their time stamps. With `reference_rate` every
+    round(fps / 8)-th frame is taken instead, as the reference does: a film of 12 frames a second
+    then plays at 0.67 of its speed, one of 30 at 0.94.
     """
 
     name: str
@@ -69,6 +72,7 @@ class LatentSet:
     control: str | tuple[str, ...] = ()  # a name, or several
     random_reference: bool = False
     pixels: bool = False
+    reference_rate: bool = False
 
     def __post_init__(self):
         if isinstance(self.control, str):

@@ -32,9 +32,27 @@ def shown_at(stamps: Seconds, targets: Float[np.ndarray, " n"], tolerance: float
     return np.searchsorted(stamps, targets + (tolerance + 1e-9), side="right") - 1
 
 
-def frames_in(seconds: float | np.ndarray) -> np.ndarray:
+def frames_in(seconds: float | np.ndarray) -> np.ndarray | np.int64:
     """Return the frames at `FPS` a second of a film, `seconds` from its first to its last stamp."""
     return np.floor(np.asarray(seconds) * FPS + FPS * MARGIN).astype(np.int64) + 1
+
+
+def clip_frames(
+    num_frames: np.ndarray | int, fps: np.ndarray | float, reference_rate: bool
+) -> np.ndarray | np.int64:
+    """Return how many training frames each clip offers; `fps` is its average rate, 0 of pictures.
+
+    With `reference_rate` every `stride_of(fps)`-th frame is one, as in the reference.
+    """
+    num_frames, fps = np.asarray(num_frames, np.int64), np.asarray(fps, np.float64)
+    if reference_rate:
+        return (num_frames - 1) // stride_of(fps) + 1
+    return frames_in(np.divide(num_frames - 1, fps, out=np.zeros_like(fps), where=fps > 0))
+
+
+def stride_of(fps: float | np.ndarray) -> np.ndarray | np.int64:
+    """Return every how many frames the reference takes one for `FPS` a second (spec 6.6)."""
+    return np.maximum(1, np.round(np.asarray(fps) / FPS)).astype(np.int64)
 
 
 class Timeline(NamedTuple):
