@@ -100,7 +100,7 @@ def make_films(folder: Path) -> dict[str, Path]:
         return made[name]
 
     def length(rate: float) -> int:
-        return min(255, int(2.2 * rate) + 1)
+        return min(255, int(1.7 * rate) + 1)
 
     for rate in RATES:
         exact = Fraction(round(rate) * 1000, 1001) if rate in (23.976, 29.97, 59.94) else rate

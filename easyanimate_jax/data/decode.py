@@ -59,7 +59,13 @@ class Decoders:
         return self._ask(path, "clip", start, count, stride, size)["frames"]
 
     def read_at(
-        self, path: File, start: float, count: int, size, first: int = 0, end: int | None = None
+        self,
+        path: File,
+        start: float | int,
+        count: int,
+        size,
+        first: int = 0,
+        end: int | None = None,
     ) -> Frames:
         """`media.read_at`, elsewhere."""
         return self._ask(path, "at", start, count, size, first, end)["frames"]

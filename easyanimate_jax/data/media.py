@@ -174,7 +174,7 @@ def read_clip(
 
 def read_at(
     path: File,
-    start: float,
+    start: float | int,
     count: int,
     size: tuple[int, int] | None = None,
     first: int = 0,
@@ -270,7 +270,7 @@ def resize_crop(
 
 
 def write_video(
-    path: Path, frames: Frames, fps: float = FPS, crf: int = 18, comment: str = ""
+    path: Path, frames: Frames, fps: float | int = FPS, crf: int = 18, comment: str = ""
 ) -> None:
     """H.264 in yuv420p by BT.709, tagged so; `crf` 0 is best, 51 worst.
 
@@ -311,7 +311,7 @@ def write_png(path: Path, picture: Picture) -> None:
     Image.fromarray(picture).save(path, format="PNG")
 
 
-def write_gif(path: Path, frames: Frames, fps: float = FPS) -> None:
+def write_gif(path: Path, frames: Frames, fps: float | int = FPS) -> None:
     """An endless animation; GIF knows 256 colours, and hundredths of a second."""
     first, *rest = (Image.fromarray(frame) for frame in frames)
     stamps = np.rint(np.arange(len(frames) + 1) * 100 / fps) * 10

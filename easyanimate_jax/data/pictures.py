@@ -164,7 +164,9 @@ class Animation:
             stamps.append(round(Fraction(time) / 1000 / tick))
             lasts = float(image.info.get("duration") or 0)
             time += lasts if lasts > SHORTEST else REPLACED
-        self.timeline = Timeline(np.array(stamps, np.int64), tick, np.zeros(0, np.int64), False)
+        self.timeline = Timeline(
+            np.array(stamps, np.int64), tick, np.zeros((0, 2), np.int64), False
+        )
 
     def walk(self, first: int, last: int) -> Iterator[tuple[int, tuple[int, int], Callable]]:
         """Yield number, size and RGB, cut to a size, of every frame up to `last`."""

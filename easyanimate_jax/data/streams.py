@@ -82,14 +82,14 @@ class Film:
                 return
         yield from self._decoded(None, last)
 
-    def _decoded(self, key: int | None, last: int):
-        """The shown frames from the key frame of this stamp on, or from the beginning."""
+    def _decoded(self, key: tuple[int, int] | None, last: int):
+        """The shown frames from this key frame on, or from the beginning."""
         stamps, exact = self.timeline.stamps, self.timeline.exact
         with self._opened() as (container, stream):
             begin = 0
             if key is not None:
-                begin = int(np.searchsorted(stamps, key))
-                container.seek(key, stream=stream)
+                begin = int(np.searchsorted(stamps, key[0]))
+                container.seek(key[1], stream=stream)
             self.allow((last - begin + 1) * stream.height * stream.width)
             for number, frame in enumerate(container.decode(stream)):
                 check_size(self.path, frame.height, frame.width)  # it may change on the way

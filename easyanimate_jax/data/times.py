@@ -60,7 +60,7 @@ class Timeline(NamedTuple):
 
     stamps: Int64[np.ndarray, " F"]  # ascending, in units of `unit`
     unit: Fraction  # seconds
-    keys: Int64[np.ndarray, " K"]  # stamps of the frames where decoding may begin, ascending
+    keys: Int64[np.ndarray, "K 2"]  # of the key frames: stamp, ascending, and where to seek to
     exact: bool  # decoded frames carry these stamps; else they only come in this order
 
     @property
@@ -79,7 +79,9 @@ class Timeline(NamedTuple):
         """Half a tick of the film's clock, but at least `MARGIN` and at most `COARSE` seconds."""
         return min(max(float(self.unit) / 2, MARGIN), COARSE)
 
-    def at(self, start: float, count: int, first: int = 0, end: int | None = None) -> np.ndarray:
+    def at(
+        self, start: float | int, count: int, first: int = 0, end: int | None = None
+    ) -> np.ndarray:
         """Return the numbers of `count` frames at `FPS` a second.
 
         The first is taken `start` seconds after frame `first`. Raises ValueError where the span up
@@ -97,17 +99,19 @@ class Timeline(NamedTuple):
             )
         return shown_at(seconds, targets, self.tolerance)
 
-    def key_before(self, number: int) -> int | None:
-        """Return the stamp of the last key frame up to frame `number`; None is the beginning."""
-        place = int(np.searchsorted(self.keys, self.stamps[number], side="right")) - 1
-        return int(self.keys[place]) if self.exact and place > 0 else None
+    def key_before(self, number: int) -> tuple[int, int] | None:
+        """Return stamp and place of the last key frame up to `number`; None is the beginning."""
+        place = int(np.searchsorted(self.keys[:, 0], self.stamps[number], side="right")) - 1
+        return tuple(self.keys[place].tolist()) if self.exact and place > 0 else None
 
 
 def read_timeline(container, stream) -> Timeline | None:
     """Read the stamps of all packets of a video stream, from its beginning; None without a frame.
 
     A packet is a frame. Pictures before the first key frame refer to others that are not there.
+    Transport streams are sought by the time of decoding, all others by that of showing.
     """
+    by_decoding = container.format.name == "mpegts"
     hides = stream.codec_context.name == "vp8"
     shown, keys, exact, first = [], [], True, None
     for packet in container.demux(stream):
@@ -118,7 +122,8 @@ def read_timeline(container, stream) -> Timeline | None:
         if stamp is None:
             stamp, exact = len(shown), False
         if packet.is_keyframe:
-            keys.append(stamp)
+            decoded = by_decoding and packet.dts is not None
+            keys.append((stamp, packet.dts if decoded else stamp))
             first = stamp if first is None else first
         if first is not None and stamp >= first and not packet.is_discard:
             shown.append(stamp)
@@ -126,7 +131,8 @@ def read_timeline(container, stream) -> Timeline | None:
         return None
     stamps = np.sort(np.array(shown, np.int64))
     exact = exact and bool((np.diff(stamps) > 0).all())
-    return Timeline(stamps, stream.time_base, np.sort(np.array(keys, np.int64)), exact)
+    places = np.array(sorted(keys), np.int64).reshape(-1, 2)
+    return Timeline(stamps, stream.time_base, places, exact)
 
 
 class HeadersOnly:

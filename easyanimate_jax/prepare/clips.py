@@ -115,7 +115,7 @@ def _seconds(clip: Clip) -> float:
 
 
 def _read_frames(job: Job) -> UInt8[np.ndarray, "F H W 3"]:
-    clip, (count, *size) = job.clip, job.shape
+    clip, count, size = job.clip, job.shape[0], job.shape[1:]
     if clip.kind == "image":
         return decoders().read_image(clip.path, size)
     if job.stride:
