@@ -6,7 +6,6 @@ from typing import NamedTuple
 import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
-from jaxtyping import UInt8
 
 from easyanimate_jax.data import hdr
 from easyanimate_jax.data.pictures import BACKGROUND, Picture, cover
@@ -80,7 +79,7 @@ def _rgb(scaler: VideoReformatter, frame: av.VideoFrame, h: int, w: int) -> Pict
     return ((rgba[..., :3] * alpha + behind * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
-def _pixels(scaler, frame, h: int, w: int, layout: str) -> UInt8[np.ndarray, "h w C"]:
+def _pixels(scaler, frame, h: int, w: int, layout: str) -> np.ndarray:
     """A view of the scaler's output."""
     plane = scaler.reformat(frame, w, h, layout, interpolation=SCALING, threads=1).planes[0]
     number, kind = (4 if layout == "rgba" else 3), np.dtype("<u2" if "48" in layout else "u1")
