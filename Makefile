@@ -108,6 +108,7 @@ chaos: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/vulture
 
 clean:
 	rm -rf .venv runs build *.egg-info

@@ -1,17 +1,23 @@
 """Packaging. Extras: `tpu` and `cuda` for accelerators, `curate` to cut films, `cloud` for Google's
 goodput measurement, `dev` for tests."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 CURATE = ["scenedetect-headless==0.7.2"]
 
+VERSION = re.search('__version__ = "(.+)"', Path("easyanimate_jax/__init__.py").read_text())[1]
+
 setup(
     name="easyanimate_jax",
-    version="0.1.0",
+    version=VERSION,
     description="EasyAnimateV5 in JAX and Flax: video diffusion transformers on TPU and GPU",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["easyanimate_jax", "easyanimate_jax.*"]),
+    package_data={"easyanimate_jax": ["py.typed"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12",
@@ -47,6 +53,7 @@ setup(
             "pytest-xdist>=3",
             "beartype>=0.19",
             "ruff>=0.6",
+            "vulture>=2.14",
             "torch==2.13.0",
             "diffusers>=0.35,<1",
             "accelerate>=1.2,<2",  # with it diffusers loads without a second copy

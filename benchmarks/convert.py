@@ -46,8 +46,8 @@ rng = np.random.default_rng(0)
 noise = rng.standard_normal(2**24 + 1, np.float32).astype(ml_dtypes.bfloat16)
 fill = lambda shape: Tensor.of(np.resize(np.roll(noise, rng.integers(2**24)), shape))
 theirs = {n: fill(t.shape) for n, t in mmdit_table.to_torch(none, config, "diffusers").items()}
-files.write_shards(folder, mmdit.STEM, theirs, shard_bytes=shard_bytes)
-(folder / "config.json").write_text(json.dumps(mmdit.config_json(config, "diffusers")))
+files.write_shards(folder, mmdit_table.STEM, theirs, shard_bytes=shard_bytes)
+(folder / "config.json").write_text(json.dumps(mmdit_table.config_json(config, "diffusers")))
 """
 OURS = """
 import json

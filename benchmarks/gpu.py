@@ -16,8 +16,8 @@ from pathlib import Path
 from setting import setting
 from transformer.compare import best, measure, num_tokens, ratio
 
-from easyanimate_jax.models.mmdit import MMDiTConfig
-from easyanimate_jax.pods.predict import model_flops
+from easyanimate_jax import MMDiTConfig
+from easyanimate_jax.training.compile import model_flops
 
 RESULT = Path(__file__).parent / "results" / "gpu.md"
 # Width and dtype; grids of tokens, with the blocks of a step that are tried first.

@@ -32,8 +32,8 @@ PASSES = 4  # over the clips, in a round
 
 LATENTS = """
 import sys
-from easyanimate_jax.data.loader import Loader, keep_memory
-from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.data.loader import Loader, Pages, keep_memory
+from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records
 
 folder = sys.argv[1]
@@ -56,11 +56,11 @@ def done():
             records.readers[record // shard].read([int(record % shard)])
 """
 BATCHES = """
-loader = make_loader()
+loader, pages = make_loader(), Pages()
 
 def done():
     for step in range(steps):
-        loader.batch(step)
+        loader.batch(step, pages)
 """
 MEASURE_LATENTS = """
 import json, time

@@ -27,13 +27,18 @@ from setting import setting
 from demos import world
 from demos.generate import psnr
 from demos.score import score
-from easyanimate_jax.generation.denoising import Sampling
-from easyanimate_jax.generation.pipelines import Request, text_to_video
+from easyanimate_jax import (
+    CausalVAE,
+    MMDiT,
+    MMDiTConfig,
+    Request,
+    Sampling,
+    VAEConfig,
+    load_pipeline,
+    text_to_video,
+)
 from easyanimate_jax.models import int8
-from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
-from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.runs.config import load, to_json
-from easyanimate_jax.runs.load import load_run
 from easyanimate_jax.text.train import word_tokenizer
 from easyanimate_jax.training.checkpoint import Checkpoints
 from easyanimate_jax.training.step import TrainState
@@ -41,17 +46,17 @@ from easyanimate_jax.weights.module import save_module, with_weights
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "memory.md"
-WAYS = {  # to load_run
+WAYS = {  # to load_pipeline
     "as it is": {},
-    "`--memory low`": {"alone": True},
-    "`--memory low --weights int8`": {"alone": True, "int8": True},
+    "`--memory low`": {"low_memory": True},
+    "`--memory low --weights int8`": {"low_memory": True, "int8": True},
 }
 LOAD = """
 import json, sys
 import jax
 from easyanimate_jax.weights.conversion import peak_rss  # getrusage's outlives fork and exec
-from easyanimate_jax.runs.load import load_run
-run = load_run(sys.argv[1], **json.loads(sys.argv[2]))
+from easyanimate_jax.runs.load import load_pipeline
+run = load_pipeline(sys.argv[1], **json.loads(sys.argv[2]))
 before = peak_rss()
 assert run.encoder
 jax.block_until_ready(run.diffusion.model)
@@ -167,7 +172,7 @@ def demo(a) -> list[str]:
     """Scores of a demo's prompts in both, from the same noise."""
     videos, lines = {}, []
     for name, small in (("full", False), ("int8", True)):
-        run = load_run(a.run, int8=small)
+        run = load_pipeline(a.run, int8=small)
         samples = run.config.samples
         prompts = world.prompts("seen", a.rows, seed=samples.seed)
         request = Request(

@@ -23,11 +23,17 @@ from setting import setting
 
 from demos import world
 from demos.score import score
-from easyanimate_jax.diffusion.flow import Flow
-from easyanimate_jax.generation.denoising import Sampling
-from easyanimate_jax.generation.pipelines import LatentDiffusion, Request, decode, make_latents
-from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
-from easyanimate_jax.runs.load import load_run
+from easyanimate_jax import (
+    Flow,
+    LatentDiffusion,
+    MMDiT,
+    MMDiTConfig,
+    Request,
+    Sampling,
+    denoise_latents,
+    load_pipeline,
+)
+from easyanimate_jax.generation.pixels import decode
 
 RESULT = Path(__file__).parent / "results" / "sampling.md"
 THRESHOLDS = (0.05, 0.1, 0.2)
@@ -61,7 +67,7 @@ def main() -> None:
 
 def from_run(a):
     """(a function of sampling options that gives latents and videos, the prompts)."""
-    run = load_run(a.run)
+    run = load_pipeline(a.run)
     samples, encoder = run.config.samples, run.encoder
     prompts = world.prompts("seen", a.rows, seed=samples.seed)
     texts, negative = encoder.encode([prompt.en for prompt in prompts]), encoder.encode([""])
@@ -98,7 +104,7 @@ def latents_and_videos(diffusion, request):
 
     def make(**options):
         sampling = dataclasses.replace(request.sampling, **options)
-        latents = make_latents(diffusion, request._replace(sampling=sampling))
+        latents = denoise_latents(diffusion, request._replace(sampling=sampling))
         return latents, (lambda: decode(diffusion.vae, latents))
 
     return make

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from setting import setting
 
+from easyanimate_jax import Budget
 from easyanimate_jax.data import buckets
-from easyanimate_jax.data.buckets import Budget, Clips, choose_all, fit_budget, num_tokens
+from easyanimate_jax.data.buckets import Clips, choose_all, fit_budget, num_tokens
 from easyanimate_jax.data.plan.plan import CYCLE, Plan
 
 RESULT = Path(__file__).parent / "results" / "token_efficiency.md"
@@ -171,16 +172,7 @@ def reference(index, budget, fits, local, image_size, token_size, same_length) -
         rows *= 4 if budget.pixels // 16 >= pixels else 2 if budget.pixels // 4 >= pixels else 1
         return (rows, count, h, w), int(allowed.sum()), count * len(members)
 
-    ranks = []  # of each rank, its batches in order
-    for rank in range(RANKS):
-        queues, batches = defaultdict(list), []
-        for clip in order[rank::RANKS]:
-            queue = queues[(image[clip], aspect[clip])]
-            queue.append(clip)
-            if len(queue) == local:
-                batches.append(np.array(queue))
-                queue.clear()
-        ranks.append(batches)
+    ranks = [queued(order[rank::RANKS], image, aspect, local) for rank in range(RANKS)]
     steps = min(MOST_STEPS, min(len(batches) for batches in ranks))
     shapes, allowed, kept, means, largest = set(), 0, 0, 0.0, 0.0
     for step in range(steps):
@@ -204,6 +196,18 @@ def reference(index, budget, fits, local, image_size, token_size, same_length) -
         "wait": means / largest,
         "steps": steps,
     }
+
+
+def queued(clips: np.ndarray, image: np.ndarray, aspect: np.ndarray, size: int) -> list:
+    """A rank's batches of `size` clips in order: a queue for each kind and aspect (spec 8.3)."""
+    queues, batches = defaultdict(list), []
+    for clip in clips:
+        queue = queues[(image[clip], aspect[clip])]
+        queue.append(clip)
+        if len(queue) == size:
+            batches.append(np.array(queue))
+            queue.clear()
+    return batches
 
 
 IMAGE_RATIOS = (

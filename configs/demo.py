@@ -4,14 +4,17 @@ Token lengths stand to each other as 3328, 13312 and 53248 do: 48, 192, 768. Eve
 keeps its aspect ratio and goes through the one program of its stage's length.
 """
 
-from easyanimate_jax.data.buckets import Budget
-from easyanimate_jax.data.records import LatentSet
-from easyanimate_jax.diffusion.flow import Flow
-from easyanimate_jax.models.mmdit import MMDiTConfig
-from easyanimate_jax.runs.config import SampleConfig, TrainConfig
-from easyanimate_jax.sharding import MeshConfig
-from easyanimate_jax.training.optimizer import OptimizerConfig
-from easyanimate_jax.training.stages import Stage
+from easyanimate_jax import (
+    Budget,
+    Flow,
+    LatentSet,
+    MeshConfig,
+    MMDiTConfig,
+    OptimizerConfig,
+    SampleConfig,
+    Stage,
+    TrainConfig,
+)
 
 SMALL = Budget(48, lengths=(48,), sizes=(64,), frames=13, min_fill=0.93)
 MEDIUM = Budget(192, lengths=(192,), sizes=(80, 96, 128), frames=17, min_fill=0.93)

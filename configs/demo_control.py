@@ -7,7 +7,7 @@ row, and by its first frame.
 from dataclasses import replace
 
 from configs.demo_base import config as demo
-from easyanimate_jax.training.stages import Stage, boundaries
+from easyanimate_jax import Stage, boundaries
 
 CONTROL = {"control": ("canny", "file"), "condition_draws": 0}
 

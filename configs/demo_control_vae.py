@@ -7,7 +7,7 @@ trained on them.
 from dataclasses import replace
 
 from configs.demo_base_vae import config as demo_vae
-from easyanimate_jax.training.vae.config import VAEStage
+from easyanimate_jax import VAEStage
 
 config = replace(
     demo_vae,

@@ -4,10 +4,7 @@ films to training, not a model worth sampling."""
 from dataclasses import replace
 
 from configs.demo import config as demo
-from easyanimate_jax.data.buckets import Budget
-from easyanimate_jax.data.records import LatentSet
-from easyanimate_jax.runs.config import SampleConfig
-from easyanimate_jax.training.stages import Stage
+from easyanimate_jax import Budget, LatentSet, SampleConfig, Stage
 
 BUDGET = Budget(192, lengths=(96, 192), sizes=(96, 128), frames=9, min_fill=0.5)
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from configs.demo_vae import config as demo_vae
-from easyanimate_jax.training.vae.config import VAEStage
+from easyanimate_jax import VAEStage
 
 config = replace(
     demo_vae,

@@ -3,9 +3,7 @@
 from dataclasses import replace
 
 from configs.demo import config as demo
-from easyanimate_jax.data.buckets import Budget
-from easyanimate_jax.data.records import LatentSet
-from easyanimate_jax.runs.config import SampleConfig
+from easyanimate_jax import Budget, LatentSet, SampleConfig
 
 STAGES = {
     "image": {"steps": 150},

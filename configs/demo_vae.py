@@ -3,8 +3,7 @@
 Folded 8 x 8 it trains in half the time, and outlines come in steps of eight pixels.
 """
 
-from easyanimate_jax.models.vae import VAEConfig
-from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
+from easyanimate_jax import VAEConfig, VAEStage, VAETrainConfig
 
 config = VAETrainConfig(
     vae=VAEConfig(channels=(32, 64, 64), layers=1, unshuffle=4, norm="rms", dtype="float32"),

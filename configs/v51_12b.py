@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from configs.v5_12b import config as v5_12b
-from easyanimate_jax.diffusion.flow import Flow
-from easyanimate_jax.training.optimizer import OptimizerConfig
+from easyanimate_jax import Flow, OptimizerConfig
 
 SCHEDULE = {  # batch size, steps (spec 9.4)
     "3328_t2v": (1024, 100_000),

@@ -5,13 +5,16 @@ takes the next stage's. A bucket is a token length: every resolution and duratio
 through the one program of its bucket.
 """
 
-from easyanimate_jax.data.buckets import Budget
-from easyanimate_jax.data.records import LatentSet
-from easyanimate_jax.diffusion.ddpm import DDPM
-from easyanimate_jax.models.mmdit import MMDiTConfig
-from easyanimate_jax.runs.config import SampleConfig, TrainConfig
-from easyanimate_jax.sharding import MeshConfig
-from easyanimate_jax.training.stages import Stage
+from easyanimate_jax import (
+    DDPM,
+    Budget,
+    LatentSet,
+    MeshConfig,
+    MMDiTConfig,
+    SampleConfig,
+    Stage,
+    TrainConfig,
+)
 
 MODEL = MMDiTConfig(
     depth=48,
@@ -27,7 +30,7 @@ MODEL = MMDiTConfig(
 )
 
 IMAGES = Budget(tokens=3328, lengths=(3072, 3328), sizes=(896,), frames=1)
-BEST = 0.9  # the report says "best quality" and gives no number
+BEST = 0.981  # the report trains on about 0.5 M of its 26.6 M clips here: the best 1.9 %
 # Lengths are multiples of 256; the largest sample of each table fits the last one.
 TOKENS_3328 = Budget(tokens=3328, lengths=(3072, 3328, 3584), sizes=(256, 384, 512, 640))
 TOKENS_13312 = Budget(tokens=13312, lengths=(12544, 13312, 13824), sizes=(512, 640, 768, 896, 1024))
@@ -46,7 +49,7 @@ config = TrainConfig(
         LatentSet("3328", TOKENS_3328),
         LatentSet("13312", TOKENS_13312, min_side=720),
         LatentSet("13312_best", TOKENS_13312, min_side=720, min_quality=BEST, condition_draws=4),
-        LatentSet("53248_best", TOKENS_53248, min_side=720, min_quality=BEST, condition_draws=4),
+        LatentSet("53248_best", TOKENS_53248, min_side=720, min_quality=BEST, condition_draws=2),
     ),
     stages=(
         Stage("image", "images", batch_size=1536, microbatch=768, steps=120_000),

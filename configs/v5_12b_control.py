@@ -7,8 +7,7 @@ from dataclasses import replace
 
 from configs.v5_12b import TOKENS_13312, TOKENS_53248
 from configs.v5_12b import config as v5_12b
-from easyanimate_jax.data.records import LatentSet
-from easyanimate_jax.training.stages import Stage
+from easyanimate_jax import LatentSet, Stage
 
 config = replace(
     v5_12b,

@@ -11,9 +11,7 @@ import time
 from pathlib import Path
 
 from demos import facts, films_report, ways_report, world_report
-from easyanimate_jax.runs.config import load
-from easyanimate_jax.runs.load import load_run
-from easyanimate_jax.text.encode import TextEncoder
+from easyanimate_jax import TextEncoder, load_config, load_pipeline
 
 KINDS = {"world": world_report, "films": films_report, "ways": ways_report}
 
@@ -22,10 +20,10 @@ def main(args: list[str]) -> int:
     if len(args) < 2 or args[0] not in KINDS:
         print(__doc__, file=sys.stderr)
         return 2
-    kind, config = KINDS[args[0]], load(args[1], args[2:])
+    kind, config = KINDS[args[0]], load_config(args[1], args[2:])
     began, rows = time.time(), facts.read_metrics(config)
     folders = [config.run, config.init] if kind is ways_report else [config.run]
-    runs = [load_run(folder) for folder in folders]
+    runs = [load_pipeline(folder) for folder in folders]
     results, shown = kind.evaluate(TextEncoder.load(config.text), *runs)
     results |= facts.training_facts(config, rows)
     results["evaluation_seconds"] = round(time.time() - began, 1)

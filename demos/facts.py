@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from easyanimate_jax import boundaries
 from easyanimate_jax.evaluation import web
-from easyanimate_jax.training.stages import boundaries
 
 SMOOTH = 25  # steps
 

@@ -7,15 +7,15 @@ import numpy as np
 from demos import facts
 from demos.generate import FOLLOWING, generate, psnr, reconstruct
 from demos.score import motion
+from easyanimate_jax import Pipeline, TextEncoder, image_to_video
 from easyanimate_jax.data import media
 from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.evaluation import web
-from easyanimate_jax.generation.pipelines import image_to_video
 
 SCALE = 1.5  # of the videos on the page
 
 
-def evaluate(encoder, run) -> tuple[dict, dict]:
+def evaluate(encoder: TextEncoder, run: Pipeline) -> tuple[dict, dict]:
     """(the figures, and per held-out clip its (video, caption) pairs for the page)."""
     samples = run.config.samples
     clips, _ = read_clips(Path(run.config.source) / "heldout")

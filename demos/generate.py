@@ -1,6 +1,6 @@
 """Videos of a run: from prompts and what is given with them, and through the VAE and back.
 
-A `run` has what makes videos and the config (`runs.load_run`).
+A `run` is what `easyanimate_jax.load_pipeline` gives.
 """
 
 import math
@@ -11,9 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from easyanimate_jax.generation.denoising import Sampling
-from easyanimate_jax.generation.pipelines import Request, text_to_video
-from easyanimate_jax.text.encode import TextEncoder
+from easyanimate_jax import CausalVAE, Pipeline, Request, Sampling, TextEncoder, text_to_video
 
 ROWS = 32  # videos at once
 FOLLOWING = 1.0  # guidance where what is given says most: more pulls away from it
@@ -23,7 +21,7 @@ Videos = UInt8[np.ndarray, "B F H W 3"]
 
 
 def generate(
-    run,
+    run: Pipeline,
     encoder: TextEncoder,
     texts: list[str],
     pipeline: Callable = text_to_video,
@@ -35,7 +33,7 @@ def generate(
     `inputs` are the pipeline's further arrays, a row per text, as `start` or `video`; `guidance` is
     the config's if None.
     """
-    samples, videos = run.config.samples, []
+    samples, videos = run.samples, []
     empty = encoder.encode([""])
     for first in range(0, len(texts), ROWS):
         rows = slice(first, first + ROWS)
@@ -51,9 +49,9 @@ def generate(
     return np.concatenate(videos)
 
 
-def reconstruct(vae, videos: Videos) -> Videos:
+def reconstruct(vae: CausalVAE, videos: Videos) -> Videos:
     """Videos through the VAE and back."""
-    program = jax.jit(lambda vae, x: vae.decode(vae.encode(x)[0]))
+    program = jax.jit(lambda vae, x: vae(x))
     out = []
     for first in range(0, len(videos), RECONSTRUCTED):
         pixels = np.stack(videos[first : first + RECONSTRUCTED]).astype(np.float32) / 127.5 - 1

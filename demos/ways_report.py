@@ -25,15 +25,17 @@ from demos.score import (
     path_distance,
     score,
 )
-from easyanimate_jax.data import media
-from easyanimate_jax.data.control import canny
-from easyanimate_jax.evaluation import web
-from easyanimate_jax.generation.pipelines import (
+from easyanimate_jax import (
+    Pipeline,
+    TextEncoder,
     control_to_video,
     image_to_video,
     text_to_video,
     video_to_video,
 )
+from easyanimate_jax.data import media
+from easyanimate_jax.data.control import canny
+from easyanimate_jax.evaluation import web
 
 COUNT = 32  # clips
 SHOWN = 3  # of them, on the page
@@ -66,7 +68,7 @@ class Case(NamedTuple):
     measure: Callable[[Videos], dict[str, float]]
 
 
-def evaluate(encoder, run, inpaint) -> tuple[dict, dict]:
+def evaluate(encoder: TextEncoder, run: Pipeline, inpaint: Pipeline) -> tuple[dict, dict]:
     """(the figures, and pictures of each way with a caption, for the page).
 
     `run` is a control model, `inpaint` a model of the same world that takes pictures. Beside each
@@ -217,7 +219,7 @@ def control_cases(make, scene: Scene) -> Iterator[tuple[str, Case]]:
         yield name, Case(*videos, scene, measure)
 
 
-def drawn(run, prompts: list[world.Prompt]) -> Scene:
+def drawn(run: Pipeline, prompts: list[world.Prompt]) -> Scene:
     samples = run.config.samples
     size = samples.frames, samples.height, samples.width
     clips, paths = world.clips(prompts, *size, seed=samples.seed)
@@ -236,7 +238,13 @@ def without_motion(prompt: world.Prompt) -> world.Prompt:
 
 
 def asked(
-    run, encoder, prompts, pipeline=text_to_video, *, guidance: float, **inputs: np.ndarray
+    run: Pipeline,
+    encoder: TextEncoder,
+    prompts: list[world.Prompt],
+    pipeline: Callable = text_to_video,
+    *,
+    guidance: float,
+    **inputs: np.ndarray,
 ) -> Videos:
     return generate(run, encoder, [p.en for p in prompts], pipeline, inputs, guidance)
 

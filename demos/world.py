@@ -17,7 +17,7 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,6 +30,7 @@ from sklearn.datasets import load_digits
 
 from easyanimate_jax.data.control import trajectory_video
 from easyanimate_jax.data.media import write_png, write_video
+from easyanimate_jax.facts import SEEDS, check_fields
 
 COLOURS = {
     "red": (225, 40, 40),
@@ -93,23 +94,36 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """How many files of each kind; `large_clips` have a short side of 192 to 256 pixels.
-
-    `control` is what each clip's control video shows of its object: its path, its depth or its
-    pose, each exactly.
-    """
+    """How many files of each kind a world holds."""
 
     images: int = 400
+    """Number of pictures."""
+
     clips: int = 1000
+    """Number of clips with a short side of 64 to 128 pixels."""
+
     large_clips: int = 4
+    """Number of clips with a short side of 192 to 256 pixels."""
+
     heldout: int = 96
+    """Number of clips with combinations of attributes that no other clip shows."""
+
     seed: int = 0
+    """Seed of everything that is drawn."""
+
     control: Literal["path", "depth", "pose"] = "path"
+    """What each clip's control video shows of its object: its path, its depth or its pose, each
+    exactly."""
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            if name != "control" and value < 0:
-                raise ValueError(f"{name} is {value}: a count or seed must be 0 or more")
+        check_fields(
+            self,
+            images="[0, inf)",
+            clips="[0, inf)",
+            large_clips="[0, inf)",
+            heldout="[0, inf)",
+            seed=SEEDS,
+        )
 
 
 def caption(a: Attributes) -> Prompt:
@@ -364,13 +378,6 @@ def _write_folder(
             write_png(out / row["file_path"], render(prompt.attributes, 1, height, width, rng)[0])
         rows += [row | {"text": text} for text in (prompt.en, prompt.zh)]
     (out / "metadata.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0), "utf-8")
-
-
-def read_prompts(folder: Path) -> list[tuple[Path, Prompt]]:
-    """The files of a world's folder with what they show."""
-    rows = json.loads((folder / "metadata.json").read_text("utf-8"))
-    known = {p.en: p for p in every_prompt()}
-    return [(folder / row["file_path"], known[row["text"]]) for row in rows[::2]]
 
 
 def every_prompt() -> Iterator[Prompt]:

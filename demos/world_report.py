@@ -12,15 +12,15 @@ import numpy as np
 from demos import facts, world
 from demos.generate import FOLLOWING, generate, psnr, reconstruct
 from demos.score import CHANCE, first_frame_error, motion, score
+from easyanimate_jax import Pipeline, TextEncoder, image_to_video
 from easyanimate_jax.evaluation import web
-from easyanimate_jax.generation.pipelines import image_to_video
 
 COUNTS = {"seen": 32, "heldout": 96}  # prompts per language, whole groups of `ROWS`
 SHOWN = 6  # sample videos of each kind on the page
 NAMES = ("colour", "background", "direction", "speed", "shape", "joint")
 
 
-def evaluate(encoder, run) -> tuple[dict, dict]:
+def evaluate(encoder: TextEncoder, run: Pipeline) -> tuple[dict, dict]:
     """(the scores, and (video, caption) pairs for the page by kind)."""
     samples = run.config.samples
     results, shown = {"scores": {}, "chance": CHANCE}, {}

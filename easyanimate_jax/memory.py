@@ -6,9 +6,10 @@ import os
 
 import jax
 
+logger = logging.getLogger(__name__)
+
 GB = 1e9
 PACKED = 2**22  # bytes a CPU device copies a product's operands into, which XLA does not plan
-_TOLD: set[str] = set()  # what the log has: a program may run often
 
 
 def device_memory() -> int:
@@ -61,6 +62,4 @@ def check_fit(what: str, function, *args, **options) -> None:
     )
     if used + more > limit:
         raise ValueError(f"{line}: {advice}, or read the parts one after another")
-    if what not in _TOLD:
-        _TOLD.add(what)
-        logging.getLogger(__name__).info(line)
+    logger.info(line, extra={"once": what})  # a program may run often

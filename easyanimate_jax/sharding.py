@@ -2,6 +2,15 @@
 
 Weights and activations name their axes where they are made (`models/layers.py`); only this file
 knows which mesh axis a name means. A new strategy is a new row, or a new mesh shape.
+
+`shardings(mesh, model)` gives the sharding of every weight, and refuses a mesh that does not divide
+one. Flax's own `nnx.get_named_sharding(model, mesh)` gives the same where it knows the table:
+
+    with nnx.logical_axis_rules(tuple(RULES.items())):
+        nnx.get_named_sharding(model, mesh)
+
+`jax.experimental.mesh_utils` is used because `jax.make_mesh` takes neither several slices nor an
+axis that is part of a torus direction.
 """
 
 import math
@@ -14,8 +23,9 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from easyanimate_jax.facts import MESH_AXES, check_fields
+
 AnyMesh = Mesh | AbstractMesh  # the latter of devices that need not be there
-MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # Weights are split over both of their dimensions, so that gathering them stays an all-gather
@@ -38,21 +48,42 @@ ALL_ROWS = ("data", "fsdp", "context")  # over these the devices hold different 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; `fsdp=-1` takes every device the other axes leave."""
+    """Devices along each mesh axis; their product is the number of devices."""
 
     data: int = 1
+    """Devices that hold copies of the weights and different rows; the only axis that may cross the
+    network between TPU slices."""
+
     fsdp: int = -1
+    """Devices that share out the weights and hold different rows; -1 takes every device that the
+    other axes leave."""
+
     context: int = 1
+    """Devices that share out the tokens of a row, or rows where there are enough of them."""
+
     tensor: int = 1
+    """Devices that share out the heads of attention and the columns of the MLP."""
+
+    def __post_init__(self):
+        check_fields(
+            self, data="[1, inf)", fsdp="-1 or [1, inf)", context="[1, inf)", tensor="[1, inf)"
+        )
 
     def shape(self, num_devices: int) -> tuple[int, int, int, int]:
         """The mesh shape on `num_devices` devices. Raises ValueError where they do not divide."""
         given = self.data * self.context * self.tensor
-        fsdp = num_devices // given if self.fsdp == -1 else self.fsdp
-        if given * fsdp != num_devices:
+        if min(self.data, self.context, self.tensor) < 1 or (self.fsdp < 1 and self.fsdp != -1):
+            raise ValueError(f"{self}: an axis has 1 device or more; fsdp=-1 takes those left.")
+        if self.fsdp == -1 and num_devices % given:
             raise ValueError(
                 f"{self} asks for {given} x fsdp devices, and there are {num_devices}. "
                 f"Choose data, context and tensor whose product divides {num_devices}."
+            )
+        fsdp = num_devices // given if self.fsdp == -1 else self.fsdp
+        if given * fsdp != num_devices:
+            raise ValueError(
+                f"{self} asks for {given * fsdp} devices, and there are {num_devices}. "
+                f"Choose axes whose product is {num_devices}, or fsdp=-1 for those that are left."
             )
         return (self.data, fsdp, self.context, self.tensor)
 

@@ -22,8 +22,11 @@ def flip_a_bit(folder):
     largest.write_bytes(data)
 
 
-def write_run(folder, models, vae="weights/vae", text="weights", process=FLOW):
-    """A run folder with checkpoints 3 and 7; `models` are the raw and averaged weights at 7."""
+def write_run(folder, models, vae="weights/vae", text="weights", process=FLOW, prints=None):
+    """A run folder with checkpoints 3 and 7; `models` are the raw and averaged weights at 7.
+
+    `prints` are the fingerprints of the VAE and the text encoders that it was trained with.
+    """
     config = replace(
         load("configs/demo.py"),
         model=replace(models[0].config, in_channels=16),
@@ -33,6 +36,7 @@ def write_run(folder, models, vae="weights/vae", text="weights", process=FLOW):
     )
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
     meta = {"in_channels": models[0].config.in_channels, "config": json.loads(to_json(config))}
+    meta["weights"] = prints or {}
     zero = jax.numpy.zeros((), jax.numpy.int32)
     for step, (raw, ema) in ((3, models[::-1]), (7, models)):
         checkpoints.save(step, TrainState(zero, zero, raw, ema, ()), meta)

@@ -13,7 +13,14 @@ from disk import flip_a_bit
 
 from easyanimate_jax.commands.checkpoint import main
 from easyanimate_jax.training import checkpoint
-from easyanimate_jax.training.checkpoint import Checkpoints, NotFiniteError, StorageError
+from easyanimate_jax.training.checkpoint import (
+    Checkpoints,
+    NotFiniteError,
+    StorageError,
+    describe,
+    differing,
+    named_leaves,
+)
 from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.weights import orbax_item, run_folder
 
@@ -144,6 +151,20 @@ def test_the_last_good_step_is_used_and_the_damaged_set_aside(copy, capsys):
     assert "4  ema." in output and "4.corrupt" in output and "2  only  verified" in output
 
 
+def test_every_array_that_came_back_other_is_named():
+    parts = {
+        "state": {"step": jnp.int32(3), "model": {"a": jnp.arange(4.0), "b": jnp.ones((2, 2))}},
+        "ema": {"a": jnp.zeros(3)},
+    }
+    arrays = {item: describe(named_leaves(part)) for item, part in parts.items()}
+    assert differing({"arrays": arrays}, parts) == []
+    leaves, structure = jax.tree.flatten(parts)
+    names = ["ema.a", "state.model.a", "state.model.b", "state.step"]
+    for number, name in enumerate(names):
+        other = [x.at[(0,) * x.ndim].add(i == number) for i, x in enumerate(leaves)]
+        assert differing({"arrays": arrays}, jax.tree.unflatten(structure, other)) == [name]
+
+
 def test_diff_names_the_arrays(saved, capsys):
     assert main(["diff", str(saved), "2", "4"]) == 1
     assert "5 of 7 arrays differ" in capsys.readouterr().out
@@ -162,8 +183,20 @@ def test_a_state_that_is_not_finite_is_not_saved(copy):
 
 
 def test_kept_are_the_last_the_boundaries_and_the_multiples(tmp_path):
-    write(tmp_path, range(1, 12), keep=1, keep_steps=(3,), keep_every=5)
+    write(tmp_path, range(1, 12), keep=1, keep_if=lambda meta: meta["step"] == 3, keep_every=5)
     assert run_folder.complete_steps(tmp_path) == [3, 5, 10, 11]
+
+
+def test_opening_deletes_nothing_and_what_is_protected_stays(tmp_path):
+    write(tmp_path, range(1, 5), keep=4)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    assert run_folder.complete_steps(tmp_path) == [1, 2, 3, 4]
+    checkpoints.protect()
+    checkpoints.save(5, make_state(5), META | {"step": 5})
+    checkpoints.save(6, make_state(6), META | {"step": 6})
+    checkpoints.save(7, make_state(7), META | {"step": 7})
+    checkpoints.close(7)
+    assert run_folder.complete_steps(tmp_path) == [1, 2, 3, 4, 6, 7]
 
 
 def test_nothing_is_deleted_for_what_is_not_verified(tmp_path, monkeypatch):
@@ -186,7 +219,7 @@ def test_leftovers_of_a_kill_are_removed(copy):
     assert sorted(p.name for p in folder.iterdir()) == ["2", "4"]
 
 
-def test_a_full_disk_costs_the_save_and_nothing_else(copy, monkeypatch, capsys):
+def test_a_full_disk_costs_the_save_and_nothing_else(copy, monkeypatch, caplog):
     free = namedtuple("usage", "total used free")
     checkpoints = Checkpoints(copy / "checkpoints", keep=3)
     with monkeypatch.context() as patch:
@@ -196,7 +229,7 @@ def test_a_full_disk_costs_the_save_and_nothing_else(copy, monkeypatch, capsys):
     checkpoints.save(10, make_state(10), META | {"step": 10})
     checkpoints.close(10)
     assert run_folder.complete_steps(copy / "checkpoints") == [2, 4, 10]
-    assert "checkpoint 6 was not saved" in capsys.readouterr().out
+    assert "checkpoint 6 was not saved" in caplog.text
     assert_is(read(copy / "checkpoints"), 10)
 
 
@@ -229,12 +262,12 @@ def test_another_model_is_refused_and_nothing_set_aside(copy):
     assert run_folder.complete_steps(copy / "checkpoints") == [2, 4]
 
 
-def test_a_checkpoint_from_before_fingerprints_is_used_and_said_to_be(copy, capsys):
+def test_a_checkpoint_from_before_fingerprints_is_used_and_said_to_be(copy, caplog):
     for step in ("2", "4"):
         file = copy / "checkpoints" / step / "meta" / "metadata"
         meta = json.loads(file.read_text())
         del meta["digest"], meta["arrays"]
         file.write_text(json.dumps(meta))
     assert_is(read(copy / "checkpoints"), 4)
-    assert "checkpoint 4 is from before fingerprints: used unverified" in capsys.readouterr().out
+    assert "checkpoint 4 is from before fingerprints: used unverified" in caplog.text
     assert main(["verify", str(copy)]) == 1

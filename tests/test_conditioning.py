@@ -10,11 +10,12 @@ from easyanimate_jax.diffusion.conditioning import (
     guide,
     inpaint_condition,
     masked_video,
+    noised_reference,
     random_mask,
     reference_noise,
-    reference_strength,
     resize_mask,
 )
+from easyanimate_jax.prepare import clips
 
 FRAMES, HEIGHT, WIDTH = 17, 32, 48
 
@@ -84,9 +85,32 @@ def test_unknown_pixels_are_exactly_minus_one_and_stay_so():
     assert (change != 0).all() and abs(change.std() - 0.5) < 0.05
 
 
-def test_training_noise_is_log_normal():
-    logs = jnp.log(reference_strength(jax.random.key(0), 20_000))
-    assert abs(logs.mean() + 3) < 0.02 and abs(logs.std() - 0.5) < 0.02
+@pytest.fixture(scope="module")
+def conditions():
+    """What `prepare` and training draw of a grey clip with black spots, a generator each."""
+    video = np.zeros((5, 16, 16, 3), np.float32)
+    video[:, 3:5, 3:5] = -1  # black, although it may be given
+    return [clips._condition(np.random.default_rng([7, seed]), video) for seed in range(3000)]
+
+
+def test_training_noise_is_log_normal_and_drawn_for_each_clip(conditions):
+    known = [c.given[c.given != -1] for c in conditions]
+    logs = np.log([values.std() for values in known if values.size > 500])
+    assert len(logs) > 1500
+    error = 0.5 / np.sqrt(len(logs))
+    assert abs(logs.mean() + 3) < 3 * error and abs(logs.std() - 0.5) < 3 * error
+
+
+def test_training_noise_spares_unknown_and_black_pixels(conditions):
+    rng, mask = np.random.default_rng(0), np.ones((5, 16, 16, 1), np.float32)
+    mask[0] = 0
+    video = rng.uniform(-0.9, 1, (5, 16, 16, 3)).astype(np.float32)
+    video[0, 0, 0] = -1  # black, although given
+    given = noised_reference(rng, video, mask)
+    assert given.dtype == np.float32
+    assert (given[1:] == -1).all() and (given[0, 0, 0] == -1).all()
+    assert (given[0].ravel()[3:] != video[0].ravel()[3:]).all()
+    assert all((c.given[:, 3:5, 3:5] == -1).all() for c in conditions)
 
 
 def test_guidance_of_one_is_the_conditional_prediction():

@@ -22,13 +22,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from easyanimate_jax.commands.convert import main
 from easyanimate_jax.data.buckets import grid_of
 from easyanimate_jax.diffusion.ddpm import DDPM, SIGNAL_POWER
-from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.generation import pipelines
-from easyanimate_jax.generation.denoising import Sampling
-from easyanimate_jax.generation.pipelines import LatentDiffusion, Request
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, unpatchify
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.weights.folder import load_mmdit, load_vae
+from easyanimate_jax.runs.load import load_pipeline
 from easyanimate_jax.weights.module import abstract, build, save_module, shapes_of
 
 SIZE = FRAMES, HEIGHT, WIDTH = 9, 32, 48
@@ -117,12 +114,26 @@ def parts(tmp_path_factory):
 
 
 def exported(tmp_path, parts, model):
-    """A run of `model` as a diffusers folder, and the same folder as loaded back by us."""
+    """A run of `model` as a diffusers folder."""
     write_run(tmp_path / "run", [model, model], vae=parts / "vae", text=parts)
     command = [str(tmp_path / "run"), str(tmp_path / "mine"), "--to", "diffusers"]
     assert main(command) == 0
-    folder = tmp_path / "mine"
-    return folder, load_mmdit(folder, dtype="float32"), load_vae(folder, dtype="float32")
+    return tmp_path / "mine"
+
+
+def loaded(folder):
+    """A folder as `load_pipeline` reads it, asked for what `OPTIONS` ask of diffusers."""
+    return partial(
+        load_pipeline(folder, dtype="float32"),
+        PROMPT,
+        negative_prompt=NEGATIVE,
+        frames=FRAMES,
+        height=HEIGHT,
+        width=WIDTH,
+        steps=STEPS,
+        guidance=GUIDANCE,
+        seed=SEED,
+    )
 
 
 def noise_of(seed):
@@ -130,11 +141,6 @@ def noise_of(seed):
     grid = grid_of(*SIZE)
     tokens = pipelines._noise(np.array([seed], np.uint32), (int(np.prod(grid)), 64))
     return torch.tensor(rearrange(np.array(unpatchify(tokens, grid)), "B T h w C -> B C T h w"))
-
-
-def states_of(pipe, prompt):
-    states, *_ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
-    return (states.detach().numpy(),)
 
 
 def assert_same_video(theirs, ours):
@@ -157,25 +163,17 @@ OPTIONS = {
 }
 
 
-def request(pipe):
-    return Request(
-        states_of(pipe, PROMPT),
-        states_of(pipe, NEGATIVE),
-        size=(FRAMES, HEIGHT, WIDTH),
-        seeds=[SEED],
-        sampling=Sampling(steps=STEPS, guidance=GUIDANCE),
-    )
-
-
 def test_diffusers_makes_our_video_from_an_exported_run(tmp_path, parts):
-    folder, model, vae = exported(tmp_path, parts, random_module(MMDiT, MODEL))
+    folder = exported(tmp_path, parts, random_module(MMDiT, MODEL))
     pipe = DiffusionPipeline.from_pretrained(folder)
     assert type(pipe) is EasyAnimatePipeline
     pipe = EasyAnimatePipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe(PROMPT, negative_prompt=NEGATIVE, latents=noise_of(SEED), **OPTIONS).frames
-    ours = pipelines.text_to_video(LatentDiffusion(model, vae, Flow()), request(pipe))
-    assert_same_video(theirs, ours)
+    ours = loaded(folder)()
+    assert_same_video(theirs, ours[None])
+    pipe.save_pretrained(tmp_path / "theirs")  # as released: by diffusers itself
+    np.testing.assert_array_equal(loaded(tmp_path / "theirs")(), ours)
 
 
 def test_diffusers_makes_our_video_from_a_picture(tmp_path, parts, monkeypatch):
@@ -186,15 +184,15 @@ def test_diffusers_makes_our_video_from_a_picture(tmp_path, parts, monkeypatch):
     pipeline alone in this version; row 7 only 16-channel models.
     """
     model = random_module(MMDiT, MMDiTConfig(**{**MODEL.__dict__, "in_channels": 33}))
-    folder, model, vae = exported(tmp_path, parts, model)
+    folder = exported(tmp_path, parts, model)
     pipe = EasyAnimateInpaintPipeline.from_pretrained(folder)
     assert type(DiffusionPipeline.from_pretrained(folder)) is EasyAnimateInpaintPipeline
     pipe.set_progress_bar_config(disable=True)
     latents = noise_of(SEED)
     monkeypatch.setattr(pipe, "prepare_latents", lambda *a, **k: (latents, latents))
 
-    picture = np.random.default_rng(1).integers(0, 256, (1, HEIGHT, WIDTH, 3), np.uint8)
-    video = torch.tensor(np.tile(picture[:, None], (1, FRAMES, 1, 1, 1)) / np.float32(255))
+    picture = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    video = torch.tensor(np.tile(picture, (1, FRAMES, 1, 1, 1)) / np.float32(255))
     mask = torch.full((1, 1, FRAMES, HEIGHT, WIDTH), 255.0)
     mask[:, :, 0] = 0
     theirs = pipe(
@@ -205,11 +203,10 @@ def test_diffusers_makes_our_video_from_a_picture(tmp_path, parts, monkeypatch):
         noise_aug_strength=0.0,
         **OPTIONS,
     ).frames
-    parts = LatentDiffusion(model, vae, Flow()), request(pipe)
-    make = partial(pipelines.image_to_video, *parts, picture_noise=0.0)
-    ours = make(start=picture)
-    assert_same_video(theirs, ours)
-    assert np.abs(ours - make(start=255 - picture).astype(np.float32)).mean() > 1
+    make = partial(loaded(folder), picture_noise=0.0)
+    ours = make(image=picture)
+    assert_same_video(theirs, ours[None])
+    assert np.abs(ours - make(image=255 - picture).astype(np.float32)).mean() > 1
 
 
 def test_text_encoder_tokenizer_and_scheduler_come_along(tmp_path, parts):

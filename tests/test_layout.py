@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "easyanimate_jax"
 ROWS = [
+    {"facts"},
     {"diffusion", "sharding", "memory", "processes"},
     {"models"},
     {"weights"},

@@ -16,7 +16,7 @@ from easyanimate_jax.generation.pipelines import Request, text_to_video, video_t
 from easyanimate_jax.models import int8
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.runs.load import Resident, as_computed, load_run
+from easyanimate_jax.runs.load import Resident, as_computed, load_pipeline
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.text.encode import TextEncoder
 
@@ -36,12 +36,12 @@ def request(run):
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    run = load_run(folder)
+    run = load_pipeline(folder)
     return text_to_video(run.diffusion, request(run))
 
 
 def test_parts_that_take_turns_make_the_same_video(folder, whole):
-    run = load_run(folder, alone=True)
+    run = load_pipeline(folder, low_memory=True)
     np.testing.assert_array_equal(text_to_video(run.diffusion, request(run)), whole)
 
 
@@ -77,7 +77,7 @@ def test_a_vae_of_half_size_kernels_makes_the_same_bits():
 
 def test_a_way_keeps_no_part(folder):
     """VAE, transformer and VAE again: each is gone when the next comes."""
-    run = load_run(folder, alone=True)
+    run = load_pipeline(folder, low_memory=True)
     asked, alive = request(run), {}
     for name, reader in dict(run.diffusion._read).items():
 
@@ -95,8 +95,8 @@ def test_a_way_keeps_no_part(folder):
 
 
 def test_kernels_of_eight_bits_are_a_quarter_and_change_little(folder, whole):
-    run = load_run(folder, int8=True)
-    full = sum(x.nbytes for x in jax.tree.leaves(load_run(folder).diffusion.model.blocks))
+    run = load_pipeline(folder, int8=True)
+    full = sum(x.nbytes for x in jax.tree.leaves(load_pipeline(folder).diffusion.model.blocks))
     small = sum(x.nbytes for x in jax.tree.leaves(run.diffusion.model.blocks))
     assert small < 0.3 * full
     video = text_to_video(run.diffusion, request(run)).astype(int)
@@ -117,12 +117,12 @@ def test_a_channel_of_zeros_stays_zero_and_no_weight_is_off_by_more_than_half_a_
 
 def test_weights_of_eight_bits_are_for_one_device(folder):
     with jax.set_mesh(make_mesh(MeshConfig())), pytest.raises(ValueError, match="one device"):
-        load_run(folder, int8=True)
+        load_pipeline(folder, int8=True)
 
 
 def test_a_run_on_a_mesh_makes_the_same_video(folder, whole):
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, context=2))):
-        run = load_run(folder)
+        run = load_pipeline(folder)
         kernel = run.diffusion.model.blocks[0].video.mlp.up.kernel.get_value()
         assert len(kernel.sharding.device_set) == 8
         video = text_to_video(run.diffusion, request(run))

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from easyanimate_jax.data.loader import Loader
+from easyanimate_jax.data.loader import Loader, Pages
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import INDEX_TYPES, Records, Writer, write_texts
 
@@ -155,28 +156,40 @@ def test_a_set_without_conditions_refuses_i2v(records):
         loader(bare, task="i2v")
 
 
-@pytest.mark.parametrize("hosts", [1, 3])
-def test_hosts_build_their_own_rows_of_the_same_batch(records, hosts, monkeypatch):
+@pytest.mark.parametrize("shares", [[{0, 1, 2}], [{0}, {1}, {2}], [{0, 2}, {1}]])
+def test_hosts_build_their_own_rows_of_the_same_batch(records, shares, monkeypatch):
     read = []
     monkeypatch.setattr(Records, "__getitem__", _noting(Records.__getitem__, read))
     _, whole = loader(records, task="i2v").batch(5)
     parts, counts = [], []
-    for host in range(hosts):
-        rows = (3 * host // hosts, 3 * (host + 1) // hosts)
+    for rows in shares:
         read.clear()
         parts.append((rows, loader(records, task="i2v", rows=rows).batch(5)[1]))
         counts.append(len(read))
-    assert sum(counts) == 7 and max(counts) <= -(-9 // hosts)
+    assert sum(counts) == 7  # of nine rows seven are real, each read once
+    assert all(n <= 3 * len(rows) for n, rows in zip(counts, shares, strict=True))
     for rows, part in parts:
         for ours, theirs in zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True):
             assert ours.shape == theirs.shape
-            np.testing.assert_array_equal(ours[:, slice(*rows)], theirs[:, slice(*rows)])
+            np.testing.assert_array_equal(ours[:, sorted(rows)], theirs[:, sorted(rows)])
         np.testing.assert_array_equal(part.lengths, whole.lengths)
+
+
+def test_the_rows_of_a_batch_are_read_at_the_same_time(records, monkeypatch):
+    """Seven reads wait for each other: one after another they would wait for ever."""
+    together, read = threading.Barrier(7, timeout=30), Records.__getitem__
+
+    def wait(self, record):
+        together.wait()
+        return read(self, record)
+
+    monkeypatch.setattr(Records, "__getitem__", wait)
+    loader(records, task="i2v").batch(5)
 
 
 def test_a_process_that_holds_padding_alone_has_the_shapes_of_the_others(records):
     _, whole = loader(records, task="i2v", microbatch=9).batch(5)  # of nine rows seven are real
-    _, part = loader(records, task="i2v", microbatch=9, rows=(7, 9)).batch(5)
+    _, part = loader(records, task="i2v", microbatch=9, rows={7, 8}).batch(5)
     for ours, theirs in zip(jax.tree.leaves(part), jax.tree.leaves(whole), strict=True):
         assert ours.shape == theirs.shape
         np.testing.assert_array_equal(ours[:, 7:], theirs[:, 7:])
@@ -259,7 +272,8 @@ def global_batches(folder, state, hosts, workers, steps):
         plan = Plan(records.index, lengths=LENGTHS, batch_size=BATCH, seed=3, name="many")
         assert state["plan"] in (plan.hash, None)
         rows = (BATCH * host // hosts, BATCH * (host + 1) // hosts)
-        one = Loader(records, plan, task="t2v", microbatch=BATCH, text_drop=0.1, rows=rows)
+        held = range(*rows)
+        one = Loader(records, plan, task="t2v", microbatch=BATCH, text_drop=0.1, rows=held)
         batches = itertools.islice(one.batches(state["step"], workers), steps)
         parts.append([(length, b.mean[0, slice(*rows), 0] @ SHIFT) for length, b in batches])
     whole = []
@@ -329,7 +343,7 @@ PARENT = """
 import multiprocessing, time
 from pathlib import Path
 from easyanimate_jax.data.loader import Loader
-from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records
 
 if __name__ == "__main__":
@@ -367,3 +381,15 @@ def alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and nobody asked how does not."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_memory_is_used_again_only_when_no_view_of_it_is_left():
+    pages, place = Pages(), lambda array: array.__array_interface__["data"][0]
+    first = pages.array((2, 3), np.float32)
+    home, view = place(first), first.reshape(-1)[1:]
+    del first
+    other = pages.array((3, 2), np.float32)
+    assert place(other) != home
+    del view
+    assert place(pages.array((12,), np.float16)) == home
+    assert place(Pages().array((2, 3), np.float32)) not in (home, place(other))

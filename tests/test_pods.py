@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from arrays import count_parameters
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.v5_12b import config as v5_12b
@@ -17,7 +18,6 @@ from easyanimate_jax.commands.aot import main
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.models.attention import splash
-from easyanimate_jax.models.mmdit import count_parameters
 from easyanimate_jax.pods import hlo
 from easyanimate_jax.pods.chips import chip_of
 from easyanimate_jax.pods.compile import compile_step, suggest_mesh, topology_devices

@@ -1,13 +1,21 @@
 """Processes find each other, and the manifests start what is there, as text."""
 
+import logging
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from easyanimate_jax.processes import meeting_point, several_processes
+from easyanimate_jax.processes import (
+    join,
+    meeting_point,
+    own_gpus,
+    several_processes,
+    start_logging,
+)
 from easyanimate_jax.runs.config import load
 
 LAUNCH = Path(__file__).parent.parent / "docs" / "launch"
@@ -43,6 +51,105 @@ def test_what_is_not_told_is_asked_of_the_cluster():
     }
     local = meeting_point({"JAX_COORDINATOR_ADDRESS": "127.0.0.1:12"})
     assert local["coordinator_bind_address"] == "127.0.0.1:12"  # nobody else can reach it
+
+
+STEP = SLURM | {"SLURM_STEP_NODELIST": "node[1-8]", "SLURM_NODEID": "3", "SLURM_LOCALID": "0"}
+ALL = "0,1,2,3,4,5,6,7"
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus"),
+    [
+        ({}, None),
+        ({"SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "8"}, None),  # a script under sbatch
+        ({"SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, range(8)),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": ALL}, range(8)),
+        ({"SLURM_GPUS_ON_NODE": "h100:8"}, range(8)),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, range(4)),
+        (
+            {
+                "SLURM_GPUS_ON_NODE": "8",
+                "CUDA_VISIBLE_DEVICES": ALL,
+                "SLURM_STEP_TASKS_PER_NODE": "8(x8)",
+                "SLURM_LOCALID": "5",
+            },
+            [5],
+        ),
+        (
+            {
+                "SLURM_GPUS_ON_NODE": "8",
+                "CUDA_VISIBLE_DEVICES": "5",  # Slurm binds a GPU to each task
+                "SLURM_STEP_TASKS_PER_NODE": "8(x8)",
+                "SLURM_LOCALID": "5",
+            },
+            [0],
+        ),
+        (
+            {
+                "SLURM_GPUS_ON_NODE": "8",
+                "SLURM_STEP_TASKS_PER_NODE": "1,2(x7)",
+                "SLURM_LOCALID": "1",
+            },
+            [4, 5, 6, 7],
+        ),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, None),  # hosts without GPUs
+    ],
+)
+def test_a_process_takes_its_share_of_the_gpus_of_its_host(environment, gpus):
+    step = STEP if "SLURM_STEP_NODELIST" not in environment else {}
+    given = environment if gpus is None and "SLURM_LOCALID" in environment else step | environment
+    found = own_gpus(given if environment else {})
+    assert found == (None if gpus is None else list(gpus))
+
+
+def test_gpus_that_tasks_cannot_share_are_refused():
+    three = {"SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "3(x8)"}
+    with pytest.raises(ValueError, match=r"3 tasks of this host share 8 GPUs.*ntasks-per-node=1"):
+        own_gpus(STEP | three)
+
+
+@pytest.mark.parametrize("task", range(8))
+def test_eight_hosts_of_eight_gpus_are_all_used(task, monkeypatch):
+    """The environment of docs/launch/slurm.sbatch, through `join` to JAX's own initialisation."""
+    told = {}
+    monkeypatch.setattr("jax.distributed.initialize", lambda **given: told.update(given))
+    step = STEP | {"SLURM_JOB_ID": "7", "SLURM_PROCID": str(task), "SLURM_NODEID": str(task)}
+    step |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "1(x8)"}
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    join()
+    assert told == {"heartbeat_timeout_seconds": 10, "local_device_ids": list(range(8))}
+
+
+@pytest.fixture
+def logger(monkeypatch):
+    logger = logging.getLogger("easyanimate_jax")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    yield logger.getChild("models")
+    logger.setLevel(logging.NOTSET)  # it forgets what it knows of levels
+
+
+def test_a_command_shows_what_the_package_logs_and_a_program_once(logger, capsys, monkeypatch):
+    start_logging()
+    start_logging()  # again, as a second command in one process
+    logger.debug("unseen")
+    for name in ("one", "one", "two"):
+        logger.info(f"{name} takes 1 GB", extra={"once": name})
+        logger.warning(f"{name} again")
+    lines = ["one takes 1 GB", "one again", "one again", "two takes 1 GB", "two again"]
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == lines and not shown.out
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    logger.info("at last")
+    assert capsys.readouterr().err == "\r\x1b[Kat last\n"
+
+
+def test_of_several_processes_each_log_line_names_its_own(logger, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "10.0.0.1:1234")
+    start_logging()
+    logger.info("here")
+    assert capsys.readouterr().err == "[0] here\n"
 
 
 def test_the_job_set_asks_for_the_chips_of_its_config():

@@ -1,5 +1,9 @@
 """Shards are written whole, read by id, and never silently short."""
 
+import resource
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -58,6 +62,35 @@ def test_a_damaged_shard_is_named_when_the_set_is_opened(folder, damage):
     )
     with pytest.raises(ValueError, match=r"shard-00002.*damaged"):
         Records(folder)
+
+
+def test_few_shards_are_open_at_once_and_all_read(tmp_path, monkeypatch):
+    writer = Writer(tmp_path / "set", {})
+    for i in range(9):
+        writer.write(i, [record(i)], [row(i)])
+    writer.finish(9)
+    monkeypatch.setattr(records, "READERS", 2)
+    monkeypatch.setattr(records, "LOOKED_INTO", 0)
+    read = Records(tmp_path / "set")
+    assert not read.readers  # nothing is opened before it is needed
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: read[i]["mean"][0, 0], [*range(9)] * 5))
+    assert found == [*range(9)] * 5 and len(read.readers) <= 2
+
+
+def test_a_process_without_free_files_is_told_so(folder):
+    """Not that a shard is damaged, which would have it removed."""
+    read = Records(folder)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Path("/dev/null").open() as file:
+        free = file.fileno()  # the lowest number, which the next file gets
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        with pytest.raises(OSError, match=r"no more files; raise `ulimit -n`"):
+            read[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(read[0]["text0"]) == 1
 
 
 def test_a_flipped_bit_is_named_when_the_record_is_read(tmp_path):

@@ -166,7 +166,7 @@ REFUSED = [
 @pytest.mark.parametrize(("arguments", "message"), REFUSED)
 def test_what_cannot_work_is_refused_in_one_line(run, arguments, message, capfd, monkeypatch):
     loaded = []
-    monkeypatch.setattr(load, "load_run", loaded.append)
+    monkeypatch.setattr(load, "load_pipeline", loaded.append)
     assert run(*arguments) == 2
     line = capfd.readouterr().err
     assert line.startswith("sample.py: ") and line.count("\n") == 1
@@ -220,7 +220,7 @@ class Encoder:
 @pytest.fixture
 def working(run, loaded, monkeypatch):
     """`run`, with a tiny model in the checkpoint and a stub for the text encoders."""
-    monkeypatch.setattr(load, "load_run", lambda folder, **options: loaded)
+    monkeypatch.setattr(load, "load_pipeline", lambda folder, **options: loaded)
     return lambda *arguments: run("run", "--steps", 2, *arguments)
 
 
@@ -249,8 +249,7 @@ def test_pictures_begin_and_end_a_video(working, tmp_path):
     assert set(sidecar["files_sha256"]) == {"image", "end-image"}
 
 
-def test_what_programs_take_is_told_before_they_run(working, monkeypatch, caplog):
-    monkeypatch.setattr(memory, "_TOLD", set())
+def test_what_programs_take_is_told_before_they_run(working, caplog):
     assert working("--prompt", "x", "--guidance", 1) == 0
     told = [record.message for record in caplog.records]
     assert [re.sub(r" takes [0-9.]+ GB of .*", "", line) for line in told] == [
@@ -356,7 +355,7 @@ def test_every_kind_of_request_finds_its_pipeline(run, tmp_path, monkeypatch):
         note(f"{name}_to_video")
     note("long_video")
     loaded = SimpleNamespace(step=7, encoder=Encoder(), diffusion=SimpleNamespace(model=0, vae=0))
-    monkeypatch.setattr(load, "load_run", lambda folder, **options: loaded)
+    monkeypatch.setattr(load, "load_pipeline", lambda folder, **options: loaded)
     requests = [
         ("run", [], ("text_to_video", set())),
         ("run", ["--image", "start.png"], ("image_to_video", {"start"})),

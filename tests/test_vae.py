@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import flat_weights
 from flax import nnx
 
+from easyanimate_jax.facts import LATENT_CHANNELS
 from easyanimate_jax.models import causal_conv
 from easyanimate_jax.models import vae as vae_module
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.weights.folder import load_vae
 from easyanimate_jax.weights.lazy import Tensor
-from easyanimate_jax.weights.module import abstract, build, flat_weights, save_module, shapes_of
+from easyanimate_jax.weights.module import abstract, build, save_module, shapes_of
 from easyanimate_jax.weights.table import their_shape, to_ours
 from easyanimate_jax.weights.vae_table import table
 
@@ -126,7 +128,7 @@ def pair():
         block_out_channels=TINY.channels,
         layers_per_block=TINY.layers,
         norm_num_groups=TINY.groups,
-        latent_channels=TINY.latent_channels,
+        latent_channels=LATENT_CHANNELS,
     ).eval()
     state = {name: value.numpy() for name, value in theirs.state_dict().items()}
     return converted(state, TINY), theirs

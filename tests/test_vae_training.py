@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import flat_weights
 from PIL import Image
 from test_loop import finish, start
 
@@ -31,7 +32,6 @@ from easyanimate_jax.training.vae.crops import Crops, pixels, split_clips
 from easyanimate_jax.training.vae.loop import Position, train
 from easyanimate_jax.training.vae.step import first_state, init_state, labels, train_step
 from easyanimate_jax.weights.folder import load_vae
-from easyanimate_jax.weights.module import flat_weights
 from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read_step_meta
 
 TINY = VAEConfig(channels=(8, 8, 8), layers=1, unshuffle=8, norm="rms", dtype="float32")
@@ -223,16 +223,16 @@ def test_checkpoints_of_an_earlier_version_are_refused(config, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
-def test_a_training_whose_checkpoints_are_all_damaged_does_not_begin_anew(config, tmp_path, capsys):
+def test_a_training_whose_checkpoints_are_all_damaged_does_not_begin_anew(config, tmp_path, caplog):
     (tmp_path / "checkpoints" / "2.corrupt").mkdir(parents=True)
     assert train(replace(config, output=str(tmp_path))) == STORAGE
-    assert "storage: no good checkpoint is left" in capsys.readouterr().err
+    assert "storage: no good checkpoint is left" in caplog.text
 
 
-def test_a_loss_that_is_not_finite_ends_the_training_unsaved(config, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_ends_the_training_unsaved(config, tmp_path, caplog):
     wrong = replace(config, matrices="adam", learning_rate=float("nan"), output=str(tmp_path))
     assert train(replace(wrong, save_every=1)) == DIVERGED
-    assert "diverged: " in capsys.readouterr().err
+    assert "diverged: " in caplog.text
     assert complete_steps(tmp_path / "checkpoints") == []
     assert not (tmp_path / "weights.safetensors").exists()
 

@@ -48,7 +48,7 @@ def tensors_of(folder):
 
 @pytest.mark.slow
 def test_released_weights_are_fine_tuned_and_handed_back(tmp_path, parts):  # noqa: F811
-    released, _, _ = exported(tmp_path / "released", parts, random_module(MMDiT, MODEL))
+    released = exported(tmp_path / "released", parts, random_module(MMDiT, MODEL))
     clips = tmp_path / "data" / "clips"
     clips.mkdir(parents=True)
     rows = []

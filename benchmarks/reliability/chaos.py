@@ -24,6 +24,8 @@ import statistics
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -267,60 +269,21 @@ def flips(minutes: float, goal: int) -> None:
     """One bit at a time, in checkpoints of three layouts with three types of numbers."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from easyanimate_jax.sharding import MeshConfig, make_mesh
-    from easyanimate_jax.training.checkpoint import Checkpoints, damage
-    from easyanimate_jax.training.step import TrainState
-    from easyanimate_jax.weights import orbax_item
+    from easyanimate_jax.training.checkpoint import damage
 
     rng = np.random.default_rng(time.time_ns() % 2**32)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    layouts = {"whole": (), "rows": ("fsdp",), "tiles": ("fsdp", "tensor")}
-    mesh = make_mesh(MeshConfig(1, 2, 1, 2))
-    values = rng.standard_normal((64, 64))
-    paths, truth = {}, {}
-    for name, spec in layouts.items():
-        place = NamedSharding(mesh, PartitionSpec(*spec))
-        model = {
-            kind: jax.device_put(jnp.asarray(1000 * values, kind), place)
-            for kind in ("float32", "bfloat16", "int32")
-        }
-        shutil.rmtree(FOLDER / name, ignore_errors=True)
-        whole = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
-        checkpoints = Checkpoints(FOLDER / name, keep=2)
-        checkpoints.save(1, TrainState(whole, whole, model, model, ()), {"step": 1})
-        checkpoints.close(1)
-        paths[name], truth[name] = FOLDER / name / "1", {k: np.asarray(v) for k, v in model.items()}
-
+    saved = save_layouts(rng)
     file = FOLDER / "flips.json"
     counts = json.loads(file.read_text()) if file.is_file() else {}
     counts = {"flips": 0, "detected": 0, "harmless": 0, "silent": 0} | counts
-    names = list(layouts)
     deadline = time.monotonic() + 60 * minutes
     while counts["flips"] < goal and time.monotonic() < deadline:
-        layout = names[counts["flips"] % 3]
-        files = [p for p in sorted(paths[layout].rglob("*")) if p.is_file() and p.stat().st_size]
-        sizes = np.array([p.stat().st_size for p in files], float)
-        victim = files[rng.choice(len(files), p=sizes / sizes.sum())]
-        before = victim.read_bytes()
-        data = bytearray(before)
-        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
-        victim.write_bytes(data)
-        if damage(paths[layout]):
-            counts["detected"] += 1
-        else:
-            same = all(
-                np.array_equal(orbax_item.tensor(paths[layout] / "ema", k).read(), v)
-                and np.array_equal(
-                    orbax_item.tensor(paths[layout] / "state", f"model.{k}").read(), v
-                )
-                for k, v in truth[layout].items()
-            )
-            counts["harmless" if same else "silent"] += 1
-        victim.write_bytes(before)
+        path, truth = saved[counts["flips"] % len(saved)]
+        with one_bit_flipped(path, rng):
+            if damage(path):
+                counts["detected"] += 1
+            else:
+                counts["harmless" if reads_as(path, truth) else "silent"] += 1
         counts["flips"] += 1
         if counts["flips"] % 100 == 0:
             file.write_text(json.dumps(counts))
@@ -332,6 +295,59 @@ def flips(minutes: float, goal: int) -> None:
         "three layouts (whole, rows over 2, tiles over 2 x 2 devices), float32, bfloat16 and int32",
     ]
     write_results("flips", "python benchmarks/reliability/chaos.py flips", lines)
+
+
+def save_layouts(rng: np.random.Generator) -> list[tuple[Path, dict[str, np.ndarray]]]:
+    """A checkpoint of every layout, each with the values that it holds."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from easyanimate_jax.sharding import MeshConfig, make_mesh
+    from easyanimate_jax.training.checkpoint import Checkpoints
+    from easyanimate_jax.training.step import TrainState
+
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    mesh = make_mesh(MeshConfig(1, 2, 1, 2))
+    values, saved = rng.standard_normal((64, 64)), []
+    for name, spec in {"whole": (), "rows": ("fsdp",), "tiles": ("fsdp", "tensor")}.items():
+        place = NamedSharding(mesh, PartitionSpec(*spec))
+        model = {
+            kind: jax.device_put(jnp.asarray(1000 * values, kind), place)
+            for kind in ("float32", "bfloat16", "int32")
+        }
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
+        whole = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
+        checkpoints = Checkpoints(FOLDER / name, keep=2)
+        checkpoints.save(1, TrainState(whole, whole, model, model, ()), {"step": 1})
+        checkpoints.close(1)
+        saved.append((FOLDER / name / "1", {k: np.asarray(v) for k, v in model.items()}))
+    return saved
+
+
+@contextmanager
+def one_bit_flipped(folder: Path, rng: np.random.Generator) -> Iterator[None]:
+    """Any bit of any file; afterwards the file is what it was."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.stat().st_size]
+    sizes = np.array([p.stat().st_size for p in files], float)
+    victim = files[rng.choice(len(files), p=sizes / sizes.sum())]
+    before = victim.read_bytes()
+    data = bytearray(before)
+    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    victim.write_bytes(data)
+    yield
+    victim.write_bytes(before)
+
+
+def reads_as(checkpoint: Path, truth: dict[str, np.ndarray]) -> bool:
+    """Whether a checkpoint's weights and their average still have these values."""
+    from easyanimate_jax.weights import orbax_item
+
+    return all(
+        np.array_equal(orbax_item.tensor(checkpoint / "ema", name).read(), value)
+        and np.array_equal(orbax_item.tensor(checkpoint / "state", f"model.{name}").read(), value)
+        for name, value in truth.items()
+    )
 
 
 def main() -> None:

@@ -28,8 +28,8 @@ import numpy as np
 from flax import nnx
 from tiny import write_results
 
+from easyanimate_jax import MMDiT
 from easyanimate_jax.data.loader import Batch
-from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.runs.config import load
 from easyanimate_jax.training import step as step_module
 from easyanimate_jax.training.checkpoint import Checkpoints, describe, named_leaves

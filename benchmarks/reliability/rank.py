@@ -19,29 +19,25 @@ import numpy as np
 from easyanimate_jax.commands import train
 from easyanimate_jax.runs import loop
 
-update = loop.Schedule._update
+update = loop.Run.update
 RANK = os.environ.get("JAX_PROCESS_ID", "0")
 START = os.environ.get("JAX_COORDINATOR_ADDRESS", str(os.getpid()))  # the same for all ranks
 
 
-def watched_update(schedule, stage, stage_step, bucket, batch) -> None:
-    rows = {}
-    for shard in batch.mean.addressable_shards:
-        numbers = np.asarray(shard.data)[0, :, 0, 0] * num_records(schedule, stage)
+def watched_update(run, where, length, batch, waited, state):
+    rows, stage = {}, where.stage
+    count = len(run.loaders[stage.name].records)  # by which the numbers in the tokens are divided
+    for shard in loop.place(batch, run.mesh).mean.addressable_shards:
+        numbers = np.asarray(shard.data)[0, :, 0, 0] * count
         first = shard.index[1].start or 0
         rows |= {first + i: int(number) for i, number in enumerate(numbers)}
-    line = {"time": time.time(), "start": START, "step": schedule.step, "length": bucket}
+    line = {"time": time.time(), "start": START, "step": where.made, "length": length}
     line["records"] = {row: record for row, record in rows.items() if row < stage.batch_size}
-    with (Path(schedule.config.run) / f"used-{RANK}.jsonl").open("a") as file:
+    with (Path(run.config.run) / f"used-{RANK}.jsonl").open("a") as file:
         file.write("\n" + json.dumps(line))  # a line that a kill cut short ends here
-    update(schedule, stage, stage_step, bucket, batch)
-
-
-def num_records(schedule, stage) -> int:
-    """The number of records, by which the numbers in the tokens are divided."""
-    return len(schedule.loaders[stage.name].records)
+    return update(run, where, length, batch, waited, state)
 
 
 if __name__ == "__main__":
-    loop.Schedule._update = watched_update
+    loop.Run.update = watched_update
     train.run(sys.argv[1:])

@@ -59,20 +59,9 @@ def ours(a):
     import optax
     from flax import nnx
 
-    from easyanimate_jax.models.mmdit import ACTIVATIONS, MMDiT, MMDiTConfig
+    from easyanimate_jax.models.mmdit import MMDiT
 
-    baseline = resident()
-    config = MMDiTConfig(
-        depth=a.depth,
-        mmdit_depth=a.depth,
-        heads=a.width // HEAD,
-        head_width=HEAD,
-        text_widths=tuple(TEXTS.values()),
-        text_norm=False,
-        round_time=False,
-        dtype=a.dtype,
-        save=tuple(name for name in ACTIVATIONS if name != "qkv"),  # as configs/v5_12b.py
-    )
+    baseline, config = resident(), our_config(a)
     held = a.dtype if a.task == "forward" else "float32"
 
     def build(key):
@@ -112,6 +101,23 @@ def ours(a):
         return run
 
     return run_of, jax_peak(jax, baseline), f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+
+
+def our_config(a):
+    from easyanimate_jax.facts import ACTIVATIONS
+    from easyanimate_jax.models.mmdit import MMDiTConfig
+
+    return MMDiTConfig(
+        depth=a.depth,
+        mmdit_depth=a.depth,
+        heads=a.width // HEAD,
+        head_width=HEAD,
+        text_widths=tuple(TEXTS.values()),
+        text_norm=False,
+        round_time=False,
+        dtype=a.dtype,
+        save=tuple(name for name in ACTIVATIONS if name != "qkv"),  # as configs/v5_12b.py
+    )
 
 
 def diffusers(a):

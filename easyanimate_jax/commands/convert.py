@@ -13,6 +13,7 @@ import sys
 import jax
 from tqdm import tqdm
 
+from easyanimate_jax.diffusion.tasks import all_numbers
 from easyanimate_jax.weights.conversion import PARTS, Options, convert
 
 
@@ -42,8 +43,7 @@ def parser() -> Parser:
     p.add_argument(
         "--in-channels",
         type=int,
-        help="adapt the transformer to a task: 16 text, 33 inpaint, 32 or 48 control, 38 camera; "
-        "new channels are zero",
+        help=f"adapt the transformer to a task: {all_numbers()}; new channels are zero",
     )
     p.add_argument("--allow-pickle", action="store_true", help="read .bin, .pt, .ckpt; needs torch")
     return p

@@ -36,8 +36,7 @@ def main(arguments: list[str]) -> int:
                 config.samples.prompts,
                 config.seed,
                 weights={"vae": fingerprint(config.vae), "text": fingerprint(config.text)},
-                part=part,
-                parts=parts,
+                part=(part, parts),
             )
         if not whole:
             print(f"part {part}/{parts} is done; other parts are not")

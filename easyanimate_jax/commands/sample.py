@@ -32,7 +32,6 @@ from easyanimate_jax.generation.inputs import complete, read_inputs
 from easyanimate_jax.generation.options import (
     FILES,
     SAMPLING,
-    STARTS,
     check,
     given,
     option,
@@ -77,9 +76,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def make(a: argparse.Namespace, todo: list[argparse.Namespace], meta: dict, sampling) -> None:
     """Load, sample and write; a batch of requests at a time."""
-    from easyanimate_jax.runs.load import load_run
+    from easyanimate_jax.runs.load import load_pipeline
 
-    run = load_run(a.checkpoint, alone=a.memory == "low", int8=a.weights == "int8")
+    run = load_pipeline(a.checkpoint, low_memory=a.memory == "low", int8=a.weights == "int8")
     if a.memory == "all":  # read now, for they count when it is asked what else fits
         _ = run.diffusion.model, run.diffusion.vae
     logging.getLogger("easyanimate_jax.memory").setLevel(logging.INFO)
@@ -191,14 +190,11 @@ def way_of(a: argparse.Namespace):
     """(the pipeline, its own options beside the files, evaluations of the network)"""
     from easyanimate_jax.generation import pipelines
 
+    way = pipelines.choose([name for name in FILES if given(a, name)], a.frames, a.segment)
     noise = {"picture_noise": a.picture_noise}
-    if a.video:
-        return pipelines.video_to_video, {"strength": a.strength} | noise, a.evaluations
-    if any(given(a, name) for name in STARTS):
-        return pipelines.control_to_video, {}, a.evaluations
-    if a.segment and a.frames > a.segment:
+    if way is pipelines.long_video:
         count = len(pipelines.segments(a.frames, a.segment))
-        return pipelines.long_video, {"segment": a.segment}, count * a.evaluations
-    if a.image or a.end_image:
-        return pipelines.image_to_video, noise, a.evaluations
-    return pipelines.text_to_video, {}, a.evaluations
+        return way, {"segment": a.segment}, count * a.evaluations
+    if way is pipelines.video_to_video:
+        return way, {"strength": a.strength} | noise, a.evaluations
+    return way, noise if way is pipelines.image_to_video else {}, a.evaluations

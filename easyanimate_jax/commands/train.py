@@ -5,6 +5,7 @@ step is made twice from a checkpoint, to see whether the hardware makes the same
 """
 
 import gc
+import logging
 import os
 import sys
 import traceback
@@ -18,6 +19,8 @@ def main(args: list[str]) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     # JAX makes so many objects that the collector, by default, takes a tenth of a start.
     gc.set_threshold(100_000, 50, 50)
+    logging.basicConfig(format="%(message)s", stream=sys.stdout)
+    logging.getLogger("easyanimate_jax").setLevel(logging.INFO)
     describe = "--describe" in args
     if describe:
         args = [a for a in args if a != "--describe"]
@@ -46,8 +49,10 @@ def main(args: list[str]) -> int:
 
             return vae.train(config)
         from easyanimate_jax.runs import loop
+        from easyanimate_jax.training.safety.faults import Faults
 
-        return loop.train(config) if replay is None else loop.replay(config, int(replay))
+        faults = Faults.from_environment(os.environ)
+        return loop.train(config, faults) if replay is None else loop.replay(config, int(replay))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,7 +2,7 @@
 
 After the VAE nothing knows resolution: a bucket is a token length, one compiled program. A stage
 has a nominal `Budget` ("3328", "13312", ...); within it a clip may become few large frames or
-many small ones. Here stand, once, the factors that the VAE and the transformer compress by.
+many small ones.
 
 A stage's lengths are chosen offline, from the clips it has: `fit_lengths`, `fit_budget`.
 """
@@ -16,8 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt64
 
-TIME_FACTOR, SPACE_FACTOR, PATCH = 4, 8, 2  # VAE time, VAE space, transformer patch
-CELL = SPACE_FACTOR * PATCH  # pixels of a token's side
+from easyanimate_jax.facts import CELL, TIME_FACTOR, check_fields
 
 MAX_SIDE = 1344  # pixels of what is generated; released models were trained for 128 to 1344
 MAX_UPSCALE = 1.25  # the reference's rule for small sources (spec 8.4)
@@ -92,12 +91,12 @@ def aspect_sizes(size: int) -> dict[float, tuple[int, int]]:
 
 def frames_for_budget_a(budget: int, pixels: int, most: int = 49) -> int:
     """The reference's collate step; may exceed the budget. `pixels` of one frame."""
-    return min(budget // pixels, most) // 4 * 4 + 1
+    return min(budget // pixels, most) // TIME_FACTOR * TIME_FACTOR + 1
 
 
 def frames_for_budget_b(budget: int, pixels: int, most: int = 49) -> int:
     """The documented table (49 / 21 / 9 frames at 512 / 768 / 1024 for "13312")."""
-    return max((min(budget // pixels, most) - 1) // 4 * 4 + 1, 1)
+    return max(whole_frames(min(budget // pixels, most)), 1)
 
 
 class Shape(NamedTuple):
@@ -108,24 +107,37 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """A nominal token count and the clips admitted under it.
-
-    `lengths` are the compiled token lengths, ascending; the last is the capacity. `sizes` are the
-    square-equivalent resolutions. A clip that fills no length to `min_fill` is left to others.
-    """
+    """A nominal token count and the clips admitted under it."""
 
     tokens: int
+    """Nominal tokens of a clip: 3,328, 13,312 and 53,248 in the report (spec 9.4)."""
+
     lengths: tuple[int, ...]
+    """Token lengths that programs are compiled for, ascending; the last is the capacity."""
+
     sizes: tuple[int, ...]
+    """Resolutions, as the side in pixels of a square of equal area."""
+
     frames: int = 49
+    """Most frames of a clip, 4n+1; the default is that of the released scripts (spec 9.1)."""
+
     min_fill: float = 0.8
+    """Share of a length that a clip must fill, or it is left to other sets."""
 
     def __post_init__(self):
-        latent_frames(self.frames)
+        check_fields(
+            self,
+            tokens="[1, inf)",
+            lengths="[1, inf)",
+            sizes=f"[{CELL}, inf)",
+            frames="[1, inf)",
+            min_fill="[0, 1]",
+        )
+        latent_frames(self.frames)  # refuses a count that is not 4n+1
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
             raise ValueError(f"{self}: lengths must be one or more, ascending")
-        if not self.sizes or any(size < CELL for size in self.sizes):
-            raise ValueError(f"{self}: sizes must be one or more, each at least {CELL}")
+        if not self.sizes:
+            raise ValueError(f"{self}: sizes must be one or more")
 
     @property
     def pixels(self) -> int:

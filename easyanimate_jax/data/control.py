@@ -10,8 +10,8 @@ like them, no more. Depth and pose need a model of their own: any callable of th
 """
 
 import json
+import logging
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,10 @@ from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from easyanimate_jax.data import media, paths
+from easyanimate_jax.data.buckets import whole_frames
+from easyanimate_jax.facts import FPS
+
+logger = logging.getLogger(__name__)
 
 Video = UInt8[np.ndarray, "F H W 3"]
 Operator = Callable[[Video], Video]
@@ -166,14 +170,14 @@ def read_camera(path: str | Path) -> Camera:
     return Camera(rows[:, 1:5], rows[:, 7:].reshape(-1, 3, 4))
 
 
-def sampled_camera(camera: Camera, frames: int, fps: int = 8) -> Camera:
+def sampled_camera(camera: Camera, frames: int, fps: int = FPS) -> Camera:
     """The first `frames` poses at `fps`, as inference takes them of a file at 24 a second."""
     stride = max(1, CAMERA_FPS // fps)
     taken = Camera(*(x[::stride][:frames] for x in camera))
     if len(taken.poses) < frames:
         raise ValueError(
             f"{len(camera.poses)} poses are {len(taken.poses)} frames at {fps} a second, and "
-            f"{frames} are wanted: use {(len(taken.poses) - 1) // 4 * 4 + 1} frames or more poses"
+            f"{frames} are wanted: use {whole_frames(len(taken.poses))} frames or more poses"
         )
     return taken
 
@@ -270,7 +274,7 @@ def write_controls(folder: str | Path, operator: str) -> int:
                 written += 1
             row["control_file_path"] = str(name)
         except ValueError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            logger.warning(f"left out: {error}")
     part = table.with_suffix(".part")
     part.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     part.replace(table)

@@ -13,9 +13,12 @@ import mmap
 import signal
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -23,15 +26,15 @@ from absl import flags
 
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records, read_texts
+from easyanimate_jax.diffusion.tasks import TASKS, TaskName
 
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # in batches
 FOREVER = 2**40  # steps
+READERS = 16  # records of a batch that are read at the same time
 MAX_BAD, FEW_BAD = 1e-3, 3  # records that may be unreadable: a share, and a number
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 KEPT = 2**25  # bytes; no record is larger, and glibc allows no more
-FREE = {}  # bytes -> pages of arrays that are gone
-CONTROL_TASKS = ("control", "control_ref", "camera_ref")
 
 
 class Batch(NamedTuple):
@@ -50,14 +53,40 @@ class Batch(NamedTuple):
     weight: np.ndarray  # (A, B), 1 or 0
 
 
+class Pages:
+    """Memory for the arrays of batches, used again once no view of them is left.
+
+    New pages fault and are zeroed, at a third of the time that a record takes to read; those of
+    2 MB, where they fit, fault once instead of every 4 KB.
+    """
+
+    def __init__(self):
+        self.free = defaultdict(list)  # bytes -> pages of arrays that are gone
+
+    def array(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """An array of any values, to be filled."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        free = self.free[size]
+        try:
+            pages = free.pop()
+        except IndexError:
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if sys.platform == "linux":
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        array = np.frombuffer(pages, dtype)
+        weakref.finalize(array, free.append, pages).atexit = False  # when its last view is gone
+        return array.reshape(shape)
+
+
 class Loader:
     """Reads `plan` from `records`, in microbatches of `microbatch` rows.
 
     A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3), the control
     and the reference of a row by zeros, each by itself, with those of `drops` (spec 7.2). A process
-    reads and builds only the `rows` (first, last + 1) of every microbatch that its devices need,
-    all of them if None; the others are memory that is never touched. A record that does not
-    read is replaced by the next of its bucket, and noted in the file `quarantine`.
+    reads and builds only the `rows` of every microbatch that its devices need, all of them if None;
+    the others are memory that is never touched. The rows of a batch are read at the same time. A
+    record that does not read is replaced by the next of its bucket, and noted in the file
+    `quarantine`.
     """
 
     def __init__(
@@ -65,10 +94,10 @@ class Loader:
         records: Records,
         plan: Plan,
         *,
-        task: Literal["t2v", "i2v", "control", "control_ref", "camera_ref"],
+        task: TaskName,
         microbatch: int,
         text_drop: float,
-        rows: tuple[int, int] | None = None,
+        rows: Collection[int] | None = None,
         quarantine: Path | None = None,
         drops: tuple[float, float] = (0.0, 0.0),
     ):
@@ -79,13 +108,12 @@ class Loader:
                 f"condition_draws; set them and prepare again"
             )
         control = made.get("control", ())
-        if task in CONTROL_TASKS and (
-            not control or ("camera" in control) != (task == "camera_ref")
-        ):
+        camera = "camera" in TASKS[task].holds
+        if TASKS[task].is_control and (not control or ("camera" in control) != camera):
             raise ValueError(
                 f"stage {plan.name!r} is {task}, and {records.folder} was prepared with control "
                 f"{', '.join(control) or 'of no kind'}; give the set "
-                f"{'camera' if task == 'camera_ref' else 'another one'}"
+                f"{'camera' if camera else 'another one'}"
             )
         self.records, self.plan, self.task = records, plan, task
         self.microbatch, self.text_drop, self.rows = microbatch, text_drop, rows
@@ -101,13 +129,16 @@ class Loader:
 
         By threads of this process, or by `workers` processes; the batches are the same.
         """
-        return self._ahead(self.batch, start, READ, workers)
+        return self._ahead(partial(self.batch, pages=Pages()), start, READ, workers)
 
-    def batch(self, step: int) -> tuple[int, Batch]:
-        """(token length, batch) of one step."""
+    def batch(self, step: int, pages: Pages | None = None) -> tuple[int, Batch]:
+        """(token length, batch) of one step, in memory of `pages` where they are given."""
         length, ids = self.plan(int(step))
-        rows = ((row, self._row(int(step), row, int(ids[row]))) for row in self._own(len(ids)))
-        return length, self._assemble(length, ids, rows)
+        own = self._own(len(ids))
+        with ThreadPoolExecutor(READERS) as pool:
+            fields = pool.map(lambda row: self._row(int(step), row, int(ids[row])), own)
+            made = zip(own, fields, strict=True)
+            return length, self._assemble(length, ids, made, pages or Pages())
 
     def _ahead(
         self, function: Callable, start: int, read: grain.ReadOptions, workers: int
@@ -127,10 +158,11 @@ class Loader:
 
     def _holds(self, row: int) -> bool:
         """Whether this process's devices hold the row."""
-        first, last = self.rows or (0, self.microbatch)
-        return first <= row % self.microbatch < last
+        return self.rows is None or row % self.microbatch in self.rows
 
-    def _assemble(self, length: int, ids: np.ndarray, rows: Iterable[tuple[int, dict]]) -> Batch:
+    def _assemble(
+        self, length: int, ids: np.ndarray, rows: Iterable[tuple[int, dict]], pages: Pages
+    ) -> Batch:
         """The batch of records `ids`, its own `rows` given as `_fields` gives them."""
         micro = self.microbatch
         total = -(-len(ids) // micro) * micro
@@ -143,7 +175,7 @@ class Loader:
         def put(name: str, row: int, values: np.ndarray, *lead: int) -> None:
             if name not in arrays:
                 dtype = np.float32 if name == "condition" else np.float16
-                arrays[name] = _memory((total, *lead, *values.shape[1:]), dtype)
+                arrays[name] = pages.array((total, *lead, *values.shape[1:]), dtype)
             arrays[name][row, : len(values)] = values
             arrays[name][row, len(values) :] = 0
 
@@ -189,7 +221,7 @@ class Loader:
         fields["grid"] = self._grid(record)
         if self.task == "i2v":
             fields["condition"] = _condition(rng, arrays)
-        if self.task in CONTROL_TASKS:
+        if TASKS[self.task].is_control:
             fields["condition"] = _control(rng, arrays, self.task, self.drops)
         return fields
 
@@ -235,25 +267,6 @@ class Loader:
         return np.array([index[axis][record] for axis in ("T", "gh", "gw")], np.int32)
 
 
-def _memory(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An array to be filled, in the memory of one of its size that is gone, or in new pages.
-
-    New pages fault and are zeroed, at a third of the time that a record takes to read; those of
-    2 MB, where they fit, fault once instead of every 4 KB.
-    """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    free = FREE.setdefault(size, [])
-    try:
-        pages = free.pop()
-    except IndexError:
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if sys.platform == "linux":
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    array = np.frombuffer(pages, dtype)
-    weakref.finalize(array, free.append, pages).atexit = False  # when its last view is gone
-    return array.reshape(shape)
-
-
 def keep_memory() -> None:
     """Let malloc reuse a record's memory for the next: else every page of each faults anew."""
     if sys.platform == "linux":
@@ -289,12 +302,12 @@ def _control(
         return _sample(rng, *parts)
 
     keep_control, keep_reference = rng.random(2) >= drops
-    if task == "camera_ref":
+    if "camera" in TASKS[task].holds:
         control, keep_reference = arrays["control_rays"].astype(np.float32), True
     else:
         which = rng.integers(len(arrays["control_mean"]))
         control = keep_control * latents("control", which)
-    if task == "control":
+    if "reference picture" not in TASKS[task].holds:
         return control
     reference = keep_reference * latents("reference")
     placed = np.zeros((len(control), reference.shape[1]), np.float32)

@@ -20,6 +20,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from easyanimate_jax.data.paths import open_regular
+from easyanimate_jax.facts import FPS
 
 MAX_SIDE = 4096
 MAX_PIXELS = 2**29  # of one clip in memory: 1.6 GB
@@ -241,7 +242,9 @@ def _cover(h: int, w: int, height: int, width: int) -> tuple[int, int, int, int]
     return rows, columns, round((rows - height) / 2), round((columns - width) / 2)
 
 
-def write_video(path: Path, frames: Frames, fps: int = 8, crf: int = 18, comment: str = "") -> None:
+def write_video(
+    path: Path, frames: Frames, fps: int = FPS, crf: int = 18, comment: str = ""
+) -> None:
     """H.264 in yuv420p, which every player shows; `crf` 0 is best, 51 worst.
 
     The `comment` lies in the file's metadata. Equal frames give equal bytes: x264's macroblock tree
@@ -264,7 +267,7 @@ def write_png(path: Path, picture: Picture) -> None:
     Image.fromarray(picture).save(path, format="PNG")
 
 
-def write_gif(path: Path, frames: Frames, fps: int = 8) -> None:
+def write_gif(path: Path, frames: Frames, fps: int = FPS) -> None:
     """An endless animation; GIF knows 256 colours."""
     first, *rest = (Image.fromarray(frame) for frame in frames)
     first.save(path, "GIF", save_all=True, append_images=rest, duration=1000 // fps, loop=0)

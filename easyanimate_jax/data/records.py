@@ -3,13 +3,16 @@
     SET/shard-00000.arrayrecord   each record the safetensors bytes of a dict of arrays
     SET/shard-00000.npz           the shard's rows of the index, until all shards are there
     SET/index.npz                 one row per record; a record's id is its row
-    SET/header.json               what the set was made from, and the records of every shard
+    SET/header.json               what the set was made from; records and bytes of every shard
 
 Every file appears whole or not at all, so writing resumes at the first missing shard.
 """
 
+import errno
 import json
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +23,12 @@ from jaxtyping import Float
 from safetensors.numpy import load_file, save, save_file
 
 from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.facts import check_fields
 from easyanimate_jax.weights.files import DTYPES
 
 VERSION = 1
+READERS = 64  # shards that are open at once
+LOOKED_INTO = 256  # shards of a set that are opened one by one to see whether they are whole
 INDEX_TYPES = {
     "clip": str,  # file name in the source folder
     "kind": str,  # "video" or "image"
@@ -47,30 +53,41 @@ CONTROLS = ("file", "camera", "canny", "soft_edge", "scribble", "lines", "line_a
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Clips of one source folder encoded under one budget.
-
-    `min_quality` selects the best of a curated table: 0.9 is a tenth of its clips.
-    `condition_draws` masks and noised references per clip (spec 6.1) are encoded with it for I2V.
-    With `control` they are encoded with what leads a control model (spec 7.2): the clip's own
-    control file, the rays of its pose file, or an operator's view of it. Of several, training draws
-    one for each row. With them comes a reference frame, the first, or with `random_reference` any,
-    the first of them in 40 %.
-    With `pixels` nothing of this is encoded ahead: records hold the text states and where the clip
-    lies, and training decodes, draws and encodes anew at every visit, one condition and one control
-    a visit.
-    """
+    """Clips of one source encoded under one budget."""
 
     name: str
+    """Name of the set and of its folder below the config's `prepared`."""
+
     budget: Budget
+    """Token lengths and resolutions that the clips are cut to."""
+
     kinds: tuple[str, ...] = ("image", "video")
-    min_side: int = 0  # of the source, in pixels
+    """Kinds of files that are taken: "image", "video" or both."""
+
+    min_side: int = 0
+    """Least shorter side of a source, in pixels; 0 takes all sizes."""
+
     min_quality: float = 0.0
+    """Share of a curated table's clips that a clip must beat: 0.9 takes the best tenth, 0 all."""
+
     condition_draws: int = 0
-    control: str | tuple[str, ...] = ()  # a name, or several
+    """Masks and noised references that are encoded with each clip for I2V (spec 6.1); 0 is none."""
+
+    control: str | tuple[str, ...] = ()
+    """What leads a control model (spec 7.2): "file" (the clip's control file), "camera" (its pose
+    file), names of operators that draw the clip, or "" for none. Of several, training draws one for
+    each row."""
+
     random_reference: bool = False
+    """Take any frame as the reference of a control model, the first in 40 % of the clips; else
+    always the first (spec 7.2)."""
+
     pixels: bool = False
+    """Keep text states and the clip's place only; training then decodes and encodes the clip, one
+    condition and one control at every visit."""
 
     def __post_init__(self):
+        check_fields(self, min_side="[0, inf)", min_quality="[0, 1]", condition_draws="[0, inf)")
         if isinstance(self.control, str):
             object.__setattr__(self, "control", (self.control,) if self.control else ())
         for control in self.control:
@@ -133,6 +150,7 @@ class Writer:
             **self.identity,
             "records": len(index["clip"]),
             "shards": [len(part["clip"]) for part in parts],
+            "bytes": [_shard_path(self.folder, s).stat().st_size for s in range(num_shards)],
         }
         _replace(self.folder / "index.npz", lambda new: _save_columns(new, index))
         _replace(
@@ -141,7 +159,12 @@ class Writer:
 
 
 class Records:
-    """A finished set: `index` columns, `header`, and records by id, from any thread."""
+    """A finished set: `index` columns, `header`, and records by id, from any thread.
+
+    Shards are opened when a record of theirs is asked for, and at most `READERS` of them at once.
+    When a set is opened every shard is looked at: its size, and of at most `LOOKED_INTO` shards
+    also how many records they hold.
+    """
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
@@ -162,9 +185,13 @@ class Records:
                 f"{self.folder / 'index.npz'} has {len(self)} rows, and the header counts "
                 f"{self.ends[-1]} records; prepare the set again"
             )
-        self.readers = [
-            self._open(shard, count) for shard, count in enumerate(self.header["shards"])
-        ]
+        self.readers: OrderedDict[int, ArrayRecordReader] = OrderedDict()  # the latest used last
+        self.lock = threading.Lock()
+        sizes = self.header.get("bytes", [None] * len(self.ends))
+        for shard, size in enumerate(sizes):
+            self._look_at(shard, size)
+            if len(sizes) <= LOOKED_INTO:
+                self._open(shard).close()
 
     def __len__(self) -> int:
         return len(self.index["clip"])
@@ -176,14 +203,39 @@ class Records:
         shard = int(np.searchsorted(self.ends, record, side="right"))
         first = self.ends[shard] - self.header["shards"][shard]
         try:
-            return _arrays(self.readers[shard].read([int(record - first)])[0])
+            return _arrays(self._reader(shard).read([int(record - first)])[0])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             raise ValueError(self._damaged(shard, f"record {record}: {error}")) from error
 
-    def _open(self, shard: int, count: int) -> ArrayRecordReader:
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        """Return the shard's reader. One that others still read from closes behind them."""
+        with self.lock:
+            if shard not in self.readers:
+                self.readers[shard] = self._open(shard)
+                if len(self.readers) > READERS:
+                    self.readers.popitem(last=False)
+            self.readers.move_to_end(shard)
+            return self.readers[shard]
+
+    def _look_at(self, shard: int, size: int | None) -> None:
         path = _shard_path(self.folder, shard)
         if not path.is_file():
             raise ValueError(self._damaged(shard, "the file is missing"))
+        if size is not None and path.stat().st_size != size:
+            raise ValueError(self._damaged(shard, f"{path.stat().st_size} of {size} bytes"))
+
+    def _open(self, shard: int) -> ArrayRecordReader:
+        path, count = _shard_path(self.folder, shard), self.header["shards"][shard]
+        try:
+            path.open("rb").close()  # the reader hides why a file does not open
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise ValueError(self._damaged(shard, str(error))) from error
+            raise OSError(
+                errno.EMFILE,
+                f"{path} cannot be opened: this process may hold no more files; raise "
+                f"`ulimit -n` (now {_most_files()})",
+            ) from error
         # A damaged file opens without complaint and counts no records.
         reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
         if reader.num_records() != count:
@@ -195,6 +247,14 @@ class Records:
             f"{_shard_path(self.folder, shard)} is damaged ({what}); remove it and run "
             f"python -m easyanimate_jax prepare again"
         )
+
+
+def _most_files() -> str:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "unknown"
+    return str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def write_texts(path: Path, texts: Texts) -> None:

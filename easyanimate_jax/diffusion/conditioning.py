@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from easyanimate_jax.facts import SPACE_FACTOR, TIME_FACTOR
+
 MASK_SCALE = 0.7125  # the reference scales the mask channel with the latents (spec 6.1)
 UNKNOWN = -1.0  # the value of pixels that are not given
 CAMERA_SCALE = 6.0
+TRAINING_NOISE = -3.0, 0.5  # mean and deviation of the logarithm of its strength (spec 6.4)
 SAMPLING_NOISE = 0.0563  # noise_aug_strength of the released transformers
 
 KINDS_OF_VIDEO = (0.05, 0.20, 0.20, 0.20, 0.05, 0.05, 0.05, 0.10, 0.05, 0.05)  # spec 6.5
@@ -44,17 +47,32 @@ def masked_video(
     return jnp.where(mask > 0.5, UNKNOWN, video)
 
 
-def reference_strength(key: PRNGKeyArray, batch: int) -> Float[Array, "B"]:
-    """How much noise each row's given pixels get in training (spec 6.4)."""
-    return jnp.exp(-3.0 + 0.5 * jax.random.normal(key, (batch,)))
+def noised_reference(
+    rng: np.random.Generator,
+    video: Float[np.ndarray, "F H W 3"],
+    mask: Float[np.ndarray, "F H W 1"],
+) -> Float[np.ndarray, "F H W 3"]:
+    """Return the given pixels of one training clip, with noise of a strength drawn for the clip.
+
+    In NumPy: a random-number program for every shape would compile longer than the VAE's.
+    """
+    given = np.where(mask > 0.5, np.float32(UNKNOWN), video)
+    mean, deviation = TRAINING_NOISE
+    strength = np.float32(np.exp(mean + deviation * rng.standard_normal()))
+    return _with_noise(given, strength * rng.standard_normal(video.shape, np.float32))
 
 
 def reference_noise(
     key: PRNGKeyArray, video: Float[Array, "B F H W 3"], strength: Float[Array, "B"]
 ) -> Float[Array, "B F H W 3"]:
-    """Noise on every value of `video` that is not exactly -1, the mark of an unknown pixel."""
+    """Return `masked_video`s with noise of a given strength a row, as sampling shows them."""
     noise = jax.random.normal(key, video.shape, video.dtype) * strength[:, None, None, None, None]
-    return jnp.where(video == UNKNOWN, video, video + noise)
+    return _with_noise(video, noise)
+
+
+def _with_noise(video, noise):
+    """Noise on every value that is not exactly -1, the mark of an unknown pixel; NumPy or JAX."""
+    return video + noise * (video != UNKNOWN)
 
 
 def resize_mask(mask: Float[Array, "B F H W C"]) -> Float[Array, "B T h w C"]:
@@ -64,22 +82,30 @@ def resize_mask(mask: Float[Array, "B F H W C"]) -> Float[Array, "B T h w C"]:
     every four frames the middle two.
     """
     _, frames, height, width, _ = mask.shape
-    if frames % 4 != 1 or height % 8 or width % 8:
+    step, cell = TIME_FACTOR, SPACE_FACTOR
+    if frames % step != 1 or height % cell or width % cell:
         raise ValueError(
-            f"mask has {frames} frames of {height}x{width}: frames must be 4n+1 and sides "
-            f"multiples of 8; use {frames // 4 * 4 + 1} frames of "
-            f"{height // 8 * 8}x{width // 8 * 8}"
+            f"mask has {frames} frames of {height}x{width}: frames must be {step}n+1 and sides "
+            f"multiples of {cell}; use {frames // step * step + 1} frames of "
+            f"{height // cell * cell}x{width // cell * cell}"
         )
-    mask = (mask[:, :, 3::8] + mask[:, :, 4::8]) / 2
-    mask = (mask[:, :, :, 3::8] + mask[:, :, :, 4::8]) / 2
-    return jnp.concatenate([mask[:, :1], (mask[:, 2::4] + mask[:, 3::4]) / 2], axis=1)
+    middle, after = slice(cell // 2 - 1, None, cell), slice(cell // 2, None, cell)
+    mask = (mask[:, :, middle] + mask[:, :, after]) / 2
+    mask = (mask[:, :, :, middle] + mask[:, :, :, after]) / 2
+    middle, after = slice(step // 2, None, step), slice(step // 2 + 1, None, step)  # after frame 0
+    return jnp.concatenate([mask[:, :1], (mask[:, middle] + mask[:, after]) / 2], axis=1)
+
+
+def given_channel(mask: Float[Array, "B F H W 1"]) -> Float[Array, "B T h w 1"]:
+    """The mask as it enters the network: `MASK_SCALE` where the picture is given, else 0."""
+    return resize_mask(1 - mask) * MASK_SCALE
 
 
 def inpaint_condition(
     mask: Float[Array, "B F H W 1"], masked_latents: Float[Array, "B T h w C"]
 ) -> Float[Array, "B T h w C+1"]:
     """The extra channels of the inpaint model: where the picture is given, and what it shows."""
-    return jnp.concatenate([resize_mask(1 - mask) * MASK_SCALE, masked_latents], axis=-1)
+    return jnp.concatenate([given_channel(mask), masked_latents], axis=-1)
 
 
 def camera_condition(rays: Float[Array, "B F H W 6"]) -> Float[Array, "B T h w 6"]:
@@ -89,7 +115,7 @@ def camera_condition(rays: Float[Array, "B F H W 6"]) -> Float[Array, "B T h w 6
 
 def repaint_mask(mask: Float[Array, "B F H W 1"]) -> Float[Array, "B T h w 1"]:
     """The mask at the size of the latents for blending: corners on corners (spec 6.6)."""
-    for axis, factor in ((1, 4), (2, 8), (3, 8)):
+    for axis, factor in ((1, TIME_FACTOR), (2, SPACE_FACTOR), (3, SPACE_FACTOR)):
         size = mask.shape[axis]
         place = np.linspace(0, size - 1, -(-size // factor))
         low = np.floor(place).astype(int)

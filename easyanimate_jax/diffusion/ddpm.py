@@ -30,9 +30,10 @@ SIGNAL_POWER = _POWER.astype(np.float32)
 
 @dataclass(frozen=True)
 class DDPM:
-    """Zero-SNR v-prediction. `stratified`: the rows of a batch share out the times (spec 4.3)."""
+    """Zero-SNR v-prediction."""
 
     stratified: bool = False
+    """Let the rows of a batch share out the training times (spec 4.3)."""
 
     def sample_time(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Training times: whole numbers 0 ... 999."""
@@ -49,10 +50,6 @@ class DDPM:
 
     def weight(self, time: Float[Array, "..."]) -> Float[Array, "..."]:
         return jnp.ones_like(time)
-
-    def predict_clean(self, x, prediction, time):
-        signal, sigma = _scales(time, x)
-        return signal * x - sigma * prediction
 
     def timesteps(self, num_steps: int) -> Float[np.ndarray, "steps"]:
         """The times at which a sampler of `num_steps` steps asks the network: trailing spacing."""

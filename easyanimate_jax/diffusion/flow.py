@@ -12,19 +12,25 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES, align, to_index, uniform
+from easyanimate_jax.facts import check_fields
 
 SHIFT = math.e  # the released pipelines call the dynamic shift with mu = 1
 
 
 @dataclass(frozen=True)
 class Flow:
-    """Rectified flow. `stratified`: the rows of a batch share out the times (spec 4.3);
-    `train_shift`: moves training times toward noise, as sampling's are moved, by
-    t -> s t / (1 + (s - 1) t). Motion is decided there: from scratch, 3 learns it in half of
-    the steps that 1 (the released) needs."""
+    """Rectified flow."""
 
     stratified: bool = False
+    """Let the rows of a batch share out the training times (spec 4.3)."""
+
     train_shift: float = 1.0
+    """Shift s of training times toward noise, t -> s t / (1 + (s - 1) t), as sampling shifts its
+    own. Motion is decided there: from scratch, 3 learns it in half of the steps that 1 (the
+    released) needs."""
+
+    def __post_init__(self):
+        check_fields(self, train_shift="(0, inf)")
 
     def sample_time(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Training times: whole numbers 1000 ... 1."""
@@ -41,9 +47,6 @@ class Flow:
 
     def weight(self, time: Float[Array, "..."]) -> Float[Array, "..."]:
         return jnp.ones_like(time)
-
-    def predict_clean(self, x, prediction, time):
-        return x - _sigma(time, x) * prediction
 
     def timesteps(self, num_steps: int) -> Float[np.ndarray, "steps"]:
         """The times at which a sampler of `num_steps` steps asks the network, shifted."""

@@ -16,16 +16,3 @@ def masked_squared_error(
     error = prediction.astype(jnp.float32) - target.astype(jnp.float32)
     outlier = (jnp.abs(error) > OUTLIER) & jnp.isfinite(error)
     return jnp.where(outlier, 0.0, error**2)
-
-
-def motion_sub_loss(
-    loss: Float[Array, ""],
-    prediction: Float[Array, "B T h w C"],
-    target: Float[Array, "B T h w C"],
-    ratio: float = 0.25,
-) -> Float[Array, ""]:
-    """`loss` mixed with the error of the differences between neighbouring latent frames."""
-    if prediction.shape[1] <= 2:
-        return loss
-    error = prediction.astype(jnp.float32) - target.astype(jnp.float32)
-    return (1 - ratio) * loss + ratio * jnp.mean(jnp.diff(error, axis=1) ** 2)

@@ -18,7 +18,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from easyanimate_jax.diffusion.conditioning import guide
-from easyanimate_jax.diffusion.samplers import advance, walk
+from easyanimate_jax.diffusion.ddpm import DDPM
+from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.diffusion.samplers import SAMPLERS, advance, walk
+from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
+from easyanimate_jax.facts import check_fields
+from easyanimate_jax.generation.protocols import Denoiser
 from easyanimate_jax.memory import check_fit
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.sharding import shard
@@ -27,36 +32,61 @@ Texts = tuple[Float[Array, "_ _ _"] | Float[np.ndarray, "_ _ _"], ...]
 Tokens = Float[Array, "B N P"]
 
 TABLE = 1024  # rows of the padded tables: more than 1000 steps and PNDM's nine further evaluations
+_SAMPLER_NAMES = tuple(dict.fromkeys(name for names in SAMPLERS.values() for name in names))
 FRESH = 2  # which of a seed's keys the noise of stochastic samplers comes from
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How noise becomes a video.
-
-    `sampler` "" is the process's own: DDIM for V5, Euler for V5.1. `guided` is the share of the
-    walk with guidance, from and until. Every `guidance_every`-th step asks for the unconditional
-    prediction; the steps between take its difference from the conditional one as it last was.
-    `teacache` is the threshold below which a step reuses the network's last residual; 0 is never.
-    """
+    """How noise becomes a video; defaults are the reference's (spec 10.1)."""
 
     steps: int = 50
+    """Steps of denoising."""
+
     guidance: float = 6.0
+    """Scale of classifier-free guidance; 1 is none (spec 4.5)."""
+
     rescale: float = 0.0
+    """Share of the guided prediction that is scaled back to the spread of the conditional one; 0
+    is none (spec 4.5)."""
+
     sampler: str = ""
+    """Name of the sampler; "" is the process's own, DDIM for V5 and Euler for V5.1."""
+
     eta: float = 0.0
+    """Share of fresh noise in DDIM; 0 is none."""
+
     guided: tuple[float, float] = (0.0, 1.0)
+    """Share of the walk with guidance, from and until."""
+
     guidance_every: int = 1
+    """Steps from one unconditional prediction to the next; the steps between take its difference
+    from the conditional one as it last was."""
+
     teacache: float = 0.0
+    """Threshold below which a step reuses the network's last residual (spec 10.2); 0 is never."""
 
     def __post_init__(self):
         low, high = self.guided
         if not 0 <= low < high <= 1:
-            raise ValueError(f"guided {low} to {high}: give a share of the steps, as 0 and 1")
-        if self.guidance_every < 1 or self.teacache < 0:
             raise ValueError(
-                f"guidance_every {self.guidance_every}, teacache {self.teacache}: "
-                f"use 1 or more, and a threshold from 0 on"
+                f"Sampling.guided {low} to {high}: give a share of the steps, as 0 and 1"
+            )
+        if self.teacache < 0:
+            raise ValueError(f"Sampling.teacache {self.teacache}: use a threshold from 0 on")
+        check_fields(
+            self,
+            steps=f"[1, {NUM_TRAIN_TIMES}]",
+            guidance="[0, 100]",
+            rescale="[0, 1]",
+            eta="[0, 1]",
+            guided="[0, 1]",
+            guidance_every="[1, inf)",
+            teacache="[0, inf)",
+        )
+        if self.sampler not in ("", *_SAMPLER_NAMES):
+            raise ValueError(
+                f"Sampling.sampler is {self.sampler!r}; use one of {', '.join(_SAMPLER_NAMES)}"
             )
         if self.guidance_every > 1 and self.teacache:
             raise ValueError(
@@ -134,8 +164,8 @@ def polynomial(config: MMDiTConfig) -> tuple[float, ...]:
 
 
 def denoise(
-    model,
-    process,
+    model: Denoiser,
+    process: DDPM | Flow,
     given: Given,
     sampling: Sampling,
     *,
@@ -165,7 +195,7 @@ def denoise(
     return _denoise(*arguments, **options)
 
 
-def make_tables(process, sampling: Sampling, strength: float = 1.0) -> Tables:
+def make_tables(process: DDPM | Flow, sampling: Sampling, strength: float = 1.0) -> Tables:
     """The walk of `sampling` under `process`, and where it is guided."""
     times, moves, levels = walk(process, sampling.sampler, sampling.steps, strength, sampling.eta)
     count = len(times)

@@ -9,42 +9,26 @@ from PIL import Image
 
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import check_size, whole_frames
+from easyanimate_jax.diffusion.tasks import TASKS, numbers, task_of
+from easyanimate_jax.facts import FPS
+from easyanimate_jax.generation.arrays import NEW, resized
 from easyanimate_jax.generation.options import STARTS, given, option
 
-FPS = 8
-NEW = 240  # grey of a mask from which on the video is made anew (spec 6.6)
-TASKS = {  # input channels of the transformer -> what it was trained for
-    16: "text to video",
-    33: "inpainting",
-    32: "control",
-    48: "control with a reference",
-    38: "camera",
-}
-TAKES = {  # what may be given to whom
-    "image": (33,),
-    "end_image": (33,),
-    "video": (16, 33),
-    "mask": (16, 33),
-    "control": (32, 48),
-    "trajectory": (32, 48),
-    "camera": (38,),
-    "reference": (48, 38),
-    "segment": (33,),
-}
+INPUTS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.inputs))
 
 
 def complete(a: argparse.Namespace, meta: dict) -> None:
     """Fill in the run's own size, and refuse what this checkpoint cannot do."""
-    samples, channels = meta["config"]["samples"], meta["in_channels"]
-    for name, takers in TAKES.items():
-        if given(a, name) and channels not in takers:
+    samples, task = meta["config"]["samples"], task_of(meta["in_channels"])
+    for name in INPUTS:
+        if given(a, name) and name not in task.inputs:
             raise ValueError(
-                f"{a.checkpoint} was trained for {TASKS[channels]} ({channels} input channels), "
-                f"and --{option(name)} needs {' or '.join(map(str, takers))}; leave it out"
+                f"{a.checkpoint} was trained for {task.title} ({task.in_channels} input channels), "
+                f"and --{option(name)} needs {numbers(name)}; leave it out"
             )
-    if channels not in (16, 33) and not any(given(a, name) for name in STARTS):
-        wanted = "--camera" if channels == 38 else "--control or --trajectory"
-        raise ValueError(f"{a.checkpoint} was trained for {TASKS[channels]}: give {wanted}")
+    if task.is_control and not any(given(a, name) for name in STARTS):
+        wanted = "--camera" if "camera" in task.holds else "--control or --trajectory"
+        raise ValueError(f"{a.checkpoint} was trained for {task.title}: give {wanted}")
     film = a.video or a.control
     if film and a.frames is None:
         a.frames = whole_frames(min(samples["frames"], film_frames(film)))
@@ -100,8 +84,7 @@ def read_inputs(a: argparse.Namespace) -> dict[str, np.ndarray]:
 
 def stretch(frames: np.ndarray, a: argparse.Namespace, how) -> np.ndarray:
     """Resized to the request's size without regard to the aspect, as the reference does."""
-    resized = (Image.fromarray(x).resize((a.width, a.height), how) for x in frames)
-    return np.stack([np.asarray(x) for x in resized])
+    return resized(frames, a.height, a.width, how)
 
 
 def read_film(path: str, a: argparse.Namespace) -> np.ndarray:

@@ -11,12 +11,12 @@ import math
 from pathlib import Path
 
 from easyanimate_jax.data.buckets import check_size
+from easyanimate_jax.facts import CELL, MESH_AXES
 
 MAX_SEED = 2**32 - 1
 FILES = ("image", "end_image", "video", "mask", "control", "trajectory", "camera", "reference")
 WORDS = ("prompt", "negative_prompt", "operator")
 NUMBERS = ("height", "width", "frames", "segment", "spot", "seed")
-MESH_AXES = "data", "fsdp", "context", "tensor"  # sharding.py, which imports JAX
 LINE_KEYS = (*WORDS, *FILES, *NUMBERS, "strength")
 STARTS = ("control", "camera", "trajectory", "reference")
 ALONE = (  # what cannot be given together
@@ -85,8 +85,8 @@ def parser(description: str) -> Parser:
     add("--camera", metavar="FILE", help="pose file")
     add("--reference", metavar="FILE", help="what a controlled video looks like")
     add = p.add_argument_group("size").add_argument
-    add("--height", type=int, metavar="N", help="multiple of 16 (the run's)")
-    add("--width", type=int, metavar="N", help="multiple of 16 (the run's)")
+    add("--height", type=int, metavar="N", help=f"multiple of {CELL} (the run's)")
+    add("--width", type=int, metavar="N", help=f"multiple of {CELL} (the run's)")
     add("--frames", type=int, metavar="N", help="4n+1; 1 makes a picture (the run's)")
     add("--segment", type=int, metavar="N", help="4n+1, made at once of a longer video")
     add = p.add_argument_group("how").add_argument
@@ -160,12 +160,12 @@ def check_line(line, where: str) -> dict:
 
 def check(a: argparse.Namespace) -> None:
     """Refuse what is wrong by itself; needs no checkpoint."""
-    check_size(1 if a.frames is None else a.frames, a.height or 16, a.width or 16)
+    check_size(1 if a.frames is None else a.frames, a.height or CELL, a.width or CELL)
     for name in ("height", "width"):
         if getattr(a, name) == 0:
-            raise ValueError(f"--{name} 0: use 16 or more")
+            raise ValueError(f"--{name} 0: use {CELL} or more")
     if a.segment is not None:
-        check_size(a.segment, 16, 16)
+        check_size(a.segment, CELL, CELL)
         if a.segment < 9:
             raise ValueError(f"--segment {a.segment}: segments share 4 frames; use 9 or more")
     for name, low, high in (

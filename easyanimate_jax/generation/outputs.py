@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from easyanimate_jax.data import media
-from easyanimate_jax.generation.inputs import FPS
+from easyanimate_jax.facts import FPS
 from easyanimate_jax.generation.options import FILES, given, option, options_of
 
 

@@ -1,14 +1,15 @@
-"""From encoded text, pictures and videos to videos: the pipelines around one denoising program.
+"""The ways to make videos, around one denoising program: from texts, pictures, videos, controls.
 
-Arrays in, arrays out. Every way takes what makes videos, a `LatentDiffusion`, and what is asked of
-every way, a `Request`; the rest is its own. Each row draws its noise from a seed of its own, so a
-video does not depend on what else is in the batch. A mask is 1 where the video is to be made and 0
-where it is given.
+Arrays in, arrays out. Every way takes what makes videos, a `Diffusion`, and what is asked of every
+way, a `Request`; the rest is its own. Pixels are uint8. Each row draws its noise from a seed of its
+own, so a video does not depend on what else is in the batch. A mask is 1 where the video is made
+and 0 where it is given. A way keeps no part of `diffusion`, so that parts can take turns in memory.
+All raise ValueError for arrays and sizes that do not fit the request or the model.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -17,47 +18,42 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from easyanimate_jax.data.buckets import PATCH, check_size, grid_of
-from easyanimate_jax.diffusion.conditioning import (
-    SAMPLING_NOISE,
-    camera_condition,
-    inpaint_condition,
-    masked_video,
-    reference_noise,
-    repaint_mask,
-)
+from easyanimate_jax.data.buckets import check_size, grid_of, latent_frames
+from easyanimate_jax.diffusion.conditioning import SAMPLING_NOISE
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
-from easyanimate_jax.generation.denoising import Given, Sampling, Source, Texts, denoise
+from easyanimate_jax.diffusion.tasks import RAY_CHANNELS, numbers, task_of
+from easyanimate_jax.facts import LATENT_CHANNELS, PATCH, SPACE_FACTOR, TIME_FACTOR
+from easyanimate_jax.generation.denoising import Given, Source, denoise
+from easyanimate_jax.generation.pixels import (
+    Clips,
+    Masks,
+    Tokens,
+    Videos,
+    by_rows,
+    camera_tokens,
+    decode,
+    encoded,
+    inpaint_tokens,
+    keep_tokens,
+    pixels_of,
+    rows_at_once,
+)
+from easyanimate_jax.generation.protocols import Diffusion
+from easyanimate_jax.generation.request import Request
 from easyanimate_jax.memory import check_fit
-from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, patchify, unpatchify
-from easyanimate_jax.models.vae import SPACE_FACTOR, CausalVAE
-from easyanimate_jax.sharding import num_parts, shard
+from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, unpatchify
+from easyanimate_jax.models.vae import CausalVAE
+from easyanimate_jax.sharding import num_parts
 
-Videos = UInt8[np.ndarray, "B F H W 3"]
-Clips = UInt8[np.ndarray, "B _ H W 3"]  # of several lengths
-Masks = UInt8[np.ndarray, "_ _ _ _ 1"]
 Rays = Float[np.ndarray, "B F H W 6"]
 Pictures = UInt8[np.ndarray, "B _ _ 3"] | UInt8[np.ndarray, "B _ _ _ 3"]  # one a row, or several
 
-LATENT_CHANNELS, RAY_CHANNELS = 16, 6
-INPAINT_CHANNELS = 17  # a mask and the latents of the given pixels (spec 6)
-CAMERA_CHANNELS = RAY_CHANNELS + LATENT_CHANNELS  # with a reference picture
-CONTROLLED = {  # what a model takes, by its extra channels
-    LATENT_CHANNELS: "a control video",
-    2 * LATENT_CHANNELS: "a control video and a reference picture",
-    CAMERA_CHANNELS: "a camera and a reference picture",
-}
 OVERLAP = 4  # frames that a segment of a long video shares with the one before
-PIXELS_AT_ONCE = 2**18  # of one frame, in the VAE: a row of 512 x 512, or 64 rows of 64 x 64
 
 
 class LatentDiffusion(NamedTuple):
-    """What makes videos: the transformer, the autoencoder of its latents, the noise process.
-
-    `runs.Resident` stands in its place, with parts that are read when they are asked for: so ways
-    keep none of them, and name no type.
-    """
+    """What makes videos, all in memory: the transformer, its autoencoder, the noise process."""
 
     model: MMDiT
     vae: CausalVAE
@@ -65,52 +61,51 @@ class LatentDiffusion(NamedTuple):
 
     @property
     def config(self) -> MMDiTConfig:
+        """The transformer's config."""
         return self.model.config
 
 
-class Request(NamedTuple):
-    """What is asked of every way: a video a row.
+def choose(given: Collection[str], frames: int, segment: int | None = None) -> Callable:
+    """Return the way for what is given, by the names of the options of `sample.py`.
 
-    Texts are encoder states, a tuple of one or two (B, L, width) arrays; of the negative ones a
-    single row serves all. `progress` is called with the number of each finished evaluation.
+    A `segment`, in frames, leads to `long_video` where the video has more `frames`.
     """
-
-    texts: Texts
-    negative_texts: Texts
-    size: tuple[int, int, int]  # frames, height, width; one frame is a picture
-    seeds: Sequence[int]
-    sampling: Sampling = Sampling()
-    progress: Callable[[int], None] | None = None
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(B, F, H, W) of the videos."""
-        return len(self.seeds), *self.size
+    if "video" in given:
+        return video_to_video
+    if not {"control", "camera", "trajectory", "reference"}.isdisjoint(given):
+        return control_to_video
+    if segment and frames > segment:
+        return long_video
+    if "image" in given or "end_image" in given:
+        return image_to_video
+    return text_to_video
 
 
-def text_to_video(diffusion, request: Request) -> Videos:
-    """A video per text. An inpaint model is told that nothing is given (spec 6.2)."""
-    check_size(*request.size)
+def text_to_video(diffusion: Diffusion, request: Request) -> Videos:
+    """Return a video per text, (B, F, H, W, 3). An inpaint model sees nothing given (spec 6.2)."""
+    request.check(diffusion.config)
     _want_free(diffusion, "text-to-video has none")
     return _generate(diffusion, request)
 
 
 def image_to_video(
-    diffusion,
+    diffusion: Diffusion,
     request: Request,
     *,
     start: Pictures | None = None,
     end: Pictures | None = None,
     picture_noise: float = SAMPLING_NOISE,
 ) -> Videos:
-    """Videos that begin with `start`, end with `end`, or both; each a picture or several (6.2).
+    """Return videos that begin with `start`, end with `end`, or both (spec 6.2).
 
-    More `picture_noise` on the given pictures lets the video move more.
+    Each is a picture a row, (B, H, W, 3), or several, (B, pictures, H, W, 3), of the videos' size.
+    More `picture_noise`, in units of [-1, 1], lets the video move more. Raises ValueError for a
+    model that takes no pictures.
     """
-    check_size(*request.size)
+    request.check(diffusion.config)
     _want_inpaint(diffusion, "pictures")
     video, mask = _place(request, start, end)
-    condition = _inpaint_tokens(diffusion.vae, video, mask, request.seeds, picture_noise)
+    condition = inpaint_tokens(diffusion.vae, video, mask, request.seeds, picture_noise)
     return _generate(diffusion, request, condition)
 
 
@@ -143,11 +138,11 @@ def _place(request: Request, start, end) -> tuple[Videos, Masks]:
 
 def _frames_above(count: int) -> int:
     """The smallest possible number of frames above `count`."""
-    return max(5, count // 4 * 4 + (1 if count % 4 == 0 else 5))
+    return (count + TIME_FACTOR - 1) // TIME_FACTOR * TIME_FACTOR + 1
 
 
 def video_to_video(
-    diffusion,
+    diffusion: Diffusion,
     request: Request,
     *,
     video: Videos,
@@ -155,12 +150,13 @@ def video_to_video(
     strength: float = 0.7,
     picture_noise: float = SAMPLING_NOISE,
 ) -> Videos:
-    """`video` made anew (spec 6.6); with a strength of 1 and a mask this is inpainting.
+    """Return `video`, (B, F, H, W, 3), made anew (spec 6.6).
 
-    A strength below 1 starts from the noised video, so that less of it changes. Where `mask` is 0
-    the video stays: an inpaint model sees it there, and a T2V model has it put back at each step.
+    A `strength` below 1 starts from the noised video, so that less of it changes; 1 with a mask is
+    inpainting. Where `mask`, (B, F, H, W, 1), is 0 the video stays: an inpaint model sees it there,
+    and a T2V model has it put back at each step. Raises ValueError for a control model.
     """
-    check_size(*request.size)
+    request.check(diffusion.config)
     _want_free(diffusion, "video-to-video has none")
     _check_video(request, video, mask)
     if mask is None and strength == 1:
@@ -169,11 +165,11 @@ def video_to_video(
         mask = None  # nothing is given: the inpaint model's condition is zero, not of black pixels
     condition = keep = source = None
     if mask is not None and extra_channels(diffusion):
-        condition = _inpaint_tokens(diffusion.vae, video, mask, request.seeds, picture_noise)
+        condition = inpaint_tokens(diffusion.vae, video, mask, request.seeds, picture_noise)
     elif mask is not None:
-        keep = _by_rows(_keep_tokens, mask)
+        keep = by_rows(keep_tokens, mask)
     if strength < 1 or keep is not None:
-        source = Source(_encoded(diffusion, video), keep)
+        source = Source(encoded(diffusion.vae, video), keep)
     return _generate(diffusion, request, condition, source, strength)
 
 
@@ -192,72 +188,77 @@ def _check_video(request: Request, video, mask) -> None:
 
 
 def control_to_video(
-    diffusion,
+    diffusion: Diffusion,
     request: Request,
     *,
     control: Videos | None = None,
     camera: Rays | None = None,
     reference: Pictures | None = None,
 ) -> Videos:
-    """Videos that follow a control video or a camera, with a picture to look like (spec 7.1).
+    """Return videos that follow a control video or a camera, and look like a picture (spec 7.1).
 
+    `control` is (B, F, H, W, 3), `camera` Pluecker rays (B, F, H, W, 6), `reference` (B, H, W, 3).
     What is not given is zero. As in the reference, a video of one frame has no reference picture.
+    Raises ValueError for what the model does not take.
     """
-    check_size(*request.size)
+    request.check(diffusion.config)
     _check_control(diffusion, request, control, camera, reference)
-    extra = extra_channels(diffusion)
+    holds = task_of(diffusion.config.in_channels).holds
     if camera is not None:
-        signal = _by_rows(_camera_tokens, camera)
+        signal = by_rows(camera_tokens, camera)
     elif control is not None:
-        signal = _encoded(diffusion, control)
+        signal = encoded(diffusion.vae, control)
     else:
-        signal = _no_tokens(request, RAY_CHANNELS if extra == CAMERA_CHANNELS else LATENT_CHANNELS)
-    if extra == LATENT_CHANNELS:
+        signal = _no_tokens(request, holds["camera" if "camera" in holds else "control video"])
+    if "reference picture" not in holds:
         return _generate(diffusion, request, signal)
     look = _no_tokens(request, LATENT_CHANNELS)
     if reference is not None and request.size[0] > 1:
-        first = _encoded(diffusion, reference[:, None])
+        first = encoded(diffusion.vae, reference[:, None])
         look[:, : first.shape[1]] = first
     return _generate(diffusion, request, np.concatenate([signal, look], axis=-1))
 
 
-def _check_control(diffusion, request: Request, control, camera, reference):
+def _check_control(diffusion: Diffusion, request: Request, control, camera, reference):
     """Refuse what this model does not take, or takes in another shape."""
-    extra = extra_channels(diffusion)
-    if extra not in CONTROLLED:
+    task = task_of(diffusion.config.in_channels)
+    if not task.is_control:
         raise ValueError(
             f"a model of {diffusion.config.in_channels} input channels takes no control; use a "
-            f"control (32 or 48) or camera (38) checkpoint"
+            f"control ({numbers('control')}) or camera ({numbers('camera')}) checkpoint"
         )
     rows, _, *sides = request.shape
-    for name, value, takers, shape in (
-        ("control", control, (LATENT_CHANNELS, 2 * LATENT_CHANNELS), (*request.shape, 3)),
-        ("camera", camera, (CAMERA_CHANNELS,), (*request.shape, RAY_CHANNELS)),
-        ("reference", reference, (2 * LATENT_CHANNELS, CAMERA_CHANNELS), (rows, *sides, 3)),
+    for name, value, shape in (
+        ("control", control, (*request.shape, 3)),
+        ("camera", camera, (*request.shape, RAY_CHANNELS)),
+        ("reference", reference, (rows, *sides, 3)),
     ):
-        if value is not None and extra not in takers:
+        if value is not None and name not in task.inputs:
             raise ValueError(
-                f"{name} is given, and this model takes {CONTROLLED[extra]}: leave it out"
+                f"{name} is given, and this model takes a {' and a '.join(task.holds)}: "
+                f"leave it out"
             )
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} of shape {value.shape}: it must be {shape}")
 
 
 def long_video(
-    diffusion,
+    diffusion: Diffusion,
     request: Request,
     *,
     segment: int = 49,
     start: Pictures | None = None,
     end: Pictures | None = None,
 ) -> Videos:
-    """Videos of any length, in segments that begin with the last frames of the one before (6.7).
+    """Return videos of any length, made in segments of `segment` frames (spec 6.7).
 
-    The shared frames are blended. The last segment shares up to three more, so that the video has
-    the length that was asked for.
+    A segment begins with the last frames of the one before, and the shared frames are blended. The
+    last segment shares up to three more, so that the video has the length that was asked for.
+    `start` and `end` are those of `image_to_video`. Raises ValueError for a model that takes no
+    pictures.
     """
     frames, *sides = request.size
-    check_size(*request.size)
+    request.check(diffusion.config)
     check_size(segment, *sides)
     _want_inpaint(diffusion, "the last frames of a segment")
     if segment <= 2 * OVERLAP:
@@ -291,7 +292,7 @@ def segments(frames: int, segment: int) -> list[tuple[int, int]]:
     while parts[-1][1] < frames:
         first = parts[-1][1] - OVERLAP
         if frames - first <= segment:
-            length = (frames - first + 2) // 4 * 4 + 1
+            length = (frames - first + 2) // TIME_FACTOR * TIME_FACTOR + 1
             parts.append((frames - length, frames))
         else:
             parts.append((first, first + segment))
@@ -303,24 +304,24 @@ def _segment_seed(seed: int, number: int) -> int:
     return (seed + number * 0x9E3779B9) % 2**32
 
 
-def extra_channels(diffusion) -> int:
+def extra_channels(diffusion: Diffusion) -> int:
     """Clean channels that the model takes beside the noisy ones."""
-    return diffusion.config.in_channels - diffusion.config.out_channels
+    return diffusion.config.in_channels - LATENT_CHANNELS
 
 
 def _want_free(diffusion, why: str) -> None:
-    if extra_channels(diffusion) not in (0, INPAINT_CHANNELS):
+    if task_of(diffusion.config.in_channels).is_control:
         raise ValueError(
             f"a model of {diffusion.config.in_channels} input channels wants a control signal, and "
-            f"{why}; use a T2V (16) or inpaint (33) checkpoint"
+            f"{why}; use a T2V or inpaint checkpoint ({numbers('text_to_video')})"
         )
 
 
 def _want_inpaint(diffusion, what: str) -> None:
-    if extra_channels(diffusion) != INPAINT_CHANNELS:
+    if "image_to_video" not in task_of(diffusion.config.in_channels).ways:
         raise ValueError(
             f"a model of {diffusion.config.in_channels} input channels cannot take {what}; "
-            f"use an inpaint checkpoint (33), or text-to-video"
+            f"use an inpaint checkpoint ({numbers('image_to_video')}), or text-to-video"
         )
 
 
@@ -330,23 +331,26 @@ def _no_tokens(request: Request, channels: int) -> np.ndarray:
     return np.zeros((len(request.seeds), num_tokens, channels * PATCH**2), np.float32)
 
 
-def decode(vae: CausalVAE, latents: Float[np.ndarray, "B T h w C"]) -> Videos:
-    """Latents -> 8-bit videos, some rows at a time; truncated, not rounded, as in the reference."""
-    return _by_rows(partial(_pixels, vae), latents, pixels_per_cell=64)
-
-
-def _generate(diffusion, request: Request, condition=None, source=None, strength=1.0) -> Videos:
+def _generate(
+    diffusion: Diffusion,
+    request: Request,
+    condition: Tokens | None = None,
+    source: Source | None = None,
+    strength: float = 1.0,
+) -> Videos:
     """Denoise, say which rows failed, decode. What decoding takes is looked at first."""
     rows, frames, height, width = request.shape
-    at_once = _rows_at_once(rows, height * width)
-    shape = at_once, (frames + 3) // 4, height // SPACE_FACTOR, width // SPACE_FACTOR
+    at_once = rows_at_once(rows, height * width)
+    shape = at_once, latent_frames(frames), height // SPACE_FACTOR, width // SPACE_FACTOR
     check_fit(
         f"decoding {at_once} x {frames}x{height}x{width}",
-        _pixels,
+        pixels_of,
         diffusion.vae,
         jax.ShapeDtypeStruct((*shape, LATENT_CHANNELS), jnp.float32),
     )
-    latents = make_latents(diffusion, request, condition, source, strength)
+    latents = denoise_latents(
+        diffusion, request, condition=condition, source=source, strength=strength
+    )
     for seed, row in zip(request.seeds, latents, strict=True):
         if not np.isfinite(row).all():
             warnings.warn(
@@ -358,17 +362,29 @@ def _generate(diffusion, request: Request, condition=None, source=None, strength
     return decode(diffusion.vae, latents)
 
 
-def make_latents(
-    diffusion, request: Request, condition=None, source=None, strength=1.0
-) -> Float[np.ndarray, "B T h w C"]:
-    """Rows and tokens are filled up to what the mesh divides, denoised, and cut again."""
+def denoise_latents(
+    diffusion: Diffusion,
+    request: Request,
+    *,
+    condition: Tokens | None = None,
+    source: Source | None = None,
+    strength: float = 1.0,
+) -> Float[np.ndarray, "B T h w 16"]:
+    """Return the latents of the videos of a request, normalised, float32: all but the decoding.
+
+    `condition` has, for every token, the clean channels that the model reads beside the noisy ones,
+    (B, N, 4 x channels) float32 as `models.mmdit.patchify` orders them; None is zeros, nothing
+    given. `source` is a video to start from, as tokens; `strength`, from 0 to 1, is the share of
+    the steps that are walked from it, and 1 starts from noise.
+
+    The rows and tokens are filled up to what the current mesh divides, and cut again. Raises
+    ValueError for a request or a condition that does not fit the model, and, before the first step,
+    where a device has too little memory.
+    """
+    request.check(diffusion.config)
     rows, grid = len(request.seeds), grid_of(*request.size)
     num_tokens = math.prod(grid)
-    if any(len(text) != rows for text in request.texts):
-        counts = [len(text) for text in request.texts]
-        raise ValueError(f"{counts} rows of text and {rows} seeds: give a seed each")
-    if condition is None and extra_channels(diffusion):
-        condition = _no_tokens(request, extra_channels(diffusion))
+    condition = _condition(diffusion, request, condition)
     all_rows = -rows % num_parts("batch") + rows
     length = -num_tokens % num_parts("tokens") + num_tokens
 
@@ -380,7 +396,7 @@ def make_latents(
         repeated = (jnp.broadcast_to(text, (rows, *text.shape[1:])) for text in texts)
         return tuple(fill(text, text.shape[1]) for text in repeated)
 
-    seeds, width = np.asarray(request.seeds, np.uint32), PATCH**2 * diffusion.config.out_channels
+    seeds, width = np.asarray(request.seeds, np.uint32), PATCH**2 * LATENT_CHANNELS
     guided = request.sampling.guidance > 1
     given = Given(
         noise=fill(_noise(seeds, (num_tokens, width)), length),
@@ -403,106 +419,26 @@ def make_latents(
     return np.asarray(unpatchify(latents[:rows, :num_tokens], grid))
 
 
+def _condition(diffusion: Diffusion, request: Request, given: Tokens | None) -> Tokens | None:
+    """What is given as the model reads it: zeros for nothing, None where it reads none."""
+    wanted = (
+        len(request.seeds),
+        math.prod(grid_of(*request.size)),
+        extra_channels(diffusion) * PATCH**2,
+    )
+    if given is None:
+        return _no_tokens(request, extra_channels(diffusion)) if wanted[-1] else None
+    if given.shape != wanted:
+        raise ValueError(
+            f"a condition of shape {given.shape}: a model of {diffusion.config.in_channels} input "
+            f"channels reads {wanted} for this request"
+        )
+    return given
+
+
 @partial(jax.jit, static_argnames="shape")
 def _noise(seeds, shape):
     def draw(seed):
         return jax.random.normal(jax.random.fold_in(jax.random.key(seed), 0), shape)
 
     return jax.vmap(draw)(seeds)
-
-
-def _inpaint_tokens(vae, video, mask, seeds, noise) -> np.ndarray:
-    """The inpaint condition of 8-bit videos as tokens."""
-    seeds, strengths = np.asarray(seeds, np.uint32), np.full(len(seeds), noise, np.float32)
-    return _encode(_picture_tokens, vae, video, mask, seeds, strengths)
-
-
-@jax.jit
-def _picture_tokens(vae, video, mask, seeds, strengths):
-    """The inpaint condition: the given pixels slightly noised, the posterior's mode."""
-
-    def blur(seed, video, strength):
-        key = jax.random.fold_in(jax.random.key(seed), 1)
-        return reference_noise(key, video[None], strength[None])[0]
-
-    mask = mask.astype(jnp.float32)
-    video = jax.vmap(blur)(seeds, masked_video(_values(video), mask), strengths)
-    mean, _ = vae.chunked_encode(_spread(video, SPACE_FACTOR))
-    return _whole(patchify(inpaint_condition(mask, vae.normalize(mean))))
-
-
-def _encoded(diffusion, video: Clips) -> np.ndarray:
-    return _encode(_video_tokens, diffusion.vae, video)
-
-
-@jax.jit
-def _video_tokens(vae, video):
-    """The posterior's mode."""
-    mean, _ = vae.chunked_encode(_spread(_values(video), SPACE_FACTOR))
-    return _whole(patchify(vae.normalize(mean)))
-
-
-def _encode(program, vae, *arrays: np.ndarray) -> np.ndarray:
-    """`program(vae, ...)` by rows, after a look at what it takes."""
-    rows, frames, height, width, _ = arrays[0].shape
-    at_once = _rows_at_once(rows, height * width)
-    shapes = (jax.ShapeDtypeStruct((at_once, *x.shape[1:]), x.dtype) for x in arrays)
-    check_fit(f"encoding {at_once} x {frames}x{height}x{width}", program, vae, *shapes)
-    return _by_rows(partial(program, vae), *arrays)
-
-
-@jax.jit
-def _camera_tokens(rays):
-    return patchify(camera_condition(rays))
-
-
-@jax.jit
-def _keep_tokens(mask):
-    keep = 1 - repaint_mask(mask.astype(jnp.float32))
-    return patchify(jnp.repeat(keep, LATENT_CHANNELS, axis=-1))
-
-
-def _values(video):
-    return video.astype(jnp.float32) / 127.5 - 1
-
-
-@jax.jit
-def _pixels(vae, latents):
-    video = vae.chunked_decode(_spread(vae.denormalize(latents), 1))
-    return _whole((jnp.clip(video / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8))
-
-
-def _spread(x, cell: int):
-    """Rows of cells, or columns, over all devices of the mesh where they divide.
-
-    XLA follows from there through the whole network: borders are exchanged in front of every
-    convolution, and sums of norms added up.
-    """
-    axes = [None] * x.ndim
-    for dim in (2, 3):
-        if x.shape[dim] // cell % num_parts("picture") == 0:
-            axes[dim] = "picture"
-            break
-    return shard(x, *axes)
-
-
-def _whole(x):
-    """On every device, so that any host can read it."""
-    return shard(x, *[None] * x.ndim)
-
-
-def _by_rows(function, *arrays: np.ndarray, pixels_per_cell: int = 1) -> np.ndarray:
-    """`function` over equal groups of rows, the last one filled up: one compiled program."""
-    rows, _, height, width, _ = arrays[0].shape
-    size = _rows_at_once(rows, height * width * pixels_per_cell)
-    parts = []
-    for first in range(0, rows, size):
-        index = np.minimum(np.arange(first, first + size), rows - 1)
-        parts.append(np.asarray(function(*(x[index] for x in arrays))))
-    return np.concatenate(parts)[:rows]
-
-
-def _rows_at_once(rows: int, pixels: int) -> int:
-    """How many rows the VAE takes at once, of so many pixels a frame."""
-    groups = math.ceil(rows * pixels / PIXELS_AT_ONCE)
-    return math.ceil(rows / min(groups, rows))

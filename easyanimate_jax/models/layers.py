@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn import dtypes
 from jax.extend.core.primitives import name_p
 from jaxtyping import Array, Float
 
@@ -47,14 +46,14 @@ def linear(
     )
 
 
-def promoted(arrays, *, dtype, **options):
-    """flax's promotion of (inputs, kernel, bias); a kernel of `int8` becomes numbers before it."""
+def promoted(arrays, *, dtype):
+    """Return (inputs, kernel, bias) in `dtype`; a kernel of `int8` becomes numbers before."""
     inputs, kernel, bias = arrays
     if not isinstance(kernel, jax.Array):
         import qwix  # by those who sample with it alone
 
         kernel = qwix.dequantize(kernel)
-    return dtypes.promote_dtype((inputs, kernel, bias), dtype=dtype, **options)
+    return tuple(None if x is None else jnp.asarray(x, dtype) for x in (inputs, kernel, bias))
 
 
 def layer_norm(width: int, *, eps: float, rngs: nnx.Rngs, name: str | None = None) -> nnx.LayerNorm:

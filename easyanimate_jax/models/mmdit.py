@@ -2,12 +2,11 @@
 
 Follows section 2 of the specification. The 7B models share weights between the modalities in
 their upper blocks; the 12B models never do. The transformer knows tokens, a grid and a length;
-`patchify`, `unpatchify` and `denoise_latents` lead there from latent videos and back.
+`patchify` and `unpatchify` lead there from latent videos and back.
 
 E: width of the time embedding.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -17,9 +16,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
+from easyanimate_jax.facts import ACTIVATIONS, LATENT_CHANNELS, PATCH, DTypes, check_fields
 from easyanimate_jax.models.attention import joint_attention
+from easyanimate_jax.models.borders import check_mesh, check_rows, check_tokens
 from easyanimate_jax.models.layers import layer_norm, linear, rms_norm, scan_blocks, sinusoid, stack
-from easyanimate_jax.models.rope import MAX_GRID, Angles, rotary_angles, rotate
+from easyanimate_jax.models.rope import Angles, rotary_angles, rotate
 from easyanimate_jax.sharding import by_device, token_axis
 
 Video = Float[Array, "B N D"]
@@ -29,50 +30,80 @@ Time = Float[Array, "B E"]
 
 QK_NORM_EPS = 1e-6  # spec 2.4: not the config's norm_eps
 TEXT_NORM_EPS = 1e-6
-
-# What a block can keep for its backward pass, in values of the model width per token: 3, 1 (and
-# the attention's log-sums), 1, 4, 1.
 STREAM = ("batch", "tokens", None)
-ACTIVATIONS = ("qkv", "attention", "attention out", "mlp", "mlp out")
 
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """One released or trained size. `round_time` rounds the timestep to `dtype` (spec 2.9)."""
+    """The size of a transformer, and what it computes in; spec 1.1 has the released sizes."""
 
     depth: int
-    mmdit_depth: int  # the first blocks, with weights of their own for text; the rest share
+    """Number of blocks."""
+
+    mmdit_depth: int
+    """Number of first blocks that have weights of their own for text; the rest share theirs."""
+
     heads: int
+    """Number of attention heads; the model width is `heads` times `head_width`."""
+
     text_widths: tuple[int, ...]
+    """Width of the states of each text encoder."""
+
     text_norm: bool
+    """Normalise text states before their projection: V5.1 does, V5 does not (spec 1.1)."""
+
     round_time: bool
+    """Round the timestep to `dtype`, as released weights expect it (spec 2.9)."""
+
     head_width: int = 64
-    in_channels: int = 16
-    out_channels: int = 16
-    patch: int = 2
+    """Width of one attention head, a multiple of 16."""
+
+    in_channels: int = LATENT_CHANNELS
+    """Input channels of a latent pixel: the noisy ones and those of the task (spec 0)."""
+
     time_width: int = 512
+    """Width of the time embedding (spec 2.2)."""
+
     norm_eps: float = 1e-5
-    dtype: str = "bfloat16"
-    save: tuple[str, ...] = ("attention",)  # of ACTIVATIONS: kept for the backward pass
-    offload: tuple[str, ...] = ()  # of ACTIVATIONS: kept in host memory; the rest is recomputed
+    """Number added to the variance in the blocks' LayerNorms (spec 1.1)."""
+
+    dtype: DTypes = "bfloat16"
+    """Type that the network computes in; training keeps its weights in float32."""
+
+    save: tuple[str, ...] = ("attention",)
+    """Activations of a block, of `ACTIVATIONS`, that stay in device memory for the backward pass;
+    those in neither `save` nor `offload` are computed again."""
+
+    offload: tuple[str, ...] = ()
+    """Activations of a block, of `ACTIVATIONS`, that wait in host memory for the backward pass."""
 
     def __post_init__(self):
+        check_fields(
+            self,
+            depth="[1, inf)",
+            mmdit_depth="[0, inf)",
+            heads="[1, inf)",
+            text_widths="[1, inf)",
+            head_width="[16, inf)",
+            in_channels="[1, inf)",
+            time_width="[2, inf)",
+            norm_eps="(0, inf)",
+        )
         if self.head_width % 16:
             raise ValueError(
-                f"head_width={self.head_width}: rotary angles split a head into 1/4, 3/8 and 3/8, "
-                f"in pairs; use a multiple of 16."
+                f"MMDiTConfig: head_width={self.head_width}: rotary angles split a head into 1/4, "
+                f"3/8 and 3/8, in pairs; use a multiple of 16."
             )
-        if not 0 <= self.mmdit_depth <= self.depth or self.depth < 1:
+        if self.mmdit_depth > self.depth:
             raise ValueError(
-                f"mmdit_depth={self.mmdit_depth} of depth={self.depth}: "
+                f"MMDiTConfig: mmdit_depth={self.mmdit_depth} of depth={self.depth}: "
                 f"it counts the first blocks of the stack; use 0 to {self.depth}."
             )
-
         unknown = set(self.save + self.offload) - set(ACTIVATIONS)
         if unknown or set(self.save) & set(self.offload):
             raise ValueError(
-                f"save={self.save} and offload={self.offload}: each takes names of {ACTIVATIONS}, "
-                f"and no name stands in both."
+                f"MMDiTConfig: save={self.save} and offload={self.offload}: each takes names of "
+                f"{tuple(ACTIVATIONS)}, and no name stands in both."
             )
 
     @property
@@ -259,7 +290,7 @@ class Output(nnx.Module):
         self.modulation = modulation(config, 2, rngs=rngs)
         self.linear = linear(
             config.width,
-            config.out_channels * config.patch**2,
+            LATENT_CHANNELS * PATCH**2,
             ("embed", None),
             dtype=config.dtype,
             rngs=rngs,
@@ -273,10 +304,12 @@ class Output(nnx.Module):
 
 
 class MMDiT(nnx.Module):
+    """The transformer of one config; weights are float32, and it computes in `config.dtype`."""
+
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.config = config
         self.patches = linear(
-            config.in_channels * config.patch**2,
+            config.in_channels * PATCH**2,
             config.width,
             (None, "embed"),
             dtype=config.dtype,
@@ -302,8 +335,16 @@ class MMDiT(nnx.Module):
         time: Float[Array, "B"],
         texts: tuple[Float[Array, "B _ _"], ...],
     ) -> Float[Array, "B N out"]:
-        """The prediction for every token; tokens past a sample's length influence nothing else."""
+        """Return the prediction for every token, in the compute dtype.
+
+        `tokens` are those of `patchify`, `in` = 4 x in_channels wide, padded at the end to N;
+        `grid` holds the latent frames, token rows and columns of each row, `lengths` the number of
+        its real tokens: the ones past it influence nothing else. `time` is 0 to 1000. `texts` are
+        the states of each text encoder. Raises ValueError for shapes that do not fit the config or
+        the current mesh.
+        """
         video, text, time = self.embed(tokens, time, texts)
+        check_rows(tokens=tokens, grid=grid, lengths=lengths)
         features = self.features(video, text, time, grid, lengths)
         (out,) = by_device(
             lambda linear, x: (linear(x),),
@@ -321,7 +362,10 @@ class MMDiT(nnx.Module):
         time: Float[Array, "B"],
         texts: tuple[Float[Array, "B _ _"], ...],
     ) -> tuple[Video, Text, Time]:
-        """What enters the first block."""
+        """Return the inputs of the first block: video tokens, text tokens, time embedding."""
+        config = self.config
+        check_tokens(tokens, time, texts, config.in_channels, config.text_widths)
+        check_mesh(*tokens.shape[:2], config.heads)
 
         def enter(weights, tokens, time, *texts):
             patches, embed_time, projections = weights
@@ -347,7 +391,7 @@ class MMDiT(nnx.Module):
         grid: Int[Array, "B 3"],
         lengths: Int[Array, "B"],
     ) -> Video:
-        """What the last layer, `output.linear`, reads."""
+        """Return the input of the last layer, `output.linear`."""
         config, mesh = self.config, jax.sharding.get_abstract_mesh()
         axis, num_text = token_axis(mesh, video.shape[0]), text.shape[1]
         if axis is not None:  # whole parts of the text too
@@ -379,13 +423,13 @@ class MMDiT(nnx.Module):
         return out
 
 
-def patchify(latents: Float[Array, "B T h w C"], patch: int = 2) -> Float[Array, "B N patch_C"]:
+def patchify(latents: Float[Array, "B T h w C"]) -> Float[Array, "B N patch_C"]:
     """Tokens in (t, y, x) order; inside a token the channel is slowest."""
-    return rearrange(latents, "B T (gh ph) (gw pw) C -> B (T gh gw) (C ph pw)", ph=patch, pw=patch)
+    return rearrange(latents, "B T (gh ph) (gw pw) C -> B (T gh gw) (C ph pw)", ph=PATCH, pw=PATCH)
 
 
 def unpatchify(
-    tokens: Float[Array, "B N patch_C"], grid: tuple[int, int, int], patch: int = 2
+    tokens: Float[Array, "B N patch_C"], grid: tuple[int, int, int]
 ) -> Float[Array, "B T h w C"]:
     """The inverse of `patchify`, for tokens without padding."""
     T, gh, gw = grid
@@ -395,68 +439,6 @@ def unpatchify(
         T=T,
         gh=gh,
         gw=gw,
-        ph=patch,
-        pw=patch,
+        ph=PATCH,
+        pw=PATCH,
     )
-
-
-def denoise_latents(
-    model: MMDiT,
-    latents: Float[Array, "B T h w C"],
-    time: Float[Array, "B"],
-    texts: tuple[Float[Array, "B _ _"], ...],
-    condition: Float[Array, "B T h w extra"] | None = None,
-) -> Float[Array, "B T h w C"]:
-    """The model on latent videos of one size; `condition` joins as further channels."""
-    config = model.config
-    if condition is not None:
-        latents = jnp.concatenate([latents, condition], axis=-1)
-    B, T, h, w, C = latents.shape
-    if config.in_channels != C:
-        raise ValueError(
-            f"latents and condition have {C} channels together, and the model takes "
-            f"{config.in_channels}: give the condition it was trained with, or widen_input it."
-        )
-    if h % config.patch or w % config.patch or max(h, w) > MAX_GRID * config.patch:
-        raise ValueError(
-            f"latents of {h} x {w} do not split into patches of {config.patch} x {config.patch}, "
-            f"at most {MAX_GRID} a side: use a video whose sides are multiples of "
-            f"{8 * config.patch} pixels."
-        )
-    grid = (T, h // config.patch, w // config.patch)
-    tokens = patchify(latents, config.patch)
-    lengths = jnp.full((B,), tokens.shape[1])
-    tokens = model(tokens, jnp.tile(jnp.array([grid]), (B, 1)), lengths, time, texts)
-    return unpatchify(tokens, grid, config.patch)
-
-
-def widen_input(tree, in_channels: int):
-    """Every MMDiT in a tree (a model, its EMA, moments) with `in_channels` input channels.
-
-    New channels come last and are zero, so a T2V model becomes an inpainting or control model that
-    at first ignores its condition; with fewer channels the leading ones stay (spec 2.9).
-    """
-
-    def widen(model):
-        if not isinstance(model, MMDiT):
-            return model
-        model = jax.tree.map(lambda x: x, model)  # a copy of the module, not of the arrays
-        rows = in_channels * model.config.patch**2
-
-        def resize(kernel):
-            return jnp.pad(kernel[:rows], ((0, max(0, rows - kernel.shape[0])), (0, 0)))
-
-        # By tree: there is no kernel in a moment that an optimizer keeps of other weights.
-        kernel = model.patches.kernel
-        kernel.set_value(jax.tree.map(resize, kernel.get_value()))
-        model.patches.in_features = rows
-        model.config = dataclasses.replace(model.config, in_channels=in_channels)
-        return model
-
-    return jax.tree.map(widen, tree, is_leaf=lambda x: isinstance(x, MMDiT))
-
-
-def count_parameters(config: MMDiTConfig) -> int:
-    """By abstract evaluation: no array is made."""
-    model = jax.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
-    return sum(x.size for x in jax.tree.leaves(model))

@@ -9,6 +9,7 @@ Letters: z are raw latents, as the decoder reads them; `latents` are normalised 
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,17 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from easyanimate_jax.facts import (
+    LATENT_CHANNELS,
+    SPACE_FACTOR,
+    TIME_FACTOR,
+    DTypes,
+    check_fields,
+)
 from easyanimate_jax.models.causal_conv import CausalConv, Features, Past, by_frame, is_large
 from easyanimate_jax.models.layers import axes, linear
 from easyanimate_jax.models.tiles import TILE_OVERLAP, map_tiles, stitch
 
-TIME_FACTOR, SPACE_FACTOR = 4, 8
 FIRST_LOGVAR = -6.0  # of an untrained posterior; at 0 its noise would drown the latents for long
 
 Video = Float[Array, "B F H W 3"]
@@ -29,40 +36,59 @@ Latents = Float[Array, "B T h w C"]
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Defaults are the released V5.1 weights; V5 has `attention=True`.
-
-    `unshuffle` folds s x s pixels into channels in front of the encoder and unfolds them behind the
-    decoder; each doubling replaces one spatial halving, for small models that train in minutes.
-    `norm="rms"` normalises every position by itself, so that crops and whole frames look alike.
-    """
+    """The size of an autoencoder; defaults are the released V5.1 weights (spec 1.2)."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Channels of each level, from pixels to latents."""
+
     layers: int = 2
+    """Residual blocks of a level of the encoder; the decoder has one more."""
+
     groups: int = 32
-    latent_channels: int = 16
+    """Groups of channels that the group norms normalise together."""
+
     attention: bool = False
+    """Attention within a frame in the middle of encoder and decoder: V5 has it, V5.1 has not."""
+
     unshuffle: int = 1
-    norm: str = "group"
-    latent_mean: tuple[float, ...] = (0.0,)  # one number, or one per channel
+    """Side in pixels of the squares that are folded into channels in front of the encoder, and
+    unfolded behind the decoder. Each doubling replaces one spatial halving, for small models that
+    train in minutes."""
+
+    norm: Literal["group", "rms"] = "group"
+    """Normalisation: "group" over a frame, or "rms" at every position by itself, so that crops and
+    whole frames look alike."""
+
+    latent_mean: tuple[float, ...] = (0.0,)
+    """Number that is taken off raw latents for diffusion: one, or one for each channel."""
+
     latent_scale: tuple[float, ...] = (0.7125,)
-    dtype: str = "bfloat16"
+    """Number that latents are then multiplied by: one, or one for each channel (spec 1.2)."""
+
+    dtype: DTypes = "bfloat16"
+    """Type that the autoencoder computes in."""
 
     def __post_init__(self):
-        if self.unshuffle not in (1, 2, 4, 8):
-            raise ValueError(f"unshuffle is {self.unshuffle}; use 1, 2, 4 or 8.")
-        if self.norm not in ("group", "rms"):
-            raise ValueError(f"norm is {self.norm!r}; use 'group' or 'rms'.")
+        check_fields(
+            self,
+            channels="[1, inf)",
+            layers="[1, inf)",
+            groups="[1, inf)",
+            unshuffle="1 or 2 or 4 or 8",
+            latent_mean="(-inf, inf)",
+            latent_scale="(0, inf)",
+        )
         levels = 1 + max(int(math.log2(TIME_FACTOR)), self.space_halvings)
         if len(self.channels) != levels:
             raise ValueError(
-                f"channels {self.channels} has {len(self.channels)} levels; "
+                f"VAEConfig: channels {self.channels} has {len(self.channels)} levels; "
                 f"unshuffle={self.unshuffle} needs {levels}."
             )
         for name in ("latent_mean", "latent_scale"):
-            if len(getattr(self, name)) not in (1, self.latent_channels):
+            if len(getattr(self, name)) not in (1, LATENT_CHANNELS):
                 raise ValueError(
-                    f"{name} has {len(getattr(self, name))} entries; give 1, or one for each of "
-                    f"{self.latent_channels} latent channels."
+                    f"VAEConfig: {name} has {len(getattr(self, name))} entries; give 1, or one for "
+                    f"each of {LATENT_CHANNELS} latent channels."
                 )
 
     @property
@@ -217,7 +243,7 @@ class Encoder(nnx.Module):
         )
         self.mid_block = MidBlock(widths[-1], config, rngs=rngs)
         self.conv_norm_out = FrameNorm(widths[-1], config)
-        moments = 2 * config.latent_channels
+        moments = 2 * LATENT_CHANNELS
         self.conv_out = CausalConv(widths[-1], moments, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, video: Video, past: Past) -> Latents:
@@ -233,7 +259,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         self.unshuffle, widths = config.unshuffle, config.channels[::-1]
-        self.conv_in = CausalConv(config.latent_channels, widths[0], dtype=config.dtype, rngs=rngs)
+        self.conv_in = CausalConv(LATENT_CHANNELS, widths[0], dtype=config.dtype, rngs=rngs)
         self.mid_block = MidBlock(widths[0], config, rngs=rngs)
         pairs = zip((widths[0], *widths[:-1]), widths, strict=True)
         self.up_blocks = nnx.List(
@@ -259,12 +285,16 @@ class Decoder(nnx.Module):
 
 
 class CausalVAE(nnx.Module):
-    """`encode` and `decode` run a clip whole; `chunked_*` in groups of four frames and `tiled_*`
-    in overlapping windows need less memory. Chunks change nothing; tiles change seams slightly.
+    """The autoencoder: float pixels (B, F, H, W, 3) in [-1, 1] to raw latents z, and back.
+
+    F is 4n+1, H and W are multiples of 8; z is float32 (B, n+1, H/8, W/8, 16). `encode` and
+    `decode` run a clip whole; `chunked_*` in groups of four frames and `tiled_*` in overlapping
+    windows need less memory. Chunks change nothing; tiles change seams slightly. All raise
+    ValueError, while they are traced, for shapes and types that do not fit.
     """
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
-        self.config, C = config, config.latent_channels
+        self.config, C = config, LATENT_CHANNELS
         self.encoder = Encoder(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
         self.quant_conv, self.post_quant_conv = (
@@ -280,25 +310,34 @@ class CausalVAE(nnx.Module):
         )
         self.quant_conv.bias[...] = jnp.repeat(jnp.array([0.0, FIRST_LOGVAR]), C)
 
+    def __call__(self, video: Video) -> Video:
+        """Return the reconstruction of a video by the mode of its posterior, not clamped."""
+        mean, _ = self.encode(video)
+        return self.decode(mean)
+
     def encode(self, video: Video) -> tuple[Latents, Latents]:
-        """Mean and log-variance of z. A sample is `mean + exp(logvar / 2) * noise`."""
-        check_video(video.shape)
+        """Return mean and log-variance of z. A sample is `mean + exp(logvar / 2) * noise`."""
+        check_pixels(video)
         return _split(self._moments(video, Past()))
 
     def decode(self, z: Latents) -> Video:
-        """Pixels, not clamped to [-1, 1]."""
+        """Return the pixels of raw latents, float32, not clamped to [-1, 1]."""
+        check_latents(z)
         return self._pixels(z, Past())
 
     def chunked_encode(self, video: Video) -> tuple[Latents, Latents]:
-        check_video(video.shape)
+        """Return what `encode` does, four frames at a time."""
+        check_pixels(video)
         return _split(_in_chunks(self._moments, video, TIME_FACTOR))
 
     def chunked_decode(self, z: Latents) -> Video:
+        """Return what `decode` does, one latent frame at a time."""
+        check_latents(z)
         return _in_chunks(self._pixels, z, 1)
 
     def tiled_encode(self, video: Video, tile: int = 384) -> tuple[Latents, Latents]:
         """Windows of `tile` x `tile` pixels, blended in latent space (spec 3.6)."""
-        check_video(video.shape)
+        check_pixels(video)
         step = int(tile * (1 - TILE_OVERLAP))
         tiles = map_tiles(lambda window: _encode_tile(self, window), video, tile, step)
         latent_tile = tile // SPACE_FACTOR
@@ -306,6 +345,7 @@ class CausalVAE(nnx.Module):
 
     def tiled_decode(self, z: Latents, tile: int = 384) -> Video:
         """Windows of `tile` x `tile` pixels; the lower right one is mixed in twice (spec 3.6)."""
+        check_latents(z)
         size = tile // SPACE_FACTOR
         step = int(size * (1 - TILE_OVERLAP))
         tiles = map_tiles(lambda window: _decode_tile(self, window), z, size, step)
@@ -320,11 +360,12 @@ class CausalVAE(nnx.Module):
         return video.at[:, :, -height:, -width:].set(mixed)
 
     def normalize(self, z: Latents) -> Latents:
-        """Raw latents -> latents for diffusion."""
+        """Return the latents that diffusion works on, of raw ones."""
         mean, scale = self._statistics()
         return (z - mean) * scale
 
     def denormalize(self, latents: Latents) -> Latents:
+        """Return the raw latents of those that diffusion works on."""
         mean, scale = self._statistics()
         return latents / scale + mean
 
@@ -342,8 +383,27 @@ class CausalVAE(nnx.Module):
         return self.decoder(self.post_quant_conv(z), past).astype(jnp.float32)
 
 
+def check_pixels(video) -> None:
+    """Raise ValueError where an array is no video that the VAE can read."""
+    if video.ndim != 5 or video.shape[-1] != 3 or not jnp.issubdtype(video.dtype, jnp.floating):
+        raise ValueError(
+            f"a video of {video.dtype} and shape {video.shape}: the VAE reads floats in [-1, 1] of "
+            f"shape (rows, frames, height, width, 3); of 8-bit pixels give pixels / 127.5 - 1"
+        )
+    check_video(video.shape)
+
+
+def check_latents(z) -> None:
+    """Raise ValueError where an array is no raw latents that the VAE can decode."""
+    if z.ndim != 5 or z.shape[-1] != LATENT_CHANNELS or 0 in z.shape:
+        raise ValueError(
+            f"latents of shape {z.shape}: the VAE decodes (rows, latent frames, height / "
+            f"{SPACE_FACTOR}, width / {SPACE_FACTOR}, {LATENT_CHANNELS}), channels last"
+        )
+
+
 def check_video(shape: tuple[int, ...]) -> None:
-    """Raises ValueError where (B, F, H, W, 3) does not fit the 4 x 8 x 8 compression."""
+    """Raise ValueError where (B, F, H, W, 3) does not fit the 4 x 8 x 8 compression."""
     _, frames, height, width, _ = shape
     if frames % TIME_FACTOR != 1:
         nearest = max(round((frames - 1) / TIME_FACTOR), 0) * TIME_FACTOR + 1

@@ -15,19 +15,16 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from easyanimate_jax.facts import ACTIVATIONS, BLOCK_MATRICES, MESH_AXES
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.pods.chips import Chip
 from easyanimate_jax.pods.compile import describe_time, longest, suggest_mesh
 from easyanimate_jax.pods.predict import Prediction
 from easyanimate_jax.runs.config import TrainConfig
-from easyanimate_jax.sharding import MESH_AXES, token_axis
+from easyanimate_jax.sharding import token_axis
 from easyanimate_jax.training.compile import StageReport, describe_stage, model_flops
 from easyanimate_jax.training.stages import Stage
 
-# Values of the model width a token that a block keeps under these names; its input is kept always.
-KEPT = {"attention": 1, "attention out": 1, "mlp": 4, "mlp out": 1, "qkv": 3}
-# Of a block's 12 matrices (in width squared) those whose product a name saves.
-SAVED = {"attention out": 1, "mlp": 4, "mlp out": 4, "qkv": 3}
 # Counted on the card, for a block of the 12B model: values a token that its backward pass holds at
 # once, that its forward and backward pass read and write beside products and attention, and how
 # often these read or write its weights, and the update all of them.
@@ -113,7 +110,8 @@ def _stream(report: StageReport, model: MMDiTConfig) -> float:
 
 def _temporaries(report: StageReport, model: MMDiTConfig) -> int:
     stream, tensor = _stream(report, model), report.mesh["tensor"]
-    kept = 1 + sum(KEPT[name] for name in model.save) / tensor
+    # The input of a block is kept always.
+    kept = 1 + sum(ACTIVATIONS[name].values for name in model.save) / tensor
     gradients = report.memory["weights"] * (2 if report.accumulate > 1 else 1)
     gathered = 2 * 2 * _block_weights(model) / tensor if _devices(report) > 1 else 0  # bfloat16
     return int(gradients + gathered + stream * (model.depth * kept + HELD / tensor))
@@ -133,7 +131,7 @@ def _seconds(
     flops, share = model_flops(model, report.tokens, report.text_tokens)
     # What fills a microbatch up is computed too.
     flops *= report.microbatch * times / _devices(report)
-    again = 12 - sum(SAVED.get(name, 0) for name in model.save)
+    again = BLOCK_MATRICES - sum(ACTIVATIONS[name].matrices for name in model.save)
     attention = flops * share / 3 * (1 if "attention" in model.save else 2) / gpu.attention_forward
     attention += flops * share / 3 * 2 / gpu.attention_backward
     block = _block_weights(model)
@@ -146,7 +144,7 @@ def _seconds(
         sent += 24 * stream * model.depth
     between = (hosts - 1) / hosts / (per_host * gpu.network)
     return Prediction(
-        matmul=flops * (1 - share) * (1 + again / 36) / gpu.matmul,
+        matmul=flops * (1 - share) * (1 + again / (3 * BLOCK_MATRICES)) / gpu.matmul,
         attention=attention,
         elementwise=moved / gpu.bandwidth,
         collectives=sent * times * (1 / (4 * gpu.link) + between),

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from easyanimate_jax.facts import ACTIVATIONS, BLOCK_MATRICES
 from easyanimate_jax.pods.chips import Chip
 from easyanimate_jax.pods.compile import suggest_mesh
 from easyanimate_jax.runs.config import TrainConfig
@@ -18,15 +19,6 @@ from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.compile import Change, StageReport, model_flops
 from easyanimate_jax.training.stages import Stage
 
-# What a block keeps, by how much computing a kept byte saves: values of the model width a token,
-# and matrices (in width squared, of a block's 12) that need not be multiplied again.
-LADDER = {
-    "attention": (1, 0),
-    "mlp out": (1, 4),
-    "attention out": (1, 1),
-    "mlp": (4, 4),
-    "qkv": (3, 3),
-}
 TRANSIENTS = 40  # values of the model width a token that one block's backward pass holds
 MATMUL_SHARE = 0.8  # of the peak
 HOPELESS = 1.1  # times the memory, by the estimate: not compiled
@@ -66,10 +58,10 @@ def present(config: TrainConfig, stage: Stage, num_devices: int) -> Choice:
 
 
 def choices(config: TrainConfig, stage: Stage, num_devices: int) -> Iterator[Choice]:
-    """Every split of a slice's devices into fsdp and context that the heads allow, every step of
-    the ladder, and microbatches of a power of two rows a device or a group of them."""
+    """Every split of a slice's devices into fsdp and context that the heads allow, the first rows
+    of `facts.ACTIVATIONS` as kept, and microbatches of a power of two rows a group of devices."""
     now = suggest_mesh(config.mesh, num_devices)
-    free = [name for name in LADDER if name not in config.model.offload]
+    free = [name for name in ACTIVATIONS if name not in config.model.offload]
     inner = num_devices // (now.data * now.tensor)
     for context in (2**n for n in range(int(math.log2(inner)) + 1)):
         if inner % context or config.model.heads % context or config.model.width % context:
@@ -97,15 +89,15 @@ def estimate(
     parts = mesh.fsdp * mesh.context * tensor
     local = rows * tokens / (groups * mesh.context)  # tokens of a device in a microbatch
 
-    kept = 1 + sum(LADDER[name][0] for name in choice.save)
+    kept = 1 + sum(ACTIVATIONS[name].values for name in choice.save)
     kept += "attention" in choice.save and model.head_width < 128  # filled up to 128 lanes
     value = 2 * local * model.width / tensor
     memory = 24 * num_weights / parts + 4 * num_weights / model.depth / tensor
     memory += value * (model.depth * kept + TRANSIENTS)
 
     flops, share = model_flops(model, tokens, 0)
-    again = 12 - sum(LADDER[name][1] for name in choice.save)
-    linear = flops * (1 - share) * (1 + again / 36)
+    again = BLOCK_MATRICES - sum(ACTIVATIONS[name].matrices for name in choice.save)
+    linear = flops * (1 - share) * (1 + again / (3 * BLOCK_MATRICES))
     attention = flops * share * (1 if "attention" in choice.save else 4 / 3)
     done = accumulate * rows / (groups * mesh.context * tensor)  # samples of a device
     seconds = linear * done / (MATMUL_SHARE * chip.peak_flops)

@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from easyanimate_jax.data.sources.rows import caption_of
+from easyanimate_jax.facts import check_fields
 
 INSTRUCTIONS = (
     "These are frames of one video clip, in order. Describe the clip in detail and without "
@@ -24,15 +25,27 @@ INSTRUCTIONS = (
 class Server:
     """A captioner of `curate`: one request an instruction, one caption each.
 
-    `url` ends before `/chat/completions`. The key, if one is needed, is the environment variable
-    OPENAI_API_KEY. Raises ValueError when no usable answer came in `tries` requests.
+    The key, if one is needed, is the environment variable OPENAI_API_KEY. A call raises ValueError
+    when no usable answer came.
     """
 
     url: str
+    """Address of the server, up to and without `/chat/completions`."""
+
     model: str
+    """Name of the model, as the server knows it."""
+
     instructions: tuple[str, ...] = INSTRUCTIONS
+    """Instructions to the model, each of which gives one caption of a clip."""
+
     tries: int = 5
+    """Requests for one caption, at most."""
+
     seconds: float = 120.0
+    """Seconds that a request waits for the server."""
+
+    def __post_init__(self):
+        check_fields(self, tries="[1, inf)", seconds="(0, inf)")
 
     def __call__(self, stills: UInt8[np.ndarray, "F H W 3"]) -> list[str]:
         pictures = [{"type": "image_url", "image_url": {"url": _data_url(s)}} for s in stills]

@@ -22,15 +22,14 @@ from easyanimate_jax.data.decode import decoders
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.data.sources.rows import Clip
 from easyanimate_jax.diffusion.conditioning import (
-    MASK_SCALE,
-    UNKNOWN,
     camera_condition,
+    given_channel,
+    noised_reference,
     random_mask,
-    resize_mask,
 )
+from easyanimate_jax.facts import FPS, to_signed
 from easyanimate_jax.models.mmdit import patchify
 
-FPS = 8  # of training clips (spec 8.2)
 FIRST_REFERENCE = 0.4  # share of random references that are the first frame (spec 7.2)
 NO_TASK = 0.9  # share of all-masked draws that become plain T2V (spec 6.1)
 
@@ -86,14 +85,14 @@ def read_pixels(
 ) -> Pixels:
     """Decode a job, and draw a condition of each generator. ValueError for a file that is bad."""
     frames = _read_frames(job)
-    video, controls, rays, first = _signed(frames), (), None, None
+    video, controls, rays, first = to_signed(frames), (), None, None
     if job.control:
         led = [_read_control(job, control, frames) for control in job.control]
         camera, chosen = "camera" in job.control, 0
         if camera:
             rays = np.asarray(_ray_tokens(led[0]))
         else:
-            controls = tuple(map(_signed, led))
+            controls = tuple(map(to_signed, led))
         if job.random_reference and not camera:
             chosen = _reference_frame(reference, len(frames))
         first = video[chosen][None]
@@ -128,21 +127,8 @@ def _read_control(job: Job, control: str, frames: UInt8[np.ndarray, "F H W 3"]) 
 def _condition(rng: np.random.Generator, video: Video) -> Condition:
     mask = random_mask(rng, *video.shape[:3])
     flag = not (mask.all() and rng.random() < NO_TASK)
-    given = _noised_reference(rng, video, mask)
+    given = noised_reference(rng, video, mask)
     return Condition(given, np.asarray(_mask_tokens(mask)), flag)
-
-
-def _noised_reference(
-    rng: np.random.Generator, video: Video, mask: Float[np.ndarray, "F H W 1"]
-) -> Video:
-    """The given pixels with noise; pixels of exactly -1 are unknown and stay so (spec 6.4).
-
-    On the host: a random-number program per shape would compile longer than the VAE's.
-    """
-    given = np.where(mask > 0.5, np.float32(UNKNOWN), video)
-    strength = np.float32(np.exp(-3.0 + 0.5 * rng.standard_normal()))
-    noise = strength * rng.standard_normal(video.shape, np.float32)
-    return np.where(given == UNKNOWN, given, given + noise)
 
 
 def _reference_frame(rng: np.random.Generator, frames: int) -> int:
@@ -152,13 +138,9 @@ def _reference_frame(rng: np.random.Generator, frames: int) -> int:
     return int(rng.integers(1, frames))
 
 
-def _signed(frames: UInt8[np.ndarray, "F H W 3"]) -> Video:
-    return frames.astype(np.float32) / 127.5 - 1
-
-
 @jax.jit
 def _mask_tokens(mask: Float[Array, "F H W 1"]) -> Float[Array, "N 4"]:
-    return patchify(resize_mask(1 - mask[None]) * MASK_SCALE)[0]
+    return patchify(given_channel(mask[None]))[0]
 
 
 @jax.jit

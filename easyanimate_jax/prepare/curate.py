@@ -28,6 +28,7 @@ from easyanimate_jax.data.decode import Decoders
 from easyanimate_jax.data.sources import clip_table
 from easyanimate_jax.data.sources.layouts import MEDIA
 from easyanimate_jax.data.sources.read import read_clips
+from easyanimate_jax.facts import check_fields
 from easyanimate_jax.prepare import funnel
 from easyanimate_jax.prepare.scores import SCORES, Score, picture_hash
 from easyanimate_jax.prepare.shots import Span, Splitting, find_cuts, split
@@ -36,17 +37,22 @@ SMALL, LARGE = 160, 512  # pixels of the longer side: for cuts and motion, for s
 MAX_FRAMES = 20_000  # of a film; all of them are in memory, small
 SECONDS = 600.0  # to decode a film
 NEAR = 5  # bits by which hashes of near-duplicates differ, at most
-CLIP_FIELDS = ("clip", "file", "kind", "first", "frames", "fps", "height", "width")
 
 Captioner = Callable[[np.ndarray], Sequence[str]]  # still frames of a clip -> its captions
 
 
 @dataclass(frozen=True)
 class Rules:
-    """`min_pixels` of a frame, and how films are split. Thresholds stand with the scores."""
+    """How films are cut and which are too small. The scores hold their own thresholds."""
 
     splitting: Splitting = Splitting()
+    """How long clips are."""
+
     min_pixels: int = 512 * 512
+    """Least pixels of a frame; 0 takes all sizes. The default is the reference's (spec 13)."""
+
+    def __post_init__(self):
+        check_fields(self, min_pixels="[0, inf)")
 
 
 def curate(

@@ -15,10 +15,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from easyanimate_jax.data.buckets import Shape
+from easyanimate_jax.facts import MESH_AXES
 from easyanimate_jax.models.mmdit import patchify
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.prepare.clips import Pixels
-from easyanimate_jax.sharding import MESH_AXES, batch_sharding
+from easyanimate_jax.sharding import batch_sharding
 
 PIXELS = 2**24  # encoded at once, at most
 CPU_PIXELS = 2**17  # one clip keeps all cores busy, and a missing row costs as much as any

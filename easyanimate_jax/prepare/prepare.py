@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,8 @@ from easyanimate_jax.data.sources.rows import Clip
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.prepare.clips import Job, Pixels, frames_of, make_job, read_pixels
 from easyanimate_jax.prepare.encode import Encoder, encode_pixels
+
+logger = logging.getLogger(__name__)
 
 SHARD_SIZE = 128  # records
 ROWS = 16  # clips encoded at once, at most
@@ -59,13 +62,12 @@ def prepare(
     *,
     weights: dict[str, str],
     shard_size: int = SHARD_SIZE,
-    part: int = 0,
-    parts: int = 1,
+    part: tuple[int, int] = (0, 1),
 ) -> bool:
     """Encode the clips of `source` for every set; finished shards are kept, others made.
 
-    Of `parts` processes, on any hosts, each makes every `parts`-th shard, and the last to end the
-    index. Returns whether all sets are whole.
+    `part` (k, n) makes every n-th shard from the k-th on: n processes, on any hosts, share the
+    work, and the last to end makes the index. Returns whether all sets are whole.
 
     `text_encoder.encode(prompts)` gives one array of states per encoder. `weights` are the
     fingerprints of the VAE's and the text encoders' folders: records of others are not mixed in.
@@ -75,27 +77,20 @@ def prepare(
     output.mkdir(parents=True, exist_ok=True)
     clips, problems = read_clips(source)
     quarantine = Quarantine(output / "quarantine.jsonl")
+    part, parts = part
     for problem in problems if part == 0 else ():
         quarantine.add(problem._asdict())
     texts = TextStates(text_encoder)
-    encoder = Encoder(vae, jax.local_devices(), most=ROWS, announce=tqdm.write)
+    encoder = Encoder(vae, jax.local_devices(), most=ROWS, announce=logger.info)
     write_texts(output / "empty.safetensors", texts([""]))
     if prompts:
         write_texts(output / "prompts.safetensors", texts(prompts))
     whole = []
     for latent_set in sets:
         jobs = select(latent_set, clips, seed)
-        identity = {
-            "set": _told(latent_set),
-            "weights": weights,
-            "seed": seed,
-            "jobs": _digest(repr([(j.clip.name, j.clip.captions, *j[1:4]) for j in jobs])),
-            "shard_size": shard_size,
-        }
-        folder, root = output / latent_set.name, places.root_of(job.clip for job in jobs)
-        if latent_set.pixels:
-            identity["root"] = os.path.relpath(root, os.path.realpath(folder))
-        writer = Writer(folder, json.loads(json.dumps(identity)))
+        root = places.root_of(job.clip for job in jobs)
+        made_of = {"weights": weights, "seed": seed, "shard_size": shard_size}
+        writer = _writer(output / latent_set.name, latent_set, jobs, root, made_of)
         shards = [jobs[i : i + shard_size] for i in range(0, len(jobs), shard_size)]
         todo = [n for n in range(part, len(shards), parts) if not writer.has(n)]
         own = sum(len(shard) for shard in shards[part::parts])
@@ -249,6 +244,20 @@ def _add_texts(encoded: list[tuple[Job, dict]], texts: TextStates) -> None:
         last = first + len(job.clip.captions)
         record |= {f"text{i}": s[first:last] for i, s in enumerate(states)}
         first = last
+
+
+def _writer(
+    folder: Path, latent_set: LatentSet, jobs: Sequence[Job], root: Path, made_of: dict
+) -> Writer:
+    """The set's writer, which goes on with shards of the same set, jobs and `made_of` alone."""
+    identity = {
+        "set": _told(latent_set),
+        "jobs": _digest(repr([(j.clip.name, j.clip.captions, *j[1:4]) for j in jobs])),
+        **made_of,
+    }
+    if latent_set.pixels:
+        identity["root"] = os.path.relpath(root, os.path.realpath(folder))
+    return Writer(folder, json.loads(json.dumps(identity)))
 
 
 def _told(latent_set: LatentSet) -> dict:

@@ -8,16 +8,31 @@ import numpy as np
 from jaxtyping import UInt8
 from scenedetect import ContentDetector, FrameTimecode
 
+from easyanimate_jax.facts import check_fields
+
 THRESHOLD, MIN_SCENE = 27.0, 15  # of the content detector; frames
 
 
 @dataclass(frozen=True)
 class Splitting:
-    """Spans shorter than `min_seconds` are left out, longer ones cut into pieces."""
+    """How long the clips of a film are; defaults are the reference's (spec 13)."""
 
     min_seconds: float = 3.0
+    """Seconds of the shortest clip; shorter ones are left out."""
+
     max_seconds: float = 10.0
-    trim_seconds: float = 0.5  # off the end of a scene: the detector finds some cuts late
+    """Seconds of the longest clip; longer scenes are cut into pieces of this length."""
+
+    trim_seconds: float = 0.5
+    """Seconds taken off the end of a scene, since the detector finds some cuts late; 0 is none."""
+
+    def __post_init__(self):
+        check_fields(self, min_seconds="[0, inf)", max_seconds="(0, inf)", trim_seconds="[0, inf)")
+        if self.min_seconds > self.max_seconds:
+            raise ValueError(
+                f"Splitting.min_seconds is {self.min_seconds}; use max_seconds, "
+                f"{self.max_seconds}, or less"
+            )
 
 
 class Span(NamedTuple):
@@ -40,7 +55,7 @@ def split(
     num_frames: int, cuts: list[int], fps: float, rules: Splitting
 ) -> tuple[list[Span], list[Span]]:
     """(the spans that become clips, those that are too short)."""
-    least, most = round(rules.min_seconds * fps), round(rules.max_seconds * fps)
+    least, most = round(rules.min_seconds * fps), max(1, round(rules.max_seconds * fps))
     edges = [0, *cuts, num_frames]
     kept, short = [], []
     for first, end in itertools.pairwise(edges):

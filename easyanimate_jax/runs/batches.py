@@ -1,9 +1,10 @@
 """The batches of a config's stages, as global arrays on its mesh."""
 
+import logging
 from pathlib import Path
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 
 from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.data.plan.plan import Plan
@@ -17,6 +18,8 @@ from easyanimate_jax.training.program import batch_shardings, microbatch_rows
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.folder import load_vae
 
+logger = logging.getLogger(__name__)
+
 
 def make_loaders(config: TrainConfig, mesh) -> dict[str, Loader]:
     """The loader of every stage, by its name: of prepared latents, or of the clips themselves.
@@ -28,7 +31,7 @@ def make_loaders(config: TrainConfig, mesh) -> dict[str, Loader]:
     encoder = None
     if any(latents.pixels for latents in _used(config)):
         own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-        encoder = Encoder(load_vae(config.vae), own, most=1, announce=print)
+        encoder = Encoder(load_vae(config.vae), own, most=1, announce=logger.info)
     return {s.name: _loader(config, s, mesh, records[s.data], encoder) for s in config.stages}
 
 
@@ -42,16 +45,16 @@ def place(batch: Batch, mesh) -> Batch:
     )
 
 
-def own_rows(stage: Stage, mesh) -> tuple[int, int] | None:
-    """First and last + 1 of the rows of a microbatch that this process's devices hold."""
-    if jax.process_count() == 1:
-        return None
+def held_rows(stage: Stage, mesh: Mesh, process: int) -> frozenset[int]:
+    """Return the rows of a microbatch that the devices of a process hold, and it has to read.
+
+    They need not be neighbours: a host of a TPU slice is a block of its torus.
+    """
     rows = microbatch_rows(stage, mesh)
     sharding = NamedSharding(mesh, activation_spec(mesh, (rows,), ("batch",)))
-    held = [
-        at[0].indices(rows) for at in sharding.addressable_devices_indices_map((rows,)).values()
-    ]
-    return min(first for first, *_ in held), max(last for _, last, _ in held)
+    places = sharding.devices_indices_map((rows,)).items()
+    own = {range(rows)[at[0]] for device, at in places if device.process_index == process}
+    return frozenset(row for part in own for row in part)
 
 
 def _used(config: TrainConfig) -> list:
@@ -93,7 +96,7 @@ def _loader(config: TrainConfig, stage: Stage, mesh, records: Records, encoder) 
         "task": stage.task,
         "microbatch": microbatch_rows(stage, mesh),
         "text_drop": config.text_drop,
-        "rows": own_rows(stage, mesh),
+        "rows": held_rows(stage, mesh, jax.process_index()),
         "quarantine": Path(config.run) / "quarantine.jsonl",
         "drops": (stage.control_drop, stage.reference_drop),
     }

@@ -4,20 +4,26 @@
 config lies in every run folder and is enough to rebuild everything.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import runpy
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.buckets import Budget, check_size
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.diffusion.tasks import TASKS
+from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
+from easyanimate_jax.facts import MAX_STEPS, SEEDS, check_fields
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.sharding import MeshConfig
@@ -25,60 +31,154 @@ from easyanimate_jax.training.optimizer import OptimizerConfig
 from easyanimate_jax.training.program import StepConfig
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
+from easyanimate_jax.weights.module import without_removed
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What a run shows of itself: `prompts` sampled every `every` steps with fixed noise."""
+    """Samples that a run makes of its averaged weights, always from the same noise.
+
+    The default size, steps, guidance and seed are the reference's (spec 10.1).
+    """
 
     prompts: tuple[str, ...] = ()
+    """Prompts that are sampled; none makes no samples."""
+
     every: int = 1000
+    """Steps from one sampling to the next, besides that at the end of each stage; 0 makes no
+    samples at all."""
+
     frames: int = 49
+    """Frames of a sample, 4n+1."""
+
     height: int = 384
+    """Height of a sample in pixels, a multiple of 16."""
+
     width: int = 672
+    """Width of a sample in pixels, a multiple of 16."""
+
     steps: int = 50
+    """Steps of denoising."""
+
     guidance: float = 6.0
+    """Scale of classifier-free guidance; 1 is none (spec 4.5)."""
+
     seed: int = 43
+    """Seed of the noise of every sample."""
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            every="[0, inf)",
+            frames="[1, inf)",
+            height="[16, 1344]",
+            width="[16, 1344]",
+            steps=f"[1, {NUM_TRAIN_TIMES}]",
+            guidance="[0, 100]",
+            seed=SEEDS,
+        )
+        try:
+            check_size(self.frames, self.height, self.width)
+        except ValueError as error:
+            raise ValueError(f"SampleConfig: {error}") from error
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run through the staged schedule.
-
-    `source` is the folder of captioned files, `prepared` what `easyanimate_jax.prepare` made of it,
-    `vae` and `text` the folders of the two frozen models, `run` where checkpoints and metrics go.
-    `init` is what the transformer starts from, for `convert.load_mmdit` to read; "" is noise. Of a
-    run it is the newest checkpoint, or that of `init_step`.
-    Kept are the last `keep` checkpoints, every stage's last, and the multiples of `keep_every`.
-    A step that lasts `hang_seconds` ends the process, unless steps always last about as long.
-    `goodput_job` is the name under which Google Cloud is told where the time goes; "" tells nobody.
-    """
+    """One run through the staged schedule."""
 
     source: str
+    """Folder, table or list of captioned clips (docs/data.md)."""
+
     prepared: str
+    """Folder of the encoded latent sets, which `prepare` makes of `source`."""
+
     vae: str
+    """Folder of the video autoencoder; it is not trained."""
+
     text: str
+    """Folder of the tokenizers and text encoders; they are not trained."""
+
     run: str
+    """Folder of the run: its checkpoints, metrics and samples."""
+
     model: MMDiTConfig
+    """Size of the transformer."""
+
     process: DDPM | Flow
+    """Noise process: `DDPM` for V5, `Flow` for V5.1 (spec 4)."""
+
     sets: tuple[LatentSet, ...]
+    """Latent sets that the stages read, each of its own name."""
+
     stages: tuple[Stage, ...]
+    """Stages of the schedule in their order, each of its own name."""
+
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Update rule of all stages."""
+
     mesh: MeshConfig = MeshConfig()
+    """Devices along each mesh axis."""
+
     samples: SampleConfig = SampleConfig()
+    """Samples that the run makes on its way."""
+
     ema_decay: float = 0.9999
+    """Decay of the averaged weights a step (spec 9.3); 0 keeps no average."""
+
     text_drop: float = 0.1
+    """Share of captions that are replaced by the empty one, for guidance (spec 5.3); 0 is none."""
+
     seed: int = 42
+    """Seed of weights, order of clips, and every draw; the default is the released scripts' (spec
+    9.1)."""
+
     init: str = ""
+    """Weights that the transformer starts from: a run, a model's folder or a file; "" is noise."""
+
     init_step: int | None = None
+    """Checkpoint that is taken where `init` is a run. None is the newest."""
+
     save_every: int = 1000
+    """Steps from one checkpoint to the next, besides that at the end of each stage; 0 saves at the
+    ends of stages alone."""
+
     keep: int = 3
+    """Newest checkpoints that are kept, besides each stage's last; at least 2 are, in case one is
+    damaged."""
+
     keep_every: int | None = None
+    """Steps of which every multiple keeps its checkpoint too. None and 0 keep no others."""
+
     hang_seconds: float = 120.0
+    """Seconds that a step or a wait for data may last before the process ends itself; five times
+    the slowest recent step is always allowed. 0 never ends it."""
+
     goodput_job: str = ""
+    """Name under which the run reports to Google Cloud where its time goes; "" reports nothing."""
+
     log_every: int = 10
+    """Steps from one line of progress to the next, besides that at the first step of each stage; 0
+    prints no others. The metrics file has every step."""
 
     def __post_init__(self):
+        check_fields(
+            self,
+            ema_decay="[0, 1)",
+            text_drop="[0, 1]",
+            seed=SEEDS,
+            init_step="[0, inf)",
+            save_every="[0, inf)",
+            keep="[1, inf)",
+            keep_every="[0, inf)",
+            hang_seconds="[0, inf)",
+            log_every="[0, inf)",
+        )
+        steps = sum(stage.steps for stage in self.stages)
+        if not 1 <= steps <= MAX_STEPS:
+            raise ValueError(
+                f"TrainConfig.stages has {steps} steps in all; use 1 to {MAX_STEPS} steps"
+            )
         names = [s.name for s in self.sets]
         for stage in self.stages:
             if stage.data not in names:
@@ -92,7 +192,7 @@ class TrainConfig:
                     f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
                     f"holds no conditioning; give the set `condition_draws` of 1 or more."
                 )
-            if stage.task not in ("t2v", "i2v") and not latents.control:
+            if TASKS[stage.task].is_control and not latents.control:
                 raise ValueError(
                     f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
                     f"holds no control; give the set one: 'file', 'camera' or an operator's name."
@@ -114,8 +214,9 @@ class TrainConfig:
 def load(path: str, overrides: Sequence[str] = ()):
     """The `config` of a file, with command-line overrides typed by the config's own classes.
 
-    Returns a TrainConfig or a VAETrainConfig. Raises ValueError for a missing file or value;
-    wrong overrides end the program with tyro's message and exit code 2.
+    Returns a TrainConfig or a VAETrainConfig. Raises ValueError for a missing file, and for values
+    that the config's classes refuse;
+    overrides that tyro cannot read end the program with its message and exit code 2.
     """
     if not Path(path).is_file():
         raise ValueError(f"there is no config {path!r}; the ones that come with us are in configs/")
@@ -128,9 +229,33 @@ def load(path: str, overrides: Sequence[str] = ()):
         raise ValueError(f"{path} defines no `config = TrainConfig(...)` or `VAETrainConfig(...)`")
     if not overrides:
         return config
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[type(config)], default=config, args=list(overrides), prog=path
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                tyro.conf.AvoidSubcommands[type(config)],
+                default=config,
+                args=list(overrides),
+                prog=path,
+            )
+    except SystemExit as end:
+        if refused := _refusal(end):
+            raise refused from None
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+def _refusal(end: SystemExit) -> ValueError | None:
+    """Return the error of a config's own check that made tyro end the program, if one did.
+
+    tyro draws a box around it; we say it in one line, as we do for a config file.
+    """
+    error: BaseException | None = end
+    while error := error.__context__:
+        calls = traceback.extract_tb(error.__traceback__)
+        if isinstance(error, ValueError) and any(call.name == "__post_init__" for call in calls):
+            return error
+    return None
 
 
 _ROOMS = (VAETrainConfig, VAEStage, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)
@@ -163,7 +288,8 @@ def from_json(text: str):
         if name not in _CLASSES:
             raise ValueError(f"config names class {name!r}; known are {sorted(_CLASSES)}")
         try:
-            return _CLASSES[name](**{k: decode(v) for k, v in x.items() if k != "class"})
+            fields = without_removed(name, x)
+            return _CLASSES[name](**{k: decode(v) for k, v in fields.items() if k != "class"})
         except TypeError as error:
             raise ValueError(f"config of {name} does not fit this version: {error}") from error
 

@@ -1,29 +1,57 @@
-"""A run folder as something to sample from: the averaged weights, the text encoders, the VAE."""
+"""A model on disk as something to sample from: `load_pipeline(path)`, then `pipeline(prompt)`.
+
+A path is a run folder, or a folder with one folder for each part: what `convert` wrote, or a
+released folder in the original's or in diffusers' layout, of V5 or of V5.1.
+"""
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import UInt8
 
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.diffusion.tasks import numbers, task_of
+from easyanimate_jax.generation.arrays import Given, as_rows, size_of
+from easyanimate_jax.generation.denoising import Sampling
+from easyanimate_jax.generation.options import ALONE, NEEDS, STARTS
+from easyanimate_jax.generation.pipelines import (
+    choose,
+    image_to_video,
+    long_video,
+    video_to_video,
+)
+from easyanimate_jax.generation.protocols import PromptEncoder
+from easyanimate_jax.generation.request import Request
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE
-from easyanimate_jax.runs.config import TrainConfig, from_json
-from easyanimate_jax.text.encode import TextEncoder
-from easyanimate_jax.weights.folder import load_mmdit, load_vae
-from easyanimate_jax.weights.module import with_weights
-from easyanimate_jax.weights.run_folder import read_meta
+from easyanimate_jax.prepare.prepare import fingerprint
+from easyanimate_jax.runs.config import SampleConfig, TrainConfig, from_json
+from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.text.encode import TextEncoder, state_widths
+from easyanimate_jax.weights import files, run_folder
+from easyanimate_jax.weights.folder import Weights, load_mmdit, load_vae, open_model, read_json
+from easyanimate_jax.weights.module import CONFIG, with_weights
+from easyanimate_jax.weights.schedulers import SCHEDULER, process_of, released_process
+
+Films = UInt8[np.ndarray, "F H W 3"] | UInt8[np.ndarray, "B F H W 3"]
+
+WAYS = ("video", "mask", "control", "camera", "reference", "image", "end_image", "segment")
 
 
 class Resident:
-    """The parts of a `LatentDiffusion` and its text encoders, each read when it is asked for.
+    """The parts of a model, each read when it is asked for: a `generation.protocols.Diffusion`.
 
     With `alone` a part takes the place of the one before it, so that memory holds one of the three.
-    Whoever keeps a part keeps it from being freed: ask again instead.
+    A caller that holds a reference to a part keeps it in memory: ask again instead.
     """
 
     def __init__(
@@ -38,15 +66,18 @@ class Resident:
         self._read, self._alone, self._parts = read, alone, {}
 
     @property
-    def encoder(self) -> TextEncoder:
+    def encoder(self) -> PromptEncoder:
+        """The text encoders and their tokenizers."""
         return self._part("encoder")
 
     @property
     def model(self) -> MMDiT:
+        """The transformer."""
         return self._part("model")
 
     @property
     def vae(self) -> CausalVAE:
+        """The autoencoder."""
         return self._part("vae")
 
     def _part(self, name: str):
@@ -57,52 +88,274 @@ class Resident:
         return self._parts[name]
 
 
-class Run(NamedTuple):
-    step: int
-    config: TrainConfig
-    diffusion: Resident
+class Opened(NamedTuple):
+    """What a run or a folder says of its model, before a weight is read."""
+
+    model: Path
+    vae: Path
+    text: Path
+    config: MMDiTConfig
+    process: DDPM | Flow
+    samples: SampleConfig = SampleConfig()  # of the released models
+    step: int | None = None
+    training: TrainConfig | None = None
+
+
+class Pipeline:
+    """A model that makes videos: `pipeline("a red fox runs") -> frames`.
+
+    `diffusion` has the parts, as the ways of `generation.pipelines` take them. `samples` has the
+    default size. Of a run, `step` is the checkpoint and `config` the TrainConfig; else None.
+    """
+
+    def __init__(self, opened: Opened, diffusion: Resident, mesh: Mesh | None):
+        self.diffusion, self.samples = diffusion, opened.samples
+        self.step, self.config = opened.step, opened.training
+        self._mesh = mesh
 
     @property
-    def encoder(self) -> TextEncoder:
+    def encoder(self) -> PromptEncoder:
+        """The text encoders."""
         return self.diffusion.encoder
 
     @property
     def vae(self) -> CausalVAE:
+        """The autoencoder."""
         return self.diffusion.vae
 
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str = "",
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int = 50,
+        guidance: float = 6.0,
+        seed: int | Sequence[int] = 43,
+        **given: Unpack[Given],
+    ) -> Films:
+        """Return the video of a prompt, uint8 (F, H, W, 3), or one for each, (B, F, H, W, 3).
 
-def load_run(
-    folder: str | Path, step: int | None = None, *, alone: bool = False, int8: bool = False
-) -> Run:
-    """The newest (or the named) checkpoint of a run folder, on the current mesh if there is one.
+        `given` are the arrays and options of `generation.arrays.Given`: image, end_image, video,
+        mask, strength, control, camera, reference and more. They choose the way, as they do for
+        `sample.py`: pictures alone are image-to-video, a video is video-to-video or, with a mask,
+        inpainting, a control or a camera is control-to-video.
 
-    `alone` as in `Resident`; with `int8` the transformer's kernels are stored in eight bits. Raises
-    ValueError where there is no checkpoint, or one that does not fit this version.
+        `frames` is 4n+1, `height` and `width` are multiples of 16 pixels; by default they are the
+        run's, or 49 x 384 x 672. One `seed` serves all prompts: a video does not depend on the
+        prompts beside it. Raises TypeError for an unknown name, and ValueError for what is given
+        together and cannot be, does not fit, or is not for this model.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
+        given = {name: value for name, value in given.items() if value is not None}
+        self._check(given)
+        samples = self.samples
+        default = samples.frames, samples.height, samples.width
+        size = size_of(given, default, (frames, height, width))
+        way, options = _way(given, size[0])
+        arrays = as_rows(given, len(prompts), size)
+        named = (field.name for field in dataclasses.fields(Sampling))
+        chosen = {name: given[name] for name in named if name in given}
+        sampling = Sampling(steps=steps, guidance=guidance, **chosen)
+        with nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            for text in (*prompts, negative_prompt):
+                if self.encoder.is_cut(text):
+                    warnings.warn(f"the end of {text!r} is not used: it is too long", stacklevel=2)
+            request = Request(
+                self.encoder.encode(prompts),
+                self.encoder.encode([negative_prompt]),
+                size=size,
+                seeds=seeds,
+                sampling=sampling,
+                progress=given.get("progress"),
+            )
+            videos = way(self.diffusion, request, **arrays, **options)
+        return videos[0] if isinstance(prompt, str) else videos
+
+    def _check(self, given: Mapping) -> None:
+        """Refuse what no model can be given, and what this one was not trained for."""
+        unknown = sorted(set(given) - set(Given.__annotations__))
+        if unknown:
+            known = ", ".join(Given.__annotations__)
+            raise TypeError(f"a pipeline takes no {', '.join(unknown)}; it takes {known}")
+        for one, other in ALONE:
+            if one in given and other in given:
+                raise ValueError(f"{one} and {other} cannot both be given")
+        for one, other in NEEDS:
+            if one in given and other not in given:
+                raise ValueError(f"{one} says nothing without {other}: give both, or neither")
+        task = task_of(self.diffusion.config.in_channels)
+        for name in WAYS:
+            if name in given and name not in task.inputs:
+                raise ValueError(
+                    f"{name} is given, and the model was trained for {task.title} "
+                    f"({task.in_channels} input channels): leave it out, or load a model of "
+                    f"{numbers(name)} input channels"
+                )
+        if task.is_control and not any(name in given for name in STARTS):
+            wanted = "camera" if "camera" in task.holds else "control"
+            raise ValueError(f"the model was trained for {task.title}: give a {wanted}")
+
+
+def _way(given: Mapping, frames: int) -> tuple[Callable, dict]:
+    """The way for what is given, and its options beside the arrays."""
+    way = choose(given, frames, given.get("segment"))
+    if way is long_video:
+        return way, {"segment": given["segment"]}
+    options = {}
+    if way is video_to_video:
+        options["strength"] = given.get("strength", 1.0 if "mask" in given else 0.7)
+    if way in (image_to_video, video_to_video) and "picture_noise" in given:
+        options["picture_noise"] = given["picture_noise"]
+    return way, options
+
+
+def load_pipeline(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | MeshConfig | None = None,
+    step: int | None = None,
+    weights: Weights = "ema",
+    process: DDPM | Flow | None = None,
+    low_memory: bool = False,
+    int8: bool = False,
+) -> Pipeline:
+    """Return the model of a run, a converted folder or a released folder, ready to be called.
+
+    `dtype` is what all parts compute in; by default it is what their configs say, bfloat16 for
+    weights of PyTorch. `mesh` spreads the model over devices; by default it is the current mesh, or
+    one device. `step` and `weights` choose from the checkpoints of a run: the newest, averaged.
+    `process` takes the place of a folder's scheduler_config.json. With `low_memory` text encoders,
+    transformer and VAE take turns in memory. With `int8` the kernels of the transformer's blocks
+    are stored in eight bits, on one device.
+
+    Weights are read when they are first used. Raises ValueError before that, naming all that is
+    missing or does not fit together.
     """
-    step, meta = read_meta(folder, step)
-    training = from_json(json.dumps(meta["config"]))
-    config = dataclasses.replace(training.model, in_channels=meta["in_channels"])
-    mesh = None if jax.sharding.get_mesh().empty else jax.sharding.get_mesh()
+    if isinstance(mesh, MeshConfig):
+        mesh = make_mesh(mesh)
+    if mesh is None and not jax.sharding.get_mesh().empty:
+        mesh = jax.sharding.get_mesh()
     if int8 and mesh is not None:
         raise ValueError("eight-bit weights are for one device: leave out the mesh, or int8")
+    path = Path(path)
+    if run_folder.is_run(path):
+        if process is not None:
+            raise ValueError(f"{path} is a run and has its own noise process: leave out process")
+        opened = _open_run(path, step)
+    else:
+        if step is not None or weights != "ema":
+            raise ValueError(f"{path} is no run: step and weights choose from a run's checkpoints")
+        opened = _open_folder(path, process)
+    if dtype is not None:
+        opened = opened._replace(config=dataclasses.replace(opened.config, dtype=dtype))
+    widths = state_widths(opened.text)
+    if widths != opened.config.text_widths:
+        raise ValueError(
+            f"the text encoders of {opened.text} give states of widths {widths}, and the "
+            f"transformer reads {opened.config.text_widths}: put its own text encoders there"
+        )
+    read = _readers(opened, mesh, dtype, weights, int8)
+    return Pipeline(opened, Resident(opened.config, opened.process, read, alone=low_memory), mesh)
+
+
+def _readers(opened: Opened, mesh, dtype, weights: Weights, int8: bool) -> dict[str, Callable]:
+    """What reads each part of a model."""
+    kernels = _kernels(opened.config.dtype)
+
+    def read_encoder():
+        with nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return TextEncoder.load(opened.text, dtype=dtype)
 
     def read_model():
-        if not int8:
-            return load_mmdit(folder, step=step, mesh=mesh, store=_kernels(config.dtype))
-        from easyanimate_jax.models.int8 import store
+        store = kernels
+        if int8:
+            from easyanimate_jax.models.int8 import store
+        return load_mmdit(
+            opened.model, dtype=dtype, weights=weights, step=opened.step, mesh=mesh, store=store
+        )
 
-        return load_mmdit(folder, step=step, store=store)
+    def read_vae():
+        return as_computed(load_vae(opened.vae, dtype=dtype))
 
-    read = {
-        "encoder": lambda: TextEncoder.load(training.text),
-        "model": read_model,
-        "vae": lambda: as_computed(load_vae(training.vae)),
-    }
-    return Run(step, training, Resident(config, training.process, read, alone=alone))
+    return {"encoder": read_encoder, "model": read_model, "vae": read_vae}
+
+
+def _open_run(folder: Path, step: int | None) -> Opened:
+    """Raises ValueError for a run without that checkpoint, or beside other models than its own."""
+    step, meta = run_folder.read_meta(folder, step)
+    training = from_json(json.dumps(meta["config"]))
+    places = {}
+    for name, what in (("vae", "VAE"), ("text", "text encoders")):
+        place = places[name] = run_folder.frozen_model(folder, meta["config"], name)
+        if not place.exists():
+            tried = ", ".join(map(str, run_folder.frozen_places(folder, meta["config"], name)))
+            raise ValueError(f"the {what} of {folder} are in none of {tried}: copy them there")
+        recorded = meta.get("weights", {}).get(name)
+        if recorded and fingerprint(place) != recorded:
+            raise ValueError(
+                f"{place} holds other {what} than {folder} was trained with: their fingerprint is "
+                f"not {recorded}; put the right ones there"
+            )
+    config = dataclasses.replace(training.model, in_channels=meta["in_channels"])
+    samples, process = training.samples, training.process
+    return Opened(folder, places["vae"], places["text"], config, process, samples, step, training)
+
+
+def _open_folder(folder: Path, process: DDPM | Flow | None) -> Opened:
+    """Raises ValueError where a part of the folder is missing or does not belong to the others."""
+    wanted = ("transformer", "vae", "text_encoder", "tokenizer")
+    missing = [name for name in wanted if not (folder / name).is_dir()]
+    if process is None and not (folder / "scheduler" / SCHEDULER).is_file():
+        missing.append(f"scheduler/{SCHEDULER}")
+    if missing:
+        raise ValueError(
+            f"{folder} is no run, and no whole pipeline: it has no {', '.join(missing)}; give a "
+            f"run folder, or one with {', '.join(wanted)} and scheduler"
+        )
+    problems: list[str] = []
+    model = open_model(folder, "transformer", problems)
+    open_model(folder, "vae", problems)
+    files.raise_all(folder, problems)
+    if process is None:
+        process = _process_of(folder, model.config, problems)
+    files.raise_all(folder, problems)
+    return Opened(folder, folder, folder, model.config, process)
+
+
+def _process_of(folder: Path, config: MMDiTConfig, problems: list[str]) -> DDPM | Flow | None:
+    """The process of a folder's scheduler.
+
+    In PyTorch's layouts it must be the one of the released model with these text encoders. In ours
+    `convert` wrote that of the run, which may be another.
+    """
+    place = folder / "scheduler" / SCHEDULER
+    fields = read_json(place, problems)
+    own = "class" in read_json(folder / "transformer" / CONFIG, problems)
+    if problems:
+        return None
+    try:
+        process = process_of(fields)
+    except ValueError as error:
+        problems.append(f"{place}: {error}")
+        return None
+    released = released_process(len(config.text_widths))
+    if not own and type(process).__name__ != released:
+        version = {"DDPM": "V5, two text encoders", "Flow": "V5.1, one text encoder"}[released]
+        problems.append(
+            f"{place} is a {fields['_class_name']}, and the transformer is of {version}, which was "
+            f"released with the process {released}: put its own scheduler there, or give process= "
+            f"if the weights were trained otherwise"
+        )
+    return process
 
 
 def as_computed(vae: CausalVAE) -> CausalVAE:
-    """The VAE with its kernels in the type that it computes in."""
+    """Return the VAE with its kernels in the type that it computes in."""
     return with_weights(vae, _kernels(vae.config.dtype))
 
 

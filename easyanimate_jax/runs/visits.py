@@ -14,10 +14,11 @@ import grain
 import numpy as np
 
 from easyanimate_jax.data.buckets import Shape, grid_of
-from easyanimate_jax.data.loader import CONTROL_TASKS, Batch, Loader
+from easyanimate_jax.data.loader import Batch, Loader, Pages
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import LatentSet, Records
 from easyanimate_jax.data.sources import places
+from easyanimate_jax.diffusion.tasks import TASKS
 from easyanimate_jax.prepare.clips import Pixels, frames_of, make_job, read_pixels
 from easyanimate_jax.prepare.encode import Encoder, encode_pixels
 
@@ -47,11 +48,12 @@ class VisitLoader(Loader):
     def batches(self, start: int = 0, workers: int = 0) -> Iterator[tuple[int, Batch]]:
         """As of `Loader`; the clips are decoded ahead, by threads and the processes of `decode`."""
         assert not workers, "decoding is in processes of its own"
+        pages = Pages()
         for read in self._ahead(self.read, start, READ, workers):
-            yield self.encode(*read)
+            yield self.encode(*read, pages)
 
-    def batch(self, step: int) -> tuple[int, Batch]:
-        return self.encode(*self.read(step))
+    def batch(self, step: int, pages: Pages | None = None) -> tuple[int, Batch]:
+        return self.encode(*self.read(step), pages or Pages())
 
     def read(self, step: int) -> tuple[int, list[Visit]]:
         """The step, and its own rows decoded, all at the same time."""
@@ -61,8 +63,8 @@ class VisitLoader(Loader):
             visits = pool.map(lambda row: self._visit(step, row, ids[row]), self._own(len(ids)))
             return step, list(visits)
 
-    def encode(self, step: int, visits: list[Visit]) -> tuple[int, Batch]:
-        """(token length, batch) of what `read` gave."""
+    def encode(self, step: int, visits: list[Visit], pages: Pages) -> tuple[int, Batch]:
+        """(token length, batch) of what `read` gave, in memory of `pages`."""
         length, ids = self.plan(step)
         rows = {}
         for shape in dict.fromkeys(visit.shape for visit in visits):
@@ -71,7 +73,7 @@ class VisitLoader(Loader):
             for visit, arrays in zip(same, latents, strict=True):
                 fields = self._fields(step, visit.row, visit.record, visit.texts | arrays)
                 rows[visit.row] = fields | {"grid": np.array(grid_of(*shape), np.int32)}
-        return length, self._assemble(length, ids, rows.items())
+        return length, self._assemble(length, ids, rows.items(), pages)
 
     def _visit(self, step: int, row: int, record: int) -> Visit:
         def read(candidate: int) -> tuple:
@@ -81,7 +83,7 @@ class VisitLoader(Loader):
             shapes = self._shapes(candidate, *frames_of(clip)[:1], clip.height, clip.width)
             shape = shapes[rng.integers(len(shapes))]
             job = make_job(self.latent_set, clip, shape, rng)
-            leads = job.control if self.task in CONTROL_TASKS else ()
+            leads = job.control if TASKS[self.task].is_control else ()
             job = job._replace(control=leads and (leads[rng.integers(len(leads))],))
             return shape, arrays, read_pixels(job, [rng] if self.task == "i2v" else [], rng)
 

@@ -12,6 +12,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from easyanimate_jax.facts import check_fields
 from easyanimate_jax.models.layers import axes, layer_norm, linear, scan_blocks, spread, stack
 from easyanimate_jax.sharding import shard
 from easyanimate_jax.text import weights
@@ -24,16 +25,44 @@ class BertConfig:
     """Field names are those of transformers' config.json."""
 
     vocab_size: int
+    """Tokens of the vocabulary."""
+
     hidden_size: int
+    """Width of the states, a multiple of `num_attention_heads`."""
+
     num_hidden_layers: int
+    """Number of blocks."""
+
     num_attention_heads: int
+    """Attention heads of a block."""
+
     intermediate_size: int
+    """Width inside the MLP."""
+
     max_position_embeddings: int
+    """Most tokens of a prompt."""
+
     type_vocab_size: int = 2
+    """Types of tokens, of which the first is used."""
+
     layer_norm_eps: float = 1e-12
+    """Number added to the variance in LayerNorms."""
+
     hidden_act: str = "gelu"
+    """Activation of the MLP; only "gelu" is built."""
 
     def __post_init__(self):
+        check_fields(
+            self,
+            vocab_size="[1, inf)",
+            hidden_size="[1, inf)",
+            num_hidden_layers="[1, inf)",
+            num_attention_heads="[1, inf)",
+            intermediate_size="[1, inf)",
+            max_position_embeddings="[1, inf)",
+            type_vocab_size="[1, inf)",
+            layer_norm_eps="(0, inf)",
+        )
         if self.hidden_act != "gelu":
             raise ValueError(f"hidden_act is {self.hidden_act!r}: only Bert's exact gelu is built")
         if self.hidden_size % self.num_attention_heads:

@@ -98,12 +98,13 @@ class Kind(NamedTuple):
     load: Callable
     reader: type[Sentence | Chat]
     length: int
+    width: str = "hidden_size"  # where its config.json has the width of the states
 
 
 KINDS = {  # by model_type of config.json
     "bert": Kind(load_bert, Sentence, 77),
-    "t5": Kind(load_t5, Sentence, 256),
-    "mt5": Kind(load_t5, Sentence, 256),
+    "t5": Kind(load_t5, Sentence, 256, "d_model"),
+    "mt5": Kind(load_t5, Sentence, 256, "d_model"),
     "qwen2": Kind(load_qwen2, Chat, 256),
     "qwen2_vl": Kind(load_qwen2, Chat, 256),
     "qwen2_vl_text": Kind(load_qwen2, Chat, 256),
@@ -135,9 +136,7 @@ class TextEncoder:
         for the released Qwen2-VL, and else float32.
         """
         folder = Path(folder)
-        if not (folder / "text_encoder").is_dir():
-            raise ValueError(f"{folder} has no text_encoder; give the folder that holds it")
-        suffixes = ("",) if _kind(folder / "text_encoder").reader is Chat else ("", "_2")
+        suffixes = _suffixes(folder)
         folders = [folder / f"text_encoder{suffix}" for suffix in suffixes]
         kinds = [_kind(one) for one in folders]
         lengths = [kind.length for kind in kinds]
@@ -211,6 +210,29 @@ def place(encoder: Encoder) -> Encoder:
     encoder = jax.tree_util.tree_map_with_path(cast, encoder)
     mesh = jax.sharding.get_mesh()
     return jax.device_put(encoder, None if mesh.empty else shardings(mesh, encoder))
+
+
+def state_widths(folder: str | Path) -> tuple[int, ...]:
+    """Return the widths of the states that the encoders of a folder give; reads config.json alone.
+
+    Raises ValueError where an encoder or its config is missing or of an unknown kind.
+    """
+    widths = []
+    for one in (Path(folder) / f"text_encoder{suffix}" for suffix in _suffixes(Path(folder))):
+        values = weights.read_config(one)
+        values = {**values, **(values.get("text_config") or {})}
+        width = values.get(_kind(one).width)
+        if not isinstance(width, int):
+            raise ValueError(f"{one}/config.json: {_kind(one).width} is {width!r}, not a number")
+        widths.append(width)
+    return tuple(widths)
+
+
+def _suffixes(folder: Path) -> tuple[str, ...]:
+    """What the names of a folder's encoders and tokenizers end in: one is V5.1's, two are V5's."""
+    if not (folder / "text_encoder").is_dir():
+        raise ValueError(f"{folder} has no text_encoder; give the folder that holds it")
+    return ("",) if _kind(folder / "text_encoder").reader is Chat else ("", "_2")
 
 
 def _kind(folder: Path) -> Kind:

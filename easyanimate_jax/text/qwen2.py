@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from safetensors import safe_open
 
+from easyanimate_jax.facts import check_fields
 from easyanimate_jax.models.layers import axes, linear, rms_norm, scan_blocks, spread, stack
 from easyanimate_jax.sharding import shard
 from easyanimate_jax.text import weights
@@ -35,17 +36,47 @@ class Qwen2Config:
     """Field names are those of transformers' config.json."""
 
     vocab_size: int
+    """Tokens of the vocabulary."""
+
     hidden_size: int
+    """Width of the states, a multiple of twice `num_attention_heads`."""
+
     intermediate_size: int
+    """Width inside the MLP."""
+
     num_hidden_layers: int
+    """Number of blocks; the states before the last one are taken (spec 5.2)."""
+
     num_attention_heads: int
+    """Heads of queries in a block."""
+
     num_key_value_heads: int
+    """Heads of keys and values in a block, which groups of queries share."""
+
     rms_norm_eps: float
+    """Number added to the mean square in RMS norms."""
+
     rope_theta: float
+    """Base of the rotary angles' wavelengths."""
+
     hidden_act: str = "silu"
+    """Activation of the MLP; only "silu" is built."""
+
     use_sliding_window: bool = False
+    """Attention within a window; it is not built."""
 
     def __post_init__(self):
+        check_fields(
+            self,
+            vocab_size="[1, inf)",
+            hidden_size="[1, inf)",
+            intermediate_size="[1, inf)",
+            num_hidden_layers="[2, inf)",
+            num_attention_heads="[1, inf)",
+            num_key_value_heads="[1, inf)",
+            rms_norm_eps="(0, inf)",
+            rope_theta="(0, inf)",
+        )
         if self.hidden_act != "silu" or self.use_sliding_window:
             raise ValueError(
                 f"hidden_act is {self.hidden_act!r} and use_sliding_window is "
@@ -60,10 +91,6 @@ class Qwen2Config:
             raise ValueError(
                 f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} keys "
                 f"evenly; change num_key_value_heads"
-            )
-        if self.num_hidden_layers < 2:
-            raise ValueError(
-                f"num_hidden_layers is {self.num_hidden_layers}: penultimate states want 2 or more"
             )
 
     @property

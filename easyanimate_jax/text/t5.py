@@ -14,6 +14,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from easyanimate_jax.facts import check_fields
 from easyanimate_jax.models.layers import axes, linear, rms_norm, scan_blocks, spread, stack
 from easyanimate_jax.sharding import shard
 from easyanimate_jax.text import weights
@@ -26,17 +27,48 @@ class T5Config:
     """Field names are those of transformers' config.json."""
 
     vocab_size: int
+    """Tokens of the vocabulary."""
+
     d_model: int
+    """Width of the states."""
+
     d_kv: int
+    """Width of one attention head."""
+
     d_ff: int
+    """Width inside the MLP."""
+
     num_layers: int
+    """Number of blocks."""
+
     num_heads: int
+    """Attention heads of a block."""
+
     relative_attention_num_buckets: int = 32
+    """Buckets that the distances between tokens are sorted into."""
+
     relative_attention_max_distance: int = 128
+    """Distance in tokens from which on all share one bucket."""
+
     layer_norm_epsilon: float = 1e-6
+    """Number added to the mean square in RMS norms."""
+
     feed_forward_proj: str = "gated-gelu"
+    """Kind of the MLP; only "gated-gelu" is built."""
 
     def __post_init__(self):
+        check_fields(
+            self,
+            vocab_size="[1, inf)",
+            d_model="[1, inf)",
+            d_kv="[1, inf)",
+            d_ff="[1, inf)",
+            num_layers="[1, inf)",
+            num_heads="[1, inf)",
+            relative_attention_num_buckets="[4, inf)",
+            relative_attention_max_distance="[1, inf)",
+            layer_norm_epsilon="(0, inf)",
+        )
         if self.feed_forward_proj != "gated-gelu":
             raise ValueError(
                 f"feed_forward_proj is {self.feed_forward_proj!r}: the gated-gelu of T5 v1.1 and "

@@ -12,10 +12,11 @@ the arrays after they are restored. A step appears under its name only when it i
 disappears in one rename. `python -m easyanimate_jax checkpoint verify|list|diff DIR`.
 """
 
+import logging
 import os
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,10 +26,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from easyanimate_jax.training.safety.faults import kill_if_asked, limit_files_if_asked
+from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
 from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.orbax_item import fingerprint_on_disk, names
 from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read_step_meta, sealed
+
+logger = logging.getLogger(__name__)
 
 ITEMS = ("state", "ema")
 LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
@@ -50,9 +53,10 @@ class StorageError(Exception):
 class Checkpoints:
     """The checkpoints of one run. Saving and the check of what was saved go on in the background.
 
-    Kept are the last `keep` verified steps, at least two, all of `keep_steps`, and multiples of
-    `keep_every`. A save that fails is said and counted; after three in a row the next one raises
-    StorageError.
+    Kept are the last `keep` verified steps, at least two, multiples of `keep_every`, and those
+    whose metadata `keep_if` wants. Steps are deleted only when a later one was saved and verified,
+    never by opening. A save that fails is logged and counted; after three in a row the next one
+    raises StorageError. `faults` are those of a test.
     """
 
     def __init__(
@@ -60,11 +64,14 @@ class Checkpoints:
         folder: Path,
         *,
         keep: int,
-        keep_steps: Sequence[int] = (),
         keep_every: int | None = None,
+        keep_if: Callable[[dict], bool] = lambda meta: False,
+        faults: Faults = NO_FAULTS,
     ):
         self.folder = Path(folder).absolute()
-        self.keep, self.keep_steps, self.keep_every = max(2, keep), set(keep_steps), keep_every
+        self.keep, self.keep_every, self.keep_if = max(2, keep), keep_every, keep_if
+        self.faults = faults
+        self.protected: set[int] = set()  # steps that are not deleted
         self.process, self.processes = jax.process_index(), jax.process_count()
         self.writing: int | None = None  # the step whose end is not yet known
         self.latest = 0  # the step that orbax writes, or wrote last
@@ -73,7 +80,7 @@ class Checkpoints:
             timeout_secs=600,
             # Everything is written, and the step has not got its name.
             async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=lambda: kill_if_asked("finalising", self.latest)
+                post_finalization_callback=lambda: faults.kill("finalising", self.latest)
             ),
         )
         self.failures = 0
@@ -81,7 +88,6 @@ class Checkpoints:
         if self.process == 0:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             remove_leftovers(self.folder)
-            self.prune()
         _wait_for_all("checkpoints")
 
     def save(self, step: int, state: State, meta: dict) -> None:
@@ -106,7 +112,7 @@ class Checkpoints:
             self._failed(step, f"{free / 1e9:.2f} GB are free, and {size / 1e9:.2f} GB to write")
             return
         self._clean()
-        limit_files_if_asked(step)
+        self.faults.limit_files(step)
         self.writing = self.latest = step
         try:
             self.checkpointer.save(
@@ -119,7 +125,7 @@ class Checkpoints:
         except Exception as error:  # orbax, tensorstore and the file system all have their own
             self.writing = None
             self._failed(step, error)
-        kill_if_asked("writing", step)
+        self.faults.kill("writing", step)
 
     def settle(self) -> None:
         """Wait for the write under way, say what became of it, and begin to check its files."""
@@ -131,7 +137,7 @@ class Checkpoints:
         except Exception as error:  # as in save
             self._failed(step, error)
             return
-        kill_if_asked("written", step)
+        self.faults.kill("written", step)
         if self.checking.ident:
             self.checking.join()
         self.checking = threading.Thread(target=self._check, args=(step,))
@@ -178,7 +184,7 @@ class Checkpoints:
                 self._set_aside(step, f"other bits than were saved, in {', '.join(wrong)}")
                 continue
             if "arrays" not in meta:
-                print(f"checkpoint {step} is from before fingerprints: used unverified", flush=True)
+                logger.warning("checkpoint %d is from before fingerprints: used unverified", step)
             elif self.process == 0:
                 _mark(self.folder / str(step), 0, 1)
             return step, parts["state"]._replace(ema=parts["ema"]), meta
@@ -190,12 +196,16 @@ class Checkpoints:
             )
         return None
 
+    def protect(self) -> None:
+        """Never delete what is there now: another schedule made it."""
+        self.protected |= set(complete_steps(self.folder))
+
     def drop_after(self, step: int) -> None:
         """Delete the steps of a trajectory that was given up."""
         if self.process == 0:
             for later in complete_steps(self.folder):
                 if later > step:
-                    _delete(self.folder / str(later))
+                    self._delete(later)
         _wait_for_all(f"dropped after {step}")
 
     def prune(self) -> None:
@@ -206,9 +216,8 @@ class Checkpoints:
             return
         last = set(verified[-self.keep :])
         for step in steps:
-            multiple = self.keep_every and step % self.keep_every == 0
-            if step < verified[-1] and not (step in last | self.keep_steps or multiple):
-                _delete(self.folder / str(step))
+            if step < verified[-1] and not (step in last | self.protected or self._kept(step)):
+                self._delete(step)
 
     def finish(self) -> None:
         """Wait until everything is written and checked."""
@@ -234,14 +243,31 @@ class Checkpoints:
         else:
             self.failures = 0
             _mark(path, self.process, self.processes)
-            kill_if_asked("checked", step)
+            self.faults.kill("checked", step)
             if self.process == 0:
                 self.prune()
+
+    def _kept(self, step: int) -> bool:
+        """Return whether a step is kept for good; one whose metadata is damaged is."""
+        if self.keep_every and step % self.keep_every == 0:
+            return True
+        try:
+            return self.keep_if(read_step_meta(self.folder / str(step)))
+        except ValueError:
+            return True
+
+    def _delete(self, step: int) -> None:
+        """Remove a step: first its name, then its files, so that no half of it is ever a step."""
+        path = self.folder / str(step)
+        doomed = path.with_name(f"{path.name}.deleting")
+        os.replace(path, doomed)
+        self.faults.kill("deleting", step)
+        shutil.rmtree(doomed, ignore_errors=True)
 
     def _failed(self, step: int, reason) -> None:
         self.failures += 1
         reason = " ".join(str(reason).split())[:300]
-        print(f"\ncheckpoint {step} was not saved: {reason}", flush=True)
+        logger.error("checkpoint %d was not saved: %s", step, reason)
         self._clean()
         if self.processes > 1:  # the others wait for us; the next start tries again
             raise StorageError(f"checkpoint {step} was not saved: {reason}")
@@ -337,7 +363,7 @@ def set_aside(path: Path, reason: str) -> None:
     except FileNotFoundError:  # another process found the damage, too
         return
     (target / "reason").write_text(reason + "\n")
-    print(f"\ncheckpoint {path.name} is damaged, set aside as {target.name}: {reason}", flush=True)
+    logger.error("checkpoint %s is damaged, set aside as %s: %s", path.name, target.name, reason)
 
 
 def named_leaves(tree) -> dict:
@@ -368,14 +394,6 @@ def _fingerprint_and_finite(x: jax.Array) -> jax.Array:
 
 def _mark(path: Path, process: int, processes: int) -> None:
     (path / f"verified-{process}-of-{processes}").touch()
-
-
-def _delete(path: Path) -> None:
-    """Remove a step: first its name, then its files, so that no half of it is ever a step."""
-    doomed = path.with_name(f"{path.name}.deleting")
-    os.replace(path, doomed)
-    kill_if_asked("deleting", int(path.name))
-    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _same_for_all(value):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from easyanimate_jax.data.loader import Batch
+from easyanimate_jax.facts import BLOCK_MATRICES, LATENT_CHANNELS, PATCH
 from easyanimate_jax.memory import peak_bytes
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.sharding import AnyMesh
@@ -183,9 +184,9 @@ def model_flops(config: MMDiTConfig, tokens: int, text_tokens: int) -> tuple[flo
     bucket's, a backward pass of twice the forward.
     """
     S, D = tokens + text_tokens, config.width
-    linear = config.depth * S * 2 * 12 * D * D  # q, k, v, out; up and down of 4 D
+    linear = config.depth * S * 2 * BLOCK_MATRICES * D * D
     modulation = config.depth * 2 * 2 * config.time_width * 6 * D
-    ends = 2 * tokens * D * config.patch**2 * (config.in_channels + config.out_channels)
+    ends = 2 * tokens * D * PATCH**2 * (config.in_channels + LATENT_CHANNELS)
     ends += 2 * text_tokens * D * max(config.text_widths)
     attention = config.depth * 4 * S * S * D
     total = linear + modulation + ends + attention

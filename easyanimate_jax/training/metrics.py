@@ -1,6 +1,7 @@
 """What a run says while it runs: `metrics.jsonl`, TensorBoard, and one progress line."""
 
 import json
+import logging
 import sys
 import time
 from collections import deque
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
@@ -26,7 +29,7 @@ class MetricsWriter:
         try:
             self.file.write(json.dumps(row) + "\n")
         except OSError as error:  # a full disk costs the row, not the run
-            print(f"\nthe metrics of step {row['step']} were not written: {error}", flush=True)
+            logger.warning(f"the metrics of step {row['step']} were not written: {error}")
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self.board.add_scalar(name, value, row["step"])
@@ -87,10 +90,15 @@ class Progress:
             f"{text}  {rate:,.0f} tok/s  data wait {self.data_wait:.0%}"
             f"  eta stage {clock(stage_tokens / rate)}, all {clock(all_tokens / rate)}"
         )
-        if sys.stdout.isatty():
-            print(f"\r\x1b[K{line}", end="", flush=True)
-        else:
-            print(line, flush=True)
+        show_progress(line)
+
+
+def show_progress(line: str) -> None:
+    """Print where a run is: over the line before on a terminal, as a line of its own elsewhere."""
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{line}", end="", flush=True)
+    else:
+        print(line, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import optax
 from optax import contrib
 
+from easyanimate_jax.facts import check_fields
+
 Matrices = Literal["adam", "muon"]
 
 MUON_STEPS = 4  # of Newton and Schulz
@@ -22,23 +24,42 @@ MUON_RMS = 0.2  # of an update's entries, about Adam's (Liu et al. 2025, arXiv 2
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Defaults are the released V5 scripts (spec 9.1); `clip_start` is the rule's S0.
-
-    `matrices` says what updates the projections of the blocks' attention and MLP. "muon" makes
-    their momentum orthogonal (Jordan 2024), keeps one moment of them instead of two, and takes
-    Adam's learning rates; all other weights have Adam. It is for training from noise.
-    """
+    """The update rule of all stages; defaults are those of the released V5 scripts (spec 9.1)."""
 
     matrices: Matrices = "adam"
+    """What updates the projections of the blocks' attention and MLP; all other weights have Adam.
+    "muon" makes their momentum orthogonal (Jordan 2024), keeps one moment of them instead of two,
+    takes Adam's learning rates, and is for training from noise."""
+
     b1: float = 0.9
+    """Decay of Adam's first moment a step."""
+
     b2: float = 0.999
+    """Decay of Adam's second moment a step."""
+
     eps: float = 1e-10
+    """Number added to the root of Adam's second moment."""
+
     weight_decay: float = 5e-3
+    """Share of a weight that the learning rate times this takes off it at a step; 0 is none."""
+
     max_grad_norm: float = 0.05
+    """Norm that gradients are clipped to; 0 never clips."""
+
     clip_start: int = 1000
+    """Steps over which the clipping limit falls from 5 times `max_grad_norm` to it, and after which
+    outliers are clipped harder: S0 of spec 9.2. 0 begins at the final limit."""
 
     def __post_init__(self):
-        check_matrices(self.matrices)
+        check_fields(
+            self,
+            b1="[0, 1)",
+            b2="[0, 1)",
+            eps="(0, inf)",
+            weight_decay="[0, inf)",
+            max_grad_norm="[0, inf)",
+            clip_start="[0, inf)",
+        )
 
 
 def check_matrices(name: str) -> None:
@@ -54,8 +75,9 @@ def clip_abnormal(max_norm: float, start: int, initial_ratio: float = 5.0):
     """Clip by a limit that falls from 5 x to 1 x `max_norm`, and harder on outliers (spec 9.2).
 
     limit(n) goes linearly from `initial_ratio * max_norm` to `max_norm` over `start` steps. After
-    that a norm g > 5 limit is clipped to limit / min(g / limit, 10).
+    that a norm g > 5 limit is clipped to limit / min(g / limit, 10). `max_norm` 0 never clips.
     """
+    max_norm = max_norm or math.inf
 
     def init(params):
         del params
@@ -63,7 +85,7 @@ def clip_abnormal(max_norm: float, start: int, initial_ratio: float = 5.0):
 
     def update(grads, state, params=None):
         del params
-        progress = jnp.minimum(state.count, start) / start
+        progress = jnp.minimum(state.count, start) / start if start else 1.0
         limit = max_norm * (initial_ratio + (1 - initial_ratio) * progress)
         norm = optax.tree.norm(grads)
         ratio = norm / limit

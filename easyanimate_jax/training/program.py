@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.facts import LATENT_CHANNELS, PATCH
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.sharding import AnyMesh, activation_spec, shardings
 from easyanimate_jax.training.optimizer import OptimizerConfig
@@ -59,8 +60,8 @@ def abstract_batch(
 ) -> Batch:
     """The placed shapes of a batch as the loader makes it, its last microbatch filled up."""
     rows = -(-batch_size // microbatch), microbatch
-    channels = 16 * model.patch**2
-    extra = (model.in_channels - 16) * model.patch**2
+    channels = LATENT_CHANNELS * PATCH**2
+    extra = (model.in_channels - LATENT_CHANNELS) * PATCH**2
 
     def array(*shape: int, dtype=jnp.float16):
         return jax.ShapeDtypeStruct((*rows, *shape), dtype)

@@ -5,6 +5,7 @@ Every random draw of a row comes from `fold_in(key, step)` and the row's index i
 so neither the mesh nor the microbatch size changes the numbers.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.diffusion.losses import masked_squared_error
-from easyanimate_jax.models.mmdit import MMDiT, widen_input
+from easyanimate_jax.facts import PATCH
+from easyanimate_jax.models.mmdit import MMDiT
 
 
 class TrainState(NamedTuple):
@@ -35,11 +37,28 @@ def init_state(
     return TrainState(zero, zero, model, ema, optimizer.init(model))
 
 
-def widen_state(state: TrainState, in_channels: int) -> TrainState:
-    """The same state for a network with more input channels: new weights and moments zero (2.9)."""
+def widen_state(state, in_channels: int):
+    """The same tree with `in_channels` input channels for every MMDiT: models, EMA, moments.
 
-    def widen(x):
-        return widen_input(x, in_channels) if isinstance(x, MMDiT) else x
+    New channels come last and are zero, so a T2V model becomes an inpainting or control model that
+    at first ignores its condition; with fewer channels the leading ones stay (spec 2.9).
+    """
+
+    def widen(model):
+        if not isinstance(model, MMDiT):
+            return model
+        model = jax.tree.map(lambda x: x, model)  # a copy of the module, not of the arrays
+        rows = in_channels * PATCH**2
+
+        def resize(kernel):
+            return jnp.pad(kernel[:rows], ((0, max(0, rows - kernel.shape[0])), (0, 0)))
+
+        # By tree: there is no kernel in a moment that an optimizer keeps of other weights.
+        kernel = model.patches.kernel
+        kernel.set_value(jax.tree.map(resize, kernel.get_value()))
+        model.patches.in_features = rows
+        model.config = dataclasses.replace(model.config, in_channels=in_channels)
+        return model
 
     return jax.tree.map(widen, state, is_leaf=lambda x: isinstance(x, MMDiT))
 

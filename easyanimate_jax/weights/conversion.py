@@ -18,46 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from easyanimate_jax.diffusion.tasks import task_of
+from easyanimate_jax.facts import DTypes, check_fields
 from easyanimate_jax.weights import files, lora, mmdit_table, run_folder, vae_table
 from easyanimate_jax.weights.folder import KINDS, Model, Weights, open_model, read_json
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import CONFIG, WEIGHTS, config_text
 from easyanimate_jax.weights.pickles import PICKLES
+from easyanimate_jax.weights.schedulers import INDEX, SCHEDULER, SCHEDULERS, released_process
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 TEXTS = (*TEXT_ENCODERS, *TOKENIZERS)
+LENGTHS = "text.json"  # of our own text encoders, where they are not the released ones
 PARTS = (*KINDS, *TEXTS, "scheduler")
 REQUIRED = ("vae", "text_encoder", "tokenizer")  # of diffusers' pipelines; null where absent
 LORA = "lora"
-INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
-SCHEDULERS = {  # spec 1.3
-    "DDPM": {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": 1000,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "prediction_type": "v_prediction",
-        "rescale_betas_zero_snr": True,
-        "clip_sample": False,
-        "set_alpha_to_one": True,
-        "steps_offset": 0,
-        "timestep_spacing": "trailing",
-    },
-    "Flow": {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "num_train_timesteps": 1000,
-        "shift": 3.0,
-        "use_dynamic_shifting": True,
-        "base_shift": 0.5,
-        "max_shift": 1.15,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
-    },
-}
-PIPELINES = {16: "EasyAnimatePipeline", 33: "EasyAnimateInpaintPipeline"}
-CONTROL = "EasyAnimateControlPipeline"
 
 
 class Part(NamedTuple):
@@ -95,20 +71,37 @@ class Report(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """`to`: the layout to write. `dtype` casts all weights; None keeps each tensor's own.
-
-    `weights` and `step` choose from the checkpoints of a run. `in_channels` adapts the transformer
-    to another task (spec 2.9). `only` takes one part of a pipeline, and makes it the target itself.
-    """
+    """What a conversion writes."""
 
     to: Literal["jax", "diffusers", "original"]
-    dtype: str | None = None
+    """Layout to write."""
+
+    dtype: DTypes | None = None
+    """Type that all weights are cast to. None keeps each tensor's own."""
+
     weights: Weights = "ema"
+    """Weights to take from a run's checkpoint: the average "ema", or "raw"."""
+
     step: int | None = None
+    """Checkpoint to take of a run. None is the newest."""
+
     in_channels: int | None = None
+    """Input channels of the transformer to write, which adapt it to a task (spec 2.9). None keeps
+    them."""
+
     only: str | None = None
+    """Part of a pipeline that is written, as the target itself. None is the whole pipeline."""
+
     allow_pickle: bool = False
+    """Read .bin, .pt and .ckpt files too, with torch."""
+
     shard_bytes: int = files.SHARD
+    """Most bytes of a file of weights; larger models are split over several."""
+
+    def __post_init__(self):
+        check_fields(self, step="[0, inf)", in_channels="[1, inf)", shard_bytes="[1, inf)")
+        if self.only not in (None, *PARTS):
+            raise ValueError(f"Options.only is {self.only!r}; use one of {', '.join(PARTS)}")
 
 
 def convert(
@@ -155,13 +148,14 @@ class Plan:
         self.notes: list[str] = []
         self.models: dict[str, Model] = {}
         self.process = ""  # the class of a run's
+        self.memory = files.Memory()
 
     def read(self, source: Path) -> None:
         """Fill `parts` from a pipeline, a run, a model or a LoRA; add misfits to `problems`."""
         only = self.options.only
         places = self._places(source)
         if not places:
-            names = files.open_weights(source, self.problems, self.options.allow_pickle)
+            names = self._open(source)
             if lora.is_lora(names):
                 self._add_lora(names)
             elif names and not self.problems:
@@ -183,9 +177,9 @@ class Plan:
             _, meta = run_folder.read_meta(source, self.options.step)
             config = meta["config"]
             self.process = config["process"]["class"]
-            texts = {name: Path(config["text"]) / name for name in TEXTS}
-            texts = {name: place for name, place in texts.items() if place.is_dir()}
-            return {"transformer": source, "vae": Path(config["vae"]), **texts}
+            vae, text = (run_folder.frozen_model(source, config, name) for name in ("vae", "text"))
+            texts = {name: text / name for name in TEXTS if (text / name).is_dir()}
+            return {"transformer": source, "vae": vae, **texts}
         places = {name: source / name for name in PARTS if (source / name).is_dir()}
         if (source / INDEX).is_file():
             named = read_json(source / INDEX, self.problems)
@@ -195,6 +189,9 @@ class Plan:
                 if isinstance(named.get(name), list) and any(named[name]) and name not in places
             ]
         return places
+
+    def _open(self, path: Path) -> dict[str, Tensor]:
+        return files.open_weights(path, self.problems, self.options.allow_pickle, self.memory)
 
     def _kind(self, source: Path, names: Iterable[str]) -> str:
         """Which part a single model is, by the names of its tensors."""
@@ -228,6 +225,7 @@ class Plan:
             weights=options.weights,
             step=options.step,
             allow_pickle=options.allow_pickle,
+            memory=self.memory,
         )
         if model is None or len(self.problems) > found:
             return
@@ -254,7 +252,7 @@ class Plan:
 
     def _add_text_encoder(self, place: Path, folder: str) -> None:
         options = self.options
-        tensors = files.open_weights(place, self.problems, options.allow_pickle)
+        tensors = self._open(place)
         tensors = files.checked(tensors, self.problems, options.dtype)
         fields = read_json(place / CONFIG, self.problems)
         if options.dtype:
@@ -270,14 +268,17 @@ class Plan:
         self.parts.append(Part(folder, tensors, "model", options.shard_bytes, texts, copies))
 
     def _add_pipeline_files(self, places: Mapping[str, Path]) -> None:
-        """The scheduler where there is none, and diffusers' index of the parts."""
+        """The scheduler where there is none, the texts' lengths, diffusers' index of the parts."""
+        for place in (places[name].parent / LENGTHS for name in places if name == "text_encoder"):
+            if place.is_file():
+                self.parts.append(Part("", copies=[place]))
         transformer = self.models.get("transformer")
         if not transformer:
             return
         if "scheduler" in places:
             scheduler = read_json(places["scheduler"] / SCHEDULER, self.problems)
-        else:  # V5 has two text encoders
-            released = "DDPM" if len(transformer.config.text_widths) == 2 else "Flow"
+        else:
+            released = released_process(len(transformer.config.text_widths))
             scheduler = SCHEDULERS[self.process or released]
             self.parts.append(Part("scheduler", texts={SCHEDULER: _json(scheduler)}))
         if self.options.to == "jax":
@@ -287,8 +288,13 @@ class Plan:
                 "diffusers has no pipeline with the two text encoders of V5; its classes load the "
                 "parts, one by one"
             )
+        try:
+            task = task_of(transformer.config.in_channels)
+        except ValueError as error:
+            self.problems.append(f"{error}; choose one with --in-channels")
+            return
         index = {
-            "_class_name": PIPELINES.get(transformer.config.in_channels, CONTROL),
+            "_class_name": task.pipeline,
             **{n: self._text_class(n, place) for n, place in places.items() if n in TEXTS},
             "transformer": ["diffusers", mmdit_table.FOREIGN_CLASS],
             "vae": ["diffusers", vae_table.FOREIGN_CLASS],

@@ -14,7 +14,6 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -49,8 +48,35 @@ STRIP = 2**22  # bytes that are transposed and written at a time; malloc then us
 SHARD = 5 * 10**9  # bytes of a file, as transformers and diffusers cut them
 
 
-def open_file(path: Path, problems: list[str]) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, in the order of its header."""
+class Memory:
+    """For what is read: large pieces are used again once no array looks at them, `most` are kept.
+
+    The system clears every new page before a read fills it, which takes longer than the read.
+    """
+
+    def __init__(self, most: int = 2):
+        self.free, self.most = [], most
+
+    def take(self, size: int) -> np.ndarray:
+        """(size,) uint8, of any values."""
+        if size < PIECE:
+            return np.empty(size, np.uint8)
+        fitting = [i for i, owner in enumerate(self.free) if owner.nbytes >= size]
+        if self.free and not fitting:
+            self.free.pop()
+        owner = self.free.pop(fitting[0]) if fitting else np.empty(size, np.uint8)
+        # Views of views hold the last object that is no array, through a memoryview: this one.
+        holder = (ctypes.c_ubyte * size).from_buffer(owner)
+        weakref.finalize(holder, self._give_back, owner).atexit = False
+        return np.frombuffer(holder, np.uint8)
+
+    def _give_back(self, owner: np.ndarray) -> None:
+        if len(self.free) < self.most:
+            self.free.append(owner)
+
+
+def open_file(path: Path, problems: list[str], memory: Memory | None = None) -> dict[str, Tensor]:
+    """The tensors of one safetensors file, in the order of its header; read into `memory`."""
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -92,9 +118,8 @@ def open_file(path: Path, problems: list[str]) -> dict[str, Tensor]:
             continue
         shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
         ranges.append((begin, end, name))
-        tensors[name] = _from_file(
-            path, 8 + length + begin, shape, np.dtype(DTYPES[entry["dtype"]])
-        )
+        dtype = np.dtype(DTYPES[entry["dtype"]])
+        tensors[name] = _from_file(path, 8 + length + begin, shape, dtype, memory)
     there = size - 8 - length
     if len(tensors) == len(entries) - ("__metadata__" in entries):
         problems += [f"{path}: {fault}" for fault in _layout_faults(sorted(ranges), there)]
@@ -138,7 +163,9 @@ def _layout_faults(ranges: Sequence[tuple[int, int, str]], there: int) -> list[s
     return faults
 
 
-def _from_file(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+def _from_file(
+    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, memory: Memory | None
+) -> Tensor:
     def read(box: Box) -> np.ndarray:
         # Down to the first dimension of more than one entry everything is one run of bytes.
         begin, axis = 0, 0
@@ -149,7 +176,8 @@ def _from_file(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype)
         if rest:
             begin += box[axis].start * math.prod(rest[1:])
             rest = (box[axis].stop - box[axis].start, *rest[1:])
-        raw = memory.take(math.prod(rest) * dtype.itemsize)
+        size = math.prod(rest) * dtype.itemsize
+        raw = memory.take(size) if memory else np.empty(size, np.uint8)
         with path.open("rb") as file:
             file.seek(offset + begin * dtype.itemsize)
             there = file.readinto(raw)
@@ -159,48 +187,8 @@ def _from_file(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype)
     return Tensor(shape, dtype, read)
 
 
-class Memory:
-    """For what is read; while `kept`, large pieces are used again once no array looks at them.
-
-    The system clears every new page before a read fills it, which takes longer than the read.
-    """
-
-    def __init__(self):
-        self.free, self.most = [], 0
-
-    def take(self, size: int) -> np.ndarray:
-        """(size,) uint8, of any values."""
-        if size < PIECE or not self.most:
-            return np.empty(size, np.uint8)
-        fitting = [i for i, owner in enumerate(self.free) if owner.nbytes >= size]
-        if self.free and not fitting:
-            self.free.pop()
-        owner = self.free.pop(fitting[0]) if fitting else np.empty(size, np.uint8)
-        # Views of views hold the last object that is no array, through a memoryview: this one.
-        holder = (ctypes.c_ubyte * size).from_buffer(owner)
-        weakref.finalize(holder, self._give_back, owner).atexit = False
-        return np.frombuffer(holder, np.uint8)
-
-    def _give_back(self, owner: np.ndarray) -> None:
-        if len(self.free) < self.most:
-            self.free.append(owner)
-
-    @contextmanager
-    def kept(self, most: int = 2) -> Iterator[None]:
-        """Keeps up to `most` pieces until the end of the block."""
-        self.most = most
-        try:
-            yield
-        finally:
-            self.most = 0
-            self.free.clear()
-
-
-memory = Memory()
-
-
-def open_index(path: Path, problems: list[str]) -> dict[str, Tensor]:
-    """The tensors of a sharded model, by its `*.safetensors.index.json`."""
+def open_index(path: Path, problems: list[str], memory: Memory | None = None) -> dict[str, Tensor]:
+    """The tensors of a sharded model, by its `*.safetensors.index.json`; read into `memory`."""
     folder = path.parent
     try:
         names = json.loads(path.read_text("utf-8"))["weight_map"]
@@ -217,7 +205,7 @@ def open_index(path: Path, problems: list[str]) -> dict[str, Tensor]:
         if not (folder / file).is_file():
             problems.append(f"{path} names {file}, which is not there; download it")
             continue
-        found = open_file(folder / file, problems)
+        found = open_file(folder / file, problems, memory)
         for name in found:
             if name in owner:
                 problems.append(f"{name} is in {owner[name]} and in {file}")
@@ -235,13 +223,15 @@ def open_index(path: Path, problems: list[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def open_weights(path: Path, problems: list[str], allow_pickle: bool = False) -> dict[str, Tensor]:
-    """The tensors of a file, or of the one model that lies in a folder."""
+def open_weights(
+    path: Path, problems: list[str], allow_pickle: bool = False, memory: Memory | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a file, or of the one model that lies in a folder; read into `memory`."""
     if path.is_file():
         if path.suffix == ".safetensors":
-            return open_file(path, problems)
+            return open_file(path, problems, memory)
         if path.name.endswith(".safetensors.index.json"):
-            return open_index(path, problems)
+            return open_index(path, problems, memory)
         if path.suffix in PICKLES:
             return open_pickle(path, problems, allow_pickle)
         problems.append(f"{path} is no file of weights; known are .safetensors and {PICKLES}")
@@ -252,7 +242,7 @@ def open_weights(path: Path, problems: list[str], allow_pickle: bool = False) ->
     wholes = [p for p in files if p.suffix == ".safetensors" and p not in shards]
     candidates = indices + wholes or [p for p in files if p.suffix in PICKLES]
     if len(candidates) == 1:
-        return open_weights(candidates[0], problems, allow_pickle)
+        return open_weights(candidates[0], problems, allow_pickle, memory)
     if not candidates:
         problems.append(f"{path} holds no weights: no .safetensors file is there")
     else:
@@ -375,9 +365,8 @@ def write_shards(
     count = len(shards)
     files = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     files = files if count > 1 else [f"{stem}.safetensors"]
-    with memory.kept():
-        for file, shard in zip(files, shards, strict=True):
-            write_file(folder / file, shard, {"format": "pt"}, progress)
+    for file, shard in zip(files, shards, strict=True):
+        write_file(folder / file, shard, {"format": "pt"}, progress)
     if count > 1:
         places = {name: file for file, s in zip(files, shards, strict=True) for name in s}
         index = {

@@ -7,6 +7,7 @@ of ours (`config.json` with a class, `weights.safetensors`), whole pipelines wit
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,9 @@ from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.weights import files, mmdit_table, run_folder, vae_table
 from easyanimate_jax.weights.lazy import Tensor
-from easyanimate_jax.weights.module import CONFIG, WEIGHTS, abstract, fill, misfits
+from easyanimate_jax.weights.module import CONFIG, WEIGHTS, abstract, fill, misfits, without_removed
+
+logger = logging.getLogger(__name__)
 
 Weights = Literal["ema", "raw"]
 
@@ -45,13 +48,14 @@ def load_mmdit(
     allow_pickle: bool = False,
     store: Callable = lambda name, weight: weight,
 ) -> MMDiT:
-    """The transformer of a file, a folder of any layout, or a run, ready to use.
+    """Return the transformer of a file, a folder of any layout, or a run.
 
     `dtype` is what it computes in (None: what its config says, bfloat16 for foreign weights). With
     a mesh every device reads its own part. `in_channels` adapts the patch embedding to another
-    task (spec 2.9) and prints how. `config` is built in place of the one found with the weights,
-    which must fit it. `store` is that of `tensors.module.fill`. Raises ValueError listing all that
-    is wrong.
+    task (spec 2.9) and logs how. `config` is built in place of the one found with the weights,
+    which must fit it. `weights` and `step` choose from the checkpoints of a run; `allow_pickle`
+    lets torch's own files in; `store` is that of `weights.module.fill`. Raises ValueError listing
+    all that is wrong.
     """
     problems = []
     model = open_model(
@@ -61,7 +65,8 @@ def load_mmdit(
     if in_channels is not None and in_channels != model.config.in_channels:
         *changed, lines = mmdit_table.widen(model.tensors, model.config, in_channels)
         model = Model(*changed)
-        print("\n".join(lines))
+        for line in lines:
+            logger.info(line)
     if config is not None:
         faults = misfits(model.tensors, abstract(MMDiT, config))
         files.raise_all(f"{path} does not fit {config}", faults)
@@ -78,7 +83,7 @@ def load_vae(
     allow_pickle: bool = False,
     store: Callable = lambda name, weight: weight,
 ) -> CausalVAE:
-    """The VAE of a file, a folder of any layout, or a run; options as in `load_mmdit`."""
+    """Return the VAE of a file, a folder of any layout, or a run; options as in `load_mmdit`."""
     problems = []
     model = open_model(Path(path), "vae", problems, allow_pickle=allow_pickle)
     files.raise_all(path, problems)
@@ -100,6 +105,7 @@ def open_model(
     weights: Weights = "ema",
     step: int | None = None,
     allow_pickle: bool = False,
+    memory: files.Memory | None = None,
 ) -> Model | None:
     """The model of that name in a file or folder, its weights cast to `dtype` as they are read.
 
@@ -108,7 +114,8 @@ def open_model(
     if run_folder.is_run(path):
         if name == "vae":
             _, meta = run_folder.read_meta(path, step)
-            return open_model(Path(meta["config"]["vae"]), name, problems, dtype=dtype)
+            vae = run_folder.frozen_model(path, meta["config"], "vae")
+            return open_model(vae, name, problems, dtype=dtype)
         meta, tensors = run_folder.open_transformer(path, weights, step)
         fields = meta["config"]["model"] | {"in_channels": meta["in_channels"]}
         tensors = files.checked(tensors, problems, dtype)
@@ -122,7 +129,7 @@ def open_model(
     found = len(problems)
     own = "class" in fields
     place = path / WEIGHTS if own and (path / WEIGHTS).is_file() else path
-    tensors = files.open_weights(place, problems, allow_pickle)
+    tensors = files.open_weights(place, problems, allow_pickle, memory)
     if not tensors or len(problems) > found:
         return None
     tensors = files.checked(tensors, problems, dtype)
@@ -156,6 +163,7 @@ def read_json(path: Path, problems: list[str]) -> dict:
 
 def _config(config_class: type, fields: Mapping):
     """A config of ours from its JSON. Raises ValueError where a field is unknown or missing."""
+    fields = without_removed(config_class.__name__, fields)
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "class"}
     known = [field.name for field in dataclasses.fields(config_class)]
     needed = [f.name for f in dataclasses.fields(config_class) if f.default is dataclasses.MISSING]

@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal
 
+from easyanimate_jax.diffusion.tasks import channels_with
+from easyanimate_jax.facts import LATENT_CHANNELS, PATCH
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import abstract, shapes_of
-from easyanimate_jax.weights.table import Rule, Table, to_ours, to_theirs
+from easyanimate_jax.weights.table import Rule, Table, contradictions, to_ours, to_theirs
 
 Layout = Literal["original", "diffusers"]
 
@@ -75,6 +77,19 @@ SUPPORTED = {
     "sample_height": (60,),
     "dropout": (0, None),
 }
+COMPARED = (  # fields that follow from the tensors
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "patch_size",
+    "num_layers",
+    "mmdit_layers",
+    "time_embed_dim",
+    "add_norm_text_encoder",
+    "text_embed_dim",
+    "text_embed_dim_t5",
+)
 NEEDED = {  # what a config is made of, and the number of dimensions
     "proj.weight": 4,
     "proj_out.weight": 2,
@@ -114,7 +129,7 @@ def widen(
     New channels come last and are zero; with fewer channels the leading ones stay.
     """
     name, have = "patches.kernel", config.in_channels
-    rows = tensors[name].resize_rows(in_channels * config.patch**2)
+    rows = tensors[name].resize_rows(in_channels * PATCH**2)
     lines = [f"copied: {len(tensors) - 1} tensors as they are"]
     if in_channels > have:
         lines.append(f"extended: {name}, input channels 0 to {have - 1} copied")
@@ -149,7 +164,7 @@ def config_of(weights: Mapping, fields: Mapping | None = None) -> MMDiTConfig:
             f"not a whole EasyAnimate transformer: it has blocks {sorted(blocks)}, of them "
             f"{sorted(with_text)} with text weights{''.join(faults)}. Give all files of one model."
         )
-    width, in_channels, patch, _ = shapes["proj.weight"]
+    width, in_channels, _, _ = shapes["proj.weight"]
     (head_width,) = shapes["transformer_blocks.0.attn1.norm_q.weight"]
     return MMDiTConfig(
         depth=len(blocks),
@@ -157,8 +172,6 @@ def config_of(weights: Mapping, fields: Mapping | None = None) -> MMDiTConfig:
         heads=width // head_width,
         head_width=head_width,
         in_channels=in_channels,
-        out_channels=shapes["proj_out.weight"][0] // patch**2,
-        patch=patch,
         time_width=shapes["time_embedding.linear_1.weight"][0],
         text_widths=tuple(shapes[name][1] for name in texts if name in shapes),
         text_norm=text_norm,
@@ -174,8 +187,8 @@ def config_json(config: MMDiTConfig, layout: Layout) -> dict:
         "num_attention_heads": config.heads,
         "attention_head_dim": config.head_width,
         "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "patch_size": config.patch,
+        "out_channels": LATENT_CHANNELS,
+        "patch_size": PATCH,
         "sample_width": 90,
         "sample_height": 60,
         "activation_fn": "gelu-approximate",
@@ -200,7 +213,7 @@ def config_json(config: MMDiTConfig, layout: Layout) -> dict:
     if layout == "original":
         fields |= {
             "enable_clip_in_inpaint": False,
-            "add_ref_latent_in_control_model": config.in_channels in (38, 48),
+            "add_ref_latent_in_control_model": config.in_channels in channels_with("reference"),
             "ref_channels": None,
             "clip_channels": None,
             "swa_layers": None,
@@ -230,7 +243,7 @@ def table(config: MMDiTConfig, modules: Mapping[str, list[str]]) -> Table:
             rules[f"{ours}.kernel"] = Rule(weights, (1, 0), stacked=stacked)
         if ours not in ("texts.0.norm", "texts.1.norm"):
             rules[f"{ours}.bias"] = Rule(tuple(f"{name}.bias" for name in theirs), stacked=stacked)
-    square = (config.width, config.in_channels, config.patch, config.patch)
+    square = (config.width, config.in_channels, PATCH, PATCH)
     rules["patches.kernel"] = rules["patches.kernel"]._replace(shape=square)
     return rules
 
@@ -275,29 +288,7 @@ def _in_original_names(tensors: Mapping[str, Tensor], problems: list[str]) -> di
 
 
 def _contradictions(config: MMDiTConfig, fields: Mapping) -> list[str]:
-    """Where a config.json says other than the tensors, or asks for what is not built."""
-    problems = [
-        f"config.json: {name} is {fields[name]!r}, and only {values[0]!r} is supported"
-        for name, values in SUPPORTED.items()
-        if name in fields and fields[name] not in values
-    ]
-    told = config_json(config, "diffusers")
-    for name in (
-        "num_attention_heads",
-        "attention_head_dim",
-        "in_channels",
-        "out_channels",
-        "patch_size",
-        "num_layers",
-        "mmdit_layers",
-        "time_embed_dim",
-        "add_norm_text_encoder",
-        "text_embed_dim",
-        "text_embed_dim_t5",
-    ):
-        says = fields.get(name, told[name])
-        if name == "mmdit_layers" and type(says) is int:
-            says = min(says, config.depth)  # the original writes 10000 for "all"
-        if says != told[name]:
-            problems.append(f"config.json: {name} is {says!r}, and the tensors have {told[name]!r}")
-    return problems
+    own = fields.get("mmdit_layers")
+    if type(own) is int:  # the original writes 10000 for "all"
+        fields = {**fields, "mmdit_layers": min(own, config.depth)}
+    return contradictions(fields, SUPPORTED, config_json(config, "diffusers"), COMPARED)

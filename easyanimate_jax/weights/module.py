@@ -17,22 +17,41 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from easyanimate_jax.facts import LATENT_CHANNELS, PATCH
 from easyanimate_jax.sharding import shardings
 from easyanimate_jax.weights import files
 from easyanimate_jax.weights.lazy import Tensor
 
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+# Fields that configs once had, and the only value that ever worked: JSON of then still loads.
+REMOVED = {
+    "MMDiTConfig": {"patch": PATCH, "out_channels": LATENT_CHANNELS},
+    "VAEConfig": {"latent_channels": LATENT_CHANNELS},
+}
+
+
+def without_removed(config_class: str, fields: Mapping) -> dict:
+    """Return the fields of a config's JSON without those that its class no longer has.
+
+    Raises ValueError, naming each, where such a field has another value than the one that worked.
+    """
+    removed = REMOVED.get(config_class, {})
+    faults = [
+        f"{name} is {fields[name]!r}, and only {value!r} ever worked"
+        for name, value in removed.items()
+        if fields.get(name, value) != value
+    ]
+    if faults:
+        raise ValueError(
+            f"{config_class} of an earlier version: {', '.join(faults)}; there is no such field now"
+        )
+    return {name: value for name, value in fields.items() if name not in removed}
 
 
 def named_weights(module) -> dict:
     """Dotted path -> array (or shape), for every weight of a real or abstract module."""
     leaves = jax.tree_util.tree_leaves_with_path(module)
     return {_name(path): leaf for path, leaf in leaves}
-
-
-def flat_weights(module: nnx.Module) -> dict[str, np.ndarray]:
-    """Dotted path -> array on the host, for every weight."""
-    return {name: np.asarray(value) for name, value in named_weights(module).items()}
 
 
 @cache

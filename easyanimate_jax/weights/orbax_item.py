@@ -44,5 +44,7 @@ def fingerprint_on_disk(item: Path, name: str) -> int:
 def _open(item: Path, name: str):
     import tensorstore
 
-    store = {"driver": "ocdbt", "base": f"file://{item.absolute()}/", "path": name}
+    # Not a URL: a folder may have "#", "?" or "%" in its name.
+    folder = {"driver": "file", "path": f"{item.absolute()}/"}
+    store = {"driver": "ocdbt", "base": folder, "path": name}
     return tensorstore.open({"driver": "zarr", "kvstore": store}).result()

@@ -6,12 +6,17 @@ device or knows how a run is trained.
 
 import hashlib
 import json
+import logging
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from easyanimate_jax.weights import orbax_item
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import WEIGHTS
+
+logger = logging.getLogger(__name__)
 
 VAE = "CausalVAE"  # "class" in the meta of a VAE's checkpoints; a transformer's have none
 LEAF = ".value"  # orbax's names end in the variable's own
@@ -53,6 +58,29 @@ def check_format(folder: Path) -> None:
             f"item named 'default' in them and cannot be resumed: train in a new folder, or remove "
             f"{folder / 'checkpoints'} to begin anew"
         )
+
+
+def frozen_model(folder: str | Path, config: Mapping, name: Literal["vae", "text"]) -> Path:
+    """Return where the VAE or the text encoders of a run lie: the first of `frozen_places`.
+
+    Where there is none it is the place that the config names.
+    """
+    places = frozen_places(folder, config, name)
+    found = next((place for place in places if place.exists()), places[0])
+    if found != places[0]:
+        logger.info("%s: its %s is read from %s, not %s", folder, name, found, places[0])
+    return found
+
+
+def frozen_places(folder: str | Path, config: Mapping, name: Literal["vae", "text"]) -> list[Path]:
+    """Return where to look for the VAE or the text encoders of a run, in this order.
+
+    The place that `config`, the JSON of its TrainConfig, names; that place relative to the run, for
+    a run that was moved together with them; the folder of that name beside the run, and in it.
+    """
+    run, named = Path(folder), Path(config[name])
+    moved = os.path.normpath(run / os.path.relpath(named, config["run"]))
+    return list(dict.fromkeys([named, Path(moved), run.parent / named.name, run / named.name]))
 
 
 def complete_steps(folder: Path) -> list[int]:

@@ -85,6 +85,27 @@ def their_shape(rule: Rule, ours: Sequence[int]) -> tuple[int, ...]:
     return tuple(layer[axis] for axis in np.argsort(rule.order)) if rule.order else tuple(layer)
 
 
+def contradictions(
+    fields: Mapping, supported: Mapping[str, tuple], told: Mapping, names: Sequence[str]
+) -> list[str]:
+    """Where a config.json asks for what is not built, or says other than the tensors.
+
+    `supported` are the values that a field may have, the usual one first; `told` is the config.json
+    that follows from the tensors, compared in `names`. Fields that are absent contradict nothing.
+    """
+    problems = [
+        f"config.json: {name} is {fields[name]!r}, and only {values[0]!r} is supported"
+        for name, values in supported.items()
+        if name in fields and fields[name] not in values
+    ]
+    problems += [
+        f"config.json: {name} is {fields[name]!r}, and the tensors have {told[name]!r}"
+        for name in names
+        if name in fields and fields[name] != told[name]
+    ]
+    return problems
+
+
 def _permute(tensor: Tensor, rule: Rule) -> Tensor:
     if rule.shape:
         tensor = tensor.reshape((rule.shape[0], int(np.prod(rule.shape[1:]))))

@@ -8,10 +8,11 @@ import re
 from collections.abc import Mapping
 from typing import Literal
 
+from easyanimate_jax.facts import LATENT_CHANNELS
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import abstract, shapes_of
-from easyanimate_jax.weights.table import Rule, Table, to_ours, to_theirs
+from easyanimate_jax.weights.table import Rule, Table, contradictions, to_ours, to_theirs
 
 Layout = Literal["original", "diffusers"]
 
@@ -35,6 +36,12 @@ SUPPORTED = {
     "slice_compression_vae": (False,),
     "cache_compression_vae": (False,),
 }
+COMPARED = (  # fields that follow from the tensors
+    "block_out_channels",
+    "layers_per_block",
+    "latent_channels",
+    "mid_block_use_attention",
+)
 
 
 def from_torch(
@@ -82,7 +89,6 @@ def config_of(weights: Mapping, fields: Mapping | None = None) -> VAEConfig:
         channels=tuple(width(block) for block in range(4)),
         layers=len(layers),
         groups=groups,
-        latent_channels=quant[0] // 2,
         attention="encoder.mid_block.attentions.0.to_q.weight" in shapes,
         latent_scale=(float(scale),),
     )
@@ -111,7 +117,7 @@ def config_json(config: VAEConfig, layout: Layout) -> dict:
         "_class_name": FOREIGN_CLASS,
         "in_channels": 3,
         "out_channels": 3,
-        "latent_channels": config.latent_channels,
+        "latent_channels": LATENT_CHANNELS,
         "block_out_channels": list(config.channels),
         "down_block_types": list(DOWN),
         "up_block_types": list(UP),
@@ -159,23 +165,7 @@ def table(config: VAEConfig) -> Table:
 
 
 def _contradictions(config: VAEConfig, fields: Mapping) -> list[str]:
-    """Where a config.json says other than the tensors, or asks for what is not built."""
-    problems = [
-        f"config.json: {name} is {fields[name]!r}, and only {values[0]!r} is supported"
-        for name, values in SUPPORTED.items()
-        if name in fields and fields[name] not in values
-    ]
-    told = config_json(config, "original")
-    problems += [
-        f"config.json: {name} is {fields[name]!r}, and the tensors have {told[name]!r}"
-        for name in (
-            "block_out_channels",
-            "layers_per_block",
-            "latent_channels",
-            "mid_block_use_attention",
-        )
-        if name in fields and fields[name] != told[name]
-    ]
+    problems = contradictions(fields, SUPPORTED, config_json(config, "original"), COMPARED)
     problems += [
         f"config.json: norm_num_groups is {config.groups}, which does not divide {width} channels"
         for width in sorted(set(config.channels))

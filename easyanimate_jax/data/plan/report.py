@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 
 from easyanimate_jax.data.buckets import (
-    CELL,
     Budget,
     Clips,
     choose_all,
@@ -21,8 +20,8 @@ from easyanimate_jax.data.buckets import (
 )
 from easyanimate_jax.data.plan.plan import CYCLE, Plan
 from easyanimate_jax.data.records import LatentSet
+from easyanimate_jax.facts import CELL, FPS
 
-FPS = 8  # of training clips (spec 8.2)
 ROWS = 16  # of a histogram
 ASPECTS = ((0.8, "wide"), (1.25, "square"), (np.inf, "tall"))  # height / width below
 

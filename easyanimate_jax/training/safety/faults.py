@@ -1,4 +1,4 @@
-"""Faults on demand, for tests: nothing happens unless EASYANIMATE_FAULTS is set.
+"""Faults on demand, for tests: a run has none unless EASYANIMATE_FAULTS is set.
 
 It is a comma-separated list of `NAME@AT`, `NAME@FIRST-LAST` (steps, or positions in the plan) or
 `NAME`, each followed by `/RANK` where only one process is meant. With EASYANIMATE_FAULTS_ONCE, the
@@ -14,66 +14,87 @@ name of a folder, an entry that stops a process does so once, however often the 
 """
 
 import os
-import resource
 import signal
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 VALUES = {"nan": float("nan"), "inf": float("inf"), "spike": 20.0}  # the loss masks errors above 50
 FULL = 8192  # bytes
 
 
-def asked(name: str, at: int) -> str | None:
-    """The entry that wants the fault `name` at `at`, if there is one."""
-    for entry in os.environ.get("EASYANIMATE_FAULTS", "").split(","):
-        fault, _, rank = entry.partition("/")
-        wanted, _, where = fault.partition("@")
-        first, _, last = where.partition("-")
-        if rank and rank != os.environ.get("JAX_PROCESS_ID", "0"):
-            continue
-        if wanted == name and (not where or int(first) <= at <= int(last or first)):
-            return entry
-    return None
+@dataclass(frozen=True)
+class Faults:
+    """The faults that a process shall have: entries as in EASYANIMATE_FAULTS, its rank, marks.
 
+    A training loop and its checkpoints ask it at the places above. `once` is the folder that
+    remembers which entries have stopped a process.
+    """
 
-def value_asked(position: int) -> float | None:
-    """What all numbers of the batch at `position` are to be, if a fault wants it."""
-    return next((value for name, value in VALUES.items() if asked(name, position)), None)
+    entries: tuple[str, ...] = ()
+    rank: str = "0"
+    once: str = ""
 
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Faults":
+        """Return the faults that the environment variables ask for."""
+        asked = environment.get("EASYANIMATE_FAULTS", "")
+        entries = tuple(entry for entry in asked.split(",") if entry)
+        rank = environment.get("JAX_PROCESS_ID", "0")
+        return cls(entries, rank, environment.get("EASYANIMATE_FAULTS_ONCE", ""))
 
-def kill_if_asked(name: str, at: int) -> None:
-    """End this process as the kernel does, if the fault `name` is wanted at `at`."""
-    if _due(name, at):
-        os.kill(os.getpid(), signal.SIGKILL)
+    def value(self, position: int) -> float | None:
+        """Return what all numbers of the batch at `position` are to be, if a fault wants it."""
+        return next((value for name, value in VALUES.items() if self._asked(name, position)), None)
 
+    def kill(self, name: str, at: int) -> None:
+        """End this process as the kernel does, if the fault `name` is wanted at `at`."""
+        if self._due(name, at):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def stop_if_asked(step: int) -> None:
-    """Be killed, sleep for ever, or be stopped before a step."""
-    kill_if_asked("step", step)
-    if _due("stopped", step):
-        os.kill(os.getpid(), signal.SIGSTOP)
-    if _due("hang", step):
-        while True:
-            time.sleep(1)
+    def before_step(self, step: int) -> None:
+        """Be killed, sleep for ever, or be stopped before a step."""
+        self.kill("step", step)
+        if self._due("stopped", step):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self._due("hang", step):
+            while True:
+                time.sleep(1)
 
+    def limit_files(self, step: int) -> None:
+        """Let the kernel refuse to write long files from here on, or no longer."""
+        if not any(entry.startswith("full") for entry in self.entries):
+            return
+        import resource  # Windows has none
 
-def limit_files_if_asked(step: int) -> None:
-    """Let the kernel refuse to write long files from here on, or no longer."""
-    if "full" in os.environ.get("EASYANIMATE_FAULTS", ""):
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        limit = FULL if asked("full", step) else hard
+        limit = FULL if self._asked("full", step) else hard
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
+    def _asked(self, name: str, at: int) -> str | None:
+        """Return the entry that wants the fault `name` at `at`, if there is one."""
+        for entry in self.entries:
+            fault, _, rank = entry.partition("/")
+            wanted, _, where = fault.partition("@")
+            first, _, last = where.partition("-")
+            if rank and rank != self.rank:
+                continue
+            if wanted == name and (not where or int(first) <= at <= int(last or first)):
+                return entry
+        return None
 
-def _due(name: str, at: int) -> bool:
-    """Whether the fault is wanted, and was not had before where once is enough."""
-    entry = asked(name, at)
-    once = os.environ.get("EASYANIMATE_FAULTS_ONCE")
-    if not (entry and once):
-        return bool(entry)
-    mark = Path(once) / entry.replace("/", "_")
-    if mark.exists():
-        return False
-    mark.parent.mkdir(exist_ok=True)
-    mark.touch()
-    return True
+    def _due(self, name: str, at: int) -> bool:
+        """Return whether the fault is wanted, and was not had before where once is enough."""
+        entry = self._asked(name, at)
+        if not (entry and self.once):
+            return bool(entry)
+        mark = Path(self.once) / entry.replace("/", "_")
+        if mark.exists():
+            return False
+        mark.parent.mkdir(exist_ok=True)
+        mark.touch()
+        return True
+
+
+NO_FAULTS = Faults()

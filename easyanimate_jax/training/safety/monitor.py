@@ -9,6 +9,8 @@ exit code HANG. A thread does this, so it works while the loop waits inside a co
 import contextlib
 import faulthandler
 import json
+import logging
+import math
 import os
 import signal
 import sys
@@ -19,6 +21,8 @@ from pathlib import Path
 
 from easyanimate_jax.training.safety.cloud_goodput import CloudGoodput
 from easyanimate_jax.training.safety.exits import HANG
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = 3600.0  # seconds for anything but steps and data
 STEP_FACTOR = 5  # times the slowest of recent steps: longer is a hang
@@ -32,8 +36,8 @@ SECTIONS = ["start", "restore", "compile", "step", "rework", "data", "save", "sa
 class Monitor:
     """Of one process; process 0 writes goodput.jsonl, continuing the totals of earlier processes.
 
-    A step or a wait for data may last `hang_seconds`, or five times the slowest recent step. A
-    `sink` is told the same sections.
+    A step or a wait for data may last `hang_seconds`, or five times the slowest recent step; with 0
+    it may last for ever. A `sink` is told the same sections.
     """
 
     def __init__(
@@ -44,7 +48,7 @@ class Monitor:
         hang_seconds: float,
         sink: CloudGoodput | None = None,
     ):
-        self.process, self.hang_seconds, self.sink = process, hang_seconds, sink
+        self.process, self.hang_seconds, self.sink = process, hang_seconds or math.inf, sink
         self.file = folder / "goodput.jsonl"
         self.heartbeat = Path(os.environ.get("EASYANIMATE_HEARTBEATS", folder / "heartbeats"))
         self.heartbeat.mkdir(parents=True, exist_ok=True)
@@ -59,6 +63,12 @@ class Monitor:
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
+
+    def __enter__(self) -> "Monitor":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def enter(self, section: str, step: int | None = None) -> None:
         """The run now does `section`, at `step`; a step below the furthest is rework."""
@@ -121,7 +131,7 @@ class Monitor:
             if now - since > limit:
                 message = f"hang: {now - since:.1f} s in {self.section!r} at step {self.step}"
                 try:
-                    print(f"\n{message}; limit {limit:.1f} s", file=sys.stderr, flush=True)
+                    logger.critical(f"{message}; limit {limit:.1f} s")
                     faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
                 finally:  # also where nobody reads stderr any more
                     os._exit(HANG)

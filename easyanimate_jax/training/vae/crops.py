@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
@@ -20,6 +19,7 @@ from easyanimate_jax.data import media
 from easyanimate_jax.data.control import control_video
 from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.data.sources.rows import Clip
+from easyanimate_jax.facts import to_signed
 from easyanimate_jax.sharding import batch_sharding
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
 
@@ -59,7 +59,7 @@ def _num_bytes(file: media.File) -> int | None:
 
 def pixels(frames: UInt8[Array, "B F H W 3"]) -> Float[Array, "B F H W 3"]:
     """Return frames of 0 to 255 as video in [-1, 1]."""
-    return frames.astype(jnp.float32) / 127.5 - 1
+    return to_signed(frames)
 
 
 def hide_frames(

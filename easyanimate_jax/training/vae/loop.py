@@ -9,9 +9,10 @@ The position is one integer, the global step: stage, crops, noise and learning r
 so a training that was stopped anywhere and started again ends in the same bits.
 """
 
+import contextlib
 import dataclasses
 import json
-import sys
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +23,14 @@ from jaxtyping import UInt8
 
 from easyanimate_jax import processes
 from easyanimate_jax.data import media
-from easyanimate_jax.models.vae import SPACE_FACTOR, TIME_FACTOR, CausalVAE, VAEConfig
+from easyanimate_jax.facts import SPACE_FACTOR, TIME_FACTOR
+from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.training.checkpoint import Checkpoints, NotFiniteError, StorageError
 from easyanimate_jax.training.metrics import MetricsWriter, Progress, now
 from easyanimate_jax.training.safety.exits import DIVERGED, DONE, PREEMPTED, STORAGE
-from easyanimate_jax.training.safety.faults import stop_if_asked
+from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
+from easyanimate_jax.training.safety.lock import RunLock
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.safety.preemption import Preemption
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
@@ -38,8 +41,10 @@ from easyanimate_jax.weights import run_folder
 from easyanimate_jax.weights.folder import load_vae
 from easyanimate_jax.weights.module import save_module
 
+logger = logging.getLogger(__name__)
 
-def train(config: VAETrainConfig) -> int:
+
+def train(config: VAETrainConfig, faults: Faults = NO_FAULTS) -> int:
     """Run the schedule to its end, or until SIGTERM; return the process's exit code.
 
     Starts at the newest checkpoint in `config.output` if there is one, and writes the finished
@@ -52,27 +57,31 @@ def train(config: VAETrainConfig) -> int:
     start = _load_start(config, mesh)
     position = Position(config, config.vae if start is None else start.config, clips.digest)
     position.check_newest(output)
-    output.mkdir(parents=True, exist_ok=True)
-    monitor = Monitor(output, process=jax.process_index(), hang_seconds=config.hang_seconds)
-    stop = Preemption()
+    stop, process = Preemption(), jax.process_index()
     try:
-        checkpoints = Checkpoints(output / "checkpoints", keep=2)
-        state = _restore(position, mesh, checkpoints, monitor) or first_state(config, mesh, start)
-        del start  # its arrays are in the state, or not needed
-        training = Training(position, mesh, clips, checkpoints, monitor, state)
-        ended = training.run(stop)
-        monitor.enter("save")
-        checkpoints.close(training.step)
-        if ended:
-            training.finish()
+        with contextlib.ExitStack() as stack:
+            if _main():
+                stack.enter_context(RunLock(output)).begun = True
+            output.mkdir(parents=True, exist_ok=True)
+            monitor = stack.enter_context(
+                Monitor(output, process=process, hang_seconds=config.hang_seconds)
+            )
+            checkpoints = Checkpoints(output / "checkpoints", keep=2, faults=faults)
+            found = _restore(position, mesh, checkpoints, monitor)
+            state = found or first_state(config, mesh, start)
+            del start  # its arrays are in the state, or not needed
+            training = Training(position, mesh, clips, checkpoints, monitor, state, faults)
+            ended = training.run(stop)
+            monitor.enter("save")
+            checkpoints.close(training.step)
+            if ended:
+                training.finish()
     except NotFiniteError as error:
-        print(f"\ndiverged: {error}", file=sys.stderr, flush=True)
+        logger.error("diverged: %s", error)
         return DIVERGED
     except StorageError as error:
-        print(f"\nstorage: {error}", file=sys.stderr, flush=True)
+        logger.error("storage: %s", error)
         return STORAGE
-    finally:
-        monitor.close()
     return DONE if ended else PREEMPTED
 
 
@@ -184,7 +193,7 @@ def _restore(
     if found is None:
         return None
     step, state, meta = found
-    _say(f"resuming at step {step} ({meta['stage']})")
+    logger.info("resuming at step %d (%s)", step, meta["stage"])
     return state
 
 
@@ -202,7 +211,9 @@ class Training:
         checkpoints: Checkpoints,
         monitor: Monitor,
         state: VAEState,
+        faults: Faults,
     ):
+        self.faults = faults
         self.position, self.config, self.mesh = position, position.config, mesh
         self.clips, self.checkpoints, self.monitor = clips, checkpoints, monitor
         self.state, self.step = state, int(state.step)
@@ -227,7 +238,7 @@ class Training:
                 self._save()
         self.log.close()
         if stopping:
-            _say(f"asked to stop: saved at step {self.step}")
+            logger.warning("asked to stop: saved at step %d", self.step)
         return not stopping
 
     def finish(self) -> None:
@@ -253,7 +264,8 @@ class Training:
             (output / "vae_report.json").write_text(json.dumps(report, indent=2) + "\n")
         except OSError as error:
             raise StorageError(f"the model could not be written to {output}: {error}") from error
-        _say(f"vae finished: {psnr:.2f} dB on {len(self.clips.held_out)} held-out clips")
+        count = len(self.clips.held_out)
+        logger.info("vae finished: %.2f dB on %d held-out clips", psnr, count)
 
     def _update(self, frames: jax.Array, waited: float) -> None:
         """Make one step from a batch that took `waited` seconds to come."""
@@ -261,7 +273,7 @@ class Training:
         program = self._program(stage)
         began = now()
         self.monitor.enter("step", self.step)
-        stop_if_asked(self.step)
+        self.faults.before_step(self.step)
         self.state, metrics = program(self.state, frames)
         self.step += 1
         self.log.add(self.step, metrics)
@@ -338,7 +350,7 @@ class Log:
             (self.folder / "pictures").mkdir(exist_ok=True)
             media.write_png(self.folder / "pictures" / f"{step}.png", sheet)
         except OSError as error:  # a full disk costs the picture, not the training
-            print(f"\nthe picture of step {step} was not written: {error}", flush=True)
+            logger.error("the picture of step %d was not written: %s", step, error)
 
     def write(self, row: dict) -> None:
         if self.writer is None:
@@ -379,8 +391,3 @@ def _due(step: int, every: int) -> bool:
 
 def _main() -> bool:
     return jax.process_index() == 0
-
-
-def _say(text: str) -> None:
-    if _main():
-        print(f"\n{text}", flush=True)

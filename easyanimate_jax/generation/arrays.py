@@ -1,0 +1,146 @@
+"""What is given to a loaded pipeline beside the prompt, as the arrays that its way takes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+
+from easyanimate_jax.data.buckets import check_size, whole_frames
+
+NEW = 240  # grey of a mask from which on the video is made anew (spec 6.6)
+Picture = UInt8[np.ndarray, "H W 3"] | UInt8[np.ndarray, "B H W 3"]
+Film = UInt8[np.ndarray, "F H W 3"] | UInt8[np.ndarray, "B F H W 3"]
+
+
+class Given(TypedDict, total=False):
+    """What may be given beside a prompt; with several prompts one for all, or one for each.
+
+    Pixels are uint8. Pictures, films and masks are resized to the size that is made, and of films
+    the first frames are taken; rays have that size.
+    """
+
+    image: Picture  # the first frame
+    end_image: Picture  # the last frame
+    video: Film  # to make anew
+    mask: Bool[np.ndarray, "..."] | UInt8[np.ndarray, "..."]  # (H, W) or (F, H, W, 1); 1 is new
+    strength: float  # 0 to 1, how much of `video` is made anew (0.7; with a mask 1)
+    picture_noise: float  # on given pictures; with more the video moves more (0.0563)
+    control: Film  # a control video
+    camera: Float[np.ndarray, "F H W 6"] | Float[np.ndarray, "B F H W 6"]  # Pluecker rays
+    reference: Picture  # what a controlled video looks like
+    segment: int  # 4n+1 frames that are made at once of a longer video
+    sampler: str  # "" is the process's own
+    eta: float  # fresh noise of DDIM, 0 to 1 (0)
+    rescale: float  # of guidance, 0 to 1 (0)
+    guided: tuple[float, float]  # share of the steps with guidance (0 to 1)
+    guidance_every: int  # steps; reused between (1)
+    teacache: float  # threshold, as 0.08; 0 is off (0)
+    progress: Callable[[int], None]  # called with the number of each finished evaluation
+
+
+class Form(NamedTuple):
+    """How an input may look for one video; one more dimension in front counts the videos."""
+
+    argument: str  # of the way
+    shapes: tuple[str, ...]
+    kinds: str  # numpy's letters of its types
+    what: str
+
+
+FORMS = {
+    "image": Form("start", ("H W 3",), "u", "uint8 pixels of 0 to 255"),
+    "end_image": Form("end", ("H W 3",), "u", "uint8 pixels of 0 to 255"),
+    "reference": Form("reference", ("H W 3",), "u", "uint8 pixels of 0 to 255"),
+    "video": Form("video", ("F H W 3",), "u", "uint8 pixels of 0 to 255"),
+    "control": Form("control", ("F H W 3",), "u", "uint8 pixels of 0 to 255"),
+    "mask": Form("mask", ("H W", "F H W 1"), "bu", "0 where the video stays, 1 where it is new"),
+    "camera": Form("camera", ("F H W 6",), "f", "float rays"),
+}
+
+
+def size_of(
+    given: Mapping, default: tuple[int, int, int], asked: Sequence[int | None]
+) -> tuple[int, int, int]:
+    """Return the (frames, height, width) to make: asked for, else as given, else the default.
+
+    Rays decide all three, a film the number of frames, up to the default's. Raises ValueError for
+    a size that cannot be made.
+    """
+    natural = list(default)
+    for name in ("video", "control"):
+        if name in given:
+            frames = np.shape(given[name])[-4] if np.ndim(given[name]) > 3 else 1
+            natural[0] = whole_frames(min(default[0], frames))
+    if "camera" in given and np.ndim(given["camera"]) > 3:
+        natural = np.shape(given["camera"])[-4:-1]
+    size = tuple(n if a is None else a for a, n in zip(asked, natural, strict=True))
+    check_size(*size)
+    return size
+
+
+def as_rows(given: Mapping, rows: int, size: tuple[int, int, int]) -> dict[str, np.ndarray]:
+    """Return the arrays of a way, by its own argument names, for `rows` videos of a size.
+
+    Raises ValueError for arrays of other types and shapes.
+    """
+    found = {}
+    for name, form in FORMS.items():
+        if name in given:
+            each = [_fit(name, one, size) for one in _each(name, form, given[name], rows)]
+            found[form.argument] = np.stack(each)
+    return found
+
+
+def _each(name: str, form: Form, value, rows: int) -> list[np.ndarray]:
+    """An input for each of the videos."""
+    value = np.asarray(value)
+    shapes = " or ".join(f"({', '.join(shape.split())})" for shape in form.shapes)
+    wanted = f"give {form.what} of shape {shapes}, or one for each of {rows} prompts"
+    if value.dtype.kind not in form.kinds or (value.dtype.kind == "u" and value.itemsize > 1):
+        raise ValueError(f"{name} is of {value.dtype}: {wanted}")
+    for shape in form.shapes:
+        sizes = shape.split()
+        fixed = [(i - len(sizes), int(n)) for i, n in enumerate(sizes) if n.isdigit()]
+        extra = value.ndim - len(sizes)
+        if extra not in (0, 1) or any(value.shape[i] != n for i, n in fixed):
+            continue
+        if extra == 0:
+            return [value] * rows
+        if len(value) == rows:
+            return list(value)
+    raise ValueError(f"{name} has shape {value.shape}: {wanted}")
+
+
+def _fit(name: str, value: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
+    """One input at the size that is made."""
+    frames, height, width = size
+    if name in ("image", "end_image", "reference"):
+        return resized(value[None], height, width, Image.Resampling.BICUBIC)[0]
+    if name == "mask" and value.ndim == 2:
+        value = np.repeat(value[None, ..., None], frames, axis=0)
+    if len(value) < frames:
+        raise ValueError(
+            f"{name} has {len(value)} frames, and {frames} are made; ask for frames="
+            f"{whole_frames(len(value))}"
+        )
+    value = value[:frames]
+    if name == "camera":
+        if value.shape[1:3] != (height, width):
+            raise ValueError(
+                f"camera has rays of {value.shape[1]}x{value.shape[2]} pixels, and the video is "
+                f"{height}x{width}: make the rays at that size"
+            )
+        return value.astype(np.float32)
+    if name != "mask":
+        return resized(value, height, width, Image.Resampling.BILINEAR)
+    if value.max() > 1:
+        raise ValueError(f"mask holds {value.max()}: it is 1 where the video is new, and else 0")
+    grey = resized(value[..., 0].astype(np.uint8) * 255, height, width, Image.Resampling.BILINEAR)
+    return (grey >= NEW).astype(np.uint8)[..., None]
+
+
+def resized(frames: np.ndarray, height: int, width: int, how: Image.Resampling) -> np.ndarray:
+    """Return uint8 frames at another size, without regard to the aspect, as the reference does."""
+    return np.stack([np.asarray(Image.fromarray(x).resize((width, height), how)) for x in frames])

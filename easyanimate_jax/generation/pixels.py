@@ -1,0 +1,138 @@
+"""8-bit pixels and the transformer's tokens: what is given goes in, videos come out.
+
+Videos go through the VAE some rows at a time, each compiled once; what a program takes of a device
+is looked at before it runs. Tokens are those of `models.mmdit.patchify`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from easyanimate_jax.diffusion.conditioning import (
+    camera_condition,
+    inpaint_condition,
+    masked_video,
+    reference_noise,
+    repaint_mask,
+)
+from easyanimate_jax.facts import LATENT_CHANNELS, SPACE_FACTOR, to_bytes, to_signed
+from easyanimate_jax.generation.protocols import Autoencoder
+from easyanimate_jax.memory import check_fit
+from easyanimate_jax.models.mmdit import patchify
+from easyanimate_jax.sharding import num_parts, shard
+
+Videos = UInt8[np.ndarray, "B F H W 3"]
+Clips = UInt8[np.ndarray, "B _ H W 3"]  # of several lengths
+Masks = UInt8[np.ndarray, "_ _ _ _ 1"]
+Tokens = Float[np.ndarray, "B N _"]
+
+PIXELS_AT_ONCE = 2**18  # of one frame, in the VAE: a row of 512 x 512, or 64 rows of 64 x 64
+
+
+def decode(vae: Autoencoder, latents: Float[np.ndarray, "B T h w C"]) -> Videos:
+    """Return the videos of normalised latents, in 8 bits: truncated, not rounded (spec 10.1)."""
+    return by_rows(partial(pixels_of, vae), latents, pixels_per_cell=SPACE_FACTOR**2)
+
+
+def inpaint_tokens(
+    vae: Autoencoder, video: Videos, mask: Masks, seeds: Sequence[int], noise: float
+) -> Tokens:
+    """Return the inpaint condition of videos: the mask, and the given pixels slightly noised."""
+    seeds, strengths = np.asarray(seeds, np.uint32), np.full(len(seeds), noise, np.float32)
+    return _encode(picture_tokens, vae, video, mask, seeds, strengths)
+
+
+@jax.jit
+def picture_tokens(vae, video, mask, seeds, strengths):
+    """The program of `inpaint_tokens`; of the posterior it takes the mode."""
+
+    def blur(seed, video, strength):
+        key = jax.random.fold_in(jax.random.key(seed), 1)
+        return reference_noise(key, video[None], strength[None])[0]
+
+    mask = mask.astype(jnp.float32)
+    video = jax.vmap(blur)(seeds, masked_video(to_signed(video), mask), strengths)
+    mean, _ = vae.chunked_encode(_spread(video, SPACE_FACTOR))
+    return _whole(patchify(inpaint_condition(mask, vae.normalize(mean))))
+
+
+def encoded(vae: Autoencoder, video: Clips) -> Tokens:
+    """Return the normalised latents of videos."""
+    return _encode(video_tokens, vae, video)
+
+
+@jax.jit
+def video_tokens(vae, video):
+    """The program of `encoded`; of the posterior it takes the mode."""
+    mean, _ = vae.chunked_encode(_spread(to_signed(video), SPACE_FACTOR))
+    return _whole(patchify(vae.normalize(mean)))
+
+
+def _encode(program, vae, *arrays: np.ndarray) -> np.ndarray:
+    """`program(vae, ...)` by rows, after a look at what it takes."""
+    rows, frames, height, width, _ = arrays[0].shape
+    at_once = rows_at_once(rows, height * width)
+    shapes = (jax.ShapeDtypeStruct((at_once, *x.shape[1:]), x.dtype) for x in arrays)
+    check_fit(f"encoding {at_once} x {frames}x{height}x{width}", program, vae, *shapes)
+    return by_rows(partial(program, vae), *arrays)
+
+
+@jax.jit
+def camera_tokens(rays):
+    """Return the condition of cameras, (B, F, H, W, 6) Pluecker rays."""
+    return patchify(camera_condition(rays))
+
+
+@jax.jit
+def keep_tokens(mask):
+    """Return 1 for values of tokens that stay, of masks (B, F, H, W, 1), for repainting."""
+    keep = 1 - repaint_mask(mask.astype(jnp.float32))
+    return patchify(jnp.repeat(keep, LATENT_CHANNELS, axis=-1))
+
+
+@jax.jit
+def pixels_of(vae, latents):
+    """The program of `decode`."""
+    video = vae.chunked_decode(_spread(vae.denormalize(latents), 1))
+    return _whole(to_bytes(video))
+
+
+def _spread(x, cell: int):
+    """Rows of cells, or columns, over all devices of the mesh where they divide.
+
+    XLA follows from there through the whole network: borders are exchanged in front of every
+    convolution, and sums of norms added up.
+    """
+    axes = [None] * x.ndim
+    for dim in (2, 3):
+        if x.shape[dim] // cell % num_parts("picture") == 0:
+            axes[dim] = "picture"
+            break
+    return shard(x, *axes)
+
+
+def _whole(x):
+    """On every device, so that any host can read it."""
+    return shard(x, *[None] * x.ndim)
+
+
+def by_rows(function: Callable, *arrays: np.ndarray, pixels_per_cell: int = 1) -> np.ndarray:
+    """Return `function` of equal groups of rows, the last one filled up: one compiled program."""
+    rows, _, height, width, _ = arrays[0].shape
+    size = rows_at_once(rows, height * width * pixels_per_cell)
+    parts = []
+    for first in range(0, rows, size):
+        index = np.minimum(np.arange(first, first + size), rows - 1)
+        parts.append(np.asarray(function(*(x[index] for x in arrays))))
+    return np.concatenate(parts)[:rows]
+
+
+def rows_at_once(rows: int, pixels: int) -> int:
+    """Return the number of rows that the VAE takes at once, of so many pixels a frame."""
+    groups = math.ceil(rows * pixels / PIXELS_AT_ONCE)
+    return math.ceil(rows / min(groups, rows))

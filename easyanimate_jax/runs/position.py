@@ -1,0 +1,140 @@
+"""Where a run is in its schedule, and whether a checkpoint's place means the same in a config.
+
+A checkpoint says how many updates it has made, in which stage, and the config that made it. The
+stages before are finished: nothing about them can change. The stage that it is in can get more or
+fewer steps, another learning rate or microbatch. Stages that have not begun can change freely.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from easyanimate_jax.runs.config import TrainConfig, from_json
+from easyanimate_jax.training.stages import Stage, boundaries
+
+# Fields of a stage that has begun which may change: they say how it goes on.
+FREE_OF_STAGE = ("steps", "microbatch", "learning_rate", "end_learning_rate", "warmup")
+FREE_OF_STAGE += ("control_drop", "reference_drop")
+FREE_OF_MODEL = ("save", "offload", "dtype", "in_channels")  # how it computes; the stage's channels
+FREE_OF_FINISHED = ("microbatch",)  # changes no number
+
+
+class Position(NamedTuple):
+    """A place in the schedule: the stage, its own step from 0, and the updates made in all."""
+
+    stage: Stage
+    step: int
+    made: int
+
+    @property
+    def last(self) -> bool:
+        """Return whether the next update is the stage's last one."""
+        return self.step + 1 == self.stage.steps
+
+
+def saved_config(meta: Mapping) -> TrainConfig:
+    """Return the config that made a checkpoint. Raises ValueError for one of another version."""
+    return from_json(json.dumps(meta["config"]))
+
+
+def ends_stage(meta: Mapping) -> bool:
+    """Return whether a checkpoint is the last of a stage, in the schedule that made it."""
+    total = 0
+    for stage in meta.get("config", {}).get("stages", ()):
+        total += stage["steps"]
+        if total == meta.get("step"):
+            return True
+    return False
+
+
+def check_resume(meta: Mapping, config: TrainConfig, plans: Mapping[str, str]) -> list[str]:
+    """Compare all that the place of a checkpoint depends on with a config; return what changed.
+
+    `plans` are the hashes of the config's plans, by stage. Raises ValueError, naming the field, its
+    two values and the repair, for a change that cannot be honoured.
+    """
+    step, seed = meta["step"], meta["seed"]
+    names = [stage.name for stage in config.stages]
+    if meta["stage"] not in names or seed != config.seed:
+        raise ValueError(
+            f"checkpoint {step} belongs to stage {meta['stage']!r} and seed {seed}, and the config "
+            f"has no such run; restore the config, or start in a new run folder."
+        )
+    saved = saved_config(meta)
+    index = [stage.name for stage in saved.stages].index(meta["stage"])
+    own = step - sum(stage.steps for stage in saved.stages[:index])
+    _check_order(step, saved, config, index)
+    changed = []
+    for before, now in zip(saved.stages[:index], config.stages, strict=False):
+        _compare(step, f"stage {now.name!r}, which is finished", before, now, FREE_OF_FINISHED)
+    stage = config.stages[index]
+    changed += _compare(
+        step, f"stage {stage.name!r}, which has begun", saved.stages[index], stage, FREE_OF_STAGE
+    )
+    if own > stage.steps:
+        raise ValueError(
+            f"checkpoint {step} has made {own} steps of stage {stage.name!r}, and the config gives "
+            f"it {stage.steps}; use {own} or more, or start in a new run folder."
+        )
+    changed += _compare(step, "model", saved.model, config.model, FREE_OF_MODEL)
+    if type(saved.process) is not type(config.process):
+        _refuse(step, "process", type(saved.process).__name__, type(config.process).__name__)
+    for name in ("init", "init_step"):
+        if getattr(saved, name) != getattr(config, name):
+            _refuse(step, name, getattr(saved, name), getattr(config, name))
+    for name in ("process", "optimizer", "ema_decay", "text_drop"):
+        changed += _differences(name, getattr(saved, name), getattr(config, name))
+    if meta["plan"] != plans[stage.name]:
+        raise ValueError(
+            f"checkpoint {step} was made with plan {meta['plan']} of stage {stage.name!r}, and "
+            f"the prepared data now gives {plans[stage.name]}. Restore the data, or start a new "
+            f"run."
+        )
+    return changed
+
+
+def position_at(config: TrainConfig, made: int) -> Position | None:
+    """Return the place of the update after `made` updates; None behind the last one."""
+    for stage, end in zip(config.stages, boundaries(config.stages), strict=True):
+        if made < end:
+            return Position(stage, made - end + stage.steps, made)
+    return None
+
+
+def _check_order(step: int, saved: TrainConfig, config: TrainConfig, index: int) -> None:
+    before, now = ([s.name for s in c.stages[: index + 1]] for c in (saved, config))
+    if before != now:
+        raise ValueError(
+            f"checkpoint {step} went through stages {', '.join(before)}, and the config begins "
+            f"with {', '.join(now)}; restore their order, or start in a new run folder."
+        )
+
+
+def _compare(step: int, what: str, before, now, free: tuple[str, ...]) -> list[str]:
+    """Return the changes of `free` fields; refuse those of all others."""
+    changed = []
+    for field in dataclasses.fields(now):
+        old, new = getattr(before, field.name), getattr(now, field.name)
+        if old != new and field.name not in free:
+            _refuse(step, f"{field.name} of {what}", old, new)
+        if old != new and field.name != "in_channels":
+            changed.append(f"{field.name} of {what}: {old} -> {new}")
+    return changed
+
+
+def _differences(name: str, before, now) -> list[str]:
+    if not dataclasses.is_dataclass(now):
+        return [] if before == now else [f"{name}: {before} -> {now}"]
+    return [
+        f"{name}.{field.name}: {getattr(before, field.name)} -> {getattr(now, field.name)}"
+        for field in dataclasses.fields(now)
+        if getattr(before, field.name) != getattr(now, field.name)
+    ]
+
+
+def _refuse(step: int, what: str, before, now) -> None:
+    raise ValueError(
+        f"checkpoint {step} was made with {what} = {before!r}, and the config has {now!r}; restore "
+        f"it, or start in a new run folder (--run)."
+    )

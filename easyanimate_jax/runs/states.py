@@ -1,0 +1,145 @@
+"""The state that a run carries: made new, restored, widened for a stage, and saved."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from jaxtyping import PRNGKeyArray
+
+from easyanimate_jax.runs.config import TrainConfig, to_json
+from easyanimate_jax.runs.position import Position, check_resume, ends_stage, position_at
+from easyanimate_jax.runs.programs import Programs
+from easyanimate_jax.training.checkpoint import Checkpoints
+from easyanimate_jax.training.optimizer import make_optimizer
+from easyanimate_jax.training.program import abstract_state
+from easyanimate_jax.training.safety.monitor import Monitor
+from easyanimate_jax.training.stages import Stage
+from easyanimate_jax.training.step import TrainState, init_state, widen_state
+from easyanimate_jax.weights.folder import load_mmdit
+
+logger = logging.getLogger(__name__)
+
+
+class States:
+    """Makes, restores and saves the states of a run, placed on its mesh.
+
+    Before any array is made, the step that will use it is compiled and compared with the memory of
+    a device, so that a run that cannot be starts nothing.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        key: PRNGKeyArray,
+        plans: Mapping[str, str],
+        programs: Programs,
+        checkpoints: Checkpoints,
+        monitor: Monitor,
+    ):
+        self.config, self.mesh, self.key, self.plans = config, mesh, key, plans
+        self.programs, self.checkpoints, self.monitor = programs, checkpoints, monitor
+        self.optimizer = make_optimizer(config.optimizer)
+
+    def first(self) -> TrainState:
+        """Return fresh weights, or those of `config.init`; each device reads its own part."""
+        stage = self.config.stages[0]
+        self.programs.check(stage)
+        make, placed, like = self._abstract(stage.in_channels)
+        self.monitor.enter("start")
+        if not self.config.init:
+            return jax.jit(make, out_shardings=placed)(jax.random.fold_in(self.key, 1))
+        logger.info("starting from the weights of %s", self.config.init)
+        model = load_mmdit(
+            self.config.init,
+            mesh=self.mesh,
+            in_channels=stage.in_channels,
+            config=like.model.config,
+            step=self.config.init_step,
+        )
+
+        def around(model):
+            return init_state(lambda _: model, self.optimizer, self.key)
+
+        return jax.jit(around, out_shardings=placed, donate_argnums=0)(model)
+
+    def newest(self, *, before: int | None = None) -> tuple[int, TrainState] | None:
+        """Return (updates made, state) of the newest good checkpoint, earlier than `before`."""
+        self.monitor.enter("restore")
+
+        def like(meta: dict) -> TrainState:
+            changes = check_resume(meta, self.config, self.plans)
+            for change in changes:
+                logger.warning("changed since checkpoint %d: %s", meta["step"], change)
+            if changes:
+                self.checkpoints.protect()
+            place = position_at(self.config, meta["step"])
+            if place:
+                self.programs.check(place.stage)
+            return self._abstract(meta["in_channels"])[2]
+
+        found = self.checkpoints.restore(like, before=before)
+        if found is None:
+            return None
+        step, state, meta = found
+        logger.info("resuming at step %d (stage %r)", step, meta["stage"])
+        return step, state
+
+    def at(self, step: int) -> TrainState:
+        """Return the state of checkpoint `step`. Raises ValueError where it is not there or bad."""
+        found = self.newest(before=step + 1)
+        if found is None or found[0] != step:
+            raise ValueError(f"{self.config.run} has no good checkpoint {step} to replay from")
+        return found[1]
+
+    def for_stage(self, state: TrainState, stage: Stage) -> TrainState:
+        """Return the state with the input channels that the stage's task reads."""
+        have = state.model.config.in_channels
+        if have > stage.in_channels:
+            raise ValueError(
+                f"stage {stage.name!r} reads {stage.in_channels} input channels, and the model has "
+                f"{have}: channels only grow; put the stage before those of more channels"
+            )
+        if have != stage.in_channels:
+            _, placed, _ = self._abstract(stage.in_channels)
+            widen = partial(widen_state, in_channels=stage.in_channels)
+            state = jax.jit(widen, out_shardings=placed)(state)
+            logger.info("stage %r: input channels %d -> %d", stage.name, have, stage.in_channels)
+        self.programs.check(stage)
+        return state
+
+    def save(self, place: Position, state: TrainState) -> None:
+        """Start to write the state behind the update at `place`.
+
+        Raises NotFiniteError, and saves nothing, where an array is not finite.
+        """
+        step, records = place.made + 1, self.programs.loaders[place.stage.name].records
+        self.monitor.enter("save", step)
+        meta = {
+            "step": step,
+            "stage": place.stage.name,
+            "in_channels": place.stage.in_channels,
+            "plan": self.plans[place.stage.name],
+            "weights": records.header.get("weights", {}),  # fingerprints of VAE and text encoders
+            "seed": self.config.seed,
+            "config": json.loads(to_json(self.config)),
+        }
+        self.checkpoints.save(step, state, meta)
+
+    def _abstract(self, in_channels: int):
+        """Return (function of a key that makes the state, its shardings, the state as shapes)."""
+        model = dataclasses.replace(self.config.model, in_channels=in_channels)
+        return abstract_state(model, self.optimizer, self.mesh)
+
+
+def open_checkpoints(config: TrainConfig, **options) -> Checkpoints:
+    """Return the checkpoints of a run's folder, kept as its config says."""
+    folder = Path(config.run) / "checkpoints"
+    return Checkpoints(
+        folder, keep=config.keep, keep_every=config.keep_every, keep_if=ends_stage, **options
+    )
