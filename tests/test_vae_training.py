@@ -24,7 +24,6 @@ from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.training.checkpoint import damage
-from easyanimate_jax.training.optimizer import check_matrices
 from easyanimate_jax.training.safety.exits import DIVERGED, DONE, PREEMPTED, STORAGE
 from easyanimate_jax.training.vae import losses
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
@@ -230,7 +229,7 @@ def test_a_training_whose_checkpoints_are_all_damaged_does_not_begin_anew(config
 
 
 def test_a_loss_that_is_not_finite_ends_the_training_unsaved(config, tmp_path, caplog):
-    wrong = replace(config, matrices="adam", learning_rate=float("nan"), output=str(tmp_path))
+    wrong = replace(config, matrices="adam", kl_weight=3e38, output=str(tmp_path))
     assert train(replace(wrong, save_every=1)) == DIVERGED
     assert "diverged: " in caplog.text
     assert complete_steps(tmp_path / "checkpoints") == []
@@ -398,8 +397,9 @@ def test_held_out_clips_too_small_to_measure_are_refused_before_the_first_step(c
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"ema_decay": 1.0}, "ema_decay is 1.0; use 0"),
-        ({"save_every": -1}, "save_every is -1; use 0"),
+        ({"ema_decay": 1.0}, "VAETrainConfig.ema_decay is 1.0; use a number of 0 or more"),
+        ({"save_every": -1}, "VAETrainConfig.save_every is -1; use a whole number of 0 or more"),
+        ({"stages": ()}, "VAETrainConfig.stages has 0 steps in all"),
     ],
 )
 def test_a_number_out_of_range_is_refused(config, wrong, words):
@@ -408,7 +408,7 @@ def test_a_number_out_of_range_is_refused(config, wrong, words):
 
 
 def test_a_stage_without_steps_is_refused():
-    with pytest.raises(ValueError, match="steps must be 1 or more"):
+    with pytest.raises(ValueError, match="VAEStage.steps is 0; use a whole number"):
         VAEStage(0, 8, 5, 16)
 
 
@@ -431,8 +431,8 @@ def test_muon_takes_the_inner_convolutions(config):
         "[0].post_quant_conv.kernel",
         *(f"[2].{judge}.head.kernel" for judge in ("frames", "clips")),
     }
-    with pytest.raises(ValueError, match="matrices is 'lion'; use one of"):
-        check_matrices("lion")
+    with pytest.raises(ValueError, match="VAETrainConfig.matrices is 'lion'; use one of"):
+        replace(config, matrices="lion")
 
 
 def test_the_adversarial_step_trains_both_sides(adversarial):
