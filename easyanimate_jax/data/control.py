@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from easyanimate_jax.data import media, paths
 from easyanimate_jax.data.buckets import whole_frames
+from easyanimate_jax.data.times import frames_in
 from easyanimate_jax.facts import FPS
 
 logger = logging.getLogger(__name__)
@@ -268,8 +269,8 @@ def write_controls(folder: str | Path, operator: str) -> int:
                     picture = media.read_image(path)[None]
                     media.write_png(part, control_video(picture, operator)[0])
                 else:
-                    frames = media.read_clip(path, 0, probe.num_frames)
-                    media.write_video(part, control_video(frames, operator), fps=round(probe.fps))
+                    frames = media.read_at(path, 0, int(frames_in(probe.seconds)))
+                    media.write_video(part, control_video(frames, operator))
                 part.replace(target)
                 written += 1
             row["control_file_path"] = str(name)

@@ -86,6 +86,11 @@ class LatentSet:
     """Keep text states and the clip's place only; training then decodes and encodes the clip, one
     condition and one control at every visit."""
 
+    reference_rate: bool = False
+    """Take every round(fps / 8)-th frame of a film, as the reference does, instead of 8 frames a
+    second by time: a film of 12 frames a second then plays at 0.67 of its speed, one of 30 at
+    0.94."""
+
     def __post_init__(self):
         check_fields(self, min_side="[0, inf)", min_quality="[0, 1]", condition_draws="[0, inf)")
         if isinstance(self.control, str):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import check_size, whole_frames
+from easyanimate_jax.data.times import frames_in
 from easyanimate_jax.diffusion.tasks import TASKS, numbers, task_of
 from easyanimate_jax.facts import FPS
 from easyanimate_jax.generation.arrays import NEW, resized
@@ -44,15 +45,9 @@ def complete(a: argparse.Namespace, meta: dict) -> None:
         raise ValueError("--strength 1 without --mask keeps nothing of the video; use less")
 
 
-def film_stride(fps: float) -> int:
-    """Every how many frames of a film one is taken for 8 a second (spec 6.6)."""
-    return max(1, int(fps // FPS))
-
-
 def film_frames(path: str) -> int:
     """How many frames at 8 a second a film has."""
-    probe = media.probe(Path(path))
-    return -(-probe.num_frames // film_stride(probe.fps))
+    return int(frames_in(media.probe(Path(path)).seconds))
 
 
 def read_inputs(a: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -95,13 +90,12 @@ def read_film(path: str, a: argparse.Namespace) -> np.ndarray:
             f"{path} has {have} frames at {FPS} a second, and {a.frames} are asked for; use "
             f"--frames {whole_frames(have)}"
         )
-    stride = film_stride(media.probe(Path(path)).fps)
-    frames = media.read_clip(Path(path), 0, a.frames, stride)
+    frames = media.read_at(Path(path), 0, a.frames)
     return stretch(frames, a, Image.Resampling.BILINEAR)
 
 
 def read_mask(a: argparse.Namespace) -> np.ndarray:
-    """1 where it is white; a picture holds for all frames."""
+    """1 where it is white, or where its alpha channel is; a picture holds for all frames."""
     mask, video = (media.probe(Path(path)) for path in (a.mask, a.video))
     if (mask.height, mask.width) not in ((video.height, video.width), (a.height, a.width)):
         raise ValueError(
@@ -111,7 +105,7 @@ def read_mask(a: argparse.Namespace) -> np.ndarray:
     if mask.kind == "video":
         frames = read_film(a.mask, a)
     else:
-        picture = media.read_image(Path(a.mask))[None]
+        picture = media.read_image(Path(a.mask), mask=True)[None]
         frames = np.repeat(stretch(picture, a, Image.Resampling.BILINEAR), a.frames, axis=0)
     new = (frames.mean(axis=-1, keepdims=True) >= NEW).astype(np.uint8)
     if not new.any():

@@ -59,7 +59,7 @@ def write(a: argparse.Namespace, frames: np.ndarray, sidecar: dict) -> Path:
     if len(frames) == 1:
         media.write_png(path, frames[0])
     else:
-        media.write_video(path, frames, fps=FPS, comment=json.dumps(sidecar, ensure_ascii=False))
+        media.write_video(path, frames, comment=f"settings: {stem}.json {sidecar['identity']}")
         media.write_png(a.output / f"{stem}_sheet.png", media.contact_sheet(frames[None]))
         if a.gif:
             media.write_gif(a.output / f"{stem}.gif", frames, fps=FPS)

@@ -21,6 +21,7 @@ from easyanimate_jax.data.control import (
 from easyanimate_jax.data.decode import decoders
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.data.sources.rows import Clip
+from easyanimate_jax.data.times import MARGIN, clip_frames, stride_of
 from easyanimate_jax.diffusion.conditioning import (
     camera_condition,
     given_channel,
@@ -30,6 +31,7 @@ from easyanimate_jax.diffusion.conditioning import (
 from easyanimate_jax.facts import FPS, to_signed
 from easyanimate_jax.models.mmdit import patchify
 
+ASPECT = 0.03  # by which the shape of a control may differ from its clip's: rounded sides
 FIRST_REFERENCE = 0.4  # share of random references that are the first frame (spec 7.2)
 NO_TASK = 0.9  # share of all-masked draws that become plain T2V (spec 6.1)
 
@@ -41,8 +43,8 @@ class Job(NamedTuple):
 
     clip: Clip
     shape: Shape
-    start: int
-    stride: int
+    start: float  # seconds after the clip's first frame
+    stride: int  # every how many frames one is taken; 0 for `FPS` a second by time stamps
     control: tuple[str, ...] = ()
     random_reference: bool = False
 
@@ -66,17 +68,24 @@ class Pixels(NamedTuple):
     reference: Float[np.ndarray, "1 H W 3"] | None
 
 
-def frames_of(clip: Clip) -> tuple[int, int]:
-    """The clip's frames at the training rate, and the stride in its file that gives it."""
-    stride = max(1, round(clip.fps / FPS))
-    return (clip.num_frames - 1) // stride + 1, stride
+def frames_of(latent_set: LatentSet, clip: Clip) -> int:
+    """Return how many frames at the training rate the clip offers to the set."""
+    return int(clip_frames(clip.num_frames, clip.fps, latent_set.reference_rate))
 
 
 def make_job(latent_set: LatentSet, clip: Clip, shape: Shape, rng: np.random.Generator) -> Job:
-    """The clip at a shape, from a random frame on."""
-    _, stride = frames_of(clip)
-    last_start = clip.num_frames - 1 - (shape.frames - 1) * stride
-    start = clip.first + int(rng.integers(last_start + 1))
+    """Return the clip at a shape, from a random frame on.
+
+    A control file may be thinned to `FPS` a second: beside one, clips begin where it has frames.
+    """
+    stride, rate = 0, clip.fps
+    if latent_set.reference_rate:
+        stride = int(stride_of(clip.fps))
+        last = clip.num_frames - 1 - (shape.frames - 1) * stride
+    else:
+        rate = FPS if "file" in latent_set.control else rate
+        last = int((_seconds(clip) - (shape.frames - 1) / FPS + MARGIN) * rate)
+    start = int(rng.integers(last + 1)) / (rate or 1)
     return Job(clip, shape, start, stride, latent_set.control, latent_set.random_reference)
 
 
@@ -100,28 +109,57 @@ def read_pixels(
     return Pixels(job.clip.name, video, given, controls, rays, first)
 
 
+def _seconds(clip: Clip) -> float:
+    """From the clip's first frame to its last."""
+    return (clip.num_frames - 1) / clip.fps if clip.fps else 0.0
+
+
 def _read_frames(job: Job) -> UInt8[np.ndarray, "F H W 3"]:
-    size = job.shape[1:]
-    if job.clip.kind == "image":
-        return decoders().read_image(job.clip.path, size)
-    return decoders().read_clip(job.clip.path, job.start, job.shape.frames, job.stride, size)
+    clip, count, size = job.clip, job.shape[0], job.shape[1:]
+    if clip.kind == "image":
+        return decoders().read_image(clip.path, size)
+    if job.stride:
+        return decoders().read_clip(clip.path, _number(job), count, job.stride, size)
+    return decoders().read_at(
+        clip.path, job.start, count, size, clip.first, clip.first + clip.num_frames
+    )
+
+
+def _number(job: Job) -> int:
+    """The frame of the file that a job with a stride begins with."""
+    return job.clip.first + round(job.start * job.clip.fps)
 
 
 def _read_control(job: Job, control: str, frames: UInt8[np.ndarray, "F H W 3"]) -> np.ndarray:
-    """The control of the same frames, resized and cropped as they were (spec 7.2), or the rays."""
+    """The control at the same times, cut as the clip was (spec 7.2), or the rays."""
     if control not in ("file", "camera"):
         return control_video(frames, control)
-    path, (count, height, width) = job.clip.control, job.shape
+    clip, path, (count, height, width) = job.clip, job.clip.control, job.shape
     if path is None:
-        raise ValueError(f"{job.clip.name} has no control_file_path, and the set wants one")
+        raise ValueError(f"{clip.name} has no control_file_path, and the set wants one")
     if control == "camera":
-        start = job.start - job.clip.first  # the poses are those of the clip
-        camera = stretched_camera(read_camera(path), job.clip.num_frames)
-        chosen = slice(start, start + (count - 1) * job.stride + 1, job.stride)
+        camera = stretched_camera(read_camera(path), clip.num_frames)  # the poses are the clip's
+        step = job.stride or clip.fps / FPS
+        chosen = np.rint(job.start * clip.fps + step * np.arange(count)).astype(int)
         return pluecker_rays(Camera(*(x[chosen] for x in camera)), height, width)
-    if decoders().probe(path).kind == "image":
-        return np.repeat(decoders().read_image(path, (height, width)), count, axis=0)
-    return decoders().read_clip(path, job.start, count, job.stride, (height, width))
+    size, probe = (height, width), decoders().probe(path)
+    if abs(probe.height * clip.width / (probe.width * clip.height) - 1) > ASPECT:
+        raise ValueError(
+            f"{path} is {probe.height}x{probe.width}, and {clip.name} {clip.height}x{clip.width}: "
+            f"the control has another aspect; make it of the uncropped clip"
+        )
+    if probe.kind == "image":
+        return np.repeat(decoders().read_image(path, size), count, axis=0)
+    before = decoders().read_seconds(clip.path)[clip.first] if clip.first else 0.0
+    longer = probe.seconds - before - _seconds(clip)
+    if longer < -1 / FPS - MARGIN or (longer > 1 / FPS + MARGIN and not clip.first):
+        raise ValueError(
+            f"{path} lasts {probe.seconds:.2f} s from its first frame to its last, and {clip.name} "
+            f"{_seconds(clip):.2f} s; give the control the frames, or the frame rate, of the clip"
+        )
+    if job.stride:
+        return decoders().read_clip(path, _number(job), count, job.stride, size)
+    return decoders().read_at(path, before + job.start, count, size)
 
 
 def _condition(rng: np.random.Generator, video: Video) -> Condition:

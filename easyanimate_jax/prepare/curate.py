@@ -133,6 +133,7 @@ def _film(decoders, root: Path, name: str, captions, rules: Rules, scores, capti
             spans, short = split(num_frames, cuts, fps or 25.0, rules.splitting)
             wanted = sorted({i for span in spans for i in _still_frames(span)})
             stills = decoders.read_frames(path, wanted, LARGE) if wanted else None
+            seconds = decoders.read_seconds(path)
     except ValueError as error:
         return [base | {"left_out": f"does not decode: {error}"}]
     rows = []
@@ -140,6 +141,8 @@ def _film(decoders, root: Path, name: str, captions, rules: Rules, scores, capti
         rows.append(_row(base, span) | {"left_out": "shorter than the shortest clip"})
     for span in spans:
         row = _row(base, span)
+        if kind == "video" and (lasts := seconds[span.end - 1] - seconds[span.first]):
+            row["fps"] = (span.end - span.first - 1) / lasts  # the span's own: rates may vary
         some = stills if kind == "image" else stills[np.searchsorted(wanted, _still_frames(span))]
         row["hash"] = picture_hash(some[len(some) // 2])
         for score in scores:

@@ -117,7 +117,7 @@ def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]
             continue
         if min(clip.height, clip.width) < latent_set.min_side:
             continue
-        frames, _ = frames_of(clip)
+        frames = frames_of(latent_set, clip)
         shape = latent_set.budget.choose(frames, clip.height, clip.width, clip.name)
         if shape is not None:
             jobs.append(make_job(latent_set, clip, shape, _rng(seed, latent_set.name, clip.name)))
@@ -266,6 +266,7 @@ def _told(latent_set: LatentSet) -> dict:
     unknown = () if latent_set.control else ("control", "random_reference")
     unknown += () if latent_set.min_quality else ("min_quality",)
     unknown += () if latent_set.pixels else ("pixels",)
+    unknown += () if latent_set.reference_rate else ("reference_rate",)
     return {name: value for name, value in fields.items() if name not in unknown}
 
 

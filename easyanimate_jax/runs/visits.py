@@ -80,7 +80,8 @@ class VisitLoader(Loader):
             rng = np.random.default_rng([*self._words(step, row), 1])  # 1: not those of _fields
             arrays = self.records[candidate]
             clip = places.from_bytes(arrays.pop("place"), self.root)
-            shapes = self._shapes(candidate, *frames_of(clip)[:1], clip.height, clip.width)
+            frames = frames_of(self.latent_set, clip)
+            shapes = self._shapes(candidate, frames, clip.height, clip.width)
             shape = shapes[rng.integers(len(shapes))]
             job = make_job(self.latent_set, clip, shape, rng)
             leads = job.control if TASKS[self.task].is_control else ()

@@ -20,7 +20,8 @@ from easyanimate_jax.data.buckets import (
 )
 from easyanimate_jax.data.plan.plan import CYCLE, Plan
 from easyanimate_jax.data.records import LatentSet
-from easyanimate_jax.facts import CELL, FPS
+from easyanimate_jax.data.times import clip_frames
+from easyanimate_jax.facts import CELL
 
 ROWS = 16  # of a histogram
 ASPECTS = ((0.8, "wide"), (1.25, "square"), (np.inf, "tall"))  # height / width below
@@ -44,8 +45,7 @@ def choose(latent_set: LatentSet, table: dict[str, np.ndarray]) -> tuple[dict, C
         }
     )
     rows = np.flatnonzero(kind & large & good)
-    stride = np.maximum(1, np.round(table["fps"][rows] / FPS)).astype(np.int64)
-    frames = (table["frames"][rows] - 1) // stride + 1
+    frames = clip_frames(table["frames"][rows], table["fps"][rows], latent_set.reference_rate)
     clips = Clips(frames, table["height"][rows], table["width"][rows], table["word"][rows])
     if not len(rows):
         return {}, left_out, ()

@@ -13,7 +13,10 @@ from easyanimate_jax.data.sources.rows import Problem, Row
 
 NAMES = ("file_path", "path", "video_path", "video", "image_path", "image", "file", "file_name")
 TEXTS = ("text", "caption", "prompt", "captions")
-MEDIA = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".png", ".jpg", ".jpeg", ".webp")
+MEDIA = (
+    *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".flv", ".mjpeg"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".apng", ".avif", ".heic", ".tif", ".tiff"),
+)
 
 
 def metadata(path: Path) -> Iterator[Row | Problem]:

@@ -1,0 +1,84 @@
+"""Reading 49 frames at the end of a long film beside its start: processor time of each.
+
+    python benchmarks/seeking.py [--seconds 200] [--rounds 3]
+
+Prints a table in Markdown. The film is made here, of moving noise, in H.264 as x264 sets it up.
+"""
+
+import argparse
+import tempfile
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+from setting import setting
+
+from easyanimate_jax.data import media
+from easyanimate_jax.facts import FPS
+
+RATE, GROUP, COUNT, SIZE = 24, 250, 49, (512, 512)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=int, default=206)
+    parser.add_argument("--height", type=int, default=1080)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "film.mp4"
+        write(path, options.seconds * RATE, options.height, options.height * 16 // 9 // 2 * 2)
+        last = options.seconds - (COUNT - 1) / FPS - 1
+        starts = {"at the start": 0.0, "in the middle": last / 2, "at the end": last}
+        best = {
+            name: min(reading(path, start) for _ in range(options.rounds))
+            for name, start in starts.items()
+        }
+        group = min(whole_group(path) for _ in range(options.rounds))
+        megabytes = path.stat().st_size / 1e6
+    print(f"# Seeking\n\n{setting()}\n")
+    print(
+        f"{COUNT} frames at {FPS} a second of a film of {options.seconds} s, {options.height} "
+        f"rows, {RATE} a second, {megabytes:.0f} MB, a key frame every {GROUP}; best of "
+        f"{options.rounds}.\n\n| | CPU s | to the start |\n|---|---|---|"
+    )
+    for name, seconds in best.items():
+        print(f"| {name} | {seconds:.2f} | {seconds / best['at the start']:.2f} |")
+    print(f"| a group of pictures alone | {group:.2f} | {group / best['at the start']:.2f} |")
+
+
+def write(path: Path, count: int, height: int, width: int) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 255, (height // 8 + 1, width // 8, 3), np.uint8)
+    still = noise.repeat(8, 0).repeat(8, 1)[:height]
+    with av.open(str(path), "w", options={"movflags": "faststart"}) as out:
+        made = {"g": str(GROUP), "keyint_min": str(GROUP), "preset": "veryfast", "crf": "28"}
+        stream = out.add_stream("libx264", rate=Fraction(RATE), options=made)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for number in range(count):
+            moved = np.roll(still, 2 * number, axis=1)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(moved))))
+        out.mux(stream.encode())
+
+
+def reading(path: Path, start: float) -> float:
+    began = time.process_time()
+    media.read_at(path, start, COUNT, SIZE)
+    return time.process_time() - began
+
+
+def whole_group(path: Path) -> float:
+    """The time to decode one group of pictures, without scaling it."""
+    began = time.process_time()
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        for number, _ in enumerate(container.decode(video=0)):
+            if number == GROUP - 1:
+                break
+    return time.process_time() - began
+
+
+if __name__ == "__main__":
+    main()
