@@ -408,7 +408,7 @@ def test_a_number_out_of_range_is_refused(config, wrong, words):
 
 
 def test_a_stage_without_steps_is_refused():
-    with pytest.raises(ValueError, match="VAEStage.steps is 0; use a whole number"):
+    with pytest.raises(ValueError, match=r"VAEStage\.steps is 0; use a whole number"):
         VAEStage(0, 8, 5, 16)
 
 
@@ -431,7 +431,7 @@ def test_muon_takes_the_inner_convolutions(config):
         "[0].post_quant_conv.kernel",
         *(f"[2].{judge}.head.kernel" for judge in ("frames", "clips")),
     }
-    with pytest.raises(ValueError, match="VAETrainConfig.matrices is 'lion'; use one of"):
+    with pytest.raises(ValueError, match=r"VAETrainConfig\.matrices is 'lion'; use one of"):
         replace(config, matrices="lion")
 
 

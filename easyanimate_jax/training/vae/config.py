@@ -8,6 +8,11 @@ from easyanimate_jax.models.vae import VAEConfig, check_video
 from easyanimate_jax.training.optimizer import Matrices
 
 PYRAMID_LEVELS = 4  # of the perceptual term; each halves the crop
+FROM_0 = (
+    *("warmup_steps", "weight_decay", "l2_weight", "perceptual_weight", "kl_weight"),
+    *("outlier_weight", "gan_weight", "discriminator_start"),
+    *("save_every", "log_every", "picture_every"),
+)
 
 
 @dataclass(frozen=True)
@@ -124,10 +129,6 @@ class VAETrainConfig:
     the slowest recent step is always allowed. 0 never ends it."""
 
     def __post_init__(self):
-        at_least_0 = (
-            "warmup_steps weight_decay l2_weight perceptual_weight kl_weight outlier_weight"
-        )
-        at_least_0 += " gan_weight discriminator_start save_every log_every picture_every"
         check_fields(
             self,
             learning_rate="[0, inf)",
@@ -135,7 +136,7 @@ class VAETrainConfig:
             ema_decay="[0, 1)",
             seed=SEEDS,
             hang_seconds="[0, inf)",
-            **dict.fromkeys(at_least_0.split(), "[0, inf)"),
+            **dict.fromkeys(FROM_0, "[0, inf)"),
         )
         if not 1 <= self.steps <= MAX_STEPS:
             raise ValueError(
