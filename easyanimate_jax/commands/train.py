@@ -44,14 +44,15 @@ def main(args: list[str]) -> int:
             print(describe_run(config))
             return 0
         processes.join()
-        if isinstance(config, configs.VAETrainConfig):
-            from easyanimate_jax.training.vae import loop as vae
-
-            return vae.train(config)
-        from easyanimate_jax.runs import loop
         from easyanimate_jax.training.safety.faults import Faults
 
         faults = Faults.from_environment(os.environ)
+        if isinstance(config, configs.VAETrainConfig):
+            from easyanimate_jax.training.vae import loop as vae
+
+            return vae.train(config, faults)
+        from easyanimate_jax.runs import loop
+
         return loop.train(config, faults) if replay is None else loop.replay(config, int(replay))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -27,7 +27,6 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
-from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.orbax_item import fingerprint_on_disk, names
 from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read_step_meta, sealed
@@ -39,6 +38,8 @@ LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 SPARE_SPACE = 1.2  # free bytes asked for, as a multiple of the state's
 MAX_FAILURES = 3  # saves in a row
+
+State = tuple  # a NamedTuple of pytrees, of which the field `ema` is an item of its own
 
 
 class NotFiniteError(Exception):
@@ -89,7 +90,7 @@ class Checkpoints:
             remove_leftovers(self.folder)
         _wait_for_all("checkpoints")
 
-    def save(self, step: int, state: TrainState, meta: dict) -> None:
+    def save(self, step: int, state: State, meta: dict) -> None:
         """Start writing `state` as checkpoint `step`; does nothing if that step exists.
 
         Raises NotFiniteError, naming the arrays, and saves nothing, if one of them is not finite.
@@ -148,8 +149,8 @@ class Checkpoints:
             self.settle()
 
     def restore(
-        self, like: Callable[[dict], TrainState], *, before: int | None = None
-    ) -> tuple[int, TrainState, dict] | None:
+        self, like: Callable[[dict], State], *, before: int | None = None
+    ) -> tuple[int, State, dict] | None:
         """(step, state, meta) of the newest step whose restored arrays are those that were saved.
 
         `like` makes of a step's meta the abstract state: shapes and shardings, of any mesh. It may

@@ -3,88 +3,154 @@
 from dataclasses import dataclass
 
 from easyanimate_jax.data.control import OPERATORS
+from easyanimate_jax.facts import MAX_STEPS, SEEDS, check_fields
 from easyanimate_jax.models.vae import VAEConfig, check_video
-from easyanimate_jax.training.optimizer import Matrices, check_matrices
+from easyanimate_jax.training.optimizer import Matrices
 
 PYRAMID_LEVELS = 4  # of the perceptual term; each halves the crop
+FROM_0 = (
+    *("warmup_steps", "weight_decay", "l2_weight", "perceptual_weight", "kl_weight"),
+    *("outlier_weight", "gan_weight", "discriminator_start"),
+    *("save_every", "log_every", "picture_every"),
+)
 
 
 @dataclass(frozen=True)
 class VAEStage:
     """Steps on crops of one shape: one compiled program. Clips that are too small are left out."""
 
-    steps: int  # updates of the weights
-    batch_size: int  # crops in a global batch
-    frames: int  # of a crop, 4n+1
-    size: int  # side of the square crop, in pixels
+    steps: int
+    """Updates of the weights."""
+
+    batch_size: int
+    """Crops in a global batch, a multiple of the devices."""
+
+    frames: int
+    """Frames of a crop, 4n+1."""
+
+    size: int
+    """Side of the square crop in pixels, a multiple of 8."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{self}: {name} must be 1 or more.")
+        check_fields(
+            self,
+            steps=f"[1, {MAX_STEPS}]",
+            batch_size="[1, inf)",
+            frames="[1, inf)",
+            size=f"[{2**PYRAMID_LEVELS}, inf)",
+        )
         check_video((self.batch_size, self.frames, self.size, self.size, 3))
-        if self.size < 2**PYRAMID_LEVELS:
-            raise ValueError(f"{self}: size must be {2**PYRAMID_LEVELS} or more.")
 
 
 @dataclass(frozen=True)
 class VAETrainConfig:
-    """One training of an autoencoder: on the clips of `data`, into the folder `output`.
+    """One training of a video autoencoder; run the same config to resume it."""
 
-    With `controls`, operators of `data/control.py`, a quarter of the crops are their signals. A
-    control model reads signals as latents: an autoencoder that never saw thin lines loses them.
-    With `hidden_frames`, a quarter keep their first and last frame and one in four of the others,
-    the rest black, as an inpaint model reads them: else a last frame after black ones loses its
-    colours and gets the ghost of the first.
-    `init` is an autoencoder to go on from. `decoder_only` leaves its encoder and statistics as they
-    are, so latents that were made stay right, and so do models that were trained on them.
-    The averaged weights are what is written at the end, measured and shown. A step that lasts
-    `hang_seconds` ends the process, unless steps always last about as long.
-    """
+    vae: VAEConfig
+    """Size of the autoencoder."""
 
-    vae: VAEConfig  # the autoencoder's shape
-    data: str  # any source of captioned clips; captions are not read
-    output: str  # folder of the finished model, its checkpoints, metrics and pictures
-    stages: tuple[VAEStage, ...]  # one after the other
-    learning_rate: float = 1e-4  # after the warm-up; it falls to a hundredth along a cosine
-    warmup_steps: int = 1000  # steps in which the learning rate rises from 0
-    betas: tuple[float, float] = (0.9, 0.999)  # decay of Adam's two moments
-    weight_decay: float = 0.05  # decoupled from the gradient
-    l2_weight: float = 0.1  # of the squared error
-    perceptual_weight: float = 1.0  # of the error's image gradients
-    kl_weight: float = 1e-6  # of the divergence of latents from a standard normal
-    outlier_weight: float = 1e5  # of latents beyond three standard deviations
-    gan_weight: float = 0.5  # of the adversarial term, after its gradients are balanced
-    discriminator_start: int | None = 50_001  # first adversarial step; None: never
-    matrices: Matrices = "adam"  # what updates the kernels of convolutions (`optimizer.py`)
-    controls: tuple[str, ...] = ()  # operators whose signals replace a quarter of the crops
-    hidden_frames: bool = False  # black frames in a quarter of the crops
-    init: str = ""  # autoencoder to start from, in any layout; "" is new weights
-    decoder_only: bool = False  # train the decoder of `init` alone
-    ema_decay: float = 0.999  # of the averaged weights; it warms up as (1 + n) / (10 + n)
-    seed: int = 0  # of weights, crops and noise
-    save_every: int = 1000  # steps between checkpoints; 0: at the end alone
-    log_every: int = 20  # steps between rows of metrics; 0: at the end alone
-    picture_every: int = 1000  # steps between pictures of reconstructions; 0: at the end alone
-    hang_seconds: float = 120.0  # seconds that a step or a wait for data may last
+    data: str
+    """Folder, table or list of captioned clips (docs/data.md); the captions are not read."""
+
+    output: str
+    """Folder of the finished autoencoder, its checkpoints, metrics and pictures."""
+
+    stages: tuple[VAEStage, ...]
+    """Stages of the schedule in their order."""
+
+    learning_rate: float = 1e-4
+    """Learning rate after the warm-up; it falls to a hundredth along a cosine."""
+
+    warmup_steps: int = 1000
+    """Steps in which the learning rate rises from 0."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's two moments."""
+
+    weight_decay: float = 0.05
+    """Decay of the weights, apart from their gradients."""
+
+    l2_weight: float = 0.1
+    """Weight of the squared error."""
+
+    perceptual_weight: float = 1.0
+    """Weight of the error's image gradients."""
+
+    kl_weight: float = 1e-6
+    """Weight of the divergence of latents from a standard normal."""
+
+    outlier_weight: float = 1e5
+    """Weight of latents beyond three standard deviations."""
+
+    gan_weight: float = 0.5
+    """Weight of the adversarial term, whose gradients are balanced first."""
+
+    discriminator_start: int | None = 50_001
+    """First step with the adversarial term. None has no discriminators."""
+
+    matrices: Matrices = "adam"
+    """Update rule of the inner convolutions' kernels; Muon is for training from noise."""
+
+    controls: tuple[str, ...] = ()
+    """Operators of `data/control.py` whose signals replace a quarter of the crops. A control model
+    reads signals as latents, and an autoencoder that never saw thin lines loses them."""
+
+    hidden_frames: bool = False
+    """Give a quarter of the crops black frames: their first and last frame stay, and one in four of
+    the others, as an inpaint model reads them. Without this, a last frame after black ones loses
+    its colours and gets the ghost of the first."""
+
+    init: str = ""
+    """Autoencoder to start from, in any layout; "" is noise."""
+
+    decoder_only: bool = False
+    """Train the decoder of `init` alone. Its encoder and latent statistics keep their bits, so
+    latents that were made stay right, and so do models that were trained on them."""
+
+    ema_decay: float = 0.999
+    """Decay of the averaged weights a step, which are what is written, measured and shown; it warms
+    up as (1 + n) / (10 + n). 0 keeps no average."""
+
+    seed: int = 0
+    """Seed of weights, crops and noise."""
+
+    save_every: int = 1000
+    """Steps from one checkpoint to the next, besides that at the end; 0 saves at the end alone."""
+
+    log_every: int = 20
+    """Steps from one row of metrics to the next, besides that at the end; 0 writes no others."""
+
+    picture_every: int = 1000
+    """Steps from one picture of held-out clips to the next, besides that at the end; 0 makes no
+    others."""
+
+    hang_seconds: float = 120.0
+    """Seconds that a step or a wait for data may last before the process ends itself; five times
+    the slowest recent step is always allowed. 0 never ends it."""
 
     def __post_init__(self):
-        check_matrices(self.matrices)
+        check_fields(
+            self,
+            learning_rate="[0, inf)",
+            betas="[0, 1)",
+            ema_decay="[0, 1)",
+            seed=SEEDS,
+            hang_seconds="[0, inf)",
+            **dict.fromkeys(FROM_0, "[0, inf)"),
+        )
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(
+                f"VAETrainConfig.stages has {self.steps} steps in all; use 1 to {MAX_STEPS} steps"
+            )
         if self.decoder_only and not self.init:
             raise ValueError("decoder_only without init: name the autoencoder whose decoder it is")
         for name in self.controls:
             if name not in OPERATORS:
                 raise ValueError(f"controls: no operator {name!r}; use {', '.join(OPERATORS)}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; use 0 (no average) to below 1.")
-        for name in ("save_every", "log_every", "picture_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; use 0 (at the end alone) or more."
-                )
 
     @property
     def steps(self) -> int:
+        """Updates of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     def number_at(self, step: int) -> int:

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from easyanimate_jax.data import media
+from easyanimate_jax.facts import to_bytes
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
 from easyanimate_jax.training.vae.crops import Clips, Crops, pixels
@@ -54,8 +55,7 @@ def _reconstruct(
     """Return the frames through the VAE and back, and each crop's mean squared error."""
     video = pixels(frames)
     output = jnp.clip(vae.decode(vae.encode(video)[0]), -1, 1)
-    shown = jnp.round((output + 1) * 127.5).astype(jnp.uint8)
-    return shown, jnp.mean((output - video) ** 2, axis=(1, 2, 3, 4))
+    return to_bytes(output), jnp.mean((output - video) ** 2, axis=(1, 2, 3, 4))
 
 
 def with_statistics(vae: CausalVAE, crops: Crops, stage: VAEStage, step: int) -> CausalVAE:
