@@ -346,6 +346,8 @@ def test_every_kind_of_request_finds_its_pipeline(run, tmp_path, monkeypatch):
     def note(name):
         def pipeline(diffusion, request, **options):
             seen.append((name, {k for k, v in options.items() if isinstance(v, np.ndarray)}))
+            if "mask" in options:  # what is white is made anew
+                assert options["mask"][..., -4:, 0].all() and not options["mask"][..., :4, 0].any()
             noise = np.random.default_rng(0).integers(0, 256, (*request.shape, 3), np.uint8)
             return np.clip(noise, 100, 120)
 
