@@ -435,7 +435,7 @@ def test_what_tyro_cannot_read_ends_with_its_message(config_file, capsys):
 
 
 def test_help_shows_the_sentence_of_every_field(config_file, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "100")  # tyro takes two columns of 160
     with pytest.raises(SystemExit, match="0"):
         configs.load(str(config_file), ["--help"])
     shown = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
