@@ -79,6 +79,17 @@ def trim(source: Path, target: Path, first: Fraction, seconds: Fraction | None) 
     return target
 
 
+def hide(source: Path, target: Path, numbers: tuple[int, ...]) -> Path:
+    """A copy of a VP8 film in which some frames are decoded and not shown, as alternate ones."""
+    with av.open(str(source)) as container:
+        packets = [bytes(p) for p in container.demux(video=0) if p.size]
+    content = bytearray(source.read_bytes())
+    for number in numbers:
+        content[content.index(packets[number])] &= ~0x10  # show_frame
+    target.write_bytes(content)
+    return target
+
+
 def _scale(content: bytes) -> int:
     """The ticks a second of an mp4's first track."""
     at = content.index(b"mdhd")
@@ -155,6 +166,7 @@ def make_films(folder: Path) -> dict[str, Path]:
         clock=Fraction(1, 1000),
         options={"auto-alt-ref": "1", "lag-in-frames": "16", "g": "24", "b": "200k"},
     )
+    made["hidden.webm"] = hide(made["vp8.webm"], folder / "hidden.webm", (7, 30))
     film(
         "mpeg4.avi",
         steady(40, 12),
