@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from easyanimate_jax.runs.config import TrainConfig, from_json
-from easyanimate_jax.training.stages import Stage, boundaries
+from easyanimate_jax.training.stages import Stage, stage_at
 
 # Fields of a stage that has begun which may change: they say how it goes on.
 FREE_OF_STAGE = ("steps", "microbatch", "learning_rate", "end_learning_rate", "warmup")
@@ -96,10 +96,8 @@ def check_resume(meta: Mapping, config: TrainConfig, plans: Mapping[str, str]) -
 
 def position_at(config: TrainConfig, made: int) -> Position | None:
     """Return the place of the update after `made` updates; None behind the last one."""
-    for stage, end in zip(config.stages, boundaries(config.stages), strict=True):
-        if made < end:
-            return Position(stage, made - end + stage.steps, made)
-    return None
+    index, step = stage_at(config.stages, made)
+    return Position(config.stages[index], step, made) if index < len(config.stages) else None
 
 
 def _check_order(step: int, saved: TrainConfig, config: TrainConfig, index: int) -> None:
