@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from demos import facts, films_report, ways_report, world_report
-from easyanimate_jax.runs.config import load
+from easyanimate_jax.commands.parse import load_config
 from easyanimate_jax.runs.load import load_run
 from easyanimate_jax.text.encode import TextEncoder
 
@@ -22,7 +22,7 @@ def main(args: list[str]) -> int:
     if len(args) < 2 or args[0] not in KINDS:
         print(__doc__, file=sys.stderr)
         return 2
-    kind, config = KINDS[args[0]], load(args[1], args[2:])
+    kind, config = KINDS[args[0]], load_config(args[1], args[2:])
     began, rows = time.time(), facts.read_metrics(config)
     folders = [config.run, config.init] if kind is ways_report else [config.run]
     runs = [load_run(folder) for folder in folders]

@@ -21,6 +21,7 @@ from easyanimate_jax.generation.pipelines import LatentDiffusion
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.runs import load
+from easyanimate_jax.runs import sample as samples
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
 FILM = np.random.default_rng(1).integers(0, 256, (9, 24, 40, 3), np.uint8)
@@ -228,11 +229,12 @@ def test_samples_are_numbered_and_can_be_made_again(working, tmp_path, capsys):
     assert working("--prompt", "一个红色的圆", "--output", "out") == 0
     assert capsys.readouterr().out.strip() == "out/00000001.mp4"
     sidecar = json.loads((tmp_path / "out" / "00000001.json").read_text())
-    assert sidecar["step"] == 7 and sidecar["in_channels"] == 33
+    assert sidecar["step"] == 7 and sidecar["training"]["in_channels"] == 33
     assert sidecar["options"]["prompt"] == "一个红色的圆"
     assert sidecar["options"]["frames"] == 5  # the run's own
     with av.open(str(tmp_path / "out" / "00000001.mp4")) as container:
-        assert json.loads(container.metadata["comment"]) == sidecar
+        comment = json.loads(container.metadata["comment"])
+    assert comment == {name: sidecar[name] for name in sidecar if name != "training"}
     assert media.read_image(tmp_path / "out" / "00000001_sheet.png").shape == (16, 5 * 32, 3)
     info = media.probe(tmp_path / "out" / "00000001.mp4")
     assert (info.num_frames, info.height, info.width, info.fps) == (5, 16, 32, 8)
@@ -266,7 +268,7 @@ def test_too_little_memory_is_one_line(working, monkeypatch, capsys, tmp_path):
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "decoding 1 x 5x16x32 takes" in line
     for error in (MemoryError("for an array"), RuntimeError("RESOURCE_EXHAUSTED: 5 GB\nmore")):
-        monkeypatch.setattr(sample, "generate", Mock(side_effect=error))
+        monkeypatch.setattr(samples, "generate", Mock(side_effect=error))
         assert working("--prompt", "x") == 2
         line = capsys.readouterr().err
         assert line.count("\n") == 1 and "too little memory" in line
@@ -312,7 +314,7 @@ def test_a_prompt_file_is_made_line_by_line_and_not_twice(working, tmp_path, cap
 
     (tmp_path / "out" / "00000005.json").unlink()
     assert working(*command) == 0
-    assert capsys.readouterr().out.split() == ["out/00000005.mp4"]
+    assert capsys.readouterr().out.split() == ["out/00000006.mp4"]
     assert working(*command) == 0
     assert capsys.readouterr().out == ""
 
@@ -387,6 +389,6 @@ def test_a_mesh_makes_the_same_video(working, tmp_path):
 
 
 def test_what_is_visibly_wrong_is_named(working, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "suspicion", lambda frames: "the video is black")
+    monkeypatch.setattr(samples, "suspicion", lambda frames: "the video is black")
     assert working(*X) == 0
     assert "sample.py: the video is black" in capsys.readouterr().err

@@ -44,4 +44,4 @@ def num_records(schedule, stage) -> int:
 
 if __name__ == "__main__":
     loop.Schedule._update = watched_update
-    train.run(sys.argv[1:])
+    sys.exit(train.main(sys.argv[1:]))

@@ -29,6 +29,7 @@ from easyanimate_jax.diffusion.conditioning import (
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.generation.denoising import Given, Sampling, Source, Texts, denoise
+from easyanimate_jax.generation.request import STARTS, SampleRequest, given
 from easyanimate_jax.memory import check_fit
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, patchify, unpatchify
 from easyanimate_jax.models.vae import SPACE_FACTOR, CausalVAE
@@ -86,6 +87,22 @@ class Request(NamedTuple):
     def shape(self) -> tuple[int, int, int, int]:
         """(B, F, H, W) of the videos."""
         return len(self.seeds), *self.size
+
+
+def way_of(request: SampleRequest) -> tuple[Callable[..., Videos], dict, int]:
+    """Return the way that a completed request goes: the pipeline, its own options beside the
+    arrays of files, and how many times it denoises, one segment after another."""
+    noise = {"picture_noise": request.picture_noise}
+    if request.video:
+        return video_to_video, {"strength": request.strength} | noise, 1
+    if any(given(request, name) for name in STARTS):
+        return control_to_video, {}, 1
+    if request.segment and request.frames > request.segment:
+        count = len(segments(request.frames, request.segment))
+        return long_video, {"segment": request.segment}, count
+    if request.image or request.end_image:
+        return image_to_video, noise, 1
+    return text_to_video, {}, 1
 
 
 def text_to_video(diffusion, request: Request) -> Videos:

@@ -1,18 +1,15 @@
 """A run is a value: `TrainConfig` composes the configs of the rooms below it.
 
-`load` reads a Python file of `configs/` and applies `--a.b.0.c value` overrides. A JSON copy of the
-config lies in every run folder and is enough to rebuild everything.
+`load` reads a Python file of `configs/`; the command line overrides its fields (commands/parse.py).
+A JSON copy of the config lies in every run folder and is enough to rebuild everything.
 """
 
 import dataclasses
 import json
 import runpy
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import tyro
 
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
@@ -111,12 +108,8 @@ class TrainConfig:
         return next(s for s in self.sets if s.name == name)
 
 
-def load(path: str, overrides: Sequence[str] = ()):
-    """The `config` of a file, with command-line overrides typed by the config's own classes.
-
-    Returns a TrainConfig or a VAETrainConfig. Raises ValueError for a missing file or value;
-    wrong overrides end the program with tyro's message and exit code 2.
-    """
+def load(path: str) -> TrainConfig | VAETrainConfig:
+    """Return the `config` of a file. Raises ValueError for a missing file or value."""
     if not Path(path).is_file():
         raise ValueError(f"there is no config {path!r}; the ones that come with us are in configs/")
     sys.path.append(str(Path(path).resolve().parent.parent))  # configs import one another
@@ -126,11 +119,7 @@ def load(path: str, overrides: Sequence[str] = ()):
         sys.path.pop()
     if not isinstance(config, TrainConfig | VAETrainConfig):
         raise ValueError(f"{path} defines no `config = TrainConfig(...)` or `VAETrainConfig(...)`")
-    if not overrides:
-        return config
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[type(config)], default=config, args=list(overrides), prog=path
-    )
+    return config
 
 
 _ROOMS = (VAETrainConfig, VAEStage, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)

@@ -13,7 +13,6 @@ import json
 import string
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -29,23 +28,10 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast
 from easyanimate_jax.text.bert import Bert, BertConfig, save_bert
 from easyanimate_jax.text.encode import token_ids
 from easyanimate_jax.text.t5 import T5, T5Config, save_t5
+from easyanimate_jax.text.train_config import TextTrainConfig
 
 CHARACTERS = string.ascii_lowercase + string.digits + ".,;:!?'-"
 CHINESE = Regex("[\u4e00-\u9fff]")
-
-
-@dataclass(frozen=True)
-class TextTrainConfig:
-    """Sizes of both encoders and their training."""
-
-    width: int = 128
-    layers: int = 2
-    heads: int = 4
-    steps: int = 400
-    batch: int = 64  # caption pairs
-    learning_rate: float = 2e-3
-    temperature: float = 0.1
-    seed: int = 0
 
 
 def read_captions(source: Path) -> list[tuple[str, ...]]:
