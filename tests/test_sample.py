@@ -16,7 +16,9 @@ from flax import nnx
 from easyanimate_jax import memory
 from easyanimate_jax.commands import sample
 from easyanimate_jax.data import media
+from easyanimate_jax.diffusion import conditioning
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.generation import request
 from easyanimate_jax.generation.pipelines import LatentDiffusion
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
@@ -173,6 +175,38 @@ def test_what_cannot_work_is_refused_in_one_line(run, arguments, message, capfd,
     assert line.startswith("sample.py: ") and line.count("\n") == 1
     assert not loaded  # nothing has touched a device
     assert re.search(message, line)
+
+
+WITHOUT_EFFECT = [
+    (["--negative-prompt", "y", "--guidance", "1"], "--negative-prompt has no effect"),
+    (["--picture-noise", "0.5"], "--picture-noise has no effect without --image"),
+    (["--frames", "9", "--segment", "9"], "--segment 9 has no effect on a video of 9 frames"),
+    (["--segment", "9"], "--segment 9 has no effect on a video of 5 frames"),  # the run's
+    (["--batch", "4"], "--batch 4 has no effect without --prompts"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WITHOUT_EFFECT)
+def test_options_without_effect_are_named_before_the_run_is_loaded(
+    run, arguments, message, capfd, monkeypatch
+):
+    monkeypatch.setattr(load, "load_run", Mock(side_effect=ValueError("the run is loaded")))
+    assert run("run", *X, *arguments) == 2
+    said, loaded = capfd.readouterr().err.splitlines()
+    assert said.startswith(f"sample.py: {message}") and loaded == "sample.py: the run is loaded"
+
+
+def test_options_with_effect_are_not_named(run, capfd, monkeypatch):
+    monkeypatch.setattr(load, "load_run", Mock(side_effect=ValueError("the run is loaded")))
+    (Path("lines.jsonl")).write_text('{"prompt": "x", "negative_prompt": "y", "frames": 13}')
+    many = ("--prompts", "lines.jsonl", "--batch", 4, "--segment", 9)
+    for arguments in (("--prompt", "x", "--image", "start.png", "--picture-noise", 0.5), many):
+        assert run("run", *arguments) == 2
+        assert capfd.readouterr().err == "sample.py: the run is loaded\n"
+
+
+def test_the_default_noise_on_pictures_is_that_of_the_pipelines():
+    assert request.PICTURE_NOISE == conditioning.SAMPLING_NOISE
 
 
 def test_wrong_arguments_are_refused_before_jax_is_imported(run):

@@ -18,8 +18,7 @@ For a stage that does not fit, other ways to run it are compiled until three fit
 stage fits; 1: one does not; 2: wrong arguments. Every field of the config is an option, `--field
 value`; `CONFIG --help` lists them. Example:
 
-  python -m easyanimate_jax aot configs/v5_12b.py --topology v5p:4x4x8 --stage 13312_t2v
-"""
+  python -m easyanimate_jax aot configs/v5_12b.py --topology v5p:4x4x8 --stage 13312_t2v"""
 
 
 @dataclass(frozen=True)

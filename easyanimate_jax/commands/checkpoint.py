@@ -16,8 +16,7 @@ HELP = """List, verify and compare the checkpoints of a run, without an accelera
   verify FOLDER              read every array of every step and compare it with what was saved
   diff FOLDER FIRST SECOND   the arrays in which two steps differ
 
-Exit code 0: all is well; 1: something is damaged or differs; 2: wrong arguments.
-"""
+Exit code 0: all is well; 1: something is damaged or differs; 2: wrong arguments."""
 
 
 @dataclass(frozen=True)

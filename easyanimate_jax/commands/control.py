@@ -9,8 +9,7 @@ from tyro.conf import Positional
 from easyanimate_jax.commands import parse
 
 HELP = """Write the control videos of a folder of clips to FOLDER/control_OPERATOR, and enter them
-in its metadata.json as `control_file_path`. Files that are there stay as they are.
-"""
+in its metadata.json as `control_file_path`. Files that are there stay as they are."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ HELP = """Convert weights between EasyAnimate's layouts: ours, diffusers' and th
   released weights to ours   python -m easyanimate_jax convert EasyAnimateV5.1-12b-zh mine --to jax
   a trained run to PyTorch   python -m easyanimate_jax convert runs/mine mine --to diffusers
 
-All that is wrong with the source is listed, with exit code 2, and nothing is written.
-"""
+All that is wrong with the source is listed, with exit code 2, and nothing is written."""
 Part = Literal[
     "transformer",
     "vae",

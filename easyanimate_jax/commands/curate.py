@@ -17,8 +17,7 @@ Nothing is rewritten: a clip is a span of a file. Finished films are kept, so a 
 resumes. OUT/funnel.html says what was left out at every step. To caption clips by a model behind an
 OpenAI-compatible server, end the command with
 
-  captioner:server --captioner.url http://localhost:8000/v1 --captioner.model NAME
-"""
+  captioner:server --captioner.url http://localhost:8000/v1 --captioner.model NAME"""
 
 
 @dataclass(frozen=True)

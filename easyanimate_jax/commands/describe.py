@@ -12,8 +12,7 @@ from easyanimate_jax.commands import parse
 HELP = """Print the schedule of a config: parameters, state bytes per device, stages, and every
 resolution and duration of every bucket. No device is touched.
 
-Every field of the config is an option, `--field value`; `CONFIG --help` lists them.
-"""
+Every field of the config is an option, `--field value`; `CONFIG --help` lists them."""
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ It compares what the processes see (devices, versions, clocks, folders) and sums
 With a config it also checks the mesh, and the state against memory and disk. Process 0 prints a
 table. Exit code 0: all is well; 1: something is not; 2: wrong arguments.
 
-Every field of the config is an option, `--field value`; `CONFIG --help` lists them.
-"""
+Every field of the config is an option, `--field value`; `CONFIG --help` lists them."""
 
 
 @dataclass(frozen=True)

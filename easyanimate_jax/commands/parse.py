@@ -7,6 +7,7 @@ stdout and ends the program with exit code 0. Nothing here imports JAX before a 
 """
 
 import dataclasses
+import difflib
 import io
 import os
 import sys
@@ -107,11 +108,11 @@ def _fields_of(config):
 def _parse(kind, arguments: Sequence[str], *, prog: str, description: str):
     """Return tyro's result; its message about wrong arguments becomes a ValueError."""
     asks = bool(set(HELP) & set(arguments))
+    if asks:
+        print(f"{description}\n")  # tyro would join its lines
     with nullcontext(io.StringIO()) if asks else _quiet() as written:
         try:
-            return tyro.cli(
-                kind, args=list(arguments), prog=prog, description=description, config=MARKERS
-            )
+            return tyro.cli(kind, args=list(arguments), prog=prog, description="", config=MARKERS)
         except SystemExit as stop:
             if not stop.code:
                 raise
@@ -154,4 +155,8 @@ def _line(box: str, prog: str) -> str:
     ]
     line = " ".join(wrong).removeprefix("Error parsing ").removeprefix("fields.")
     line = line.replace(f"Missing from {prog}:", "missing:", 1)
-    return f"{line}; perhaps you meant {' or '.join(meant)}" if meant else line
+    if not meant:
+        return line
+    unknown = line.partition("--")[2].partition(",")[0]
+    nearest = difflib.get_close_matches(f"--{unknown}", meant, n=2, cutoff=0)
+    return f"{line}; perhaps you meant {' or '.join(nearest)}"

@@ -12,8 +12,7 @@ from easyanimate_jax.commands import parse
 
 HELP = """Print the plans of a config's stages: clips, shapes, token lengths, and how full they are.
 
-Every field of the config is an option, `--field value`; `CONFIG --help` lists them.
-"""
+Every field of the config is an option, `--field value`; `CONFIG --help` lists them."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ HELP = """Encode the clips of a config to records: latents and text states, for 
 Finished shards are kept, so a stopped command resumes. Every field of the config is an option,
 `--field value`; `CONFIG --help` lists them. Example:
 
-  python -m easyanimate_jax prepare configs/demo.py --source my/clips --prepared my/latents
-"""
+  python -m easyanimate_jax prepare configs/demo.py --source my/clips --prepared my/latents"""
 
 
 @dataclass(frozen=True)

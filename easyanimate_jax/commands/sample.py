@@ -39,8 +39,7 @@ HELP = """Make videos and pictures from a run.
   many             sample.py RUN --prompts lines.jsonl
 
 Adds NUMBER.mp4 (or .png), a contact sheet and NUMBER.json, which holds all that is needed to make
-it again. What cannot work is refused in one line with exit code 2, before a device starts.
-"""
+it again. What cannot work is refused in one line with exit code 2, before a device starts."""
 
 
 @dataclass(frozen=True)

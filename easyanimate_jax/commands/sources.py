@@ -9,8 +9,7 @@ from tyro.conf import Positional
 from easyanimate_jax.commands import parse
 
 HELP = """Print what a source of clips holds: clips, sizes, durations, captions, and every problem
-with its row or line.
-"""
+with its row or line."""
 
 
 @dataclass(frozen=True)

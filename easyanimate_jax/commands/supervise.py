@@ -15,8 +15,7 @@ Behind `--` comes the command of each rank. Example:
   python -m easyanimate_jax supervise --ranks 2 -- python train.py configs/demo.py
 
 Exit codes, those of the ranks: 0 done, 2 wrong input, 3 diverged, 4 hang, 5 storage, 42 preempted:
-run the same command again to go on.
-"""
+run the same command again to go on."""
 
 
 @dataclass(frozen=True)

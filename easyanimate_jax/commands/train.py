@@ -3,6 +3,7 @@
 import ast
 import gc
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -26,8 +27,7 @@ Every field of the config is an option, `--field value`; a dot goes one level do
 chooses of several. `CONFIG --help` lists all fields with their values in that config. Examples:
 
   python train.py configs/demo.py --stages.0.steps 10
-  python train.py configs/v5_12b.py --mesh.fsdp 8 --optimizer.matrices muon --run runs/mine
-"""
+  python train.py configs/v5_12b.py --mesh.fsdp 8 --optimizer.matrices muon --run runs/mine"""
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,13 @@ def _train(arguments: Sequence[str]) -> int:
 
 def help_text() -> str:
     """Return the description of the verb, with the config files that come with us."""
-    files = sorted(CONFIGS.glob("*.py"))
-    names = [f"configs/{path.name}" for path in files]
-    texts = [(ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "") for path in files]
-    width = max(map(len, names), default=0)
-    lines = [
-        f"  {name.ljust(width)}  {text.partition(chr(10))[0]}"
-        for name, text in zip(names, texts, strict=True)
-    ]
+    titles = {f"configs/{path.name}": _title(path) for path in sorted(CONFIGS.glob("*.py"))}
+    width = max(map(len, titles), default=0)
+    lines = [f"  {name.ljust(width)}  {title}" for name, title in titles.items()]
     return "\n".join([HELP, "Config files:", "", *lines])
+
+
+def _title(path: Path) -> str:
+    """Return the first words of a file's docstring, up to a full stop or a colon."""
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").split())
+    return re.split(r"[.:](?: |$)", text)[0]

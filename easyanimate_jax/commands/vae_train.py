@@ -13,8 +13,7 @@ HELP = """Train a video autoencoder. Run the same command to resume.
 
 Every field of the config is an option, `--field value`; `CONFIG --help` lists them. Example:
 
-  python -m easyanimate_jax vae-train configs/demo_vae.py --stages.0.steps 10
-"""
+  python -m easyanimate_jax vae-train configs/demo_vae.py --stages.0.steps 10"""
 
 
 @dataclass(frozen=True)
