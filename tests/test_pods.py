@@ -22,9 +22,10 @@ from easyanimate_jax.pods import hlo
 from easyanimate_jax.pods.chips import chip_of
 from easyanimate_jax.pods.compile import compile_step, suggest_mesh, topology_devices
 from easyanimate_jax.pods.gpu import model_step
-from easyanimate_jax.pods.predict import model_flops, predict
+from easyanimate_jax.pods.predict import predict
 from easyanimate_jax.pods.report import markdown, page, table, to_json
 from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.training.compile import model_flops
 from easyanimate_jax.training.program import COMPILER_OPTIONS
 from easyanimate_jax.training.stages import Stage
 
