@@ -2,7 +2,7 @@
 
 import sys
 
-from easyanimate_jax.commands.sample import main
+from easyanimate_jax.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["sample", *sys.argv[1:]]))

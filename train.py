@@ -2,7 +2,7 @@
 
 import sys
 
-from easyanimate_jax.commands.train import run
+from easyanimate_jax.__main__ import main
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -482,9 +482,9 @@ def places(tmp_path_factory):
     [
         (["nowhere", "out", "--to", "jax"], "there is no nowhere"),
         (["model", "full", "--to", "jax"], "full is there already"),
-        (["model", "out", "--to", "flax"], "invalid choice: 'flax'"),
+        (["model", "out", "--to", "flax"], "invalid choice 'flax'"),
         (["model", "out"], "--to"),
-        (["model", "out", "--to", "jax", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["model", "out", "--to", "jax", "--dtype", "int8"], "invalid choice 'int8'"),
         (["model", "out", "--to", "jax", "--only", "vae"], "wanted a AutoencoderKLMagvit"),
         (["pipeline", "out", "--to", "jax"], "names text_encoder, and there is no such folder"),
         (["pipeline", "out", "--to", "jax", "--only", "vae"], "has no vae; it has transformer"),

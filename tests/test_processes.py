@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from easyanimate_jax.commands.parse import load_config
 from easyanimate_jax.processes import (
     join,
     meeting_point,
@@ -178,4 +179,4 @@ def test_a_launch_script_examines_the_pod_and_then_trains(name):
     for config in re.findall(r"configs/\w+\.py", text):
         assert load(config).stages
     options = re.findall(r"(?<=--)mesh\.\w+ \d+", text)
-    load("configs/v5_12b.py", [word for o in options for word in f"--{o}".split()])
+    load_config("configs/v5_12b.py", [word for o in options for word in f"--{o}".split()])

@@ -21,6 +21,7 @@ from easyanimate_jax.prepare.prepare import fingerprint
 from easyanimate_jax.sharding import MeshConfig, make_mesh, shardings
 from easyanimate_jax.text.encode import CHAT, Chat, TextConfig, TextEncoder
 from easyanimate_jax.text.qwen2 import Qwen2, Qwen2Config, load_qwen2, read_qwen2_config
+from easyanimate_jax.weights import folder as folders
 
 SIZES = dict(
     vocab_size=270,
@@ -399,7 +400,7 @@ config = replace(
 def test_the_prepare_command_takes_a_v51_folder(folder, encoder, tmp_path, monkeypatch):
     config = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, unshuffle=4, dtype="float32")
     vae = CausalVAE(config, rngs=nnx.Rngs(0))
-    monkeypatch.setattr(command, "load_vae", lambda folder: vae)
+    monkeypatch.setattr(folders, "load_vae", lambda folder: vae)
     rows = [{"file_path": f"{i}.png", "text": text} for i, text in enumerate(PROMPTS) if text]
     (tmp_path / "source").mkdir()
     for row in rows:

@@ -20,9 +20,9 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: what is here does not matter
 import jax
 
+from easyanimate_jax.commands.parse import load_config
 from easyanimate_jax.pods.compile import longest, pod_mesh
 from easyanimate_jax.pods.report import markdown
-from easyanimate_jax.runs.config import load
 from easyanimate_jax.training.compile import StageReport, describe_stage, trace_stage
 from easyanimate_jax.training.program import COMPILER_OPTIONS
 
@@ -68,7 +68,7 @@ def fingerprint(name: str) -> str:
     in the program.
     """
     path, topology, stage, overrides = RUNS[name]
-    config = load(path, overrides)
+    config = load_config(path, overrides)
     stage = next(s for s in config.stages if s.name == stage)
     mesh, chip = pod_mesh(config, topology)
     with jax.set_mesh(mesh):

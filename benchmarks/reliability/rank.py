@@ -40,4 +40,4 @@ def watched_update(run, where, length, batch, waited, state):
 
 if __name__ == "__main__":
     loop.Run.update = watched_update
-    train.run(sys.argv[1:])
+    sys.exit(train.main(sys.argv[1:]))

@@ -14,5 +14,5 @@ exec xpk workload create \
     --num-slices 1 \
     --docker-image "${IMAGE:?image with this repository and its extra tpu}" \
     --max-restarts 100 \
-    --restart-on-exit-codes 4,5,42 \
+    --restart-on-exit-codes 4,5,6,42,134 \
     --command "$run"

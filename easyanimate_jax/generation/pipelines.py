@@ -7,6 +7,7 @@ and 0 where it is given. A way keeps no part of `diffusion`, so that parts can t
 All raise ValueError for arrays and sizes that do not fit the request or the model.
 """
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Collection
@@ -40,7 +41,8 @@ from easyanimate_jax.generation.pixels import (
     rows_at_once,
 )
 from easyanimate_jax.generation.protocols import Diffusion
-from easyanimate_jax.generation.request import Request
+from easyanimate_jax.generation.request import STARTS, SampleRequest
+from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.memory import check_fit
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, unpatchify
 from easyanimate_jax.models.vae import CausalVAE
@@ -72,13 +74,29 @@ def choose(given: Collection[str], frames: int, segment: int | None = None) -> C
     """
     if "video" in given:
         return video_to_video
-    if not {"control", "camera", "trajectory", "reference"}.isdisjoint(given):
+    if not set(STARTS).isdisjoint(given):
         return control_to_video
     if segment and frames > segment:
         return long_video
     if "image" in given or "end_image" in given:
         return image_to_video
     return text_to_video
+
+
+def way_of(request: SampleRequest) -> tuple[Callable[..., Videos], dict, int]:
+    """Return how a completed request is made: the way, its own options, how often it denoises.
+
+    The options are those beside the arrays of files. A long video denoises once a segment.
+    """
+    given = [field.name for field in dataclasses.fields(request) if getattr(request, field.name)]
+    way = choose(given, request.frames, request.segment)
+    if way is long_video:
+        count = len(segments(request.frames, request.segment))
+        return way, {"segment": request.segment}, count
+    options = {"picture_noise": request.picture_noise}
+    if way is video_to_video:
+        return way, options | {"strength": request.strength}, 1
+    return way, options if way is image_to_video else {}, 1
 
 
 def text_to_video(diffusion: Diffusion, request: Request) -> Videos:

@@ -5,7 +5,7 @@
 `SOURCE` is any source of data/sources, or a folder of films without captions. Nothing is rewritten:
 a clip is a span of a file. OUT/clips.parquet is the table, one row per clip, with its scores and,
 if it was left out, why; a config's `source` may name it. OUT/films/ holds a finished film each, so
-a stopped run goes on, and `--part 2 --parts 8` lets eight processes share the films. OUT/funnel.txt
+a stopped run goes on, and `--part 2/8` lets eight processes share the films. OUT/funnel.txt
 and OUT/funnel.html say what was left out at every step.
 """
 

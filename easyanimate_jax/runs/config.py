@@ -1,21 +1,15 @@
 """A run is a value: `TrainConfig` composes the configs of the rooms below it.
 
-`load` reads a Python file of `configs/` and applies `--a.b.0.c value` overrides. A JSON copy of the
-config lies in every run folder and is enough to rebuild everything.
+`load` reads a Python file of `configs/`; the command line overrides its fields (commands/parse.py).
+A JSON copy of the config lies in every run folder and is enough to rebuild everything.
 """
 
-import contextlib
 import dataclasses
-import io
 import json
 import runpy
 import sys
-import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import tyro
 
 from easyanimate_jax.data.buckets import Budget, check_size
 from easyanimate_jax.data.records import LatentSet
@@ -211,13 +205,8 @@ class TrainConfig:
         return next(s for s in self.sets if s.name == name)
 
 
-def load(path: str, overrides: Sequence[str] = ()):
-    """The `config` of a file, with command-line overrides typed by the config's own classes.
-
-    Returns a TrainConfig or a VAETrainConfig. Raises ValueError for a missing file, and for values
-    that the config's classes refuse;
-    overrides that tyro cannot read end the program with its message and exit code 2.
-    """
+def load(path: str) -> TrainConfig | VAETrainConfig:
+    """Return the `config` of a file. Raises ValueError for a missing file or value."""
     if not Path(path).is_file():
         raise ValueError(f"there is no config {path!r}; the ones that come with us are in configs/")
     sys.path.append(str(Path(path).resolve().parent.parent))  # configs import one another
@@ -227,35 +216,7 @@ def load(path: str, overrides: Sequence[str] = ()):
         sys.path.pop()
     if not isinstance(config, TrainConfig | VAETrainConfig):
         raise ValueError(f"{path} defines no `config = TrainConfig(...)` or `VAETrainConfig(...)`")
-    if not overrides:
-        return config
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                tyro.conf.AvoidSubcommands[type(config)],
-                default=config,
-                args=list(overrides),
-                prog=path,
-            )
-    except SystemExit as end:
-        if refused := _refusal(end):
-            raise refused from None
-        print(said.getvalue(), end="", file=sys.stderr)
-        raise
-
-
-def _refusal(end: SystemExit) -> ValueError | None:
-    """Return the error of a config's own check that made tyro end the program, if one did.
-
-    tyro draws a box around it; we say it in one line, as we do for a config file.
-    """
-    error: BaseException | None = end
-    while error := error.__context__:
-        calls = traceback.extract_tb(error.__traceback__)
-        if isinstance(error, ValueError) and any(call.name == "__post_init__" for call in calls):
-            return error
-    return None
+    return config
 
 
 _ROOMS = (VAETrainConfig, VAEStage, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)

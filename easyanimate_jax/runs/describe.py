@@ -1,4 +1,4 @@
-"""`train.py CONFIG --describe`: the whole schedule in numbers, without touching a device."""
+"""The whole schedule of a config in numbers, without touching a device (the verb `describe`)."""
 
 import dataclasses
 import math

@@ -22,7 +22,6 @@ from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.tasks import numbers, task_of
 from easyanimate_jax.generation.arrays import Given, as_rows, size_of
 from easyanimate_jax.generation.denoising import Sampling
-from easyanimate_jax.generation.options import ALONE, NEEDS, STARTS
 from easyanimate_jax.generation.pipelines import (
     choose,
     image_to_video,
@@ -30,7 +29,8 @@ from easyanimate_jax.generation.pipelines import (
     video_to_video,
 )
 from easyanimate_jax.generation.protocols import PromptEncoder
-from easyanimate_jax.generation.request import Request
+from easyanimate_jax.generation.request import ALONE, NEEDS, STARTS
+from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.prepare.prepare import fingerprint

@@ -14,7 +14,6 @@ import logging
 import string
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -27,61 +26,15 @@ from jaxtyping import Array, Float, Int
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from easyanimate_jax.facts import MAX_STEPS, SEEDS, check_fields
 from easyanimate_jax.text.bert import Bert, BertConfig, save_bert
 from easyanimate_jax.text.encode import token_ids
 from easyanimate_jax.text.t5 import T5, T5Config, save_t5
+from easyanimate_jax.text.train_config import TextTrainConfig
 
 logger = logging.getLogger(__name__)
 
 CHARACTERS = string.ascii_lowercase + string.digits + ".,;:!?'-"
 CHINESE = Regex("[\u4e00-\u9fff]")
-
-
-@dataclass(frozen=True)
-class TextTrainConfig:
-    """Sizes of both encoders and their training."""
-
-    width: int = 128
-    """Width of an encoder's states, a multiple of `heads`."""
-
-    layers: int = 2
-    """Blocks of an encoder."""
-
-    heads: int = 4
-    """Attention heads of a block."""
-
-    steps: int = 400
-    """Updates of an encoder."""
-
-    batch: int = 64
-    """Caption pairs in one update."""
-
-    learning_rate: float = 2e-3
-    """Highest learning rate; it rises over a tenth of the steps and falls as a cosine to 0."""
-
-    temperature: float = 0.1
-    """Number that similarities are divided by in the contrastive loss."""
-
-    seed: int = 0
-    """Seed of the weights and of the drawn pairs."""
-
-    def __post_init__(self):
-        check_fields(
-            self,
-            width="[1, inf)",
-            layers="[1, inf)",
-            heads="[1, inf)",
-            steps=f"[1, {MAX_STEPS}]",
-            batch="[1, inf)",
-            learning_rate="[0, inf)",
-            temperature="(0, inf)",
-            seed=SEEDS,
-        )
-        if self.width % self.heads:
-            raise ValueError(
-                f"TextTrainConfig.width is {self.width}; use a multiple of heads, {self.heads}"
-            )
 
 
 def read_captions(source: Path) -> list[tuple[str, ...]]:

@@ -1,0 +1,134 @@
+"""Samples of a run: requests beside its checkpoint, batch by batch, to numbered files."""
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from easyanimate_jax.generation import pipelines
+from easyanimate_jax.generation.denoising import Sampling, make_tables
+from easyanimate_jax.generation.guard import suspicion
+from easyanimate_jax.generation.inputs import complete, read_inputs
+from easyanimate_jax.generation.outputs import Origin, record, write
+from easyanimate_jax.generation.request import (
+    FILES,
+    SAMPLING,
+    Asked,
+    SampleRequest,
+    given,
+    option,
+)
+from easyanimate_jax.generation.rows import Request
+from easyanimate_jax.runs import load
+from easyanimate_jax.runs.config import from_json
+
+Say = Callable[[str], None]  # takes what works, and not as its user may think
+
+
+def examine(asked: Sequence[Asked], origin: Origin) -> list[Asked]:
+    """Return the requests, completed, with the number of evaluations of each.
+
+    Touches no device. Raises ValueError, with the line of the prompt file, for what the checkpoint
+    cannot do and for files that cannot be read.
+    """
+    process = from_json(json.dumps(origin.training["config"]["process"]))
+    found = []
+    for one in asked:
+        with one.named():
+            request = complete(one.request, origin.training, origin.checkpoint)
+            strength = 1.0 if request.strength is None else request.strength
+            tables = make_tables(process, sampling_of(request), strength)
+            read_inputs(request)  # tried now, read again when its turn comes: films are large
+        found.append(one._replace(request=request, evaluations=int(tables.count)))
+    return found
+
+
+def sampling_of(request: SampleRequest) -> Sampling:
+    """Return how the request is denoised."""
+    return Sampling(**{name: getattr(request, name) for name in SAMPLING})
+
+
+def make(
+    asked: Sequence[Asked],
+    origin: Origin,
+    output: Path,
+    *,
+    memory: str,
+    batch: int,
+    gif: bool,
+    say: Say,
+) -> Iterator[Path]:
+    """Load the run, sample and write; yield the path of each video or picture.
+
+    `memory` "low" holds one part of the run at a time, `batch` requests are made at once.
+    """
+    alone, int8 = memory == "low", origin.weights == "int8"
+    run = load.load_pipeline(origin.checkpoint, low_memory=alone, int8=int8)
+    if not alone:  # read now, for they count when it is asked what else fits
+        _ = run.diffusion.model, run.diffusion.vae
+    _warn(asked, run.encoder, say)
+    for rows in _batches(asked, batch):
+        began = time.perf_counter()
+        videos = generate(rows, run, say)
+        seconds = (time.perf_counter() - began) / len(rows)
+        for one, frames in zip(rows, videos, strict=True):
+            yield write(output, frames, record(one, origin, output, seconds), gif=gif)
+            if problem := suspicion(frames):
+                say(f"{one.where}{problem}")
+
+
+def generate(rows: Sequence[Asked], run, say: Say) -> UInt8[np.ndarray, "B F H W 3"]:
+    """Return the videos of requests of one shape, made at once."""
+    requests = [one.request for one in rows]
+    first = requests[0]
+    way, options, rounds = pipelines.way_of(first)
+    parts = [read_inputs(request) for request in requests]
+    inputs = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    # Shown from the first step on: before it stands what the programs take.
+    total = rounds * rows[0].evaluations
+    bar = tqdm(desc="denoising", unit="step", total=total, delay=1e-3)
+    request = Request(
+        run.encoder.encode([request.prompt for request in requests]),
+        run.encoder.encode([request.negative_prompt for request in requests]),
+        size=(first.frames, first.height, first.width),
+        seeds=[request.seed for request in requests],
+        sampling=sampling_of(first),
+        progress=lambda number: bar.update(),
+    )
+    with bar, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", RuntimeWarning)
+        videos = way(run.diffusion, request, **inputs, **options)
+        jax.effects_barrier()
+    for warning in told:
+        say(str(warning.message))
+    return videos
+
+
+def _warn(asked: Sequence[Asked], encoder, say: Say) -> None:
+    if asked and asked[0].request.sampler == "pndm":
+        say("pndm starts as if a little of the video were known; ddim fits better")
+    for one in asked:
+        for name in ("prompt", "negative_prompt"):
+            if encoder.is_cut(getattr(one.request, name)):
+                say(f"{one.where}--{option(name)} is too long, its end is not used")
+
+
+def _batches(asked: Sequence[Asked], size: int) -> Iterator[list[Asked]]:
+    """Yield neighbours of one shape, at most `size` at once."""
+
+    def shape_of(one: Asked):
+        r = one.request
+        names = tuple(name for name in (*FILES, "segment") if given(r, name))
+        return names, r.frames, r.height, r.width, r.strength, r.segment
+
+    for _, alike in groupby(asked, key=shape_of):
+        alike = list(alike)
+        for first in range(0, len(alike), size):
+            yield alike[first : first + size]
