@@ -141,7 +141,7 @@ def _reserve(folder: Path) -> tuple[str, Path]:
             part.touch(exist_ok=False)
         except FileExistsError:
             continue  # another command came first
-        if _taken(folder).count(int(stem)) == 1:
+        if _taken(folder).count(int(stem)) <= 1:  # a listing may be late
             return stem, part
         part.unlink()
 
