@@ -105,7 +105,8 @@ def write(
 
     Returns the path of the video, or of the picture where there is one frame.
     """
-    stem, part = _reserve(folder)
+    stem, lock = _reserve(folder)
+    part = lock.with_suffix(".part")
 
     def place(name: str, fill: Callable[[Path], None]) -> Path:
         fill(part)
@@ -128,21 +129,22 @@ def write(
         place(f"{stem}.json", lambda p: p.write_text(text, encoding="utf-8"))
     finally:
         part.unlink(missing_ok=True)
+        lock.unlink()
     return path
 
 
 def _reserve(folder: Path) -> tuple[str, Path]:
-    """Return the next free number and its temporary file, which keeps others from taking it."""
+    """Return the next free number and the file that keeps other commands from taking it."""
     while True:
         stem = f"{max(_taken(folder), default=0) + 1:08d}"
-        part = folder / f".{stem}.part"
+        lock = folder / f".{stem}.lock"
         try:
-            part.touch(exist_ok=False)
+            lock.touch(exist_ok=False)
         except FileExistsError:
             continue  # another command came first
-        if _taken(folder).count(int(stem)) == 1:
-            return stem, part
-        part.unlink()
+        if _taken(folder).count(int(stem)) <= 1:  # a listing may be late
+            return stem, lock
+        lock.unlink()
 
 
 def _taken(folder: Path) -> list[int]:
