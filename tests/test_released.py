@@ -107,8 +107,8 @@ def test_a_run_that_was_moved_finds_its_models_and_refuses_others(parts, tmp_pat
 
 @pytest.mark.parametrize("kind", CHANNELS)
 def test_diffusers_makes_our_video_from_a_control(kind, tmp_path, parts, monkeypatch):
-    """Side-stepped: the posterior's draw, and `encode_prompt`, which is called with an index that
-    it does not know."""
+    """Side-stepped: the posterior's draw; `encode_prompt`, which is called with an index that it
+    does not know; and `decode_latents`, which is not there: the two other pipelines decode so."""
     model = random_module(
         ea.MMDiT, with_fields(MODEL, depth=1, mmdit_depth=1, in_channels=CHANNELS[kind])
     )
@@ -118,6 +118,8 @@ def test_diffusers_makes_our_video_from_a_control(kind, tmp_path, parts, monkeyp
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, *a: self.mode())
     encode_prompt = pipe.encode_prompt
     pipe.encode_prompt = lambda text_encoder_index=0, **k: encode_prompt(**k)
+    scaling = pipe.vae.config.scaling_factor
+    pipe.decode_latents = lambda latents: pipe.vae.decode(latents / scaling).sample
     module = __import__(type(pipe).__module__, fromlist=["_"])
     monkeypatch.setattr(module, "randn_tensor", lambda *a, **k: noise_of(SEED))
 
