@@ -51,8 +51,8 @@ def to_signed(pixels):
 def to_bytes(video):
     """Return values in [-1, 1] as 8-bit pixels, for a NumPy or JAX array of any shape.
 
-    Values are clipped to the range, then truncated rather than rounded, as in the reference (spec
-    10.1). This is the inverse of `to_signed`.
+    This is the inverse of `to_signed`. Values are clipped to the range, then truncated rather than
+    rounded, as in the reference (spec 10.1).
     """
     return ((video / 2 + 0.5).clip(0, 1) * 255).astype("uint8")
 
