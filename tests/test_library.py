@@ -240,7 +240,7 @@ def test_a_mesh_that_does_not_divide_says_so(axes, rows, tokens, message):
     [
         ({"data": 4, "fsdp": 4}, "asks for 16 devices, and there are 8"),
         ({"data": 3}, "asks for 3 x fsdp devices, and there are 8"),
-        ({"tensor": 0}, "an axis has 1 device or more"),
+        ({"tensor": 0}, "MeshConfig.tensor is 0; use a whole number of 1 or more"),
     ],
 )
 def test_a_mesh_of_other_devices_names_the_numbers(axes, message):
