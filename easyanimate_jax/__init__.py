@@ -5,7 +5,7 @@
     pipeline = ea.load_pipeline("runs/demo/train")
     frames = pipeline("a red circle moves right slowly on a black background")
 
-A name is imported when it is first used, so that importing the package loads no JAX.
+The package imports each name at its first use, so `import easyanimate_jax` does not load JAX.
 """
 
 import importlib
@@ -79,7 +79,7 @@ _HOMES = {
     "weights.conversion": ("ConvertOptions", "convert"),
     "weights.folder": ("load_mmdit", "load_vae"),
 }
-_THERE = {"ConvertOptions": "Options"}  # other names there
+_THERE = {"ConvertOptions": "Options"}  # names that differ in their modules
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 

@@ -208,7 +208,7 @@ def arguments(rows=4, tokens=24, width=64):
         (0, jnp.zeros((24, 64)), r"tokens have shape \(24, 64\)"),
         (4, (jnp.zeros((4, 5, 24)),), r"reads 2 of .* widths \(24, 40\)"),
         (4, (jnp.zeros((4, 5, 24)), jnp.zeros((4, 7, 41))), r"41\)\], and the model reads 2"),
-        (3, jnp.zeros(3), r"'time': 3.* differ: give one for each video"),
+        (3, jnp.zeros(3), r"'time': 3.* differ: give one row for each video"),
         (2, jnp.zeros(1, int), r"'lengths': 1.* differ"),
     ],
 )
@@ -239,7 +239,7 @@ def test_a_mesh_that_does_not_divide_says_so(axes, rows, tokens, message):
     [
         ({"data": 4, "fsdp": 4}, "asks for 16 devices, and there are 8"),
         ({"data": 3}, "asks for 3 x fsdp devices, and there are 8"),
-        ({"tensor": 0}, "an axis has 1 device or more"),
+        ({"tensor": 0}, "MeshConfig.tensor is 0; use a whole number of 1 or more"),
     ],
 )
 def test_a_mesh_of_other_devices_names_the_numbers(axes, message):
@@ -267,7 +267,7 @@ def test_a_vae_is_called_for_a_reconstruction(pipeline):
     [
         (lambda vae: vae(jnp.zeros((1, 5, 16, 16, 4))), "shape .1, 5, 16, 16, 4.: the VAE reads"),
         (lambda vae: vae.encode(jnp.zeros((5, 16, 16, 3))), "the VAE reads floats"),
-        (lambda vae: vae.chunked_encode(jnp.zeros((1, 5, 16, 16, 3), jnp.uint8)), "of uint8"),
+        (lambda vae: vae.chunked_encode(jnp.zeros((1, 5, 16, 16, 3), jnp.uint8)), "dtype uint8"),
         (lambda vae: vae.encode(jnp.zeros((1, 5, 20, 16, 3))), "20 x 16 pixels: both must be"),
         (lambda vae: vae.decode(jnp.zeros((1, 2, 2, 2, 4))), "latents of shape .1, 2, 2, 2, 4."),
         (lambda vae: vae.chunked_decode(jnp.zeros((1, 0, 2, 2, 16))), "the VAE decodes .rows"),

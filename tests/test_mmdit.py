@@ -346,7 +346,7 @@ def test_refusals_name_the_repair():
         dataclasses.replace(TINY, head_width=40)
     with pytest.raises(ValueError, match="takes names of"):
         dataclasses.replace(TINY, save=("atention",))
-    with pytest.raises(ValueError, match="no name stands in both"):
+    with pytest.raises(ValueError, match="use each name in only one of them"):
         dataclasses.replace(TINY, save=("mlp",), offload=("mlp",))
     with pytest.raises(ValueError, match="mmdit_depth=4 of depth=2"):
         dataclasses.replace(TINY, mmdit_depth=4)

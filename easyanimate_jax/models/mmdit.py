@@ -1,10 +1,10 @@
-"""The multimodal diffusion transformer: text and video tokens, own weights, one attention.
+"""The multimodal diffusion transformer: text and video tokens, own weights, joint attention.
 
-Follows section 2 of the specification. The 7B models share weights between the modalities in
-their upper blocks; the 12B models never do. The transformer knows tokens, a grid and a length;
-`patchify` and `unpatchify` lead there from latent videos and back.
+Follows section 2 of the specification. The 7B models share weights between text and video in
+their upper blocks; the 12B models do not. The transformer reads tokens, a grid and lengths.
+`patchify` converts latent videos to tokens, and `unpatchify` converts them back.
 
-E: width of the time embedding.
+Letters beyond the legend: E, the width of the time embedding.
 """
 
 from dataclasses import dataclass
@@ -28,20 +28,20 @@ Text = Float[Array, "B L D"]
 Gate = Float[Array, "B 1 D"]
 Time = Float[Array, "B E"]
 
-QK_NORM_EPS = 1e-6  # spec 2.4: not the config's norm_eps
+QK_NORM_EPS = 1e-6  # independent of the config's norm_eps (spec 2.4)
 TEXT_NORM_EPS = 1e-6
 STREAM = ("batch", "tokens", None)
 
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """The size of a transformer, and what it computes in; spec 1.1 has the released sizes."""
+    """Sizes, dtype and memory choices of a transformer; spec 1.1 has the released sizes."""
 
     depth: int
     """Number of blocks."""
 
     mmdit_depth: int
-    """Number of first blocks that have weights of their own for text; the rest share theirs."""
+    """Number of first blocks with separate weights for text; the others share the video's."""
 
     heads: int
     """Number of attention heads; the model width is `heads` times `head_width`."""
@@ -50,16 +50,16 @@ class MMDiTConfig:
     """Width of the states of each text encoder."""
 
     text_norm: bool
-    """Normalise text states before their projection: V5.1 does, V5 does not (spec 1.1)."""
+    """Normalise text states before their projection, as V5.1 does; V5 does not (spec 1.1)."""
 
     round_time: bool
-    """Round the timestep to `dtype`, as released weights expect it (spec 2.9)."""
+    """Round the timestep to `dtype`, as released weights expect (spec 2.9)."""
 
     head_width: int = 64
     """Width of one attention head, a multiple of 16."""
 
     in_channels: int = LATENT_CHANNELS
-    """Input channels of a latent pixel: the noisy ones and those of the task (spec 0)."""
+    """Number of input channels: the noisy latents and the condition of the task (spec 0)."""
 
     time_width: int = 512
     """Width of the time embedding (spec 2.2)."""
@@ -68,14 +68,14 @@ class MMDiTConfig:
     """Number added to the variance in the blocks' LayerNorms (spec 1.1)."""
 
     dtype: DTypes = "bfloat16"
-    """Type that the network computes in; training keeps its weights in float32."""
+    """Dtype of the computation; training stores the weights in float32."""
 
     save: tuple[str, ...] = ("attention",)
-    """Activations of a block, of `ACTIVATIONS`, that stay in device memory for the backward pass;
-    those in neither `save` nor `offload` are computed again."""
+    """Names of `ACTIVATIONS` that stay in device memory for the backward pass; those in neither
+    `save` nor `offload` are computed again."""
 
     offload: tuple[str, ...] = ()
-    """Activations of a block, of `ACTIVATIONS`, that wait in host memory for the backward pass."""
+    """Names of `ACTIVATIONS` that wait in host memory for the backward pass."""
 
     def __post_init__(self):
         check_fields(
@@ -97,22 +97,23 @@ class MMDiTConfig:
         if self.mmdit_depth > self.depth:
             raise ValueError(
                 f"MMDiTConfig: mmdit_depth={self.mmdit_depth} of depth={self.depth}: "
-                f"it counts the first blocks of the stack; use 0 to {self.depth}."
+                f"the first `mmdit_depth` of all blocks have text weights; use 0 to {self.depth}."
             )
         unknown = set(self.save + self.offload) - set(ACTIVATIONS)
         if unknown or set(self.save) & set(self.offload):
             raise ValueError(
                 f"MMDiTConfig: save={self.save} and offload={self.offload}: each takes names of "
-                f"{tuple(ACTIVATIONS)}, and no name stands in both."
+                f"{tuple(ACTIVATIONS)}; use each name in only one of them."
             )
 
     @property
     def width(self) -> int:
+        """Return the model width D."""
         return self.heads * self.head_width
 
 
 class AdaLN(nnx.Module):
-    """One LayerNorm for both streams, with shift, scale and gate of each from the time."""
+    """One LayerNorm for both streams; the time gives each its own shift, scale and gate."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.dtype = config.dtype
@@ -127,7 +128,7 @@ class AdaLN(nnx.Module):
 
 
 def modulation(config: MMDiTConfig, parts: int, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """From the time to `parts` vectors of the model width. Zero at first, as in DiT."""
+    """Return the layer from the time to `parts` vectors of width D; zero at first, as in DiT."""
     return linear(
         config.time_width,
         parts * config.width,
@@ -139,11 +140,12 @@ def modulation(config: MMDiTConfig, parts: int, *, rngs: nnx.Rngs) -> nnx.Linear
 
 
 def split_modulation(x: Float[Array, "B parts_D"], parts: int) -> Float[Array, "parts B 1 D"]:
+    """Split the result of `modulation` into vectors that broadcast over tokens."""
     return rearrange(x, "B (parts D) -> parts B 1 D", parts=parts)
 
 
 class QKVO(nnx.Module):
-    """The four projections around an attention, and the norms of queries and keys."""
+    """The four projections of an attention, and the norms of queries and keys (spec 2.4)."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         D, K, dtype = config.width, config.head_width, config.dtype
@@ -156,6 +158,7 @@ class QKVO(nnx.Module):
         self.k_norm = layer_norm(K, eps=QK_NORM_EPS, rngs=rngs)
 
     def qkv(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S heads K"], ...]:
+        """Return normalised queries, normalised keys and values."""
         q, k, v = (
             rearrange(f(x), "B S (heads K) -> B S heads K", K=self.head_width)
             for f in (self.q, self.k, self.v)
@@ -163,6 +166,7 @@ class QKVO(nnx.Module):
         return self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype), v
 
     def project(self, x: Float[Array, "B S heads K"]) -> Float[Array, "B S D"]:
+        """Join the heads and apply the output projection."""
         return name(self.out(rearrange(x, "B S heads K -> B S (heads K)")), "attention out")
 
 
@@ -176,7 +180,7 @@ def attend(
     num_text: int,
     axis: str | None,
 ) -> tuple[Video, Text]:
-    """Video and text attend to [text, video]; only video is rotated."""
+    """Let video and text attend to [text, video]; only video has rotary positions."""
     q, k, v = video_weights.qkv(video)
     q, k, v = (name(x, "qkv") for x in (rotate(q, angles), rotate(k, angles), v))
     t_q, t_k, t_v = text_weights.qkv(text)
@@ -187,6 +191,8 @@ def attend(
 
 
 class MLP(nnx.Module):
+    """Two dense layers with a tanh-approximated GELU; the hidden width is 4 D."""
+
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         D, dtype = config.width, config.dtype
         self.up = linear(D, 4 * D, ("embed", "mlp"), dtype=dtype, rngs=rngs)
@@ -198,7 +204,7 @@ class MLP(nnx.Module):
 
 
 class Stream(nnx.Module):
-    """What a modality owns in a block."""
+    """The weights of one modality in a block."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.attention = QKVO(config, rngs=rngs)
@@ -206,6 +212,8 @@ class Stream(nnx.Module):
 
 
 class MMDiTBlock(nnx.Module):
+    """Joint attention and an MLP, each after an AdaLN and added with a gate (spec 2.3)."""
+
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.norm1 = AdaLN(config, rngs=rngs)
         self.norm2 = AdaLN(config, rngs=rngs)
@@ -223,7 +231,7 @@ class MMDiTBlock(nnx.Module):
         num_text: int,
         axis: str | None,
     ) -> tuple[Video, Text]:
-        """With `axis` on a device's part of the tokens; `num_text` are the text's in all."""
+        """Return both streams; with `axis`, of a device's tokens. `num_text` counts all text."""
         v, t, v_gate, t_gate = self.norm1(video, text, time)
         weights = self.video.attention, self.text.attention
         v, t = attend(*weights, v, t, angles, lengths, num_text, axis)
@@ -235,7 +243,7 @@ class MMDiTBlock(nnx.Module):
 
 
 class SharedBlock(MMDiTBlock):
-    """A block that sends text through the weights of the video."""
+    """A block that processes text with the weights of the video."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.norm1 = AdaLN(config, rngs=rngs)
@@ -244,11 +252,12 @@ class SharedBlock(MMDiTBlock):
 
     @property
     def text(self) -> Stream:
+        """Return the weights of the video."""
         return self.video
 
 
 class TimeEmbedding(nnx.Module):
-    """Sinusoid and a two-layer MLP; the SiLU that every consumer applies first is included."""
+    """A sinusoid and a two-layer MLP, then the SiLU that all its consumers would apply first."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.width, self.dtype, self.round_time = config.width, config.dtype, config.round_time
@@ -258,14 +267,14 @@ class TimeEmbedding(nnx.Module):
 
     def __call__(self, time: Float[Array, "B"]) -> Time:
         if self.round_time:
-            # The reference casts the timestep to the latents' dtype; released weights expect it.
+            # The reference casts the timestep to the dtype of the latents.
             time = time.astype(self.dtype)
         x = sinusoid(time, self.width).astype(self.dtype)
         return jax.nn.silu(self.down(jax.nn.silu(self.up(x))))
 
 
 class TextProjection(nnx.Module):
-    """From the width of one text encoder to the model's."""
+    """The projection from the width of one text encoder to the model width."""
 
     def __init__(self, config: MMDiTConfig, text_width: int, *, rngs: nnx.Rngs):
         self.dtype = config.dtype
@@ -281,7 +290,7 @@ class TextProjection(nnx.Module):
 
 
 class Output(nnx.Module):
-    """Two LayerNorms back to back, the second modulated (shift first), and the patch values."""
+    """Two LayerNorms, the second modulated (shift first), and the projection to patches."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.dtype = config.dtype
@@ -298,13 +307,14 @@ class Output(nnx.Module):
         )
 
     def modulated(self, video: Video, time: Time) -> Video:
+        """Return the input of the projection."""
         shift, scale = split_modulation(self.modulation(time), 2)
         video = self.norm(self.final_norm(video).astype(self.dtype)).astype(self.dtype)
         return video * (1 + scale) + shift
 
 
 class MMDiT(nnx.Module):
-    """The transformer of one config; weights are float32, and it computes in `config.dtype`."""
+    """The transformer of one config: float32 weights, computation in `config.dtype`."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -335,13 +345,13 @@ class MMDiT(nnx.Module):
         time: Float[Array, "B"],
         texts: tuple[Float[Array, "B _ _"], ...],
     ) -> Float[Array, "B N out"]:
-        """Return the prediction for every token, in the compute dtype.
+        """Return the prediction for every token, in `config.dtype`.
 
-        `tokens` are those of `patchify`, `in` = 4 x in_channels wide, padded at the end to N;
-        `grid` holds the latent frames, token rows and columns of each row, `lengths` the number of
-        its real tokens: the ones past it influence nothing else. `time` is 0 to 1000. `texts` are
-        the states of each text encoder. Raises ValueError for shapes that do not fit the config or
-        the current mesh.
+        `tokens` come from `patchify`; each has 4 x in_channels values, and padding at the end makes
+        N of them. For each row, `grid` gives the latent frames, token rows and token columns, and
+        `lengths` the number of real tokens; padded tokens do not influence others. `time` is 0 to
+        1000. `texts` are the states of each text encoder. Raises ValueError for shapes that do not
+        fit the config or the current mesh.
         """
         video, text, time = self.embed(tokens, time, texts)
         check_rows(tokens=tokens, grid=grid, lengths=lengths)
@@ -394,7 +404,7 @@ class MMDiT(nnx.Module):
         """Return the input of the last layer, `output.linear`."""
         config, mesh = self.config, jax.sharding.get_abstract_mesh()
         axis, num_text = token_axis(mesh, video.shape[0]), text.shape[1]
-        if axis is not None:  # whole parts of the text too
+        if axis is not None:  # devices also hold equal parts of the text
             text = jnp.pad(text, ((0, 0), (0, -num_text % mesh.shape[axis]), (0, 0)))
         angles = rotary_angles(grid, video.shape[1], config.head_width)
 
@@ -424,21 +434,14 @@ class MMDiT(nnx.Module):
 
 
 def patchify(latents: Float[Array, "B T h w C"]) -> Float[Array, "B N patch_C"]:
-    """Tokens in (t, y, x) order; inside a token the channel is slowest."""
+    """Return tokens in (t, y, x) order; inside a token the channel varies slowest."""
     return rearrange(latents, "B T (gh ph) (gw pw) C -> B (T gh gw) (C ph pw)", ph=PATCH, pw=PATCH)
 
 
 def unpatchify(
     tokens: Float[Array, "B N patch_C"], grid: tuple[int, int, int]
 ) -> Float[Array, "B T h w C"]:
-    """The inverse of `patchify`, for tokens without padding."""
+    """Return the latents of tokens without padding: the inverse of `patchify`."""
     T, gh, gw = grid
-    return rearrange(
-        tokens,
-        "B (T gh gw) (C ph pw) -> B T (gh ph) (gw pw) C",
-        T=T,
-        gh=gh,
-        gw=gw,
-        ph=PATCH,
-        pw=PATCH,
-    )
+    split = "B (T gh gw) (C ph pw) -> B T (gh ph) (gw pw) C"
+    return rearrange(tokens, split, T=T, gh=gh, gw=gw, ph=PATCH, pw=PATCH)

@@ -7,31 +7,31 @@ from easyanimate_jax.facts import MAX_STEPS, SEEDS, check_fields
 
 @dataclass(frozen=True)
 class TextTrainConfig:
-    """Sizes of both encoders and their training."""
+    """Sizes and training of both encoders."""
 
     width: int = 128
     """Width of an encoder's states, a multiple of `heads`."""
 
     layers: int = 2
-    """Blocks of an encoder."""
+    """Number of blocks in an encoder."""
 
     heads: int = 4
-    """Attention heads of a block."""
+    """Number of attention heads in a block."""
 
     steps: int = 400
-    """Updates of an encoder."""
+    """Training steps of each encoder."""
 
     batch: int = 64
-    """Caption pairs in one update."""
+    """Caption pairs in a training step."""
 
     learning_rate: float = 2e-3
-    """Highest learning rate; it rises over a tenth of the steps and falls as a cosine to 0."""
+    """Highest learning rate; it rises for a tenth of the steps and falls along a cosine to 0."""
 
     temperature: float = 0.1
-    """Number that similarities are divided by in the contrastive loss."""
+    """Divisor of the similarities in the contrastive loss."""
 
     seed: int = 0
-    """Seed of the weights and of the drawn pairs."""
+    """Seed of the initial weights and of the random pairs."""
 
     def __post_init__(self):
         check_fields(
