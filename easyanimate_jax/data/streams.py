@@ -87,7 +87,7 @@ class Film:
         yield from self._decoded(None, last)
 
     def _decoded(self, key: tuple[int, int] | None, last: int):
-        """Yield the displayed frames from this key frame on, or from the beginning if it is None."""
+        """Yield the displayed frames from this key frame on; None begins at the first frame."""
         stamps, exact = self.timeline.stamps, self.timeline.exact
         with self._opened() as (container, stream):
             begin = 0
