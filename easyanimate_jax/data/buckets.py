@@ -183,7 +183,7 @@ class Budget:
         return max(self.frames, TIME_FACTOR + 1)
 
     def describe(self) -> list[tuple[Shape, int, int]]:
-        """Return (shape, tokens, compiled length) of every resolution, for clips of any duration."""
+        """Return (shape, tokens, compiled length) of every resolution, for long enough clips."""
         shapes = {
             shape
             for size in self.sizes

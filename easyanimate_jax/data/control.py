@@ -100,7 +100,7 @@ def lines(video: Video) -> Video:
 
 
 def line_art(video: Video) -> Video:
-    """Return white lines where a pixel is darker than its surroundings: a difference of Gaussians."""
+    """Return white lines where a pixel is darker than around it: a difference of Gaussians."""
 
     def art(grey):
         grey = grey.astype(np.float32) / 255

@@ -1,13 +1,10 @@
 """Decode files in separate processes, with limits of processor time and memory.
 
-A damaged or hostile file may crash or hang a decoder, or make it use too much memory. It then kills
-a worker, not the run: the caller gets a `ValueError` with the reason, and the next file a new
-worker. Requests and answers are a line of JSON and raw bytes, so an answer cannot run code here. A
-worker whose parent has ended reads the end of its input and exits.
-
-The time limit grows with the pixels to decode and counts the worker's own processor time, so a file
-gives the same result on a busy machine. A worker that uses no processor time is stuck, and is
-killed.
+A damaged or hostile file can only kill a worker, not the run: the caller gets a `ValueError` with
+the reason, and the next file a new worker. Requests and answers are a line of JSON and raw bytes,
+so an answer cannot run code. The time limit grows with the pixels to decode and counts processor
+time, so a busy machine gives the same result. A worker that uses no processor time is killed as
+stuck; one whose parent has ended exits.
 
     python -m easyanimate_jax.data.decode SECONDS BYTES     one worker, on stdin and stdout
 """

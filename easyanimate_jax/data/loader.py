@@ -74,7 +74,7 @@ class Pages:
             if sys.platform == "linux":
                 pages.madvise(mmap.MADV_HUGEPAGE)
         array = np.frombuffer(pages, dtype)
-        weakref.finalize(array, free.append, pages).atexit = False  # when its last view is gone
+        weakref.finalize(array, free.append, pages).atexit = False  # runs after the last view
         return array.reshape(shape)
 
 

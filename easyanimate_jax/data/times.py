@@ -74,7 +74,7 @@ class Timeline(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Return the average frames per second from the first to the last stamp; 0 for one frame."""
+        """Return the average frames per second from first to last stamp; 0 for one frame."""
         span = int(self.stamps[-1] - self.stamps[0]) * self.unit
         return float((len(self.stamps) - 1) / span) if span else 0.0
 

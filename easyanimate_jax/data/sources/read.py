@@ -116,10 +116,10 @@ def _mixture(path: Path) -> tuple[list[Clip], list[Problem]]:
 
 
 def table(source: str | Path) -> dict[str, np.ndarray]:
-    """Return the clips of a source as columns: clip, kind, frames, fps, height, width, quality,
-    word.
+    """Return the clips of a source as columns.
 
-    A parquet table that `prepare` wrote is read as it is, without opening any clip's file.
+    They are clip, kind, frames, fps, height, width, quality and word. A parquet table that
+    `prepare` wrote is read as it is, without opening any clip's file.
     """
     if clip_table.is_table(source):
         columns = clip_table.sizes(source)

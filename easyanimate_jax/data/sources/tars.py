@@ -83,7 +83,7 @@ def _refused(member: tarfile.TarInfo, suffix: str) -> str:
     except ValueError as error:
         return str(error)
     most = MAX_BYTES if suffix in MEDIA else MAX_TEXT
-    return f"{member.size:,} bytes; at most {most:,} are read" if member.size > most else ""
+    return f"has {member.size:,} bytes; use at most {most:,}" if member.size > most else ""
 
 
 def _captions(texts: dict[str, bytes]) -> list:
