@@ -306,7 +306,7 @@ MALFORMED = {
     "header is no UTF-8": (spoil_header(b'{"\xff\xfe": 1}'), "its header is no JSON"),
     "header is nested": (spoil_header(b"[" * 50_000), "its header is no JSON"),
     "header is a list": (spoil_header([1, 2]), "its header is a list"),
-    "name twice in a header": (spoil_header(TWICE), "a stands twice in the header"),
+    "name twice in a header": (spoil_header(TWICE), "a is in the header more than once"),
     "no offsets": (
         spoil_header({"a": {"dtype": "F32", "shape": [2]}}),
         "a has no dtype, shape and data_offsets",
@@ -357,7 +357,7 @@ MALFORMED = {
     ),
     "index names what is not there": (
         spoil_shards(lambda f, i: i["weight_map"].update(ghost=i["weight_map"]["proj.bias"])),
-        "looks for ghost in .* and it is not in that file",
+        "names .* for ghost, and it is not in that file",
     ),
     "index swaps shards": (spoil_shards(move_in_index), "and it is not in that file"),
     "tensor in two shards": (spoil_shards(another_shard), r"is in model-\S+ and in model-"),
@@ -480,9 +480,9 @@ def places(tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "out", "--to", "jax"], "there is no nowhere"),
-        (["model", "full", "--to", "jax"], "full is there already"),
-        (["model", "out", "--to", "flax"], "invalid choice 'flax'"),
+        (["nowhere", "out", "--to", "jax"], "nowhere does not exist"),
+        (["model", "full", "--to", "jax"], "full already exists"),
+        (["model", "out", "--to", "flax"], "invalid choice: 'flax'"),
         (["model", "out"], "--to"),
         (["model", "out", "--to", "jax", "--dtype", "int8"], "invalid choice 'int8'"),
         (["model", "out", "--to", "jax", "--only", "vae"], "wanted a AutoencoderKLMagvit"),

@@ -1,7 +1,7 @@
-"""High dynamic range (PQ and HLG, ITU-R BT.2100) to the range of ordinary video.
+"""Map high dynamic range video (PQ and HLG, ITU-R BT.2100) to standard dynamic range.
 
-The white of a page, 203 cd/m2 by BT.2408, becomes 255, and what is brighter is cut there. Colours
-go from the primaries of BT.2020 to those of BT.709, and light to levels by the 2.4 of BT.1886.
+Reference white, 203 cd/m2 by BT.2408, maps to 255; brighter values are clipped. Colours are
+converted from BT.2020 to BT.709 primaries, and light to levels by the 2.4 gamma of BT.1886.
 """
 
 import functools
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8, UInt16
 
 PQ, HLG = 16, 18  # FFmpeg's numbers of the transfer characteristics
-BT709, UNKNOWN, BT2020 = 1, 2, 9  # and of the primaries
+BT709, UNKNOWN, BT2020 = 1, 2, 9  # FFmpeg's numbers of the primaries
 WHITE = 203.0  # cd/m2
 HLG_PEAK, HLG_GAMMA = 1000.0, 1.2
 LUMA = np.array([0.2627, 0.6780, 0.0593], np.float32)  # of BT.2020
@@ -23,11 +23,11 @@ TO_BT709 = np.array(
 def to_sdr(
     rgb: UInt16[np.ndarray, "H W 3"], transfer: int, primaries: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Return the levels that an ordinary display needs. Raises ValueError for other primaries."""
+    """Return 8-bit BT.709 levels of a 16-bit frame. Raises ValueError for unsupported primaries."""
     if primaries not in (BT709, UNKNOWN, BT2020):
         raise ValueError(f"is HDR with primaries {primaries}; only BT.2020 and BT.709 are mapped")
     light = _light(transfer)[rgb]
-    if transfer == HLG:  # the display's gamma works on the luminance
+    if transfer == HLG:  # the display's gamma applies to the luminance
         light *= (light @ LUMA)[..., None] ** np.float32(HLG_GAMMA - 1) * (HLG_PEAK / WHITE)
     if primaries != BT709:
         light = light @ TO_BT709.T
@@ -36,7 +36,7 @@ def to_sdr(
 
 @functools.cache
 def _light(transfer: int) -> np.ndarray:
-    """The light of every level: of PQ in whites, of HLG the scene's from 0 to 1."""
+    """Return the light of every level: of PQ relative to reference white, of HLG from 0 to 1."""
     x = np.arange(65536) / 65535
     if transfer == PQ:
         m1, m2, c1, c2, c3 = 2610 / 16384, 2523 / 32, 3424 / 4096, 2413 / 128, 2392 / 128

@@ -1,11 +1,10 @@
-"""Video and picture files: open safely, decode, resize, write.
+"""Video and picture files: open them safely, decode, resize, write.
 
-FFmpeg takes a path for a URL or a script, so files are opened here, recognised by their first
-bytes, and handed over as file objects. Headers are checked before anything is decoded, and
-decoded frames are counted: a damaged file is a `ValueError` that names it, never a short clip.
-The rules are those of data/times.py (which frame is shown when), data/shown.py (how it looks) and
-data/pictures.py. Files of strangers are decoded in processes of their own, see
-data/decode.py.
+FFmpeg interprets some paths as URLs or scripts, so this module opens files itself, recognises them
+by their first bytes, and passes file objects to FFmpeg. Headers are checked before anything is
+decoded, and decoded frames are counted: a damaged file raises a `ValueError` that names it, and
+never gives a short clip. The rules are in data/times.py (which frame is shown when), data/shown.py
+(how it looks) and data/pictures.py. data/decode.py decodes untrusted files in separate processes.
 """
 
 import io
@@ -38,8 +37,8 @@ from easyanimate_jax.data.streams import Allow, free, open_film
 from easyanimate_jax.data.times import Timeline
 from easyanimate_jax.facts import FPS
 
-MAX_PIXELS = 2**29  # of one clip in memory: 1.6 GB
-MAX_BYTES = 2**30  # of a file inside an archive
+MAX_PIXELS = 2**29  # pixels of one clip in memory: 1.6 GB
+MAX_BYTES = 2**30  # bytes of a file inside an archive
 MAGIC = (  # (offset, bytes, FFmpeg demuxer, or "image" for Pillow)
     (4, b"ftyp", "mov"),
     (4, b"moov", "mov"),
@@ -55,16 +54,16 @@ MAGIC = (  # (offset, bytes, FFmpeg demuxer, or "image" for Pillow)
     (0, b"MM\0*", "image"),
     (8, b"WEBP", "image"),
 )
-PACKETS = ((0, 188), (4, 192))  # of an MPEG transport stream: where one begins, and its bytes
-HEAD = 2 * 192 + 8  # bytes that tell what a file is
-BT709 = 1  # FFmpeg's number of matrix, primaries and transfer alike
-LIMITED = 1  # and of the range from 16 to 235
+PACKETS = ((0, 188), (4, 192))  # MPEG transport streams: offset and bytes of a packet
+HEAD = 2 * 192 + 8  # bytes that identify the format of a file
+BT709 = 1  # FFmpeg's number of BT.709's matrix, primaries and transfer
+LIMITED = 1  # FFmpeg's number of the range from 16 to 235
 
 Frames = UInt8[np.ndarray, "F H W 3"]
 
 
 class Member(NamedTuple):
-    """A file that is a part of another one, such as a tar's: read in place, never extracted."""
+    """A file inside another one, such as a tar; it is read in place, never extracted."""
 
     archive: Path
     offset: int
@@ -75,34 +74,38 @@ class Member(NamedTuple):
         return f"{self.archive}:{self.name}"
 
     def read(self) -> bytes:
+        """Return the bytes. Raises ValueError if the file is too large or incomplete."""
         if self.size > MAX_BYTES:
-            raise ValueError(f"{self} has {self.size:,} bytes; at most {MAX_BYTES:,} are read")
+            raise ValueError(f"{self} has {self.size:,} bytes; use at most {MAX_BYTES:,}")
         with open_regular(self.archive) as file:
             file.seek(self.offset)
             content = file.read(self.size)
         if len(content) < self.size:
-            raise ValueError(f"{self}: {len(content):,} of {self.size:,} bytes are there")
+            raise ValueError(
+                f"{self}: only {len(content):,} of {self.size:,} bytes exist; replace the archive"
+            )
         return content
 
 
 class Example(NamedTuple):
-    """A file that is a field of an example of an open data set."""
+    """A file that is a field of an example in a TFDS data set."""
 
-    examples: object  # by index, dicts of fields
+    examples: object  # indexable; an example is a dict of fields
     index: int
     field: str
     name: str
-    folder: Path  # of the data set
+    folder: Path  # folder of the data set
 
     def __str__(self) -> str:
         return f"example {self.index}:{self.name}"
 
     def read(self) -> bytes:
+        """Return the bytes."""
         return self.examples[self.index][self.field]
 
 
 class Content(NamedTuple):
-    """A file whose bytes are here."""
+    """A file whose bytes are in memory."""
 
     content: bytes
     name: str
@@ -111,6 +114,7 @@ class Content(NamedTuple):
         return self.name
 
     def read(self) -> bytes:
+        """Return the bytes."""
         return self.content
 
 
@@ -118,22 +122,28 @@ File = Path | Member | Example | Content
 
 
 class Probe(NamedTuple):
-    """What the packets say; `height` and `width` are as shown, turned and with square pixels."""
+    """The properties of a file as its packets and header state them.
+
+    `height` and `width` are as displayed: after rotation, with square pixels.
+    """
 
     kind: str  # "video" or "image"
-    num_frames: int  # that can be shown
+    num_frames: int  # frames that are shown
     height: int
     width: int
-    fps: float  # on average from the first frame to the last; 0 for images
+    fps: float  # average from the first frame to the last; 0 for images
 
     @property
     def seconds(self) -> float:
-        """From the first frame's time stamp to the last one's."""
+        """Return the seconds from the first frame's time stamp to the last one's."""
         return (self.num_frames - 1) / self.fps if self.fps else 0.0
 
 
 def probe(path: File) -> Probe:
-    """Kind, frame count, size and rate of a file; decodes at most one frame."""
+    """Return kind, frame count, size and rate of a file; at most one frame is decoded.
+
+    Raises ValueError, naming the file, if it cannot be read.
+    """
     with _open(path) as (file, demuxer):
         if demuxer == "image":
             with open_picture(path, file) as image:
@@ -154,10 +164,10 @@ def read_clip(
     size: tuple[int, int] | None = None,
     allow: Allow = free,
 ) -> Frames:
-    """Frames number start, start + stride, ... of a video; all `count` of them, or a `ValueError`.
+    """Return the frames start, start + stride, ... of a video; raise ValueError if any is missing.
 
-    With a `size` (height, width), each is resized and cropped as it comes, as by `resize_crop`.
-    `allow` is told how many pixels are going to be decoded.
+    With a `size` (height, width), each frame is resized and cropped as by `resize_crop`. `allow` is
+    called with the number of pixels about to be decoded.
     """
 
     def choose(timeline: Timeline) -> np.ndarray:
@@ -182,10 +192,10 @@ def read_at(
     end: int | None = None,
     allow: Allow = free,
 ) -> Frames:
-    """`count` frames at `FPS` a second, the first shown `start` seconds after frame `first`.
+    """Return `count` frames at `FPS` per second, from `start` seconds after frame `first` on.
 
-    None is shown later than frame `end` - 1, else it is a `ValueError`; `size` and `allow` are as
-    of `read_clip`.
+    Raises ValueError if a frame would be shown later than frame `end` - 1. `size` and `allow` are
+    those of `read_clip`.
     """
     return _read(path, lambda line: line.at(start, count, first, end), size, None, allow)
 
@@ -196,7 +206,7 @@ def read_frames(
     side: int,
     allow: Allow = free,
 ) -> Frames:
-    """The frames of a video at the ascending `indices`, in one pass, at most `side` pixels long."""
+    """Return the frames at the ascending `indices`, at most `side` pixels long, in one pass."""
 
     def choose(timeline: Timeline) -> np.ndarray:
         if indices[-1] >= len(timeline.stamps):
@@ -207,13 +217,16 @@ def read_frames(
 
 
 def read_seconds(path: File) -> list[float]:
-    """When each frame of a video is shown, in seconds after the first."""
+    """Return the time of each frame of a video, in seconds after the first."""
     with _open(path) as (file, demuxer), open_film(path, file, demuxer) as film:
         return film.timeline.seconds.tolist()
 
 
 def read_image(path: File, mask: bool = False) -> Picture:
-    """A picture as RGB by the rules of data/pictures.py; of a `mask` its alpha channel, if any."""
+    """Return a picture as RGB by the rules of data/pictures.py.
+
+    For a `mask` with an alpha channel, return that channel as grey. Raises ValueError for a video.
+    """
     with _open(path) as (file, demuxer):
         if demuxer == "image":
             with open_picture(path, file) as image:
@@ -223,9 +236,9 @@ def read_image(path: File, mask: bool = False) -> Picture:
 
 
 def _read(path: File, choose: Callable, size, side: int | None, allow: Allow) -> Frames:
-    """The frames whose ascending numbers `choose` takes of the timeline; equal ones are repeated.
+    """Return the frames whose ascending numbers `choose(timeline)` returns; they may repeat.
 
-    Each is cut to `size`, or scaled to at most `side` pixels.
+    Each frame is cropped to `size`, or scaled to at most `side` pixels.
     """
     done, clip = 0, None
     with _open(path) as (file, demuxer), open_film(path, file, demuxer, allow) as film:
@@ -244,7 +257,7 @@ def _read(path: File, choose: Callable, size, side: int | None, allow: Allow) ->
                 _check_memory(path, len(numbers), *picture.shape[:2])
                 clip = np.empty((len(numbers), *picture.shape), np.uint8)
             if picture.shape != clip.shape[1:]:
-                raise ValueError(f"{path}: frames change their size; encode it anew")
+                raise ValueError(f"{path}: frames change their size; encode it again")
             same = int(np.searchsorted(numbers, number, side="right"))
             clip[done:same], done = picture, same
             if done == len(numbers):
@@ -273,16 +286,17 @@ def resize_crop(
 def write_video(
     path: Path, frames: Frames, fps: float | int = FPS, crf: int = 18, comment: str = ""
 ) -> None:
-    """H.264 in yuv420p by BT.709, tagged so; `crf` 0 is best, 51 worst.
+    """Write H.264 in yuv420p, tagged as BT.709; `crf` 0 is best, 51 worst.
 
-    The header comes first, so that a browser plays it while it loads. A `comment` lies in the
-    file's metadata. Equal frames give equal bytes: x264's macroblock tree is off, with which the
-    bytes differed from call to call (seen up to 320 x 240 pixels).
+    The header comes first, so that a browser plays the file while it loads. `comment` is stored in
+    the metadata. Equal frames give equal bytes; for this, x264's macroblock tree is off, because it
+    made the bytes vary between calls (seen up to 320 x 240 pixels). Raises ValueError for odd
+    sizes.
     """
     count, height, width, _ = frames.shape
     if height % 2 or width % 2:
         raise ValueError(f"{path}: {height}x{width} frames cannot be yuv420p; use even sizes")
-    # FFmpeg's `faststart` opens the file again by its name; room for the header needs no name.
+    # FFmpeg's `faststart` reopens the file by its name. Reserving room for the header does not.
     room = {"moov_size": str(4096 + 32 * count + 4 * len(comment.encode()))}
     with open(path, "wb") as file, av.open(file, "w", format="mp4", options=room) as container:
         if comment:
@@ -309,11 +323,12 @@ def write_video(
 
 
 def write_png(path: Path, picture: Picture) -> None:
+    """Write a picture as PNG, whatever the suffix of `path`."""
     Image.fromarray(picture).save(path, format="PNG")
 
 
 def write_gif(path: Path, frames: Frames, fps: float | int = FPS) -> None:
-    """An endless animation; GIF knows 256 colours, and hundredths of a second."""
+    """Write an endless animation; GIF supports 256 colours and stamps in units of 10 ms."""
     first, *rest = (Image.fromarray(frame) for frame in frames)
     stamps = np.rint(np.arange(len(frames) + 1) * 100 / fps) * 10
     lasts = np.diff(stamps).astype(int).tolist()
@@ -323,14 +338,14 @@ def write_gif(path: Path, frames: Frames, fps: float | int = FPS) -> None:
 def contact_sheet(
     videos: UInt8[np.ndarray, "B F H W 3"], columns: int = 8
 ) -> UInt8[np.ndarray, "_ _ 3"]:
-    """One row per video: up to `columns` of its frames, first and last among them."""
+    """Return one row per video: up to `columns` of its frames, including the first and the last."""
     picks = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
     return rearrange(videos[:, picks], "B F H W C -> (B H) (F W) C")
 
 
 @contextmanager
 def _open(path: File) -> Iterator[tuple[BinaryIO, str]]:
-    """The open file and its demuxer, told from its first bytes and never from its name."""
+    """Yield the open file and its demuxer, from its first bytes and never from its name."""
     with _bytes(path) as file:
         head = file.read(HEAD)
         file.seek(0)
@@ -353,7 +368,10 @@ def _kind(path: File, head: bytes, file: BinaryIO) -> str:
 
 
 def _is_mjpeg(file: BinaryIO) -> bool:
-    """Whether JPEGs follow each other; in a photo with a second view, its header says so."""
+    """Return True if several JPEGs follow each other.
+
+    A photo with a second view says so in its header, and is not a film.
+    """
     content = file.read()
     file.seek(0)
     return b"\xff\xd9\xff\xd8\xff" in content and b"MPF\0" not in content[: 2**16]

@@ -1,10 +1,10 @@
-"""Any picture becomes RGB in eight bits, by rules that are stated here and nowhere else.
+"""Convert any picture to 8-bit RGB, by these rules.
 
-turned         as EXIF says
-large          scaled down to `MAX_SIDE`, from at most `MOST_SIDE` pixels a side
-grey           16 bits are scaled; floats are from 0 to 1, or refused
-transparent    laid on white; of a mask the alpha channel is the mask
-colours        palettes are looked up; a profile (Display P3, a press) is converted to sRGB
+orientation    follow the EXIF tag
+large          scale down to `MAX_SIDE`; refuse more than `MOST_SIDE` pixels a side
+grey           scale 16 bits; floats must be from 0 to 1
+transparent    blend with white; for a mask, the alpha channel is the mask
+colours        look up palettes; convert profiles (Display P3, CMYK) to sRGB
 several        an animation is a film, see `Animation`
 """
 
@@ -20,47 +20,47 @@ from PIL import Image, ImageCms, ImageOps, features
 
 from easyanimate_jax.data.times import Timeline
 
-MAX_SIDE = 4096  # pixels a side of what is handed on
-MOST_SIDE = 12_000  # pixels a side of what is read
-BACKGROUND = (255, 255, 255, 255)  # what shows through where a picture is transparent
-SHORTEST, REPLACED = 10.0, 100.0  # ms; browsers show such short frames of an animation as long
+MAX_SIDE = 4096  # pixels a side of the result
+MOST_SIDE = 12_000  # pixels a side of the file
+BACKGROUND = (255, 255, 255, 255)  # RGBA behind transparent pixels
+SHORTEST, REPLACED = 10.0, 100.0  # ms; like browsers, show frames of up to 10 ms for 100 ms
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", *(("AVIF",) if features.check("avif") else ()))
-ANIMATED = ("PNG", "WEBP", "GIF", "AVIF")  # a JPEG of several holds a depth map or a gain map
+ANIMATED = ("PNG", "WEBP", "GIF", "AVIF")  # further images of a JPEG are depth or gain maps
 
 Picture = UInt8[np.ndarray, "H W 3"]
 
 
 def open_picture(name: object, file) -> Image.Image:
-    """Open without decoding. Raises ValueError that says `name` for what cannot be read."""
+    """Open a picture without decoding it. Raises ValueError, naming `name`, if it is unreadable."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # bounded here
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
             image = Image.open(file, formats=FORMATS)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{name}: not a readable picture ({error})") from error
     if max(image.size) > MOST_SIDE:
         raise ValueError(
-            f"{name} is {image.height}x{image.width}; at most {MOST_SIDE} pixels a side are read"
+            f"{name} is {image.height}x{image.width}; use at most {MOST_SIDE} pixels a side"
         )
     if image.format == "TIFF" and image.n_frames > 1:
-        raise ValueError(f"{name} holds {image.n_frames} pages; save one as a file of its own")
+        raise ValueError(f"{name} holds {image.n_frames} pages; save one page as its own file")
     return image
 
 
 def is_animated(image: Image.Image) -> bool:
-    """Return whether the open file is a film rather than a picture."""
+    """Return True if the open file is an animation."""
     return image.format in ANIMATED and getattr(image, "n_frames", 1) > 1
 
 
 def size_of(image: Image.Image) -> tuple[int, int]:
-    """Return the height and width that `to_rgb` gives, from the header."""
+    """Return the (height, width) of the result of `to_rgb`, from the header."""
     turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations with a quarter turn
     width, height = image.size[::-1] if turned else image.size
     return fit_side(height, width, MAX_SIDE)
 
 
 def fit_side(height: int, width: int, side: int) -> tuple[int, int]:
-    """Return the size scaled so that its longer side is at most `side`."""
+    """Return (height, width) scaled so that the longer side has at most `side` pixels."""
     scale = min(1.0, side / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
 
@@ -77,16 +77,16 @@ def fill(
 
 
 def cover(h: int, w: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """Return what (h, w) is scaled to, to cover (height, width), and the corner of the crop."""
+    """Return the scaled size of (h, w) that covers (height, width), and the corner of the crop."""
     tall = height * w > width * h
     rows, columns = (height, w * height // h) if tall else (h * width // w, width)
     return rows, columns, round((rows - height) / 2), round((columns - width) / 2)
 
 
 def to_rgb(name: object, image: Image.Image, mask: bool = False) -> Picture:
-    """Return the picture as RGB; of a `mask` the alpha channel, where it has one, as grey.
+    """Return the picture as RGB. For a `mask` with an alpha channel, return that channel as grey.
 
-    Raises ValueError that says `name` for what does not decode or has no stated meaning.
+    Raises ValueError, naming `name`, if the picture does not decode or its levels are undefined.
     """
     try:
         image = _upright(image)
@@ -107,13 +107,13 @@ def to_rgb(name: object, image: Image.Image, mask: bool = False) -> Picture:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Decode, scale down and turn."""
+    """Decode a picture, scale it down and rotate it as EXIF says."""
     size = fit_side(image.height, image.width, MAX_SIDE)[::-1]
     if size != image.size:
         if image.format == "JPEG":
-            image.draft(None, size)  # decodes at a half, a quarter or an eighth
+            image.draft(None, size)  # decodes at 1/2, 1/4 or 1/8 of the size
         info = image.info
-        if image.mode in ("1", "P", "PA"):  # neither has levels in between
+        if image.mode in ("1", "P", "PA"):  # these modes cannot represent interpolated levels
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         if image.mode.startswith("I;"):
             image = image.convert("I")
@@ -123,7 +123,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(name: object, image: Image.Image) -> Image.Image:
-    """The levels of a grey picture of more than eight bits."""
+    """Return a grey picture of more than 8 bits as 8 bits."""
     levels = np.asarray(image)
     low, high = levels.min(), levels.max()
     most = 1.0 if image.mode == "F" else 65535
@@ -146,17 +146,17 @@ def _srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             if "sRGB" not in ImageCms.getProfileDescription(given):
                 srgb = ImageCms.createProfile("sRGB")
                 return ImageCms.profileToProfile(image, given, srgb, outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError):  # a damaged profile says nothing
+        except (ImageCms.PyCMSError, OSError):  # a damaged profile is ignored
             pass
     return image.convert("RGB")
 
 
 class Animation:
-    """A GIF, APNG, animated WebP or AVIF, as a film."""
+    """A GIF, APNG, animated WebP or AVIF, with the interface of a film."""
 
     def __init__(self, name: object, image: Image.Image):
         self.name, self.image = name, image
-        self.skipped = int(bool(image.info.get("default_image")))  # an APNG's still is no frame
+        self.skipped = int(bool(image.info.get("default_image")))  # the still image of an APNG
         tick = Fraction(1, 100) if image.format == "GIF" else Fraction(1, 1_000_000)
         stamps, time = [], 0.0
         for number in range(self.skipped, image.n_frames):
@@ -169,7 +169,7 @@ class Animation:
         )
 
     def walk(self, first: int, last: int) -> Iterator[tuple[int, tuple[int, int], Callable]]:
-        """Yield number, size and RGB, cut to a size, of every frame up to `last`."""
+        """Yield (number, size, function that returns RGB) of every frame up to `last`."""
         for number in range(last + 1):
             self._seek(number + self.skipped)
             yield number, size_of(self.image), self._draw
@@ -187,9 +187,9 @@ class Animation:
 
 
 def picture_kind(name: Path | object, head: bytes) -> str | None:
-    """Return "image" for the first bytes of an AVIF, None for those of a film in mp4 or mov.
+    """Return "image" for the first bytes of an AVIF, None for those of an mp4 or mov film.
 
-    HEIC has no free decoder here. Raises ValueError that calls it by its name.
+    Raises ValueError for HEIC, and for AVIF if Pillow has no decoder for it.
     """
     brands = {head[8:12]} | {head[i : i + 4] for i in range(16, len(head) - 3, 4)}
     if brands & {b"avif", b"avis"}:

@@ -1,4 +1,4 @@
-"""A decoded frame as a player shows it: display matrix, pixel aspect, transparency and light."""
+"""Render a decoded frame as a player shows it: orientation, pixel aspect, transparency, HDR."""
 
 from fractions import Fraction
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from av.video.reformatter import Interpolation, VideoReformatter
 from easyanimate_jax.data import hdr
 from easyanimate_jax.data.pictures import BACKGROUND, Picture, cover
 
-# Of FFmpeg's scaler: bilinear with antialias like `resize_crop`, and chroma for every pixel. Its
-# defaults are a little faster, and more than a level too dark.
+# Flags of FFmpeg's scaler: bilinear with antialias like `resize_crop`, and full-resolution chroma.
+# FFmpeg's defaults are slightly faster, but their result is more than 1 level of 255 too dark.
 SCALING = (
     Interpolation.BILINEAR
     | Interpolation.ACCURATE_RND
@@ -19,26 +19,27 @@ SCALING = (
     | Interpolation.FULL_CHR_H_INT
     | Interpolation.FULL_CHR_H_INP
 )
-ROUND = 0.02  # of a matrix's entries: a turn by a degree is no turn by a quarter
+ROUND = 0.02  # relative tolerance of matrix entries: about 1 degree of rotation
 
 
 class Look(NamedTuple):
-    """How coded frames are shown: first scaled to `coded` pixels, then turned, then mirrored."""
+    """The display geometry: scale frames to `coded` pixels, then transpose, then mirror."""
 
-    coded: tuple[int, int]  # height and width, after the pixel aspect
+    coded: tuple[int, int]  # height and width, corrected for the pixel aspect
     turned: bool  # rows become columns
-    mirrored: tuple[bool, bool]  # up and down, left and right: after the turn
+    mirrored: tuple[bool, bool]  # vertically, horizontally: after the transposition
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width as shown."""
+        """Return the displayed (height, width)."""
         return self.coded[::-1] if self.turned else self.coded
 
 
 def look_of(frame: av.VideoFrame, aspect: Fraction | None) -> Look:
-    """Return how a frame of pixels `aspect` times as wide as high is shown: its rows are kept.
+    """Return the display geometry of a frame; a pixel is `aspect` times as wide as it is high.
 
-    Raises ValueError for a turn that is not by quarters.
+    The pixel aspect changes the width, never the height. Raises ValueError for a rotation other
+    than by multiples of 90 degrees.
     """
     coded = frame.height, max(1, round(frame.width * float(aspect or 1)))
     data = frame.side_data.get("DISPLAYMATRIX")
@@ -50,7 +51,7 @@ def look_of(frame: av.VideoFrame, aspect: Fraction | None) -> Look:
     crossed = max(abs(a), abs(d)) <= ROUND * largest
     across, along = (c, b) if crossed else (a, d)
     if not largest or straight == crossed or not across or not along:
-        raise ValueError("is turned by a matrix that is no quarter turn or mirror; encode it anew")
+        raise ValueError("is turned by a matrix that is no quarter turn or mirror; encode it again")
     return Look(coded, crossed, (along < 0, across < 0))
 
 
@@ -80,7 +81,7 @@ def _rgb(scaler: VideoReformatter, frame: av.VideoFrame, h: int, w: int) -> Pict
 
 
 def _pixels(scaler, frame, h: int, w: int, layout: str) -> np.ndarray:
-    """A view of the scaler's output."""
+    """Return a view of the scaler's output."""
     plane = scaler.reformat(frame, w, h, layout, interpolation=SCALING, threads=1).planes[0]
     number, kind = (4 if layout == "rgba" else 3), np.dtype("<u2" if "48" in layout else "u1")
     strides = (plane.line_size, number * kind.itemsize, kind.itemsize)

@@ -1,7 +1,7 @@
-"""Films in open files: the container's first video stream, or the frames of an animation.
+"""Videos in open files: the container's first video stream, or the frames of an animation.
 
 A film has a `timeline` and a `walk` over its frames. Reading begins at the key frame before the
-first frame wanted; frames keep their numbers, which are told from their time stamps.
+first wanted frame. Frames keep their numbers, which are derived from their time stamps.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,8 +22,8 @@ CODECS = {
     *("mpeg4", "prores", "vp8", "vp9"),
 }
 
-Draw = Callable[[tuple[int, int] | None], Picture]  # a frame as RGB, cut to a size
-Allow = Callable[[int], None]  # told how many more pixels are going to be decoded
+Draw = Callable[[tuple[int, int] | None], Picture]  # return a frame as RGB, cropped to a size
+Allow = Callable[[int], None]  # called with the number of pixels about to be decoded
 
 
 def free(pixels: int) -> None:
@@ -34,7 +34,7 @@ def free(pixels: int) -> None:
 def open_film(
     path: object, file: BinaryIO, demuxer: str, allow: Allow = free
 ) -> Iterator["Animation | Film"]:
-    """The film in an open file; FFmpeg's errors become `ValueError`s."""
+    """Yield the film in an open file; FFmpeg's errors are raised as ValueError."""
     if demuxer == "image":
         with open_picture(path, file) as image:
             if not is_animated(image):
@@ -49,7 +49,10 @@ def open_film(
 
 
 class Film:
-    """The first video stream of a file: its timeline, and its frames from a key frame on."""
+    """The first video stream of a file: its timeline, and its frames from a key frame on.
+
+    Raises ValueError for a file without a readable video stream.
+    """
 
     def __init__(self, path: object, file: BinaryIO, demuxer: str, allow: Allow):
         self.path, self.file, self.demuxer, self.allow = path, file, demuxer, allow
@@ -60,14 +63,15 @@ class Film:
             with self._opened() as (container, stream):
                 timeline = read_timeline(container, stream)
         if timeline is None:
-            with self._opened():  # raises where the reason is the stream
+            with self._opened():  # raises its own error if the stream is the reason
                 raise ValueError(f"{path}: no frame could be decoded; replace the file")
         self.timeline = timeline
 
     def walk(self, first: int, last: int) -> Iterator[tuple[int, tuple[int, int], Draw]]:
-        """Yield number, shown size and RGB of frames from `first` or before to `last` or after.
+        """Yield (number, displayed size, function that returns RGB) of frames `first` to `last`.
 
-        A seek that does not bring a sound frame before `first` is not trusted.
+        It may begin before `first` and end after `last`. If a seek does not lead to an intact frame
+        at or before `first`, reading restarts at the beginning.
         """
         key = self.timeline.key_before(first)
         if key is not None:
@@ -83,7 +87,7 @@ class Film:
         yield from self._decoded(None, last)
 
     def _decoded(self, key: tuple[int, int] | None, last: int):
-        """The shown frames from this key frame on, or from the beginning."""
+        """Yield the displayed frames from this key frame on; None begins at the first frame."""
         stamps, exact = self.timeline.stamps, self.timeline.exact
         with self._opened() as (container, stream):
             begin = 0
@@ -92,13 +96,13 @@ class Film:
                 container.seek(key[1], stream=stream)
             self.allow((last - begin + 1) * stream.height * stream.width)
             for number, frame in enumerate(container.decode(stream)):
-                check_size(self.path, frame.height, frame.width)  # it may change on the way
+                check_size(self.path, frame.height, frame.width)  # it may change in the stream
                 if exact:
                     number = int(np.searchsorted(stamps, frame.pts or 0))
                     shown = number < len(stamps) and stamps[number] == frame.pts
                     if not shown or number < begin:
                         continue
-                if frame.is_corrupt:  # the decoder made something up
+                if frame.is_corrupt:  # the decoder invented parts of it
                     raise ValueError(f"{self.path}: frame {number} is damaged; replace the file")
                 look = self._look(stream, frame)
                 yield number, look.size, partial(render, self.scaler, frame, look)
@@ -113,7 +117,7 @@ class Film:
 
     @contextmanager
     def _opened(self) -> Iterator[tuple]:
-        """The container at its beginning and its first video stream."""
+        """Yield the container at its beginning and its first video stream."""
         self.file.seek(0)
         with av.open(self.file, format=self.demuxer) as container:
             if not container.streams.video:
@@ -121,12 +125,13 @@ class Film:
             stream = container.streams.video[0]
             name = stream.codec_context.name
             if name not in CODECS:
-                raise ValueError(f"{self.path} is coded as {name}; read are {sorted(CODECS)}")
+                raise ValueError(f"{self.path} has codec {name}; use one of {sorted(CODECS)}")
             check_size(self.path, stream.height, stream.width)
-            stream.codec_context.thread_count = 1  # the others would idle, at a stack each
+            stream.codec_context.thread_count = 1  # more threads would idle and cost memory
             yield container, stream
 
 
 def check_size(path: object, height: int, width: int) -> None:
+    """Raise ValueError unless both sides have 1 to `MAX_SIDE` pixels."""
     if not 0 < max(height, width) <= MAX_SIDE:
-        raise ValueError(f"{path} is {height}x{width}; at most {MAX_SIDE} pixels a side are read")
+        raise ValueError(f"{path} is {height}x{width}; use at most {MAX_SIDE} pixels a side")

@@ -1,10 +1,10 @@
-"""Which frame of a film is shown when: films are read by time stamps, never by counting frames.
+"""Map times to frames: videos are read by time stamps, never by counting frames.
 
-The rule for clips, films, masks and controls alike: at time t the last frame is shown whose stamp
-is at most t, give or take the rounding of stamps (`Timeline.tolerance`). Stamps come from the
-packets, without decoding: of mp4 and mov from the header alone, so a long film costs little.
-Frames that cannot be shown have no place here: what an edit list cuts off, hidden frames of VP8,
-pictures before the first key frame.
+One rule holds for clips, films, masks and controls: the frame shown at time t is the last one whose
+stamp is at most t, within the rounding of stamps (`Timeline.tolerance`). Stamps are read from
+packets without decoding; for mp4 and mov the header suffices, so a long film is cheap. Frames that
+are never shown are excluded: frames cut by an edit list, hidden VP8 frames, and frames before the
+first key frame.
 """
 
 import io
@@ -18,8 +18,8 @@ from jaxtyping import Float, Int64
 
 from easyanimate_jax.facts import FPS
 
-MARGIN = 0.001  # seconds; containers round stamps, Matroska and FLV to this
-COARSE = 0.005  # seconds; a GIF's clock ticks in twice this
+MARGIN = 0.001  # seconds; Matroska and FLV round stamps to multiples of this
+COARSE = 0.005  # seconds; half a tick of a GIF's clock
 
 Seconds = Float[np.ndarray, " F"]
 
@@ -27,23 +27,26 @@ Seconds = Float[np.ndarray, " F"]
 def shown_at(stamps: Seconds, targets: Float[np.ndarray, " n"], tolerance: float) -> np.ndarray:
     """Return the number of the frame shown at each target: the last with stamp <= target.
 
-    `stamps` ascend; a stamp up to `tolerance` seconds after its target counts as shown. -1 stands
-    for a target before the first frame.
+    `stamps` are ascending, in seconds. A stamp up to `tolerance` seconds after its target still
+    counts. The result is -1 for a target before the first frame.
     """
     return np.searchsorted(stamps, targets + (tolerance + 1e-9), side="right") - 1
 
 
 def frames_in(seconds: float | np.ndarray) -> np.ndarray | np.int64:
-    """Return the frames at `FPS` a second of a film, `seconds` from its first to its last stamp."""
+    """Return the number of frames, at `FPS` per second, of a film that lasts `seconds`.
+
+    `seconds` is the time from its first to its last stamp.
+    """
     return np.floor(np.asarray(seconds) * FPS + FPS * MARGIN).astype(np.int64) + 1
 
 
 def clip_frames(
     num_frames: np.ndarray | int, fps: np.ndarray | float, reference_rate: bool
 ) -> np.ndarray | np.int64:
-    """Return how many training frames each clip offers; `fps` is its average rate, 0 of pictures.
+    """Return how many training frames each clip offers; `fps` is its average rate, 0 for pictures.
 
-    With `reference_rate` every `stride_of(fps)`-th frame is one, as in the reference.
+    With `reference_rate`, every `stride_of(fps)`-th frame counts, as in the reference.
     """
     num_frames, fps = np.asarray(num_frames, np.int64), np.asarray(fps, np.float64)
     if reference_rate:
@@ -52,41 +55,41 @@ def clip_frames(
 
 
 def stride_of(fps: float | np.ndarray) -> np.ndarray | np.int64:
-    """Return every how many frames the reference takes one for `FPS` a second (spec 6.6)."""
+    """Return the frame stride that the reference uses to approximate `FPS` (spec 6.6)."""
     return np.maximum(1, np.round(np.asarray(fps) / FPS)).astype(np.int64)
 
 
 class Timeline(NamedTuple):
-    """The stamps of a film's shown frames."""
+    """The time stamps of the frames that a film shows."""
 
     stamps: Int64[np.ndarray, " F"]  # ascending, in units of `unit`
     unit: Fraction  # seconds
-    keys: Int64[np.ndarray, "K 2"]  # of the key frames: stamp, ascending, and where to seek to
-    exact: bool  # decoded frames carry these stamps; else they only come in this order
+    keys: Int64[np.ndarray, "K 2"]  # key frames: stamp, ascending, and the seek target
+    exact: bool  # True: decoded frames have these stamps; False: only their order is known
 
     @property
     def seconds(self) -> Seconds:
-        """The stamps in seconds, the first frame at 0."""
+        """Return the stamps in seconds; the first frame is at 0."""
         return (self.stamps - self.stamps[0]) * float(self.unit)
 
     @property
     def rate(self) -> float:
-        """The average number of frames a second between the first and the last stamp; 0 for one."""
+        """Return the average frames per second from first to last stamp; 0 for one frame."""
         span = int(self.stamps[-1] - self.stamps[0]) * self.unit
         return float((len(self.stamps) - 1) / span) if span else 0.0
 
     @property
     def tolerance(self) -> float:
-        """Half a tick of the film's clock, but at least `MARGIN` and at most `COARSE` seconds."""
+        """Return half a tick of the film's clock, limited to `MARGIN` to `COARSE` seconds."""
         return min(max(float(self.unit) / 2, MARGIN), COARSE)
 
     def at(
         self, start: float | int, count: int, first: int = 0, end: int | None = None
     ) -> np.ndarray:
-        """Return the numbers of `count` frames at `FPS` a second.
+        """Return the numbers of `count` frames at `FPS` per second.
 
-        The first is taken `start` seconds after frame `first`. Raises ValueError where the span up
-        to frame `end` is shorter than that.
+        The first is shown `start` seconds after frame `first`. Raises ValueError if the film from
+        there to frame `end` is too short.
         """
         seconds, end = self.seconds, len(self.stamps) if end is None else end
         if not 0 <= first < end <= len(seconds):
@@ -101,16 +104,20 @@ class Timeline(NamedTuple):
         return shown_at(seconds, targets, self.tolerance)
 
     def key_before(self, number: int) -> tuple[int, int] | None:
-        """Return stamp and place of the last key frame up to `number`; None is the beginning."""
+        """Return (stamp, seek target) of the last key frame at or before frame `number`.
+
+        None stands for the beginning of the file.
+        """
         place = int(np.searchsorted(self.keys[:, 0], self.stamps[number], side="right")) - 1
         return tuple(self.keys[place].tolist()) if self.exact and place > 0 else None
 
 
 def read_timeline(container, stream) -> Timeline | None:
-    """Read the stamps of all packets of a video stream, from its beginning; None without a frame.
+    """Return the timeline of a video stream, from all of its packets; None if it has no frame.
 
-    A packet is a frame. Pictures before the first key frame refer to others that are not there.
-    Transport streams are sought by the time of decoding, all others by that of showing.
+    The stream must be at its beginning. One packet is one frame. Frames before the first key frame
+    are skipped, because they refer to missing frames. Seek targets are decoding times in transport
+    streams and presentation times in all other formats.
     """
     by_decoding = container.format.name == "mpegts"
     hides = stream.codec_context.name == "vp8"
@@ -137,10 +144,10 @@ def read_timeline(container, stream) -> Timeline | None:
 
 
 class HeadersOnly:
-    """An mp4 or mov file whose media data read as zeros, so that a pass over it reads headers.
+    """An mp4 or mov file whose media data read as zeros, so that a pass over it reads only headers.
 
-    Data that are cut off read as zeros too: the header's frames are counted, and reading the file
-    itself then says that they do not decode.
+    A truncated file also reads as zeros after its end. The frames of its header are then counted,
+    and decoding the file itself reports the missing ones.
     """
 
     def __init__(self, file: BinaryIO):
@@ -163,6 +170,7 @@ class HeadersOnly:
         self.size = max([self.size, *(end for _, end in self.blanks)])
 
     def read(self, count: int = -1) -> bytes:
+        """Read as a binary file does; media data are zeros."""
         place, count = self.place, self.size if count < 0 else count
         for first, end in self.blanks:
             if first <= place < end:
@@ -177,16 +185,18 @@ class HeadersOnly:
         return content
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move to a position as a binary file does."""
         self.place = offset + (0, self.place, self.size)[whence]
         return self.place
 
     def tell(self) -> int:
+        """Return the position."""
         return self.place
 
 
 def header_timeline(file: BinaryIO) -> Timeline | None:
-    """Read the stamps of the first video stream of an mp4 or mov file from its headers."""
-    options = {"fflags": "noparse+nofillin"}  # parsers would look at the frames
+    """Return the timeline of the first video stream of an mp4 or mov file, from its headers."""
+    options = {"fflags": "noparse+nofillin"}  # parsers would read the frames
     with av.open(HeadersOnly(file), format="mov", container_options=options) as container:
         if not container.streams.video:
             return None

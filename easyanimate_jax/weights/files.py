@@ -1,8 +1,8 @@
-"""Safetensors files, read and written here: a header of names, then the bytes of every tensor.
+"""Read and write safetensors files: a header of names, then the bytes of every tensor.
 
-Reading trusts nothing. What is wrong with a file, an index or a folder is added to `problems`, one
-sentence each that names the file and the tensor, so that a user sees everything at once. Nothing is
-mapped into memory: a tensor is read with plain reads of the boxes asked for.
+Reading trusts nothing. Each fault of a file, an index or a folder is added to `problems` as one
+sentence that names the file and the tensor, so that the user sees all faults at once. Files are not
+mapped into memory: plain reads fetch the boxes of a tensor that are asked for.
 """
 
 import ctypes
@@ -41,31 +41,32 @@ DTYPES = {
 }
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # the format's own limit
-# Bytes that are read at a time. A stack is cut anywhere between its layers; rows of a matrix can be
-# columns in the file it comes from, so one layer of the 12B in float32 stays whole.
+# Bytes that are read at a time. A stack can be cut between any two layers. Rows of a matrix can be
+# columns in the source file, so one matrix of the 12B model in float32 is read whole.
 PIECE, MATRIX = 2**22, 2**28
-STRIP = 2**22  # bytes that are transposed and written at a time; malloc then uses its pages again
-SHARD = 5 * 10**9  # bytes of a file, as transformers and diffusers cut them
+STRIP = 2**22  # bytes that are transposed and written at a time; malloc then reuses its pages
+SHARD = 5 * 10**9  # bytes of a file, the default of transformers and diffusers
 
 
 class Memory:
-    """For what is read: large pieces are used again once no array looks at them, `most` are kept.
+    """Buffers for reading: a large buffer is reused once no array refers to it.
 
-    The system clears every new page before a read fills it, which takes longer than the read.
+    At most `most` free buffers are kept. The system zeroes every new page before a read fills it,
+    which takes longer than the read itself.
     """
 
     def __init__(self, most: int = 2):
         self.free, self.most = [], most
 
     def take(self, size: int) -> np.ndarray:
-        """(size,) uint8, of any values."""
+        """Return uninitialised memory, (size,) uint8."""
         if size < PIECE:
             return np.empty(size, np.uint8)
         fitting = [i for i, owner in enumerate(self.free) if owner.nbytes >= size]
         if self.free and not fitting:
             self.free.pop()
         owner = self.free.pop(fitting[0]) if fitting else np.empty(size, np.uint8)
-        # Views of views hold the last object that is no array, through a memoryview: this one.
+        # A view of a view refers to the last object that is not an array: this holder.
         holder = (ctypes.c_ubyte * size).from_buffer(owner)
         weakref.finalize(holder, self._give_back, owner).atexit = False
         return np.frombuffer(holder, np.uint8)
@@ -76,7 +77,10 @@ class Memory:
 
 
 def open_file(path: Path, problems: list[str], memory: Memory | None = None) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, in the order of its header; read into `memory`."""
+    """Return the tensors of one safetensors file, in the order of its header.
+
+    Values are read into `memory`. Faults are added to `problems`, one line each.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -87,7 +91,7 @@ def open_file(path: Path, problems: list[str], memory: Memory | None = None) -> 
         if len(start) < 8 or length > min(size - 8, LONGEST_HEADER):
             problems.append(
                 f"{path} has {size} bytes and its header should have {length}: it is no "
-                f"safetensors file, or a part of one; download it again"
+                f"safetensors file, or an incomplete one; download it again"
             )
             return {}
         header = file.read(length)
@@ -106,7 +110,7 @@ def open_file(path: Path, problems: list[str], memory: Memory | None = None) -> 
     if not isinstance(entries, dict):
         problems.append(f"{path}: its header is a {type(entries).__name__}, not a table of tensors")
         return {}
-    problems += [f"{path}: {name} stands twice in the header" for name in repeated]
+    problems += [f"{path}: {name} is in the header more than once" for name in repeated]
 
     tensors, ranges = {}, []
     for name, entry in entries.items():
@@ -127,7 +131,7 @@ def open_file(path: Path, problems: list[str], memory: Memory | None = None) -> 
 
 
 def _fault(entry) -> str | None:
-    """What is wrong with one tensor's line of a header."""
+    """Return the fault of one tensor's entry in a header, or None."""
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
@@ -136,7 +140,7 @@ def _fault(entry) -> str | None:
     if not isinstance(code, str) or code not in DTYPES:
         return f"has dtype {code!r}; known are {', '.join(DTYPES)}"
     if not whole:
-        return f"has shape {shape} at {begin}..{end}: only whole numbers from 0 on can be"
+        return f"has shape {shape} at {begin}..{end}: only whole numbers from 0 on are allowed"
     size = math.prod(shape) * np.dtype(DTYPES[code]).itemsize
     if end - begin != size:
         return f"of shape {shape} and dtype {code} needs {size} bytes and has {end - begin}"
@@ -144,7 +148,7 @@ def _fault(entry) -> str | None:
 
 
 def _layout_faults(ranges: Sequence[tuple[int, int, str]], there: int) -> list[str]:
-    """Where tensors overlap, leave holes, or reach past the end of the file."""
+    """Return one line for each overlap, hole, or tensor that ends after the end of the file."""
     faults, position = [], 0
     for begin, end, name in ranges:
         if begin < position:
@@ -155,8 +159,8 @@ def _layout_faults(ranges: Sequence[tuple[int, int, str]], there: int) -> list[s
     if position > there:
         lost = [name for _, end, name in ranges if end > there]
         faults.append(
-            f"{position - there} bytes are not there: the file is half-downloaded, from {lost[0]} "
-            f"on; download it again"
+            f"{position - there} bytes are not there: the file is half-downloaded and ends in "
+            f"{lost[0]}; download it again"
         )
     elif position < there:
         faults.append(f"{there - position} bytes at the end belong to no tensor")
@@ -167,7 +171,7 @@ def _from_file(
     path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, memory: Memory | None
 ) -> Tensor:
     def read(box: Box) -> np.ndarray:
-        # Down to the first dimension of more than one entry everything is one run of bytes.
+        # The box is one run of bytes up to the first dimension with more than one entry.
         begin, axis = 0, 0
         while axis < len(shape) and box[axis].stop - box[axis].start == 1:
             begin += box[axis].start * math.prod(shape[axis + 1 :])
@@ -188,7 +192,10 @@ def _from_file(
 
 
 def open_index(path: Path, problems: list[str], memory: Memory | None = None) -> dict[str, Tensor]:
-    """The tensors of a sharded model, by its `*.safetensors.index.json`; read into `memory`."""
+    """Return the tensors of a sharded model, from its `*.safetensors.index.json`.
+
+    Values are read into `memory`. Faults are added to `problems`, one line each.
+    """
     folder = path.parent
     try:
         names = json.loads(path.read_text("utf-8"))["weight_map"]
@@ -213,7 +220,7 @@ def open_index(path: Path, problems: list[str], memory: Memory | None = None) ->
                 problems.append(f"{name} is in {file} and not in {path.name}")
             owner[name] = file
         problems += [
-            f"{path.name} looks for {name} in {file}, and it is not in that file"
+            f"{path.name} names {file} for {name}, and it is not in that file"
             for name, place in places.items()
             if place == file and name not in found
         ]
@@ -226,7 +233,10 @@ def open_index(path: Path, problems: list[str], memory: Memory | None = None) ->
 def open_weights(
     path: Path, problems: list[str], allow_pickle: bool = False, memory: Memory | None = None
 ) -> dict[str, Tensor]:
-    """The tensors of a file, or of the one model that lies in a folder; read into `memory`."""
+    """Return the tensors of a file, or of the only model in a folder; values go to `memory`.
+
+    Faults are added to `problems`, one line each.
+    """
     if path.is_file():
         if path.suffix == ".safetensors":
             return open_file(path, problems, memory)
@@ -244,7 +254,7 @@ def open_weights(
     if len(candidates) == 1:
         return open_weights(candidates[0], problems, allow_pickle, memory)
     if not candidates:
-        problems.append(f"{path} holds no weights: no .safetensors file is there")
+        problems.append(f"{path} holds no weights: it has no .safetensors file")
     else:
         names = ", ".join(p.name for p in candidates)
         problems.append(
@@ -255,7 +265,7 @@ def open_weights(
 
 
 def checked(tensors: Mapping[str, Tensor], problems: list[str], dtype=None) -> dict[str, Tensor]:
-    """The same tensors, cast to `dtype`; reading a NaN or an infinity adds to `problems`."""
+    """Return the tensors, cast to `dtype`; reading a NaN or an infinity adds to `problems`."""
 
     def check(name, tensor):
         cast = tensor.astype(dtype) if dtype is not None else tensor
@@ -264,7 +274,7 @@ def checked(tensors: Mapping[str, Tensor], problems: list[str], dtype=None) -> d
             values = cast.read(box)
             if not all_finite(values):
                 wide = f" in {cast.dtype}" if cast.dtype != tensor.dtype else ""
-                line = f"{name} holds NaN or infinity{wide}; use a sound copy of the weights"
+                line = f"{name} holds NaN or infinity{wide}; use an intact copy of the weights"
                 if line not in problems:
                     problems.append(line)
             return values
@@ -280,8 +290,8 @@ def write_file(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """One safetensors file; the tensors are read, and their bytes written, one after the other."""
-    # Wide dtypes first, as the format's own library does: every tensor is then aligned.
+    """Write one safetensors file; one tensor after the other is read and written."""
+    # Wide dtypes come first, as in the safetensors library, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header, position = {"__metadata__": dict(metadata)} if metadata else {}, 0
     for name in names:
@@ -305,8 +315,10 @@ def write_file(
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Room for all of a file, where the system can: a full disk shows at once, and ext4 then takes
-    the bytes half again as fast."""
+    """Reserve the disk space of a file, if the system can.
+
+    A full disk then fails at once, and ext4 writes about 1.5 times as fast.
+    """
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except AttributeError:  # macOS has no such call
@@ -317,7 +329,7 @@ def _reserve(file: BinaryIO, size: int) -> None:
 
 
 def _pieces(tensor: Tensor) -> Iterator[Callable[[], np.ndarray]]:
-    """Functions that read the values in runs of whole leading entries; they may return views."""
+    """Yield functions that read runs of whole leading entries; their results may be views."""
     if not tensor.shape or not tensor.nbytes:
         yield tensor.read
         return
@@ -328,7 +340,7 @@ def _pieces(tensor: Tensor) -> Iterator[Callable[[], np.ndarray]]:
 
 
 def _ahead(worker: ThreadPoolExecutor, calls: Iterator[Callable[[], np.ndarray]], count: int = 1):
-    """The results in order; while one is used, the next `count` are made."""
+    """Yield the results in order; while the caller uses one, the next `count` are computed."""
     running = deque(worker.submit(call) for call in islice(calls, count))
     while running:
         result = running.popleft().result()
@@ -337,7 +349,7 @@ def _ahead(worker: ThreadPoolExecutor, calls: Iterator[Callable[[], np.ndarray]]
 
 
 def _strips(piece: np.ndarray) -> Iterator[Callable[[], np.ndarray]]:
-    """Functions that give the values in C order, in runs of about STRIP bytes."""
+    """Yield functions that return the values in C order, in runs of about STRIP bytes."""
     while piece.ndim and len(piece) == 1:
         piece = piece[0, ...]
     if piece.nbytes <= STRIP:
@@ -355,7 +367,7 @@ def write_shards(
     progress: Callable[[int], object] = lambda size: None,
     shard_bytes: int = SHARD,
 ) -> None:
-    """`stem.safetensors`, or numbered files and their index where one would be too long."""
+    """Write `stem.safetensors`, or numbered files and an index if it would exceed `shard_bytes`."""
     shards, room = [{}], shard_bytes
     for name, tensor in tensors.items():
         if shards[-1] and tensor.nbytes > room:
@@ -377,7 +389,7 @@ def write_shards(
 
 
 def raise_all(about: str | os.PathLike, problems: Sequence[str]) -> None:
-    """ValueError with every problem on a line of its own, if there are any."""
+    """Raise ValueError with every problem on a line of its own, if there are any."""
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
