@@ -482,7 +482,7 @@ def places(tmp_path_factory):
     [
         (["nowhere", "out", "--to", "jax"], "nowhere does not exist"),
         (["model", "full", "--to", "jax"], "full already exists"),
-        (["model", "out", "--to", "flax"], "invalid choice: 'flax'"),
+        (["model", "out", "--to", "flax"], "invalid choice 'flax'"),
         (["model", "out"], "--to"),
         (["model", "out", "--to", "jax", "--dtype", "int8"], "invalid choice 'int8'"),
         (["model", "out", "--to", "jax", "--only", "vae"], "wanted a AutoencoderKLMagvit"),
