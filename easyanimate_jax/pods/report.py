@@ -103,9 +103,10 @@ LEGEND = (
 
 MODEL_LEGEND = (
     "Nothing was compiled. The state's GB are exact; the rest follows from the activations that "
-    "the config keeps. Seconds follow from FLOPs and bytes at rates measured on one H200. Two steps "
-    "on that card were within 2 % in memory and 5 % in time; several GPUs were never measured. "
-    "The range is from all collectives hidden and the rest 20 % faster, to everything 33 % slower."
+    "the config keeps. Seconds follow from FLOPs and bytes at rates measured on one H200. Two "
+    "steps on that card were within 2 % in memory and 5 % in time; several GPUs were never "
+    "measured. The range is from all collectives hidden and the rest 20 % faster, to everything "
+    "33 % slower."
 )
 
 

@@ -59,7 +59,7 @@ def check_resume(meta: Mapping, config: TrainConfig, plans: Mapping[str, str]) -
     if meta["stage"] not in names or seed != config.seed:
         raise ValueError(
             f"checkpoint {step} belongs to stage {meta['stage']!r} and seed {seed}, and the config "
-            f"has no such run; restore the config, or start in a new run folder."
+            f"has another stage or seed; restore the config, or start in a new run folder."
         )
     saved = saved_config(meta)
     index = [stage.name for stage in saved.stages].index(meta["stage"])

@@ -25,8 +25,8 @@ from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
 
 HELD_OUT = 20  # every 20th clip is held out; with fewer clips, the last one
 CACHE_BYTES = 2**30  # decoded clips kept in memory
-CONTROL_SHARE = 0.25  # of the crops, where the config has controls
-HIDDEN_SHARE = 0.25  # of the crops, where the config has hidden frames
+CONTROL_SHARE = 0.25  # of the crops, if the config has controls
+HIDDEN_SHARE = 0.25  # of the crops, if the config has hidden frames
 
 
 class Clips(NamedTuple):
