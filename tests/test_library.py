@@ -134,7 +134,7 @@ def test_the_way_follows_from_the_names():
 
 GIVEN = [
     ({"image": pixels(32, 48, 3), "video": pixels(5, 32, 48, 3)}, "image and video cannot both"),
-    ({"mask": np.ones((32, 48), bool)}, "mask says nothing without video"),
+    ({"mask": np.ones((32, 48), bool)}, "mask has no effect without video"),
     ({"control": pixels(5, 32, 48, 3)}, r"trained for inpainting \(33 .* of 32 or 48 input"),
     ({"image": pixels(32, 48, 3) / 255.0}, "image is of float64: give uint8 pixels"),
     ({"image": pixels(32, 48, 4)}, r"image has shape \(32, 48, 4\): .* shape \(H, W, 3\)"),

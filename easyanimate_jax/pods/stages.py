@@ -1,4 +1,4 @@
-"""The stages of a config on a pod: their reports, and other ways to run those that do not fit."""
+"""Report the stages of a config on a pod, and search changes for those that do not fit."""
 
 import dataclasses
 import sys
@@ -26,11 +26,11 @@ def predict(
     stages: Sequence[str] = (),
     suggest: Path | None = None,
 ) -> Iterator[list[StageReport]]:
-    """Yield the reports so far, after each stage and after each search.
+    """Yield the list of reports so far, after each stage and after each search.
 
-    `path` is the config's file, `stages` the names of those asked for; none means all. `suggest` is
-    where the fastest way to run a single stage is written, as a config that changes `path`'s.
-    Raises ValueError for a topology or stage that does not exist.
+    `path` is the config's file. `stages` are the names of the stages to report; none means all.
+    `suggest` is a file for the fastest way to run a single stage, written as a config that imports
+    `path` and changes it. Raises ValueError for an unknown topology or stage.
     """
     chosen = _chosen(config, stages)
     if suggest and len(chosen) > 1:
@@ -51,14 +51,14 @@ def predict(
 
 
 def _means(topology: str, slices: int, names: str) -> tuple[Chip, ReportOf]:
-    """Return the chip of a topology and what reports on a stage there: its compiler, or a model."""
+    """Return (chip of a topology, function that reports on a stage by a compiler or a model)."""
     found = gpu.parse(topology)
     if found:
         if slices > 1:
-            raise ValueError("--slices are of TPUs; write GPU hosts as in h200:16x8")
+            raise ValueError("--slices is for TPUs; write GPU hosts as in h200:16x8")
         return found[0], partial(gpu.model_step, topology=topology)
     devices = topology_devices(topology, slices)
-    print(f"compiling {names} for {topology}: minutes a stage", file=sys.stderr, flush=True)
+    print(f"compiling {names} for {topology}: minutes per stage", file=sys.stderr, flush=True)
 
     def compiled(config: TrainConfig, stage: Stage) -> StageReport:
         return compile_step(config, stage, topology, num_slices=slices)[0]
@@ -74,7 +74,7 @@ def _fastest(
     chip: Chip,
     report_of: ReportOf,
 ) -> StageReport:
-    """Write the fastest way to run a stage as a config to `target`; return its report."""
+    """Write the fastest way to run a stage to `target`, as a config; return its report."""
     stage = _stage(config, report)
     choice, report = fastest(config, stage, chip, report, _spoken(report_of))
     target.write_text(variant(path, stage, choice, report), "utf-8")
@@ -82,7 +82,7 @@ def _fastest(
 
 
 def _spoken(report_of: ReportOf) -> ReportOf:
-    """Return `report_of` that says on stderr what it tried."""
+    """Return a function like `report_of` that also prints each result to stderr."""
 
     def spoken(config: TrainConfig, stage: Stage) -> StageReport:
         tried = report_of(config, stage)

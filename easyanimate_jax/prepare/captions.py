@@ -1,4 +1,4 @@
-"""Captions from a model behind an OpenAI-compatible server, such as vLLM's, in both languages."""
+"""Captions in English and Chinese from a model on an OpenAI-compatible server, such as vLLM."""
 
 import base64
 import io
@@ -23,26 +23,27 @@ INSTRUCTIONS = (
 
 @dataclass(frozen=True)
 class Server:
-    """A captioner of `curate`: one request an instruction, one caption each.
+    """A captioner for `curate` that sends one request for each instruction.
 
-    The key, if one is needed, is the environment variable OPENAI_API_KEY. A call raises ValueError
-    when no usable answer came.
+    A call takes still frames of a clip, uint8 (F, H, W, 3), and returns one caption per
+    instruction. It raises ValueError if the server gives no usable answer. The environment variable
+    OPENAI_API_KEY holds the key, if the server needs one.
     """
 
     url: str
-    """Address of the server, up to and without `/chat/completions`."""
+    """Address of the server, without `/chat/completions`."""
 
     model: str
     """Name of the model, as the server knows it."""
 
     instructions: tuple[str, ...] = INSTRUCTIONS
-    """Instructions to the model, each of which gives one caption of a clip."""
+    """Instructions to the model; each gives one caption of a clip."""
 
     tries: int = 5
-    """Requests for one caption, at most."""
+    """Largest number of requests for one caption."""
 
     seconds: float = 120.0
-    """Seconds that a request waits for the server."""
+    """Timeout of a request in seconds."""
 
     def __post_init__(self):
         check_fields(self, tries="[1, inf)", seconds="(0, inf)")

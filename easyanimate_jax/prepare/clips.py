@@ -1,7 +1,7 @@
-"""A clip as it is encoded: its frames at its shape, and what an inpaint or control model is given.
+"""Read a clip for encoding: its frames, and the inputs of inpaint and control models.
 
-What `prepare` encodes once and training encodes anew at every visit (`prepare.visits`) is read
-here. Letters beyond the legend: P token width.
+`prepare` encodes clips once; training on pixels (`runs.visits`) encodes them at every visit. Both
+read them here. Letters beyond the legend: P token width.
 """
 
 from typing import NamedTuple
@@ -31,7 +31,7 @@ from easyanimate_jax.diffusion.conditioning import (
 from easyanimate_jax.facts import FPS, to_signed
 from easyanimate_jax.models.mmdit import patchify
 
-ASPECT = 0.03  # by which the shape of a control may differ from its clip's: rounded sides
+ASPECT = 0.03  # largest relative difference in aspect of control and clip, from rounded sides
 FIRST_REFERENCE = 0.4  # share of random references that are the first frame (spec 7.2)
 NO_TASK = 0.9  # share of all-masked draws that become plain T2V (spec 6.1)
 
@@ -39,44 +39,45 @@ Video = Float[np.ndarray, "F H W 3"]
 
 
 class Job(NamedTuple):
-    """A clip, the shape it becomes, and where in the file it is read."""
+    """A clip to read: its shape after resizing and its position in the file."""
 
     clip: Clip
     shape: Shape
     start: float  # seconds after the clip's first frame
-    stride: int  # every how many frames one is taken; 0 for `FPS` a second by time stamps
+    stride: int  # take every n-th frame; 0 takes `FPS` frames a second by time stamps
     control: tuple[str, ...] = ()
     random_reference: bool = False
 
 
 class Condition(NamedTuple):
-    """What an inpaint model is given of a clip (spec 6.1); a flag of 0 takes all of it away."""
+    """The condition of an inpaint model (spec 6.1); a false `flag` removes all of it."""
 
     given: Video
-    mask: Float[np.ndarray, "N 4"]  # in tokens, as the network sees it: 1 where given
+    mask: Float[np.ndarray, "N 4"]  # in tokens, as the network's input: 1 = given
     flag: bool
 
 
 class Pixels(NamedTuple):
-    """What is encoded of a clip, in [-1, 1]."""
+    """The pixels of a clip to encode, in [-1, 1]."""
 
     name: str
     video: Video
     conditions: tuple[Condition, ...]
     controls: tuple[Video, ...]
-    rays: Float[np.ndarray, "N 24"] | None  # in tokens; a camera's, in the place of controls
+    rays: Float[np.ndarray, "N 24"] | None  # in tokens; a camera has rays, not controls
     reference: Float[np.ndarray, "1 H W 3"] | None
 
 
 def frames_of(latent_set: LatentSet, clip: Clip) -> int:
-    """Return how many frames at the training rate the clip offers to the set."""
+    """Return how many frames the clip has at the frame rate of the set."""
     return int(clip_frames(clip.num_frames, clip.fps, latent_set.reference_rate))
 
 
 def make_job(latent_set: LatentSet, clip: Clip, shape: Shape, rng: np.random.Generator) -> Job:
-    """Return the clip at a shape, from a random frame on.
+    """Return the job that reads a clip at a shape, from a random frame on.
 
-    A control file may be thinned to `FPS` a second: beside one, clips begin where it has frames.
+    With a control file the start is a multiple of 1 / `FPS` s, because the file may have only `FPS`
+    frames a second.
     """
     stride, rate = 0, clip.fps
     if latent_set.reference_rate:
@@ -92,7 +93,10 @@ def make_job(latent_set: LatentSet, clip: Clip, shape: Shape, rng: np.random.Gen
 def read_pixels(
     job: Job, conditions: list[np.random.Generator], reference: np.random.Generator
 ) -> Pixels:
-    """Decode a job, and draw a condition of each generator. ValueError for a file that is bad."""
+    """Decode a job, and draw one condition from each generator.
+
+    Raises ValueError for a file that cannot be decoded or does not fit its clip.
+    """
     frames = _read_frames(job)
     video, controls, rays, first = to_signed(frames), (), None, None
     if job.control:
@@ -110,7 +114,7 @@ def read_pixels(
 
 
 def _seconds(clip: Clip) -> float:
-    """From the clip's first frame to its last."""
+    """Return the seconds from the clip's first frame to its last; 0 without a frame rate."""
     return (clip.num_frames - 1) / clip.fps if clip.fps else 0.0
 
 
@@ -126,17 +130,20 @@ def _read_frames(job: Job) -> UInt8[np.ndarray, "F H W 3"]:
 
 
 def _number(job: Job) -> int:
-    """The frame of the file that a job with a stride begins with."""
+    """Return the index in the file of the first frame of a job with a stride."""
     return job.clip.first + round(job.start * job.clip.fps)
 
 
 def _read_control(job: Job, control: str, frames: UInt8[np.ndarray, "F H W 3"]) -> np.ndarray:
-    """The control at the same times, cut as the clip was (spec 7.2), or the rays."""
+    """Return the control at the times of the clip's frames, cropped like them; or a camera's rays.
+
+    See spec 7.2. Raises ValueError for a control file that does not fit its clip.
+    """
     if control not in ("file", "camera"):
         return control_video(frames, control)
     clip, path, (count, height, width) = job.clip, job.clip.control, job.shape
     if path is None:
-        raise ValueError(f"{clip.name} has no control_file_path, and the set wants one")
+        raise ValueError(f"{clip.name} has no control_file_path, and the set needs one; add it")
     if control == "camera":
         camera = stretched_camera(read_camera(path), clip.num_frames)  # the poses are the clip's
         step = job.stride or clip.fps / FPS
@@ -146,7 +153,7 @@ def _read_control(job: Job, control: str, frames: UInt8[np.ndarray, "F H W 3"]) 
     if abs(probe.height * clip.width / (probe.width * clip.height) - 1) > ASPECT:
         raise ValueError(
             f"{path} is {probe.height}x{probe.width}, and {clip.name} {clip.height}x{clip.width}: "
-            f"the control has another aspect; make it of the uncropped clip"
+            f"the control has another aspect; make it from the uncropped clip"
         )
     if probe.kind == "image":
         return np.repeat(decoders().read_image(path, size), count, axis=0)
@@ -170,7 +177,7 @@ def _condition(rng: np.random.Generator, video: Video) -> Condition:
 
 
 def _reference_frame(rng: np.random.Generator, frames: int) -> int:
-    """Any frame, the first in `FIRST_REFERENCE` of all cases."""
+    """Return the index of a random frame; it is the first with probability `FIRST_REFERENCE`."""
     if frames == 1 or rng.random() < FIRST_REFERENCE:
         return 0
     return int(rng.integers(1, frames))

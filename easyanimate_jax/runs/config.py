@@ -1,7 +1,7 @@
-"""A run is a value: `TrainConfig` composes the configs of the rooms below it.
+"""The config of a run: `TrainConfig` composes the configs of model, data, stages and optimizer.
 
 `load` reads a Python file of `configs/`; the command line overrides its fields (commands/parse.py).
-A JSON copy of the config lies in every run folder and is enough to rebuild everything.
+Every run folder holds a JSON copy of its config, from which the run can be rebuilt.
 """
 
 import dataclasses
@@ -30,17 +30,17 @@ from easyanimate_jax.weights.module import without_removed
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Samples that a run makes of its averaged weights, always from the same noise.
+    """The samples that a run makes from its averaged weights, always with the same seed.
 
     The default size, steps, guidance and seed are the reference's (spec 10.1).
     """
 
     prompts: tuple[str, ...] = ()
-    """Prompts that are sampled; none makes no samples."""
+    """Prompts to sample; with no prompts the run makes no samples."""
 
     every: int = 1000
-    """Steps from one sampling to the next, besides that at the end of each stage; 0 makes no
-    samples at all."""
+    """Steps between samplings; the run also samples at the end of each stage. 0 makes no samples at
+    all."""
 
     frames: int = 49
     """Frames of a sample, 4n+1."""
@@ -52,10 +52,10 @@ class SampleConfig:
     """Width of a sample in pixels, a multiple of 16."""
 
     steps: int = 50
-    """Steps of denoising."""
+    """Denoising steps."""
 
     guidance: float = 6.0
-    """Scale of classifier-free guidance; 1 is none (spec 4.5)."""
+    """Scale of classifier-free guidance; 1 means no guidance (spec 4.5)."""
 
     seed: int = 43
     """Seed of the noise of every sample."""
@@ -85,7 +85,7 @@ class TrainConfig:
     """Folder, table or list of captioned clips (docs/data.md)."""
 
     prepared: str
-    """Folder of the encoded latent sets, which `prepare` makes of `source`."""
+    """Folder of the encoded latent sets, which `prepare` makes from `source`."""
 
     vae: str
     """Folder of the video autoencoder; it is not trained."""
@@ -103,10 +103,10 @@ class TrainConfig:
     """Noise process: `DDPM` for V5, `Flow` for V5.1 (spec 4)."""
 
     sets: tuple[LatentSet, ...]
-    """Latent sets that the stages read, each of its own name."""
+    """Latent sets that the stages read; their names must differ."""
 
     stages: tuple[Stage, ...]
-    """Stages of the schedule in their order, each of its own name."""
+    """Stages of the schedule in their order; their names must differ."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule of all stages."""
@@ -115,45 +115,47 @@ class TrainConfig:
     """Devices along each mesh axis."""
 
     samples: SampleConfig = SampleConfig()
-    """Samples that the run makes on its way."""
+    """Samples that the run makes while it trains."""
 
     ema_decay: float = 0.9999
-    """Decay of the averaged weights a step (spec 9.3); 0 keeps no average."""
+    """Decay of the averaged weights per step (spec 9.3); 0 keeps no average."""
 
     text_drop: float = 0.1
-    """Share of captions that are replaced by the empty one, for guidance (spec 5.3); 0 is none."""
+    """Share of captions that are replaced by the empty caption, for guidance (spec 5.3); 0 replaces
+    none."""
 
     seed: int = 42
-    """Seed of weights, order of clips, and every draw; the default is the released scripts' (spec
-    9.1)."""
+    """Seed of the weights, the order of clips and all random draws; the default is that of the
+    released scripts (spec 9.1)."""
 
     init: str = ""
-    """Weights that the transformer starts from: a run, a model's folder or a file; "" is noise."""
+    """Weights that the transformer starts from: a run folder, a model folder or a file. "" starts
+    from random weights."""
 
     init_step: int | None = None
-    """Checkpoint that is taken where `init` is a run. None is the newest."""
+    """Checkpoint step to load if `init` is a run. None loads the newest."""
 
     save_every: int = 1000
-    """Steps from one checkpoint to the next, besides that at the end of each stage; 0 saves at the
-    ends of stages alone."""
+    """Steps between checkpoints; the run also saves at the end of each stage. 0 saves only at the
+    ends of stages."""
 
     keep: int = 3
-    """Newest checkpoints that are kept, besides each stage's last; at least 2 are, in case one is
-    damaged."""
+    """Number of newest checkpoints to keep, besides the last of each stage. At least 2 are always
+    kept, in case one is damaged."""
 
     keep_every: int | None = None
-    """Steps of which every multiple keeps its checkpoint too. None and 0 keep no others."""
+    """Also keep the checkpoints whose step is a multiple of this. None and 0 keep no others."""
 
     hang_seconds: float = 120.0
-    """Seconds that a step or a wait for data may last before the process ends itself; five times
-    the slowest recent step is always allowed. 0 never ends it."""
+    """Seconds that a step or a wait for data may take before the process exits. Five times the
+    slowest recent step is always allowed. 0 sets no limit."""
 
     goodput_job: str = ""
-    """Name under which the run reports to Google Cloud where its time goes; "" reports nothing."""
+    """Job name under which the run reports its goodput to Google Cloud; "" reports nothing."""
 
     log_every: int = 10
-    """Steps from one line of progress to the next, besides that at the first step of each stage; 0
-    prints no others. The metrics file has every step."""
+    """Steps between progress lines; the first step of each stage also prints one. 0 prints no
+    others. The metrics file has every step."""
 
     def __post_init__(self):
         check_fields(
@@ -197,18 +199,21 @@ class TrainConfig:
 
     @property
     def step(self) -> StepConfig:
-        """What the train step of every stage depends on."""
+        """Return the settings that the train step of every stage depends on."""
         return StepConfig(self.model, self.optimizer, self.process, self.ema_decay)
 
     def set(self, name: str) -> LatentSet:
-        """The latent set of that name."""
+        """Return the latent set with this name."""
         return next(s for s in self.sets if s.name == name)
 
 
 def load(path: str) -> TrainConfig | VAETrainConfig:
-    """Return the `config` of a file. Raises ValueError for a missing file or value."""
+    """Return the `config` that a Python file defines.
+
+    Raises ValueError if the file does not exist or defines no config.
+    """
     if not Path(path).is_file():
-        raise ValueError(f"there is no config {path!r}; the ones that come with us are in configs/")
+        raise ValueError(f"there is no config {path!r}; use a file such as those in configs/")
     sys.path.append(str(Path(path).resolve().parent.parent))  # configs import one another
     try:
         config = runpy.run_path(path).get("config")
@@ -226,7 +231,7 @@ _CLASSES = {
 
 
 def to_json(config) -> str:
-    """A config as JSON; every dataclass carries its name under "class"."""
+    """Return a config as JSON text; every dataclass stores its name under the key "class"."""
 
     def encode(x):
         if dataclasses.is_dataclass(x):
@@ -238,7 +243,10 @@ def to_json(config) -> str:
 
 
 def from_json(text: str):
-    """The inverse of `to_json`. Raises ValueError for a class or field this version lacks."""
+    """Return the config that `to_json` wrote as `text`.
+
+    Raises ValueError for a class or field that this version does not have.
+    """
 
     def decode(x):
         if isinstance(x, list):

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class Programs:
-    """Compiles a stage's step when it is first asked for, and keeps it.
+    """Compiles the step of a stage at its first use, and keeps the program.
 
     Stages of equal shapes share a program. `loaders` give each stage's token lengths and texts.
     """
@@ -35,9 +35,9 @@ class Programs:
         return len(self.compiled)
 
     def __call__(self, stage: Stage, length: int) -> jax.stages.Compiled:
-        """Return the step of (state, batch, key, learning rate) at a token length.
+        """Return the compiled step (state, batch, key, learning rate) for a token length.
 
-        Raises ValueError, with what takes the memory, where a device has too little for it.
+        Raises ValueError if it does not fit a device's memory; the message lists what takes it.
         """
         key = self._key(stage, length)
         if key not in self.compiled:

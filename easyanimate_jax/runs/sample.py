@@ -1,4 +1,4 @@
-"""Samples of a run: requests beside its checkpoint, batch by batch, to numbered files."""
+"""Sample a checkpoint: process requests in batches and write numbered files."""
 
 import json
 import time
@@ -29,14 +29,14 @@ from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.runs import load
 from easyanimate_jax.runs.config import from_json
 
-Say = Callable[[str], None]  # takes what works, and not as its user may think
+Say = Callable[[str], None]  # takes warnings: of requests that work, but perhaps not as expected
 
 
 def examine(asked: Sequence[Asked], origin: Origin) -> list[Asked]:
-    """Return the requests, completed, with the number of evaluations of each.
+    """Return the requests with defaults filled in and the number of model evaluations of each.
 
-    Touches no device. Raises ValueError, with the line of the prompt file, for what the checkpoint
-    cannot do and for files that cannot be read.
+    Uses no device. Raises ValueError, with the line of the prompt file, for a request that the
+    checkpoint does not support or a file that cannot be read.
     """
     process = from_json(json.dumps(origin.training["config"]["process"]))
     found = []
@@ -45,13 +45,13 @@ def examine(asked: Sequence[Asked], origin: Origin) -> list[Asked]:
             request = complete(one.request, origin.training, origin.checkpoint)
             strength = 1.0 if request.strength is None else request.strength
             tables = make_tables(process, sampling_of(request), strength)
-            read_inputs(request)  # tried now, read again when its turn comes: films are large
+            read_inputs(request)  # only a check: films are too large to keep, so read again later
         found.append(one._replace(request=request, evaluations=int(tables.count)))
     return found
 
 
 def sampling_of(request: SampleRequest) -> Sampling:
-    """Return how the request is denoised."""
+    """Return the sampling settings of a request."""
     return Sampling(**{name: getattr(request, name) for name in SAMPLING})
 
 
@@ -65,13 +65,14 @@ def make(
     gif: bool,
     say: Say,
 ) -> Iterator[Path]:
-    """Load the run, sample and write; yield the path of each video or picture.
+    """Load the model, sample the requests and write them; yield the path of each output file.
 
-    `memory` "low" holds one part of the run at a time, `batch` requests are made at once.
+    `memory` "low" keeps one part of the model in memory at a time. `batch` is the number of
+    requests that are sampled at once.
     """
     alone, int8 = memory == "low", origin.weights == "int8"
     run = load.load_pipeline(origin.checkpoint, low_memory=alone, int8=int8)
-    if not alone:  # read now, for they count when it is asked what else fits
+    if not alone:  # load now, so that a check of free memory counts them
         _ = run.diffusion.model, run.diffusion.vae
     _warn(asked, run.encoder, say)
     for rows in _batches(asked, batch):
@@ -85,13 +86,13 @@ def make(
 
 
 def generate(rows: Sequence[Asked], run, say: Say) -> UInt8[np.ndarray, "B F H W 3"]:
-    """Return the videos of requests of one shape, made at once."""
+    """Return the videos of requests of one shape, sampled as one batch."""
     requests = [one.request for one in rows]
     first = requests[0]
     way, options, rounds = pipelines.way_of(first)
     parts = [read_inputs(request) for request in requests]
     inputs = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-    # Shown from the first step on: before it stands what the programs take.
+    # The bar appears at the first step; before it, the memory of the programs is printed.
     total = rounds * rows[0].evaluations
     bar = tqdm(desc="denoising", unit="step", total=total, delay=1e-3)
     request = Request(
@@ -121,7 +122,7 @@ def _warn(asked: Sequence[Asked], encoder, say: Say) -> None:
 
 
 def _batches(asked: Sequence[Asked], size: int) -> Iterator[list[Asked]]:
-    """Yield neighbours of one shape, at most `size` at once."""
+    """Yield groups of neighbouring requests of one shape, at most `size` in a group."""
 
     def shape_of(one: Asked):
         r = one.request

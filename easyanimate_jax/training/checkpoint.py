@@ -1,15 +1,15 @@
-"""Checkpoints that are what was saved: three orbax items a step, and every array's fingerprint.
+"""Verified checkpoints: three orbax items for each step, and a fingerprint of every array.
 
     RUN/checkpoints/500/state       weights, moments, counters
     RUN/checkpoints/500/ema         the averaged weights: sampling reads only these
     RUN/checkpoints/500/meta        JSON: position, plan, config, versions, fingerprints, digest
     RUN/checkpoints/500/verified-0-of-1    the files were read and hold the bits that were saved
-    RUN/checkpoints/500.corrupt     they do not; `reason` inside
+    RUN/checkpoints/500.corrupt     a damaged step; the file `reason` inside says why
 
-orbax writes in the background and does not check what it reads. So each array's fingerprint is
-taken on the device when it is saved, and compared with the files after they are written and with
-the arrays after they are restored. A step appears under its name only when it is complete, and
-disappears in one rename. `python -m easyanimate_jax checkpoint verify|list|diff DIR`.
+orbax writes in the background and does not check what it reads. So the fingerprint of each array is
+computed on the device at the save. It is compared with the files after the write, and with the
+arrays after a restore. A step gets its name only when it is complete, and is removed by one rename.
+See also `python -m easyanimate_jax checkpoint verify|list|diff DIR`.
 """
 
 import logging
@@ -36,14 +36,14 @@ logger = logging.getLogger(__name__)
 ITEMS = ("state", "ema")
 LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
-SPARE_SPACE = 1.2  # free bytes asked for, as a multiple of the state's
+SPARE_SPACE = 1.2  # required free disk space, as a multiple of the state's bytes
 MAX_FAILURES = 3  # saves in a row
 
-State = tuple  # a NamedTuple of pytrees, of which the field `ema` is an item of its own
+State = tuple  # a NamedTuple of pytrees; its field `ema` is saved as a separate item
 
 
 class NotFiniteError(Exception):
-    """A state with NaN or infinity in it, which is never saved."""
+    """The state holds NaN or infinity; such a state is never saved."""
 
 
 class StorageError(Exception):
@@ -51,12 +51,12 @@ class StorageError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of one run. Saving and the check of what was saved go on in the background.
+    """The checkpoints of one run. Saves, and the checks of saved files, run in the background.
 
-    Kept are the last `keep` verified steps, at least two, multiples of `keep_every`, and those
-    whose metadata `keep_if` wants. Steps are deleted only when a later one was saved and verified,
-    never by opening. A save that fails is logged and counted; after three in a row the next one
-    raises StorageError. `faults` are those of a test.
+    The last `keep` verified steps are kept (at least two), and all steps that are multiples of
+    `keep_every` or whose metadata satisfies `keep_if`. A step is deleted only after a later one was
+    saved and verified, never when the folder is opened. A failed save is logged and counted; after
+    three in a row the next save raises StorageError. Only tests pass `faults`.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class Checkpoints:
         self.faults = faults
         self.protected: set[int] = set()  # steps that are not deleted
         self.process, self.processes = jax.process_index(), jax.process_count()
-        self.writing: int | None = None  # the step whose end is not yet known
+        self.writing: int | None = None  # the step whose save is not yet settled
         self.latest = 0  # the step that orbax writes, or wrote last
         self.checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(*ITEMS, "meta"),
             timeout_secs=600,
-            # Everything is written, and the step has not got its name.
+            # At this callback all files are written, but the step does not have its name yet.
             async_options=ocp.options.AsyncOptions(
                 post_finalization_callback=lambda: faults.kill("finalising", self.latest)
             ),
@@ -91,9 +91,10 @@ class Checkpoints:
         _wait_for_all("checkpoints")
 
     def save(self, step: int, state: State, meta: dict) -> None:
-        """Start writing `state` as checkpoint `step`; does nothing if that step exists.
+        """Start writing `state` as checkpoint `step`; do nothing if that step exists.
 
-        Raises NotFiniteError, naming the arrays, and saves nothing, if one of them is not finite.
+        Raises NotFiniteError, and saves nothing, if an array is not finite; the message names the
+        arrays. Raises StorageError after three failed saves in a row.
         """
         self.settle()
         if self.failures >= MAX_FAILURES:
@@ -122,13 +123,13 @@ class Checkpoints:
                     meta=ocp.args.JsonSave(sealed(meta)),
                 ),
             )
-        except Exception as error:  # orbax, tensorstore and the file system all have their own
+        except Exception as error:  # orbax, tensorstore and the file system raise different types
             self.writing = None
             self._failed(step, error)
         self.faults.kill("writing", step)
 
     def settle(self) -> None:
-        """Wait for the write under way, say what became of it, and begin to check its files."""
+        """Wait for the write in progress, log a failure, and start to check the written files."""
         step, self.writing = self.writing, None
         if step is None:
             return
@@ -144,19 +145,19 @@ class Checkpoints:
         self.checking.start()
 
     def poll(self) -> None:
-        """To be called between steps: settles as soon as there is nothing to wait for."""
+        """Settle the write in progress if it has finished; call this between steps."""
         if self.writing is not None and (self.folder / str(self.writing)).is_dir():
             self.settle()
 
     def restore(
         self, like: Callable[[dict], State], *, before: int | None = None
     ) -> tuple[int, State, dict] | None:
-        """(step, state, meta) of the newest step whose restored arrays are those that were saved.
+        """Return (step, state, meta) of the newest step whose restored arrays have the saved bits.
 
-        `like` makes of a step's meta the abstract state: shapes and shardings, of any mesh. It may
-        raise ValueError for a checkpoint of another run. A step that is damaged is set aside as
-        STEP.corrupt. None if there is no step (earlier than `before`, if given); StorageError if
-        all there were are damaged: a run does not begin anew by itself.
+        `like` takes the meta of a step and returns the abstract state: shapes and shardings, on any
+        mesh. It may raise ValueError for a checkpoint of another run. A damaged step is renamed to
+        STEP.corrupt. With `before`, only earlier steps count. Returns None if there is no step.
+        Raises StorageError if all steps are damaged: a run never starts over by itself.
         """
         self.finish()
         while (step := self._newest(before)) is not None:
@@ -173,8 +174,8 @@ class Checkpoints:
                     item: self._read(self.folder / str(step) / item, part)
                     for item, part in wanted.items()
                 }
-            except Exception as error:  # whatever a reader makes of damaged bytes
-                if self.processes > 1:  # the others may wait for us; the next start takes another
+            except Exception as error:  # a reader may raise any type for damaged bytes
+                if self.processes > 1:  # others may wait for us; the next start tries another step
                     set_aside(self.folder / str(step), f"cannot be read: {error}")
                     raise StorageError(f"checkpoint {step} cannot be read: {error}") from error
                 self._set_aside(step, f"cannot be read: {error}")
@@ -192,16 +193,16 @@ class Checkpoints:
         if damaged and before is None:
             raise StorageError(
                 f"no good checkpoint is left in {self.folder}, only {', '.join(damaged)}; bring "
-                f"one back, or remove the folder to begin anew"
+                f"one back from a backup, or remove the folder to start over"
             )
         return None
 
     def protect(self) -> None:
-        """Never delete what is there now: another schedule made it."""
+        """Never delete the steps that exist now, because another schedule made them."""
         self.protected |= set(complete_steps(self.folder))
 
     def drop_after(self, step: int) -> None:
-        """Delete the steps of a trajectory that was given up."""
+        """Delete all steps after `step`: the run went back and makes these updates again."""
         if self.process == 0:
             for later in complete_steps(self.folder):
                 if later > step:
@@ -209,7 +210,7 @@ class Checkpoints:
         _wait_for_all(f"dropped after {step}")
 
     def prune(self) -> None:
-        """Delete what need not be kept; nothing while there are fewer than two verified steps."""
+        """Delete the steps that need not be kept, if there are at least two verified steps."""
         steps = complete_steps(self.folder)
         verified = [step for step in steps if is_verified(self.folder / str(step))]
         if len(verified) < 2:
@@ -226,7 +227,7 @@ class Checkpoints:
             self.checking.join()
 
     def close(self, last: int | None = None) -> None:
-        """`finish`; raises StorageError if the step `last` is not there in the end."""
+        """Finish all work. Raises StorageError if the step `last` does not exist then."""
         self.finish()
         self._clean()
         self.checkpointer.close()
@@ -234,7 +235,7 @@ class Checkpoints:
             raise StorageError(f"checkpoint {last} could not be saved in {self.folder}")
 
     def _check(self, step: int) -> None:
-        """Compare this process's share of the arrays with the files; then make room."""
+        """Compare this process's share of the arrays with the files; then delete old steps."""
         path = self.folder / str(step)
         wrong = damage(path, share=(self.process, self.processes))
         if wrong:
@@ -248,7 +249,7 @@ class Checkpoints:
                 self.prune()
 
     def _kept(self, step: int) -> bool:
-        """Return whether a step is kept for good; one whose metadata is damaged is."""
+        """Return whether a step is never deleted; this is true if its metadata is damaged."""
         if self.keep_every and step % self.keep_every == 0:
             return True
         try:
@@ -257,7 +258,7 @@ class Checkpoints:
             return True
 
     def _delete(self, step: int) -> None:
-        """Remove a step: first its name, then its files, so that no half of it is ever a step."""
+        """Rename a step, then delete its files, so that no partial step has a valid name."""
         path = self.folder / str(step)
         doomed = path.with_name(f"{path.name}.deleting")
         os.replace(path, doomed)
@@ -273,7 +274,7 @@ class Checkpoints:
             raise StorageError(f"checkpoint {step} was not saved: {reason}")
 
     def _clean(self) -> None:
-        """Remove what failed saves left. Some of their threads may write on, so more than once."""
+        """Remove files of failed saves. Their threads may still write, so this is called again."""
         if self.process == 0:
             remove_leftovers(self.folder)
 
@@ -294,7 +295,10 @@ class Checkpoints:
 
 
 def describe(named: dict[str, jax.Array]) -> dict[str, list]:
-    """Name -> [fingerprint, dtype, shape]. Raises NotFiniteError where a value is not finite."""
+    """Return {name: [fingerprint, dtype, shape]} of arrays.
+
+    Raises NotFiniteError if a value is not finite; the message names the arrays.
+    """
     prints = [_inspect(x) for x in named.values()]
     bad = [name for name, (_, finite) in zip(named, prints, strict=True) if not finite]
     if bad:
@@ -306,7 +310,7 @@ def describe(named: dict[str, jax.Array]) -> dict[str, list]:
 
 
 def differing(meta: dict, parts: dict) -> list[str]:
-    """The restored arrays that have other fingerprints than `meta` says."""
+    """Return the names of restored arrays whose fingerprints differ from those in `meta`."""
     if "arrays" not in meta:
         return []
     named = {item: named_leaves(part) for item, part in parts.items()}
@@ -319,7 +323,10 @@ def differing(meta: dict, parts: dict) -> list[str]:
 
 
 def damage(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """What is wrong with the files of a step; every `share[1]`-th array is read, no device used."""
+    """Return what is wrong with the files of a step, one line each; empty if all is well.
+
+    `share` (k, n) reads every n-th array from the k-th on. No device is used.
+    """
     try:
         meta = read_step_meta(path)
     except ValueError as error:
@@ -337,7 +344,7 @@ def damage(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
         for name in list(expected)[share[0] :: share[1]]:
             try:
                 same = f"{fingerprint_on_disk(path / item, name):08x}" == expected[name][0]
-            except Exception as error:  # whatever a reader makes of damaged bytes
+            except Exception as error:  # a reader may raise any type for damaged bytes
                 wrong.append(f"{item}.{name} cannot be read: {str(error)[:200]}")
                 continue
             if not same:
@@ -346,14 +353,14 @@ def damage(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed or failed save, or a killed deletion, left behind."""
+    """Delete the files that killed or failed saves and killed deletions left in `folder`."""
     for pattern in LEFTOVERS:
         for path in Path(folder).glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(path: Path, reason: str) -> None:
-    """Rename a damaged step so that nothing takes it for a good one."""
+    """Rename a damaged step to STEP.corrupt, so that it is never restored, and store `reason`."""
     target, number = path.with_name(f"{path.name}.corrupt"), 1
     while target.exists():
         number += 1
@@ -367,7 +374,7 @@ def set_aside(path: Path, reason: str) -> None:
 
 
 def named_leaves(tree) -> dict:
-    """A flat dict of a tree's arrays, or shapes, keys like `model.blocks.norm1.linear.kernel`."""
+    """Return a flat dict of a tree's leaves, with keys like `model.blocks.norm1.linear.kernel`."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return {".".join(_key(k) for k in path): leaf for path, leaf in paths}
 
@@ -377,10 +384,9 @@ def _key(key) -> str:
 
 
 def _inspect(x: jax.Array) -> tuple[int, bool]:
-    """(fingerprint, whether all of it is finite).
+    """Return (fingerprint, whether all values are finite) of an array.
 
-    Waits for the answer: sums over a mesh that run at the same time may wait for each other for
-    ever on CPUs.
+    It waits for the result: on CPUs, two sums over a mesh that run at the same time can deadlock.
     """
     value, finite = np.asarray(_fingerprint_and_finite(x))
     return int(value), bool(finite)
@@ -388,7 +394,7 @@ def _inspect(x: jax.Array) -> tuple[int, bool]:
 
 @jax.jit
 def _fingerprint_and_finite(x: jax.Array) -> jax.Array:
-    """One program, because compiling takes longer than running."""
+    """Return both values of `_inspect` from one program, because compiling is the slow part."""
     return jnp.stack([fingerprint(x), jnp.isfinite(x).all().astype(jnp.uint32)])
 
 
@@ -397,7 +403,7 @@ def _mark(path: Path, process: int, processes: int) -> None:
 
 
 def _same_for_all(value):
-    """Process 0's value, in every process."""
+    """Return the value of process 0 in every process."""
     if jax.process_count() == 1:
         return value
     return multihost_utils.broadcast_one_to_all(np.asarray(value))
@@ -409,7 +415,7 @@ def _wait_for_all(what: str) -> None:
 
 
 def _check_fit(step: int, meta: dict, wanted: dict) -> None:
-    """Raises ValueError where the saved arrays are not those of the config's model."""
+    """Raise ValueError if the saved arrays differ from the config's model in name or shape."""
     for item, tree in wanted.items():
         saved = meta.get("arrays", {}).get(item)
         here = {name: list(leaf.shape) for name, leaf in named_leaves(tree).items()}
@@ -418,7 +424,7 @@ def _check_fit(step: int, meta: dict, wanted: dict) -> None:
             other += [n for n in saved if n not in here]
             raise ValueError(
                 f"checkpoint {step} does not fit the config's model: {', '.join(other[:8])} differ "
-                f"in shape or are in one of them only; restore the config, or start a new run"
+                f"in shape or exist in only one of them; restore the config, or start a new run"
             )
 
 

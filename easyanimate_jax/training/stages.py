@@ -1,4 +1,4 @@
-"""The staged schedule: which latents, task, batch and learning rate at which step (spec 9.4)."""
+"""The staged schedule: latents, task, batch size and learning rate of each step (spec 9.4)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,17 +18,17 @@ class Stage:
     """Name of the latent set that the stage reads."""
 
     batch_size: int
-    """Clips in one update, over all devices (spec 9.4 has the report's)."""
+    """Clips in one update, over all devices (spec 9.4 lists the report's values)."""
 
     steps: int
-    """Updates of the stage (spec 9.4 has the report's)."""
+    """Number of updates of the stage (spec 9.4 lists the report's values)."""
 
     task: TaskName = "t2v"
     """Task that the stage trains; it decides the network's input channels (spec 0)."""
 
     microbatch: int | None = None
-    """Clips that go through the network at once; the gradients of a batch are summed over its
-    microbatches. None is the whole batch."""
+    """Clips that go through the network at once; gradients are summed over the microbatches of a
+    batch. None is the whole batch."""
 
     learning_rate: float = 2e-5
     """Learning rate after warm-up; the default is that of the released scripts (spec 9.1)."""
@@ -41,8 +41,8 @@ class Stage:
     default is that of the released scripts (spec 9.1)."""
 
     weights: tuple[tuple[str, float], ...] = ()
-    """Pairs of a kind or a source and how often its clips are drawn beside others, which have
-    weight 1; 0 leaves them out (see `data.plan.plan.Plan`)."""
+    """Pairs of a kind or source of clips and its sampling weight. Other clips have weight 1; weight
+    0 leaves clips out (see `data.plan.plan.Plan`)."""
 
     control_drop: float = 0.2
     """Share of rows of a control stage that are trained without their control; cameras are never
@@ -68,20 +68,20 @@ class Stage:
 
     @property
     def in_channels(self) -> int:
-        """Input channels of the network in this stage."""
+        """Return the number of input channels of the network in this stage."""
         return TASKS[self.task].in_channels
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of the stage's own step `step`, counted from 0."""
+        """Return the learning rate of the stage's own step `step`, counted from 0."""
         end = self.learning_rate if self.end_learning_rate is None else self.end_learning_rate
         rate = self.learning_rate + (end - self.learning_rate) * step / self.steps
         return rate * min(1.0, (step + 1) / max(1, self.warmup))
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> tuple[int, int]:
-    """(index of the stage that makes global step `step`, the stage's own step).
+    """Return (index of the stage that makes global step `step`, the stage's own step).
 
-    The step after the last one is (len(stages), 0).
+    Returns (len(stages), 0) for the step after the last one.
     """
     for index, stage in enumerate(stages):
         if step < stage.steps:
@@ -91,7 +91,7 @@ def stage_at(stages: Sequence[Stage], step: int) -> tuple[int, int]:
 
 
 def boundaries(stages: Sequence[Stage]) -> list[int]:
-    """The global step at which each stage ends."""
+    """Return the global step at which each stage ends."""
     ends, total = [], 0
     for stage in stages:
         total += stage.steps

@@ -1,4 +1,4 @@
-"""The exit codes of every command and what a supervisor makes of them."""
+"""The exit codes of all commands, and those after which a supervisor does not restart."""
 
 DONE = 0
 BAD_INPUT = 2  # argparse's and tyro's, too
@@ -6,6 +6,6 @@ DIVERGED = 3
 HANG = 4
 STORAGE = 5
 PEERS_LOST = 6  # another process or host of the run is gone: restart all of them
-PREEMPTED = 42  # saved: run the same command again to go on
+PREEMPTED = 42  # the state is saved: run the same command to resume
 
-FINAL = (DONE, BAD_INPUT, DIVERGED, PREEMPTED)  # a restart changes nothing, or is not wanted
+FINAL = (DONE, BAD_INPUT, DIVERGED, PREEMPTED)  # a restart does not help or is not wanted

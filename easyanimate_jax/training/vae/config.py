@@ -1,4 +1,4 @@
-"""The config of a video autoencoder's training: a value, beside what it configures."""
+"""The config of a video autoencoder's training."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from easyanimate_jax.models.borders import check_video
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.training.optimizer import Matrices
 
-PYRAMID_LEVELS = 4  # of the perceptual term; each halves the crop
+PYRAMID_LEVELS = 4  # scales of the perceptual term; each halves the crop
 FROM_0 = (
     *("warmup_steps", "weight_decay", "l2_weight", "perceptual_weight", "kl_weight"),
     *("outlier_weight", "gan_weight", "discriminator_start"),
@@ -18,13 +18,13 @@ FROM_0 = (
 
 @dataclass(frozen=True)
 class VAEStage:
-    """Steps on crops of one shape: one compiled program. Clips that are too small are left out."""
+    """Steps on crops of one shape, with one compiled program; too small clips are skipped."""
 
     steps: int
-    """Updates of the weights."""
+    """Number of updates of the weights."""
 
     batch_size: int
-    """Crops in a global batch, a multiple of the devices."""
+    """Crops in a global batch; a multiple of the number of devices."""
 
     frames: int
     """Frames of a crop, 4n+1."""
@@ -45,7 +45,7 @@ class VAEStage:
 
 @dataclass(frozen=True)
 class VAETrainConfig:
-    """One training of a video autoencoder; run the same config to resume it."""
+    """The training of a video autoencoder; run the same config to resume it."""
 
     vae: VAEConfig
     """Size of the autoencoder."""
@@ -69,7 +69,7 @@ class VAETrainConfig:
     """Decay of Adam's two moments."""
 
     weight_decay: float = 0.05
-    """Decay of the weights, apart from their gradients."""
+    """Decoupled weight decay of AdamW."""
 
     l2_weight: float = 0.1
     """Weight of the squared error."""
@@ -84,50 +84,49 @@ class VAETrainConfig:
     """Weight of latents beyond three standard deviations."""
 
     gan_weight: float = 0.5
-    """Weight of the adversarial term, whose gradients are balanced first."""
+    """Weight of the adversarial term, after its gradients were balanced with the others."""
 
     discriminator_start: int | None = 50_001
-    """First step with the adversarial term. None has no discriminators."""
+    """First step with the adversarial term. None trains without discriminators."""
 
     matrices: Matrices = "adam"
-    """Update rule of the inner convolutions' kernels; Muon is for training from noise."""
+    """Update rule of the inner convolutions' kernels; use "muon" to train from random weights."""
 
     controls: tuple[str, ...] = ()
     """Operators of `data/control.py` whose signals replace a quarter of the crops. A control model
-    reads signals as latents, and an autoencoder that never saw thin lines loses them."""
+    reads such signals as latents, and an autoencoder not trained on thin lines loses them."""
 
     hidden_frames: bool = False
-    """Give a quarter of the crops black frames: their first and last frame stay, and one in four of
-    the others, as an inpaint model reads them. Without this, a last frame after black ones loses
-    its colours and gets the ghost of the first."""
+    """Make frames of a quarter of the crops black, as an inpaint model reads them. The first and
+    last frame and one in four of the others stay. Without this option, a last frame after black
+    ones loses its colours and shows traces of the first frame."""
 
     init: str = ""
-    """Autoencoder to start from, in any layout; "" is noise."""
+    """Autoencoder to start from, in any layout; "" starts from random weights."""
 
     decoder_only: bool = False
-    """Train the decoder of `init` alone. Its encoder and latent statistics keep their bits, so
-    latents that were made stay right, and so do models that were trained on them."""
+    """Train only the decoder of `init`. Encoder and latent statistics keep their bits, so existing
+    latents, and models trained on them, stay valid."""
 
     ema_decay: float = 0.999
-    """Decay of the averaged weights a step, which are what is written, measured and shown; it warms
-    up as (1 + n) / (10 + n). 0 keeps no average."""
+    """Decay per step of the averaged weights, which are written and measured; it warms up as
+    (1 + n) / (10 + n). 0 keeps no average."""
 
     seed: int = 0
     """Seed of weights, crops and noise."""
 
     save_every: int = 1000
-    """Steps from one checkpoint to the next, besides that at the end; 0 saves at the end alone."""
+    """Steps between checkpoints; the end also saves one. 0 saves only at the end."""
 
     log_every: int = 20
-    """Steps from one row of metrics to the next, besides that at the end; 0 writes no others."""
+    """Steps between rows of metrics; the end also writes one. 0 writes no others."""
 
     picture_every: int = 1000
-    """Steps from one picture of held-out clips to the next, besides that at the end; 0 makes no
-    others."""
+    """Steps between pictures of held-out clips; the end also makes one. 0 makes no others."""
 
     hang_seconds: float = 120.0
-    """Seconds that a step or a wait for data may last before the process ends itself; five times
-    the slowest recent step is always allowed. 0 never ends it."""
+    """Seconds that a step or a wait for data may take before the process exits. Five times the
+    slowest recent step is always allowed. 0 sets no limit."""
 
     def __post_init__(self):
         check_fields(
@@ -144,18 +143,18 @@ class VAETrainConfig:
                 f"VAETrainConfig.stages has {self.steps} steps in all; use 1 to {MAX_STEPS} steps"
             )
         if self.decoder_only and not self.init:
-            raise ValueError("decoder_only without init: name the autoencoder whose decoder it is")
+            raise ValueError("decoder_only without init: set init to the autoencoder to start from")
         for name in self.controls:
             if name not in OPERATORS:
                 raise ValueError(f"controls: no operator {name!r}; use {', '.join(OPERATORS)}")
 
     @property
     def steps(self) -> int:
-        """Updates of all stages."""
+        """Return the number of updates of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     def number_at(self, step: int) -> int:
-        """Return the number, from 0, of the stage that makes the update after `step` updates."""
+        """Return the index, from 0, of the stage that makes the update after `step` updates."""
         for number, stage in enumerate(self.stages):
             if step < stage.steps:
                 return number
@@ -167,5 +166,5 @@ class VAETrainConfig:
         return self.stages[self.number_at(step)]
 
     def adversarial(self, step: int) -> bool:
-        """Return True where the update that makes it `step` has the adversarial term."""
+        """Return whether update number `step`, counted from 1, has the adversarial term."""
         return self.discriminator_start is not None and step >= self.discriminator_start

@@ -23,14 +23,14 @@ from easyanimate_jax.facts import to_signed
 from easyanimate_jax.sharding import batch_sharding
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
 
-HELD_OUT = 20  # every 20th clip is never trained on; of fewer, the last
+HELD_OUT = 20  # every 20th clip is held out; with fewer clips, the last one
 CACHE_BYTES = 2**30  # decoded clips kept in memory
-CONTROL_SHARE = 0.25  # of the crops, where the config has controls
-HIDDEN_SHARE = 0.25  # of the crops, where the config has hidden frames
+CONTROL_SHARE = 0.25  # of the crops, if the config has controls
+HIDDEN_SHARE = 0.25  # of the crops, if the config has hidden frames
 
 
 class Clips(NamedTuple):
-    """The clips of a source: those to train on, those to measure with, and a digest of all."""
+    """The clips of a source: training clips, held-out clips, and a digest of all."""
 
     trained_on: list[Clip]
     held_out: list[Clip]
@@ -38,9 +38,10 @@ class Clips(NamedTuple):
 
 
 def split_clips(source: str) -> Clips:
-    """Return the clips of a source, every `HELD_OUT`-th held out. Raises ValueError as read_clips.
+    """Return the clips of a source, with every `HELD_OUT`-th clip held out.
 
-    The digest is of names, spans, shapes and file sizes, in their order.
+    The digest covers names, spans, shapes and file sizes, in order. Raises ValueError as
+    `read_clips` does.
     """
     clips, _ = read_clips(source)
     held_out = set(range(HELD_OUT - 1, len(clips), HELD_OUT)) or {len(clips) - 1}
@@ -58,24 +59,24 @@ def _num_bytes(file: media.File) -> int | None:
 
 
 def pixels(frames: UInt8[Array, "B F H W 3"]) -> Float[Array, "B F H W 3"]:
-    """Return frames of 0 to 255 as video in [-1, 1]."""
+    """Return uint8 frames as float32 video in [-1, 1]."""
     return to_signed(frames)
 
 
 def hide_frames(
     rng: np.random.Generator, crop: UInt8[np.ndarray, "F H W 3"]
 ) -> UInt8[np.ndarray, "F H W 3"]:
-    """Return the crop with three in four of the frames between first and last black."""
+    """Return the crop with black frames: about 3/4 of those between the first and the last."""
     given = rng.random(len(crop)) < 0.25
     given[[0, -1]] = True
     return crop * given[:, None, None, None]
 
 
 class Crops:
-    """Random crops of a list of clips, whose decoded frames it keeps.
+    """Random crops of a list of clips; decoded frames are cached.
 
-    Of four crops the one with most contrast is taken: plain background teaches nothing. `controls`
-    are the operators whose signals take the place of some, and `hidden` hides frames of others.
+    Each crop is the one with most contrast of four, because plain background teaches nothing.
+    `controls` are operators whose signals replace some crops; `hidden` makes frames of some black.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Crops:
         self.cached_bytes = 0
 
     def fitting(self, stage: VAEStage) -> list[Clip]:
-        """Return the clips as long and as large as the stage's crops; ValueError if none is."""
+        """Return the clips that are large enough for the stage. Raises ValueError if none is."""
         if stage not in self.fits:
             self.fits[stage] = [
                 clip
@@ -102,7 +103,7 @@ class Crops:
         return self.fits[stage]
 
     def batch(self, stage: VAEStage, step: int, rows: range) -> UInt8[np.ndarray, "B F H W 3"]:
-        """Return these rows of the stage's global batch at `step`."""
+        """Return the given rows of the stage's global batch at `step`."""
         clips = self.fitting(stage)
         return np.stack([self._crop(clips, stage, (self.seed, step, row)) for row in rows])
 
@@ -137,7 +138,7 @@ class Crops:
 
 
 def batches(crops: Crops, config: VAETrainConfig, first_step: int, mesh) -> Iterator[jax.Array]:
-    """Yield the global batches from `first_step` to the end, one made ahead of time."""
+    """Yield the global batches from `first_step` to the end; one batch is loaded ahead."""
     process, processes = jax.process_index(), jax.process_count()
 
     def load(step):

@@ -1,12 +1,12 @@
-"""`train(config)`: a video autoencoder from a folder of clips, on the machinery of a run.
+"""`train(config)` trains a video autoencoder on a folder of clips.
 
-    OUTPUT/checkpoints          as a transformer's run has them, until and after the end
+    OUTPUT/checkpoints          as in the run folder of a transformer; they stay after the end
     OUTPUT/metrics.jsonl        with tensorboard/, goodput.jsonl and heartbeats/ beside it
-    OUTPUT/pictures/500.png     held-out clips above what the averaged weights make of them
+    OUTPUT/pictures/500.png     held-out clips, and below them their reconstructions
     OUTPUT/weights.safetensors, config.json, vae_report.json    at the end
 
-The position is one integer, the global step: stage, crops, noise and learning rate follow from it,
-so a training that was stopped anywhere and started again ends in the same bits.
+The position is one integer, the global step. Stage, crops, noise and learning rate follow from it,
+so the result of a resumed training is bit-identical to that of an uninterrupted one.
 """
 
 import contextlib
@@ -47,9 +47,9 @@ logger = logging.getLogger(__name__)
 def train(config: VAETrainConfig, faults: Faults = NO_FAULTS) -> int:
     """Run the schedule to its end, or until SIGTERM; return the process's exit code.
 
-    Starts at the newest checkpoint in `config.output` if there is one, and writes the finished
-    model, its latent statistics and `vae_report.json` there. Raises ValueError, before anything is
-    written, for data, a start or checkpoints that do not fit the config.
+    The training resumes from the newest checkpoint in `config.output` if there is one. It writes
+    the finished model, its latent statistics and `vae_report.json` there. Raises ValueError, before
+    anything is written, if data, `init` or checkpoints do not fit the config.
     """
     output, mesh = Path(config.output), make_mesh(MeshConfig())
     clips = split_clips(config.data)
@@ -86,7 +86,7 @@ def train(config: VAETrainConfig, faults: Faults = NO_FAULTS) -> int:
 
 
 class Position(NamedTuple):
-    """A training as its checkpoints know it: all that the state after a step depends on."""
+    """Everything that the state after a step depends on, as checkpoints store it."""
 
     config: VAETrainConfig
     network: VAEConfig  # with the latent statistics of `init`, if there is one
@@ -103,9 +103,10 @@ class Position(NamedTuple):
         }
 
     def check(self, meta: dict) -> None:
-        """Raise ValueError for the metadata of another training's checkpoint, naming what differs.
+        """Raise ValueError for a checkpoint of another training; the message names what differs.
 
-        Stages that begin after the checkpoint may differ, and so may rates and weights of losses.
+        Stages that begin after the checkpoint may differ, and so may learning rates and the weights
+        of the losses.
         """
         step, saved = meta["step"], meta.get("position", {})
         here = json.loads(json.dumps(self._depends_on(step)))
@@ -121,7 +122,7 @@ class Position(NamedTuple):
             )
 
     def check_newest(self, output: Path) -> None:
-        """`check` the newest checkpoint of a folder, of which nothing is changed."""
+        """Call `check` on the newest readable checkpoint of a folder; the folder is not changed."""
         run_folder.check_format(output)
         for step in reversed(run_folder.complete_steps(output / "checkpoints")):
             try:
@@ -150,7 +151,7 @@ class Position(NamedTuple):
 
 
 def _check_crops(config: VAETrainConfig, clips: Clips, mesh: Mesh) -> None:
-    """Raise ValueError where no clip is large enough for a stage, or its batch does not divide."""
+    """Raise ValueError if no clip is large enough for a stage, or if a batch does not divide."""
     for stage in config.stages:
         Crops(clips.trained_on, config.seed).fitting(stage)
         if stage.batch_size % mesh.size:
@@ -165,7 +166,10 @@ def _check_crops(config: VAETrainConfig, clips: Clips, mesh: Mesh) -> None:
 
 
 def _load_start(config: VAETrainConfig, mesh: Mesh) -> CausalVAE | None:
-    """Return the autoencoder of `config.init`. Raises ValueError for one of another shape."""
+    """Return the autoencoder of `config.init`, or None for "".
+
+    Raises ValueError if its config differs from `config.vae`.
+    """
     if not config.init:
         return None
     start = load_vae(config.init, dtype=config.vae.dtype, mesh=mesh)
@@ -198,9 +202,9 @@ def _restore(
 
 
 class Training:
-    """One process's part of a training: from its first state to its end, or to SIGTERM.
+    """The training in one process, from its first state to the end or to SIGTERM.
 
-    `state` is used up; the training's own is there instead.
+    The buffers of the argument `state` are donated; use the attribute `state` instead.
     """
 
     def __init__(
@@ -222,7 +226,7 @@ class Training:
         self.programs = {}  # (rows, frames, size, whether adversarial) -> compiled step
 
     def run(self, stop: Preemption) -> bool:
-        """Make every step that is left. Return False if `stop` was asked; the state is saved."""
+        """Make all remaining steps. Return False after a stop request; the state is then saved."""
         config = self.config
         crops = Crops(self.clips.trained_on, config.seed, config.controls, config.hidden_frames)
         feed = batches(crops, config, self.step, self.mesh)
@@ -268,7 +272,7 @@ class Training:
         logger.info("vae finished: %.2f dB on %d held-out clips", psnr, count)
 
     def _update(self, frames: jax.Array, waited: float) -> None:
-        """Make one step from a batch that took `waited` seconds to come."""
+        """Make one step from a batch that was waited for `waited` seconds."""
         stage = self.config.stage_at(self.step)
         program = self._program(stage)
         began = now()
@@ -281,7 +285,7 @@ class Training:
         self.log.progress.add(waited + now() - began, _latents(stage), waited)
 
     def _program(self, stage: VAEStage) -> jax.stages.Compiled:
-        """Return the compiled next step, which is of this stage."""
+        """Return the compiled program of the next step, which belongs to this stage."""
         adversarial = self.config.adversarial(self.step + 1)
         key = stage.batch_size, stage.frames, stage.size, adversarial
         if key not in self.programs:
@@ -293,7 +297,7 @@ class Training:
         return self.programs[key]
 
     def _tell(self) -> None:
-        """Write what is due after a step: its metrics, and pictures of held-out clips."""
+        """Write the metrics and the picture of held-out clips, if they are due after this step."""
         ended = self.step == self.config.steps
         pictures = ended or _due(self.step, self.config.picture_every)
         if not (pictures or _due(self.step, self.config.log_every)):
@@ -307,7 +311,7 @@ class Training:
         self.log.write(row)
 
     def _save(self) -> None:
-        """Start to write a checkpoint. Raises NotFiniteError for a state that is not finite."""
+        """Start to write a checkpoint. Raises NotFiniteError if the state is not finite."""
         self.log.flush()
         self.monitor.enter("save", self.step)
         self.checkpoints.save(self.step, self.state, self.position.meta(self.step))
@@ -320,29 +324,30 @@ class Log:
         self.config, self.progress = config, Progress()
         self.folder = Path(config.output)
         self.writer = MetricsWriter(self.folder, first_step + 1) if _main() else None
-        self.pending = None  # (step, metrics) of the update under way, fetched one update later
+        self.pending = None  # (step, metrics) of the running update, fetched one update later
         self.row = {}
 
     def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take the metrics of the update that makes it `step`, and wait for those before."""
+        """Store the metrics of update number `step`, and fetch those of the update before."""
         self.flush()
         self.pending = step, metrics
 
     def flush(self) -> dict:
-        """Return the newest metrics. Raises NotFiniteError where the loss is not finite."""
+        """Return the newest metrics. Raises NotFiniteError if the loss is not finite."""
         if self.pending:
             step, metrics = self.pending
             values = {name: float(x) for name, x in jax.device_get(metrics).items()}
             self.row, self.pending = {"step": step, **values}, None
             if not np.isfinite(values["loss"]):
                 raise NotFiniteError(
-                    f"the loss of step {step} is {values['loss']}; nothing of it is saved. Lower "
-                    f"the learning rate and run the command again: it goes on from the newest "
+                    f"the loss of step {step} is {values['loss']}; this step is not saved. Lower "
+                    f"the learning rate and run the command again: it resumes from the newest "
                     f"checkpoint"
                 )
         return dict(self.row)
 
     def picture(self, step: int, sheet: UInt8[np.ndarray, "H W 3"]) -> None:
+        """Write a picture of held-out clips to `pictures/STEP.png` and TensorBoard."""
         if self.writer is None:
             return
         self.writer.picture("held out", step, sheet)
@@ -353,6 +358,7 @@ class Log:
             logger.error("the picture of step %d was not written: %s", step, error)
 
     def write(self, row: dict) -> None:
+        """Write a row of metrics and print the progress line."""
         if self.writer is None:
             return
         seconds = [s for s, _, _ in self.progress.window]
@@ -375,12 +381,13 @@ class Log:
         )
 
     def close(self) -> None:
+        """Close the metrics file and TensorBoard."""
         if self.writer is not None:
             self.writer.close()
 
 
 def _latents(stage: VAEStage) -> int:
-    """Return the latent positions of a batch: the work of a step, up to a factor."""
+    """Return the number of latent positions in a batch, which is proportional to the work."""
     frames = (stage.frames - 1) // TIME_FACTOR + 1
     return stage.batch_size * frames * (stage.size // SPACE_FACTOR) ** 2
 

@@ -1,13 +1,11 @@
-"""The losses of a video autoencoder (spec 11.3), and the judges of its adversarial term.
+"""The losses of a video autoencoder (spec 11.3), and the discriminators of its adversarial term.
 
-Reconstruction (L1, L2, perceptual) under a learned variance, KL, an outlier penalty on latents and,
-from `discriminator_start` on, a hinge GAN with one discriminator on frames and one on clips. All
-terms are those of the specification divided by the number of values in a clip, so that learning
-rate and clipping mean the same at every size.
-
-The perceptual term compares image gradients on a pyramid of scales. LPIPS needs the weights of an
-ImageNet classifier, which are not ours to ship; gradients also punish blurred edges, the failure
-that L1 and L2 forgive. What they miss is texture, and that the discriminators judge.
+Terms: reconstruction (L1, L2, perceptual) under a learned variance, KL, an outlier penalty on
+latents, and from `discriminator_start` on a hinge GAN. One discriminator sees frames, one clips.
+Each term of the specification is divided by the number of values in a clip, so that learning rate
+and clipping mean the same at every size. The perceptual term compares image gradients at several
+scales: LPIPS would need an ImageNet classifier, whose weights we cannot ship. Gradients also punish
+blurred edges, which L1 and L2 hardly do; the discriminators judge texture.
 """
 
 from itertools import pairwise
@@ -26,7 +24,10 @@ Video = Float[Array, "B F H W 3"]
 
 
 class PatchDiscriminator(nnx.Module):
-    """One logit per patch: three strided convolutions over frames (2-D) or clips (3-D)."""
+    """A discriminator of frames (2-D) or clips (3-D) with one logit per patch.
+
+    It has three strided convolutions.
+    """
 
     def __init__(self, kernel: tuple[int, ...], *, rngs: nnx.Rngs):
         widths = (3, 64, 128, 256)
@@ -44,7 +45,7 @@ class PatchDiscriminator(nnx.Module):
 
 
 class Discriminators(nnx.Module):
-    """The two judges: logits of a video's frames, one by one, and of the video as a clip."""
+    """The two discriminators: one gives logits of single frames, one of the video as a clip."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.frames = PatchDiscriminator((4, 4), rngs=rngs)
@@ -55,6 +56,8 @@ class Discriminators(nnx.Module):
 
 
 class Networks(NamedTuple):
+    """The networks that the loss of the autoencoder trains."""
+
     vae: CausalVAE
     logvar: jax.Array  # () learned log-variance of the reconstruction
 
@@ -71,14 +74,17 @@ def perceptual(difference: Video) -> Float[Array, ""]:
 
 
 def outliers(mean: Float[Array, "B T h w C"]) -> Float[Array, ""]:
-    """Return by how much latents lie beyond three spatial standard deviations of their mean."""
+    """Return the mean excess of latents over three spatial standard deviations from their mean."""
     centred = mean - mean.mean((2, 3), keepdims=True)
     spread = jnp.sqrt(jnp.mean(centred**2, (2, 3), keepdims=True) + 1e-12)
     return jnp.mean(jax.nn.relu(jnp.abs(centred) - 3 * spread))
 
 
 def vae_loss(networks: Networks, judges, video: Video, key, config: VAETrainConfig):
-    """Return (loss, (reconstruction, metrics)); the adversarial term only with `judges`."""
+    """Return (loss, (reconstruction, metrics)).
+
+    The loss has the adversarial term only if `judges` is not None.
+    """
     vae, logvar = networks
     mean, z_logvar = vae.encode(video)
     if config.decoder_only:

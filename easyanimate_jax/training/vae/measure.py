@@ -1,4 +1,4 @@
-"""Measures of a trained autoencoder: PSNR and pictures of held-out clips, latent statistics."""
+"""Measure a trained autoencoder: PSNR and pictures of held-out clips, latent statistics."""
 
 import dataclasses
 
@@ -14,13 +14,13 @@ from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
 from easyanimate_jax.training.vae.crops import Clips, Crops, pixels
 
-MEASURED = 64  # held-out crops that a PSNR is the mean of
-PICTURED = 4  # of them
-STATISTICS = 16  # batches whose latents the statistics are of
+MEASURED = 64  # held-out crops over which the PSNR is averaged
+PICTURED = 4  # crops in a picture
+STATISTICS = 16  # batches from which the latent statistics are computed
 
 
 class HeldOut:
-    """Crops of clips that are never trained on, in the shape of the last stage; always the same."""
+    """Crops of held-out clips, in the shape of the last stage; they are the same at every step."""
 
     def __init__(self, clips: Clips, config: VAETrainConfig):
         self.crops, self.stage = Crops(clips.held_out, config.seed), config.stages[-1]
@@ -52,16 +52,16 @@ class HeldOut:
 def _reconstruct(
     vae: CausalVAE, frames: UInt8[Array, "B F H W 3"]
 ) -> tuple[UInt8[Array, "B F H W 3"], Float[Array, "B"]]:
-    """Return the frames through the VAE and back, and each crop's mean squared error."""
+    """Return the reconstructed frames and the mean squared error of each crop."""
     video = pixels(frames)
     output = jnp.clip(vae.decode(vae.encode(video)[0]), -1, 1)
     return to_bytes(output), jnp.mean((output - video) ** 2, axis=(1, 2, 3, 4))
 
 
 def with_statistics(vae: CausalVAE, crops: Crops, stage: VAEStage, step: int) -> CausalVAE:
-    """Return `vae` with a config that normalises latents to mean 0 and deviation 1.
+    """Return `vae` with a config that normalises latents to mean 0 and standard deviation 1.
 
-    Measured on `STATISTICS` batches, from `step` on.
+    The statistics are measured on `STATISTICS` batches, from `step` on.
     """
     encode = jax.jit(lambda vae, frames: vae.encode(pixels(frames)))
     rows = range(stage.batch_size)
@@ -77,5 +77,5 @@ def with_statistics(vae: CausalVAE, crops: Crops, stage: VAEStage, step: int) ->
 
 
 def local(vae: CausalVAE) -> CausalVAE:
-    """Return the module on this process's first device, from arrays that every device has."""
+    """Return a copy of a replicated module on the first device of this process."""
     return jax.tree.map(lambda x: x.addressable_data(0), vae)

@@ -1,4 +1,4 @@
-"""One update of a video autoencoder, its average and its judges, and the state that it carries."""
+"""One update of a video autoencoder, its averaged weights and its discriminators; the state."""
 
 from functools import partial
 from typing import NamedTuple
@@ -20,15 +20,21 @@ from easyanimate_jax.weights.module import abstract
 
 
 class VAEState(NamedTuple):
+    """The training state of a video autoencoder."""
+
     step: jax.Array  # () int32, updates made so far
     networks: Networks
-    ema: CausalVAE  # the averaged weights: what is written at the end
+    ema: CausalVAE  # the averaged weights, which are written at the end
     opt_state: optax.OptState
-    judges: Discriminators | None  # None where the config never starts them
+    judges: Discriminators | None  # None if the config never uses them
     judge_opt_state: optax.OptState
 
 
 def optimizer(config: VAETrainConfig) -> optax.GradientTransformation:
+    """Return the optimizer: clipping to norm 1, Adam or Muon, weight decay, cosine schedule.
+
+    With `decoder_only` the weights that make latents are frozen.
+    """
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, config.warmup_steps, config.steps, 0.01 * config.learning_rate
     )
@@ -57,9 +63,10 @@ def parts(networks):
 
 
 def labels(networks):
-    """Return what updates each weight: "muon" or "adam".
+    """Return the update rule of each weight: "muon" or "adam".
 
-    Muon updates the kernels of convolutions, but not the VAE's outer ones and a judge's head.
+    Muon updates the kernels of convolutions, except the first and last of the VAE and the heads of
+    the discriminators.
     """
 
     def label(path, x):
@@ -70,12 +77,12 @@ def labels(networks):
 
 
 def random_key(config: VAETrainConfig) -> jax.Array:
-    """Return a key of the hardware's generator: the default one compiles for seconds per shape."""
+    """Return a key of the "rbg" generator; the default one compiles for seconds per shape."""
     return jax.random.key(config.seed, impl="rbg")
 
 
 def init_state(config: VAETrainConfig, start: CausalVAE | None = None) -> VAEState:
-    """Return the state before the first step, of new weights or of those of `start`."""
+    """Return the state before the first step, with new weights or those of `start`."""
     rngs = nnx.Rngs(random_key(config))
     vae = CausalVAE(config.vae, rngs=rngs) if start is None else start
     networks = Networks(vae, jnp.zeros(()))
@@ -89,7 +96,7 @@ def init_state(config: VAETrainConfig, start: CausalVAE | None = None) -> VAESta
 def train_step(
     state: VAEState, frames: UInt8[Array, "B F H W 3"], *, config: VAETrainConfig, adversarial: bool
 ) -> tuple[VAEState, dict[str, Float[Array, ""]]]:
-    """Return the state after one update from a global batch of crops, and the step's metrics.
+    """Return (state after one update from a global batch of crops, the step's metrics).
 
     The average's decay warms up as (1 + n) / (10 + n), as the transformer's does.
     """
@@ -103,7 +110,7 @@ def train_step(
     updates, opt_state = update(grads, state.opt_state, state.networks)
     networks = optax.apply_updates(state.networks, updates)
     decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
-    # In this form a weight that is frozen keeps its bits: a * w + (1 - a) * w is not always w.
+    # This form keeps the bits of a frozen weight; a * w + (1 - a) * w is not always w.
     ema = jax.tree.map(lambda e, w: e + (1 - decay) * (w - e), state.ema, networks.vae)
     state = state._replace(step=state.step + 1, networks=networks, ema=ema, opt_state=opt_state)
     if adversarial:
@@ -116,7 +123,7 @@ def train_step(
 
 
 def first_state(config: VAETrainConfig, mesh: Mesh, start: CausalVAE | None) -> VAEState:
-    """Return `init_state`, whole on every device of `mesh`."""
+    """Return the result of `init_state`, replicated on every device of `mesh`."""
     make = jax.jit(partial(init_state, config), out_shardings=replicated(mesh))
     return make() if start is None else make(start)
 
@@ -140,5 +147,5 @@ def compile_step(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of an array that every device has whole."""
+    """Return the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
