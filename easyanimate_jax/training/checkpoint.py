@@ -26,10 +26,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from easyanimate_jax.training.retention import Retention
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
 from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.orbax_item import fingerprint_on_disk, names
-from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read_step_meta, sealed
+from easyanimate_jax.weights.run_folder import complete_steps, read_step_meta, sealed
 
 logger = logging.getLogger(__name__)
 
@@ -69,9 +70,8 @@ class Checkpoints:
         faults: Faults = NO_FAULTS,
     ):
         self.folder = Path(folder).absolute()
-        self.keep, self.keep_every, self.keep_if = max(2, keep), keep_every, keep_if
+        self.retention = Retention(self.folder, max(2, keep), keep_every, keep_if, faults)
         self.faults = faults
-        self.protected: set[int] = set()  # steps that are not deleted
         self.process, self.processes = jax.process_index(), jax.process_count()
         self.writing: int | None = None  # the step whose save is not yet settled
         self.latest = 0  # the step that orbax writes, or wrote last
@@ -199,26 +199,13 @@ class Checkpoints:
 
     def protect(self) -> None:
         """Never delete the steps that exist now, because another schedule made them."""
-        self.protected |= set(complete_steps(self.folder))
+        self.retention.protected |= set(complete_steps(self.folder))
 
     def drop_after(self, step: int) -> None:
         """Delete all steps after `step`: the run went back and makes these updates again."""
         if self.process == 0:
-            for later in complete_steps(self.folder):
-                if later > step:
-                    self._delete(later)
+            self.retention.drop_after(step)
         _wait_for_all(f"dropped after {step}")
-
-    def prune(self) -> None:
-        """Delete the steps that need not be kept, if there are at least two verified steps."""
-        steps = complete_steps(self.folder)
-        verified = [step for step in steps if is_verified(self.folder / str(step))]
-        if len(verified) < 2:
-            return
-        last = set(verified[-self.keep :])
-        for step in steps:
-            if step < verified[-1] and not (step in last | self.protected or self._kept(step)):
-                self._delete(step)
 
     def finish(self) -> None:
         """Wait until everything is written and checked."""
@@ -246,24 +233,7 @@ class Checkpoints:
             _mark(path, self.process, self.processes)
             self.faults.kill("checked", step)
             if self.process == 0:
-                self.prune()
-
-    def _kept(self, step: int) -> bool:
-        """Return whether a step is never deleted; this is true if its metadata is damaged."""
-        if self.keep_every and step % self.keep_every == 0:
-            return True
-        try:
-            return self.keep_if(read_step_meta(self.folder / str(step)))
-        except ValueError:
-            return True
-
-    def _delete(self, step: int) -> None:
-        """Rename a step, then delete its files, so that no partial step has a valid name."""
-        path = self.folder / str(step)
-        doomed = path.with_name(f"{path.name}.deleting")
-        os.replace(path, doomed)
-        self.faults.kill("deleting", step)
-        shutil.rmtree(doomed, ignore_errors=True)
+                self.retention.prune()
 
     def _failed(self, step: int, reason) -> None:
         self.failures += 1
