@@ -14,8 +14,8 @@ from easyanimate_jax.prepare.curate import Rules
 HELP = """Cut and score the films of SOURCE into the table OUT/clips.parquet.
 
 No video is rewritten: a clip is a span of a file. Run the same command to resume; finished films
-are kept. OUT/funnel.html shows how many clips each rule removed. To caption clips with a model behind
-an OpenAI-compatible server, end the command with
+are kept. OUT/funnel.html shows how many clips each rule removed. To caption clips with a model
+behind an OpenAI-compatible server, end the command with
 
   captioner:server --captioner.url http://localhost:8000/v1 --captioner.model NAME"""
 

@@ -81,7 +81,7 @@ def part_of(text: str) -> tuple[int, int]:
     """Return (part, number of parts) of a text such as `0/8`. Raise ValueError for other texts."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise ValueError(f"--part {text!r}: give a part and the number of parts, from 0/8 to 7/8")
+        raise ValueError(f"--part {text!r}: give a part and the number of parts, as in 0/8 to 7/8")
     return int(part), int(parts)
 
 

@@ -135,7 +135,7 @@ def read_mesh(text: str) -> dict[str, int]:
     pairs = [pair.split("=") for pair in text.split(",")]
     if not all(len(p) == 2 and p[0] in MESH_AXES and p[1].isdecimal() and int(p[1]) for p in pairs):
         raise ValueError(
-            f"--mesh {text}: give a number of devices per axis ({', '.join(MESH_AXES)}), such as "
+            f"--mesh {text}: give a number of devices by axis ({', '.join(MESH_AXES)}), such as "
             f"data=2,context=4"
         )
     return {name: int(count) for name, count in pairs}

@@ -123,7 +123,7 @@ def _fit(name: str, value: np.ndarray, size: tuple[int, int, int]) -> np.ndarray
         value = np.repeat(value[None, ..., None], frames, axis=0)
     if len(value) < frames:
         raise ValueError(
-            f"{name} has {len(value)} frames, and the video has {frames}; use frames="
+            f"{name} has {len(value)} frames, and the video to make has {frames}; use frames="
             f"{whole_frames(len(value))}"
         )
     value = value[:frames]

@@ -74,7 +74,7 @@ class Sampling:
                 f"Sampling.guided is {low} to {high}: give two shares of the steps, such as 0 and 1"
             )
         if self.teacache < 0:
-            raise ValueError(f"Sampling.teacache is {self.teacache}: use a threshold of 0 or more")
+            raise ValueError(f"Sampling.teacache is {self.teacache}: use a threshold from 0 up")
         check_fields(
             self,
             steps=f"[1, {NUM_TRAIN_TIMES}]",
@@ -90,9 +90,7 @@ class Sampling:
                 f"Sampling.sampler is {self.sampler!r}; use one of {', '.join(_SAMPLER_NAMES)}"
             )
         if self.guidance_every > 1 and self.teacache:
-            raise ValueError(
-                "teacache and guidance_every cannot be used together: set only one of them"
-            )
+            raise ValueError("teacache and guidance_every cannot be combined: use one of them")
 
 
 class Source(NamedTuple):

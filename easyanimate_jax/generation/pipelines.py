@@ -196,7 +196,7 @@ def video_to_video(
 
 def _check_video(request: Request, video, mask) -> None:
     if len(video) != len(request.seeds):
-        raise ValueError(f"{len(video)} videos and {len(request.seeds)} seeds: give one per video")
+        raise ValueError(f"{len(video)} videos and {len(request.seeds)} seeds: give a seed each")
     if video.shape != (*request.shape, 3):
         raise ValueError(
             f"a video of shape {video.shape} and a request of {request.shape}: use the same size"

@@ -53,8 +53,8 @@ class Request(NamedTuple):
             allowed = {rows} if name == "texts" else {rows, 1}
             if not {shape[0] for shape in shapes} <= allowed:
                 raise ValueError(
-                    f"{name} of shapes {shapes} and {rows} seeds: give one seed and one row of "
-                    f"text for each video"
+                    f"{name} of shapes {shapes} and {rows} seeds: give a seed each, and "
+                    f"one row of text for each seed"
                 )
         lengths = [[np.shape(text)[1] for text in t] for t in (self.texts, self.negative_texts)]
         if lengths[0] != lengths[1]:
