@@ -139,7 +139,10 @@ GIVEN = [
     ({"image": pixels(32, 48, 3) / 255.0}, "image has dtype float64: give uint8 pixels"),
     ({"image": pixels(32, 48, 4)}, r"image has shape \(32, 48, 4\): .* shape \(H, W, 3\)"),
     ({"image": pixels(2, 32, 48, 3)}, "or one for each of 1 prompts"),
-    ({"video": pixels(5, 32, 48, 3), "frames": 9}, "video has 5 frames, and the video to make has 9"),
+    (
+        {"video": pixels(5, 32, 48, 3), "frames": 9},
+        "has 5 frames, and the video to make has 9",
+    ),
     ({"video": pixels(5, 32, 48, 3), "mask": pixels(32, 48)}, "mask holds 255: use 1 where"),
     ({"height": 40}, "height 40: sides are multiples of 16"),
     ({"seed": -1}, r"seeds \[-1\]: give a whole number"),

@@ -50,19 +50,19 @@ class Options:
     request: Annotated[SampleRequest, arg(name="")] = SampleRequest()
     """Options of each sample."""
     prompts: Path | None = None
-    """File with one JSON object per line; keys are options with underscores."""
+    """File of JSON lines; keys are options with _ for -."""
     batch: int = 1
-    """Number of lines of --prompts generated at once."""
+    """Lines of --prompts generated at once."""
     output: Path = Path("samples")
     """Folder to write to."""
     gif: bool = False
     """Write a GIF beside each video."""
     memory: Literal["all", "low"] = "all"
-    """low: text encoders, transformer and VAE take turns in memory."""
+    """low: text encoders, transformer, VAE take turns."""
     weights: Literal["full", "int8"] = "full"
-    """int8: the transformer's kernels in 8 bits."""
+    """int8: transformer kernels in 8 bits."""
     mesh: str | None = None
-    """Devices per mesh axis, such as data=2,context=4; by default one device."""
+    """Several devices, such as data=2,context=4."""
 
 
 def main(arguments: Sequence[str]) -> int:

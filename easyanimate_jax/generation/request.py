@@ -57,39 +57,39 @@ class SampleRequest:
     """One video or picture: its texts, files, size and sampling options."""
 
     prompt: str | None = None
-    """Text that the video shows; may be empty."""
+    """What to show; may be empty."""
     negative_prompt: str = ""
-    """Text that the video avoids."""
+    """What to avoid."""
     image: str | None = None
-    """Picture file: the first frame."""
+    """Picture: the first frame."""
     end_image: str | None = None
-    """Picture file: the last frame."""
+    """Picture: the last frame."""
     video: str | None = None
-    """Video file to change."""
+    """Video to change."""
     mask: str | None = None
-    """Picture or video file, white where the video is new."""
+    """Picture or video, white where the video is new."""
     strength: float | None = None
     """How much --video changes, 0 to 1: 0.7, or 1 with a mask."""
     control: str | None = None
-    """Control video file; with --operator any video."""
+    """Control video, or any video with --operator."""
     operator: str | None = None
     """canny, soft_edge, scribble, lines or line_art."""
     trajectory: str | None = None
-    """JSON file: a list of paths of [x, y] pixels."""
+    """JSON list of paths of [x, y] pixels."""
     spot: int | None = None
-    """Half the spot's side on a path, in pixels: 50 at 1280x720."""
+    """Radius of a path in pixels: 50 at 1280x720."""
     camera: str | None = None
     """File of camera poses."""
     reference: str | None = None
-    """Picture file: the look of a controlled video."""
+    """Picture: the look of a controlled video."""
     height: int | None = None
-    """Pixels, a multiple of 16; by default the run's."""
+    """Multiple of 16; by default the run's."""
     width: int | None = None
-    """Pixels, a multiple of 16; by default the run's."""
+    """Multiple of 16; by default the run's."""
     frames: int | None = None
-    """4n+1, or 1 for a picture; by default the run's."""
+    """4n+1, 1 for a picture; by default the run's."""
     segment: int | None = None
-    """Frames per segment of a longer video, 4n+1."""
+    """Frames per segment of a long video, 4n+1."""
     steps: int = 50
     """Number of denoising steps."""
     sampler: str = ""
@@ -101,7 +101,7 @@ class SampleRequest:
     rescale: float = 0.0
     """Rescaling of the guidance, 0 to 1."""
     guided: tuple[float, float] = (0.0, 1.0)
-    """First and last share of the steps with guidance."""
+    """Share of the steps with guidance, from and to."""
     guidance_every: int = 1
     """Steps between two unconditional predictions."""
     teacache: float = 0.0
