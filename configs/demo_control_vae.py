@@ -1,7 +1,7 @@
 """The video autoencoder of `demo_base_vae` with a decoder that was trained further.
 
-Generated edges are only as exact as the decoder draws them, so it is trained longer. The encoder does not change, so
-existing latents and the models trained on them stay valid.
+Generated edges are only as exact as the decoder draws them, so it is trained longer. The encoder
+does not change, so existing latents and the models trained on them stay valid.
 """
 
 from dataclasses import replace

@@ -1,6 +1,6 @@
 """Two short stages on the clips that curation cut, for `make demo-films`.
 
-The demo shows the steps from films to training. Its model is not trained long enough for good samples.
+The demo shows the steps from films to training. The training is too short for good samples.
 """
 
 from dataclasses import replace

@@ -11,9 +11,7 @@ config = VAETrainConfig(
     output="runs/demo/vae",
     stages=(
         VAEStage(steps=400, batch_size=8, frames=5, size=32),
-        VAEStage(
-            steps=100, batch_size=2, frames=9, size=64
-        ),  # larger crops: fewer border pixels
+        VAEStage(steps=100, batch_size=2, frames=9, size=64),  # larger crops: fewer border pixels
     ),
     matrices="muon",
     learning_rate=2e-3,
