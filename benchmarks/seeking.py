@@ -2,7 +2,7 @@
 
     python benchmarks/seeking.py [--groups 21] [--rounds 3]
 
-Prints a table in Markdown. The film is synthetic: moving noise in H.264, with x264's defaults.
+Prints a table in Markdown. The film is synthetic: moving noise in H.264, encoded by x264.
 """
 
 import argparse
