@@ -124,7 +124,7 @@ def compare(expected: Path, found: Path) -> None:
     """Exit with an error if a file differs after the conversion to our layout and back."""
     for path in sorted(expected.glob("*.safetensors")):
         if path.read_bytes() != (found / path.name).read_bytes():
-            raise SystemExit(f"{path.name} is not what it was: the way there and back is not exact")
+            raise SystemExit(f"{path.name} differs: the conversion there and back is not exact")
 
 
 def table(runs: dict[str, list[dict]], size: int, largest: int) -> str:

@@ -182,7 +182,7 @@ def main() -> None:
         f"Cached latents: {SHARDS * SHARD} records of {int(np.prod(GRID)):,} tokens, "
         f"{size / 1e6:.1f} MB each, batches of {BATCH}, one thread, {PASSES} passes after a first. "
         f"First batch after a resume at step 123,456, without worker processes, index and shards "
-        f"opened anew: **{first:.2f} s**.",
+        f"opened again: **{first:.2f} s**.",
         "",
         "| | records / CPU second | MB / CPU second | ours to it |",
         "|---|---|---|---|",

@@ -57,9 +57,9 @@ class SampleRequest:
     """One video or picture: its texts, files, size and sampling options."""
 
     prompt: str | None = None
-    """What to show; may be empty."""
+    """Text to show; may be empty."""
     negative_prompt: str = ""
-    """What to avoid."""
+    """Text to avoid."""
     image: str | None = None
     """Picture: the first frame."""
     end_image: str | None = None
