@@ -1,4 +1,4 @@
-"""Sample: `python sample.py RUN --prompt TEXT`; the verb `sample` of the one command."""
+"""Sample: `python sample.py RUN --prompt TEXT` runs the verb `sample` of the command line."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train: `python train.py configs/demo.py`; the verb `train` of the one command."""
+"""Train: `python train.py configs/demo.py` runs the verb `train` of the command line."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""Reading 49 frames at the end of a long film beside its start: processor time of each.
+"""Compare the CPU time to read 49 frames at the end of a long film with that at its start.
 
     python benchmarks/seeking.py [--groups 21] [--rounds 3]
 
-Prints a table in Markdown. The film is made here, of moving noise, in H.264 as x264 sets it up.
+Prints a table in Markdown. The film is synthetic: moving noise in H.264, encoded by x264.
 """
 
 import argparse
@@ -22,6 +22,7 @@ RATE, GROUP, COUNT, SIZE = 24, 250, 49, (512, 512)
 
 
 def main() -> None:
+    """Time the reads, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--groups", type=int, default=21)
     parser.add_argument("--height", type=int, default=1080)
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def write(path: Path, groups: int, height: int, width: int) -> None:
-    """One group of pictures is encoded, and its packets are written again and again."""
+    """Write the film: encode one group of pictures, and write its packets again and again."""
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 255, (height // 8 + 1, width // 8, 3), np.uint8)
     still = noise.repeat(8, 0).repeat(8, 1)[:height]
@@ -75,13 +76,14 @@ def write(path: Path, groups: int, height: int, width: int) -> None:
 
 
 def reading(path: Path, start: float) -> float:
+    """Return the CPU seconds to read the frames from `start` seconds on."""
     began = time.process_time()
     media.read_at(path, start, COUNT, SIZE)
     return time.process_time() - began
 
 
 def whole_group(path: Path) -> float:
-    """The time to decode one group of pictures, without scaling it."""
+    """Return the time to decode one group of pictures without scaling."""
     began = time.process_time()
     with av.open(str(path)) as container:
         container.streams.video[0].codec_context.thread_count = 1

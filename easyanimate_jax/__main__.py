@@ -1,4 +1,4 @@
-"""The one command: `python -m easyanimate_jax VERB ...`, or `easyanimate-jax VERB ...`."""
+"""The command line: `python -m easyanimate_jax VERB ...`, or `easyanimate-jax VERB ...`."""
 
 import difflib
 import importlib
@@ -11,23 +11,23 @@ VERBS = {
     "train": "train a transformer by the stages of a config, or resume",
     "vae-train": "train a video autoencoder",
     "text": "train two small text encoders on captions",
-    "sample": "make videos and pictures from a run",
+    "sample": "generate videos and pictures from a run",
     "describe": "print the schedule of a config without a device",
     "plan": "print which clips make the steps of a config",
-    "sources": "print what a source of clips holds",
+    "sources": "print the contents of a source of clips",
     "curate": "cut and score films into a table of clips",
     "control": "write the control videos of a folder of clips",
     "prepare": "encode the clips of a config to records",
-    "convert": "convert weights between PyTorch's layouts and ours",
+    "convert": "convert weights between the PyTorch layouts and ours",
     "checkpoint": "list, verify and compare the checkpoints of a run",
     "doctor": "examine the hosts of a run",
     "aot": "predict memory and time of a config on a pod, without the pod",
-    "supervise": "start the processes of a run, watch and restart them",
+    "supervise": "start, watch and restart the processes of a run",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb and return its exit code; without arguments, those of the program."""
+    """Run a verb and return its exit code. By default the arguments are those of the process."""
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if verb in ("-h", "--help"):
         print(usage())
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """Return the help of the command: every verb with a line."""
+    """Return the help text: one line per verb."""
     width = max(map(len, VERBS))
     lines = [f"  {verb.ljust(width)}  {text}" for verb, text in VERBS.items()]
     return "\n".join(

@@ -12,24 +12,27 @@ from easyanimate_jax.commands import parse
 
 HELP = """List, verify and compare the checkpoints of a run, without an accelerator.
 
-  list FOLDER                the steps of a run, and what is known of them
-  verify FOLDER              read every array of every step and compare it with what was saved
-  diff FOLDER FIRST SECOND   the arrays in which two steps differ
+  list FOLDER                print the steps of a run, and whether each is verified
+  verify FOLDER              read every array of every step and compare it with its fingerprint
+  diff FOLDER FIRST SECOND   print the arrays that differ between two steps
 
-Exit code 0: all is well; 1: something is damaged or differs; 2: wrong arguments."""
+Exit codes: 0, all is well; 1, something is damaged or differs; 2, wrong arguments."""
 
 
 @dataclass(frozen=True)
 class Options:
+    """The arguments of `checkpoint`."""
+
     action: Positional[Literal["list", "verify", "diff"]]
-    """What to do with the checkpoints."""
+    """Action on the checkpoints."""
     folder: Positional[Path]
-    """Run folder, or its folder of checkpoints."""
+    """Run folder, or its folder `checkpoints`."""
     steps: Positional[tuple[int, ...]] = ()
-    """Two steps, for `diff`."""
+    """Two steps; only for `diff`."""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the verb `checkpoint`; return the exit code."""
     return parse.run(partial(_checkpoint, arguments))
 
 
@@ -42,7 +45,7 @@ def _checkpoint(arguments: Sequence[str]) -> int:
     inner = own.folder / "checkpoints"
     folder = inner if inner.is_dir() else own.folder
     if not complete_steps(folder):
-        raise ValueError(f"{own.folder} holds no checkpoints")
+        raise ValueError(f"{own.folder} holds no checkpoints; give the folder of a run")
     return {"list": _list, "verify": _verify, "diff": _diff}[own.action](folder, *own.steps)
 
 
@@ -81,7 +84,7 @@ def _diff(folder: Path, first: int, second: int) -> int:
 
     metas = [read_step_meta(folder / str(step)) for step in (first, second)]
     if not all("arrays" in meta for meta in metas):
-        raise ValueError(f"checkpoint {first} or {second} is from before fingerprints")
+        raise ValueError(f"checkpoint {first} or {second} has no fingerprints; choose newer steps")
     one, two = (
         {f"{item}.{n}": array for item in ITEMS for n, array in meta["arrays"][item].items()}
         for meta in metas

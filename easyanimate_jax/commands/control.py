@@ -9,11 +9,13 @@ from tyro.conf import Positional
 from easyanimate_jax.commands import parse
 
 HELP = """Write the control videos of a folder of clips to FOLDER/control_OPERATOR, and enter them
-in its metadata.json as `control_file_path`. Files that are there stay as they are."""
+in its metadata.json as `control_file_path`. Existing control files are kept."""
 
 
 @dataclass(frozen=True)
 class Options:
+    """The arguments of `control`."""
+
     folder: Positional[str]
     """Folder with clips and a metadata.json."""
     operator: Positional[str]
@@ -21,6 +23,7 @@ class Options:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the verb `control`; return the exit code."""
     return parse.run(partial(_control, arguments))
 
 

@@ -1,4 +1,4 @@
-"""Convert weights between EasyAnimate's layouts: ours, diffusers' and the original's."""
+"""Convert weights between EasyAnimate's layouts: ours, diffusers' and the original repository's."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -9,12 +9,12 @@ from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
 
-HELP = """Convert weights between EasyAnimate's layouts: ours, diffusers' and the original's.
+HELP = """Convert weights between EasyAnimate's layouts: ours, diffusers' and the original code's.
 
   released weights to ours   python -m easyanimate_jax convert EasyAnimateV5.1-12b-zh mine --to jax
   a trained run to PyTorch   python -m easyanimate_jax convert runs/mine mine --to diffusers
 
-All that is wrong with the source is listed, with exit code 2, and nothing is written."""
+If the source has faults, all of them are listed, nothing is written, and the exit code is 2."""
 Part = Literal[
     "transformer",
     "vae",
@@ -28,27 +28,30 @@ Part = Literal[
 
 @dataclass(frozen=True)
 class Options:
+    """The arguments of `convert`."""
+
     source: Positional[str]
-    """Folder of a pipeline, folder or file of one model, run folder, or LoRA file."""
+    """Pipeline folder, folder or file of one model, run folder, or LoRA file."""
     target: Positional[str]
-    """New folder to write; for a LoRA a new file."""
+    """New folder to write; for a LoRA, a new file."""
     to: Literal["jax", "diffusers", "original"]
     """Layout to write."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Cast all weights to this type; left out, each tensor keeps its own."""
+    """Cast all weights to this dtype; by default each tensor keeps its own."""
     weights: Literal["ema", "raw"] = "ema"
-    """Averaged or last weights of a run."""
+    """ema: averaged weights of a run; raw: its last weights."""
     step: int | None = None
-    """Checkpoint of a run; left out, the newest."""
+    """Step of a run's checkpoint; by default the newest."""
     only: Part | None = None
-    """Convert this part of a pipeline."""
+    """Convert only this part of a pipeline."""
     in_channels: int | None = None
-    """Adapt the transformer to the task with so many input channels; new channels are zero."""
+    """Adapt the transformer to the task with so many input channels; new weights are zero."""
     allow_pickle: bool = False
     """Read .bin, .pt and .ckpt files too; needs torch."""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the verb `convert`; return the exit code."""
     return parse.run(partial(_convert, arguments), prefix="convert")
 
 
@@ -60,7 +63,7 @@ def _convert(arguments: Sequence[str]) -> int:
     from easyanimate_jax.weights import conversion
 
     source, target = own.pop("source"), own.pop("target")
-    jax.config.update("jax_platforms", "cpu")  # leaves accelerators to those who compute
+    jax.config.update("jax_platforms", "cpu")  # keep accelerators free for other processes
     with tqdm(desc=target, unit="B", unit_scale=True, delay=0.5) as bar:
 
         def progress(size, total):

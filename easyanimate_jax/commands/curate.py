@@ -13,28 +13,31 @@ from easyanimate_jax.prepare.curate import Rules
 
 HELP = """Cut and score the films of SOURCE into the table OUT/clips.parquet.
 
-Nothing is rewritten: a clip is a span of a file. Finished films are kept, so a stopped command
-resumes. OUT/funnel.html says what was left out at every step. To caption clips by a model behind an
-OpenAI-compatible server, end the command with
+No video is rewritten: a clip is a span of a file. Run the same command to resume; finished films
+are kept. OUT/funnel.html shows how many clips each rule removed. To caption clips with a model
+behind an OpenAI-compatible server, end the command with
 
   captioner:server --captioner.url http://localhost:8000/v1 --captioner.model NAME"""
 
 
 @dataclass(frozen=True)
 class Options:
+    """The arguments of `curate`."""
+
     source: Positional[Path]
     """Source of clips, or a folder of films without captions."""
     out: Positional[Path]
-    """Folder of the table."""
+    """Folder to write the table to."""
     rules: OmitArgPrefixes[Rules] = Rules()
-    """Limits of a clip."""
+    """Limits that a clip must meet."""
     captioner: Server | None = None
-    """Server that captions clips; left out, clips have the captions of their film."""
+    """Server that captions clips; by default a clip has the captions of its film."""
     part: str = "0/1"
-    """Cut and score only this part of the films: 0/8 to 7/8 share the work, on any hosts."""
+    """Process only this part of the films: 0/8 to 7/8 share the work between eight hosts."""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the verb `curate`; return the exit code."""
     return parse.run(partial(_curate, arguments))
 
 

@@ -1,4 +1,4 @@
-"""Print the schedule of a config without touching a device."""
+"""Print the schedule of a config without a device."""
 
 import os
 from collections.abc import Sequence
@@ -10,18 +10,21 @@ from tyro.conf import Positional
 from easyanimate_jax.commands import parse
 
 HELP = """Print the schedule of a config: parameters, state bytes per device, stages, and every
-resolution and duration of every bucket. No device is touched.
+resolution and duration of every bucket. No device is used.
 
 Every field of the config is an option, `--field value`; `CONFIG --help` lists them."""
 
 
 @dataclass(frozen=True)
 class Options:
+    """The arguments of `describe`."""
+
     config: Positional[str]
-    """Python file that defines `config`, as those of configs/."""
+    """Python file that defines `config`, such as configs/demo.py."""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the verb `describe`; return the exit code."""
     return parse.run(partial(_describe, arguments))
 
 

@@ -1,4 +1,4 @@
-"""Examine the hosts of a run."""
+"""Check the hosts of a run before training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,22 +9,25 @@ from tyro.conf import Positional
 from easyanimate_jax import processes
 from easyanimate_jax.commands import parse
 
-HELP = """Examine the hosts of a run; start it as you start the training, on every host.
+HELP = """Check the hosts of a run. Start this command on every host, as you start the training.
 
-It compares what the processes see (devices, versions, clocks, folders) and sums over all devices.
-With a config it also checks the mesh, and the state against memory and disk. Process 0 prints a
-table. Exit code 0: all is well; 1: something is not; 2: wrong arguments.
+It compares devices, versions, clocks and folders between the processes, and computes a sum over all
+devices. With a config it also checks the mesh, and that the state fits memory and disk. Process 0
+prints a table. Exit codes: 0, all checks pass; 1, a check fails; 2, wrong arguments.
 
 Every field of the config is an option, `--field value`; `CONFIG --help` lists them."""
 
 
 @dataclass(frozen=True)
 class Options:
+    """The arguments of `doctor`."""
+
     config: Positional[str | None] = None
-    """Python file that defines `config`, as those of configs/."""
+    """Python file that defines `config`, such as configs/demo.py."""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the verb `doctor`; return the exit code."""
     return parse.run(partial(_examine, arguments))
 
 

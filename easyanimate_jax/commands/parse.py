@@ -1,9 +1,9 @@
-"""The one way in which every verb reads its arguments: tyro, on a frozen dataclass of options.
+"""Argument parsing for every verb: tyro, on a frozen dataclass of options.
 
-The sentence of an option is the string below its field. Where a verb's first argument is a config,
-the config's own fields are options too: `train CONFIG --stages.0.steps 10`. Wrong arguments raise
-ValueError with one line; `run` prints it and ends the verb with exit code 2. `--help` prints to
-stdout and ends the program with exit code 0. Nothing here imports JAX before a config is read.
+The help text of an option is the string below its field. If the first argument of a verb is a
+config, the config's fields are options too: `train CONFIG --stages.0.steps 10`. Wrong arguments
+raise ValueError with one line; `run` prints it and returns exit code 2. `--help` prints to stdout
+and ends the program with exit code 0. Nothing here imports JAX before a config is read.
 """
 
 import dataclasses
@@ -22,13 +22,13 @@ from easyanimate_jax.training.safety.exits import BAD_INPUT
 
 HELP = ("-h", "--help")
 MARKERS = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.HelptextFromCommentsOff)
-# An option is off until it is given; "None" is a word like any other.
+# Flags are off by default and have no --no- form; the text "None" is an ordinary value.
 OWN = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
 
 
 def run(work: Callable[[], int], prefix: str = "error") -> int:
-    """Return the exit code of a verb's work; for what the user can repair a line and 2."""
-    if not processes.several_processes(os.environ):  # else the verb does so, when it knows its rank
+    """Return the exit code of a verb's work. For a ValueError, print one line and return 2."""
+    if not processes.several_processes(os.environ):  # else the verb does so once it knows its rank
         processes.start_logging()
     try:
         return work()
@@ -38,9 +38,9 @@ def run(work: Callable[[], int], prefix: str = "error") -> int:
 
 
 def options(kind: type, arguments: Sequence[str], verb: str, description: str):
-    """Return the options of a verb, an object of the dataclass `kind`.
+    """Return the options of a verb, an instance of the dataclass `kind`.
 
-    Raises ValueError, in one line, for arguments that do not fit.
+    Raises ValueError with a message of one line for wrong arguments.
     """
     name = f"python -m easyanimate_jax {verb}"
     return _parse(Annotated[kind, *OWN], arguments, prog=name, description=description)
@@ -49,10 +49,10 @@ def options(kind: type, arguments: Sequence[str], verb: str, description: str):
 def options_and_config(
     kind: type, arguments: Sequence[str], verb: str, description: str, configs: tuple[str, ...]
 ):
-    """Return the options of a verb and its config, None where an optional CONFIG is left out.
+    """Return the options of a verb and its config, which is None if CONFIG is optional and missing.
 
-    `kind` has a positional field `config`, the path of the config's file. The words after the path
-    may be options of both. `configs` are the names of the config classes that the verb takes.
+    `kind` has a positional field `config`, the path of the config's file. The arguments after the
+    path may be options of both. `configs` are the names of the config classes that the verb takes.
     Raises ValueError for a missing file, a config of another class, and wrong arguments.
     """
     path = arguments[0] if arguments and not arguments[0].startswith("-") else None
@@ -78,10 +78,10 @@ def options_and_config(
 
 
 def part_of(text: str) -> tuple[int, int]:
-    """Return the number of a part and how many there are, of `0/8` to `7/8`."""
+    """Return (part, number of parts) of a text such as `0/8`. Raise ValueError for other texts."""
     part, _, parts = text.partition("/")
     if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
-        raise ValueError(f"--part {text!r}: give a number and how many there are, as in 0/8 to 7/8")
+        raise ValueError(f"--part {text!r}: give a part and the number of parts, as in 0/8 to 7/8")
     return int(part), int(parts)
 
 
@@ -104,15 +104,15 @@ def _read(path: str):
 
 
 def _fields_of(config):
-    """The type of a config whose fields are options without a prefix."""
+    """Return the type of a config, annotated so that its fields are options without a prefix."""
     return Annotated[tyro.conf.AvoidSubcommands[type(config)], tyro.conf.arg(name="")]
 
 
 def _parse(kind, arguments: Sequence[str], *, prog: str, description: str):
-    """Return tyro's result; its message about wrong arguments becomes a ValueError."""
+    """Return tyro's result. Raise ValueError with tyro's message for wrong arguments."""
     asks = bool(set(HELP) & set(arguments))
     if asks:
-        print(f"{description}\n")  # tyro would join its lines
+        print(f"{description}\n")  # printed here, as tyro would join its lines
     with nullcontext(io.StringIO()) if asks else _quiet() as written:
         try:
             return tyro.cli(kind, args=list(arguments), prog=prog, description="", config=MARKERS)
@@ -125,7 +125,7 @@ def _parse(kind, arguments: Sequence[str], *, prog: str, description: str):
 
 @contextmanager
 def _quiet() -> Iterator[io.StringIO]:
-    """Take what tyro says: to no terminal it draws without Unicode, and in one long row."""
+    """Capture tyro's output. Without a terminal tyro writes ASCII, here without line breaks."""
     written, columns = io.StringIO(), os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "10000"
     try:
@@ -138,9 +138,9 @@ def _quiet() -> Iterator[io.StringIO]:
 
 
 def _line(box: str, prog: str) -> str:
-    """Return tyro's message as a line: what is wrong, and which options may have been meant.
+    """Return tyro's message as one line: the error, and the nearest options.
 
-    Rows of dashes separate the title, what is wrong, and what might help.
+    In `box`, rows of dashes separate the title, the error, and the suggestions.
     """
     parts = [[]]
     for row in map(str.strip, box.splitlines()):

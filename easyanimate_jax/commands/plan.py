@@ -1,4 +1,4 @@
-"""Print which clips make the steps of a config."""
+"""Print which clips each step of a config trains on."""
 
 import time
 from collections.abc import Sequence
@@ -10,21 +10,24 @@ from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
 
-HELP = """Print the plans of a config's stages: clips, shapes, token lengths, and how full they are.
+HELP = """Print the plan of each stage of a config: clips, shapes, token lengths, and their fill.
 
 Every field of the config is an option, `--field value`; `CONFIG --help` lists them."""
 
 
 @dataclass(frozen=True)
 class Options:
+    """The arguments of `plan`."""
+
     config: Positional[str]
-    """Python file that defines `config`, as those of configs/."""
+    """Python file that defines `config`, such as configs/demo.py."""
     index: Positional[Path | None] = None
-    """Folder that `prepare` wrote, parquet table of clips, or any source of clips; of the last two,
-    shapes are chosen as `prepare` chooses them. Left out: the config's `prepared`."""
+    """Folder that `prepare` wrote, parquet table of clips, or any source of clips. For a table or a
+    source, shapes are chosen as `prepare` chooses them. By default the config's `prepared`."""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the verb `plan`; return the exit code."""
     return parse.run(partial(_plan, arguments))
 
 

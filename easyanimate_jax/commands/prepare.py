@@ -10,7 +10,7 @@ from easyanimate_jax.commands import parse
 
 HELP = """Encode the clips of a config to records: latents and text states, for every set.
 
-Finished shards are kept, so a stopped command resumes. Every field of the config is an option,
+Run the same command to resume; finished shards are kept. Every field of the config is an option,
 `--field value`; `CONFIG --help` lists them. Example:
 
   python -m easyanimate_jax prepare configs/demo.py --source my/clips --prepared my/latents"""
@@ -18,13 +18,16 @@ Finished shards are kept, so a stopped command resumes. Every field of the confi
 
 @dataclass(frozen=True)
 class Options:
+    """The arguments of `prepare`."""
+
     config: Positional[str]
-    """Python file that defines `config`, as those of configs/."""
+    """Python file that defines `config`, such as configs/demo.py."""
     part: str = "0/1"
-    """Make only this part of the shards: 0/8 to 7/8 share the work, on any hosts."""
+    """Write only this part of the shards: 0/8 to 7/8 share the work between eight hosts."""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the verb `prepare`; return the exit code."""
     return parse.run(partial(_prepare, arguments))
 
 
@@ -38,7 +41,7 @@ def _prepare(arguments: Sequence[str]) -> int:
     from easyanimate_jax.text.encode import TextEncoder
     from easyanimate_jax.weights.folder import load_vae
 
-    with jax.set_mesh(make_mesh(MeshConfig())):  # every device here, not the training's mesh
+    with jax.set_mesh(make_mesh(MeshConfig())):  # all local devices, not the training's mesh
         whole = prepare(
             config.source,
             config.prepared,

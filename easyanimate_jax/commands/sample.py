@@ -1,4 +1,4 @@
-"""Make videos and pictures from a run."""
+"""Generate videos and pictures from a run."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ from easyanimate_jax.training.safety.exits import BAD_INPUT, DONE
 
 NAME = "sample.py"
 MESH_AXES = "data", "fsdp", "context", "tensor"  # sharding.py, which imports JAX
-HELP = """Make videos and pictures from a run.
+HELP = """Generate videos and pictures from a run.
 
   text to video    sample.py runs/demo/train --prompt "a red circle moves to the left"
   text to picture  sample.py RUN --prompt "..." --frames 1
@@ -37,44 +37,47 @@ HELP = """Make videos and pictures from a run.
   camera           sample.py RUN --prompt "..." --camera poses.txt --reference look.png
   many             sample.py RUN --prompts lines.jsonl
 
-Adds NUMBER.mp4 (or .png), a contact sheet and NUMBER.json, which holds all that is needed to make
-it again. What cannot work is refused in one line with exit code 2, before a device starts."""
+Each sample is NUMBER.mp4 (or .png), a contact sheet, and NUMBER.json, which holds the command that
+reproduces it. A wrong request ends with one line and exit code 2 before a device starts."""
 
 
 @dataclass(frozen=True)
 class Options:
+    """The arguments of `sample`."""
+
     checkpoint: Positional[Path]
     """Run folder, which holds the checkpoints."""
     request: Annotated[SampleRequest, arg(name="")] = SampleRequest()
-    """What each sample is asked to be."""
+    """Options of each sample."""
     prompts: Path | None = None
-    """A JSON object a line: options with underscores."""
+    """File of JSON lines; keys are options with _ for -."""
     batch: int = 1
-    """Lines of --prompts made at once."""
+    """Lines of --prompts generated at once."""
     output: Path = Path("samples")
     """Folder to write to."""
     gif: bool = False
     """Write a GIF beside each video."""
     memory: Literal["all", "low"] = "all"
-    """low: text encoders, model and VAE take turns."""
+    """low: text encoders, transformer, VAE take turns."""
     weights: Literal["full", "int8"] = "full"
-    """int8: the model's kernels in eight bits."""
+    """int8: transformer kernels in 8 bits."""
     mesh: str | None = None
-    """Several devices, as data=2,context=4."""
+    """Several devices, such as data=2,context=4."""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the verb `sample`; return the exit code."""
     # JAX reserves 75 % of GPU memory by default.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     try:
         return parse.run(partial(_sample, arguments), prefix=NAME)
     except OSError as error:
         say(str(error))
-    except (MemoryError, RuntimeError) as error:  # of NumPy, of XLA
+    except (MemoryError, RuntimeError) as error:  # from NumPy, from XLA
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         why = str(error).partition("\n")[0]
-        say(f"there is too little memory; ask for fewer frames, or a smaller size ({why})")
+        say(f"there is too little memory; use fewer frames, or a smaller size ({why})")
     return BAD_INPUT
 
 
@@ -103,7 +106,10 @@ def _sample(arguments: Sequence[str]) -> int:
 
 
 def requests(own: Options) -> list[Asked]:
-    """Return the request of --prompt, or one per line of --prompts, each checked by itself."""
+    """Return the request of --prompt, or one per line of --prompts.
+
+    Raises ValueError for options and requests that are wrong without a look at the checkpoint.
+    """
     if (own.request.prompt is None) == (own.prompts is None):
         raise ValueError("give either --prompt or --prompts")
     todo = [Asked(own.request)] if own.prompts is None else read_lines(own.prompts, own.request)
@@ -125,18 +131,18 @@ def requests(own: Options) -> list[Asked]:
 
 
 def read_mesh(text: str) -> dict[str, int]:
-    """Return the devices per mesh axis of `data=2,context=4`."""
+    """Return the devices per mesh axis of `data=2,context=4`. Raise ValueError for other texts."""
     pairs = [pair.split("=") for pair in text.split(",")]
     if not all(len(p) == 2 and p[0] in MESH_AXES and p[1].isdecimal() and int(p[1]) for p in pairs):
         raise ValueError(
-            f"--mesh {text}: give a number of devices by axis, of {', '.join(MESH_AXES)}, as "
+            f"--mesh {text}: give a number of devices by axis ({', '.join(MESH_AXES)}), such as "
             f"data=2,context=4"
         )
     return {name: int(count) for name, count in pairs}
 
 
 def on_mesh(text: str | None):
-    """Return the devices of `data=2,context=4` as the current mesh; without a text one device."""
+    """Return a context in which the mesh of `data=2,context=4` is current; None is one device."""
     import jax
 
     from easyanimate_jax.sharding import MeshConfig, make_mesh
@@ -147,4 +153,5 @@ def on_mesh(text: str | None):
 
 
 def say(what: str) -> None:
+    """Print one line for the user to stderr."""
     print(f"{NAME}: {what}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Print what a source of clips holds, and what is wrong with it."""
+"""Print the contents of a source of clips, and its problems."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,17 +8,20 @@ from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
 
-HELP = """Print what a source of clips holds: clips, sizes, durations, captions, and every problem
-with its row or line."""
+HELP = """Print the contents of a source of clips: clips, sizes, durations, captions, and every
+problem with its row or line."""
 
 
 @dataclass(frozen=True)
 class Options:
+    """The arguments of `sources`."""
+
     source: Positional[str]
     """Folder with a metadata.json or csv, tar files, TFDS data set, or parquet table."""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the verb `sources`; return the exit code."""
     return parse.run(partial(_sources, arguments))
 
 

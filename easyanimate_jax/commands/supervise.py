@@ -1,4 +1,4 @@
-"""Start the processes of a run, watch and restart them; imports nothing heavy."""
+"""Start, watch and restart the processes of a run; JAX is not imported."""
 
 import shutil
 from collections.abc import Sequence
@@ -8,25 +8,28 @@ from functools import partial
 from easyanimate_jax.commands import parse
 from easyanimate_jax.training.safety.supervisor import Supervisor
 
-HELP = """Start the processes of a run on this host, watch them, and start them again.
+HELP = """Start, watch and restart the processes of a run on this host.
 
-Behind `--` comes the command of each rank. Example:
+Write the command of each rank after `--`. Example:
 
   python -m easyanimate_jax supervise --ranks 2 -- python train.py configs/demo.py
 
-Exit codes, those of the ranks: 0 done, 2 wrong input, 3 diverged, 4 hang, 5 storage, 42 preempted:
-run the same command again to go on."""
+The exit code is that of the ranks: 0 done, 2 wrong input, 3 diverged, 4 hang, 5 storage, 42
+preempted. After 42, run the same command to resume."""
 
 
 @dataclass(frozen=True)
 class Options:
+    """The arguments of `supervise`."""
+
     ranks: int = 1
-    """Processes on this host."""
+    """Number of processes on this host."""
     silence: float = 60.0
     """Seconds without a heartbeat after which a rank counts as dead."""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the verb `supervise`; return the exit code."""
     return parse.run(partial(_supervise, arguments))
 
 
@@ -37,7 +40,7 @@ def _supervise(arguments: Sequence[str]) -> int:
         arguments[place + 1 :],
     )
     if not command:
-        raise ValueError("give the command of a rank behind --, as in -- python train.py CONFIG")
+        raise ValueError("give the command of a rank behind --, such as -- python train.py CONFIG")
     for name, value in (("ranks", own.ranks), ("silence", own.silence)):
         if not value > 0:
             raise ValueError(f"--{name} {value}: use more than 0")

@@ -10,20 +10,23 @@ from tyro.conf import OmitArgPrefixes, Positional
 from easyanimate_jax.commands import parse
 from easyanimate_jax.text.train_config import TextTrainConfig
 
-HELP = """Train two small text encoders on captions, in the layout of the released ones."""
+HELP = """Train two small text encoders on captions, and write them in the released layout."""
 
 
 @dataclass(frozen=True)
 class Options:
+    """The arguments of `text`."""
+
     source: Positional[Path]
-    """Folder with a metadata.json whose files may have captions in several languages."""
+    """Folder with a metadata.json; a file may have captions in several languages."""
     out: Positional[Path]
     """Folder to write the two encoders and their tokenizers to."""
     training: OmitArgPrefixes[TextTrainConfig] = TextTrainConfig()
-    """Sizes of the encoders, and how they are trained."""
+    """Sizes of the encoders, and their training options."""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the verb `text`; return the exit code."""
     return parse.run(partial(_train, arguments))
 
 

@@ -24,8 +24,8 @@ HELP = """Train a transformer by the stages of a config, or a video autoencoder 
 Run the same command to resume: the result is bit-identical to an uninterrupted run. SIGTERM saves a
 checkpoint and ends the run with exit code 42.
 
-Every field of the config is an option, `--field value`; a dot goes one level down, and a number
-chooses of several. `CONFIG --help` lists all fields with their values in that config. Examples:
+Every field of the config is an option, `--field value`. A dot selects a field of a field, and a
+number an item of a list. `CONFIG --help` lists all fields with their values. Examples:
 
   python train.py configs/demo.py --stages.0.steps 10
   python train.py configs/v5_12b.py --mesh.fsdp 8 --optimizer.matrices muon --run runs/mine"""
@@ -33,22 +33,28 @@ chooses of several. `CONFIG --help` lists all fields with their values in that c
 
 @dataclass(frozen=True)
 class Options:
+    """The arguments of `train`."""
+
     config: Positional[str]
-    """Python file that defines `config`, as those of configs/."""
+    """Python file that defines `config`, such as configs/demo.py."""
     replay: int | None = None
-    """Make the step after this checkpoint twice and compare the bits, instead of training."""
+    """Instead of training, run the step after this checkpoint twice and compare the bits."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Return the exit code; one of several processes that fails ends here, at once."""
+    """Run the verb `train`; return the exit code."""
     return ending(partial(_train, arguments))
 
 
 def ending(work: Callable[[], int]) -> int:
-    """Return the exit code of a training; end the process here if others would wait for it."""
+    """Return the exit code of a training.
+
+    If one of several processes fails, it ends here at once, so that the others do not wait for it.
+    """
     # JAX reserves 75 % of GPU memory by default.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    # JAX makes so many objects that the collector, by default, takes a tenth of a start.
+    # JAX creates many objects at a start: with the default thresholds the garbage collector takes
+    # 10 % of the time.
     gc.set_threshold(100_000, 50, 50)
     several = processes.several_processes(os.environ)
     try:
@@ -60,7 +66,7 @@ def ending(work: Callable[[], int]) -> int:
         code = PEERS_LOST if type(error).__name__ == "JaxRuntimeError" else 1
     if code not in (DONE, PREEMPTED) and several:
         sys.stdout.flush()
-        os._exit(code)  # an orderly end would wait for the others, which wait for this process
+        os._exit(code)  # a normal exit would wait for the others, which wait for this process
     return code
 
 
@@ -71,7 +77,10 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def run_config(config, replay: int | None = None) -> int:
-    """Train by a TrainConfig or a VAETrainConfig, together with the other processes."""
+    """Train by a TrainConfig or a VAETrainConfig with the other processes; return the exit code.
+
+    `replay` is a step whose successor runs twice instead. Raises ValueError for it with a VAE.
+    """
     processes.join()
     processes.start_logging()
     faults = Faults.from_environment(os.environ)
@@ -79,7 +88,7 @@ def run_config(config, replay: int | None = None) -> int:
         from easyanimate_jax.training.vae.loop import train
 
         if replay is not None:
-            raise ValueError("--replay is for transformers, and this config trains a VAE")
+            raise ValueError("--replay is for transformers; leave it out to train this VAE")
         return train(config, faults)
     from easyanimate_jax.runs import loop
 
@@ -87,7 +96,7 @@ def run_config(config, replay: int | None = None) -> int:
 
 
 def help_text() -> str:
-    """Return the description of the verb, with the config files that come with us."""
+    """Return the description of the verb, with a list of the files in configs/."""
     titles = {f"configs/{path.name}": _title(path) for path in sorted(CONFIGS.glob("*.py"))}
     width = max(map(len, titles), default=0)
     lines = [f"  {name.ljust(width)}  {title}" for name, title in titles.items()]

@@ -18,11 +18,14 @@ Every field of the config is an option, `--field value`; `CONFIG --help` lists t
 
 @dataclass(frozen=True)
 class Options:
+    """The arguments of `vae-train`."""
+
     config: Positional[str]
-    """Python file that defines a `config` of class VAETrainConfig, as configs/demo_vae.py."""
+    """Python file that defines a VAETrainConfig `config`, such as configs/demo_vae.py."""
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run the verb `vae-train`; return the exit code."""
     return ending(partial(_train, arguments))
 
 

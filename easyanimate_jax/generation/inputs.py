@@ -1,4 +1,4 @@
-"""A request beside its checkpoint: what it may ask there, and its files as arrays of its size."""
+"""Check a request against its checkpoint, and read its files as arrays of the output size."""
 
 import dataclasses
 import json
@@ -19,10 +19,10 @@ INPUTS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.in
 
 
 def complete(request: SampleRequest, meta: dict, checkpoint: Path) -> SampleRequest:
-    """Return the request with the run's own size where it leaves it open, and its strength.
+    """Return the request with its open fields filled: the size from the run, and the strength.
 
-    `meta` is what the checkpoint says of its training. Raises ValueError for what this checkpoint
-    cannot do.
+    `meta` is the checkpoint's record of its training. Raises ValueError for a request that this
+    checkpoint cannot serve.
     """
     samples, task = meta["config"]["samples"], task_of(meta["in_channels"])
     for name in INPUTS:
@@ -50,12 +50,15 @@ def complete(request: SampleRequest, meta: dict, checkpoint: Path) -> SampleRequ
 
 
 def film_frames(path: str) -> int:
-    """Return how many frames a film has at 8 a second."""
+    """Return the number of frames of a film at 8 frames a second."""
     return int(frames_in(media.probe(Path(path)).seconds))
 
 
 def read_inputs(request: SampleRequest) -> dict[str, np.ndarray]:
-    """The pipeline's arrays for one request, (F, H, W, C) or (H, W, C), at the request's size."""
+    """Return the pipeline's arrays for one request, (F, H, W, C) or (H, W, C), at its size.
+
+    Raises ValueError for files that do not fit the request.
+    """
     inputs = {}
     for name, argument in (("image", "start"), ("end_image", "end"), ("reference", "reference")):
         if given(request, name):
@@ -82,16 +85,19 @@ def read_inputs(request: SampleRequest) -> dict[str, np.ndarray]:
 
 
 def stretch(frames: np.ndarray, request: SampleRequest, how) -> np.ndarray:
-    """Resized to the request's size without regard to the aspect, as the reference does."""
+    """Return uint8 frames stretched to the request's size, as in the reference."""
     return resized(frames, request.height, request.width, how)
 
 
 def read_film(path: str, request: SampleRequest) -> np.ndarray:
-    """The first frames of a film at 8 a second."""
+    """Return the first frames of a film at 8 frames a second, uint8 (F, H, W, 3).
+
+    Raises ValueError for a film with too few frames.
+    """
     have = film_frames(path)
     if have < request.frames:
         raise ValueError(
-            f"{path} has {have} frames at {FPS} a second, and {request.frames} are asked for; use "
+            f"{path} has {have} frames at {FPS} a second, and --frames is {request.frames}; use "
             f"--frames {whole_frames(have)}"
         )
     frames = media.read_at(Path(path), 0, request.frames)
@@ -99,7 +105,11 @@ def read_film(path: str, request: SampleRequest) -> np.ndarray:
 
 
 def read_mask(request: SampleRequest) -> np.ndarray:
-    """Return 1 where it is white, or opaque; a picture holds for all frames."""
+    """Return the mask, uint8 (F, H, W, 1): 1 where its file is white or opaque, else 0.
+
+    A picture applies to all frames. Raises ValueError for a mask of another size than the video, or
+    without white.
+    """
     mask, video = (media.probe(Path(path)) for path in (request.mask, request.video))
     if (mask.height, mask.width) not in (
         (video.height, video.width),
@@ -118,11 +128,15 @@ def read_mask(request: SampleRequest) -> np.ndarray:
         )
     new = (frames.mean(axis=-1, keepdims=True) >= NEW).astype(np.uint8)
     if not new.any():
-        raise ValueError(f"{request.mask} is white nowhere, so nothing would be made anew")
+        raise ValueError(f"{request.mask} is white nowhere; paint the part to generate white")
     return new
 
 
 def read_trajectory(request: SampleRequest) -> np.ndarray:
+    """Return the control video of a JSON file of paths, uint8 (F, H, W, 3).
+
+    Raises ValueError for a file that is not a list of paths of finite [x, y] pixels.
+    """
     from easyanimate_jax.data.control import trajectory_video
 
     try:
@@ -135,6 +149,6 @@ def read_trajectory(request: SampleRequest) -> np.ndarray:
         usable = False
     if not usable:
         raise ValueError(
-            f"{request.trajectory} is no JSON list of paths, as [[[10, 20], [50, 20]]]"
+            f"{request.trajectory} is no JSON list of paths; write it as [[[10, 20], [50, 20]]]"
         )
     return trajectory_video(paths, request.frames, request.height, request.width, request.spot)

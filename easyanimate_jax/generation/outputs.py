@@ -1,7 +1,7 @@
-"""Samples in their folder: numbered, with a sidecar to make each again, and known when made.
+"""The output folder: numbered samples, each with a JSON sidecar that reproduces it.
 
-A number is free when no file or folder of any ending begins with it. Files appear whole, under a
-temporary name first, and the sidecar is the last; nothing that lies in the folder is replaced.
+A number is free if no file or folder name begins with it. Each file is written under a temporary
+name and then renamed; the sidecar comes last. Existing files are never replaced.
 """
 
 import hashlib
@@ -29,35 +29,35 @@ from easyanimate_jax.generation.request import (
     option,
 )
 
-NUMBERED = re.compile(r"\.?([0-9]{8,})(?![0-9])")  # ASCII digits: "²³" is no number
+NUMBERED = re.compile(r"\.?([0-9]{8,})(?![0-9])")  # ASCII digits only: "²³" is no number
 VERSIONS = ("jax", "flax", "numpy", "easyanimate_jax")
 
 
 class Origin(NamedTuple):
-    """What a sample comes from."""
+    """The checkpoint that a sample comes from."""
 
-    checkpoint: Path  # the run folder, as it was given
+    checkpoint: Path  # the run folder, as you named it
     step: int
     weights: str  # "full" or "int8"
-    training: dict  # what the checkpoint says of its training
+    training: dict  # the checkpoint's record of its training
 
 
 def options_of(request: SampleRequest, origin: Origin) -> dict:
-    """Return everything that a request says, by the names of the command line."""
+    """Return the set options of a request, by their names on the command line."""
     names = (*LINE_KEYS, *SAMPLING, "picture_noise")
     options = {option(name): getattr(request, name) for name in names if given(request, name)}
     return options | {"weights": origin.weights}
 
 
 def identity(asked: Asked, origin: Origin) -> str:
-    """Return a hash, equal for equal lines of a prompt file: they are not made twice."""
+    """Return a hash of the request and its checkpoint, which finds samples that already exist."""
     options = options_of(asked.request, origin)
     parts = [str(origin.checkpoint.absolute()), origin.step, asked.line, options]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def finished(folder: Path) -> set[str]:
-    """Return the identities of the samples in `folder`; other JSON files there say nothing."""
+    """Return the identities of the samples in `folder`; other JSON files are ignored."""
     found = set()
     for path in folder.glob("*.json"):
         if not NUMBERED.fullmatch(path.stem):
@@ -72,7 +72,7 @@ def finished(folder: Path) -> set[str]:
 
 
 def record(asked: Asked, origin: Origin, output: Path, seconds: float) -> dict:
-    """Return everything needed to make the sample again; of the training under `training`."""
+    """Return the sidecar of a sample: its command, seed, options, checkpoint and versions."""
     import jax
 
     options, words = options_of(asked.request, origin), []
@@ -101,9 +101,9 @@ def record(asked: Asked, origin: Origin, output: Path, seconds: float) -> dict:
 def write(
     folder: Path, frames: UInt8[np.ndarray, "F H W 3"], sidecar: dict, *, gif: bool = False
 ) -> Path:
-    """Write the next free number's video or picture, contact sheet and sidecar.
+    """Write a video, contact sheet and sidecar under the next free number; return the video's path.
 
-    Returns the path of the video, or of the picture where there is one frame.
+    A single frame becomes a picture without a contact sheet. `gif` adds a GIF of a video.
     """
     stem, lock = _reserve(folder)
     part = lock.with_suffix(".part")
@@ -134,20 +134,20 @@ def write(
 
 
 def _reserve(folder: Path) -> tuple[str, Path]:
-    """Return the next free number and the file that keeps other commands from taking it."""
+    """Return the next free number and a lock file that reserves it against other commands."""
     while True:
         stem = f"{max(_taken(folder), default=0) + 1:08d}"
         lock = folder / f".{stem}.lock"
         try:
             lock.touch(exist_ok=False)
         except FileExistsError:
-            continue  # another command came first
-        if _taken(folder).count(int(stem)) <= 1:  # a listing may be late
+            continue  # another command reserved it first
+        if _taken(folder).count(int(stem)) <= 1:  # a network file system may list late
             return stem, lock
         lock.unlink()
 
 
 def _taken(folder: Path) -> list[int]:
-    """Return the number that each name of the folder begins with."""
+    """Return the numbers that names in the folder begin with."""
     found = (NUMBERED.match(name) for name in os.listdir(folder))
     return [int(match[1]) for match in found if match]

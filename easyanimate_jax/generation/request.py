@@ -1,7 +1,7 @@
-"""What one sample is asked to be: a value, the lines of a prompt file, and what is wrong with them.
+"""The request for one sample, the prompt file, and the checks of both.
 
-Nothing here needs a checkpoint or JAX. A field that is None is left open: `inputs.complete` fills
-it in from the run.
+Nothing here needs a checkpoint or JAX. A field that is None is open: `inputs.complete` fills it
+from the run.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ WORDS = ("prompt", "negative_prompt", "operator")
 NUMBERS = ("height", "width", "frames", "segment", "spot", "seed")
 LINE_KEYS = (*WORDS, *FILES, *NUMBERS, "strength")
 STARTS = ("control", "camera", "trajectory", "reference")
-ALONE = (  # what cannot be given together
+ALONE = (  # pairs that exclude each other
     ("image", "video"),
     ("end_image", "video"),
     ("segment", "video"),
@@ -30,7 +30,7 @@ ALONE = (  # what cannot be given together
     ("camera", "trajectory"),
     *((a, b) for a in STARTS for b in ("image", "end_image", "video", "segment")),
 )
-NEEDS = (
+NEEDS = (  # the first needs the second
     ("mask", "video"),
     ("strength", "video"),
     ("operator", "control"),
@@ -43,10 +43,10 @@ RANGES = (
     ("picture_noise", 0, 1),
     ("seed", 0, MAX_SEED),
     ("strength", 0, 1),
-    ("frames", 1, 100_001),  # three hours and a half at 8 a second
+    ("frames", 1, 100_001),  # 3.5 hours at 8 frames a second
     ("spot", 1, 1344),
 )
-SAMPLING = (  # of the whole command
+SAMPLING = (  # the same for all lines of a prompt file
     *("steps", "sampler", "eta", "guidance", "rescale", "guided", "guidance_every", "teacache"),
 )
 PICTURE_NOISE = 0.0563  # SAMPLING_NOISE of diffusion/conditioning.py, which imports JAX
@@ -54,75 +54,75 @@ PICTURE_NOISE = 0.0563  # SAMPLING_NOISE of diffusion/conditioning.py, which imp
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One video or picture: its words, files, size, and how it is denoised."""
+    """One video or picture: its texts, files, size and sampling options."""
 
     prompt: str | None = None
-    """What to show; may be empty."""
+    """Text to show; may be empty."""
     negative_prompt: str = ""
-    """What to keep away from."""
+    """Text to avoid."""
     image: str | None = None
     """Picture: the first frame."""
     end_image: str | None = None
     """Picture: the last frame."""
     video: str | None = None
-    """Video to make anew."""
+    """Video to change."""
     mask: str | None = None
-    """Picture or video, white where the video is made anew."""
+    """Picture or video, white where the video is new."""
     strength: float | None = None
-    """Share of the denoising on a video, 0 to 1: 0.7, or 1 with a mask."""
+    """How much --video changes, 0 to 1: 0.7, or 1 with a mask."""
     control: str | None = None
-    """Control video, or any video with an operator."""
+    """Control video, or any video with --operator."""
     operator: str | None = None
     """canny, soft_edge, scribble, lines or line_art."""
     trajectory: str | None = None
     """JSON list of paths of [x, y] pixels."""
     spot: int | None = None
-    """Pixels around a path: 50 at 1280x720."""
+    """Radius of a path in pixels: 50 at 1280x720."""
     camera: str | None = None
-    """Pose file."""
+    """File of camera poses."""
     reference: str | None = None
     """Picture: the look of a controlled video."""
     height: int | None = None
-    """Multiple of 16; left out, the run's."""
+    """Multiple of 16; by default the run's."""
     width: int | None = None
-    """Multiple of 16; left out, the run's."""
+    """Multiple of 16; by default the run's."""
     frames: int | None = None
-    """4n+1, or 1 for a picture; left out, the run's."""
+    """4n+1, 1 for a picture; by default the run's."""
     segment: int | None = None
-    """4n+1 frames of a longer video at once."""
+    """Frames per segment of a long video, 4n+1."""
     steps: int = 50
-    """Denoising steps."""
+    """Number of denoising steps."""
     sampler: str = ""
-    """V5: ddim (first), euler, euler_a, dpm++, pndm; V5.1: euler (first), adams."""
+    """V5: ddim (default), euler, euler_a, dpm++, pndm; V5.1: euler (default), adams."""
     eta: float = 0.0
-    """Fresh noise of ddim, 0 to 1."""
+    """Share of fresh noise in ddim, 0 to 1."""
     guidance: float = 6.0
-    """Guidance by the prompt; 1 is none."""
+    """Scale of classifier-free guidance; 1 is none."""
     rescale: float = 0.0
     """Rescaling of the guidance, 0 to 1."""
     guided: tuple[float, float] = (0.0, 1.0)
-    """Share of the steps with guidance, from and until."""
+    """Share of the steps with guidance, from and to."""
     guidance_every: int = 1
-    """Ask for the guidance every so many steps."""
+    """Steps between two unconditional predictions."""
     teacache: float = 0.0
-    """TeaCache threshold, as 0.08; 0 is off."""
+    """TeaCache threshold, such as 0.08; 0 is off."""
     picture_noise: float = PICTURE_NOISE
-    """Noise on given pictures; more moves the video more."""
+    """Noise on given pictures; more noise, more motion."""
     seed: int = 43
     """Seed of the noise; the same seed gives the same video."""
 
 
 class Asked(NamedTuple):
-    """A request and where it was asked for."""
+    """A request and its place in a prompt file."""
 
     request: SampleRequest
-    line: int | None = None  # of the prompt file
-    where: str = ""  # the beginning of messages about it
-    evaluations: int = 0  # of the network, once the request is completed
+    line: int | None = None  # number in the prompt file
+    where: str = ""  # prefix of error messages
+    evaluations: int = 0  # network evaluations of the completed request
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Let errors name the line of the prompt file."""
+        """Add the line of the prompt file to ValueError and OSError, raised as ValueError."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -130,14 +130,14 @@ class Asked(NamedTuple):
 
 
 def read_lines(prompts: Path, common: SampleRequest) -> list[Asked]:
-    """Return a request per line of a prompt file: `common` with the line's values.
+    """Return one request per line of a prompt file: `common` with the values of the line.
 
-    Raises ValueError for a missing file, and for a line that is no object of known keys.
+    Raises ValueError for a missing file, and for a line that is not a JSON object of known keys.
     """
     if not prompts.is_file():
         raise ValueError(f"there is no prompt file {prompts}")
     try:
-        # Not splitlines: JSON may hold U+2028 and U+0085, which it takes for ends of lines.
+        # Not splitlines: JSON strings may hold U+2028 and U+0085, at which it would split.
         lines = prompts.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{prompts} is not UTF-8 text ({error}); save it as UTF-8") from error
@@ -153,26 +153,26 @@ def read_lines(prompts: Path, common: SampleRequest) -> list[Asked]:
         values = _check_line(line, where)
         found.append(Asked(dataclasses.replace(common, **values), number, where))
     if not found:
-        raise ValueError(f"{prompts} holds no line")
+        raise ValueError(f"{prompts} holds no line; write one JSON object per line")
     return found
 
 
 def _check_line(line, where: str) -> dict:
-    """Return a line's values; keys of other names and values of other types are refused."""
+    """Return a line's values. Raise ValueError for unknown keys and values of wrong types."""
     if not isinstance(line, dict) or "prompt" not in line:
         raise ValueError(f'{where}an object with a "prompt" is wanted, as {{"prompt": "..."}}')
     kinds = dict.fromkeys((*WORDS, *FILES), str) | dict.fromkeys(NUMBERS, int)
     kinds |= {"strength": (int, float)}
     for key, value in line.items():
         if key not in kinds:
-            raise ValueError(f"{where}no key {key!r}; there are {', '.join(LINE_KEYS)}")
+            raise ValueError(f"{where}no key {key!r}; use {', '.join(LINE_KEYS)}")
         if not isinstance(value, kinds[key]) or isinstance(value, bool):
             raise ValueError(f"{where}{key} is {json.dumps(value)}, which is of another type")
     return line | {"strength": float(line["strength"])} if "strength" in line else line
 
 
 def check(request: SampleRequest) -> None:
-    """Raise ValueError for a request that is wrong by itself; needs no checkpoint."""
+    """Raise ValueError for a request that no checkpoint could serve."""
     frames, height, width = request.frames, request.height, request.width
     check_size(1 if frames is None else frames, height or CELL, width or CELL)
     for name in ("height", "width"):
@@ -206,13 +206,13 @@ def check(request: SampleRequest) -> None:
 
 
 def check_range(name: str, value: int | float | None, low: int, high: int) -> None:
-    """Raise ValueError for a number outside of its range; None is left open."""
+    """Raise ValueError for a number outside its range; None is allowed."""
     if value is not None and not (math.isfinite(value) and low <= value <= high):
         raise ValueError(f"--{option(name)} {value} is not between {low} and {high}")
 
 
 def without_effect(request: SampleRequest) -> list[str]:
-    """Return a sentence for each option of a completed request that changes nothing."""
+    """Return one sentence for each option that has no effect on a completed request."""
     found = []
     if request.negative_prompt and request.guidance == 1:
         found.append("--negative-prompt has no effect with --guidance 1")
@@ -227,7 +227,7 @@ def without_effect(request: SampleRequest) -> list[str]:
 
 
 def given(request: SampleRequest, name: str) -> bool:
-    """Return whether a field of the request is not left open."""
+    """Return True if the request sets this field."""
     return getattr(request, name) is not None
 
 

@@ -1,4 +1,4 @@
-"""What is asked of every way to make videos."""
+"""The request that every pipeline function takes: texts, size, seeds and sampling options."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,12 +12,12 @@ from easyanimate_jax.models.mmdit import MMDiTConfig
 
 
 class Request(NamedTuple):
-    """What is asked of every way: a video a row.
+    """The arguments of every pipeline function, one video per row.
 
     `texts` are encoder states, one (B, L, width) float32 array for each text encoder of the model.
-    `negative_texts` are states of the same L and width; a single row serves all videos. `seeds`
-    holds a whole number from 0 to 2^32 - 1 for every row. `progress` is called with the number of
-    each finished evaluation of the network.
+    `negative_texts` are states of the same L and width; a single row applies to all videos. `seeds`
+    holds one whole number from 0 to 2^32 - 1 per row. `progress` is called with the number of each
+    finished network evaluation.
     """
 
     texts: Texts
@@ -29,11 +29,11 @@ class Request(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(B, F, H, W) of the videos."""
+        """Return (B, F, H, W) of the videos."""
         return len(self.seeds), *self.size
 
     def check(self, config: MMDiTConfig) -> None:
-        """Raise ValueError where a model of `config` cannot be asked this."""
+        """Raise ValueError if a model of `config` cannot serve this request."""
         check_size(*self.size)
         rows = len(self.seeds)
         wrong = [seed for seed in self.seeds if not 0 <= seed <= MAX_SEED or seed != int(seed)]
@@ -53,8 +53,8 @@ class Request(NamedTuple):
             allowed = {rows} if name == "texts" else {rows, 1}
             if not {shape[0] for shape in shapes} <= allowed:
                 raise ValueError(
-                    f"{name} of shapes {shapes} and {rows} seeds: give a seed each, and a row of "
-                    f"text for each seed"
+                    f"{name} of shapes {shapes} and {rows} seeds: give a seed each, and "
+                    f"one row of text for each seed"
                 )
         lengths = [[np.shape(text)[1] for text in t] for t in (self.texts, self.negative_texts)]
         if lengths[0] != lengths[1]:
