@@ -13,7 +13,7 @@ from test_sharding import MESH, abstract_model
 
 import easyanimate_jax as ea
 from easyanimate_jax.generation.arrays import Given
-from easyanimate_jax.generation.pipelines import choose
+from easyanimate_jax.generation.ways import choose
 from easyanimate_jax.runs.load import Opened, Pipeline, Resident
 from easyanimate_jax.sharding import RULES, make_mesh, shardings
 

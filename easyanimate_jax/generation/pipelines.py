@@ -7,10 +7,8 @@ kept. No function holds a reference to a part of `diffusion`, so parts can take 
 All raise ValueError for arrays and sizes that do not fit the request or the model.
 """
 
-import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -41,7 +39,6 @@ from easyanimate_jax.generation.pixels import (
     rows_at_once,
 )
 from easyanimate_jax.generation.protocols import Diffusion
-from easyanimate_jax.generation.request import STARTS, SampleRequest
 from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.memory import check_fit
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, unpatchify
@@ -65,38 +62,6 @@ class LatentDiffusion(NamedTuple):
     def config(self) -> MMDiTConfig:
         """Return the transformer's config."""
         return self.model.config
-
-
-def choose(given: Collection[str], frames: int, segment: int | None = None) -> Callable:
-    """Return the pipeline function for the given inputs, named as the options of `sample.py`.
-
-    `segment` is in frames; `long_video` is returned if `frames` is larger.
-    """
-    if "video" in given:
-        return video_to_video
-    if not set(STARTS).isdisjoint(given):
-        return control_to_video
-    if segment and frames > segment:
-        return long_video
-    if "image" in given or "end_image" in given:
-        return image_to_video
-    return text_to_video
-
-
-def way_of(request: SampleRequest) -> tuple[Callable[..., Videos], dict, int]:
-    """Return (pipeline function, its options, number of denoising runs) of a completed request.
-
-    The options exclude the arrays read from files. A long video needs one run per segment.
-    """
-    given = [field.name for field in dataclasses.fields(request) if getattr(request, field.name)]
-    way = choose(given, request.frames, request.segment)
-    if way is long_video:
-        count = len(segments(request.frames, request.segment))
-        return way, {"segment": request.segment}, count
-    options = {"picture_noise": request.picture_noise}
-    if way is video_to_video:
-        return way, options | {"strength": request.strength}, 1
-    return way, options if way is image_to_video else {}, 1
 
 
 def text_to_video(diffusion: Diffusion, request: Request) -> Videos:

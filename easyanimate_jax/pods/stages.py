@@ -1,7 +1,7 @@
 """Report the stages of a config on a pod, and search changes for those that do not fit."""
 
 import dataclasses
-import sys
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,8 @@ from easyanimate_jax.pods.report import row
 from easyanimate_jax.pods.suggest import changes_that_fit, fastest, variant
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.training.stages import Stage
+
+logger = logging.getLogger(__name__)
 
 ReportOf = Callable[[TrainConfig, Stage], StageReport]
 
@@ -58,7 +60,7 @@ def _means(topology: str, slices: int, names: str) -> tuple[Chip, ReportOf]:
             raise ValueError("--slices is for TPUs; write GPU hosts as in h200:16x8")
         return found[0], partial(gpu.model_step, topology=topology)
     devices = topology_devices(topology, slices)
-    print(f"compiling {names} for {topology}: minutes per stage", file=sys.stderr, flush=True)
+    logger.info("compiling %s for %s: minutes per stage", names, topology)
 
     def compiled(config: TrainConfig, stage: Stage) -> StageReport:
         return compile_step(config, stage, topology, num_slices=slices)[0]
@@ -82,11 +84,11 @@ def _fastest(
 
 
 def _spoken(report_of: ReportOf) -> ReportOf:
-    """Return a function like `report_of` that also prints each result to stderr."""
+    """Return a function like `report_of` that also logs each result."""
 
     def spoken(config: TrainConfig, stage: Stage) -> StageReport:
         tried = report_of(config, stage)
-        print(f"tried {' '.join(row(tried))}", file=sys.stderr, flush=True)
+        logger.info("tried %s", " ".join(row(tried)))
         return tried
 
     return spoken

@@ -23,7 +23,6 @@ from easyanimate_jax.diffusion.tasks import numbers, task_of
 from easyanimate_jax.generation.arrays import Given, as_rows, size_of
 from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.generation.pipelines import (
-    choose,
     image_to_video,
     long_video,
     video_to_video,
@@ -31,6 +30,7 @@ from easyanimate_jax.generation.pipelines import (
 from easyanimate_jax.generation.protocols import PromptEncoder
 from easyanimate_jax.generation.request import ALONE, NEEDS, STARTS
 from easyanimate_jax.generation.rows import Request
+from easyanimate_jax.generation.ways import choose
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.prepare.prepare import fingerprint

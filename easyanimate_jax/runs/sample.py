@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from easyanimate_jax.generation import pipelines
 from easyanimate_jax.generation.denoising import Sampling, make_tables
 from easyanimate_jax.generation.guard import suspicion
 from easyanimate_jax.generation.inputs import complete, read_inputs
@@ -26,6 +25,7 @@ from easyanimate_jax.generation.request import (
     option,
 )
 from easyanimate_jax.generation.rows import Request
+from easyanimate_jax.generation.ways import way_of
 from easyanimate_jax.runs import load
 from easyanimate_jax.runs.config import from_json
 
@@ -89,7 +89,7 @@ def generate(rows: Sequence[Asked], run, say: Say) -> UInt8[np.ndarray, "B F H W
     """Return the videos of requests of one shape, sampled as one batch."""
     requests = [one.request for one in rows]
     first = requests[0]
-    way, options, rounds = pipelines.way_of(first)
+    way, options, rounds = way_of(first)
     parts = [read_inputs(request) for request in requests]
     inputs = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
     # The bar appears at the first step; before it, the memory of the programs is printed.

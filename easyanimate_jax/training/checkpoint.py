@@ -47,6 +47,14 @@ class NotFiniteError(Exception):
     """The state holds NaN or infinity; such a state is never saved."""
 
 
+class DamagedError(Exception):
+    """A checkpoint whose files do not hold what was saved; `unreadable` if a reader failed."""
+
+    def __init__(self, reason: str, *, unreadable: bool = False):
+        super().__init__(reason)
+        self.unreadable = unreadable
+
+
 class StorageError(Exception):
     """Checkpoints cannot be written, or none of them can be read."""
 
@@ -161,34 +169,20 @@ class Checkpoints:
         """
         self.finish()
         while (step := self._newest(before)) is not None:
+            path = self.folder / str(step)
             try:
-                meta = read_step_meta(self.folder / str(step))
-            except ValueError as error:
+                state, meta = _load(path, like)
+            except DamagedError as error:
+                if error.unreadable and self.processes > 1:  # others may wait for this process
+                    set_aside(path, str(error))
+                    raise StorageError(f"checkpoint {step} {error}") from error
                 self._set_aside(step, str(error))
-                continue
-            abstract = like(meta)
-            wanted = {"state": abstract._replace(ema=None), "ema": abstract.ema}
-            _check_fit(step, meta, wanted)
-            try:
-                parts = {
-                    item: self._read(self.folder / str(step) / item, part)
-                    for item, part in wanted.items()
-                }
-            except Exception as error:  # a reader may raise any type for damaged bytes
-                if self.processes > 1:  # others may wait for us; the next start tries another step
-                    set_aside(self.folder / str(step), f"cannot be read: {error}")
-                    raise StorageError(f"checkpoint {step} cannot be read: {error}") from error
-                self._set_aside(step, f"cannot be read: {error}")
-                continue
-            wrong = differing(meta, parts)
-            if wrong:
-                self._set_aside(step, f"other bits than were saved, in {', '.join(wrong)}")
                 continue
             if "arrays" not in meta:
                 logger.warning("checkpoint %d is from before fingerprints: used unverified", step)
             elif self.process == 0:
-                _mark(self.folder / str(step), 0, 1)
-            return step, parts["state"]._replace(ema=parts["ema"]), meta
+                _mark(path, 0, 1)
+            return step, state, meta
         damaged = sorted(path.name for path in self.folder.glob("*.corrupt*"))
         if damaged and before is None:
             raise StorageError(
@@ -258,10 +252,6 @@ class Checkpoints:
         if self.process == 0:
             set_aside(self.folder / str(step), reason)
         _wait_for_all(f"set aside {step}")
-
-    def _read(self, path: Path, like):
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return _read(checkpointer, path, like)
 
 
 def describe(named: dict[str, jax.Array]) -> dict[str, list]:
@@ -396,6 +386,26 @@ def _check_fit(step: int, meta: dict, wanted: dict) -> None:
                 f"checkpoint {step} does not fit the config's model: {', '.join(other[:8])} differ "
                 f"in shape or exist in only one of them; restore the config, or start a new run"
             )
+
+
+def _load(path: Path, like: Callable[[dict], State]) -> tuple[State, dict]:
+    """Return (state, metadata) of a step folder. Raises DamagedError where its bits differ."""
+    try:
+        meta = read_step_meta(path)
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
+    abstract = like(meta)
+    wanted = {"state": abstract._replace(ema=None), "ema": abstract.ema}
+    _check_fit(int(path.name), meta, wanted)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            parts = {item: _read(checkpointer, path / item, part) for item, part in wanted.items()}
+    except Exception as error:  # a reader may raise any type for damaged bytes
+        raise DamagedError(f"cannot be read: {error}", unreadable=True) from error
+    wrong = differing(meta, parts)
+    if wrong:
+        raise DamagedError(f"other bits than were saved, in {', '.join(wrong)}")
+    return parts["state"]._replace(ema=parts["ema"]), meta
 
 
 def _read(checkpointer, path: Path, like):

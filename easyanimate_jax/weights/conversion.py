@@ -8,7 +8,6 @@ before any byte is written, and a failed conversion leaves no target behind.
 import json
 import os
 import re
-import resource
 import shutil
 import sys
 import time
@@ -368,5 +367,7 @@ def peak_rss() -> int:
     status = Path("/proc/self/status")
     if status.is_file():  # unlike getrusage, it excludes the parent's memory before exec
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    import resource  # Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
