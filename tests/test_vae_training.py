@@ -34,6 +34,7 @@ from easyanimate_jax.weights.folder import load_vae
 from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read_step_meta
 
 TINY = VAEConfig(channels=(8, 8, 8), layers=1, unshuffle=8, norm="rms", dtype="float32")
+SIGTERM = signal.getsignal(signal.SIGTERM)
 TWO_STAGES = """
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
@@ -54,12 +55,11 @@ config = VAETrainConfig(
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def sigterm():
-    """Training takes SIGTERM over; pytest gets it back."""
-    handler = signal.getsignal(signal.SIGTERM)
+    """Give SIGTERM, which training takes over, back to pytest."""
     yield
-    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGTERM, SIGTERM)
 
 
 @pytest.fixture(scope="module")
