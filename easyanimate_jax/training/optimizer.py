@@ -7,7 +7,7 @@ stage, and a stage change must not compile anything.
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,11 +60,6 @@ class OptimizerConfig:
             max_grad_norm="[0, inf)",
             clip_start="[0, inf)",
         )
-
-
-def check_matrices(name: str) -> None:
-    if name not in get_args(Matrices):
-        raise ValueError(f"matrices is {name!r}; use one of {get_args(Matrices)}.")
 
 
 class ClipState(NamedTuple):

@@ -33,10 +33,11 @@ from easyanimate_jax.data import media
 from easyanimate_jax.data.control import OPERATORS, control_video
 from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.data.sources.rows import Clip
+from easyanimate_jax.facts import MAX_STEPS, SEEDS, check_fields
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig, check_video
 from easyanimate_jax.sharding import MeshConfig, batch_sharding, make_mesh
 from easyanimate_jax.training.metrics import MetricsWriter, clock
-from easyanimate_jax.training.optimizer import Matrices, check_matrices, scale_by_muon
+from easyanimate_jax.training.optimizer import Matrices, scale_by_muon
 from easyanimate_jax.weights.module import save_module
 
 Video = Float[Array, "B F H W 3"]
@@ -53,54 +54,124 @@ class VAEStage:
     """Steps on crops of one shape: one compiled program. Clips that are too small are left out."""
 
     steps: int
+    """Updates of the stage."""
+
     batch_size: int
+    """Crops in one update, a multiple of the number of devices."""
+
     frames: int
-    size: int  # of the square crop, in pixels
+    """Frames of a crop, 4n+1."""
+
+    size: int
+    """Side of the square crop in pixels, a multiple of 8."""
 
     def __post_init__(self):
+        check_fields(
+            self,
+            steps=f"[1, {MAX_STEPS}]",
+            batch_size="[1, inf)",
+            frames="[1, inf)",
+            size=f"[{2**PYRAMID_LEVELS}, inf)",
+        )
         check_video((self.batch_size, self.frames, self.size, self.size, 3))
-        if self.size < 2**PYRAMID_LEVELS:
-            raise ValueError(f"{self}: size must be {2**PYRAMID_LEVELS} or more.")
 
 
 @dataclass(frozen=True)
 class VAETrainConfig:
-    """One training of an autoencoder: on the clips of `data`, into the folder `output`.
-
-    With `controls`, operators of `data/control.py`, a quarter of the crops are their signals. A
-    control model reads signals as latents: an autoencoder that never saw thin lines loses them.
-    With `hidden_frames`, a quarter keep their first and last frame and one in four of the others,
-    the rest black, as an inpaint model reads them: else a last frame after black ones loses its
-    colours and gets the ghost of the first.
-    `init` is an autoencoder to go on from. `decoder_only` leaves its encoder and statistics as they
-    are, so latents that were made stay right, and so do models that were trained on them.
-    """
+    """One training of an autoencoder; defaults are the reference's (spec 11.3)."""
 
     vae: VAEConfig
+    """Size of the autoencoder."""
+
     data: str
+    """Folder, table or list of the clips (docs/data.md)."""
+
     output: str
+    """Folder of the checkpoints, the metrics and the finished autoencoder."""
+
     stages: tuple[VAEStage, ...]
+    """Stages of the training in their order."""
+
     learning_rate: float = 1e-4
+    """Highest learning rate; after warm-up it falls as a cosine to a hundredth."""
+
     warmup_steps: int = 1000
+    """Steps over which the learning rate rises linearly from 0; 0 is no warm-up."""
+
     betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's first and second moment a step."""
+
     weight_decay: float = 0.05
+    """Share of a weight that the learning rate times this takes off it at a step; 0 is none."""
+
     l2_weight: float = 0.1
+    """Weight of the squared error beside the absolute error; 0 leaves it out."""
+
     perceptual_weight: float = 1.0
+    """Weight of the error of image gradients beside the absolute error; 0 leaves it out."""
+
     kl_weight: float = 1e-6
+    """Weight of the latents' divergence from noise; 0 leaves it out."""
+
     outlier_weight: float = 1e5
+    """Weight of latents beyond three standard deviations; 0 leaves it out."""
+
     gan_weight: float = 0.5
+    """Weight of the adversarial loss, times the ratio of gradients; 0 leaves it out."""
+
     discriminator_start: int | None = 50_001
-    matrices: Matrices = "adam"  # what updates the kernels of convolutions (`optimizer.py`)
+    """Step from which on discriminators train and judge. None never makes them."""
+
+    matrices: Matrices = "adam"
+    """What updates the kernels of convolutions (`OptimizerConfig.matrices`)."""
+
     controls: tuple[str, ...] = ()
+    """Operators of `data/control.py` whose signals replace a quarter of the crops; none leaves all.
+    A control model reads signals as latents: an autoencoder that never saw thin lines loses
+    them."""
+
     hidden_frames: bool = False
+    """Black out frames of a quarter of the crops, all but the first, the last and one in four, as
+    an inpaint model reads them; else a last frame after black ones loses its colours and gets the
+    ghost of the first."""
+
     init: str = ""
+    """Folder of an autoencoder to go on from; "" is new weights."""
+
     decoder_only: bool = False
+    """Leave the encoder and the statistics of `init` as they are, so that latents made with it, and
+    models trained on them, stay right."""
+
     seed: int = 0
+    """Seed of weights, crops and noise."""
+
     save_every: int = 1000
+    """Steps from one checkpoint to the next, besides the last; 0 saves the last alone."""
+
     log_every: int = 20
+    """Steps from one row of metrics to the next, besides the last; 0 writes the last alone."""
 
     def __post_init__(self):
-        check_matrices(self.matrices)
+        weights = dict.fromkeys(
+            ("l2_weight", "perceptual_weight", "kl_weight", "outlier_weight", "gan_weight"),
+            "[0, inf)",
+        )
+        check_fields(
+            self,
+            learning_rate="[0, inf)",
+            warmup_steps="[0, inf)",
+            betas="[0, 1)",
+            weight_decay="[0, inf)",
+            discriminator_start="[0, inf)",
+            seed=SEEDS,
+            save_every="[0, inf)",
+            log_every="[0, inf)",
+            **weights,
+        )
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(
+                f"VAETrainConfig.stages has {self.steps} steps in all; use 1 to {MAX_STEPS} steps"
+            )
         if self.decoder_only and not self.init:
             raise ValueError("decoder_only without init: name the autoencoder whose decoder it is")
         for name in self.controls:
@@ -430,22 +501,23 @@ def train(config: VAETrainConfig, start: CausalVAE | None = None) -> CausalVAE:
         state = jax.tree.unflatten(jax.tree.structure(state), leaves)
 
     metrics_file = MetricsWriter(output, first_step + 1)
-    last_log = time.perf_counter()
+    logged, last_log = first_step, time.perf_counter()
     for step, frames in enumerate(batches(crops, config, first_step, mesh), first_step + 1):
         state, metrics = train_step(
             state, frames, config=config, adversarial=config.adversarial(step)
         )
-        if step % config.log_every == 0 or step == config.steps:
+        last = step == config.steps
+        if last or (config.log_every and step % config.log_every == 0):
             row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
             since, last_log = time.perf_counter() - last_log, time.perf_counter()
-            rate = ((step - first_step - 1) % config.log_every + 1) / since
+            rate, logged = (step - logged) / since, step
             metrics_file.write(row | {"steps_per_second": rate})
             print(
                 f"vae {step}/{config.steps}  loss {row['loss']:.4f}  psnr {row['psnr']:.2f}"
                 f"  {rate:.2f} it/s  eta {clock((config.steps - step) / rate)}",
                 flush=True,
             )
-        if step % config.save_every == 0 or step == config.steps:
+        if last or (config.save_every and step % config.save_every == 0):
             manager.save(step, args=ocp.args.StandardSave(_named(state)))
     manager.close()
     metrics_file.close()
