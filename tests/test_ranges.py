@@ -37,6 +37,7 @@ from easyanimate_jax.text.train import TextTrainConfig
 from easyanimate_jax.training.optimizer import OptimizerConfig, clip_abnormal
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.stages import Stage
+from easyanimate_jax.training.vae.loop import VAEStage, VAETrainConfig
 from easyanimate_jax.weights.conversion import Options
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +72,8 @@ QWEN2 |= {
     "rms_norm_eps": 1.0,
     "rope_theta": 1.0,
 }
+VAE_STAGE = {"steps": 1, "batch_size": 1, "frames": 1, "size": 16}
+VAE_TRAIN = {"vae": VAEConfig(), "data": "", "output": "", "stages": (VAEStage(**VAE_STAGE),)}
 SIDE = ((16, 1344), (15, 1345))
 
 # Class -> what it needs, and the ends of each number: accepted, refused.
@@ -168,6 +171,28 @@ CLASSES = {
             "latent_scale": several(ABOVE),
         },
     ),
+    VAEStage: (
+        VAE_STAGE,
+        {"steps": STEPS, "batch_size": COUNT, "frames": COUNT, "size": ((16,), (15,))},
+    ),
+    VAETrainConfig: (
+        VAE_TRAIN,
+        {
+            "learning_rate": RATE,
+            "warmup_steps": FROM_0,
+            "betas": (((0.0, 0.0), (BELOW_1, BELOW_1)), ((-ABOVE_0, 0.0), (0.0, 1.0))),
+            "weight_decay": RATE,
+            "l2_weight": RATE,
+            "perceptual_weight": RATE,
+            "kl_weight": RATE,
+            "outlier_weight": RATE,
+            "gan_weight": RATE,
+            "discriminator_start": FROM_0,
+            "seed": SEED,
+            "save_every": FROM_0,
+            "log_every": FROM_0,
+        },
+    ),
     DDPM: ({}, {}),
     Flow: ({}, {"train_shift": ABOVE}),
     TextTrainConfig: (
@@ -234,7 +259,6 @@ CLASSES = {
 NO_CONFIGS = {
     *("Clip", "Chip", "Gpu", "Instruction", "Collective", "Kernel", "Program", "Prediction"),
     *("Choice", "Score", "TextConfig", "Sentence", "Chat", "Change", "StageReport"),
-    *("VAEStage", "VAETrainConfig"),
 }
 ONE_VALUE = {"patch", "out_channels", "latent_channels"}  # fields that admit no other
 ANY_SIZE = {"latent_mean"}  # numbers that are only finite
@@ -345,6 +369,7 @@ def test_a_number_without_a_range_and_a_range_without_a_number_are_mistakes():
     [
         (Stage, "task", "v2v", "'t2v', 'i2v'"),
         (OptimizerConfig, "matrices", "lion", "'adam', 'muon'"),
+        (VAETrainConfig, "matrices", "lion", "'adam', 'muon'"),
         (MMDiTConfig, "dtype", "float8", "'bfloat16', 'float16', 'float32'"),
         (VAEConfig, "dtype", "float64", "'bfloat16', 'float16', 'float32'"),
         (VAEConfig, "norm", "batch", "'group', 'rms'"),
@@ -380,6 +405,7 @@ def test_every_sampler_can_be_asked_for():
             ),
             "TrainConfig.stages has 2147483648 steps",
         ),
+        (lambda: VAETrainConfig(**VAE_TRAIN | {"stages": ()}), "VAETrainConfig.stages has 0 steps"),
         (lambda: MMDiTConfig(**MODEL | {"mmdit_depth": 5}), "MMDiTConfig: mmdit_depth=5"),
     ],
 )
