@@ -106,7 +106,7 @@ REFUSED = [
     (["run", *X, "--teacache", "0.1", "--guidance-every", "2"], "use one"),
     (["run", *X, "--sampler", "ddim"], "Flow has no sampler 'ddim'"),
     (["v5", *X, "--sampler", "adams"], "DDPM has no sampler 'adams'"),
-    (["v5", *X, "--sampler", "euler", "--eta", "1"], "eta 1.0 with 'euler'"),
+    (["v5", *X, "--sampler", "euler", "--eta", "1"], "eta is 1.0 with 'euler'"),
     (["v5", *X, "--sampler", "pndm", "--steps", "3"], "PNDM of 3 steps"),
     (["run", *X, "--seed", "-1"], "--seed -1"),
     (["run", *X, "--seed", str(2**32)], "--seed 4294967296"),

@@ -197,7 +197,8 @@ class HeadersOnly:
 def header_timeline(file: BinaryIO) -> Timeline | None:
     """Return the timeline of the first video stream of an mp4 or mov file, from its headers."""
     options = {"fflags": "noparse+nofillin"}  # parsers would read the frames
-    with av.open(HeadersOnly(file), format="mov", container_options=options) as container:
+    headers = HeadersOnly(file)
+    with av.open(headers, format="mov", container_options=options) as container:
         if not container.streams.video:
             return None
         return read_timeline(container, container.streams.video[0])

@@ -194,7 +194,7 @@ class Run:
         self.states.checkpoints.poll()
         tokens = batch.weight.size * length
         self.journal.progress.add(waited + now() - began, tokens, waited)
-        if (where.made + 1) % self.config.log_every == 0 or where.step == 0:
+        if _every(self.config.log_every, where.made + 1) or where.step == 0:
             self.recovery.see(self.journal.flush())
             self.journal.show(where)
         return state

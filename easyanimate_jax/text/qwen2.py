@@ -71,7 +71,7 @@ class Qwen2Config:
             vocab_size="[1, inf)",
             hidden_size="[1, inf)",
             intermediate_size="[1, inf)",
-            num_hidden_layers="[2, inf)",
+            num_hidden_layers="[1, inf)",
             num_attention_heads="[1, inf)",
             num_key_value_heads="[1, inf)",
             rms_norm_eps="(0, inf)",
@@ -91,6 +91,11 @@ class Qwen2Config:
             raise ValueError(
                 f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} keys "
                 f"evenly; use a num_key_value_heads that divides {self.num_attention_heads}"
+            )
+        if self.num_hidden_layers < 2:
+            raise ValueError(
+                f"Qwen2Config.num_hidden_layers is {self.num_hidden_layers}: penultimate states "
+                f"want 2 or more"
             )
 
     @property
