@@ -346,7 +346,7 @@ def test_every_config_is_in_the_table_with_all_its_numbers_and_a_sentence_a_fiel
             name, below = line.target.id, node.body[place + 1]
             is_number = re.search(r"\b(int|float)\b", ast.unparse(line.annotation))
             assert not is_number or name in fields, f"{cls.__name__}.{name} has no range"
-            sentence = below.value.value if isinstance(below, ast.Expr) else ""
+            sentence = below.value.value.strip() if isinstance(below, ast.Expr) else ""
             assert sentence.endswith("."), f"{cls.__name__}.{name} has no sentence"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from tyro.conf import Positional, UseAppendAction
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE, FOUND
 
 HELP = """Compile the train step of each stage as `train` would run it. Print what it needs on the
 pod: memory, collectives and a predicted step time. No device of the pod is needed. The compiler for
@@ -61,4 +62,4 @@ def _predict(arguments: Sequence[str]) -> int:
         if own.html:
             own.html.write_text(page(own.topology, reports), "utf-8")
     print(table(reports))
-    return 0 if all(report.fits for report in reports) else 1
+    return DONE if all(report.fits for report in reports) else FOUND

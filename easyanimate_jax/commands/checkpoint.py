@@ -9,6 +9,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE, FOUND
 
 HELP = """List, verify and compare the checkpoints of a run, without an accelerator.
 
@@ -63,7 +64,7 @@ def _list(folder: Path) -> int:
             print(f"{step:>8}  {error}")
     for path in sorted(folder.glob("*.corrupt*")):
         print(f"{path.name:>8}  {(path / 'reason').read_text().strip()}")
-    return 0
+    return DONE
 
 
 def _verify(folder: Path) -> int:
@@ -75,7 +76,7 @@ def _verify(folder: Path) -> int:
         wrong = damage(folder / str(step))
         bad += bool(wrong)
         print(f"{step:>8}  {'; '.join(wrong) or 'as saved'}", flush=True)
-    return 1 if bad else 0
+    return FOUND if bad else DONE
 
 
 def _diff(folder: Path, first: int, second: int) -> int:
@@ -93,4 +94,4 @@ def _diff(folder: Path, first: int, second: int) -> int:
     for name in differ:
         print(f"{name}  {one.get(name, '-')}  {two.get(name, '-')}")
     print(f"{len(differ)} of {len(one | two)} arrays differ between {first} and {second}")
-    return 1 if differ else 0
+    return FOUND if differ else DONE

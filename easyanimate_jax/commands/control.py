@@ -7,6 +7,7 @@ from functools import partial
 from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Write the control videos of a folder of clips to FOLDER/control_OPERATOR, and enter them
 in its metadata.json as `control_file_path`. Existing control files are kept."""
@@ -34,4 +35,4 @@ def _control(arguments: Sequence[str]) -> int:
     if own.operator not in OPERATORS:
         raise ValueError(f"there is no operator {own.operator!r}; use {', '.join(OPERATORS)}")
     print(f"{write_controls(own.folder, own.operator)} control files written")
-    return 0
+    return DONE

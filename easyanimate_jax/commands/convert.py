@@ -8,6 +8,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Convert weights between EasyAnimate's layouts: ours, diffusers' and the original code's.
 
@@ -75,4 +76,4 @@ def _convert(arguments: Sequence[str]) -> int:
         except OSError as error:
             raise ValueError(str(error)) from error
     print(report)
-    return 0
+    return DONE

@@ -10,6 +10,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from easyanimate_jax.commands import parse
 from easyanimate_jax.prepare.captions import Server
 from easyanimate_jax.prepare.curate import Rules
+from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Cut and score the films of SOURCE into the table OUT/clips.parquet.
 
@@ -49,4 +50,4 @@ def _curate(arguments: Sequence[str]) -> int:
 
     rows = curate(own.source, own.out, own.rules, captioner=own.captioner, part=part, parts=parts)
     print(f"part {part} of {parts} is done" if rows is None else funnel.text(rows))
-    return 0
+    return DONE

@@ -8,6 +8,7 @@ from functools import partial
 from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Print the schedule of a config: parameters, state bytes per device, stages, and every
 resolution and duration of every bucket. No device is used.
@@ -34,4 +35,4 @@ def _describe(arguments: Sequence[str]) -> int:
     from easyanimate_jax.runs.describe import describe_run
 
     print(describe_run(config))
-    return 0
+    return DONE

@@ -8,6 +8,7 @@ from tyro.conf import Positional
 
 from easyanimate_jax import processes
 from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE, FOUND
 
 HELP = """Check the hosts of a run. Start this command on every host, as you start the training.
 
@@ -41,4 +42,4 @@ def _examine(arguments: Sequence[str]) -> int:
     findings = examine(config)
     if jax.process_index() == 0:
         print(table(findings))
-    return 0 if all(finding.good for finding in findings) else 1
+    return DONE if all(finding.good for finding in findings) else FOUND

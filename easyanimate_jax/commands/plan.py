@@ -9,6 +9,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Print the plan of each stage of a config: clips, shapes, token lengths, and their fill.
 
@@ -48,4 +49,4 @@ def _plan(arguments: Sequence[str]) -> int:
         index = Records(place / stage.data).index if prepared else {}
         print()
         print(describe_stage(stage, config.set(stage.data), table, index, config.seed))
-    return 0
+    return DONE

@@ -7,6 +7,7 @@ from functools import partial
 from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Encode the clips of a config to records: latents and text states, for every set.
 
@@ -55,4 +56,4 @@ def _prepare(arguments: Sequence[str]) -> int:
         )
     if not whole:
         print(f"part {part}/{parts} is done; other parts are not")
-    return 0
+    return DONE

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.facts import MESH_AXES
 from easyanimate_jax.generation.outputs import Origin, finished, identity
 from easyanimate_jax.generation.request import (
     Asked,
@@ -24,7 +25,6 @@ from easyanimate_jax.generation.request import (
 from easyanimate_jax.training.safety.exits import BAD_INPUT, DONE
 
 NAME = "sample.py"
-MESH_AXES = "data", "fsdp", "context", "tensor"  # sharding.py, which imports JAX
 HELP = """Generate videos and pictures from a run.
 
   text to video    sample.py runs/demo/train --prompt "a red circle moves to the left"

@@ -7,6 +7,7 @@ from functools import partial
 from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Print the contents of a source of clips: clips, sizes, durations, captions, and every
 problem with its row or line."""
@@ -30,4 +31,4 @@ def _sources(arguments: Sequence[str]) -> int:
     from easyanimate_jax.data.sources.report import describe
 
     print(describe(own.source))
-    return 0
+    return DONE

@@ -9,6 +9,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from easyanimate_jax.commands import parse
 from easyanimate_jax.text.train_config import TextTrainConfig
+from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Train two small text encoders on captions, and write them in the released layout."""
 
@@ -35,4 +36,4 @@ def _train(arguments: Sequence[str]) -> int:
     from easyanimate_jax.text.train import train
 
     train(own.source, own.out, own.training)
-    return 0
+    return DONE

@@ -32,7 +32,7 @@ from easyanimate_jax.training.checkpoint import NotFiniteError, StorageError, na
 from easyanimate_jax.training.metrics import now
 from easyanimate_jax.training.safety.cloud_goodput import CloudGoodput, open_sink
 from easyanimate_jax.training.safety.divergence import DivergedError
-from easyanimate_jax.training.safety.exits import DIVERGED, DONE, PREEMPTED, STORAGE
+from easyanimate_jax.training.safety.exits import DIVERGED, DONE, FOUND, PREEMPTED, STORAGE
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
 from easyanimate_jax.training.safety.lock import RunLock
 from easyanimate_jax.training.safety.monitor import Monitor
@@ -266,7 +266,7 @@ def replay(config: TrainConfig, step: int) -> int:
     names = [name for name in first if first[name] != second[name]]
     names += [f"{name}, as logged" for name in ("loss", "grad_norm") if first[name] != logged[name]]
     logger.info("step %d made twice: %s differs", step, ", ".join(names) or "nothing")
-    return 1 if names else 0
+    return FOUND if names else DONE
 
 
 def _every(count: int, step: int) -> bool:

@@ -1,6 +1,7 @@
 """The exit codes of all commands, and those after which a supervisor does not restart."""
 
 DONE = 0
+FOUND = 1  # a command that looks for faults found one; also an error nobody expected
 BAD_INPUT = 2  # argparse's and tyro's, too
 DIVERGED = 3
 HANG = 4
