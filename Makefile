@@ -1,10 +1,10 @@
-# Everything runs in .venv, made from a Python 3.11 to 3.13.
+# All commands run in .venv, which needs Python 3.11 to 3.13.
 PYTHON ?= python3
 BIN := .venv/bin
 CPU := JAX_PLATFORMS=cpu
-# Bytecode is made and kept when a module is first imported, not of all when it is installed.
+# Python compiles a module when it is first imported, not all modules at installation.
 unexport PYTHONDONTWRITEBYTECODE
-# Where there is no accelerator JAX would try the TPU compiler, which is there, as a TPU, and complain.
+# Without an accelerator, the installed TPU compiler would make JAX look for a TPU and warn.
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
 .PHONY: setup lock demo demo-long demo-control demo-real demo-films test reliability slow bench chaos lint \
@@ -12,8 +12,8 @@ export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,c
 
 setup: .venv/ready
 
-# Everything at its locked release and hash. The tests' torch is the build for CPUs where pip finds it,
-# else that of PyPI, whose CUDA libraries the last line brings.
+# Install every package at its locked release and hash. The tests use the CPU build of torch if pip
+# finds it, else that of PyPI; then the last pip line installs its CUDA libraries.
 LOCKED := $(BIN)/pip install --quiet --no-compile --require-hashes --no-deps
 .venv/ready: setup.py requirements.lock requirements-torch.lock requirements-torch-cpu.lock
 	$(PYTHON) -m venv .venv
@@ -22,7 +22,7 @@ LOCKED := $(BIN)/pip install --quiet --no-compile --require-hashes --no-deps
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@
 
-# The newest releases that setup.py allows, for every Python and platform.
+# Lock the newest releases that setup.py allows, for every Python version and platform.
 CUDA := cuda-bindings cuda-pathfinder cuda-toolkit triton $(addprefix nvidia-,cublas cuda-cupti \
 	cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 \
 	nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
@@ -32,14 +32,14 @@ lock: setup
 		--generate-hashes --no-annotate --custom-compile-command 'make lock' --quiet \
 		$(addprefix --no-emit-package ,torch $(CUDA)) --output-file requirements.lock
 
-# The staged schedule, small but whole: files -> VAE -> latents -> five stages -> score and report.
+# The whole staged schedule, small: files -> VAE -> latents -> five stages -> score and report.
 demo: setup
 	mkdir -p runs/demo && touch runs/demo/started
 	$(call latents,demo)
 	$(BIN)/python train.py configs/demo.py
 	$(BIN)/python -m demos world configs/demo.py
 
-# The same with three times the clips, a VAE trained longer and more steps, where shapes are asked for.
+# The demo with three times the clips, a longer trained VAE and more steps: it also learns shapes.
 LONG_CLIPS := --clips 3000
 demo-long: setup
 	mkdir -p runs/demo_long && touch runs/demo_long/started
@@ -47,8 +47,9 @@ demo-long: setup
 	$(BIN)/python train.py configs/demo_long.py
 	$(BIN)/python -m demos world configs/demo_long.py
 
-# The same on a VAE that saw edges and hidden frames; from its text-to-video checkpoint a model of edges,
-# paths and reference pictures, on that VAE with a decoder trained on; every way to generate, scored.
+# The long demo on a VAE that also learns edges and hidden frames. Its text-to-video checkpoint
+# initialises a control model for edges, paths and reference pictures, on that VAE with a further
+# trained decoder. The report scores every pipeline function.
 demo-control: setup
 	mkdir -p runs/demo_control && touch runs/demo_control/started
 	$(call latents,demo_base,$(LONG_CLIPS))
@@ -58,7 +59,7 @@ demo-control: setup
 	$(BIN)/python train.py configs/demo_control.py
 	$(BIN)/python -m demos ways configs/demo_control.py
 
-# The VAE and the latents are kept where they are there; the rest is made again, the same.
+# An existing VAE and existing latents are kept. The rest is written again, with the same content.
 define latents
 	$(BIN)/python -m demos.world runs/$(1)/data $(2)
 	$(BIN)/python train.py configs/$(1)_vae.py
@@ -76,7 +77,8 @@ demo-real: setup
 	$(BIN)/python train.py configs/demo_real.py
 	$(BIN)/python -m demos films configs/demo_real.py
 
-# From whole films: cut, scored, encoded, and a few steps of training. Minutes; no model worth looking at.
+# From whole films to training: cut, score, encode, and a few steps, in minutes. The model is not
+# trained long enough for good samples.
 demo-films: setup
 	$(BIN)/python -m demos.films runs/demo_films/films --whole
 	$(BIN)/python -m easyanimate_jax curate runs/demo_films/films runs/demo_films/table --min-seconds 1 --min-pixels 0
@@ -88,7 +90,7 @@ demo-films: setup
 test: setup
 	$(CPU) $(BIN)/pytest
 
-# R1 to R15 of docs/reliability.md alone.
+# Only the tests R1 to R15 of docs/reliability.md.
 reliability: setup
 	$(CPU) $(BIN)/pytest -m reliability
 
@@ -98,8 +100,7 @@ slow: setup
 bench: setup
 	for script in $(filter-out %/setting.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
 
-# A thousand kills, fifty changes of mesh, ten thousand flipped bits; each call goes on where the last
-# one stopped.
+# 1000 kills, 50 changes of mesh, 10,000 flipped bits. Each call continues where the last one stopped.
 chaos: setup
 	$(CPU) $(BIN)/python benchmarks/reliability/chaos.py flips --minutes 10
 	$(CPU) $(BIN)/python benchmarks/reliability/chaos.py elastic --minutes 20
@@ -108,6 +109,7 @@ chaos: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/vulture
 
 clean:
 	rm -rf .venv runs build *.egg-info

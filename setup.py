@@ -18,6 +18,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["easyanimate_jax", "easyanimate_jax.*"]),
     package_data={"easyanimate_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["easyanimate-jax=easyanimate_jax.__main__:main"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12",
@@ -53,6 +54,7 @@ setup(
             "pytest-xdist>=3",
             "beartype>=0.19",
             "ruff>=0.6",
+            "vulture>=2.14",
             "torch==2.13.0",
             "diffusers>=0.35,<1",
             "accelerate>=1.2,<2",  # with it diffusers loads without a second copy

@@ -1,8 +1,8 @@
-"""Train: `python train.py configs/demo.py`; the verb `train` of the one command."""
+"""Train: `python train.py configs/demo.py` runs the verb `train` of the command line."""
 
 import sys
 
-from easyanimate_jax.commands.train import run
+from easyanimate_jax.__main__ import main
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,10 +1,10 @@
-"""What `aot` says of a train step on a GPU, beside what the step takes on the one that is here.
+"""Compare the memory and time that `aot` predicts for a train step with a real GPU.
 
-Blocks of the 12B at full width, the step that `train.py` runs, float32 state and average. Memory:
-by the model that describes GPUs which are not there, by the compiler, as `train.py` asks it at its
-start, and at most in use by the device's own count. Seconds: by the model, and the median of the
-steps. Without a GPU a narrow one runs on the CPU, which the model does not know, to see that the
-script works. Writes benchmarks/results/aot_gpu.md.
+The step is that of `train.py`, with blocks of the 12B at full width and a float32 state and
+average. Memory is given three times: by the model that `aot` uses for absent GPUs, by the compiler,
+as `train.py` asks it at its start, and by the device's own counter. Seconds are those of the model
+and the median of the measured steps. Without a GPU a narrow model runs on the CPU, only to check
+the script. Writes benchmarks/results/aot_gpu.md.
 
     python benchmarks/aot_gpu.py
 """
@@ -29,6 +29,7 @@ STEPS = 4
 
 
 def main() -> None:
+    """Measure all cases in processes of their own, and write the result."""
     import jax
 
     there = jax.default_backend() == "gpu"
@@ -64,7 +65,7 @@ def main() -> None:
 
 
 def measure(blocks: int, heads: int, tokens: int, batch: int, microbatch: int) -> None:
-    """Prints memory (model, compiler, measured) and seconds (model, measured) as JSON."""
+    """Print memory (model, compiler, measured) and seconds (model, measured) as JSON."""
     import jax
     import jax.numpy as jnp
     import numpy as np

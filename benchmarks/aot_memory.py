@@ -1,11 +1,11 @@
-"""The memory that `aot` predicts for a train step, beside what the step takes on eight CPU devices.
+"""Compare the memory that `aot` predicts for a train step with that measured on 8 CPU devices.
 
-Every stage of a config that has a program of its own is compiled as the trainer compiles it, and
-runs on ones in a process of its own. CPUs have no counter of a device's memory, so malloc is asked
-what is in use: before a step, and every half millisecond while steps run. Measured is the most that
-a step took beyond what lay there before it, and the state and the batch, which did. It is a
-process's and the devices' average. What an XLA program allocates once and keeps, such as its own
-code, does not count. Writes benchmarks/results/aot_memory.md.
+Each stage of a config with its own program is compiled as the trainer compiles it, and runs on
+arrays of ones in its own process. CPUs have no memory counter, so malloc is asked for the memory in
+use: before a step, and every 0.5 ms while steps run. The measured figure is the largest increase
+during a step plus the state and the batch, averaged over the devices of the process. Memory that an
+XLA program allocates once and keeps, such as its code, does not count. Writes
+benchmarks/results/aot_memory.md.
 
     python benchmarks/aot_memory.py [CONFIG]
 """
@@ -35,12 +35,13 @@ FIELDS = (
 
 
 class MallInfo(ctypes.Structure):
-    """What glibc's mallinfo2 returns."""
+    """The result of glibc's mallinfo2."""
 
     _fields_ = [(name, ctypes.c_size_t) for name in FIELDS]
 
 
 def main(path: str = "configs/demo.py") -> None:
+    """Measure every stage of a config, and write the result."""
     from easyanimate_jax.runs.config import load
 
     config, programs = load(path), {}
@@ -72,6 +73,7 @@ def main(path: str = "configs/demo.py") -> None:
 
 
 def measure_in_a_process(path: str, stage: str, mesh: tuple[int, ...]) -> dict:
+    """Return the result of `measure`, run in a new process."""
     command = [sys.executable, __file__, "--measure", path, stage, *map(str, mesh)]
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
@@ -83,7 +85,7 @@ def measure_in_a_process(path: str, stage: str, mesh: tuple[int, ...]) -> dict:
 
 
 def measure(path: str, name: str, *mesh: str) -> None:
-    """Prints one device's predicted and measured bytes as JSON."""
+    """Print the predicted and the measured bytes of one device as JSON."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -111,7 +113,7 @@ def measure(path: str, name: str, *mesh: str) -> None:
             state, metrics = program(state, batch, jax.random.key(1), jnp.float32(1e-4))
             return jax.block_until_ready((state, metrics))[0]
 
-        state = step(state)  # the first one allocates what stays
+        state = step(state)  # the first step allocates memory that is kept
         gc.collect()
         time.sleep(1)
         with Watch() as watch:
@@ -127,7 +129,7 @@ def measure(path: str, name: str, *mesh: str) -> None:
 
 
 class Watch:
-    """Asks malloc again and again how much is in use."""
+    """A thread that repeatedly asks malloc for the memory in use."""
 
     def __init__(self):
         self.mallinfo = ctypes.CDLL(None).mallinfo2

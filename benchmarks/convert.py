@@ -1,10 +1,10 @@
-"""Four blocks of the 12B to ours and back, beside diffusers' load and save of the same folder.
+"""Convert four blocks of the 12B to our layout and back, compared with diffusers' load and save.
 
-Every measurement is a process of its own on the same 2 GB: random, in bfloat16, in sharded
-safetensors. Time is that of the work, imports excluded; peak RSS is of the whole process, and what
-it was before the work is given beside it. Rounds alternate; best, median and worst are reported.
-Before each, memory is touched and freed: the host of a virtual machine takes free pages back, and
-whoever comes next would wait for them. Writes benchmarks/results/convert.md.
+Each measurement is a new process on the same 2 GB of random bfloat16 weights in sharded
+safetensors. Time excludes imports. Peak RSS is that of the whole process, given with its value
+before the work. Rounds alternate; best, median and worst are reported. Before each round, memory is
+allocated and freed, because the host of a virtual machine may have taken free pages back, and the
+next process would wait for them. Writes benchmarks/results/convert.md.
 
     python benchmarks/convert.py [--rounds 3]
 """
@@ -46,8 +46,8 @@ rng = np.random.default_rng(0)
 noise = rng.standard_normal(2**24 + 1, np.float32).astype(ml_dtypes.bfloat16)
 fill = lambda shape: Tensor.of(np.resize(np.roll(noise, rng.integers(2**24)), shape))
 theirs = {n: fill(t.shape) for n, t in mmdit_table.to_torch(none, config, "diffusers").items()}
-files.write_shards(folder, mmdit.STEM, theirs, shard_bytes=shard_bytes)
-(folder / "config.json").write_text(json.dumps(mmdit.config_json(config, "diffusers")))
+files.write_shards(folder, mmdit_table.STEM, theirs, shard_bytes=shard_bytes)
+(folder / "config.json").write_text(json.dumps(mmdit_table.config_json(config, "diffusers")))
 """
 OURS = """
 import json
@@ -79,10 +79,11 @@ print(json.dumps({"seconds": seconds, "cpu": cpu, "before": before, "peak": peak
 """
 
 
-TOUCH = "import numpy as np; np.full(5 * 10**9, 1, np.uint8)"  # more than a run and its files take
+TOUCH = "import numpy as np; np.full(5 * 10**9, 1, np.uint8)"  # more than a run and its files need
 
 
 def main() -> None:
+    """Measure both sides in alternating rounds, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
@@ -112,7 +113,7 @@ def main() -> None:
 
 
 def python(code: str, *arguments) -> dict | None:
-    """What a fresh process prints as JSON in its last line, if anything."""
+    """Return the JSON that a new process prints in its last line; None without output."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     ran = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
@@ -120,13 +121,14 @@ def python(code: str, *arguments) -> dict | None:
 
 
 def compare(expected: Path, found: Path) -> None:
-    """The folder that went through ours has the bytes of the first one, file by file."""
+    """Exit with an error if a file differs after the conversion to our layout and back."""
     for path in sorted(expected.glob("*.safetensors")):
         if path.read_bytes() != (found / path.name).read_bytes():
-            raise SystemExit(f"{path.name} is not what it was: the way there and back is not exact")
+            raise SystemExit(f"{path.name} differs: the conversion there and back is not exact")
 
 
 def table(runs: dict[str, list[dict]], size: int, largest: int) -> str:
+    """Return the result as Markdown."""
     lines = [
         "# Conversion, beside diffusers",
         "",

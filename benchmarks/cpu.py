@@ -1,8 +1,8 @@
-"""Ours beside diffusers' EasyAnimateTransformer3DModel on the CPU: time and peak memory.
+"""Compare our transformer with diffusers' EasyAnimateTransformer3DModel on the CPU: time, memory.
 
-Width 512, six blocks, float32, one sample with 333 text tokens; a forward pass, and a training step
-(loss, gradient, AdamW). Each side has a process of its own on the same cores; rounds alternate.
-Writes benchmarks/results/cpu.md.
+Width 512, 6 blocks, float32, one sample with 333 text tokens. The tasks are a forward pass and a
+training step (loss, gradient, AdamW). Each side has its own process on the same cores; rounds
+alternate. Writes benchmarks/results/cpu.md.
 
     python benchmarks/cpu.py [--rounds 2] [--repeats 3] [--depth 6] [--width 512]
 """
@@ -19,6 +19,7 @@ GRIDS = ((4, 16, 16), (13, 16, 16))  # 1,024 and 3,328 tokens
 
 
 def main() -> None:
+    """Measure both sides, and write the result."""
     p = argparse.ArgumentParser(description=__doc__)
     for name, value in (("rounds", 2), ("repeats", 3), ("depth", 6), ("width", 512)):
         p.add_argument(f"--{name}", type=int, default=value)

@@ -1,9 +1,9 @@
-"""The 12B transformer on a GPU, beside diffusers' and beside what the card itself can do.
+"""Compare the 12B transformer on a GPU with diffusers' and with the limits of the card.
 
-bfloat16, random weights, one sample with 333 text tokens: a forward pass at 13,312 and 53,248 video
-tokens, and a training step at full width with as many blocks as diffusers has room for; diffusers'
-eager and with its blocks under torch.compile. Without a GPU the same runs small on the CPU, says
-so, and proves nothing but that the script works. Writes benchmarks/results/gpu.md, a row at a time.
+bfloat16, random weights, one sample with 333 text tokens. The tasks are a forward pass at 13,312
+and 53,248 video tokens, and a training step at full width with as many blocks as diffusers can
+hold. diffusers' model runs eagerly, and with its blocks under torch.compile. Without a GPU a small
+version runs on the CPU, only to check the script. Writes benchmarks/results/gpu.md, row by row.
 
     python benchmarks/gpu.py [--repeats 3]
 """
@@ -17,10 +17,10 @@ from setting import setting
 from transformer.compare import best, measure, num_tokens, ratio
 
 from easyanimate_jax import MMDiTConfig
-from easyanimate_jax.pods.predict import model_flops
+from easyanimate_jax.training.compile import model_flops
 
 RESULT = Path(__file__).parent / "results" / "gpu.md"
-# Width and dtype; grids of tokens, with the blocks of a step that are tried first.
+# Width and dtype; grids of tokens, each with the number of blocks that a step tries first.
 LARGE = {"width": 3072, "dtype": "bfloat16"}, 48, {(13, 32, 32): 12, (13, 64, 64): 6}
 SMALL = {"width": 128, "dtype": "float32"}, 2, {(2, 8, 8): 2, (4, 8, 8): 2}
 SIDES = ("diffusers", "compiled", "ours")
@@ -29,12 +29,13 @@ KINDS = ("product", "its weights' gradient", "attention", "attention and its bac
 
 
 def main() -> None:
+    """Measure all tasks, and write the result."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--repeats", type=int, default=3)
     a = p.parse_args()
     there = shutil.which("nvidia-smi") is not None
     model, depth, grids = LARGE if there else SMALL
-    # JAX takes three quarters of a card unless told; torch.compile wants a C++ compiler on the CPU.
+    # JAX reserves 75 % of GPU memory by default. On the CPU, torch.compile needs a C++ compiler.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     sides = SIDES if there else ("diffusers", "ours")
     sizes = model | {"repeats": a.repeats}
@@ -81,7 +82,7 @@ def main() -> None:
 
 
 def say(*lines: str) -> None:
-    """Print, and write: the first line begins the file."""
+    """Print lines and append them to the result; the first call starts the file."""
     RESULT.parent.mkdir(exist_ok=True)
     with RESULT.open("w" if lines[0].startswith("#") else "a", encoding="utf-8") as file:
         for line in lines:
@@ -90,6 +91,7 @@ def say(*lines: str) -> None:
 
 
 def rows(task: str, depth: int, grid: tuple[int, int, int], results: dict, model: dict) -> None:
+    """Write one result row for each side of a task."""
     flops = work(model["width"], depth, grid, task)
     for side, result in results.items():
         rate = peak = "-"
@@ -103,7 +105,7 @@ def rows(task: str, depth: int, grid: tuple[int, int, int], results: dict, model
 
 
 def work(width: int, depth: int, grid: tuple[int, int, int], task: str) -> float:
-    """Model FLOPs of a forward pass, or of a step: three times as many."""
+    """Return the model FLOPs of a forward pass, or of a step, which needs three times as many."""
     config = MMDiTConfig(
         depth=depth,
         mmdit_depth=depth,

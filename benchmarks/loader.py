@@ -1,10 +1,10 @@
-"""The loader beside its limits: a bare ArrayRecord reader, and torch's DataLoader with PyAV.
+"""Compare the loader with a bare ArrayRecord reader, and with torch's DataLoader with PyAV.
 
-Cached latents: batches of `Loader`, beside reading the same records in the same order with the bare
-reader, one thread each. Pixels: our decoding processes (decode, resize, crop), beside a DataLoader
-whose workers do the same with PyAV, as many workers: with FFmpeg's scaler, which must give our
-pixels bit for bit, with Pillow's resize and with torch's. Rounds alternate; CPU seconds are
-compared, which other work on the machine disturbs less than time. Writes
+Cached latents: batches of `Loader` against the bare reader on the same records in the same order,
+one thread each. Pixels: our decoding processes (decode, resize, crop) against a DataLoader with as
+many workers that do the same with PyAV. Its workers resize with FFmpeg's scaler, whose pixels must
+equal ours bit for bit, with Pillow, or with torch. Rounds alternate. CPU seconds are compared,
+because other work on the machine affects them less than wall time. Writes
 benchmarks/results/loader.md.
 
     python benchmarks/loader.py [--rounds 3]
@@ -28,12 +28,12 @@ ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "loader.md"
 GRID, BATCH, SHARDS, SHARD = (13, 32, 32), 8, 4, 16  # 13,312 tokens
 CLIPS, FRAMES, SIDE, CROP, WORKERS = 8, 49, (360, 640), (384, 672), 2
-PASSES = 4  # over the clips, in a round
+PASSES = 4  # passes over the clips in a round
 
 LATENTS = """
 import sys
-from easyanimate_jax.data.loader import Loader, keep_memory
-from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.data.loader import Loader, Pages, keep_memory
+from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records
 
 folder = sys.argv[1]
@@ -56,11 +56,11 @@ def done():
             records.readers[record // shard].read([int(record % shard)])
 """
 BATCHES = """
-loader = make_loader()
+loader, pages = make_loader(), Pages()
 
 def done():
     for step in range(steps):
-        loader.batch(step)
+        loader.batch(step, pages)
 """
 MEASURE_LATENTS = """
 import json, time
@@ -91,7 +91,7 @@ read = lambda path: pool.read_clip(path, 0, frames, 1, (h, w))
 with ThreadPoolExecutor(workers) as threads:
     list(threads.map(pool.probe, paths))
 
-def worker_cpu():  # a DataLoader forks, ours import anew: that is the start's, not the work's
+def worker_cpu():  # without the start: ours import again, a DataLoader forks
     clock = os.sysconf("SC_CLK_TCK")
     stats = [open(f"/proc/{w.pid}/stat").read().rpartition(")")[2].split()
              for w in pool.free.queue if w]
@@ -166,6 +166,7 @@ SAME_PIXELS = "torch DataLoader, PyAV, FFmpeg's scaler (the same pixels)"
 
 
 def main() -> None:
+    """Measure both paths, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
@@ -181,7 +182,7 @@ def main() -> None:
         f"Cached latents: {SHARDS * SHARD} records of {int(np.prod(GRID)):,} tokens, "
         f"{size / 1e6:.1f} MB each, batches of {BATCH}, one thread, {PASSES} passes after a first. "
         f"First batch after a resume at step 123,456, without worker processes, index and shards "
-        f"opened anew: **{first:.2f} s**.",
+        f"opened again: **{first:.2f} s**.",
         "",
         "| | records / CPU second | MB / CPU second | ours to it |",
         "|---|---|---|---|",
@@ -210,7 +211,7 @@ def main() -> None:
 
 
 def cached_latents(folder: Path, rounds: int) -> tuple[dict[str, float], float, int]:
-    """CPU seconds a record, seconds to the first batch after a resume, bytes of a record."""
+    """Return (CPU seconds per record, seconds to the first batch of a resume, bytes per record)."""
     rng, tokens = np.random.default_rng(0), int(np.prod(GRID))
     writer = Writer(folder / "set", {"set": {"condition_draws": 0}})
     row = dict.fromkeys(INDEX_TYPES, 0) | {"clip": "a", "kind": "video", "tokens": tokens}
@@ -241,7 +242,7 @@ def cached_latents(folder: Path, rounds: int) -> tuple[dict[str, float], float, 
 
 
 def run(code: str, *arguments: str) -> dict:
-    """What a program in a process of its own prints last."""
+    """Return the JSON that a program in a new process prints in its last line."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", code, *arguments]
     ran = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
@@ -249,7 +250,7 @@ def run(code: str, *arguments: str) -> dict:
 
 
 def pixel_path(folder: Path, rounds: int) -> dict[str, dict]:
-    """The best round of each, by CPU seconds."""
+    """Return the best round of each side, by CPU seconds."""
     rng = np.random.default_rng(0)
     small = rng.integers(0, 255, (FRAMES, SIDE[0] // 8, SIDE[1] // 8, 3), np.uint8)
     frames = small.repeat(8, 1).repeat(8, 2)

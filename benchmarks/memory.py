@@ -1,9 +1,9 @@
-"""Sampling in little memory: parts in turn, and the transformer in eight bits.
+"""Measure sampling with little memory: parts that take turns, and the transformer in 8 bits.
 
-* The most that was resident in a process that loads the parts of a random run of a few hundred MB
-  each, in the order of sampling: as it is, as `--memory low` does, and with int8 too.
-* Two blocks of the 12B's width, random, in bfloat16: bytes, and how far the output moves.
-* With a run of the demo: the prompts' scores of both, and how far the videos are apart.
+* The peak memory of a process that loads the random parts of a run, a few hundred MB each, in the
+  order of sampling: with all parts in memory, with `--memory low`, and with int8 too.
+* Two blocks of the 12B's width, random, in bfloat16: their bytes, and the change of their output.
+* With a run of the demo: the scores of the prompts for both, and the distance of the videos.
 
 Writes benchmarks/results/memory.md.
 
@@ -46,7 +46,7 @@ from easyanimate_jax.weights.module import save_module, with_weights
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "memory.md"
-WAYS = {  # to load_pipeline
+WAYS = {  # options of load_pipeline
     "as it is": {},
     "`--memory low`": {"low_memory": True},
     "`--memory low --weights int8`": {"low_memory": True, "int8": True},
@@ -70,6 +70,7 @@ WIDE = MMDiTConfig(
 
 
 def main() -> None:
+    """Measure all cases, and write the result."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("run", nargs="?", help="folder of a finished demo")
     p.add_argument("--rows", type=int, default=16)
@@ -95,7 +96,7 @@ def resident() -> list[str]:
 
 
 def make_run(folder: Path) -> dict[str, int]:
-    """A run with random parts; the bytes of each."""
+    """Write a run with random parts; return the bytes of each part."""
     import torch
     import transformers
 
@@ -137,7 +138,7 @@ def make_run(folder: Path) -> dict[str, int]:
 
 
 def wide() -> list[str]:
-    """Bytes and output of two blocks of full width."""
+    """Return the bytes and the output change of two blocks of full width."""
     rng = np.random.default_rng(0)
     shapes = nnx.eval_shape(lambda: MMDiT(WIDE, rngs=nnx.Rngs(0)))
 
@@ -169,7 +170,7 @@ def wide() -> list[str]:
 
 
 def demo(a) -> list[str]:
-    """Scores of a demo's prompts in both, from the same noise."""
+    """Return the scores of a demo's prompts for both, from the same noise."""
     videos, lines = {}, []
     for name, small in (("full", False), ("int8", True)):
         run = load_pipeline(a.run, int8=small)

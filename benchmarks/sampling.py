@@ -1,12 +1,11 @@
-"""What reuse between the steps saves in sampling, and what it costs.
+"""Measure what the reuse of evaluations saves in sampling, and how it changes the result.
 
-Beside the plain walk, in one run: TeaCache at three thresholds, the unconditional branch asked for
-every 2nd, 3rd and 4th step, and guidance in the middle of the walk alone. Each is compiled first,
-then timed, rounds alternating, the best kept, in seconds that pass and in those of the CPU, which
-depend less on what else the machine does. Change is the root mean square distance of the
-latents from the plain walk's, as a share of theirs from zero. With a run of the demo the prompts'
-score stands beside it; without one the weights are random, and there is no score.
-Writes benchmarks/results/sampling.md.
+The cases are the plain sampler, TeaCache at three thresholds, the unconditional branch at every
+2nd, 3rd and 4th step, and guidance only in the middle steps. Each is compiled first, then timed in
+alternating rounds. The best wall and CPU seconds are kept; other work on the machine affects CPU
+seconds less. The change is the root mean square distance from the plain sampler's latents, divided
+by the root mean square of those. With a run of the demo the score of the prompts is shown too;
+without one the weights are random. Writes benchmarks/results/sampling.md.
 
     python benchmarks/sampling.py [RUN] [--rows 4] [--steps 30] [--rounds 2]
 """
@@ -42,6 +41,7 @@ SIZE = 9, 128, 128
 
 
 def main() -> None:
+    """Time all cases, and write the result."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("run", nargs="?", help="folder of a finished demo")
     for name, value in (("--rows", 4), ("--steps", 30), ("--rounds", 2)):
@@ -52,7 +52,7 @@ def main() -> None:
     ways |= {f"both branches every {n} steps": {"guidance_every": n} for n in (2, 3, 4)}
     ways["guidance from 20 to 80 %"] = {"guided": (0.2, 0.8)}
     make, prompts = from_run(a) if a.run else from_noise(a)
-    seconds, results = {name: [] for name in ways}, {}  # (passed, of the CPU)
+    seconds, results = {name: [] for name in ways}, {}  # (wall seconds, CPU seconds)
     for name, options in ways.items():
         results[name] = make(**options)  # compiles
     for _ in range(a.rounds):
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def from_run(a):
-    """(a function of sampling options that gives latents and videos, the prompts)."""
+    """Return (a function from sampling options to latents and videos, the prompts) of a run."""
     run = load_pipeline(a.run)
     samples, encoder = run.config.samples, run.encoder
     prompts = world.prompts("seen", a.rows, seed=samples.seed)
@@ -79,7 +79,7 @@ def from_run(a):
 
 
 def from_noise(a):
-    """The same with random weights of eight blocks, and no prompts."""
+    """Return the same for random weights of eight blocks, without prompts."""
     config = MMDiTConfig(
         depth=8,
         mmdit_depth=8,
@@ -100,7 +100,7 @@ def from_noise(a):
 
 
 def latents_and_videos(diffusion, request):
-    """The VAE's time is not the question: videos are made when they are asked for."""
+    """Return the latents, and a function that decodes them, so that decoding is not timed."""
 
     def make(**options):
         sampling = dataclasses.replace(request.sampling, **options)
@@ -111,6 +111,7 @@ def latents_and_videos(diffusion, request):
 
 
 def table(a, seconds, results, prompts) -> str:
+    """Return the result as Markdown."""
     weights = f"the demo's, {a.run}" if a.run else "random, eight blocks of width 256"
     lines = [
         "# Sampling: what reuse between the steps saves",

@@ -1,4 +1,4 @@
-"""Where and how a benchmark ran: the line that stands above every result."""
+"""The line above every benchmark result: date, machine, Python, command and load."""
 
 import datetime
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def setting() -> str:
-    """Date, machine, Python, command and load, as one paragraph."""
+    """Return date, machine, Python, command and load as one paragraph."""
     memory = next(x for x in Path("/proc/meminfo").read_text().splitlines() if "Total" in x)
     return (
         f"{datetime.date.today()}; {os.cpu_count()} cores, "

@@ -1,9 +1,9 @@
-"""Token efficiency of a million clips: our plan beside the reference's batches, three budgets.
+"""Compare the token efficiency of our plan with the reference's batches, on a million clips.
 
-The index is synthetic; its mix is stated in the result. Ours: lengths fitted to the index, shapes
-chosen to fill them, the plan's own steps. The reference (spec 8.3 to 8.5): every rank fills
-batches of one aspect and type, draws a size for each, and cuts it to its shortest clip; it pads
-nothing, so its loss is the frames it cuts and the wait for the largest rank. Writes
+The index is synthetic; the result states its mix. Our side fits lengths to the index, chooses
+shapes that fill them, and uses the steps of the plan. In the reference (spec 8.3 to 8.5) every rank
+fills batches of one aspect and type, draws a size for each, and cuts it to its shortest clip. It
+pads nothing, so it loses the frames that it cuts and the wait for the largest rank. Writes
 benchmarks/results/token_efficiency.md.
 
     python benchmarks/token_efficiency.py [--clips 1000000]
@@ -24,10 +24,10 @@ from easyanimate_jax.data.plan.plan import CYCLE, Plan
 
 RESULT = Path(__file__).parent / "results" / "token_efficiency.md"
 RANKS = 128
-MOST_STEPS = 2000  # of the reference, simulated
-BLOCKS, WIDTH, TEXT = 48, 3072, 333  # the 12B; Bert's and T5's tokens
+MOST_STEPS = 2000  # simulated steps of the reference
+BLOCKS, WIDTH, TEXT = 48, 3072, 333  # the 12B; tokens of BERT and T5
 
-# (height, width, share of the videos); the rest are cut to any size
+# (height, width, share of the videos); the others have random sizes
 VIDEO_SIZES = (
     (1080, 1920, 0.38), (720, 1280, 0.21), (2160, 3840, 0.07), (1920, 1080, 0.10),
     (1280, 720, 0.04), (480, 854, 0.05), (360, 640, 0.03), (804, 1920, 0.03), (1080, 1440, 0.02),
@@ -52,7 +52,7 @@ STAGES = (  # budget, smallest source side, global batch, the reference's image 
 
 
 class Index:
-    """Sizes, source frames and rates of `number` clips of the stated mix."""
+    """The sizes, source frames and frame rates of `number` clips of the stated mix."""
 
     def __init__(self, number: int):
         rng = np.random.default_rng(0)
@@ -89,7 +89,7 @@ class Index:
 
 
 def ours(index: Index, budget: Budget, fits: np.ndarray, batch: int) -> dict:
-    """Fit, choose and plan; the efficiency is that of a whole cycle of the plan's steps."""
+    """Fit, choose and plan; return the efficiency of a whole cycle of the plan's steps."""
     began = time.perf_counter()
     stride = np.maximum(1, np.round(index.fps / 8)).astype(int)
     frames = np.where(index.image, 1, (index.source_frames - 1) // stride + 1)
@@ -139,7 +139,7 @@ def ours(index: Index, budget: Budget, fits: np.ndarray, batch: int) -> dict:
 
 
 def reference(index, budget, fits, local, image_size, token_size, same_length) -> dict:
-    """Spec 8.3 to 8.5, rank by rank; `same_length` is its keep_all_node_same_token_length."""
+    """Simulate spec 8.3 to 8.5 per rank; `same_length` is its keep_all_node_same_token_length."""
     rng, shared = np.random.default_rng(2), np.random.default_rng(43)
     height, width, image = index.height[fits], index.width[fits], index.image[fits]
     length = index.source_frames[fits]
@@ -172,16 +172,7 @@ def reference(index, budget, fits, local, image_size, token_size, same_length) -
         rows *= 4 if budget.pixels // 16 >= pixels else 2 if budget.pixels // 4 >= pixels else 1
         return (rows, count, h, w), int(allowed.sum()), count * len(members)
 
-    ranks = []  # of each rank, its batches in order
-    for rank in range(RANKS):
-        queues, batches = defaultdict(list), []
-        for clip in order[rank::RANKS]:
-            queue = queues[(image[clip], aspect[clip])]
-            queue.append(clip)
-            if len(queue) == local:
-                batches.append(np.array(queue))
-                queue.clear()
-        ranks.append(batches)
+    ranks = [queued(order[rank::RANKS], image, aspect, local) for rank in range(RANKS)]
     steps = min(MOST_STEPS, min(len(batches) for batches in ranks))
     shapes, allowed, kept, means, largest = set(), 0, 0, 0.0, 0.0
     for step in range(steps):
@@ -207,6 +198,18 @@ def reference(index, budget, fits, local, image_size, token_size, same_length) -
     }
 
 
+def queued(clips: np.ndarray, image: np.ndarray, aspect: np.ndarray, size: int) -> list:
+    """Return a rank's batches of `size` clips in order, queued by type and aspect (spec 8.3)."""
+    queues, batches = defaultdict(list), []
+    for clip in clips:
+        queue = queues[(image[clip], aspect[clip])]
+        queue.append(clip)
+        if len(queue) == size:
+            batches.append(np.array(queue))
+            queue.clear()
+    return batches
+
+
 IMAGE_RATIOS = (
     (1536, (1.0, 1.25, 1.5, 2.0, 2.5, 3.0)),
     (1024, (1.0, 1.25, 1.5, 2.0)),
@@ -216,12 +219,13 @@ IMAGE_RATIOS = (
 
 
 def flops(tokens: int) -> float:
-    """Forward FLOPs of one sample: projections and MLPs of both streams, and attention."""
+    """Return the forward FLOPs of one sample: projections and MLPs of both streams, attention."""
     joint = tokens + TEXT
     return BLOCKS * (24.0 * WIDTH**2 * joint + 4.0 * WIDTH * joint**2)
 
 
 def main() -> None:
+    """Compare both sides at three budgets, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clips", type=int, default=1_000_000)
     number = parser.parse_args().clips

@@ -1,9 +1,9 @@
-"""What decoding by a full-size autoencoder takes: seconds and memory, beside diffusers'.
+"""Measure seconds and memory of decoding by a full-size autoencoder, compared with diffusers'.
 
-Random weights of the released shapes, bfloat16, chunked as in sampling, one frame of latents at a
-time. Each decode has a process of its own; memory is the most that was resident in it, seconds are
-those of the decode, ours with its compilation. For the large video stands what the compiler has
-planned, and with --whole what V5.1's decode took. Writes benchmarks/results/vae.md.
+The weights are random, in the released shapes and bfloat16. Decoding is chunked as in sampling, one
+latent frame at a time. Each decode has its own process; memory is its peak RSS, and our seconds
+include compilation. For the large video the result shows the compiler's plan, and with --whole the
+measured decode of V5.1. Writes benchmarks/results/vae.md.
 
     python benchmarks/vae.py [--frames 9] [--side 128] [--whole]
 """
@@ -21,10 +21,11 @@ LARGE = 49, 512
 
 
 def main() -> None:
+    """Measure all decodes, and write the result."""
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--frames", type=int, default=9, help="of the video that both decode")
+    p.add_argument("--frames", type=int, default=9, help="frames of the video that both decode")
     p.add_argument("--side", type=int, default=128)
-    p.add_argument("--whole", action="store_true", help="decode 49 x 512 x 512 too: an hour or so")
+    p.add_argument("--whole", action="store_true", help="decode 49 x 512 x 512 too: about 1 hour")
     p.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.child:
@@ -40,6 +41,7 @@ def main() -> None:
 
 
 def measure(way: str, version: str, frames: int, side: int) -> dict:
+    """Return the result of one decode, run in a new process."""
     command = [sys.executable, __file__, "--child", way, version, str(frames), str(side)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1]) | {
@@ -50,6 +52,7 @@ def measure(way: str, version: str, frames: int, side: int) -> dict:
 
 
 def timed(run) -> dict:
+    """Time a decode; return its seconds, CPU seconds and memory."""
     before = peak()
     began, cpu = time.perf_counter(), time.process_time()
     run()
@@ -58,15 +61,17 @@ def timed(run) -> dict:
 
 
 def peak() -> float:
-    """GiB that were resident in this process at most, so far."""
+    """Return the peak RSS of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def latent_shape(frames: int, side: int) -> tuple[int, ...]:
+    """Return the shape of the latents of a square video."""
     return 1, (frames - 1) // 4 + 1, side // 8, side // 8, 16
 
 
 def ours(attention: bool, frames: int, side: int) -> dict:
+    """Decode with our model, compiled."""
     import jax
     import numpy as np
     from flax import nnx
@@ -81,7 +86,7 @@ def ours(attention: bool, frames: int, side: int) -> dict:
 
 
 def diffusers(attention: bool, frames: int, side: int) -> dict:
-    """It has no attention; its default is the released V5.1 but for the width of the norms."""
+    """Decode with diffusers' model: no attention, V5.1's shapes but for the width of the norms."""
     import torch
     from diffusers import AutoencoderKLMagvit
 
@@ -94,7 +99,7 @@ def diffusers(attention: bool, frames: int, side: int) -> dict:
 
 
 def plan(attention: bool, frames: int, side: int) -> dict:
-    """GiB of the compiled decode: its working memory, and the whole VAE's weights."""
+    """Return the GiB of the compiled decode: its working memory, and the whole VAE's weights."""
     import jax
     from flax import nnx
 
@@ -119,6 +124,7 @@ WAYS = {"ours": ours, "diffusers": diffusers, "plan": plan}
 
 
 def table(rows, plans) -> str:
+    """Return the result as Markdown."""
     from setting import setting
 
     lines = [

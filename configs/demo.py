@@ -1,7 +1,7 @@
-"""The whole staged schedule, small: what `make demo` trains and the tests cut down.
+"""The whole staged schedule, small: the config of `make demo`, which the tests shorten further.
 
-Token lengths stand to each other as 3328, 13312 and 53248 do: 48, 192, 768. Every clip of the world
-keeps its aspect ratio and goes through the one program of its stage's length.
+Token lengths are 48, 192 and 768, in the same ratios as 3328, 13312 and 53248. Every clip of the
+world keeps its aspect ratio. One compiled program serves all clips of a stage's token length.
 """
 
 from easyanimate_jax import (

@@ -1,7 +1,7 @@
-"""What `make demo-control` begins with: the long demo on an autoencoder that keeps what is given.
+"""The base model of `make demo-control`: the long demo on an autoencoder that also learns edges.
 
-Edges and single pictures among black ones share its latents, so shapes are learned more slowly than
-in the long demo, and an end picture is reached.
+The autoencoder shares its latents between clips, edges and clips with hidden frames. So the model
+learns shapes more slowly than in the long demo, but its videos do reach a given end picture.
 """
 
 from dataclasses import replace

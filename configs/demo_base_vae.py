@@ -1,7 +1,7 @@
-"""The video autoencoder that `make demo-control` begins with: the demo's, on what models are given.
+"""The base video autoencoder of `make demo-control`: the demo's, trained on model inputs too.
 
-A quarter of its crops are Canny edges and a quarter clips with hidden frames, as the control and
-the inpaint model read them through it.
+A quarter of its crops are Canny edges, which the control model reads. Another quarter are clips
+with hidden frames, which the inpaint model reads.
 """
 
 from dataclasses import replace

@@ -1,7 +1,7 @@
 """A control model from `demo_base`'s text-to-video checkpoint: 48 channels, for edges and paths.
 
-A clip is led by its Canny edges or by the spot that runs along its object's path, drawn for every
-row, and by its first frame.
+A clip is controlled by its first frame and by either its Canny edges or a spot that moves along its
+object's path. The choice is random for every row.
 """
 
 from dataclasses import replace
@@ -27,7 +27,7 @@ config = replace(
             learning_rate=6e-3,
             end_learning_rate=3e-4,
             warmup=20,
-            reference_drop=0.8,  # beside the first frame a control says little, and is not learned
+            reference_drop=0.8,  # with the first frame a control adds little and is not learned
         ),
         Stage(
             "large_control",
@@ -38,7 +38,7 @@ config = replace(
             learning_rate=1e-4,
         ),
     ),
-    samples=replace(demo.samples, prompts=()),  # they would be made without a control
+    samples=replace(demo.samples, prompts=()),  # samples during training would have no control
     init=demo.run,
-    init_step=boundaries(demo.stages)[2],  # the end of text to video
+    init_step=boundaries(demo.stages)[2],  # the end of the last text-to-video stage
 )

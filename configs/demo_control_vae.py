@@ -1,7 +1,7 @@
-"""The video autoencoder of `demo_base_vae` with a decoder trained on.
+"""The video autoencoder of `demo_base_vae` with a decoder that was trained further.
 
-Edges follow a control as well as it draws them. Latents stay as they were, and so does what was
-trained on them.
+Generated edges are only as exact as the decoder draws them, so it is trained longer. The encoder
+does not change, so existing latents and the models trained on them stay valid.
 """
 
 from dataclasses import replace

@@ -1,5 +1,7 @@
-"""Two short stages on the clips that curation cut: for `make demo-films`, which shows the road from
-films to training, not a model worth sampling."""
+"""Two short stages on the clips that curation cut, for `make demo-films`.
+
+The demo shows the steps from films to training. The training is too short for good samples.
+"""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A small video autoencoder of the clips that curation cut: for `make demo-films`."""
+"""A small video autoencoder for the clips that curation cut, for `make demo-films`."""
 
 from dataclasses import replace
 

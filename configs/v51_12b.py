@@ -1,4 +1,4 @@
-"""EasyAnimateV5.1 12B: Qwen2-VL states, rectified flow, the batches and steps of its own report."""
+"""EasyAnimateV5.1 12B: Qwen2-VL text states, rectified flow, batches and steps of its report."""
 
 from dataclasses import replace
 

@@ -1,6 +1,6 @@
-"""Fine-tuning the released V5.1 12B text-to-video weights on clips of one's own (docs/weights.md).
+"""Fine-tuning the released V5.1 12B text-to-video weights on your own clips (docs/weights.md).
 
-`weights` is what `python -m easyanimate_jax convert EasyAnimateV5.1-12b-zh weights --to jax` wrote.
+`python -m easyanimate_jax convert EasyAnimateV5.1-12b-zh weights --to jax` writes `weights`.
 """
 
 from dataclasses import replace

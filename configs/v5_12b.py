@@ -1,8 +1,8 @@
-"""EasyAnimateV5 12B from scratch: the whole staged schedule of the report, one file, one run.
+"""EasyAnimateV5 12B from scratch: the whole staged schedule of the report, in one run.
 
-The batch sizes and steps are the report's (spec 9.4). The image stage's batch is not published; it
-takes the next stage's. A bucket is a token length: every resolution and duration of a stage goes
-through the one program of its bucket.
+Batch sizes and steps are those of the report (spec 9.4). The batch size of the image stage is not
+published, so it is that of the next stage. A bucket is a token length: one compiled program serves
+all resolutions and durations of a bucket.
 """
 
 from easyanimate_jax import (
@@ -25,13 +25,13 @@ MODEL = MMDiTConfig(
     text_norm=False,
     round_time=True,
     dtype="bfloat16",
-    # What fits a v5p besides the state; a chip with less memory keeps "attention" alone.
+    # These activations fit a v5p beside the state. With less memory, save only "attention".
     save=("attention", "attention out", "mlp", "mlp out"),
 )
 
 IMAGES = Budget(tokens=3328, lengths=(3072, 3328), sizes=(896,), frames=1)
-BEST = 0.981  # the report trains on about 0.5 M of its 26.6 M clips here: the best 1.9 %
-# Lengths are multiples of 256; the largest sample of each table fits the last one.
+BEST = 0.981  # the report trains here on the best 1.9 %: about 0.5 M of its 26.6 M clips
+# Lengths are multiples of 256. The largest sample of each table fits the last length.
 TOKENS_3328 = Budget(tokens=3328, lengths=(3072, 3328, 3584), sizes=(256, 384, 512, 640))
 TOKENS_13312 = Budget(tokens=13312, lengths=(12544, 13312, 13824), sizes=(512, 640, 768, 896, 1024))
 TOKENS_53248 = Budget(tokens=53248, lengths=(46080, 49152, 53248), sizes=(896, 1024, 1152, 1280))

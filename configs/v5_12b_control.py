@@ -1,6 +1,6 @@
-"""The control model of the report: 13312, then 53248, from the 12B text-to-video weights.
+"""The control model of the report: 13312, then 53248 tokens, from 12B text-to-video weights.
 
-The control of a clip is its `control_file_path`. V5 trained without dropping it.
+The control video of a clip is the file `control_file_path`. V5 was trained without control dropout.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""EasyAnimateV5 7B: the upper half of its 36 blocks shares weights between text and video."""
+"""EasyAnimateV5 7B: the upper 18 of its 36 blocks share weights between text and video."""
 
 from dataclasses import replace
 

@@ -2,7 +2,7 @@
 
 python -m demos world|films|ways CONFIG [--field value ...]
 
-`ways` is for a control model of the world that began at a run which ends as an inpaint model.
+`ways` needs a control model of the world whose `init` is a run that ends as an inpaint model.
 """
 
 import json
@@ -17,6 +17,7 @@ KINDS = {"world": world_report, "films": films_report, "ways": ways_report}
 
 
 def main(args: list[str]) -> int:
+    """Score the run of a config, write its report, and return the exit code."""
     if len(args) < 2 or args[0] not in KINDS:
         print(__doc__, file=sys.stderr)
         return 2
@@ -29,7 +30,7 @@ def main(args: list[str]) -> int:
     results["evaluation_seconds"] = round(time.time() - began, 1)
     root = Path(config.run).parent
     started = root / "started"
-    if started.is_file():  # written by make, when the first command began
+    if started.is_file():  # created by make when the first command starts
         results["seconds"] = round(time.time() - started.stat().st_mtime)
     (root / "report.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     (root / "report.html").write_text(kind.page(config, results, shown, rows), encoding="utf-8")

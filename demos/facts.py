@@ -1,4 +1,4 @@
-"""What a finished run says of its own training, as numbers and as parts of a page."""
+"""Training figures of a finished run, as numbers and as parts of a page."""
 
 import json
 import platform
@@ -15,13 +15,13 @@ SMOOTH = 25  # steps
 
 
 def read_metrics(config) -> list[dict]:
-    """One row a step."""
+    """Return the run's metrics, one row per step."""
     lines = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 def training_facts(config, rows: list[dict]) -> dict:
-    """What the metrics file says of the schedule."""
+    """Return figures of the schedule: losses, programs, seconds, goodput, versions, machine."""
     facts = json.loads((Path(config.run) / "summary.json").read_text())
     stages = {}
     for stage in config.stages:
@@ -49,7 +49,7 @@ def training_facts(config, rows: list[dict]) -> dict:
 
 
 def loss_chart(config, rows: list[dict]) -> str:
-    """The loss over steps, one band a stage."""
+    """Return an SVG chart of the loss over steps, with one band per stage."""
     ends = [0, *boundaries(config.stages)]
     bands = [(a, b, s.name) for a, b, s in zip(ends, ends[1:], config.stages, strict=False)]
     losses = web.smooth([row["loss"] for row in rows], SMOOTH)
@@ -58,12 +58,13 @@ def loss_chart(config, rows: list[dict]) -> str:
 
 
 def stage_table(facts: dict) -> str:
+    """Return an HTML table with one row per stage."""
     header = ["stage", "steps", "loss at start", "loss at end", "seconds"]
     return web.table(header, [[name, *row.values()] for name, row in facts["stages"].items()])
 
 
 def fact_table(facts: dict, more: dict) -> str:
-    """`more` on top, then what every page states."""
+    """Return an HTML table of `more`, then the facts that every page shows."""
     names = ("token_efficiency", "compiled_train_programs", "bucket_task_pairs")
     names += ("training_seconds", "seconds", "seed", "machine")
     rows = more | {name.replace("_", " "): facts.get(name, "not measured") for name in names}

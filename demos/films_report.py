@@ -1,4 +1,4 @@
-"""What a run makes of real footage it was not trained on: original, reconstruction, generation."""
+"""Report on real footage that a run did not train on: originals, reconstructions, generations."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ SCALE = 1.5  # of the videos on the page
 
 
 def evaluate(encoder: TextEncoder, run: Pipeline) -> tuple[dict, dict]:
-    """(the figures, and per held-out clip its (video, caption) pairs for the page)."""
+    """Return (figures, {caption of a held-out clip: its (video, label) pairs for the page})."""
     samples = run.config.samples
     clips, _ = read_clips(Path(run.config.source) / "heldout")
     truth = np.stack(
@@ -54,12 +54,13 @@ def evaluate(encoder: TextEncoder, run: Pipeline) -> tuple[dict, dict]:
 
 
 def summary(results: dict) -> str:
+    """Return the figures as lines for a terminal."""
     lines = [f"{name}: {value}" for name, value in results.items() if name != "versions"]
     return "\n".join(lines)
 
 
 def page(config, results: dict, shown: dict, rows: list[dict]) -> str:
-    """The report as one HTML page."""
+    """Return the report as one HTML page."""
     videos = "".join(
         f"<h3>{caption}</h3>" + "".join(web.video(clip, name, SCALE) for clip, name in clips)
         for caption, clips in shown.items()

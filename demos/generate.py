@@ -1,6 +1,6 @@
-"""Videos of a run: from prompts and what is given with them, and through the VAE and back.
+"""Generate videos from a run's prompts and inputs, and reconstruct videos with its VAE.
 
-A `run` is what `easyanimate_jax.load_pipeline` gives.
+A `run` is the result of `easyanimate_jax.load_pipeline`.
 """
 
 import math
@@ -14,8 +14,8 @@ from jaxtyping import UInt8
 from easyanimate_jax import CausalVAE, Pipeline, Request, Sampling, TextEncoder, text_to_video
 
 ROWS = 32  # videos at once
-FOLLOWING = 1.0  # guidance where what is given says most: more pulls away from it
-RECONSTRUCTED = 4  # at once: their features stay near the cores
+FOLLOWING = 1.0  # guidance with pictures or controls; more pulls the video away from them
+RECONSTRUCTED = 4  # videos per VAE call, so that their features fit the CPU caches
 
 Videos = UInt8[np.ndarray, "B F H W 3"]
 
@@ -28,10 +28,10 @@ def generate(
     inputs: Mapping[str, np.ndarray] = MappingProxyType({}),
     guidance: float | None = None,
 ) -> Videos:
-    """One video per text at the config's sample size, with consecutive seeds.
+    """Return one video per text at the config's sample size, with consecutive seeds.
 
-    `inputs` are the pipeline's further arrays, a row per text, as `start` or `video`; `guidance` is
-    the config's if None.
+    `inputs` are further arrays of the pipeline such as `start` or `video`, one row per text. If
+    `guidance` is None, the config's value is used.
     """
     samples, videos = run.samples, []
     empty = encoder.encode([""])
@@ -50,7 +50,7 @@ def generate(
 
 
 def reconstruct(vae: CausalVAE, videos: Videos) -> Videos:
-    """Videos through the VAE and back."""
+    """Return the videos after encoding and decoding by the VAE, uint8."""
     program = jax.jit(lambda vae, x: vae(x))
     out = []
     for first in range(0, len(videos), RECONSTRUCTED):
@@ -61,7 +61,7 @@ def reconstruct(vae: CausalVAE, videos: Videos) -> Videos:
 
 
 def psnr(a, b) -> float:
-    """Peak signal-to-noise ratio in dB over all frames."""
+    """Return the peak signal-to-noise ratio over all frames, in dB."""
     error = np.mean(
         [np.mean((np.float32(x) - np.float32(y)) ** 2) for x, y in zip(a, b, strict=True)]
     )

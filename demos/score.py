@@ -1,10 +1,9 @@
-"""The verifier of the captioned world: what a clip shows, and how near it is to what led it.
+"""The verifier of the captioned world: it measures a clip's attributes and its errors.
 
-Everything is in closed form from the pixels.
-
-Nothing here is learned. The background is the colour of the border; the object is what differs from
-it; its colour is the nearest of the palette, its motion a straight line through the object's centre
-over the frames, its shape the template (drawn form or handwritten digit) that overlaps best.
+All measures are closed-form functions of the pixels; nothing is learned. The background is the
+colour of the border. The object is the part that differs from it. Its colour is the nearest colour
+of the palette, its motion the least-squares line through its centres, and its shape the template
+(drawn form or handwritten digit) with the largest overlap.
 """
 
 import functools
@@ -32,12 +31,12 @@ from easyanimate_jax.data.control import canny
 
 MIN_CONTRAST = 45.0  # RGB distance; palette and backgrounds are at least 130 apart
 MIN_AREA = 0.01  # of the short side squared; the thinnest digit has 0.03
-STILL = 0.4 * SPEEDS["slowly"]  # below this speed (short sides per frame) nothing moves
+STILL = 0.4 * SPEEDS["slowly"]  # a slower object (in short sides per frame) counts as still
 QUICK = (SPEEDS["slowly"] * SPEEDS["quickly"]) ** 0.5
 BOX = 24  # side of a template
-NEAR = 0.0075  # of a frame's diagonal: how far apart edges still match (Martin et al. 2004)
+NEAR = 0.0075  # of a frame's diagonal: largest distance of matched edges (Martin et al. 2004)
 
-# What the best constant answer reaches on the world's prompts: half of the objects are forms.
+# The score of the best constant answer on the world's prompts. Three of four objects are forms.
 CHANCE = {
     "colour": 1 / len(COLOURS),
     "background": 1 / len(BACKGROUNDS),
@@ -51,7 +50,7 @@ Video = UInt8[np.ndarray, "F H W 3"]
 
 
 def attributes(video: Video) -> Attributes:
-    """What `video` shows; None for what cannot be told (no object, no motion, one frame)."""
+    """Return what `video` shows; None for what it does not (no object, no motion, one frame)."""
     ground, colour, frames, seen = _segmented(video)
     background = _nearest(ground, BACKGROUNDS)
     if 2 * seen.sum() < len(seen):
@@ -63,7 +62,7 @@ def attributes(video: Video) -> Attributes:
 
 
 def object_path(video: Video) -> Float[np.ndarray, "F 2"]:
-    """The middle of the object's box in each frame, (x, y) pixels; NaN where none is seen."""
+    """Return the middle of the object's box in each frame, (x, y) pixels; NaN without an object."""
     *_, frames, seen = _segmented(video)
     path = np.full((len(video), 2), np.nan)
     for i in np.flatnonzero(seen):
@@ -73,15 +72,18 @@ def object_path(video: Video) -> Float[np.ndarray, "F 2"]:
 
 
 def path_distance(video: Video, path: Float[np.ndarray, "F 2"]) -> float:
-    """Mean distance in pixels of the object from `path`; half the short side where none is seen."""
+    """Return the mean distance of the object from `path`, in pixels.
+
+    A frame without an object counts as half the short side.
+    """
     distance = np.linalg.norm(object_path(video) - path, axis=1)
     return float(np.nan_to_num(distance, nan=min(video.shape[1:3]) / 2).mean())
 
 
 def edge_f1(video: Video, edges: Video) -> float:
-    """F1 of the Canny edges of `video` against white `edges`, those of all frames counted together.
+    """Return the F1 score of the Canny edges of `video` against white `edges`, over all frames.
 
-    An edge pixel is right if the other side has one within `NEAR` of the frame's diagonal.
+    An edge pixel is right if the other video has one within `NEAR` of the frame's diagonal.
     """
     tolerance = NEAR * np.hypot(*video.shape[1:3])
     found, wanted = canny(video)[..., 0] > 127, edges[..., 0] > 127
@@ -94,7 +96,7 @@ def edge_f1(video: Video, edges: Video) -> float:
 
 
 def _near(edges: Bool[np.ndarray, "H W"], tolerance: float) -> Bool[np.ndarray, "H W"]:
-    """Where there is an edge within `tolerance` pixels."""
+    """Return True where an edge lies within `tolerance` pixels."""
     if not edges.any():
         return np.zeros_like(edges)
     return ndimage.distance_transform_edt(~edges) <= tolerance
@@ -108,14 +110,14 @@ def _segmented(
     Float[np.ndarray, "F H W"],
     Bool[np.ndarray, "F"],
 ]:
-    """Colours of background and object, the object's coverage, and in which frames it is seen."""
+    """Return (background colour, object colour, object coverage, frames that show the object)."""
     border = np.concatenate([video[:, [0, -1]].reshape(-1, 3), video[:, :, [0, -1]].reshape(-1, 3)])
     ground = np.median(border, axis=0)
     pixels = np.float32(video) - np.float32(ground)
     distance = np.sqrt((pixels**2).sum(-1))
     area = MIN_AREA * min(video.shape[1:3]) ** 2
     strongest = np.partition(distance.reshape(len(video), -1), -int(area), axis=1)[:, -int(area)]
-    contrast = np.median(strongest)  # that the object's core has in most frames
+    contrast = np.median(strongest)  # contrast of the object's core in most frames
     if contrast < MIN_CONTRAST:
         return ground, ground, np.zeros_like(distance), np.zeros(len(video), bool)
     object_colour = np.median(pixels[distance > 0.7 * contrast], axis=0)
@@ -128,9 +130,9 @@ def _segmented(
 
 
 def score(videos: Iterable[Video], prompts: Sequence[Prompt]) -> dict:
-    """Share of videos that show what their prompt says, by attribute, beside the chance levels.
+    """Return the share of videos that match their prompt, per attribute, and the chance levels.
 
-    `joint` asks for colour, background and direction together.
+    `joint` counts videos whose colour, background and direction all match.
     """
     hits = {name: [] for name in CHANCE}
     for video, prompt in zip(videos, prompts, strict=True):
@@ -143,23 +145,23 @@ def score(videos: Iterable[Video], prompts: Sequence[Prompt]) -> dict:
 
 
 def first_frame_error(video: Video, image: UInt8[np.ndarray, "H W 3"]) -> float:
-    """Mean absolute difference of frame 0 from `image`, as a share of the value range."""
+    """Return the mean absolute difference of frame 0 from `image`, as a share of 255."""
     return known_error(video[:1], image[None], np.zeros_like(image[None, ..., :1]))
 
 
 def last_frame_error(video: Video, image: UInt8[np.ndarray, "H W 3"]) -> float:
-    """The same of the last frame."""
+    """Return the mean absolute difference of the last frame from `image`, as a share of 255."""
     return first_frame_error(video[-1:], image)
 
 
 def known_error(video: Video, source: Video, mask: UInt8[np.ndarray, "F H W 1"]) -> float:
-    """Mean absolute difference where `mask` is 0, as a share of the value range."""
+    """Return the mean absolute difference where `mask` is 0, as a share of 255."""
     difference = np.abs(np.float32(video) - np.float32(source))
     return float(difference[mask[..., 0] == 0].mean() / 255)
 
 
 def motion(video: Video) -> float:
-    """Mean absolute difference of neighbouring frames, as a share of the value range."""
+    """Return the mean absolute difference of neighbouring frames, as a share of 255."""
     return float(np.abs(np.diff(np.float32(video), axis=0)).mean() / 255)
 
 
@@ -168,7 +170,7 @@ def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> st
 
 
 def _object(coverage: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
-    """The coverage without specks: parts smaller than a fifth of the largest are dropped."""
+    """Return the coverage without connected parts smaller than a fifth of the largest."""
     labels, count = ndimage.label(coverage > 0.5, structure=np.ones((3, 3)))
     if count == 0:
         return np.zeros_like(coverage)
@@ -178,7 +180,10 @@ def _object(coverage: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
 
 
 def _motion(times: np.ndarray, centres: Float[np.ndarray, "F 2"]) -> tuple[str | None, str | None]:
-    """Direction and speed of the least-squares line through the centres (short sides per frame)."""
+    """Return direction and speed of the least-squares line through the centres.
+
+    Centres are in short sides, times in frames.
+    """
     if len(times) < 2:
         return None, None
     velocity = np.polyfit(times, centres, 1)[0]
@@ -190,7 +195,7 @@ def _motion(times: np.ndarray, centres: Float[np.ndarray, "F 2"]) -> tuple[str |
 
 
 def _boxed(coverage: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "box box"]:
-    """The object scaled so that the longer side of its bounding box fills the template, centred."""
+    """Return the object, centred and scaled so that its box's longer side fills the template."""
     rows, columns = (np.flatnonzero((coverage > 0.5).any(axis)) for axis in (1, 0))
     ends = [(axis[0] - 0.5, axis[-1] + 0.5) for axis in (rows, columns)]
     scale = max(last - first for first, last in ends) / BOX
@@ -200,7 +205,7 @@ def _boxed(coverage: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "box box"]:
 
 
 def _shape(boxes: Float[np.ndarray, "F box box"]) -> str:
-    """The shape whose best template has the highest normalised overlap, averaged over frames."""
+    """Return the shape whose best template has the highest mean normalised overlap."""
     templates, names = _templates()
     boxes = boxes.reshape(len(boxes), -1)
     overlap = boxes @ templates.T / np.linalg.norm(boxes, axis=1, keepdims=True)
@@ -209,7 +214,7 @@ def _shape(boxes: Float[np.ndarray, "F box box"]) -> str:
 
 @functools.cache
 def _templates() -> tuple[Float[np.ndarray, "templates pixels"], tuple[str, ...]]:
-    """Every form and every handwriting at its box's size, of unit norm."""
+    """Return the templates of all forms and handwritten digits, with unit norm, and their names."""
     side = np.linspace(-1.2, 1.2, 96, dtype=np.float32)
     drawn = [
         (shape, mask(shape, side[:, None], side[None, :], 2.4 / 96, writer))

@@ -1,9 +1,9 @@
-"""Every way to generate, scored on the captioned world, and its page.
+"""Score every pipeline function on the captioned world, and write the report page.
 
-Clips of combinations that training never showed are drawn. Pictures of them, the clips themselves,
-parts of them, their edges and their objects' paths are given to the pipelines, and what these make
-is measured in closed form (`score.py`). Beside each figure stand that of the same prompts and noise
-without what is given, that of the right answer, and what the VAE leaves of it.
+The inputs come from drawn clips of combinations that training never showed: first and last frames,
+whole clips, parts of clips, edges, and object paths. `score.py` measures the generated videos. Each
+figure is shown with three others: the same prompts and noise without the input, the true clips, and
+the true clips after encoding and decoding by the VAE.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,10 +38,10 @@ from easyanimate_jax.data.control import canny
 from easyanimate_jax.evaluation import web
 
 COUNT = 32  # clips
-SHOWN = 3  # of them, on the page
-STRENGTH = 0.7  # of video to video
-EDITING = 4.0  # guidance where the prompt speaks against what is given
-MARGIN = 4  # pixels between an object and the rim of the hole that it is cut out with
+SHOWN = 3  # clips on the page
+STRENGTH = 0.7  # strength of video to video
+EDITING = 4.0  # guidance where the prompt contradicts the input
+MARGIN = 4  # pixels between an object and the edge of the hole around it
 KEPT = ("background", "direction", "speed")
 
 FIRST, LAST = "error of the first frame", "error of the last frame"
@@ -50,7 +50,7 @@ DISTANCE, END = "pixels from the path", "pixels from the path's end"
 
 
 class Scene(NamedTuple):
-    """Prompts, what they show, that through the VAE, and the paths of the objects."""
+    """Prompts, their clips, the clips after the VAE, and the objects' paths in (x, y) pixels."""
 
     prompts: list[world.Prompt]
     clips: Videos
@@ -59,9 +59,9 @@ class Scene(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What is given, what is made of it, what of the prompts alone, and what would be right."""
+    """The input, the video made from it, the video made without it, and the right answer."""
 
-    given: Videos  # to look at
+    given: Videos  # the input, as videos for the page
     made: Videos
     without: Videos
     right: Scene
@@ -69,10 +69,10 @@ class Case(NamedTuple):
 
 
 def evaluate(encoder: TextEncoder, run: Pipeline, inpaint: Pipeline) -> tuple[dict, dict]:
-    """(the figures, and pictures of each way with a caption, for the page).
+    """Return (figures, {name of a case: contact sheets for the page}).
 
-    `run` is a control model, `inpaint` a model of the same world that takes pictures. Beside each
-    stands what its own VAE leaves.
+    `run` is a control model, `inpaint` an inpaint model of the same world. Each is compared with
+    reconstructions by its own VAE.
     """
     prompts = world.prompts("heldout", COUNT, seed=run.config.samples.seed)
     other = [recoloured(prompt, i) for i, prompt in enumerate(prompts)]
@@ -103,7 +103,7 @@ def evaluate(encoder: TextEncoder, run: Pipeline, inpaint: Pipeline) -> tuple[di
 
 
 def picture_cases(make, scene: Scene, plain: Videos) -> Iterator[tuple[str, Case]]:
-    """Pictures, given to an inpaint model; `plain` are its videos of the prompts alone."""
+    """Yield cases with given pictures; `plain` are the model's videos of the prompts alone."""
     prompts, clips, _, paths = scene
     start, end = clips[:, 0], clips[:, -1]
     started = make(prompts, image_to_video, start=start)
@@ -134,7 +134,7 @@ def picture_cases(make, scene: Scene, plain: Videos) -> Iterator[tuple[str, Case
 
 
 def film_cases(make, scene: Scene, plain: Videos) -> Iterator[tuple[str, Case]]:
-    """Films and parts of films, given to an inpaint model with what they show as prompts."""
+    """Yield cases with given films or parts of films, and prompts that describe them."""
     prompts, clips, _, paths = scene
     half = np.stack([half_of(clip) for clip in clips])
     yield (
@@ -163,7 +163,7 @@ def film_cases(make, scene: Scene, plain: Videos) -> Iterator[tuple[str, Case]]:
 
 
 def editing_cases(make, scene: Scene, other: Scene) -> Iterator[tuple[str, Case]]:
-    """Films, given to an inpaint model with the prompts of `other`: the scene in other colours."""
+    """Yield cases with given films and the prompts of `other`: the scene in other colours."""
     _, clips, _, paths = scene
     plain, hole = make(other.prompts), np.stack([box_around(clip) for clip in clips])
     yield (
@@ -197,7 +197,7 @@ def editing_cases(make, scene: Scene, other: Scene) -> Iterator[tuple[str, Case]
 
 
 def control_cases(make, scene: Scene) -> Iterator[tuple[str, Case]]:
-    """Edges and paths, given to a control model."""
+    """Yield cases with edges and paths, given to a control model."""
     prompts, clips, _, paths = scene
     make = partial(make, prompts, control_to_video)
     edges = np.stack([canny(clip) for clip in clips])
@@ -220,6 +220,7 @@ def control_cases(make, scene: Scene) -> Iterator[tuple[str, Case]]:
 
 
 def drawn(run: Pipeline, prompts: list[world.Prompt]) -> Scene:
+    """Draw the clips of the prompts at the run's sample size, and reconstruct them by its VAE."""
     samples = run.config.samples
     size = samples.frames, samples.height, samples.width
     clips, paths = world.clips(prompts, *size, seed=samples.seed)
@@ -227,13 +228,13 @@ def drawn(run: Pipeline, prompts: list[world.Prompt]) -> Scene:
 
 
 def recoloured(prompt: world.Prompt, number: int) -> world.Prompt:
-    """The prompt with another colour, all others in turn."""
+    """Return the prompt with another colour; successive numbers use all other colours."""
     colours = [colour for colour in world.COLOURS if colour != prompt.attributes.colour]
     return world.caption(prompt.attributes._replace(colour=colours[number % len(colours)]))
 
 
 def without_motion(prompt: world.Prompt) -> world.Prompt:
-    """The prompt of a still picture of the same object."""
+    """Return the prompt of a still picture of the same object."""
     return world.caption(prompt.attributes._replace(direction=None, speed=None))
 
 
@@ -246,11 +247,12 @@ def asked(
     guidance: float,
     **inputs: np.ndarray,
 ) -> Videos:
+    """Return one video per prompt, generated from its English text and from `inputs`."""
     return generate(run, encoder, [p.en for p in prompts], pipeline, inputs, guidance)
 
 
 def box_around(clip: UInt8[np.ndarray, "F H W 3"]) -> UInt8[np.ndarray, "F H W 1"]:
-    """A mask of the box that the object stays in, with a margin, the same in all frames."""
+    """Return a mask of the box that holds the object in all frames, with a margin."""
     there = (clip != clip[0, 0, 0]).any(axis=(0, 3))
     rows, columns = (np.flatnonzero(there.any(axis)) for axis in (1, 0))
     mask = np.zeros((*clip.shape[:3], 1), np.uint8)
@@ -259,7 +261,7 @@ def box_around(clip: UInt8[np.ndarray, "F H W 3"]) -> UInt8[np.ndarray, "F H W 1
 
 
 def half_of(clip: UInt8[np.ndarray, "F H W 3"]) -> UInt8[np.ndarray, "F H W 1"]:
-    """A mask of the half of the picture that the object moves along the rim of."""
+    """Return a mask of one half of the picture, whose border lies along the object's path."""
     there = (clip != clip[0, 0, 0]).any(axis=(0, 3))
     rows, columns = (np.flatnonzero(there.any(axis)) for axis in (1, 0))
     mask = np.zeros((*clip.shape[:3], 1), np.uint8)
@@ -271,35 +273,38 @@ def half_of(clip: UInt8[np.ndarray, "F H W 3"]) -> UInt8[np.ndarray, "F H W 1"]:
 
 
 def seen_through(clips: Videos, masks: UInt8[np.ndarray, "B F H W 1"]) -> Videos:
-    """The clips with a pattern where they are not given."""
+    """Return the clips with a checked pattern where `masks` is 1."""
     rows, columns = np.ogrid[: clips.shape[2], : clips.shape[3]]
     pattern = np.uint8(96 + 64 * ((rows // 8 + columns // 8) % 2))[..., None]
     return np.where(masks == 1, pattern, clips)
 
 
 def given_frames(clips: Videos, frames: list[int]) -> Videos:
+    """Return the clips with a checked pattern in all frames but `frames`."""
     masks = np.ones_like(clips[..., :1])
     masks[:, frames] = 0
     return seen_through(clips, masks)
 
 
 def mean(measure: Callable[..., float], videos: Videos, *others: np.ndarray) -> float:
+    """Return the mean of a measure over the rows of the arrays."""
     return float(np.mean([measure(*row) for row in zip(videos, *others, strict=True)]))
 
 
 def hits(videos: Videos, prompts: list[world.Prompt], *names: str) -> dict[str, float]:
-    """The share of videos that show what their prompt says, of the named attributes."""
+    """Return the share of videos that match their prompt, for each named attribute."""
     found = score(videos, prompts)
     return {f"{name} as asked": found[name] for name in names}
 
 
 def kept(videos: Videos, prompts: list[world.Prompt], paths) -> dict[str, float]:
-    """What a video made anew shows of its prompt, and of the path of what it was made from."""
+    """Return how well changed videos match their prompts and the paths of their source clips."""
     distance = {DISTANCE: mean(path_distance, videos, paths)}
     return hits(videos, prompts, "colour", *KEPT) | distance
 
 
 def lines(name: str, way: dict[str, dict[str, float]]) -> str:
+    """Return the figures of one case, one line per measure."""
     return "\n".join(
         f"{name:<34}{measure:<26}" + "  ".join(f"{what} {way[what][measure]:.3f}" for what in way)
         for measure in way["made"]
@@ -307,12 +312,12 @@ def lines(name: str, way: dict[str, dict[str, float]]) -> str:
 
 
 def summary(results: dict) -> str:
-    """The figures as a table for a terminal."""
+    """Return the figures as a table for a terminal."""
     return "\n".join(lines(name, way) for name, way in results["ways"].items())
 
 
 def page(config, results: dict, shown: dict, rows: list[dict]) -> str:
-    """The report as one HTML page."""
+    """Return the report as one HTML page."""
     header = ["", "", "made", "without it", "through the VAE", "right answer"]
     figures = [
         [name, measure, *(way[what][measure] for what in way)]
@@ -323,7 +328,7 @@ def page(config, results: dict, shown: dict, rows: list[dict]) -> str:
         f"<h3>{name}</h3>" + "<br>".join(web.picture(sheet, scale=0.75) for sheet in sheets)
         for name, sheets in shown.items()
     )
-    legend = "Three rows each: what is given, what is made of it, what without it."
+    legend = "Each has three rows: the input, the video made from it, the video made without it."
     return web.page(
         f"easyanimate_jax: {config.run}",
         [

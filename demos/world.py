@@ -1,15 +1,15 @@
 """A small captioned world, written to real files: one coloured object moves over a background.
 
-An object is a drawn shape or a handwritten digit (scikit-learn's). Every clip carries an English
-and a Chinese caption that state all there is to know about it, so `score.py` can check a generated
-clip against its prompt without a learned judge. Some (colour, background, direction) triples never
-occur in training, though every pair of their values does: they show whether words compose.
+An object is a drawn shape or a handwritten digit of scikit-learn. Every clip has an English and a
+Chinese caption that state all its attributes, so `score.py` needs no learned judge. Some (colour,
+background, direction) triples never occur in training, but every pair of their values does. They
+test whether the model combines known words in new ways.
 
     python -m demos.world OUT --images 400 --clips 1000 --large-clips 4
 
-writes `OUT/metadata.json` (two rows per file: English, then Chinese) and, as a data set of its own,
-`OUT/heldout/metadata.json` with ground truth for the held-out triples. Every clip has a control
-file: a spot that runs along the object's path, or, with `--control`, its exact depth or pose.
+writes `OUT/metadata.json` (two rows per file: English, then Chinese) and a second data set,
+`OUT/heldout/metadata.json`, with true clips of the held-out triples. Every clip has a control file:
+a spot that moves along the object's path, or its exact depth or pose (`--control depth` or `pose`).
 """
 
 import copy
@@ -17,7 +17,7 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -30,6 +30,7 @@ from sklearn.datasets import load_digits
 
 from easyanimate_jax.data.control import trajectory_video
 from easyanimate_jax.data.media import write_png, write_video
+from easyanimate_jax.facts import SEEDS, check_fields
 
 COLOURS = {
     "red": (225, 40, 40),
@@ -61,12 +62,12 @@ DURATIONS = (9, 13, 17, 25)
 ASPECTS = (1.0, 0.75, 1.33, 0.67, 1.5, 0.5, 2.0)  # height / width
 SHORT_SIDES = (64, 80, 96, 112, 128)
 LARGE_SHORT_SIDES = (192, 224, 256)
-RADII = (0.28, 0.34)  # half the object's box, in short sides: outlines are learned across tokens
-OFF_CENTRE = 0.10  # the middle of a path lies this near to the picture's, in short sides
+RADII = (0.28, 0.34)  # half the object's box, in short sides: an object spans several tokens
+OFF_CENTRE = 0.10  # largest distance of a path's middle from the picture's, in short sides
 SPOT = 0.5  # half the side of a path's spot, in short sides
-FORMS_PER_DIGIT = 3  # of every four objects three are drawn forms and one is a digit
+FORMS_PER_DIGIT = 3  # three of every four objects are drawn forms, one is a digit
 WRITERS = 20  # handwritten images per digit
-NEAR, FAR = 255, 64  # grey of a depth video: what is near is bright
+NEAR, FAR = 255, 64  # grey levels of a depth video: near is bright
 BONES = {  # (y, x) of a box's sides -> RGB
     (-1, 0): (255, 0, 0),
     (1, 0): (0, 255, 0),
@@ -76,7 +77,7 @@ BONES = {  # (y, x) of a box's sides -> RGB
 
 
 class Attributes(NamedTuple):
-    """What a clip shows; an image has neither direction nor speed."""
+    """The attributes of a clip; an image has neither direction nor speed."""
 
     colour: str | None
     background: str
@@ -86,6 +87,8 @@ class Attributes(NamedTuple):
 
 
 class Prompt(NamedTuple):
+    """Attributes and the English and the Chinese sentence that state them."""
+
     attributes: Attributes
     en: str
     zh: str
@@ -93,27 +96,39 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class WorldConfig:
-    """How many files of each kind; `large_clips` have a short side of 192 to 256 pixels.
-
-    `control` is what each clip's control video shows of its object: its path, its depth or its
-    pose, each exactly.
-    """
+    """The number of files of each kind in a world, its seed and its control signal."""
 
     images: int = 400
+    """Number of pictures."""
+
     clips: int = 1000
+    """Number of clips with a short side of 64 to 128 pixels."""
+
     large_clips: int = 4
+    """Number of clips with a short side of 192 to 256 pixels."""
+
     heldout: int = 96
+    """Number of clips with (colour, background, direction) triples that no other clip shows."""
+
     seed: int = 0
+    """Seed of all random choices."""
+
     control: Literal["path", "depth", "pose"] = "path"
+    """Signal of each clip's control video: the object's exact path, depth or pose."""
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
-            if name != "control" and value < 0:
-                raise ValueError(f"{name} is {value}: a count or seed must be 0 or more")
+        check_fields(
+            self,
+            images="[0, inf)",
+            clips="[0, inf)",
+            large_clips="[0, inf)",
+            heldout="[0, inf)",
+            seed=SEEDS,
+        )
 
 
 def caption(a: Attributes) -> Prompt:
-    """The English and the Chinese sentence that state these attributes."""
+    """Return the prompt whose English and Chinese sentences state these attributes."""
     zh = {key: CHINESE.get(value) for key, value in a._asdict().items()}
     en_motion, zh_motion = "", ""
     if a.direction:
@@ -127,7 +142,7 @@ def caption(a: Attributes) -> Prompt:
 
 
 def held_out() -> tuple[tuple[str, str, str], ...]:
-    """The 12 of 72 (colour, background, direction) triples that training clips never show."""
+    """Return the 12 of 72 (colour, background, direction) triples that training never shows."""
     backgrounds, directions = tuple(BACKGROUNDS), tuple(DIRECTIONS)
     return tuple(
         (colour, backgrounds[(i + k) % 3], directions[(i + 2 * k) % 4])
@@ -137,9 +152,9 @@ def held_out() -> tuple[tuple[str, str, str], ...]:
 
 
 def prompts(split: str, count: int, seed: int) -> list[Prompt]:
-    """`count` prompts for clips of the "seen" or "heldout" triples, all values equally often.
+    """Return `count` prompts for clips of the "seen" or "heldout" triples, values equally often.
 
-    One object in four is a digit, the others are drawn forms.
+    One object in four is a digit, the others are drawn forms. Raises ValueError for another split.
     """
     if split not in ("seen", "heldout"):
         raise ValueError(f'split is {split!r}: choose "seen" or "heldout"')
@@ -157,14 +172,14 @@ def prompts(split: str, count: int, seed: int) -> list[Prompt]:
 
 
 def image_prompts(count: int, seed: int) -> list[Prompt]:
-    """`count` prompts for still images: colour, background and shape."""
+    """Return `count` prompts for still images: colour, background and shape."""
     rng = np.random.default_rng((seed, 2))
     pairs, shapes = _cycle(tuple(itertools.product(COLOURS, BACKGROUNDS)), rng), _shapes(rng)
     return [caption(Attributes(*next(pairs), next(shapes))) for _ in range(count)]
 
 
 def _cycle(values, rng: np.random.Generator) -> Iterator:
-    """Every value once in random order, again and again."""
+    """Yield all values in random order, then again in a new order, without end."""
     while True:
         yield from (values[i] for i in rng.permutation(len(values)))
 
@@ -177,7 +192,7 @@ def _shapes(rng: np.random.Generator) -> Iterator[str]:
 
 @functools.cache
 def digit_images(digit: int) -> Float[np.ndarray, "writers 64 64"]:
-    """Handwritten images of one digit, spread over the writers, upsampled from 8x8; ink is 1."""
+    """Return images of one handwritten digit by `WRITERS` writers, upsampled from 8x8; ink is 1."""
     images, labels = load_digits(return_X_y=True)
     images = images[labels == digit].reshape(-1, 8, 8) / 16
     images = images[:: len(images) // WRITERS][:WRITERS]
@@ -202,7 +217,10 @@ INK = 0.25  # grey level of a digit's outline
 def mask(
     shape: str, y: np.ndarray, x: np.ndarray, pixel: float, writer: int = 0
 ) -> Float[np.ndarray, "..."]:
-    """Anti-aliased coverage of `shape` at points of its box [-1, 1]^2; a pixel is `pixel` wide."""
+    """Return the anti-aliased coverage of `shape` at points of its box [-1, 1]^2, from 0 to 1.
+
+    `pixel` is the width of a pixel in the units of the box.
+    """
     if shape in DIGITS:
         ink = digit_images(DIGITS.index(shape))[writer]
         points = [(coordinate + 1) * len(ink) / 2 - 0.5 for coordinate in (y, x)]
@@ -231,7 +249,10 @@ def render(
 def depth(
     a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "F H W 3"]:
-    """The depth of what `render` draws, given the same draws: the object `NEAR`, a wall behind."""
+    """Return the depth video of the clip that `render` draws from the same `rng` state.
+
+    The object has the grey level `NEAR`, the background `FAR`.
+    """
     near = _coverage(a, num_frames, height, width, rng) >= 0.5
     return np.repeat(np.where(near, np.uint8(NEAR), np.uint8(FAR)), 3, axis=-1)
 
@@ -239,8 +260,10 @@ def depth(
 def pose(
     a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "F H W 3"]:
-    """The skeleton of what `render` draws, given the same draws: four bones in colours of their
-    own, from the middle of the object's box to the middles of its sides."""
+    """Return the skeleton of the clip that `render` draws from the same `rng` state.
+
+    It has four bones in different colours, from the middle of the object's box to its four sides.
+    """
     radius, centres = _placed(a, num_frames, height, width, rng)
     video, thick = np.zeros((num_frames, height, width, 3), np.uint8), max(1, round(radius / 10))
     for frame, middle in zip(video, centres, strict=True):
@@ -253,7 +276,7 @@ def pose(
 def _coverage(
     a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "F H W 1"]:
-    """How much of each pixel the object covers."""
+    """Return the share of each pixel that the object covers, from 0 to 1."""
     radius, centres = _placed(a, num_frames, height, width, rng)
     y = (np.float32(np.arange(height)) + 0.5 - centres[:, :1])[:, :, None] / radius
     x = (np.float32(np.arange(width)) + 0.5 - centres[:, 1:])[:, None, :] / radius
@@ -263,7 +286,7 @@ def _coverage(
 def clips(
     prompts: Sequence[Prompt], num_frames: int, height: int, width: int, seed: int
 ) -> tuple[UInt8[np.ndarray, "B F H W 3"], Float[np.ndarray, "B F 2"]]:
-    """A clip of each prompt, and the path of its object."""
+    """Return one clip per prompt, and the path of its object in (x, y) pixels."""
 
     def draw(function):
         rngs = (np.random.default_rng((i, seed)) for i in range(len(prompts)))
@@ -277,14 +300,17 @@ def clips(
 def path(
     a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
 ) -> Float[np.ndarray, "F 2"]:
-    """Where `render` puts the middle of the object's box, given the same draws: (x, y) pixels."""
+    """Return the middle of the object's box in the clip that `render` draws, in (x, y) pixels.
+
+    `rng` must have the same state as for `render`.
+    """
     return _placed(a, num_frames, height, width, rng)[1][:, ::-1]
 
 
 def path_video(
     path: Float[np.ndarray, "F 2"], num_frames: int, height: int, width: int
 ) -> UInt8[np.ndarray, "F H W 3"]:
-    """The control video of a path: a spot as large as an object, so that its rim is lit too."""
+    """Return the control video of a path: a spot that covers the whole object."""
     half = round(SPOT * min(height, width))
     return trajectory_video([path], num_frames, height, width, half)
 
@@ -299,7 +325,10 @@ CONTROLS = {
 def _placed(
     a: Attributes, num_frames: int, height: int, width: int, rng: np.random.Generator
 ) -> tuple[float, Float[np.ndarray, "F 2"]]:
-    """Half the side of the object's box, and the box's middle in each frame: (y, x) pixels."""
+    """Return half the side of the object's box, and its middle in each frame, (y, x) pixels.
+
+    Raises ValueError if the object would leave the picture.
+    """
     short = min(height, width)
     radius = rng.uniform(*RADII) * short
     step = (
@@ -319,7 +348,7 @@ def _placed(
 
 
 def durations(a: Attributes, height: int, width: int) -> tuple[int, ...]:
-    """The frame counts through which any object stays inside the picture."""
+    """Return the frame counts in which an object of any size stays inside the picture."""
     length = (height if DIRECTIONS[a.direction][0] else width) / min(height, width)
     room = length - 2 * RADII[1]
     return tuple(F for F in DURATIONS if SPEEDS[a.speed] * (F - 1) <= room)
@@ -348,7 +377,7 @@ def _write_folder(
         rng = np.random.default_rng((seed, i))
         short, aspect = rng.choice(short_sides), rng.choice(ASPECTS)
         height, width = short * max(1, aspect), short * max(1, 1 / aspect)
-        height, width = 2 * round(height / 2), 2 * round(width / 2)  # yuv420 wants even sides
+        height, width = 2 * round(height / 2), 2 * round(width / 2)  # yuv420 needs even sides
         row = {"width": width, "height": height}
         if prompt.attributes.direction:
             row |= {"file_path": f"clips/{i:05d}.mp4", "type": "video"}
@@ -357,7 +386,7 @@ def _write_folder(
             size = num_frames, height, width
             shown = CONTROLS[control](prompt.attributes, *size, copy.deepcopy(rng))
             clip = render(prompt.attributes, *size, rng)
-            write_video(out / row["file_path"], clip, FPS, crf=10)  # the colours survive
+            write_video(out / row["file_path"], clip, FPS, crf=10)  # fine enough for the colours
             write_video(out / row["control_file_path"], shown, FPS, crf=10)
         else:
             row |= {"file_path": f"images/{i:05d}.png", "type": "image"}
@@ -366,15 +395,8 @@ def _write_folder(
     (out / "metadata.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0), "utf-8")
 
 
-def read_prompts(folder: Path) -> list[tuple[Path, Prompt]]:
-    """The files of a world's folder with what they show."""
-    rows = json.loads((folder / "metadata.json").read_text("utf-8"))
-    known = {p.en: p for p in every_prompt()}
-    return [(folder / row["file_path"], known[row["text"]]) for row in rows[::2]]
-
-
 def every_prompt() -> Iterator[Prompt]:
-    """All that the world can show, images and clips, held out or not."""
+    """Yield the prompts of all images and clips of the world, held out or not."""
     for pair in itertools.product(COLOURS, BACKGROUNDS, SHAPES):
         yield caption(Attributes(*pair))
         for motion in itertools.product(DIRECTIONS, SPEEDS):

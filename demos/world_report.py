@@ -1,8 +1,8 @@
-"""The score of a run on the captioned world, and its page.
+"""Score a run on the captioned world, and write the report page.
 
-Videos are generated for seen and held-out prompts in English and Chinese and compared with their
-prompts in closed form (`score.py`). The same score on ground truth and on VAE reconstructions says
-what the score itself and the VAE allow; chance levels stand beside it.
+`score.py` compares videos of seen and held-out prompts, in English and Chinese, with their prompts.
+The scores of true clips and of their VAE reconstructions are upper limits; chance levels are shown
+beside them.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ NAMES = ("colour", "background", "direction", "speed", "shape", "joint")
 
 
 def evaluate(encoder: TextEncoder, run: Pipeline) -> tuple[dict, dict]:
-    """(the scores, and (video, caption) pairs for the page by kind)."""
+    """Return (scores, {kind of video: (video, caption) pairs for the page})."""
     samples = run.config.samples
     results, shown = {"scores": {}, "chance": CHANCE}, {}
     for split, group in (("seen", results["scores"]), ("heldout", {})):
@@ -55,18 +55,19 @@ def evaluate(encoder: TextEncoder, run: Pipeline) -> tuple[dict, dict]:
 
 
 def brief(scores: dict) -> str:
+    """Return the scores of all attributes in one line."""
     return "  ".join(f"{name} {scores[name]:.2f}" for name in NAMES)
 
 
 def summary(results: dict) -> str:
-    """The scores as a table for a terminal."""
+    """Return the scores as a table for a terminal."""
     lines = [f"{name:<32}{brief(scores)}" for name, scores in _groups(results).items()]
     lines.append(f"first-frame error of image to video: {results['i2v']['first_frame_error']:.4f}")
     return "\n".join(lines)
 
 
 def page(config, results: dict, shown: dict, rows: list[dict]) -> str:
-    """The report as one HTML page."""
+    """Return the report as one HTML page."""
     table = web.table(
         ["", *NAMES],
         [[name, *(scores[n] for n in NAMES)] for name, scores in _groups(results).items()],
@@ -111,7 +112,7 @@ def _groups(results: dict) -> dict[str, dict]:
 
 
 def _over_time(config) -> tuple[str, str]:
-    """(the score of the run's own samples over steps, their middle frames as strips)."""
+    """Return HTML of the score of the run's own samples over steps, and of their middle frames."""
     files = sorted((Path(config.run) / "samples").glob("*.npz"))
     if not files:
         return web.note("the run wrote no samples"), ""

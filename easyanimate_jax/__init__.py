@@ -5,7 +5,7 @@
     pipeline = ea.load_pipeline("runs/demo/train")
     frames = pipeline("a red circle moves right slowly on a black background")
 
-A name is imported when it is first used, so that importing the package loads no JAX.
+The package imports each name at its first use, so `import easyanimate_jax` does not load JAX.
 """
 
 import importlib
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from easyanimate_jax.commands.parse import load_config as load_config
     from easyanimate_jax.data.buckets import Budget as Budget
     from easyanimate_jax.data.records import LatentSet as LatentSet
     from easyanimate_jax.diffusion.ddpm import DDPM as DDPM
@@ -26,14 +27,13 @@ if TYPE_CHECKING:
     from easyanimate_jax.generation.pipelines import long_video as long_video
     from easyanimate_jax.generation.pipelines import text_to_video as text_to_video
     from easyanimate_jax.generation.pipelines import video_to_video as video_to_video
-    from easyanimate_jax.generation.request import Request as Request
+    from easyanimate_jax.generation.rows import Request as Request
     from easyanimate_jax.models.mmdit import MMDiT as MMDiT
     from easyanimate_jax.models.mmdit import MMDiTConfig as MMDiTConfig
     from easyanimate_jax.models.vae import CausalVAE as CausalVAE
     from easyanimate_jax.models.vae import VAEConfig as VAEConfig
     from easyanimate_jax.runs.config import SampleConfig as SampleConfig
     from easyanimate_jax.runs.config import TrainConfig as TrainConfig
-    from easyanimate_jax.runs.config import load as load_config  # noqa: F401
     from easyanimate_jax.runs.load import Pipeline as Pipeline
     from easyanimate_jax.runs.load import load_pipeline as load_pipeline
     from easyanimate_jax.runs.loop import train as train
@@ -42,14 +42,15 @@ if TYPE_CHECKING:
     from easyanimate_jax.training.optimizer import OptimizerConfig as OptimizerConfig
     from easyanimate_jax.training.stages import Stage as Stage
     from easyanimate_jax.training.stages import boundaries as boundaries
-    from easyanimate_jax.training.vae.loop import VAEStage as VAEStage
-    from easyanimate_jax.training.vae.loop import VAETrainConfig as VAETrainConfig
+    from easyanimate_jax.training.vae.config import VAEStage as VAEStage
+    from easyanimate_jax.training.vae.config import VAETrainConfig as VAETrainConfig
     from easyanimate_jax.weights.conversion import Options as ConvertOptions  # noqa: F401
     from easyanimate_jax.weights.conversion import convert as convert
     from easyanimate_jax.weights.folder import load_mmdit as load_mmdit
     from easyanimate_jax.weights.folder import load_vae as load_vae
 
 _HOMES = {
+    "commands.parse": ("load_config",),
     "data.buckets": ("Budget",),
     "data.records": ("LatentSet",),
     "diffusion.ddpm": ("DDPM",),
@@ -64,21 +65,21 @@ _HOMES = {
         "text_to_video",
         "video_to_video",
     ),
-    "generation.request": ("Request",),
+    "generation.rows": ("Request",),
     "models.mmdit": ("MMDiT", "MMDiTConfig"),
     "models.vae": ("CausalVAE", "VAEConfig"),
-    "runs.config": ("SampleConfig", "TrainConfig", "load_config"),
+    "runs.config": ("SampleConfig", "TrainConfig"),
     "runs.load": ("Pipeline", "load_pipeline"),
     "runs.loop": ("train",),
     "sharding": ("MeshConfig",),
     "text.encode": ("TextEncoder",),
     "training.optimizer": ("OptimizerConfig",),
     "training.stages": ("Stage", "boundaries"),
-    "training.vae.loop": ("VAEStage", "VAETrainConfig"),
+    "training.vae.config": ("VAEStage", "VAETrainConfig"),
     "weights.conversion": ("ConvertOptions", "convert"),
     "weights.folder": ("load_mmdit", "load_vae"),
 }
-_THERE = {"load_config": "load", "ConvertOptions": "Options"}  # other names there
+_THERE = {"ConvertOptions": "Options"}  # names that differ in their modules
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 

@@ -1,39 +1,64 @@
-"""The one command: `python -m easyanimate_jax VERB ...`; without a verb it lists them."""
+"""The command line: `python -m easyanimate_jax VERB ...`, or `easyanimate-jax VERB ...`."""
 
+import difflib
 import importlib
 import sys
+from collections.abc import Sequence
+
+from easyanimate_jax.training.safety.exits import BAD_INPUT, DONE
 
 VERBS = {
-    "train": "run a staged schedule, or go on with it",
-    "sample": "make videos and pictures from a checkpoint",
-    "describe": "print the whole schedule of a config, without a device",
-    "prepare": "encode the clips of a config to records",
-    "curate": "cut and score films into a table of clips",
-    "sources": "say what a source of clips holds",
-    "plan": "print the plans of a config's stages",
-    "control": "write the control videos of a folder of clips",
-    "convert": "convert weights between PyTorch's layouts and ours",
-    "doctor": "examine the hosts of a run",
-    "aot": "say what a stage needs of a pod, without the pod",
-    "supervise": "start the processes of a run, watch and restart them",
-    "checkpoint": "list, verify and compare checkpoints",
-    "text": "train two small text encoders on captions",
+    "train": "train a transformer by the stages of a config, or resume",
     "vae-train": "train a video autoencoder",
+    "text": "train two small text encoders on captions",
+    "sample": "generate videos and pictures from a run",
+    "describe": "print the schedule of a config without a device",
+    "plan": "print which clips make the steps of a config",
+    "sources": "print the contents of a source of clips",
+    "curate": "cut and score films into a table of clips",
+    "control": "write the control videos of a folder of clips",
+    "prepare": "encode the clips of a config to records",
+    "convert": "convert weights between the PyTorch layouts and ours",
+    "checkpoint": "list, verify and compare the checkpoints of a run",
+    "doctor": "examine the hosts of a run",
+    "aot": "predict memory and time of a config on a pod, without the pod",
+    "supervise": "start, watch and restart the processes of a run",
 }
 
 
-def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] not in VERBS:
-        width = max(map(len, VERBS))
-        lines = [f"  {verb.ljust(width)}  {text}" for verb, text in VERBS.items()]
-        asked = bool(arguments) and arguments[0] in ("-h", "--help")
-        stream = sys.stdout if asked else sys.stderr
-        print("usage: python -m easyanimate_jax VERB ...", *lines, sep="\n", file=stream)
-        return 0 if asked else 2
-    verb, *rest = arguments
-    name = verb.replace("-", "_")
-    return importlib.import_module(f"easyanimate_jax.commands.{name}").main(rest)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a verb and return its exit code. By default the arguments are those of the process."""
+    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if verb in ("-h", "--help"):
+        print(usage())
+        return DONE
+    if verb not in VERBS:
+        nearest = difflib.get_close_matches(verb, VERBS, n=3, cutoff=0)
+        print(
+            f"error: there is no verb {verb!r}; the nearest are {', '.join(nearest)}"
+            if verb
+            else f"error: give a verb: {', '.join(VERBS)}",
+            file=sys.stderr,
+        )
+        return BAD_INPUT
+    module = importlib.import_module(f"easyanimate_jax.commands.{verb.replace('-', '_')}")
+    return module.main(rest)
+
+
+def usage() -> str:
+    """Return the help text: one line per verb."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb.ljust(width)}  {text}" for verb, text in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: python -m easyanimate_jax VERB [options]",
+            "",
+            *lines,
+            "",
+            "`VERB --help` lists the options of a verb, `train CONFIG --help` those of a config.",
+        ]
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

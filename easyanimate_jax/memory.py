@@ -1,4 +1,4 @@
-"""What a device holds, and what a program would take of it, told before it runs."""
+"""Measure the memory of a device, and check that a program fits before it runs."""
 
 import logging
 import math
@@ -6,20 +6,24 @@ import os
 
 import jax
 
+logger = logging.getLogger(__name__)
+
 GB = 1e9
-PACKED = 2**22  # bytes a CPU device copies a product's operands into, which XLA does not plan
-_TOLD: set[str] = set()  # what the log has: a program may run often
+PACKED = 2**22  # bytes of a CPU's buffer for operands of a product, which XLA does not count
 
 
 def device_memory() -> int:
-    """Bytes that a program may use on a device that is here; of a CPU, its share of the host's."""
+    """Return the bytes that programs may use on a local device; a CPU has a share of the host's."""
     limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return limit or host // jax.local_device_count()
 
 
 def memory_in_use() -> int:
-    """Bytes that arrays hold of a device; a CPU does not count them, so the parts of all arrays."""
+    """Return the bytes in use on a local device.
+
+    A CPU does not count them, so the result is then the sum of all arrays' parts on one device.
+    """
     used = (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use")
     if used is not None:
         return used
@@ -28,8 +32,10 @@ def memory_in_use() -> int:
 
 
 def peak_bytes(compiled: jax.stages.Compiled, platform: str) -> int:
-    """Bytes of a device, arguments among them. Only the TPU compiler's own peak knows which
-    buffers share their place."""
+    """Return the peak bytes of a program on one device, including its arguments.
+
+    Only the TPU compiler reports a peak. Elsewhere the result is the sum of all buffers.
+    """
     memory = compiled.memory_analysis()
     if platform == "tpu":
         return memory.peak_memory_in_bytes
@@ -39,10 +45,10 @@ def peak_bytes(compiled: jax.stages.Compiled, platform: str) -> int:
 
 
 def check_fit(what: str, function, *args, **options) -> None:
-    """Compile the jitted `function` for these arguments, arrays or shapes, and log what it takes.
+    """Compile the jitted `function` for these arguments, and log the memory that it needs.
 
-    A call with them afterwards compiles nothing more. Raises ValueError where a device has less
-    left than that: its arguments are taken to be there already.
+    Arguments are arrays or shapes; arrays are assumed to be on the device already. A later call
+    with the same shapes does not compile again. Raises ValueError if the program does not fit.
     """
     device, used, limit = jax.local_devices()[0], memory_in_use(), device_memory()
     advice = "ask for fewer frames, a smaller size or fewer at once"
@@ -51,16 +57,14 @@ def check_fit(what: str, function, *args, **options) -> None:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        held = f"{limit / GB:.1f} GB of a device"
-        raise ValueError(f"{what} does not fit {held}: {advice}") from error
+        held = f"the {limit / GB:.1f} GB of a device"
+        raise ValueError(f"{what} does not fit into {held}: {advice}") from error
     peak = peak_bytes(compiled, device.platform)
     more = peak - compiled.memory_analysis().argument_size_in_bytes
     line = (
-        f"{what} takes {more / GB:.2f} GB of a device's {limit / GB:.1f} GB, beside the "
-        f"{used / GB:.2f} GB that are in use"
+        f"{what} takes {more / GB:.2f} GB of a device's {limit / GB:.1f} GB, in addition to the "
+        f"{used / GB:.2f} GB in use"
     )
     if used + more > limit:
-        raise ValueError(f"{line}: {advice}, or read the parts one after another")
-    if what not in _TOLD:
-        _TOLD.add(what)
-        logging.getLogger(__name__).info(line)
+        raise ValueError(f"{line}: {advice}, or load the parts of the pipeline one after another")
+    logger.info(line, extra={"once": what})  # `Terminal` shows it once per program

@@ -1,18 +1,22 @@
-"""Meeting the other processes of a run: on a TPU pod, under Slurm, or where one is told where.
+"""Connect the processes of a run: on a TPU pod, under Slurm, or at a given address.
 
-One process per TPU host or per GPU host; under Slurm also one per GPU. All run the same command.
+A run has one process per TPU host or GPU host; under Slurm it may also have one per GPU. All
+processes run the same command. The log lines of each process start with its number.
 """
 
+import contextlib
+import logging
 import os
+import sys
 from collections.abc import Mapping
 
-PATIENCE = 3600  # seconds for others that compile more slowly
-HEARTBEAT = 10  # seconds without a word after which a process counts as lost
+PATIENCE = 3600  # seconds to wait for other processes, which may compile more slowly
+HEARTBEAT = 10  # seconds without a heartbeat after which a process counts as lost
 
 
 def several_processes(environment: Mapping[str, str]) -> bool:
-    """Whether this process is one of several, or is told to ask the cluster whether it is."""
-    # A script under sbatch has no step; what srun starts in it has.
+    """Return True if this process is one of several, or if the environment asks JAX to find out."""
+    # Only processes that srun starts are in a Slurm step; a script under sbatch is not.
     tasks = int(environment.get("SLURM_NTASKS", 1)) if "SLURM_STEP_NODELIST" in environment else 1
     return (
         "JAX_COORDINATOR_ADDRESS" in environment
@@ -23,10 +27,11 @@ def several_processes(environment: Mapping[str, str]) -> bool:
 
 
 def meeting_point(environment: Mapping[str, str]) -> dict:
-    """Arguments of `jax.distributed.initialize`; what is not there JAX asks the cluster for.
+    """Return arguments of `jax.distributed.initialize`; JAX asks the cluster for missing ones.
 
-    JAX_COORDINATOR_ADDRESS is host:port of the first process, or "auto" on TPU VMs, which hear
-    of each other from their metadata server. JAX_NUM_PROCESSES and JAX_PROCESS_ID go with it.
+    JAX_COORDINATOR_ADDRESS is host:port of the first process, or "auto" on TPU VMs, which find each
+    other through their metadata server. With host:port, also set JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID.
     """
     address = environment.get("JAX_COORDINATOR_ADDRESS", "auto")
     given = {"heartbeat_timeout_seconds": HEARTBEAT}
@@ -34,7 +39,7 @@ def meeting_point(environment: Mapping[str, str]) -> dict:
         return given
     given["coordinator_address"] = address
     if address.startswith("127."):
-        # JAX would listen on all interfaces, and asks nobody who they are.
+        # By default JAX listens on all interfaces, and it does not authenticate clients.
         given["coordinator_bind_address"] = address
     for name in ("num_processes", "process_id"):
         value = environment.get(f"JAX_{name.upper()}")
@@ -44,10 +49,11 @@ def meeting_point(environment: Mapping[str, str]) -> dict:
 
 
 def own_gpus(environment: Mapping[str, str]) -> list[int] | None:
-    """Return which of the GPUs that it sees a process under Slurm takes; None elsewhere.
+    """Return the indices of the visible GPUs that this process uses under Slurm, None elsewhere.
 
-    JAX takes one GPU a process under Slurm. A process that is alone on its host takes all of them;
-    several share them out, unless Slurm shows each only its own.
+    By default JAX uses one GPU per process under Slurm. Here a single process on a host uses all
+    GPUs, and several processes split them, unless Slurm shows each process only its own GPUs.
+    Raises ValueError if the GPUs do not divide.
     """
     if "SLURM_STEP_NODELIST" not in environment or "SLURM_LOCALID" not in environment:
         return None
@@ -61,15 +67,15 @@ def own_gpus(environment: Mapping[str, str]) -> list[int] | None:
         return list(range(visible))
     if visible % tasks:
         raise ValueError(
-            f"{tasks} tasks of this host share {visible} GPUs, which does not divide: use one task "
-            f"a host (--ntasks-per-node=1), or one a GPU"
+            f"{tasks} tasks of this host share {visible} GPUs, which do not divide evenly: use one "
+            f"task per host (--ntasks-per-node=1), or one task per GPU"
         )
     share, first = visible // tasks, int(environment["SLURM_LOCALID"]) * (visible // tasks)
     return list(range(first, first + share))
 
 
 def _tasks_here(environment: Mapping[str, str]) -> int:
-    """Return the tasks of this host in the step: "8(x2),4" is 8 on two hosts, 4 on a third."""
+    """Return the number of tasks on this host; "8(x2),4" is 8 on two hosts and 4 on a third."""
     counts = []
     for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
         count, _, times = part.partition("(x")
@@ -79,13 +85,13 @@ def _tasks_here(environment: Mapping[str, str]) -> int:
 
 
 def _count(text: str) -> int:
-    """Return the number in "8" or "h100:8"; 0 where there is none."""
+    """Return the number in "8" or "h100:8", or 0 if there is none."""
     number = text.rpartition(":")[2]
     return int(number) if number.isdigit() else 0
 
 
 def join() -> None:
-    """Meet the other processes, if there are any; before the first use of a device."""
+    """Connect to the other processes, if any; call it before the first use of a device."""
     if not several_processes(os.environ):
         return
     import jax
@@ -94,15 +100,54 @@ def join() -> None:
     if (gpus := own_gpus(os.environ)) is not None:
         given["local_device_ids"] = gpus
     if "coordinator_address" not in given:
-        os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # JAX would take "auto" for an address
+        os.environ.pop("JAX_COORDINATOR_ADDRESS", None)  # JAX would read "auto" as an address
     jax.distributed.initialize(**given)
 
 
 def wait(what: str) -> None:
-    """Until all processes have come here; they may come minutes apart.
+    """Wait until all processes have called this with the same `what`, for at most `PATIENCE`.
 
-    A collective is no place to wait at: on CPUs it gives up after 30 seconds.
+    Processes may arrive minutes apart. A collective cannot wait that long: on CPUs it fails after
+    30 seconds.
     """
     from orbax.checkpoint import multihost
 
     multihost.get_barrier_sync_fn()(key=what, timeout_ms=1000 * PATIENCE)
+
+
+class Terminal(logging.Handler):
+    """A handler that writes each record as a line to stderr: `prefix`, then the message.
+
+    It writes only the first of the records with the same `once`, so that a program that runs for
+    every sample is described once.
+    """
+
+    def __init__(self, prefix: str):
+        super().__init__()
+        self.prefix, self.seen = prefix, set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record, unless one with the same `once` was written before."""
+        once = getattr(record, "once", None)
+        if once in self.seen:
+            return
+        if once is not None:
+            self.seen.add(once)
+        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # erases a progress line
+        with contextlib.suppress(OSError):  # the reader may have closed the pipe
+            print(f"{clear}{self.prefix}{self.format(record)}", file=sys.stderr, flush=True)
+
+
+def start_logging() -> None:
+    """Write the package's log records of level INFO and above to stderr; call it after `join`.
+
+    Only commands call this. A program that imports the package configures `logging` itself.
+    """
+    prefix = ""
+    if several_processes(os.environ):
+        import jax
+
+        prefix = f"[{jax.process_index()}] "
+    logger = logging.getLogger(__package__)
+    logger.handlers = [Terminal(prefix)]
+    logger.setLevel(logging.INFO)

@@ -1,16 +1,13 @@
 """The mesh and the one table that maps named axes to it.
 
-Weights and activations name their axes where they are made (`models/layers.py`); only this file
-knows which mesh axis a name means. A new strategy is a new row, or a new mesh shape.
+The code that creates weights and activations names their axes (`models/layers.py`). Only this file
+maps a name to mesh axes. A new strategy is a new row of the table, or a new mesh shape.
 
-`shardings(mesh, model)` gives the sharding of every weight, and refuses a mesh that does not divide
-one. Flax's own `nnx.get_named_sharding(model, mesh)` gives the same where it knows the table:
+`shardings(mesh, model)` returns the sharding of every weight, and raises an error if the mesh does
+not divide one. Flax's `nnx.get_named_sharding(model, mesh)` returns the same with this table:
 
     with nnx.logical_axis_rules(tuple(RULES.items())):
         nnx.get_named_sharding(model, mesh)
-
-`jax.experimental.mesh_utils` is used because `jax.make_mesh` takes neither several slices nor an
-axis that is part of a torus direction.
 """
 
 import math
@@ -23,43 +20,60 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from easyanimate_jax.facts import MESH_AXES
+from easyanimate_jax.facts import MESH_AXES, check_fields
 
-AnyMesh = Mesh | AbstractMesh  # the latter of devices that need not be there
+AnyMesh = Mesh | AbstractMesh  # an AbstractMesh describes devices that need not exist
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
-    # Weights are split over both of their dimensions, so that gathering them stays an all-gather
-    # and summing their gradients a reduce-scatter: over one long axis that spans all directions
-    # of a torus the TPU compiler makes an all-reduce of them.
+    # Weights are split over both dimensions. XLA then gathers them with all-gathers and sums their
+    # gradients with reduce-scatters. For one long axis over all directions of a torus, the TPU
+    # compiler uses slower all-reduces instead.
     "layers": None,
     "embed": "fsdp",
     "heads": ("context", "tensor"),
     "mlp": ("context", "tensor"),
-    # weights of the text encoders, which XLA gathers by itself: split over the width alone
+    # weights of the text encoders, which XLA gathers without `by_device`
     "encoder width": ("fsdp", "context"),
     "encoder inner": "tensor",
     # activations
     "batch": ("data", "fsdp"),
     "tokens": "context",
-    "picture": MESH_AXES,  # rows or columns of pixels, where the VAE has a video to itself
+    "picture": MESH_AXES,  # rows or columns of pixels, when all devices process one video
 }
-ALL_ROWS = ("data", "fsdp", "context")  # over these the devices hold different samples or tokens
+ALL_ROWS = ("data", "fsdp", "context")  # along these, devices hold different rows or tokens
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices per mesh axis; `fsdp=-1` takes every device the other axes leave."""
+    """The number of devices along each mesh axis; their product is the number of all devices."""
 
     data: int = 1
+    """Devices that each hold a copy of the weights and different rows of the batch. Only this axis
+    may cross the network between TPU slices."""
+
     fsdp: int = -1
+    """Devices that split the weights and hold different rows of the batch; -1 uses all devices that
+    the other axes leave."""
+
     context: int = 1
+    """Devices that split the tokens of a row, or the rows if there are enough."""
+
     tensor: int = 1
+    """Devices that split the attention heads and the columns of the MLP."""
+
+    def __post_init__(self):
+        check_fields(
+            self, data="[1, inf)", fsdp="-1 or [1, inf)", context="[1, inf)", tensor="[1, inf)"
+        )
 
     def shape(self, num_devices: int) -> tuple[int, int, int, int]:
-        """The mesh shape on `num_devices` devices. Raises ValueError where they do not divide."""
+        """Return the mesh shape on `num_devices` devices, in the order of `MESH_AXES`.
+
+        Raises ValueError if the axes do not give that number.
+        """
         given = self.data * self.context * self.tensor
         if min(self.data, self.context, self.tensor) < 1 or (self.fsdp < 1 and self.fsdp != -1):
-            raise ValueError(f"{self}: an axis has 1 device or more; fsdp=-1 takes those left.")
+            raise ValueError(f"{self}: an axis has 1 device or more; use 1, or fsdp=-1.")
         if self.fsdp == -1 and num_devices % given:
             raise ValueError(
                 f"{self} asks for {given} x fsdp devices, and there are {num_devices}. "
@@ -69,23 +83,25 @@ class MeshConfig:
         if given * fsdp != num_devices:
             raise ValueError(
                 f"{self} asks for {given * fsdp} devices, and there are {num_devices}. "
-                f"Choose axes whose product is {num_devices}, or fsdp=-1 for those that are left."
+                f"Choose axes whose product is {num_devices}, or fsdp=-1 for the remaining devices."
             )
         return (self.data, fsdp, self.context, self.tensor)
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """A mesh with axes `MESH_AXES`, in Auto mode: XLA inserts the collectives.
+    """Return a mesh with axes `MESH_AXES` in Auto mode, in which XLA inserts the collectives.
 
-    Devices of several TPU slices are laid out so that only `data` crosses the slow network between
-    slices. Raises ValueError where `data` is not a multiple of the slices.
+    With several TPU slices, only `data` crosses the slow network between slices. `mesh_utils` does
+    this; `jax.make_mesh` supports neither several slices nor an axis along part of a torus
+    direction. Raises ValueError if the axes do not fit the devices, or if `data` is not a multiple
+    of the number of slices.
     """
     devices = jax.devices() if devices is None else devices
     shape = config.shape(len(devices))
     auto = (AxisType.Auto,) * len(MESH_AXES)
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if num_slices == 1:
-        # An axis that no direction of the torus fits, such as 8 of 16x16, takes part of one.
+        # Splitting allows an axis along part of a torus direction, such as 8 devices of 16x16.
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(grid, MESH_AXES, axis_types=auto)
     if shape[0] % num_slices:
@@ -102,7 +118,7 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
 
 
 def shard(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Constrain an activation; a no-op without a mesh, so models run anywhere, and on a device."""
+    """Constrain the sharding of an activation; do nothing without a mesh or inside `by_device`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return x
@@ -110,15 +126,15 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def spec(*axes: str | None) -> PartitionSpec:
-    """The partition of a weight whose dimensions have these names."""
+    """Return the partition of a weight whose dimensions have these names."""
     return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
 
 
 def activation_spec(mesh, shape: Sequence[int], axes: Sequence[str | None]) -> PartitionSpec:
-    """The partition of an activation of this shape whose dimensions have these names.
+    """Return the partition of an activation with this shape and these names of its dimensions.
 
-    Rows go over `context` too where there are enough of them; then tokens stay whole, and attention
-    needs no exchange. With fewer rows `context` splits the tokens.
+    If there are enough rows, `context` also splits the rows. Each device then has all tokens of its
+    rows, and attention needs no exchange. With fewer rows `context` splits the tokens.
     """
     rules = RULES
     if "batch" in axes and token_axis(mesh, shape[list(axes).index("batch")]) is None:
@@ -127,18 +143,18 @@ def activation_spec(mesh, shape: Sequence[int], axes: Sequence[str | None]) -> P
 
 
 def token_axis(mesh, rows: int) -> str | None:
-    """The mesh axis that splits the tokens of `rows` rows; None where devices have them whole."""
+    """Return the mesh axis that splits the tokens of `rows` rows, or None if none splits them."""
     if mesh.empty or rows % math.prod(mesh.shape[name] for name in ALL_ROWS) == 0:
         return None
     return "context"
 
 
 def by_device(run, weights, activations: tuple, axes: tuple, outputs: tuple, *, dtype):
-    """`run(weights, *activations)` as the program of one device, on its rows and its tokens.
+    """Run `run(weights, *activations)` on each device for its own rows and tokens.
 
-    `axes` names the dimensions of every activation, `outputs` those of every result. `run` sees the
-    weights gathered, in `dtype`; their gradients are summed in `dtype` and split as the weights
-    are. Only the mesh axis `tensor` is left to XLA.
+    `axes` names the dimensions of every activation, `outputs` those of every result. `run` receives
+    gathered weights in `dtype`; their gradients are summed in `dtype` and split like the weights.
+    XLA handles only the mesh axis `tensor`. Returns a tuple of results.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -150,7 +166,7 @@ def by_device(run, weights, activations: tuple, axes: tuple, outputs: tuple, *, 
 
     def names_of(variable):
         names = variable.get_metadata()["out_sharding"]
-        return names[-variable.get_value().ndim :]  # a scan takes the axis "layers" away
+        return names[-variable.get_value().ndim :]  # a scan removes the axis "layers"
 
     def manual(names):
         return PartitionSpec(*(_manual(RULES[name]) if name else None for name in names))
@@ -161,7 +177,7 @@ def by_device(run, weights, activations: tuple, axes: tuple, outputs: tuple, *, 
         if any(names):
             value = value.astype(dtype)
         dims = {_manual(RULES[name]): dim for dim, name in enumerate(names) if name}
-        for axis in ("context", "fsdp"):  # the bulk last: `fsdp` spans more torus directions
+        for axis in ("context", "fsdp"):  # most data last: `fsdp` spans more torus directions
             if axis in dims:
                 value = _all_gather(value, axis, dims[axis])
         return variable.replace(value)
@@ -179,46 +195,49 @@ def by_device(run, weights, activations: tuple, axes: tuple, outputs: tuple, *, 
 
 
 def _all_gather(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """Over a leading dimension: of the transpose over another the compiler made an all-reduce."""
+    """Gather along `dim`, via a new first dimension; else the compiler sums with all-reduces."""
     parts = jnp.moveaxis(jax.lax.all_gather(x, axis), 0, dim)
     return parts.reshape(*x.shape[:dim], -1, *x.shape[dim + 1 :])
 
 
 def platform() -> str:
-    """Of the mesh's devices, which may not be there; without a mesh of the default backend."""
+    """Return "tpu", "gpu" or "cpu": the platform of the mesh's devices, else the default one.
+
+    The devices of an abstract mesh need not exist on this machine.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("cuda", "rocm") else name
 
 
 def _manual(names: str | tuple[str, ...]) -> str | None:
-    """Of a weight's mesh axes the one that `by_device` gathers."""
+    """Return the one of a weight's mesh axes that `by_device` gathers, or None."""
     names = (names,) if isinstance(names, str) else names
     return next((name for name in names if name in ALL_ROWS), None)
 
 
 def is_variable(x) -> bool:
-    """Whether a node of a tree is an annotated NNX variable."""
+    """Return True if a node of a tree is an annotated NNX variable."""
     return hasattr(x, "get_metadata")
 
 
 def num_parts(axis: str) -> int:
-    """Into how many shards the current mesh splits an activation axis."""
+    """Return the number of shards into which the current mesh splits an activation axis."""
     names = RULES[axis]
     names = (names,) if isinstance(names, str) else names
     return math.prod(jax.sharding.get_abstract_mesh().shape.get(name, 1) for name in names)
 
 
 def batch_sharding(mesh: Mesh, ndim: int, batch_dim: int = 0) -> NamedSharding:
-    """Rows over data and fsdp, everything else whole."""
+    """Return the sharding that splits dimension `batch_dim` over data and fsdp, and no other."""
     return NamedSharding(mesh, PartitionSpec(*[None] * batch_dim, RULES["batch"]))
 
 
 def shardings(mesh: AnyMesh, tree):
-    """NamedShardings for a tree of annotated NNX variables (abstract or real).
+    """Return NamedShardings for a tree of annotated NNX variables, abstract or real.
 
-    A leaf without axis names is replicated. Raises ValueError, naming every weight that the mesh
-    does not divide, before XLA would.
+    A leaf without axis names is replicated. Raises one ValueError that names every weight that the
+    mesh does not divide.
     """
     problems = []
 

@@ -13,7 +13,14 @@ from disk import flip_a_bit
 
 from easyanimate_jax.commands.checkpoint import main
 from easyanimate_jax.training import checkpoint
-from easyanimate_jax.training.checkpoint import Checkpoints, NotFiniteError, StorageError
+from easyanimate_jax.training.checkpoint import (
+    Checkpoints,
+    NotFiniteError,
+    StorageError,
+    describe,
+    differing,
+    named_leaves,
+)
 from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.weights import orbax_item, run_folder
 
@@ -142,6 +149,20 @@ def test_the_last_good_step_is_used_and_the_damaged_set_aside(copy, capsys):
     assert main(["list", str(copy)]) == 0
     output = capsys.readouterr().out
     assert "4  ema." in output and "4.corrupt" in output and "2  only  verified" in output
+
+
+def test_every_array_that_came_back_other_is_named():
+    parts = {
+        "state": {"step": jnp.int32(3), "model": {"a": jnp.arange(4.0), "b": jnp.ones((2, 2))}},
+        "ema": {"a": jnp.zeros(3)},
+    }
+    arrays = {item: describe(named_leaves(part)) for item, part in parts.items()}
+    assert differing({"arrays": arrays}, parts) == []
+    leaves, structure = jax.tree.flatten(parts)
+    names = ["ema.a", "state.model.a", "state.model.b", "state.step"]
+    for number, name in enumerate(names):
+        other = [x.at[(0,) * x.ndim].add(i == number) for i, x in enumerate(leaves)]
+        assert differing({"arrays": arrays}, jax.tree.unflatten(structure, other)) == [name]
 
 
 def test_diff_names_the_arrays(saved, capsys):

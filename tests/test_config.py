@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from easyanimate_jax.commands.parse import load_config
 from easyanimate_jax.runs import config as configs
 from easyanimate_jax.runs.describe import describe_run
 
@@ -11,7 +12,7 @@ TRAIN_CONFIGS = ("v5_12b", "v5_12b_control", "v51_12b", "v5_7b", "v51_7b", "tpu_
 
 
 def load(name, *overrides):
-    return configs.load(f"configs/{name}.py", overrides)
+    return load_config(f"configs/{name}.py", overrides)
 
 
 @pytest.mark.parametrize("name", (*TRAIN_CONFIGS, "demo_vae"))

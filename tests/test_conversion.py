@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from arrays import flat_weights
 from disk import flip_a_bit, write_run
 from safetensors.numpy import load_file, save_file
 
@@ -28,7 +29,6 @@ from easyanimate_jax.weights.lazy import Tensor, dense
 from easyanimate_jax.weights.module import (
     abstract,
     build,
-    flat_weights,
     misfits,
     named_weights,
     save_module,
@@ -306,7 +306,7 @@ MALFORMED = {
     "header is no UTF-8": (spoil_header(b'{"\xff\xfe": 1}'), "its header is no JSON"),
     "header is nested": (spoil_header(b"[" * 50_000), "its header is no JSON"),
     "header is a list": (spoil_header([1, 2]), "its header is a list"),
-    "name twice in a header": (spoil_header(TWICE), "a stands twice in the header"),
+    "name twice in a header": (spoil_header(TWICE), "a is in the header more than once"),
     "no offsets": (
         spoil_header({"a": {"dtype": "F32", "shape": [2]}}),
         "a has no dtype, shape and data_offsets",
@@ -357,7 +357,7 @@ MALFORMED = {
     ),
     "index names what is not there": (
         spoil_shards(lambda f, i: i["weight_map"].update(ghost=i["weight_map"]["proj.bias"])),
-        "looks for ghost in .* and it is not in that file",
+        "names .* for ghost, and it is not in that file",
     ),
     "index swaps shards": (spoil_shards(move_in_index), "and it is not in that file"),
     "tensor in two shards": (spoil_shards(another_shard), r"is in model-\S+ and in model-"),
@@ -480,11 +480,11 @@ def places(tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "out", "--to", "jax"], "there is no nowhere"),
-        (["model", "full", "--to", "jax"], "full is there already"),
-        (["model", "out", "--to", "flax"], "invalid choice: 'flax'"),
+        (["nowhere", "out", "--to", "jax"], "nowhere does not exist"),
+        (["model", "full", "--to", "jax"], "full already exists"),
+        (["model", "out", "--to", "flax"], "invalid choice 'flax'"),
         (["model", "out"], "--to"),
-        (["model", "out", "--to", "jax", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["model", "out", "--to", "jax", "--dtype", "int8"], "invalid choice 'int8'"),
         (["model", "out", "--to", "jax", "--only", "vae"], "wanted a AutoencoderKLMagvit"),
         (["pipeline", "out", "--to", "jax"], "names text_encoder, and there is no such folder"),
         (["pipeline", "out", "--to", "jax", "--only", "vae"], "has no vae; it has transformer"),
@@ -539,30 +539,28 @@ def test_what_float16_cannot_hold_is_named(tmp_path):
 
 
 def test_memory_is_used_again_only_when_no_view_of_it_is_left():
-    memory, size = files.Memory(), 2 * files.PIECE
+    memory, size = files.Memory(most=2), 2 * files.PIECE
     place = lambda array: array.__array_interface__["data"][0]  # noqa: E731
-    with memory.kept():
-        first = memory.take(size)
-        first[:] = 1
-        view = first.view(np.int16).reshape(2, -1)[1:].T
-        del first
-        second = memory.take(size)
-        second[:] = 2
-        assert (view == 257).all() and not memory.free
-        taken = {place(second)}
-        del second
-        third = memory.take(size - 5)
-        assert {place(third)} == taken
-        del third, view
-        assert len(memory.free) == 2
-    assert not memory.free
+    first = memory.take(size)
+    first[:] = 1
+    view = first.view(np.int16).reshape(2, -1)[1:].T
+    del first
+    second = memory.take(size)
+    second[:] = 2
+    assert (view == 257).all() and not memory.free
+    taken = {place(second)}
+    del second
+    third, fourth = memory.take(size - 5), memory.take(size)
+    assert {place(third)} == taken and place(fourth) not in taken
+    del third, fourth, view
+    assert len(memory.free) == 2  # of three
 
 
 def test_matrices_of_many_pieces_pass_through_shards_unchanged(tmp_path):
     rng = np.random.default_rng(0)
     matrices = {f"m{i}": rng.integers(0, 256, (3000, 5700 - i), np.uint8) for i in range(5)}
     save_file(matrices, tmp_path / "theirs.safetensors")
-    there = files.open_file(tmp_path / "theirs.safetensors", [])
+    there = files.open_file(tmp_path / "theirs.safetensors", [], files.Memory())
     turned = {name: tensor.transpose((1, 0)) for name, tensor in there.items()}
     files.write_shards(tmp_path, "ours", turned, shard_bytes=40_000_000)
     found = files.open_index(tmp_path / "ours.safetensors.index.json", [])

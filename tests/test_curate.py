@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import pytest
-import tyro
 from PIL import Image, ImageDraw
 
+from easyanimate_jax.commands import curate as command
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.plan.report import choose
@@ -173,12 +173,12 @@ def test_the_command_is_typed_by_the_rules(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(curation, "curate", lambda *args, **more: seen.append((args, more)))
     words = [str(tmp_path), "out", "--min-seconds", "1", "--min-pixels", "0"]
     words += ["captioner:server", "--captioner.url", "u", "--captioner.model", "m"]
-    assert tyro.cli(curation.main, args=words) == 0
+    assert command.main(words) == 0
     ((source, out, rules), more) = seen[0]
     assert (source, str(out)) == (tmp_path, "out") and more["captioner"].model == "m"
     assert rules == Rules(Splitting(min_seconds=1.0), min_pixels=0)
     monkeypatch.undo()
-    assert tyro.cli(curation.main, args=[str(tmp_path / "none"), str(tmp_path / "out")]) == 2
+    assert command.main([str(tmp_path / "none"), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from demos.score import attributes
+from easyanimate_jax.commands import parse, sample
 from easyanimate_jax.data import media
 from easyanimate_jax.generation.guard import suspicion
-from easyanimate_jax.generation.options import FILES, parser
+from easyanimate_jax.generation.request import FILES
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "pictures"
@@ -23,7 +24,9 @@ RUNS = {"runs/demo/train", "runs/demo_control/train"}
 @pytest.fixture(scope="module")
 def commands():
     found = runpy.run_path(str(ROOT / "docs" / "pictures.py"))["commands"]()
-    return {name: parser("").parse_args(arguments) for name, arguments in found.items()}
+    return {
+        name: parse.options(sample.Options, words, "sample", "") for name, words in found.items()
+    }
 
 
 def test_every_picture_of_the_guide_is_there_and_all_are_small(commands):
@@ -36,7 +39,8 @@ def test_every_picture_of_the_guide_is_there_and_all_are_small(commands):
 
 def test_the_commands_of_the_guide_name_files_that_come_with_it(commands):
     assert {str(a.checkpoint) for a in commands.values()} == RUNS
-    files = [getattr(a, name) for a in commands.values() for name in FILES if getattr(a, name)]
+    requests = [a.request for a in commands.values()]
+    files = [getattr(r, name) for r in requests for name in FILES if getattr(r, name)]
     assert len(files) >= 8 and all((ROOT / file).is_file() for file in files)
 
 
@@ -60,4 +64,7 @@ def test_the_commands_of_the_guide_make_what_they_ask_for(commands, tmp_path):
         frames = np.stack(np.split(sheet, sheet.shape[1] // sheet.shape[0], axis=1))
         assert not suspicion(frames), name
         shown = attributes(frames)
-        assert f"a {shown.colour} " in a.prompt and f"a {shown.background} " in a.prompt, name
+        assert (
+            f"a {shown.colour} " in a.request.prompt
+            and f"a {shown.background} " in a.request.prompt
+        ), name

@@ -13,7 +13,7 @@ from test_sharding import MESH, abstract_model
 
 import easyanimate_jax as ea
 from easyanimate_jax.generation.arrays import Given
-from easyanimate_jax.generation.pipelines import choose
+from easyanimate_jax.generation.ways import choose
 from easyanimate_jax.runs.load import Opened, Pipeline, Resident
 from easyanimate_jax.sharding import RULES, make_mesh, shardings
 
@@ -134,13 +134,16 @@ def test_the_way_follows_from_the_names():
 
 GIVEN = [
     ({"image": pixels(32, 48, 3), "video": pixels(5, 32, 48, 3)}, "image and video cannot both"),
-    ({"mask": np.ones((32, 48), bool)}, "mask says nothing without video"),
+    ({"mask": np.ones((32, 48), bool)}, "mask has no effect without video"),
     ({"control": pixels(5, 32, 48, 3)}, r"trained for inpainting \(33 .* of 32 or 48 input"),
-    ({"image": pixels(32, 48, 3) / 255.0}, "image is of float64: give uint8 pixels"),
+    ({"image": pixels(32, 48, 3) / 255.0}, "image has dtype float64: give uint8 pixels"),
     ({"image": pixels(32, 48, 4)}, r"image has shape \(32, 48, 4\): .* shape \(H, W, 3\)"),
     ({"image": pixels(2, 32, 48, 3)}, "or one for each of 1 prompts"),
-    ({"video": pixels(5, 32, 48, 3), "frames": 9}, "video has 5 frames, and 9 are made"),
-    ({"video": pixels(5, 32, 48, 3), "mask": pixels(32, 48)}, "mask holds 255: it is 1 where"),
+    (
+        {"video": pixels(5, 32, 48, 3), "frames": 9},
+        "has 5 frames, and the video to make has 9",
+    ),
+    ({"video": pixels(5, 32, 48, 3), "mask": pixels(32, 48)}, "mask holds 255: use 1 where"),
     ({"height": 40}, "height 40: sides are multiples of 16"),
     ({"seed": -1}, r"seeds \[-1\]: give a whole number"),
     ({"seed": [1, 2]}, r"2 seeds: give a seed each"),
@@ -208,7 +211,7 @@ def arguments(rows=4, tokens=24, width=64):
         (0, jnp.zeros((24, 64)), r"tokens have shape \(24, 64\)"),
         (4, (jnp.zeros((4, 5, 24)),), r"reads 2 of .* widths \(24, 40\)"),
         (4, (jnp.zeros((4, 5, 24)), jnp.zeros((4, 7, 41))), r"41\)\], and the model reads 2"),
-        (3, jnp.zeros(3), r"'time': 3.* differ: give one for each video"),
+        (3, jnp.zeros(3), r"'time': 3.* differ: give one row for each video"),
         (2, jnp.zeros(1, int), r"'lengths': 1.* differ"),
     ],
 )
@@ -239,7 +242,7 @@ def test_a_mesh_that_does_not_divide_says_so(axes, rows, tokens, message):
     [
         ({"data": 4, "fsdp": 4}, "asks for 16 devices, and there are 8"),
         ({"data": 3}, "asks for 3 x fsdp devices, and there are 8"),
-        ({"tensor": 0}, "an axis has 1 device or more"),
+        ({"tensor": 0}, "MeshConfig.tensor is 0; use a whole number of 1 or more"),
     ],
 )
 def test_a_mesh_of_other_devices_names_the_numbers(axes, message):
@@ -267,7 +270,7 @@ def test_a_vae_is_called_for_a_reconstruction(pipeline):
     [
         (lambda vae: vae(jnp.zeros((1, 5, 16, 16, 4))), "shape .1, 5, 16, 16, 4.: the VAE reads"),
         (lambda vae: vae.encode(jnp.zeros((5, 16, 16, 3))), "the VAE reads floats"),
-        (lambda vae: vae.chunked_encode(jnp.zeros((1, 5, 16, 16, 3), jnp.uint8)), "of uint8"),
+        (lambda vae: vae.chunked_encode(jnp.zeros((1, 5, 16, 16, 3), jnp.uint8)), "dtype uint8"),
         (lambda vae: vae.encode(jnp.zeros((1, 5, 20, 16, 3))), "20 x 16 pixels: both must be"),
         (lambda vae: vae.decode(jnp.zeros((1, 2, 2, 2, 4))), "latents of shape .1, 2, 2, 2, 4."),
         (lambda vae: vae.chunked_decode(jnp.zeros((1, 0, 2, 2, 16))), "the VAE decodes .rows"),

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from easyanimate_jax.data.loader import Loader
+from easyanimate_jax.data.loader import Loader, Pages
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import INDEX_TYPES, Records, Writer, write_texts
 
@@ -343,7 +343,7 @@ PARENT = """
 import multiprocessing, time
 from pathlib import Path
 from easyanimate_jax.data.loader import Loader
-from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records
 
 if __name__ == "__main__":
@@ -381,3 +381,15 @@ def alive(pid: int) -> bool:
     """Whether a process runs; one that has ended and nobody asked how does not."""
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_memory_is_used_again_only_when_no_view_of_it_is_left():
+    pages, place = Pages(), lambda array: array.__array_interface__["data"][0]
+    first = pages.array((2, 3), np.float32)
+    home, view = place(first), first.reshape(-1)[1:]
+    del first
+    other = pages.array((3, 2), np.float32)
+    assert place(other) != home
+    del view
+    assert place(pages.array((12,), np.float16)) == home
+    assert place(Pages().array((2, 3), np.float32)) not in (home, place(other))

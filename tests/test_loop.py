@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from arrays import flat_weights
 from fast_compiles import FAST_COMPILES
 
 from easyanimate_jax.commands import train
 from easyanimate_jax.data.records import INDEX_TYPES, Writer, write_texts
 from easyanimate_jax.runs import loop
+from easyanimate_jax.runs.config import from_json
 from easyanimate_jax.weights.folder import load_mmdit
-from easyanimate_jax.weights.module import flat_weights
 from easyanimate_jax.weights.run_folder import read_meta
 
 ROOT = Path(__file__).parent.parent
@@ -174,6 +175,16 @@ def test_the_schedule_runs_through_every_stage(folder, whole):
     steps = {int(p.name) for p in (folder / "whole" / "checkpoints").iterdir() if p.name.isdigit()}
     assert {3, 7, 10, 14, 16} <= steps  # every stage boundary is kept
     assert read_meta(folder / "whole")[1]["weights"] == {"text": PRINT}  # compared by load_pipeline
+
+
+def test_the_learning_rate_warms_up_in_every_stage(folder, whole):
+    lines = (folder / "whole" / "metrics.jsonl").read_text().splitlines()
+    rates = [json.loads(line)["learning_rate"] for line in lines]
+    stages = from_json((folder / "whole" / "config.json").read_text()).stages
+    expected = [stage.learning_rate_at(step) for stage in stages for step in range(stage.steps)]
+    np.testing.assert_allclose(rates, expected)
+    first = np.cumsum([stage.steps for stage in stages])[:-1]
+    assert all(rates[step] < rates[step - 1] for step in first)
 
 
 @pytest.mark.parametrize("how, code", [(signal.SIGTERM, 42), (signal.SIGKILL, -9)])

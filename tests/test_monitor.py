@@ -66,7 +66,7 @@ def test_a_hang_leaves_with_stacks_and_its_code_whoever_reads(tmp_path, closed):
     code = f"""
 import sys, time
 from pathlib import Path
-from easyanimate_jax.training.monitor import Monitor
+from easyanimate_jax.training.safety.monitor import Monitor
 
 def stuck():
     time.sleep(60)

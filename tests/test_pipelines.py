@@ -260,7 +260,6 @@ def test_pictures_that_cannot_be_animated_are_refused(animate, options, message)
         (16, {"size": (5, 0, 48)}, "use 16$"),
         (32, {}, "control signal"),
         (16, {"seeds": [1, 2]}, "a seed each"),
-        (16, {"sampling": Sampling(0)}, "1 to 1000"),
     ],
 )
 def test_texts_that_cannot_be_shown_are_refused(vae, in_channels, options, message):
@@ -363,9 +362,9 @@ def test_inpainting_shows_what_is_given(latents_of, encode, monkeypatch):
     ("pipeline", "in_channels", "options", "message"),
     [
         (video_to_video, 33, {"video": videos(1)}, "1 videos and 2 seeds"),
-        (video_to_video, 33, {"video": videos(), "size": (9, 48, 48)}, "ask for its own size"),
+        (video_to_video, 33, {"video": videos(), "size": (9, 48, 48)}, "use the same size"),
         (video_to_video, 33, {"video": videos()[:, :4], "size": (4, 48, 48)}, "4 frames"),
-        (video_to_video, 48, {"video": videos()}, "wants a control"),
+        (video_to_video, 48, {"video": videos()}, "needs a control"),
         (video_to_video, 16, {"video": videos(), "strength": 1.0}, "keeps nothing"),
         (video_to_video, 16, {"video": videos(), "mask": videos()[:, :, 16:, :, :1]}, "one value"),
         (control_to_video, 16, {}, "takes no control"),

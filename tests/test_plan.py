@@ -135,7 +135,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from easyanimate_jax.data.plan import Plan
+from easyanimate_jax.data.plan.plan import Plan
 n, rng = 10_000_000, np.random.default_rng(0)
 index = {
     "clip": np.empty(n, "S12"),

@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from arrays import count_parameters
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs.v5_12b import config as v5_12b
@@ -17,14 +18,14 @@ from easyanimate_jax.commands.aot import main
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.models.attention import splash
-from easyanimate_jax.models.mmdit import count_parameters
 from easyanimate_jax.pods import hlo
 from easyanimate_jax.pods.chips import chip_of
 from easyanimate_jax.pods.compile import compile_step, suggest_mesh, topology_devices
 from easyanimate_jax.pods.gpu import model_step
-from easyanimate_jax.pods.predict import model_flops, predict
+from easyanimate_jax.pods.predict import predict
 from easyanimate_jax.pods.report import markdown, page, table, to_json
 from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.training.compile import model_flops
 from easyanimate_jax.training.program import COMPILER_OPTIONS
 from easyanimate_jax.training.stages import Stage
 
@@ -132,7 +133,7 @@ def test_long_blocks_of_keys_fit_the_vector_memory_that_the_step_asks_for(topolo
         (["configs/demo.py", "--topology", "v5p:4x4x8", "--stage", "last"], "no stage 'last'"),
         (["configs/demo.py", "--topology", "v5p:4x4x8", "--suggest", "x.py"], "give --stage"),
         (["configs/demo.py", "--topology", "h200:0x8"], "use h200:8, or h200:16x8"),
-        (["configs/demo.py", "--topology", "h200:8", "--slices", "2"], "--slices are of TPUs"),
+        (["configs/demo.py", "--topology", "h200:8", "--slices", "2"], "--slices is for TPUs"),
         pytest.param(
             ["configs/demo.py", "--topology", "v5p:9by9"],
             "topology 'v5p:9by9'",

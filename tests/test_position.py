@@ -89,7 +89,11 @@ REFUSED = {
     "fewer steps than were made": (9, stage(2, steps=1), "has made 2 steps of stage 'medium_t2v'"),
     "a stage less before": (9, replace(CONFIG, stages=CONFIG.stages[1:]), "went through stages im"),
     "another order": (9, replace(CONFIG, stages=CONFIG.stages[::-1]), "went through stages image"),
-    "another seed": (9, replace(CONFIG, seed=1), "seed 42, and the config has no such run"),
+    "another seed": (
+        9,
+        replace(CONFIG, seed=1),
+        "seed 42, and the config has another stage or seed",
+    ),
     "another process": (9, replace(CONFIG, process=DDPM()), "process = 'Flow'.*'DDPM'"),
     "heads of another width": (
         9,

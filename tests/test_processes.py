@@ -1,13 +1,22 @@
 """Processes find each other, and the manifests start what is there, as text."""
 
+import logging
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from easyanimate_jax.processes import join, meeting_point, own_gpus, several_processes
+from easyanimate_jax.commands.parse import load_config
+from easyanimate_jax.processes import (
+    join,
+    meeting_point,
+    own_gpus,
+    several_processes,
+    start_logging,
+)
 from easyanimate_jax.runs.config import load
 
 LAUNCH = Path(__file__).parent.parent / "docs" / "launch"
@@ -113,6 +122,37 @@ def test_eight_hosts_of_eight_gpus_are_all_used(task, monkeypatch):
     assert told == {"heartbeat_timeout_seconds": 10, "local_device_ids": list(range(8))}
 
 
+@pytest.fixture
+def logger(monkeypatch):
+    logger = logging.getLogger("easyanimate_jax")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    yield logger.getChild("models")
+    logger.setLevel(logging.NOTSET)  # it forgets what it knows of levels
+
+
+def test_a_command_shows_what_the_package_logs_and_a_program_once(logger, capsys, monkeypatch):
+    start_logging()
+    start_logging()  # again, as a second command in one process
+    logger.debug("unseen")
+    for name in ("one", "one", "two"):
+        logger.info(f"{name} takes 1 GB", extra={"once": name})
+        logger.warning(f"{name} again")
+    lines = ["one takes 1 GB", "one again", "one again", "two takes 1 GB", "two again"]
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == lines and not shown.out
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    logger.info("at last")
+    assert capsys.readouterr().err == "\r\x1b[Kat last\n"
+
+
+def test_of_several_processes_each_log_line_names_its_own(logger, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "10.0.0.1:1234")
+    start_logging()
+    logger.info("here")
+    assert capsys.readouterr().err == "[0] here\n"
+
+
 def test_the_job_set_asks_for_the_chips_of_its_config():
     manifest = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())
     assert manifest["kind"] == "JobSet"
@@ -139,4 +179,4 @@ def test_a_launch_script_examines_the_pod_and_then_trains(name):
     for config in re.findall(r"configs/\w+\.py", text):
         assert load(config).stages
     options = re.findall(r"(?<=--)mesh\.\w+ \d+", text)
-    load("configs/v5_12b.py", [word for o in options for word in f"--{o}".split()])
+    load_config("configs/v5_12b.py", [word for o in options for word in f"--{o}".split()])

@@ -21,6 +21,7 @@ from easyanimate_jax.prepare.prepare import fingerprint
 from easyanimate_jax.sharding import MeshConfig, make_mesh, shardings
 from easyanimate_jax.text.encode import CHAT, Chat, TextConfig, TextEncoder
 from easyanimate_jax.text.qwen2 import Qwen2, Qwen2Config, load_qwen2, read_qwen2_config
+from easyanimate_jax.weights import folder as folders
 
 SIZES = dict(
     vocab_size=270,
@@ -399,7 +400,7 @@ config = replace(
 def test_the_prepare_command_takes_a_v51_folder(folder, encoder, tmp_path, monkeypatch):
     config = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, unshuffle=4, dtype="float32")
     vae = CausalVAE(config, rngs=nnx.Rngs(0))
-    monkeypatch.setattr(command, "load_vae", lambda folder: vae)
+    monkeypatch.setattr(folders, "load_vae", lambda folder: vae)
     rows = [{"file_path": f"{i}.png", "text": text} for i, text in enumerate(PROMPTS) if text]
     (tmp_path / "source").mkdir()
     for row in rows:
@@ -427,7 +428,7 @@ REFUSED = [
     ({"text_config": SIZES | ROPE | {"use_sliding_window": True}}, "use_sliding_window is True"),
     ({"text_config": SIZES | ROPE | {"num_key_value_heads": 3}}, "4 heads cannot share 3 keys"),
     ({"text_config": SIZES | ROPE | {"num_attention_heads": 5}}, "does not split into 5 heads"),
-    ({"text_config": SIZES | ROPE | {"num_hidden_layers": 1}}, "want 2 or more"),
+    ({"text_config": SIZES | ROPE | {"num_hidden_layers": 1}}, "use a whole number of 2 or more"),
     ({"text_config": SIZES | ROPE | {"num_hidden_layers": 3}}, "12 tensors that are not Qwen2's"),
     ({"text_config": SIZES | ROPE | {"num_hidden_layers": 6}}, "layers.4.*is missing"),
 ]

@@ -16,11 +16,14 @@ from flax import nnx
 from easyanimate_jax import memory
 from easyanimate_jax.commands import sample
 from easyanimate_jax.data import media
+from easyanimate_jax.diffusion import conditioning
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.generation import request
 from easyanimate_jax.generation.pipelines import LatentDiffusion
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.runs import load
+from easyanimate_jax.runs import sample as samples
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
 FILM = np.random.default_rng(1).integers(0, 256, (9, 24, 40, 3), np.uint8)
@@ -97,13 +100,13 @@ REFUSED = [
     (["run", *X, "--guidance", "nan"], "--guidance nan"),
     (["run", *X, "--guidance", "-1"], "--guidance -1"),
     (["run", *X, "--rescale", "1.5"], "--rescale 1.5"),
-    (["run", *X, "--guided", "0.8", "0.2"], "guided 0.8 to 0.2"),
+    (["run", *X, "--guided", "0.8", "0.2"], "guided is 0.8 to 0.2"),
     (["run", *X, "--guidance-every", "0"], "guidance_every 0"),
-    (["run", *X, "--teacache", "-1"], "teacache -1"),
+    (["run", *X, "--teacache", "-1"], "teacache is -1"),
     (["run", *X, "--teacache", "0.1", "--guidance-every", "2"], "use one"),
     (["run", *X, "--sampler", "ddim"], "Flow has no sampler 'ddim'"),
     (["v5", *X, "--sampler", "adams"], "DDPM has no sampler 'adams'"),
-    (["v5", *X, "--sampler", "euler", "--eta", "1"], "eta 1.0 with 'euler'"),
+    (["v5", *X, "--sampler", "euler", "--eta", "1"], "eta is 1.0 with 'euler'"),
     (["v5", *X, "--sampler", "pndm", "--steps", "3"], "PNDM of 3 steps"),
     (["run", *X, "--seed", "-1"], "--seed -1"),
     (["run", *X, "--seed", str(2**32)], "--seed 4294967296"),
@@ -174,6 +177,38 @@ def test_what_cannot_work_is_refused_in_one_line(run, arguments, message, capfd,
     assert re.search(message, line)
 
 
+WITHOUT_EFFECT = [
+    (["--negative-prompt", "y", "--guidance", "1"], "--negative-prompt has no effect"),
+    (["--picture-noise", "0.5"], "--picture-noise has no effect without --image"),
+    (["--frames", "9", "--segment", "9"], "--segment 9 has no effect on a video of 9 frames"),
+    (["--segment", "9"], "--segment 9 has no effect on a video of 5 frames"),  # the run's
+    (["--batch", "4"], "--batch 4 has no effect without --prompts"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), WITHOUT_EFFECT)
+def test_options_without_effect_are_named_before_the_run_is_loaded(
+    run, arguments, message, capfd, monkeypatch
+):
+    monkeypatch.setattr(load, "load_pipeline", Mock(side_effect=ValueError("the run is loaded")))
+    assert run("run", *X, *arguments) == 2
+    said, loaded = capfd.readouterr().err.splitlines()
+    assert said.startswith(f"sample.py: {message}") and loaded == "sample.py: the run is loaded"
+
+
+def test_options_with_effect_are_not_named(run, capfd, monkeypatch):
+    monkeypatch.setattr(load, "load_pipeline", Mock(side_effect=ValueError("the run is loaded")))
+    (Path("lines.jsonl")).write_text('{"prompt": "x", "negative_prompt": "y", "frames": 13}')
+    many = ("--prompts", "lines.jsonl", "--batch", 4, "--segment", 9)
+    for arguments in (("--prompt", "x", "--image", "start.png", "--picture-noise", 0.5), many):
+        assert run("run", *arguments) == 2
+        assert capfd.readouterr().err == "sample.py: the run is loaded\n"
+
+
+def test_the_default_noise_on_pictures_is_that_of_the_pipelines():
+    assert request.PICTURE_NOISE == conditioning.SAMPLING_NOISE
+
+
 def test_wrong_arguments_are_refused_before_jax_is_imported(run):
     program = (
         "import sys\nfrom easyanimate_jax.commands import sample\n"
@@ -228,11 +263,11 @@ def test_samples_are_numbered_and_can_be_made_again(working, tmp_path, capsys):
     assert working("--prompt", "一个红色的圆", "--output", "out") == 0
     assert capsys.readouterr().out.strip() == "out/00000001.mp4"
     sidecar = json.loads((tmp_path / "out" / "00000001.json").read_text())
-    assert sidecar["step"] == 7 and sidecar["in_channels"] == 33
+    assert sidecar["step"] == 7 and sidecar["training"]["in_channels"] == 33
     assert sidecar["options"]["prompt"] == "一个红色的圆"
     assert sidecar["options"]["frames"] == 5  # the run's own
     with av.open(str(tmp_path / "out" / "00000001.mp4")) as container:
-        assert json.loads(container.metadata["comment"]) == sidecar
+        assert container.metadata["comment"] == f"settings: 00000001.json {sidecar['identity']}"
     assert media.read_image(tmp_path / "out" / "00000001_sheet.png").shape == (16, 5 * 32, 3)
     info = media.probe(tmp_path / "out" / "00000001.mp4")
     assert (info.num_frames, info.height, info.width, info.fps) == (5, 16, 32, 8)
@@ -249,8 +284,7 @@ def test_pictures_begin_and_end_a_video(working, tmp_path):
     assert set(sidecar["files_sha256"]) == {"image", "end-image"}
 
 
-def test_what_programs_take_is_told_before_they_run(working, monkeypatch, caplog):
-    monkeypatch.setattr(memory, "_TOLD", set())
+def test_what_programs_take_is_told_before_they_run(working, caplog):
     assert working("--prompt", "x", "--guidance", 1) == 0
     told = [record.message for record in caplog.records]
     assert [re.sub(r" takes [0-9.]+ GB of .*", "", line) for line in told] == [
@@ -266,7 +300,7 @@ def test_too_little_memory_is_one_line(working, monkeypatch, capsys, tmp_path):
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and "decoding 1 x 5x16x32 takes" in line
     for error in (MemoryError("for an array"), RuntimeError("RESOURCE_EXHAUSTED: 5 GB\nmore")):
-        monkeypatch.setattr(sample, "generate", Mock(side_effect=error))
+        monkeypatch.setattr(samples, "generate", Mock(side_effect=error))
         assert working("--prompt", "x") == 2
         line = capsys.readouterr().err
         assert line.count("\n") == 1 and "too little memory" in line
@@ -312,7 +346,7 @@ def test_a_prompt_file_is_made_line_by_line_and_not_twice(working, tmp_path, cap
 
     (tmp_path / "out" / "00000005.json").unlink()
     assert working(*command) == 0
-    assert capsys.readouterr().out.split() == ["out/00000005.mp4"]
+    assert capsys.readouterr().out.split() == ["out/00000006.mp4"]
     assert working(*command) == 0
     assert capsys.readouterr().out == ""
 
@@ -347,6 +381,8 @@ def test_every_kind_of_request_finds_its_pipeline(run, tmp_path, monkeypatch):
     def note(name):
         def pipeline(diffusion, request, **options):
             seen.append((name, {k for k, v in options.items() if isinstance(v, np.ndarray)}))
+            if "mask" in options:  # what is white is made anew
+                assert options["mask"][..., -4:, 0].all() and not options["mask"][..., :4, 0].any()
             noise = np.random.default_rng(0).integers(0, 256, (*request.shape, 3), np.uint8)
             return np.clip(noise, 100, 120)
 
@@ -387,6 +423,6 @@ def test_a_mesh_makes_the_same_video(working, tmp_path):
 
 
 def test_what_is_visibly_wrong_is_named(working, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "suspicion", lambda frames: "the video is black")
+    monkeypatch.setattr(samples, "suspicion", lambda frames: "the video is black")
     assert working(*X) == 0
     assert "sample.py: the video is black" in capsys.readouterr().err

@@ -183,7 +183,7 @@ def test_strength_keeps_the_last_steps():
         ({"steps": 1001}, "1 to 1000"),
         ({"steps": 10, "strength": 0.05}, "leaves none"),
         ({"strength": 1.5}, "to 1"),
-        ({"sampler": "heun"}, "choose of ddim, euler"),
+        ({"sampler": "heun"}, "use one of ddim, euler"),
         ({"sampler": "euler", "eta": 0.5}, "DDIM's share"),
         ({"eta": 1.5}, "0 to 1"),
         ({"sampler": "pndm", "steps": 3}, "more steps"),

@@ -18,13 +18,12 @@ import pytest
 import tensorflow_datasets
 from PIL import Image
 
-from easyanimate_jax.commands import sources as command
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.loader import Loader
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import LatentSet, Records
-from easyanimate_jax.data.sources import read, tfds
+from easyanimate_jax.data.sources import read, report, tfds
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.prepare.prepare import prepare
 
@@ -229,7 +228,7 @@ def test_other_data_sets_of_pictures_read_by_their_features(tmp_path):
 
 def test_the_command_shows_sizes_durations_and_problems(folder):
     describe(folder, ("a.mp4", "red", "video"), ("b.png", "blue"), ("c.mp4", "page", "video"))
-    shown = command.describe(str(folder))
+    shown = report.describe(str(folder))
     for part in ("2 clips, 2 captions", "32x48", "last 0.6", "1 problems", "row 2: 'c.mp4'"):
         assert part in shown
 

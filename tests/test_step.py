@@ -3,6 +3,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -167,6 +168,51 @@ def test_a_batch_that_is_not_finite_or_all_outliers_changes_no_weight(value, whe
     state, _ = steps(ONE, batch, count=1)
     jax.tree.map(np.testing.assert_array_equal, state.model, start(OPTIMIZER).model)
     assert (int(state.step), int(state.skipped)) == (1, 1)
+
+
+class Unnoised:
+    """A process of which the model sees the latents themselves, and is to predict zeros."""
+
+    def sample_time(self, key, shape):
+        return jnp.ones(shape)
+
+    def add_noise(self, clean, noise, time):
+        return clean
+
+    def target(self, clean, noise, time):
+        return jnp.zeros_like(clean)
+
+    def weight(self, time):
+        return jnp.ones_like(time)
+
+
+class Gain(MMDiT):
+    """A model of one weight, which its tokens are multiplied by."""
+
+    def __init__(self, gain: float):
+        self.gain = nnx.Param(jnp.float32(gain))
+
+    def __call__(self, tokens, *_):
+        return self.gain[...] * tokens
+
+
+def test_latents_have_the_deviation_of_their_posterior():
+    batch = jax.tree.map(lambda x: x[0], make_batch(1, 4, lengths=(24,)))
+    batch = batch._replace(mean=0 * batch.mean, logvar=0 * batch.logvar + np.float32(np.log(0.04)))
+    drawn = jnp.arange(4), jax.random.key(0)
+    loss = denoising_loss(Gain(1), batch, jnp.ones(4), *drawn, process=Unnoised())
+    assert abs(loss / 4 - 0.04) < 0.003  # the mean of 6,144 squares
+
+
+def test_the_average_follows_the_weights_after_the_update():
+    state = init_state(lambda _: Gain(1), optax.identity(), jax.random.key(0))
+    state = state._replace(ema=Gain(0))
+    settings = {"optimizer": optax.identity(), "process": Unnoised(), "ema_decay": 0.9}
+    batch = jax.tree.map(jnp.asarray, make_batch(1, 4))
+    state, _ = train_step(state, batch, jax.random.key(7), jnp.float32(0.1), **settings)
+    (gain,), (average,) = (jax.tree.leaves(model) for model in (state.model, state.ema))
+    assert abs(gain - 1) > 0.1
+    np.testing.assert_allclose(average, 0.9 * gain, rtol=1e-6)  # the first step's decay is 1 / 10
 
 
 def test_a_widened_state_goes_on_with_zero_weights_for_the_new_channels(one_device):

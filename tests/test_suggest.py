@@ -10,6 +10,8 @@ import pytest
 
 from configs.v5_12b import config as v5_12b
 from easyanimate_jax.commands import aot as command
+from easyanimate_jax.commands.parse import load_config
+from easyanimate_jax.pods import stages
 from easyanimate_jax.pods.chips import CHIPS
 from easyanimate_jax.pods.compile import StageReport
 from easyanimate_jax.pods.report import page, table
@@ -79,7 +81,7 @@ def test_changes_lead_from_what_does_not_fit_to_what_was_compiled():
     assert seconds == sorted(seconds)
     for change in changes:
         assert change.peak_bytes_per_chip <= V6E.memory
-        config = load("configs/v5_12b.py", shlex.split(change.overrides))
+        config = load_config("configs/v5_12b.py", shlex.split(change.overrides))
         stage = next(s for s in config.stages if s.name == STAGE.name)
         mesh = config.mesh if "--mesh" in change.overrides else now.mesh
         assert (dataclasses.replace(config, mesh=mesh).model, mesh, stage.microbatch) in [
@@ -105,13 +107,13 @@ def test_the_fastest_that_fits_becomes_a_config(tmp_path):
 def test_the_command_searches_where_a_stage_does_not_fit(tmp_path, monkeypatch, capsys):
     refused = report(2 * V6E.memory, None)
     device = SimpleNamespace(device_kind=V6E.device_kind)
-    monkeypatch.setattr(command, "topology_devices", lambda *_: [device])
+    monkeypatch.setattr(stages, "topology_devices", lambda *_: [device])
 
     def compiled(config, stage, *_, **__):
         given = config == v5_12b and stage == STAGE
         return (refused if given else of_choice(config, stage)), ""
 
-    monkeypatch.setattr(command, "compile_step", compiled)
+    monkeypatch.setattr(stages, "compile_step", compiled)
     figures, found = tmp_path / "figures.json", tmp_path / "found.py"
     words = ["configs/v5_12b.py", "--topology", "v6e:16x16", "--stage", STAGE.name]
     words += ["--json", str(figures)]

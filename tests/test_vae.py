@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from arrays import flat_weights
 from flax import nnx
 
 from easyanimate_jax.facts import LATENT_CHANNELS
@@ -14,7 +15,7 @@ from easyanimate_jax.models import vae as vae_module
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.weights.folder import load_vae
 from easyanimate_jax.weights.lazy import Tensor
-from easyanimate_jax.weights.module import abstract, build, flat_weights, save_module, shapes_of
+from easyanimate_jax.weights.module import abstract, build, save_module, shapes_of
 from easyanimate_jax.weights.table import their_shape, to_ours
 from easyanimate_jax.weights.vae_table import table
 

@@ -20,10 +20,10 @@ from demos.world import (
     caption,
     depth,
     durations,
+    every_prompt,
     held_out,
     pose,
     prompts,
-    read_prompts,
     render,
     write_world,
 )
@@ -35,6 +35,13 @@ def world(tmp_path_factory):
     out = tmp_path_factory.mktemp("world")
     write_world(out, WorldConfig(images=6, clips=60, large_clips=4, heldout=12))
     return out
+
+
+def read_prompts(folder):
+    """The files of a world's folder with what they show."""
+    rows = json.loads((folder / "metadata.json").read_text("utf-8"))
+    known = {p.en: p for p in every_prompt()}
+    return [(folder / row["file_path"], known[row["text"]]) for row in rows[::2]]
 
 
 def test_captions_name_every_attribute_in_both_languages():

@@ -1,9 +1,9 @@
-"""Compiles the 12B stages for pods that are not there, and writes the tables of docs/pods.md.
+"""Compile the 12B stages for pods that are absent, and write the tables of docs/pods.md.
 
-`python benchmarks/pods/tables.py` compiles what has no figures of the present code and config under
-benchmarks/results/pods, one after the other, and writes the tables after each: it may be stopped
-and started again. `--only-tables` compiles nothing; names of figures as arguments compile those
-alone. A stage takes 5 to 11 minutes of one core and 3 GB.
+`python benchmarks/pods/tables.py` compiles, one after the other, all stages without figures of the
+current code and config under benchmarks/results/pods. It writes the tables after each stage, so you
+may stop and restart it. `--only-tables` compiles nothing. Names of figures as arguments compile
+only those. A stage takes 5 to 11 minutes on one core and 3 GB.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: what is here does not matter
+os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: no local device is used
 import jax
 
+from easyanimate_jax.commands.parse import load_config
 from easyanimate_jax.pods.compile import longest, pod_mesh
 from easyanimate_jax.pods.report import markdown
-from easyanimate_jax.runs.config import load
 from easyanimate_jax.training.compile import StageReport, describe_stage, trace_stage
 from easyanimate_jax.training.program import COMPILER_OPTIONS
 
@@ -30,16 +30,16 @@ RESULTS = Path("benchmarks/results/pods")
 PAGE = Path("docs/pods.md")
 V5, CONTROL = "configs/v5_12b.py", "configs/v5_12b_control.py"
 WIDE = "configs/tpu_12b.py"
-STAGES = {  # name in a figure's: config, stage
+STAGES = {  # part of a figure's name: config, stage
     **{s: (V5, s) for s in ("image", "3328_t2v", "13312_t2v", "13312_i2v", "53248_i2v")},
     **{s: (CONTROL, s) for s in ("13312_control", "53248_control")},
     **{f"tpu_{s}": (WIDE, s) for s in ("image", "3328_t2v", "13312_t2v", "13312_i2v", "53248_i2v")},
 }
-# Rows of 53248 are few: more chips to each.
+# A batch of 53248 has few rows, so each row uses more chips.
 LONG = ("--mesh.fsdp", "32", "--mesh.context", "16")
-# For chips with 32 GB in a torus of 16x16, whose two directions are fsdp and context.
+# For chips with 32 GB in a 16x16 torus: its two axes are fsdp and context.
 LEAN = ("--mesh.fsdp", "16", "--mesh.context", "16", "--model.save", "attention")
-PODS = {  # name in a figure's: topology, overrides at a token length
+PODS = {  # part of a figure's name: topology, overrides per token length
     "v5p-128": ("v5p:4x4x8", lambda tokens: ()),
     "v5p-512": ("v5p:8x8x8", lambda tokens: LONG if tokens > 13312 else ()),
     "v6e-256": ("v6e:16x16", lambda tokens: LEAN),
@@ -62,13 +62,13 @@ BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 
 @cache
 def fingerprint(name: str) -> str:
-    """Of the traced step, its placement and the compiler: figures with another one are stale.
+    """Return a hash of the traced step, its placement and the compiler; other figures are stale.
 
-    Left out are addresses, and the names of functions that choose what is kept: what they chose is
-    in the program.
+    The hash excludes addresses, and the names of functions that choose which activations to save:
+    their choice is part of the program.
     """
     path, topology, stage, overrides = RUNS[name]
-    config = load(path, overrides)
+    config = load_config(path, overrides)
     stage = next(s for s in config.stages if s.name == stage)
     mesh, chip = pod_mesh(config, topology)
     with jax.set_mesh(mesh):
@@ -83,12 +83,13 @@ def fingerprint(name: str) -> str:
 
 
 def read(name: str) -> dict | None:
+    """Return the figures of a name, or None without a file."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text("utf-8")) if path.is_file() else None
 
 
 def compile_run(name: str) -> None:
-    """Compile, and write the figures with the command and what they were made of."""
+    """Compile, and write the figures with their command and fingerprint."""
     config, topology, stage, overrides = RUNS[name]
     path, made_of = RESULTS / f"{name}.json", fingerprint(name)
     new = path.with_suffix(".new")
@@ -96,7 +97,7 @@ def compile_run(name: str) -> None:
     command = [*command, *overrides]
     print(f"python {' '.join(command)}", flush=True)
     code = subprocess.run([sys.executable, *command, "--json", str(new)]).returncode
-    if code not in (0, 1):  # 1: a stage that does not fit, which is a result
+    if code not in (0, 1):  # 1 is a result too: the stage does not fit
         sys.exit(code)
     figures = {"command": f"python {' '.join(command)}", "made_of": made_of}
     path.write_text(json.dumps(figures | json.loads(new.read_text()), indent=1), "utf-8")
@@ -104,7 +105,7 @@ def compile_run(name: str) -> None:
 
 
 def tables() -> str:
-    """One Markdown table of every figure that is there; a star marks those of earlier code."""
+    """Return one Markdown table of all figures; a star marks those of earlier code."""
     reports = []
     for name in RUNS:
         figures = read(name)
@@ -118,6 +119,7 @@ def tables() -> str:
 
 
 def main(arguments: list[str]) -> None:
+    """Compile the stale figures, and write the tables."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     stale = [n for n in RUNS if (read(n) or {}).get("made_of") != fingerprint(n)]
     chosen = [] if arguments == ["--only-tables"] else arguments or stale

@@ -1,16 +1,16 @@
-"""Kills, restarts and bit flips in numbers: does every run end as the run without faults?
+"""Kill, restart and flip bits many times: does every run end like the run without faults?
 
     python benchmarks/reliability/chaos.py kills [--minutes 60] [--goal 1000]
     python benchmarks/reliability/chaos.py elastic [--minutes 30] [--goal 50]
     python benchmarks/reliability/chaos.py flips [--minutes 10] [--goal 10000]
 
-`kills` trains a tiny schedule on two and four processes in turn and kills one of them, or
-all, at random times: while they start, make steps, write or delete checkpoints. A run that is
-through is compared with one that nobody disturbed, in the bits of its last checkpoint, in every
-step's loss and in the records of every batch. `elastic` stops a run again and again and goes on
-with other numbers of processes and devices. `flips` changes one bit of a checkpoint at a time. All
-add to what is in runs/chaos, so calls can be repeated until the goal is reached, and write the
-results here.
+`kills` trains a tiny schedule on two and four processes in turn. It kills one process or all of
+them at random times: during start, steps, or the writing or deletion of checkpoints. A finished run
+is compared with an undisturbed one: the bits of the last checkpoint, the loss of each step, and the
+records of each batch. `elastic` stops a run repeatedly and resumes it with other numbers of
+processes and devices. `flips` changes one bit of a checkpoint at a time. All three add to
+runs/chaos, so you can repeat a call until the goal is reached, and write
+benchmarks/reliability/results.
 """
 
 import argparse
@@ -24,6 +24,8 @@ import statistics
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -42,12 +44,12 @@ from tiny import (
     write_results,
 )
 
-EARLY = 0.25  # the share of kills that strike while the ranks still start
-ALL = 0.2  # the share that strikes all ranks at once
+EARLY = 0.25  # share of the kills during the start of the ranks
+ALL = 0.2  # share of the kills that hit all ranks at once
 
 
 class Log:
-    """A list of dicts in a file, which outlives this process."""
+    """A list of dicts in a file, which survives this process."""
 
     def __init__(self, name: str):
         FOLDER.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,7 @@ class Log:
 def kills(minutes: float, goal: int) -> None:
     log, deadline = Log("kills"), time.monotonic() + 60 * minutes
     while len(log.of("kill")) < goal and time.monotonic() < deadline:
-        ranks = (2, 4)[len(log.of("end")) % 2]  # three do not divide the model's width
+        ranks = (2, 4)[len(log.of("end")) % 2]  # 3 does not divide the model's width
         run, undisturbed = f"killed{ranks}", reference(f"whole{ranks}", ranks)
         process = supervise(run, ranks)
         strike(process, run, ranks, log, goal, deadline)
@@ -92,7 +94,7 @@ def kills(minutes: float, goal: int) -> None:
 
 
 def strike(process, run: str, ranks: int, log: Log, goal: int, deadline: float) -> None:
-    """Kill ranks of a run until it ends, or it is time to let it end."""
+    """Kill ranks of a run until it ends, or until the time is over."""
     furthest, last, start, pids = -1, None, 20.0, set()
     while pids := await_ranks(process, ranks, pids):
         early = random.random() < EARLY and not (last and last["early"])
@@ -111,13 +113,13 @@ def strike(process, run: str, ranks: int, log: Log, goal: int, deadline: float) 
         victims = pids if random.random() < ALL else {random.choice(sorted(pids))}
         seen = {"doing": doing(run, now), "load": os.getloadavg()[0], "victims": len(victims)}
         if process.poll() is not None or not kill(victims):
-            continue  # the run has ended meanwhile
+            continue  # the run has just ended
         last = log.add(what="kill", killed=time.time(), early=early, ranks=ranks, **seen)
         furthest = max([furthest, *(beat["step"] for beat in now)])
 
 
 def kill(pids: set[int]) -> bool:
-    """SIGKILL to all. False if one has ended by itself."""
+    """Send SIGKILL to all; return False if one has already ended."""
     try:
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -127,7 +129,7 @@ def kill(pids: set[int]) -> bool:
 
 
 def await_ranks(process: subprocess.Popen, ranks: int, before: set[int]) -> set[int]:
-    """The process ids of the ranks, when all of them are new; empty if the supervisor has ended."""
+    """Return the process ids of the ranks once all are new; empty if the supervisor has ended."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     while process.poll() is None:
         try:
@@ -141,9 +143,10 @@ def await_ranks(process: subprocess.Popen, ranks: int, before: set[int]) -> set[
 
 
 def await_steps(process: subprocess.Popen, run: str, ranks: int, furthest: int) -> float | None:
-    """The time at which all ranks make steps, waiting on until they get beyond step `furthest`.
+    """Wait until a step after `furthest`; return the time when all ranks began to run steps.
 
-    The supervisor gives up where three restarts in a row do not.
+    The wait also ends if the supervisor ends: it gives up after three restarts in a row that do
+    not get further. Return None if the ranks never ran steps.
     """
     recovered = None
     while process.poll() is None:
@@ -157,7 +160,7 @@ def await_steps(process: subprocess.Popen, run: str, ranks: int, furthest: int) 
 
 
 def doing(run: str, now: list[dict]) -> str:
-    """What a run does at this moment."""
+    """Return the current activity of a run."""
     folder = FOLDER / run / "checkpoints"
     if any(folder.glob("*.deleting")):
         return "deleting a checkpoint"
@@ -204,7 +207,7 @@ def elastic(minutes: float, goal: int) -> None:
         else:
             compare(run, fixed, log)
         report_elastic(log)
-    if (FOLDER / run).is_dir():  # to its end, on what it began with
+    if (FOLDER / run).is_dir():  # finish it on its first mesh
         if supervise(run, 1, data="mixed").wait() != 0:
             raise SystemExit(f"see {FOLDER / run}.log")
         compare(run, fixed, log)
@@ -212,7 +215,7 @@ def elastic(minutes: float, goal: int) -> None:
 
 
 def other_shape(done: list[dict]) -> tuple[int, int]:
-    """Processes, and devices of each: first every shape once, then large ones, slow here, less."""
+    """Return (processes, devices per process): each shape once, then fewer large, slow ones."""
     shapes = list(itertools.product((1, 2, 4), (1, 2, 4, 8)))
     seen = {(row["ranks"], row["devices"]) for row in done}
     new = [shape for shape in shapes if shape not in seen]
@@ -221,7 +224,7 @@ def other_shape(done: list[dict]) -> tuple[int, int]:
 
 
 def go_a_little(run: str, ranks: int, devices: int) -> int:
-    """Some steps of a run, then SIGTERM. Its exit code: 42, or 0 if it came to its end."""
+    """Run some steps, then send SIGTERM; return the exit code: 42, or 0 if the run has ended."""
     process, first, more = supervise(run, ranks, devices, "mixed"), None, random.randint(2, 7)
     while process.poll() is None:
         now = beats(run, ranks)
@@ -264,63 +267,24 @@ def report_elastic(log: Log) -> None:
 
 
 def flips(minutes: float, goal: int) -> None:
-    """One bit at a time, in checkpoints of three layouts with three types of numbers."""
+    """Flip one bit at a time, in checkpoints of three layouts with three dtypes."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    from easyanimate_jax.sharding import MeshConfig, make_mesh
-    from easyanimate_jax.training.checkpoint import Checkpoints, damage
-    from easyanimate_jax.training.step import TrainState
-    from easyanimate_jax.weights import orbax_item
+    from easyanimate_jax.training.checkpoint import damage
 
     rng = np.random.default_rng(time.time_ns() % 2**32)
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    layouts = {"whole": (), "rows": ("fsdp",), "tiles": ("fsdp", "tensor")}
-    mesh = make_mesh(MeshConfig(1, 2, 1, 2))
-    values = rng.standard_normal((64, 64))
-    paths, truth = {}, {}
-    for name, spec in layouts.items():
-        place = NamedSharding(mesh, PartitionSpec(*spec))
-        model = {
-            kind: jax.device_put(jnp.asarray(1000 * values, kind), place)
-            for kind in ("float32", "bfloat16", "int32")
-        }
-        shutil.rmtree(FOLDER / name, ignore_errors=True)
-        whole = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
-        checkpoints = Checkpoints(FOLDER / name, keep=2)
-        checkpoints.save(1, TrainState(whole, whole, model, model, ()), {"step": 1})
-        checkpoints.close(1)
-        paths[name], truth[name] = FOLDER / name / "1", {k: np.asarray(v) for k, v in model.items()}
-
+    saved = save_layouts(rng)
     file = FOLDER / "flips.json"
     counts = json.loads(file.read_text()) if file.is_file() else {}
     counts = {"flips": 0, "detected": 0, "harmless": 0, "silent": 0} | counts
-    names = list(layouts)
     deadline = time.monotonic() + 60 * minutes
     while counts["flips"] < goal and time.monotonic() < deadline:
-        layout = names[counts["flips"] % 3]
-        files = [p for p in sorted(paths[layout].rglob("*")) if p.is_file() and p.stat().st_size]
-        sizes = np.array([p.stat().st_size for p in files], float)
-        victim = files[rng.choice(len(files), p=sizes / sizes.sum())]
-        before = victim.read_bytes()
-        data = bytearray(before)
-        data[rng.integers(len(data))] ^= 1 << rng.integers(8)
-        victim.write_bytes(data)
-        if damage(paths[layout]):
-            counts["detected"] += 1
-        else:
-            same = all(
-                np.array_equal(orbax_item.tensor(paths[layout] / "ema", k).read(), v)
-                and np.array_equal(
-                    orbax_item.tensor(paths[layout] / "state", f"model.{k}").read(), v
-                )
-                for k, v in truth[layout].items()
-            )
-            counts["harmless" if same else "silent"] += 1
-        victim.write_bytes(before)
+        path, truth = saved[counts["flips"] % len(saved)]
+        with one_bit_flipped(path, rng):
+            if damage(path):
+                counts["detected"] += 1
+            else:
+                counts["harmless" if reads_as(path, truth) else "silent"] += 1
         counts["flips"] += 1
         if counts["flips"] % 100 == 0:
             file.write_text(json.dumps(counts))
@@ -332,6 +296,59 @@ def flips(minutes: float, goal: int) -> None:
         "three layouts (whole, rows over 2, tiles over 2 x 2 devices), float32, bfloat16 and int32",
     ]
     write_results("flips", "python benchmarks/reliability/chaos.py flips", lines)
+
+
+def save_layouts(rng: np.random.Generator) -> list[tuple[Path, dict[str, np.ndarray]]]:
+    """Return one checkpoint of each layout, with the values that it holds."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    from easyanimate_jax.sharding import MeshConfig, make_mesh
+    from easyanimate_jax.training.checkpoint import Checkpoints
+    from easyanimate_jax.training.step import TrainState
+
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    mesh = make_mesh(MeshConfig(1, 2, 1, 2))
+    values, saved = rng.standard_normal((64, 64)), []
+    for name, spec in {"whole": (), "rows": ("fsdp",), "tiles": ("fsdp", "tensor")}.items():
+        place = NamedSharding(mesh, PartitionSpec(*spec))
+        model = {
+            kind: jax.device_put(jnp.asarray(1000 * values, kind), place)
+            for kind in ("float32", "bfloat16", "int32")
+        }
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
+        whole = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
+        checkpoints = Checkpoints(FOLDER / name, keep=2)
+        checkpoints.save(1, TrainState(whole, whole, model, model, ()), {"step": 1})
+        checkpoints.close(1)
+        saved.append((FOLDER / name / "1", {k: np.asarray(v) for k, v in model.items()}))
+    return saved
+
+
+@contextmanager
+def one_bit_flipped(folder: Path, rng: np.random.Generator) -> Iterator[None]:
+    """Flip a random bit of a random file; restore the file at the end."""
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.stat().st_size]
+    sizes = np.array([p.stat().st_size for p in files], float)
+    victim = files[rng.choice(len(files), p=sizes / sizes.sum())]
+    before = victim.read_bytes()
+    data = bytearray(before)
+    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    victim.write_bytes(data)
+    yield
+    victim.write_bytes(before)
+
+
+def reads_as(checkpoint: Path, truth: dict[str, np.ndarray]) -> bool:
+    """Return True if a checkpoint's weights and their average still have these values."""
+    from easyanimate_jax.weights import orbax_item
+
+    return all(
+        np.array_equal(orbax_item.tensor(checkpoint / "ema", name).read(), value)
+        and np.array_equal(orbax_item.tensor(checkpoint / "state", f"model.{name}").read(), value)
+        for name, value in truth.items()
+    )
 
 
 def main() -> None:

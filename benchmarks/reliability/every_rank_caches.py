@@ -1,9 +1,9 @@
-"""Lets every process write JAX's compilation cache; as a script, around another one.
+"""Let every process write JAX's compilation cache; as a script, run another script with it.
 
     python benchmarks/reliability/every_rank_caches.py SCRIPT ARGUMENTS...
 
-JAX lets process 0 alone write it, and processes on CPUs have keys of their own: at every start, all
-others would compile anew.
+In JAX only process 0 writes the cache, but each process on CPUs has its own keys. So at every start
+all other processes would compile again.
 """
 
 import runpy

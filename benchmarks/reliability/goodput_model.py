@@ -1,12 +1,12 @@
-"""Goodput that is to be expected of a pod: a model, fed by a save stall and a time to recover.
+"""Model the goodput of a pod from the stall of a save and the time to recover.
 
     python benchmarks/reliability/goodput_model.py [--stall 0.1 --recovery 20]
 
-Faults come at random, one in 51,000 chip-hours: 419 unexpected interruptions in 54 days on 16,384
-chips (Llama 3, arXiv 2407.21783, table 5). Checkpoints are made as often as is best (Young 1974):
-every sqrt(2 x stall x time between faults) seconds. A fault costs half of that, and the recovery.
-Beside what was measured stands a budget: 1 s of stall; 10 s to notice, 60 s to start again, 60 s to
-restore.
+Faults are random, one in 51,000 chip-hours: 419 unexpected interruptions in 54 days on 16,384 chips
+(Llama 3, arXiv 2407.21783, table 5). The interval between checkpoints is the optimum of Young
+(1974): sqrt(2 x stall x time between faults) seconds. A fault costs half an interval and the
+recovery. The result compares measured values with a budget: 1 s of stall; 10 s to notice, 60 s to
+start again, 60 s to restore.
 """
 
 import argparse
@@ -19,16 +19,17 @@ BUDGET = 1.0, 130.0  # seconds of stall, seconds to recover
 
 
 def goodput(chips: int, stall: float, recovery: float) -> tuple[float, float, float]:
-    """(share of time in new steps, seconds between faults, seconds between checkpoints)."""
+    """Return (share of time in new steps, seconds between faults, seconds between checkpoints)."""
     between = CHIP_HOURS * 3600 / chips
     interval = math.sqrt(2 * stall * between)
     return 1 - stall / interval - (interval / 2 + recovery) / between, between, interval
 
 
 def main() -> None:
+    """Write the table of the model."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stall", type=float, help="seconds that a save stops steps, measured")
-    parser.add_argument("--recovery", type=float, help="seconds from fault to steps, measured")
+    parser.add_argument("--stall", type=float, help="measured seconds that a save stops the steps")
+    parser.add_argument("--recovery", type=float, help="measured seconds from fault to steps")
     a = parser.parse_args()
     inputs = {"a budget": BUDGET}
     if a.stall and a.recovery:

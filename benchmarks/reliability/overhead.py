@@ -1,12 +1,13 @@
-"""What the safeguards cost, as a share of the demo's step, measured in alternation in one process.
+"""Measure the cost of the safeguards as a share of the demo's step, alternating in one process.
 
     python benchmarks/reliability/overhead.py
 
-* guarded: the demo's train step with the finite check, under a monitor whose thread watches, beats
-  and writes goodput, with the loop's calls to it, to the divergence detector and to the checkpoints
-* bare: the same program with the check folded away, and nothing around it
-* fingerprints: once in `save_every` steps of the demo
-* save stall: what `save` keeps the loop waiting, fingerprints included
+* guarded: the demo's train step with the finite check, and with the loop's calls to the monitor,
+  the divergence detector and the checkpoints; the monitor's thread watches, beats and writes
+  goodput
+* bare: the same program without the check and without these calls
+* fingerprints: computed once in `save_every` steps of the demo
+* save stall: the time that the loop waits for `save`, fingerprints included
 """
 
 import os
@@ -43,6 +44,7 @@ ROWS, LENGTH = 16, 48  # the demo's longest stage
 
 
 def make_batch(config) -> Batch:
+    """Return a batch of random numbers."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.standard_normal((1, ROWS, *shape)).astype(np.float32)  # noqa: E731
     return Batch(
@@ -57,7 +59,7 @@ def make_batch(config) -> Batch:
 
 
 class Guards:
-    """What stands around a step: monitor, detector and checkpoints, as the trainer's loop calls."""
+    """The safeguards around a step: monitor, detector and checkpoints, called as by the trainer."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -85,7 +87,7 @@ def seconds(call: Callable) -> float:
 
 
 def programs(config):
-    """(the checked step, the one without the check, the state): each step a function of nothing."""
+    """Return (checked step, step without the check, state); the steps take no arguments."""
     optimizer = make_optimizer(config.optimizer)
     model = lambda key: MMDiT(config.model, rngs=nnx.Rngs(params=key))  # noqa: E731
     state = jax.jit(lambda key: init_state(model, optimizer, key))(jax.random.key(0))
@@ -100,7 +102,7 @@ def programs(config):
 
 
 def alternate(guards: Guards, checked: Callable, unchecked: Callable):
-    """(seconds of the bare rounds, those of the guarded ones over them)."""
+    """Return (seconds of the bare rounds, ratios of the guarded to the bare rounds)."""
 
     def bare() -> None:
         for _ in range(STEPS):
@@ -122,14 +124,14 @@ def alternate(guards: Guards, checked: Callable, unchecked: Callable):
 
 
 def calls_alone(guards: Guards, count: int = 2000) -> float:
-    """Seconds a step of the loop's calls to the guards."""
+    """Return the seconds per step of the loop's calls to the guards."""
     with guards:
         total = seconds(lambda: [guards.around(n, lambda: None) for n in range(count)] and ())
     return total / count
 
 
 def save_stall(checkpoints: Checkpoints, state) -> float:
-    """Seconds that the loop waits for a save."""
+    """Return the seconds that the loop waits for a save."""
     stalls = []
     for number in range(1, 5):
         stalls.append(seconds(lambda n=number: checkpoints.save(n, state, {"step": n})))
@@ -138,6 +140,7 @@ def save_stall(checkpoints: Checkpoints, state) -> float:
 
 
 def main() -> None:
+    """Measure all costs, and write the result."""
     config = load("configs/demo.py")
     checked, unchecked, state = programs(config)
     named = named_leaves(state)
@@ -172,7 +175,7 @@ def main() -> None:
 
 
 def bootstrap(ratios: list[float]) -> np.ndarray:
-    """Medians of resampled ratios."""
+    """Return the medians of resampled ratios."""
     rng = np.random.default_rng(0)
     return np.median(rng.choice(ratios, (1000, len(ratios))), axis=1)
 

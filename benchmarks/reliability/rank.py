@@ -1,10 +1,10 @@
-"""train.py, watched: what each process trained on is written down, and its programs are kept.
+"""Run train.py, and record what each process trained on; its compiled programs are cached.
 
     python benchmarks/reliability/rank.py CONFIG
 
-RUN/used-RANK.jsonl gets, for every step, the rows that this process's devices held and the records
-in them, read off the arrays that go into the step (`tiny.write_latents` puts a record's number into
-its first token).
+For each step, RUN/used-RANK.jsonl gets the rows on this process's devices and their records. They
+are read from the arrays of the step: `tiny.write_latents` puts the number of a record into its
+first token.
 """
 
 import json
@@ -26,7 +26,7 @@ START = os.environ.get("JAX_COORDINATOR_ADDRESS", str(os.getpid()))  # the same 
 
 def watched_update(run, where, length, batch, waited, state):
     rows, stage = {}, where.stage
-    count = len(run.loaders[stage.name].records)  # by which the numbers in the tokens are divided
+    count = len(run.loaders[stage.name].records)  # the numbers in the tokens are divided by it
     for shard in loop.place(batch, run.mesh).mean.addressable_shards:
         numbers = np.asarray(shard.data)[0, :, 0, 0] * count
         first = shard.index[1].start or 0
@@ -34,10 +34,10 @@ def watched_update(run, where, length, batch, waited, state):
     line = {"time": time.time(), "start": START, "step": where.made, "length": length}
     line["records"] = {row: record for row, record in rows.items() if row < stage.batch_size}
     with (Path(run.config.run) / f"used-{RANK}.jsonl").open("a") as file:
-        file.write("\n" + json.dumps(line))  # a line that a kill cut short ends here
+        file.write("\n" + json.dumps(line))  # a first newline ends a line that a kill truncated
     return update(run, where, length, batch, waited, state)
 
 
 if __name__ == "__main__":
     loop.Run.update = watched_update
-    train.run(sys.argv[1:])
+    sys.exit(train.main(sys.argv[1:]))

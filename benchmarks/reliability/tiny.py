@@ -1,4 +1,4 @@
-"""The tiny run that the long reliability tests start and compare: data, config, deeds."""
+"""The tiny run of the long reliability tests: its data, its config, and comparisons of runs."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parent.parent.parent
-sys.path += [str(ROOT), str(ROOT / "tests")]  # for the configs, and the flags
+sys.path += [str(ROOT), str(ROOT / "tests")]  # for configs/ and tests/fast_compiles.py
 from fast_compiles import FAST_COMPILES  # noqa: E402
 
 FOLDER = ROOT / "runs" / "chaos"
@@ -34,7 +34,7 @@ config = replace(
     sets=(LatentSet("{data}", Budget({lengths}[-1], {lengths}, (64,), 1)),),
     stages=(Stage("only", "{data}", batch_size=4, steps={steps}, learning_rate=1e-3, warmup=1),),
     model=replace(demo.model, depth=1, mmdit_depth=1, heads=2, head_width=16, text_widths=(8, 12)),
-    optimizer=replace(demo.optimizer, matrices="adam"),  # which compiles faster
+    optimizer=replace(demo.optimizer, matrices="adam"),  # it compiles faster
     samples=SampleConfig(),
     save_every={save_every},
     log_every=100,
@@ -43,7 +43,7 @@ config = replace(
 
 
 def write_latents() -> None:
-    """Random numbers in the form of prepared latents; a record's number begins its first token."""
+    """Write random prepared latents; the first token of a record holds its number."""
     from easyanimate_jax.data.records import INDEX_TYPES, Writer, write_texts
 
     rng = np.random.default_rng(0)
@@ -67,7 +67,7 @@ def write_latents() -> None:
 
 
 def supervise(run: str, ranks: int, devices: int = 1, data: str = "image") -> subprocess.Popen:
-    """A run under the supervisor, on CPUs, `devices` of them a rank."""
+    """Start a run under the supervisor on CPUs, with `devices` devices per rank."""
     config = FOLDER / f"{run}.py"
     settings = {"folder": FOLDER, "run": run, "steps": STEPS, "save_every": SAVE_EVERY}
     config.write_text(CONFIG.format(**settings, data=data, lengths=LENGTHS[data]))
@@ -95,14 +95,14 @@ def finished(run: str) -> bool:
 
 
 def reference(run: str, ranks: int, data: str = "image") -> str:
-    """The name of a run that nobody disturbs; made once."""
+    """Return the name of an undisturbed run; train it once."""
     if not finished(run) and supervise(run, ranks, data=data).wait() != 0:
         raise SystemExit(f"the run without faults failed; see {FOLDER / run}.log")
     return run
 
 
 def beats(run: str, ranks: int) -> list[dict]:
-    """The heartbeats of all ranks, or none if one is missing."""
+    """Return the heartbeats of all ranks, or an empty list if one is missing."""
     try:
         files = [FOLDER / f"heartbeats-{run}" / f"{rank}.json" for rank in range(ranks)]
         return [json.loads(file.read_text()) for file in files]
@@ -111,12 +111,12 @@ def beats(run: str, ranks: int) -> list[dict]:
 
 
 def stepping(now: list[dict]) -> bool:
-    """Whether all ranks are past their start."""
+    """Return True if all ranks have passed their start."""
     return bool(now) and all(beat["section"] in ("step", "rework", "data", "save") for beat in now)
 
 
 def fingerprints(run: str) -> dict:
-    """Of the last checkpoint, whose files are read and hold them."""
+    """Return the fingerprints of the last checkpoint, after a check of its files."""
     from easyanimate_jax.training.checkpoint import damage
     from easyanimate_jax.weights.run_folder import read_step_meta
 
@@ -128,7 +128,7 @@ def fingerprints(run: str) -> dict:
 
 
 def losses(run: str) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step. Raises if a step is missing or there twice."""
+    """Return (loss, gradient norm) of each step. Exit if a step is missing or repeated."""
     lines = (FOLDER / run / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     if [row["step"] for row in rows] != list(range(STEPS)):
@@ -137,9 +137,9 @@ def losses(run: str) -> list[tuple[float, float]]:
 
 
 def samples_not_as_planned(run: str) -> int:
-    """Steps whose rows held other records than the plan's, lost some, or held some twice.
+    """Return the number of steps whose records differ from the plan's, are lost or are repeated.
 
-    Of every step the last time it was made counts: what came before was thrown away with a kill.
+    Only the last run of each step counts: a kill discards the earlier ones.
     """
     from easyanimate_jax.data.plan.plan import Plan
     from easyanimate_jax.data.records import Records
@@ -171,7 +171,7 @@ def samples_not_as_planned(run: str) -> int:
         records = [rows.get(row) for row in range(stage.batch_size)]
         wrong += (length, records) != (plan(step)[0], plan(step)[1].tolist())
         seen[length] += records
-    for numbers in seen.values():  # in every whole epoch each record of the bucket once
+    for numbers in seen.values():  # a whole epoch holds each record of the bucket once
         size = RECORDS // len(seen)
         epochs = [numbers[i : i + size] for i in range(0, len(numbers) - size + 1, size)]
         wrong += sum(len(set(epoch)) < size for epoch in epochs)

@@ -1,4 +1,4 @@
-"""Both sides of a comparison, each in its own process, rounds alternating."""
+"""Run both sides of a comparison in processes of their own, in alternating rounds."""
 
 import json
 import math
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 def measure(
     side: str, task: str, grids: list, *, width: int, depth: int, dtype: str, repeats: int
 ) -> list[dict | None]:
-    """Seconds, peak bytes, device at each grid; None where there was none: out of memory."""
+    """Return seconds, peak bytes and device at each grid; None where memory was too small."""
     words = [sys.executable, str(ONE_SIDE), side, task, "--dtype", dtype]
     for name, value in (("width", width), ("depth", depth), ("repeats", repeats)):
         words += [f"--{name}", str(value)]
@@ -30,7 +30,7 @@ def measure(
 
 
 def alternate(sides, task: str, grids: list, *, rounds: int, **more) -> dict[str, list]:
-    """Per side and grid the results of its rounds together; None where one did not end well."""
+    """Return the joined rounds per side and grid; None where one failed."""
     together = {side: [{"seconds": [], "peak": 0} for _ in grids] for side in sides}
     for _ in range(rounds):
         for side in sides:
@@ -44,18 +44,19 @@ def alternate(sides, task: str, grids: list, *, rounds: int, **more) -> dict[str
 
 
 def num_tokens(grid: tuple[int, int, int]) -> int:
+    """Return the number of tokens of a grid."""
     return math.prod(grid)
 
 
 def best(result: dict | None) -> str:
-    """Best and median seconds."""
+    """Return the best and the median seconds as text."""
     if result is None:
         return "did not fit"
     return f"{min(result['seconds']):.3g} ({statistics.median(result['seconds']):.3g})"
 
 
 def ratio(ours: dict | None, theirs: dict | None, field: str) -> str:
-    """Ours over theirs: of the best seconds, or of the peak bytes."""
+    """Return ours / theirs as text, for the best seconds or for the peak bytes."""
     if ours is None or theirs is None:
         return "-"
     pick = min if field == "seconds" else int

@@ -1,10 +1,11 @@
-"""One transformer, one task, in a process of its own: seconds and peak memory, as lines of JSON.
+"""Run one transformer and one task in this process; print seconds and peak memory as lines of JSON.
 
-`cpu.py` and `gpu.py` start it. Sides: `ours`, `diffusers`, and `compiled`, which is diffusers' with
-every block under torch.compile. Tasks: `forward`, and `step`: loss, gradient and AdamW. With the
-task `limits` it measures what the side's framework reaches with a matrix product and with attention
-of these shapes. A line a grid of tokens, the shortest first, as JAX's peak is that of the process.
-Beside seconds and peak `extra`: those rates, or the bytes that our compiled program plans with.
+`cpu.py` and `gpu.py` start it. Sides: `ours`, `diffusers`, and `compiled`, which is diffusers'
+model with each block under torch.compile. Tasks: `forward`, `step` (loss, gradient and AdamW), and
+`limits`, which measures the framework's own FLOP/s of a matrix product and of attention in these
+shapes. It prints one line per grid, the shortest first, because JAX reports the peak of the
+process. The field `extra` holds the rates of `limits`, or the bytes that our compiled program
+plans.
 """
 
 import argparse
@@ -16,18 +17,19 @@ import sys
 import time
 from pathlib import Path
 
-TEXTS = {77: 1024, 256: 2048}  # V5's tokens of a prompt, and widths of their states
+TEXTS = {77: 1024, 256: 2048}  # V5's tokens per prompt: width of their states
 HEAD = 64
-QUEUED = 5  # calls of a kind of work that one wait ends: starting one takes its time
+QUEUED = 5  # calls per wait, so that the time to start a call does not count
 
 
 def main() -> None:
+    """Run the task at each grid, and print the results."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("side", choices=("ours", "diffusers", "compiled"))
     p.add_argument("task", choices=("forward", "step", "limits"))
     for name in ("width", "depth", "repeats"):
         p.add_argument(f"--{name}", type=int, required=True)
-    p.add_argument("--grids", type=grid_of, nargs="+", required=True, help="of tokens: 13x32x32")
+    p.add_argument("--grids", type=grid_of, nargs="+", required=True, help="such as 13x32x32")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
     a = p.parse_args()
     make = ours if a.side == "ours" else diffusers
@@ -48,32 +50,21 @@ def main() -> None:
 
 
 def grid_of(text: str) -> tuple[int, int, int]:
+    """Return the grid of a text such as 13x32x32."""
     frames, rows, columns = map(int, text.split("x"))
     return frames, rows, columns
 
 
 def ours(a):
-    """(from frames, rows, columns of tokens to the task, its peak bytes, the device's name)."""
+    """Return (a function from a grid to the task, peak bytes, device name) of our model."""
     import jax
     import jax.numpy as jnp
     import optax
     from flax import nnx
 
-    from easyanimate_jax.facts import ACTIVATIONS
-    from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
+    from easyanimate_jax.models.mmdit import MMDiT
 
-    baseline = resident()
-    config = MMDiTConfig(
-        depth=a.depth,
-        mmdit_depth=a.depth,
-        heads=a.width // HEAD,
-        head_width=HEAD,
-        text_widths=tuple(TEXTS.values()),
-        text_norm=False,
-        round_time=False,
-        dtype=a.dtype,
-        save=tuple(name for name in ACTIVATIONS if name != "qkv"),  # as configs/v5_12b.py
-    )
+    baseline, config = resident(), our_config(a)
     held = a.dtype if a.task == "forward" else "float32"
 
     def build(key):
@@ -115,8 +106,26 @@ def ours(a):
     return run_of, jax_peak(jax, baseline), f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
 
 
+def our_config(a):
+    """Return the config of our model."""
+    from easyanimate_jax.facts import ACTIVATIONS
+    from easyanimate_jax.models.mmdit import MMDiTConfig
+
+    return MMDiTConfig(
+        depth=a.depth,
+        mmdit_depth=a.depth,
+        heads=a.width // HEAD,
+        head_width=HEAD,
+        text_widths=tuple(TEXTS.values()),
+        text_norm=False,
+        round_time=False,
+        dtype=a.dtype,
+        save=tuple(name for name in ACTIVATIONS if name != "qkv"),  # as in configs/v5_12b.py
+    )
+
+
 def diffusers(a):
-    """The same of diffusers' EasyAnimateTransformer3DModel."""
+    """Return the same of diffusers' EasyAnimateTransformer3DModel."""
     import torch
     from diffusers import EasyAnimateTransformer3DModel
 
@@ -141,7 +150,7 @@ def diffusers(a):
         texts = [torch.randn(1, n, w) for n, w in TEXTS.items()]
         time = torch.tensor([500.0])
     if a.side == "compiled":
-        for block in model.transformer_blocks:  # one compilation serves them all
+        for block in model.transformer_blocks:  # one compilation serves all blocks
             block.compile(dynamic=False)
 
     def predict(x, *texts):
@@ -174,7 +183,7 @@ def diffusers(a):
 
 
 def waited(torch, function):
-    """The function, and the wait for what it started."""
+    """Return a function that calls `function` and waits for the device."""
 
     def run():
         function()
@@ -185,7 +194,7 @@ def waited(torch, function):
 
 
 def limits(a):
-    """FLOP/s at these shapes: of the up-projection, its weights' gradient, attention."""
+    """Return the same of JAX's FLOP/s: up-projection, its weights' gradient, attention."""
     import jax
     import jax.numpy as jnp
 
@@ -220,7 +229,7 @@ def limits(a):
 
 
 def torch_limits(a):
-    """The same of torch, whose attention is that of diffusers."""
+    """Return the same of torch's FLOP/s, with the attention that diffusers uses."""
     import torch
 
     cuda, dtype = torch.cuda.is_available(), getattr(torch, a.dtype)
@@ -249,9 +258,9 @@ def torch_limits(a):
 
 
 def rates(work: dict, S: int, D: int):
-    """A function that gives the best FLOP/s so far of each kind of work.
+    """Return a function that gives the best FLOP/s so far of each kind of work.
 
-    Attention's backward pass counts as two and a half times its forward pass.
+    Attention's backward pass counts as 2.5 times its forward pass.
     """
     flops = {"matmul": 2 * S * D * 4 * D, "attention": 4 * S * S * D}
     flops |= {"gradient": flops["matmul"], "both": 3.5 * flops["attention"]}
@@ -270,14 +279,14 @@ def rates(work: dict, S: int, D: int):
 
 
 def planned(program) -> int:
-    """Bytes that the compiled program's arguments, results and temporaries take together."""
+    """Return the bytes that the compiled program's arguments, results and temporaries need."""
     m = program.memory_analysis()
     sizes = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes
     return sizes - m.alias_size_in_bytes
 
 
 def jax_peak(jax, baseline: int):
-    """The device's own count where it keeps one, else what the process grew by."""
+    """Return the device's own peak if it has a counter, else the growth of the process."""
     device = jax.devices()[0]
     if device.memory_stats():
         return lambda: device.memory_stats()["peak_bytes_in_use"]
@@ -285,13 +294,14 @@ def jax_peak(jax, baseline: int):
 
 
 def resident() -> int:
+    """Return the bytes resident in this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
 def reset_peak() -> None:
-    """Forget what compiling took: of the process, and of torch's allocator."""
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
+    """Forget the peak of compilation, in the process and in torch's allocator."""
+    ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
     Path("/proc/self/clear_refs").write_text("5")
     torch = sys.modules.get("torch")
     if torch and torch.cuda.is_available():
@@ -299,6 +309,7 @@ def reset_peak() -> None:
 
 
 def high_water() -> int:
+    """Return the peak of the bytes resident in this process."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x)
     return 1024 * int(line.split()[1])
 

@@ -1,8 +1,9 @@
 #!/bin/bash
-# GPU hosts without a scheduler. On every host the same command, with its own number:
+# GPU hosts without a scheduler. Run the same command on every host, with its own number in HOST:
 #   HOSTS=4 HOST=0 COORDINATOR=10.0.0.1:12345 docs/launch/gpu_hosts.sh configs/v5_12b.py
-# COORDINATOR is an address and a free port of host 0. It asks nobody who they are: keep the port
-# inside the private network. Leaves with train.py's exit code: 42 means run again to go on.
+# COORDINATOR is an address and a free port of host 0. The port has no authentication: keep it
+# inside the private network. The exit code is that of train.py; after 42, run the same command
+# to resume.
 
 set -uo pipefail
 source .venv/bin/activate

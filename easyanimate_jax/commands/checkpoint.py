@@ -1,42 +1,58 @@
 """List, verify and compare the checkpoints of a run, without a device."""
 
-import argparse
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from easyanimate_jax.training.checkpoint import ITEMS, damage
-from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read_step_meta
+from tyro.conf import Positional
+
+from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE, FOUND
+
+HELP = """List, verify and compare the checkpoints of a run, without an accelerator.
+
+  list FOLDER                print the steps of a run, and whether each is verified
+  verify FOLDER              read every array of every step and compare it with its fingerprint
+  diff FOLDER FIRST SECOND   print the arrays that differ between two steps
+
+Exit codes: 0, all is well; 1, something is damaged or differs; 2, wrong arguments."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `checkpoint`."""
+
+    action: Positional[Literal["list", "verify", "diff"]]
+    """Action on the checkpoints."""
+    folder: Positional[Path]
+    """Run folder, or its folder `checkpoints`."""
+    steps: Positional[tuple[int, ...]] = ()
+    """Two steps; only for `diff`."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command; 0 if all is well, 1 if something is damaged or differs, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m easyanimate_jax checkpoint")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("list", "the steps of a run and what is known of them"),
-        ("verify", "read every array of every step and compare it with what was saved"),
-        ("diff", "the arrays in which two steps differ"),
-    ):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("folder", type=Path, help="a run, or its checkpoints")
-        if name == "diff":
-            command.add_argument("first", type=int)
-            command.add_argument("second", type=int)
-    a = parser.parse_args(arguments)
-    folder = a.folder / "checkpoints" if (a.folder / "checkpoints").is_dir() else a.folder
-    try:
-        if not complete_steps(folder):
-            raise ValueError(f"{a.folder} holds no checkpoints")
-        if a.command == "diff":
-            return _diff(folder, a.first, a.second)
-        return {"list": _list, "verify": _verify}[a.command](folder)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Run the verb `checkpoint`; return the exit code."""
+    return parse.run(partial(_checkpoint, arguments))
+
+
+def _checkpoint(arguments: Sequence[str]) -> int:
+    own = parse.options(Options, arguments, "checkpoint", HELP)
+    if len(own.steps) != (2 if own.action == "diff" else 0):
+        raise ValueError(f"{own.action} with steps {own.steps}: give two for diff, else none")
+    from easyanimate_jax.weights.run_folder import complete_steps
+
+    inner = own.folder / "checkpoints"
+    folder = inner if inner.is_dir() else own.folder
+    if not complete_steps(folder):
+        raise ValueError(f"{own.folder} holds no checkpoints; give the folder of a run")
+    return {"list": _list, "verify": _verify, "diff": _diff}[own.action](folder, *own.steps)
 
 
 def _list(folder: Path) -> int:
+    from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read_step_meta
+
     for step in complete_steps(folder):
         path = folder / str(step)
         try:
@@ -48,22 +64,28 @@ def _list(folder: Path) -> int:
             print(f"{step:>8}  {error}")
     for path in sorted(folder.glob("*.corrupt*")):
         print(f"{path.name:>8}  {(path / 'reason').read_text().strip()}")
-    return 0
+    return DONE
 
 
 def _verify(folder: Path) -> int:
+    from easyanimate_jax.training.checkpoint import damage
+    from easyanimate_jax.weights.run_folder import complete_steps
+
     bad = 0
     for step in complete_steps(folder):
         wrong = damage(folder / str(step))
         bad += bool(wrong)
         print(f"{step:>8}  {'; '.join(wrong) or 'as saved'}", flush=True)
-    return 1 if bad else 0
+    return FOUND if bad else DONE
 
 
 def _diff(folder: Path, first: int, second: int) -> int:
+    from easyanimate_jax.training.checkpoint import ITEMS
+    from easyanimate_jax.weights.run_folder import read_step_meta
+
     metas = [read_step_meta(folder / str(step)) for step in (first, second)]
     if not all("arrays" in meta for meta in metas):
-        raise ValueError(f"checkpoint {first} or {second} is from before fingerprints")
+        raise ValueError(f"checkpoint {first} or {second} has no fingerprints; choose newer steps")
     one, two = (
         {f"{item}.{n}": array for item in ITEMS for n, array in meta["arrays"][item].items()}
         for meta in metas
@@ -72,4 +94,4 @@ def _diff(folder: Path, first: int, second: int) -> int:
     for name in differ:
         print(f"{name}  {one.get(name, '-')}  {two.get(name, '-')}")
     print(f"{len(differ)} of {len(one | two)} arrays differ between {first} and {second}")
-    return 1 if differ else 0
+    return FOUND if differ else DONE

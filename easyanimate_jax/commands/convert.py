@@ -1,58 +1,70 @@
-"""Convert weights between EasyAnimate's layouts: ours, diffusers' and the original's.
+"""Convert weights between EasyAnimate's layouts: ours, diffusers' and the original repository's."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Literal
+
+from tyro.conf import Positional
+
+from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE
+
+HELP = """Convert weights between EasyAnimate's layouts: ours, diffusers' and the original code's.
 
   released weights to ours   python -m easyanimate_jax convert EasyAnimateV5.1-12b-zh mine --to jax
   a trained run to PyTorch   python -m easyanimate_jax convert runs/mine mine --to diffusers
 
-SOURCE is a pipeline folder, the folder or file of one model, a run folder, or a LoRA file. All that
-is wrong with it is listed, with exit code 2, and nothing is written.
-"""
-
-import argparse
-import sys
-
-import jax
-from tqdm import tqdm
-
-from easyanimate_jax.diffusion.tasks import all_numbers
-from easyanimate_jax.weights.conversion import PARTS, Options, convert
+If the source has faults, all of them are listed, nothing is written, and the exit code is 2."""
+Part = Literal[
+    "transformer",
+    "vae",
+    "text_encoder",
+    "text_encoder_2",
+    "tokenizer",
+    "tokenizer_2",
+    "scheduler",
+]
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors are one line, without the usage."""
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `convert`."""
 
-    def error(self, message):
-        self.exit(2, f"convert: {message}\n")
-
-
-def parser() -> Parser:
-    p = Parser(
-        "python -m easyanimate_jax convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    p.add_argument("source", help="what to convert")
-    p.add_argument("target", help="a new folder; for a LoRA a new file")
-    p.add_argument("--to", required=True, choices=("jax", "diffusers", "original"))
-    p.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="default: as it is")
-    p.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="of a run (default: ema)"
-    )
-    p.add_argument("--step", type=int, help="checkpoint of a run (default: the newest)")
-    p.add_argument("--only", choices=PARTS, help="convert this part of a pipeline")
-    p.add_argument(
-        "--in-channels",
-        type=int,
-        help=f"adapt the transformer to a task: {all_numbers()}; new channels are zero",
-    )
-    p.add_argument("--allow-pickle", action="store_true", help="read .bin, .pt, .ckpt; needs torch")
-    return p
+    source: Positional[str]
+    """Pipeline folder, folder or file of one model, run folder, or LoRA file."""
+    target: Positional[str]
+    """New folder to write; for a LoRA, a new file."""
+    to: Literal["jax", "diffusers", "original"]
+    """Layout to write."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Cast all weights to this dtype; by default each tensor keeps its own."""
+    weights: Literal["ema", "raw"] = "ema"
+    """ema: averaged weights of a run; raw: its last weights."""
+    step: int | None = None
+    """Step of a run's checkpoint; by default the newest."""
+    only: Part | None = None
+    """Convert only this part of a pipeline."""
+    in_channels: int | None = None
+    """Adapt the transformer to the task with so many input channels; new weights are zero."""
+    allow_pickle: bool = False
+    """Read .bin, .pt and .ckpt files too; needs torch."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    a = vars(parser().parse_args(argv))
-    source, target = a.pop("source"), a.pop("target")
-    jax.config.update("jax_platforms", "cpu")  # leaves accelerators to those who compute
+def main(arguments: Sequence[str]) -> int:
+    """Run the verb `convert`; return the exit code."""
+    return parse.run(partial(_convert, arguments), prefix="convert")
+
+
+def _convert(arguments: Sequence[str]) -> int:
+    own = asdict(parse.options(Options, arguments, "convert", HELP))
+    import jax
+    from tqdm import tqdm
+
+    from easyanimate_jax.weights import conversion
+
+    source, target = own.pop("source"), own.pop("target")
+    jax.config.update("jax_platforms", "cpu")  # keep accelerators free for other processes
     with tqdm(desc=target, unit="B", unit_scale=True, delay=0.5) as bar:
 
         def progress(size, total):
@@ -60,10 +72,8 @@ def main(argv: list[str] | None = None) -> int:
             bar.update(size)
 
         try:
-            report = convert(source, target, Options(**a), progress)
-        except (ValueError, OSError) as error:
-            bar.close()
-            print(f"convert: {error}", file=sys.stderr)
-            return 2
+            report = conversion.convert(source, target, conversion.Options(**own), progress)
+        except OSError as error:
+            raise ValueError(str(error)) from error
     print(report)
-    return 0
+    return DONE

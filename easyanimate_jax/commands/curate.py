@@ -1,34 +1,53 @@
 """Cut and score films into a table of clips."""
 
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import tyro
+from tyro.conf import OmitArgPrefixes, Positional
 
-from easyanimate_jax.prepare import funnel
+from easyanimate_jax.commands import parse
 from easyanimate_jax.prepare.captions import Server
-from easyanimate_jax.prepare.curate import Rules, curate
+from easyanimate_jax.prepare.curate import Rules
+from easyanimate_jax.training.safety.exits import DONE
 
-DEFAULTS = Rules()
+HELP = """Cut and score the films of SOURCE into the table OUT/clips.parquet.
+
+No video is rewritten: a clip is a span of a file. Run the same command to resume; finished films
+are kept. OUT/funnel.html shows how many clips each rule removed. To caption clips with a model
+behind an OpenAI-compatible server, end the command with
+
+  captioner:server --captioner.url http://localhost:8000/v1 --captioner.model NAME"""
 
 
-def main(arguments: list[str]) -> int:
-    return tyro.cli(_curate, args=arguments, prog="python -m easyanimate_jax curate")
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `curate`."""
+
+    source: Positional[Path]
+    """Source of clips, or a folder of films without captions."""
+    out: Positional[Path]
+    """Folder to write the table to."""
+    rules: OmitArgPrefixes[Rules] = Rules()
+    """Limits that a clip must meet."""
+    captioner: Server | None = None
+    """Server that captions clips; by default a clip has the captions of its film."""
+    part: str = "0/1"
+    """Process only this part of the films: 0/8 to 7/8 share the work between eight hosts."""
 
 
-def _curate(
-    source: tyro.conf.Positional[Path],
-    out: tyro.conf.Positional[Path],
-    rules: tyro.conf.OmitArgPrefixes[Rules] = DEFAULTS,
-    captioner: Server | None = None,
-    part: int = 0,
-    parts: int = 1,
-) -> int:
-    """Cut and score the films of SOURCE into the table OUT/clips.parquet."""
-    try:
-        rows = curate(source, out, rules, captioner=captioner, part=part, parts=parts)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(arguments: Sequence[str]) -> int:
+    """Run the verb `curate`; return the exit code."""
+    return parse.run(partial(_curate, arguments))
+
+
+def _curate(arguments: Sequence[str]) -> int:
+    own = parse.options(Options, arguments, "curate", HELP)
+    part, parts = parse.part_of(own.part)
+    from easyanimate_jax.prepare import funnel
+    from easyanimate_jax.prepare.curate import curate
+
+    rows = curate(own.source, own.out, own.rules, captioner=own.captioner, part=part, parts=parts)
     print(f"part {part} of {parts} is done" if rows is None else funnel.text(rows))
-    return 0
+    return DONE

@@ -1,25 +1,45 @@
-"""Examine the hosts of a run: `python -m easyanimate_jax doctor [CONFIG] [--field value ...]`."""
+"""Check the hosts of a run before training."""
 
-import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
-import jax
+from tyro.conf import Positional
 
 from easyanimate_jax import processes
-from easyanimate_jax.runs.config import TrainConfig, load
-from easyanimate_jax.runs.doctor import examine, table
+from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE, FOUND
+
+HELP = """Check the hosts of a run. Start this command on every host, as you start the training.
+
+It compares devices, versions, clocks and folders between the processes, and computes a sum over all
+devices. With a config it also checks the mesh, and that the state fits memory and disk. Process 0
+prints a table. Exit codes: 0, all checks pass; 1, a check fails; 2, wrong arguments.
+
+Every field of the config is an option, `--field value`; `CONFIG --help` lists them."""
 
 
-def main(arguments: list[str]) -> int:
-    """0 if all is well, 1 if something is not, 2 for arguments that make no sense."""
-    try:
-        config = load(arguments[0], arguments[1:]) if arguments else None
-        if config is not None and not isinstance(config, TrainConfig):
-            raise ValueError(f"{arguments[0]} trains a VAE; give a config with stages")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `doctor`."""
+
+    config: Positional[str | None] = None
+    """Python file that defines `config`, such as configs/demo.py."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the verb `doctor`; return the exit code."""
+    return parse.run(partial(_examine, arguments))
+
+
+def _examine(arguments: Sequence[str]) -> int:
+    _, config = parse.options_and_config(Options, arguments, "doctor", HELP, ("TrainConfig",))
+    import jax
+
+    from easyanimate_jax.runs.doctor import examine, table
+
     processes.join()
     findings = examine(config)
     if jax.process_index() == 0:
         print(table(findings))
-    return 0 if all(finding.good for finding in findings) else 1
+    return DONE if all(finding.good for finding in findings) else FOUND

@@ -1,40 +1,52 @@
-"""`python -m easyanimate_jax plan CONFIG [INDEX] [--field value ...]`: the plans of a config.
+"""Print which clips each step of a config trains on."""
 
-INDEX is what `prepare` wrote (the config's `prepared` folder if left out), a parquet table of
-clips, or any source of clips; of the last two, shapes are chosen as `prepare` will choose them.
-"""
-
-import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from easyanimate_jax.data.plan.report import describe_stage
-from easyanimate_jax.data.records import Records
-from easyanimate_jax.data.sources import read
-from easyanimate_jax.runs.config import load
+from tyro.conf import Positional
+
+from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE
+
+HELP = """Print the plan of each stage of a config: clips, shapes, token lengths, and their fill.
+
+Every field of the config is an option, `--field value`; `CONFIG --help` lists them."""
 
 
-def main(arguments: list[str]) -> int:
-    """Returns the exit code: 2 for what the user can repair, with one line that says how."""
-    if not arguments:
-        print(__doc__, file=sys.stderr)
-        return 2
-    try:
-        path, *rest = arguments
-        place = rest.pop(0) if rest and not rest[0].startswith("-") else None
-        config = load(path, rest)
-        place = Path(place or config.prepared)
-        began = time.perf_counter()
-        prepared = any((place / s.name / "header.json").is_file() for s in config.sets)
-        table = None if prepared else read.table(place)
-        if table is not None:
-            seconds = time.perf_counter() - began
-            print(f"{len(table['clip']):,} clips of {place}, read in {seconds:.1f} s")
-        for stage in config.stages:
-            index = Records(place / stage.data).index if prepared else {}
-            print()
-            print(describe_stage(stage, config.set(stage.data), table, index, config.seed))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `plan`."""
+
+    config: Positional[str]
+    """Python file that defines `config`, such as configs/demo.py."""
+    index: Positional[Path | None] = None
+    """Folder that `prepare` wrote, parquet table of clips, or any source of clips. For a table or a
+    source, shapes are chosen as `prepare` chooses them. By default the config's `prepared`."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the verb `plan`; return the exit code."""
+    return parse.run(partial(_plan, arguments))
+
+
+def _plan(arguments: Sequence[str]) -> int:
+    own, config = parse.options_and_config(Options, arguments, "plan", HELP, ("TrainConfig",))
+    from easyanimate_jax.data.plan.report import describe_stage
+    from easyanimate_jax.data.records import Records
+    from easyanimate_jax.data.sources import read
+
+    place = own.index or Path(config.prepared)
+    began = time.perf_counter()
+    prepared = any((place / s.name / "header.json").is_file() for s in config.sets)
+    table = None if prepared else read.table(place)
+    if table is not None:
+        seconds = time.perf_counter() - began
+        print(f"{len(table['clip']):,} clips of {place}, read in {seconds:.1f} s")
+    for stage in config.stages:
+        index = Records(place / stage.data).index if prepared else {}
+        print()
+        print(describe_stage(stage, config.set(stage.data), table, index, config.seed))
+    return DONE

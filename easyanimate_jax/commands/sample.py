@@ -1,4 +1,31 @@
-"""Make videos and pictures from a checkpoint folder.
+"""Generate videos and pictures from a run."""
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from easyanimate_jax.commands import parse
+from easyanimate_jax.facts import MESH_AXES
+from easyanimate_jax.generation.outputs import Origin, finished, identity
+from easyanimate_jax.generation.request import (
+    Asked,
+    SampleRequest,
+    check,
+    check_range,
+    read_lines,
+    without_effect,
+)
+from easyanimate_jax.training.safety.exits import BAD_INPUT, DONE
+
+NAME = "sample.py"
+HELP = """Generate videos and pictures from a run.
 
   text to video    sample.py runs/demo/train --prompt "a red circle moves to the left"
   text to picture  sample.py RUN --prompt "..." --frames 1
@@ -10,91 +37,112 @@
   camera           sample.py RUN --prompt "..." --camera poses.txt --reference look.png
   many             sample.py RUN --prompts lines.jsonl
 
-Adds NUMBER.mp4 (or .png), a contact sheet and NUMBER.json, which holds all that is needed to make
-it again. What cannot work is refused in one line with exit code 2, before a device starts.
-"""
-
-import argparse
-import json
-import logging
-import os
-import sys
-import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from itertools import groupby
-
-import numpy as np
-
-from easyanimate_jax.generation.guard import suspicion
-from easyanimate_jax.generation.inputs import complete, read_inputs
-from easyanimate_jax.generation.options import (
-    FILES,
-    SAMPLING,
-    check,
-    given,
-    option,
-    parser,
-    read_mesh,
-    requests,
-)
-from easyanimate_jax.generation.outputs import finished, identity, record, write
+Each sample is NUMBER.mp4 (or .png), a contact sheet, and NUMBER.json, which holds the command that
+reproduces it. A wrong request ends with one line and exit code 2 before a device starts."""
 
 
-def main(argv: list[str] | None = None) -> int:
-    a = parser(__doc__).parse_args(argv)
-    logging.basicConfig(format="sample.py: %(message)s")
-    # Of a GPU's memory JAX takes three quarters unless told.
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `sample`."""
+
+    checkpoint: Positional[Path]
+    """Run folder, which holds the checkpoints."""
+    request: Annotated[SampleRequest, arg(name="")] = SampleRequest()
+    """Options of each sample."""
+    prompts: Path | None = None
+    """File of JSON lines; keys are options with _ for -."""
+    batch: int = 1
+    """Lines of --prompts generated at once."""
+    output: Path = Path("samples")
+    """Folder to write to."""
+    gif: bool = False
+    """Write a GIF beside each video."""
+    memory: Literal["all", "low"] = "all"
+    """low: text encoders, transformer, VAE take turns."""
+    weights: Literal["full", "int8"] = "full"
+    """int8: transformer kernels in 8 bits."""
+    mesh: str | None = None
+    """Several devices, such as data=2,context=4."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the verb `sample`; return the exit code."""
+    # JAX reserves 75 % of GPU memory by default.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     try:
-        todo = requests(a)
-        for one in todo:
-            with naming(one):
-                check(one)
-        # JAX is imported here, and no device is touched before `on_mesh`.
-        from easyanimate_jax.weights.run_folder import read_meta
-
-        step, meta = read_meta(a.checkpoint)
-        sampling = examine(a, todo, meta)
-        a.output.mkdir(parents=True, exist_ok=True)
-        done = finished(a.output)
-        todo = [one for one in todo if one.line is None or identity(one, step) not in done]
-        with on_mesh(a.mesh):
-            make(a, todo, meta, sampling)
-    except (ValueError, OSError) as error:
-        say(error)
-        return 2
-    except (MemoryError, RuntimeError) as error:  # of NumPy, of XLA
+        return parse.run(partial(_sample, arguments), prefix=NAME)
+    except OSError as error:
+        say(str(error))
+    except (MemoryError, RuntimeError) as error:  # from NumPy, from XLA
         if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         why = str(error).partition("\n")[0]
-        say(f"there is too little memory; ask for fewer frames, or a smaller size ({why})")
-        return 2
-    return 0
+        say(f"there is too little memory; use fewer frames, or a smaller size ({why})")
+    return BAD_INPUT
 
 
-def make(a: argparse.Namespace, todo: list[argparse.Namespace], meta: dict, sampling) -> None:
-    """Load, sample and write; a batch of requests at a time."""
-    from easyanimate_jax.runs.load import load_pipeline
+def _sample(arguments: Sequence[str]) -> int:
+    own = parse.options(Options, arguments, "sample", HELP)
+    todo = requests(own)
+    # JAX is imported here, and no device is touched before `on_mesh`.
+    from easyanimate_jax.runs.sample import examine, make
+    from easyanimate_jax.weights.run_folder import read_meta
 
-    run = load_pipeline(a.checkpoint, low_memory=a.memory == "low", int8=a.weights == "int8")
-    if a.memory == "all":  # read now, for they count when it is asked what else fits
-        _ = run.diffusion.model, run.diffusion.vae
-    logging.getLogger("easyanimate_jax.memory").setLevel(logging.INFO)
-    warn(a, todo, run.encoder)
-    for rows in batches(todo, a.batch):
-        began = time.perf_counter()
-        videos = generate(rows, run, sampling)
-        seconds = (time.perf_counter() - began) / len(rows)
-        for one, frames in zip(rows, videos, strict=True):
-            print(write(one, frames, record(one, run.step, meta, seconds)))
-            if problem := suspicion(frames):
-                say(f"{one.where}{problem}")
+    step, meta = read_meta(own.checkpoint)
+    origin = Origin(own.checkpoint, step, own.weights, meta)
+    todo = examine(todo, origin)
+    own.output.mkdir(parents=True, exist_ok=True)
+    for sentence in dict.fromkeys(s for one in todo for s in without_effect(one.request)):
+        say(sentence)
+    if own.batch > 1 and own.prompts is None:
+        say(f"--batch {own.batch} has no effect without --prompts")
+    done = finished(own.output)
+    todo = [one for one in todo if one.line is None or identity(one, origin) not in done]
+    with on_mesh(own.mesh):
+        how = {"memory": own.memory, "batch": own.batch, "gif": own.gif}
+        for path in make(todo, origin, own.output, **how, say=say):
+            print(path)
+    return DONE
+
+
+def requests(own: Options) -> list[Asked]:
+    """Return the request of --prompt, or one per line of --prompts.
+
+    Raises ValueError for options and requests that are wrong without a look at the checkpoint.
+    """
+    if (own.request.prompt is None) == (own.prompts is None):
+        raise ValueError("give either --prompt or --prompts")
+    todo = [Asked(own.request)] if own.prompts is None else read_lines(own.prompts, own.request)
+    check_range("batch", own.batch, 1, 1024)
+    if own.mesh is not None:
+        read_mesh(own.mesh)
+        if own.weights == "int8":
+            raise ValueError("--weights int8 is for one device; leave out --mesh")
+    for one in todo:
+        with one.named():
+            check(one.request)
+    if not own.checkpoint.is_dir():
+        raise ValueError(
+            f"there is no checkpoint folder {own.checkpoint}; give the folder of a run"
+        )
+    if own.output.exists() and not own.output.is_dir():
+        raise ValueError(f"--output {own.output} is a file; name a folder")
+    return todo
+
+
+def read_mesh(text: str) -> dict[str, int]:
+    """Return the devices per mesh axis of `data=2,context=4`. Raise ValueError for other texts."""
+    pairs = [pair.split("=") for pair in text.split(",")]
+    if not all(len(p) == 2 and p[0] in MESH_AXES and p[1].isdecimal() and int(p[1]) for p in pairs):
+        raise ValueError(
+            f"--mesh {text}: give a number of devices by axis ({', '.join(MESH_AXES)}), such as "
+            f"data=2,context=4"
+        )
+    return {name: int(count) for name, count in pairs}
 
 
 def on_mesh(text: str | None):
-    """The devices of `data=2,context=4` as the current mesh; without a text one device."""
+    """Return a context in which the mesh of `data=2,context=4` is current; None is one device."""
     import jax
 
     from easyanimate_jax.sharding import MeshConfig, make_mesh
@@ -104,97 +152,6 @@ def on_mesh(text: str | None):
     return jax.set_mesh(make_mesh(MeshConfig(**{"fsdp": 1} | read_mesh(text))))
 
 
-def say(what) -> None:
-    print(f"sample.py: {what}", file=sys.stderr)
-
-
-@contextmanager
-def naming(one: argparse.Namespace) -> Iterator[None]:
-    """Errors name the line of the prompt file."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{one.where}{error}") from error
-
-
-def examine(a: argparse.Namespace, todo: list[argparse.Namespace], meta: dict):
-    """How to sample; every request is completed and tried beside the checkpoint."""
-    from easyanimate_jax.generation.denoising import Sampling, make_tables
-    from easyanimate_jax.runs.config import from_json
-
-    settings = {name: getattr(a, name) for name in SAMPLING}
-    sampling = Sampling(**settings | {"guided": tuple(a.guided)})
-    process = from_json(json.dumps(meta["config"]["process"]))
-    for one in todo:
-        with naming(one):
-            complete(one, meta)
-            strength = 1.0 if one.strength is None else one.strength
-            one.evaluations = int(make_tables(process, sampling, strength).count)
-            read_inputs(one)  # tried now, read again when its turn comes: films are large
-    return sampling
-
-
-def warn(a: argparse.Namespace, todo: list[argparse.Namespace], encoder) -> None:
-    """What works, and not as its user may think."""
-    if a.sampler == "pndm":
-        say("pndm starts as if a little of the video were known; ddim fits better")
-    for one in todo:
-        for name in ("prompt", "negative_prompt"):
-            if encoder.is_cut(getattr(one, name)):
-                say(f"{one.where}--{option(name)} is too long, its end is not used")
-
-
-def batches(todo: list[argparse.Namespace], size: int) -> Iterator[list[argparse.Namespace]]:
-    """Neighbours of one shape, so many at once."""
-
-    def shape_of(a):
-        names = tuple(name for name in (*FILES, "segment") if given(a, name))
-        return names, a.frames, a.height, a.width, a.strength, a.segment
-
-    for _, alike in groupby(todo, key=shape_of):
-        alike = list(alike)
-        for first in range(0, len(alike), size):
-            yield alike[first : first + size]
-
-
-def generate(rows: list[argparse.Namespace], run, sampling) -> np.ndarray:
-    """(B, F, H, W, 3) uint8."""
-    import jax
-    from tqdm import tqdm
-
-    from easyanimate_jax.generation.pipelines import Request
-
-    way, options, evaluations = way_of(rows[0])
-    parts = [read_inputs(one) for one in rows]
-    inputs = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
-    # Shown from the first step on: before it stands what the programs take.
-    bar = tqdm(desc="denoising", unit="step", total=evaluations, delay=1e-3)
-    request = Request(
-        run.encoder.encode([one.prompt for one in rows]),
-        run.encoder.encode([one.negative_prompt for one in rows]),
-        size=(rows[0].frames, rows[0].height, rows[0].width),
-        seeds=[one.seed for one in rows],
-        sampling=sampling,
-        progress=lambda number: bar.update(),
-    )
-    with bar, warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always", RuntimeWarning)
-        videos = way(run.diffusion, request, **inputs, **options)
-        jax.effects_barrier()
-    for warning in told:
-        say(warning.message)
-    return videos
-
-
-def way_of(a: argparse.Namespace):
-    """(the pipeline, its own options beside the files, evaluations of the network)"""
-    from easyanimate_jax.generation import pipelines
-
-    way = pipelines.choose([name for name in FILES if given(a, name)], a.frames, a.segment)
-    noise = {"picture_noise": a.picture_noise}
-    if way is pipelines.long_video:
-        count = len(pipelines.segments(a.frames, a.segment))
-        return way, {"segment": a.segment}, count * a.evaluations
-    if way is pipelines.video_to_video:
-        return way, {"strength": a.strength} | noise, a.evaluations
-    return way, noise if way is pipelines.image_to_video else {}, a.evaluations
+def say(what: str) -> None:
+    """Print one line for the user to stderr."""
+    print(f"{NAME}: {what}", file=sys.stderr)

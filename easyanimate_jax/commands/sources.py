@@ -1,48 +1,34 @@
-"""`python -m easyanimate_jax sources SRC`: what a source holds, and what is wrong with it."""
+"""Print the contents of a source of clips, and its problems."""
 
-import sys
-from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
+from tyro.conf import Positional
 
-from easyanimate_jax.data.sources import read
+from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE
 
-SHOWN = 50  # problems
-
-
-def describe(source: str) -> str:
-    """Clips, sizes, durations, captions, and every problem with its row or line."""
-    clips, problems = read.read_clips(source)
-    lines = [f"{source}: {len(clips):,} clips, {sum(len(c.captions) for c in clips):,} captions"]
-    for kind in read.KINDS:
-        some = [clip for clip in clips if clip.kind == kind]
-        if not some:
-            continue
-        sizes = Counter((c.height, c.width) for c in some)
-        lines.append(f"  {len(some):>9,} {kind}s of {len(sizes):,} sizes")
-        lines += [f"  {n:>13,}  {h}x{w}" for (h, w), n in sizes.most_common(8)]
-        if kind == "video":
-            seconds = np.array([c.num_frames / (c.fps or 1) for c in some])
-            low, middle, high = np.percentile(seconds, (5, 50, 95))
-            rates = Counter(round(c.fps, 2) for c in some).most_common(4)
-            lines.append(
-                f"            {seconds.sum() / 3600:,.2f} hours; 5 / 50 / 95 % last {low:.1f} / "
-                f"{middle:.1f} / {high:.1f} s; frames a second "
-                + ", ".join(f"{r:g} ({n:,})" for r, n in rates)
-            )
-    lines.append(f"  {len(problems):>9,} problems")
-    lines += [f"    row {p.row}: {p.file!r}: {p.reason}" for p in problems[:SHOWN]]
-    return "\n".join([*lines, *(["    ..."] if len(problems) > SHOWN else [])])
+HELP = """Print the contents of a source of clips: clips, sizes, durations, captions, and every
+problem with its row or line."""
 
 
-def main(arguments: list[str]) -> int:
-    """Returns the exit code: 2 for what the user can repair, with one line that says how."""
-    if len(arguments) != 1:
-        print(__doc__, file=sys.stderr)
-        return 2
-    try:
-        print(describe(arguments[0]))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `sources`."""
+
+    source: Positional[str]
+    """Folder with a metadata.json or csv, tar files, TFDS data set, or parquet table."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the verb `sources`; return the exit code."""
+    return parse.run(partial(_sources, arguments))
+
+
+def _sources(arguments: Sequence[str]) -> int:
+    own = parse.options(Options, arguments, "sources", HELP)
+    from easyanimate_jax.data.sources.report import describe
+
+    print(describe(own.source))
+    return DONE

@@ -1,21 +1,39 @@
 """Train two small text encoders on captions."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import tyro
+from tyro.conf import OmitArgPrefixes, Positional
 
-from easyanimate_jax.text.train import TextTrainConfig, train
+from easyanimate_jax.commands import parse
+from easyanimate_jax.text.train_config import TextTrainConfig
+from easyanimate_jax.training.safety.exits import DONE
+
+HELP = """Train two small text encoders on captions, and write them in the released layout."""
 
 
-def main(arguments: list[str]) -> int:
-    tyro.cli(_train, args=arguments, prog="python -m easyanimate_jax text")
-    return 0
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `text`."""
+
+    source: Positional[Path]
+    """Folder with a metadata.json; a file may have captions in several languages."""
+    out: Positional[Path]
+    """Folder to write the two encoders and their tokenizers to."""
+    training: OmitArgPrefixes[TextTrainConfig] = TextTrainConfig()
+    """Sizes of the encoders, and their training options."""
 
 
-def _train(
-    source: tyro.conf.Positional[Path],
-    out: tyro.conf.Positional[Path],
-    config: tyro.conf.OmitArgPrefixes[TextTrainConfig],
-) -> None:
-    """Train two small text encoders on the captions of SOURCE into OUT."""
-    train(source, out, config)
+def main(arguments: Sequence[str]) -> int:
+    """Run the verb `text`; return the exit code."""
+    return parse.run(partial(_train, arguments))
+
+
+def _train(arguments: Sequence[str]) -> int:
+    own = parse.options(Options, arguments, "text", HELP)
+    from easyanimate_jax.text.train import train
+
+    train(own.source, own.out, own.training)
+    return DONE

@@ -1,77 +1,109 @@
-"""Train: `python train.py configs/demo.py [--stages.0.steps 10 ...]`.
+"""Train a transformer by the stages of a config; run the same command to resume."""
 
-With `--describe` the whole schedule is printed and no device is touched. With `--replay STEP` one
-step is made twice from a checkpoint, to see whether the hardware makes the same bits.
-"""
-
+import ast
 import gc
-import logging
 import os
+import re
 import sys
 import traceback
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tyro.conf import Positional
 
 from easyanimate_jax import processes
+from easyanimate_jax.commands import parse
+from easyanimate_jax.training.safety.exits import DONE, FOUND, PEERS_LOST, PREEMPTED
+from easyanimate_jax.training.safety.faults import Faults
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+HELP = """Train a transformer by the stages of a config, or a video autoencoder by a VAE's config.
+
+Run the same command to resume: the result is bit-identical to an uninterrupted run. SIGTERM saves a
+checkpoint and ends the run with exit code 42.
+
+Every field of the config is an option, `--field value`. A dot selects a field of a field, and a
+number an item of a list. `CONFIG --help` lists all fields with their values. Examples:
+
+  python train.py configs/demo.py --stages.0.steps 10
+  python train.py configs/v5_12b.py --mesh.fsdp 8 --optimizer.matrices muon --run runs/mine"""
 
 
-def main(args: list[str]) -> int:
-    # Of a GPU's memory JAX takes three quarters unless told.
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `train`."""
+
+    config: Positional[str]
+    """Python file that defines `config`, such as configs/demo.py."""
+    replay: int | None = None
+    """Instead of training, run the step after this checkpoint twice and compare the bits."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the verb `train`; return the exit code."""
+    return ending(partial(_train, arguments))
+
+
+def ending(work: Callable[[], int]) -> int:
+    """Return the exit code of a training.
+
+    If one of several processes fails, it ends here at once, so that the others do not wait for it.
+    """
+    # JAX reserves 75 % of GPU memory by default.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    # JAX makes so many objects that the collector, by default, takes a tenth of a start.
+    # JAX creates many objects at a start: with the default thresholds the garbage collector takes
+    # 10 % of the time.
     gc.set_threshold(100_000, 50, 50)
-    logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    logging.getLogger("easyanimate_jax").setLevel(logging.INFO)
-    describe = "--describe" in args
-    if describe:
-        args = [a for a in args if a != "--describe"]
-        os.environ["JAX_PLATFORMS"] = "cpu"
-    replay = None
-    if "--replay" in args[:-1]:
-        place = args.index("--replay")
-        replay = args[place + 1]
-        args = args[:place] + args[place + 2 :]
-    if not args or args[0].startswith("-") or not (replay is None or replay.isdigit()):
-        usage = "usage: python train.py CONFIG [--describe | --replay STEP] [--field value ...]"
-        print(usage, file=sys.stderr)
-        return 2
-    from easyanimate_jax.runs import config as configs
-
-    try:
-        config = configs.load(args[0], args[1:])
-        if describe:
-            from easyanimate_jax.runs.describe import describe_run
-
-            print(describe_run(config))
-            return 0
-        if isinstance(config, configs.VAETrainConfig):
-            from easyanimate_jax.training.vae import loop as vae
-            from easyanimate_jax.weights.folder import load_vae
-
-            start = load_vae(config.init, dtype=config.vae.dtype) if config.init else None
-            vae.train(config, start)
-            return 0
-        processes.join()
-        from easyanimate_jax.runs import loop
-        from easyanimate_jax.training.safety.faults import Faults
-
-        faults = Faults.from_environment(os.environ)
-        return loop.train(config, faults) if replay is None else loop.replay(config, int(replay))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def run(args: list[str]) -> NoReturn:
-    """`main`, and the end of the process, whatever comes of it."""
     several = processes.several_processes(os.environ)
     try:
-        code = main(args)
-    except Exception:
+        code = parse.run(work)
+    except Exception as error:
         if not several:
             raise
         traceback.print_exc()
-        code = 1
-    if code not in (0, 42) and several:
+        code = PEERS_LOST if type(error).__name__ == "JaxRuntimeError" else FOUND
+    if code not in (DONE, PREEMPTED) and several:
         sys.stdout.flush()
-        os._exit(code)  # leaving in order would wait for the others, who wait for us
-    sys.exit(code)
+        os._exit(code)  # a normal exit would wait for the others, which wait for this process
+    return code
+
+
+def _train(arguments: Sequence[str]) -> int:
+    kinds = ("TrainConfig", "VAETrainConfig")
+    own, config = parse.options_and_config(Options, arguments, "train", help_text(), kinds)
+    return run_config(config, own.replay)
+
+
+def run_config(config, replay: int | None = None) -> int:
+    """Train by a TrainConfig or a VAETrainConfig with the other processes; return the exit code.
+
+    `replay` is a step whose successor runs twice instead. Raises ValueError for it with a VAE.
+    """
+    processes.join()
+    processes.start_logging()
+    faults = Faults.from_environment(os.environ)
+    if type(config).__name__ == "VAETrainConfig":
+        from easyanimate_jax.training.vae.loop import train
+
+        if replay is not None:
+            raise ValueError("--replay is for transformers; leave it out to train this VAE")
+        return train(config, faults)
+    from easyanimate_jax.runs import loop
+
+    return loop.train(config, faults) if replay is None else loop.replay(config, replay)
+
+
+def help_text() -> str:
+    """Return the description of the verb, with a list of the files in configs/."""
+    titles = {f"configs/{path.name}": _title(path) for path in sorted(CONFIGS.glob("*.py"))}
+    width = max(map(len, titles), default=0)
+    lines = [f"  {name.ljust(width)}  {title}" for name, title in titles.items()]
+    return "\n".join([HELP, "Config files:", "", *lines])
+
+
+def _title(path: Path) -> str:
+    """Return the first words of a file's docstring, up to a full stop or a colon."""
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").split())
+    return re.split(r"[.:](?: |$)", text)[0]

@@ -1,10 +1,9 @@
-"""Token arithmetic: aspect ratios, frames per resolution, and the buckets clips are cut to.
+"""Token arithmetic: aspect ratios, frames per resolution, and the token lengths of clips.
 
-After the VAE nothing knows resolution: a bucket is a token length, one compiled program. A stage
-has a nominal `Budget` ("3328", "13312", ...); within it a clip may become few large frames or
-many small ones.
-
-A stage's lengths are chosen offline, from the clips it has: `fit_lengths`, `fit_budget`.
+After the VAE no code depends on the resolution: a bucket is a token length, with one compiled
+program. A stage has a nominal `Budget` ("3328", "13312", ...). Within it a clip becomes a few large
+frames or many small ones. `fit_lengths` and `fit_budget` choose a stage's lengths offline, from its
+clips.
 """
 
 import hashlib
@@ -16,16 +15,16 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt64
 
-from easyanimate_jax.facts import CELL, TIME_FACTOR
+from easyanimate_jax.facts import CELL, TIME_FACTOR, check_fields
 
-MAX_SIDE = 1344  # pixels of what is generated; released models were trained for 128 to 1344
+MAX_SIDE = 1344  # pixels a side of a generated video; released models were trained for 128 to 1344
 MAX_UPSCALE = 1.25  # the reference's rule for small sources (spec 8.4)
-GOOD_FILL = 0.97  # candidates this full compete by chance, so that resolutions mix
-MAX_STRETCH = 1.15  # aspect error allowed to grids beside the table
-NUM_LENGTHS, MULTIPLE = 6, 256  # of a stage, at most; and what its lengths are multiples of
-MIN_SHARE = 1e-3  # of the clips, in each length: the plan gives every length a step in a thousand
-FIT_ROUNDS = 5  # of choosing shapes for lengths and lengths for shapes
-CHUNK = 2**15  # sizes compared at once
+GOOD_FILL = 0.97  # a random draw selects among candidates this full, so that resolutions mix
+MAX_STRETCH = 1.15  # maximum aspect error of grids that are not in the table
+NUM_LENGTHS, MULTIPLE = 6, 256  # maximum number of a stage's lengths; each is a multiple of 256
+MIN_SHARE = 1e-3  # minimum share of clips per length: the plan gives each length 1 step in 1000
+FIT_ROUNDS = 5  # rounds of choosing shapes for lengths, then lengths for shapes
+CHUNK = 2**15  # sizes compared at a time
 
 # Spec 8.3: height / width as the reference rounds it -> height, width at base size 512.
 ASPECTS = {
@@ -41,6 +40,7 @@ ASPECTS = {
 
 
 def latent_frames(frames: int) -> int:
+    """Return the number of latent frames. Raises ValueError unless `frames` is 4n+1."""
     if frames < 1 or frames % TIME_FACTOR != 1:
         raise ValueError(
             f"{frames} frames: the count must be 4n+1 (frame 0, then fours); "
@@ -50,19 +50,19 @@ def latent_frames(frames: int) -> int:
 
 
 def whole_frames(frames: int) -> int:
-    """The largest 4n+1 that is not above `frames`."""
+    """Return the largest 4n+1 that is not above `frames`."""
     return (frames - 1) // TIME_FACTOR * TIME_FACTOR + 1
 
 
 def grid_of(frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """Latent frames, token rows, token columns."""
+    """Return (latent frames, token rows, token columns). Raises ValueError for other sizes."""
     if height < CELL or width < CELL or height % CELL or width % CELL:
         raise ValueError(f"{height}x{width}: sides must be multiples of {CELL} pixels")
     return latent_frames(frames), height // CELL, width // CELL
 
 
 def check_size(frames: int, height: int, width: int) -> None:
-    """Raises ValueError, naming the nearest possible, for a size that cannot be generated."""
+    """Raise ValueError, naming the nearest valid value, for a size that cannot be generated."""
     for name, side in (("height", height), ("width", width)):
         if side % CELL or not CELL <= side <= MAX_SIDE:
             low = min(max(side // CELL * CELL, CELL), MAX_SIDE)
@@ -78,11 +78,12 @@ def check_size(frames: int, height: int, width: int) -> None:
 
 
 def num_tokens(frames: int, height: int, width: int) -> int:
+    """Return the number of video tokens. Raises ValueError for sizes that are not whole tokens."""
     return math.prod(grid_of(frames, height, width))
 
 
 def aspect_sizes(size: int) -> dict[float, tuple[int, int]]:
-    """Key -> (height, width) of about `size` x `size` pixels, floored to whole tokens."""
+    """Return key -> (height, width) of about `size` x `size` pixels, floored to whole tokens."""
     return {
         key: tuple(side * size // 512 // CELL * CELL for side in sides)
         for key, sides in ASPECTS.items()
@@ -90,16 +91,21 @@ def aspect_sizes(size: int) -> dict[float, tuple[int, int]]:
 
 
 def frames_for_budget_a(budget: int, pixels: int, most: int = 49) -> int:
-    """The reference's collate step; may exceed the budget. `pixels` of one frame."""
+    """Return the frames that the reference's collate step takes; they may exceed the budget.
+
+    `pixels` are those of one frame.
+    """
     return min(budget // pixels, most) // TIME_FACTOR * TIME_FACTOR + 1
 
 
 def frames_for_budget_b(budget: int, pixels: int, most: int = 49) -> int:
-    """The documented table (49 / 21 / 9 frames at 512 / 768 / 1024 for "13312")."""
+    """Return the frames of the documented table (49 / 21 / 9 at 512 / 768 / 1024 for "13312")."""
     return max(whole_frames(min(budget // pixels, most)), 1)
 
 
 class Shape(NamedTuple):
+    """The size of an encoded clip: pixel frames, then height and width in pixels."""
+
     frames: int
     height: int
     width: int
@@ -107,63 +113,77 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """A nominal token count and the clips admitted under it.
-
-    `lengths` are the compiled token lengths, ascending; the last is the capacity. `sizes` are the
-    square-equivalent resolutions. A clip that fills no length to `min_fill` is left to others.
-    """
+    """A nominal token count and the clips admitted under it."""
 
     tokens: int
+    """Nominal tokens of a clip: 3,328, 13,312 and 53,248 in the report (spec 9.4)."""
+
     lengths: tuple[int, ...]
+    """Token lengths, ascending; one program is compiled for each, and the last is the capacity."""
+
     sizes: tuple[int, ...]
+    """Resolutions, as the side in pixels of a square of equal area."""
+
     frames: int = 49
+    """Maximum frames of a clip, 4n+1; the default is that of the released scripts (spec 9.1)."""
+
     min_fill: float = 0.8
+    """Share of a length that a clip must fill; clips that fill less are left out of this set."""
 
     def __post_init__(self):
-        latent_frames(self.frames)
+        check_fields(
+            self,
+            tokens="[1, inf)",
+            lengths="[1, inf)",
+            sizes=f"[{CELL}, inf)",
+            frames="[1, inf)",
+            min_fill="[0, 1]",
+        )
+        latent_frames(self.frames)  # refuses a count that is not 4n+1
         if not self.lengths or list(self.lengths) != sorted(set(self.lengths)):
             raise ValueError(f"{self}: lengths must be one or more, ascending")
-        if not self.sizes or any(size < CELL for size in self.sizes):
-            raise ValueError(f"{self}: sizes must be one or more, each at least {CELL}")
+        if not self.sizes:
+            raise ValueError(f"{self}: sizes must be one or more")
 
     @property
     def pixels(self) -> int:
-        """Pixels x frames of the budget: 49 * 512 * 512 for 13312."""
+        """Return pixels x frames of the budget: 49 * 512 * 512 for 13312."""
         return self.frames * CELL**2 * self.tokens // latent_frames(self.frames)
 
     def length_of(self, shape: Shape) -> int:
-        """The smallest compiled length that holds the clip."""
+        """Return the smallest compiled length that holds the clip."""
         tokens = num_tokens(*shape)
         return next(length for length in self.lengths if length >= tokens)
 
     def fill(self, shape: Shape) -> float:
+        """Return the share of its compiled length that the clip fills."""
         return num_tokens(*shape) / self.length_of(shape)
 
     def candidates(self, frames: int, height: int, width: int) -> list[Shape]:
-        """What a source clip may become: the table's entry of nearest aspect at each size."""
+        """Return the possible shapes of a source clip: per size, the table's nearest aspect."""
         return self._shapes(self._table(height, width), frames, height, width)
 
     def choose(self, frames: int, height: int, width: int, clip: str) -> Shape | None:
-        """The shape that fills a compiled length best, or None if none reaches `min_fill`.
+        """Return the shape that fills a compiled length best; None if none reaches `min_fill`.
 
-        Small sizes floored to whole tokens distort and leave gaps; then grids beside the table
-        compete too. Among good fills the clip's name decides. A video keeps at least five frames:
-        its caption speaks of motion.
+        Small sizes floored to whole tokens distort the picture and leave lengths unfilled; then
+        grids that are not in the table compete too. If several shapes fill well, the clip's name
+        selects one. A video keeps at least five frames, because its caption describes motion.
         """
         shapes, _ = self.admissible(frames, height, width)
         return shapes[name_word(clip) % len(shapes)] if shapes else None
 
     def admissible(self, frames: int, height: int, width: int) -> tuple[tuple[Shape, ...], str]:
-        """The shapes that `choose` draws from, and if there are none, why."""
+        """Return the shapes that `choose` draws from, and the reason if there are none."""
         return _admissible(self, min(whole_frames(frames), self.most_frames), height, width)
 
     @property
     def most_frames(self) -> int:
-        """Clips of more frames are all alike."""
+        """Return the frame count above which all clips are treated alike."""
         return max(self.frames, TIME_FACTOR + 1)
 
     def describe(self) -> list[tuple[Shape, int, int]]:
-        """(shape, tokens, compiled length) of every resolution, for clips of any duration."""
+        """Return (shape, tokens, compiled length) of every resolution, for long enough clips."""
         shapes = {
             shape
             for size in self.sizes
@@ -175,7 +195,7 @@ class Budget:
 
     @property
     def capacity(self) -> int:
-        """Tokens of the largest sample of the table, rounded up: what the last length must be."""
+        """Return the tokens of the table's largest sample, rounded up: the required last length."""
         largest = 0
         for size in self.sizes:
             for height, width in aspect_sizes(size).values():
@@ -200,13 +220,13 @@ class Budget:
 
 
 def _stretch(h: int, w: int, height: int, width: int) -> float:
-    """How far the aspect of h x w is from that of height x width; 1 is equal."""
+    """Return the ratio of the aspects of h x w and height x width, at least 1; 1 is equal."""
     ratio = h * width / (w * height)
     return max(ratio, 1 / ratio)
 
 
 def name_word(clip: str) -> int:
-    """A number that stays with a clip's name: what draws its shape."""
+    """Return a 64-bit hash of a clip's name; it draws the clip's shape."""
     return int.from_bytes(hashlib.blake2b(clip.encode(), digest_size=8).digest(), "little")
 
 
@@ -227,7 +247,7 @@ def _admissible(
         }
         shapes += budget._shapes(sorted(beside - set(true)), frames, height, width)
     if not shapes:
-        return (), f"smaller than every size of the stage, enlarged by {MAX_UPSCALE}"
+        return (), f"smaller than every size of the stage, even enlarged by {MAX_UPSCALE}"
     if frames > TIME_FACTOR:
         shapes = [shape for shape in shapes if shape.frames > 1]
     good = tuple(shape for shape in shapes if budget.fill(shape) >= GOOD_FILL)
@@ -247,7 +267,7 @@ class Clips(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """What clips become: a row of `shapes` each, or -1 and the reason's place in `reasons`."""
+    """The shapes of clips: each clip's row of `shapes`, or -1 and its row of `reasons`."""
 
     shapes: list[Shape]
     shape: Int[np.ndarray, "R"]
@@ -256,7 +276,10 @@ class Choice(NamedTuple):
 
 
 def choose_all(budget: Budget, clips: Clips) -> Choice:
-    """`Budget.choose` of many clips; equal sizes and durations are looked up once."""
+    """Return the result of `Budget.choose` for many clips.
+
+    Equal sizes and durations are looked up once.
+    """
     classes, member = _classes(budget, clips)
     shapes, reasons, table, size, why = {}, {"": 0}, [], [], []
     for source in classes:
@@ -275,10 +298,10 @@ def choose_all(budget: Budget, clips: Clips) -> Choice:
 def fit_lengths(
     tokens: Int[np.ndarray, "V"], counts: np.ndarray, most: int = NUM_LENGTHS
 ) -> tuple[int, ...]:
-    """The at most `most` lengths that pad samples least; exact, by dynamic programming.
+    """Return at most `most` lengths that need the least padding; exact, by dynamic programming.
 
     `counts` samples have `tokens` tokens. Lengths are multiples of MULTIPLE, the largest sample
-    fits the last, and each holds at least MIN_SHARE of the samples.
+    fits the last length, and each length holds at least MIN_SHARE of the samples.
     """
     ends = np.unique(-(-tokens // MULTIPLE) * MULTIPLE)
     place = np.searchsorted(ends, tokens)
@@ -301,10 +324,11 @@ def fit_lengths(
 
 
 def fit_budget(budget: Budget, clips: Clips, most: int = NUM_LENGTHS) -> Budget:
-    """`budget` with the lengths that pad `clips` least.
+    """Return `budget` with the lengths that need the least padding for `clips`.
 
-    Shapes are chosen to fill the lengths, and lengths to hold the shapes, in turn; the best round
-    counts. The lengths that `budget` came with do not matter.
+    Each round chooses shapes that fill the lengths, then lengths that hold the shapes; the best
+    round is returned. The lengths of the given `budget` are ignored. Raises ValueError if no clip
+    fits.
     """
     classes, member = _classes(budget, clips)
     counts = np.bincount(member, minlength=len(classes))
@@ -317,7 +341,10 @@ def fit_budget(budget: Budget, clips: Clips, most: int = NUM_LENGTHS) -> Budget:
             tokens += [num_tokens(*shape) for shape in shapes]
             weights += [count / len(shapes) for _ in shapes]
         if not tokens:
-            raise ValueError(f"none of {len(counts)} kinds of clips fits {budget}")
+            raise ValueError(
+                f"none of {len(counts)} kinds of clips fits {budget}; add smaller sizes, or larger "
+                f"clips"
+            )
         tokens, weights = np.array(tokens), np.array(weights)
         lengths = fit_lengths(tokens, weights, most)
         padded = np.array(lengths)[np.searchsorted(lengths, tokens)]
@@ -331,9 +358,9 @@ def fit_budget(budget: Budget, clips: Clips, most: int = NUM_LENGTHS) -> Budget:
 
 
 def _classes(budget: Budget, clips: Clips) -> tuple[list[tuple[int, int, int]], np.ndarray]:
-    """Different sources (frames, height, width), and which of them each clip is like.
+    """Return the distinct sources (frames, height, width), and the source of each clip.
 
-    Sources are alike that every comparison in `admissible` takes for equal.
+    Two clips have the same source if all comparisons in `admissible` give equal results for them.
     """
     sides, of_sides = np.unique(
         (clips.height.astype(np.int64) << 32) | clips.width, return_inverse=True
@@ -353,7 +380,10 @@ def _classes(budget: Budget, clips: Clips) -> tuple[list[tuple[int, int, int]], 
 
 
 def _pattern(budget: Budget, height: np.ndarray, width: np.ndarray) -> np.ndarray:
-    """Per source size: its aspect's entry, and which grids of it are too large or too stretched."""
+    """Return a byte pattern per source size: its aspect, and its unusable grids.
+
+    A grid is unusable if it is too large for the source or too stretched.
+    """
     keys = np.array(list(ASPECTS))
     entry = np.abs(keys - (height / width)[:, None]).argmin(axis=1)
     tables = np.array([list(aspect_sizes(size).values()) for size in budget.sizes])

@@ -1,17 +1,17 @@
-"""Control signals from pixels, camera files and drawn paths: what a control model is led by.
+"""Control signals of control models, from pixels, camera files and drawn paths.
 
 `python -m easyanimate_jax control FOLDER OPERATOR` writes the control videos of a folder of
-captioned files and enters them in its metadata.json.
+captioned files and adds them to its metadata.json.
 
-One interface: an operator takes a video, (F, H, W, 3) uint8, and gives the control video, of that
-shape. The ones here are classical: `soft_edge`, `scribble`, `lines` and `line_art` stand in for the
-networks (HED, its scribbles, MLSD, anime line art) that the released control models saw, and look
-like them, no more. Depth and pose need a model of their own: any callable of the interface will do.
+An operator maps a video, (F, H, W, 3) uint8, to a control video of the same shape. The operators
+here are classical. `soft_edge`, `scribble`, `lines` and `line_art` replace the networks that the
+released control models saw (HED, its scribbles, MLSD, anime line art); their results only look
+similar. Depth and pose need a model of their own: pass any callable with this interface.
 """
 
 import json
+import logging
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,21 +23,24 @@ from tqdm import tqdm
 
 from easyanimate_jax.data import media, paths
 from easyanimate_jax.data.buckets import whole_frames
+from easyanimate_jax.data.times import frames_in
 from easyanimate_jax.facts import FPS
+
+logger = logging.getLogger(__name__)
 
 Video = UInt8[np.ndarray, "F H W 3"]
 Operator = Callable[[Video], Video]
 
-SOURCE_ASPECT = 1280 / 720  # of the films whose intrinsics pose files hold
-CAMERA_FPS = 24  # rows of a pose file a second
-HEAT_SIDE, HEAT_SIGMA = 200, 40  # the Gaussian of a trajectory, before it is resized
-HEAT_HALF = 50  # pixels, half its side in a 1280 x 720 video
+SOURCE_ASPECT = 1280 / 720  # aspect of the videos that the intrinsics of pose files refer to
+CAMERA_FPS = 24  # rows of a pose file per second
+HEAT_SIDE, HEAT_SIGMA = 200, 40  # pixels of a trajectory's Gaussian, before it is resized
+HEAT_HALF = 50  # pixels; half the side of the Gaussian in a 1280 x 720 video
 
 
 def control_video(video: Video, operator: str | Operator) -> Video:
-    """The control video of `video` by an operator of `OPERATORS`, or by any callable.
+    """Return the control video of `video`, by an operator of `OPERATORS` or by any callable.
 
-    Raises ValueError for an operator that is not there, or one that breaks the interface.
+    Raises ValueError for an unknown operator, or one that breaks the interface.
     """
     if isinstance(operator, str):
         if operator not in OPERATORS:
@@ -49,26 +52,26 @@ def control_video(video: Video, operator: str | Operator) -> Video:
     control = operator(video)
     if getattr(control, "shape", None) != video.shape or control.dtype != np.uint8:
         raise ValueError(
-            f"a control operator made {getattr(control, 'dtype', type(control))} of shape "
-            f"{getattr(control, 'shape', None)} of a video of shape {video.shape}: it must give "
+            f"a control operator returned {getattr(control, 'dtype', type(control))} of shape "
+            f"{getattr(control, 'shape', None)} for a video of shape {video.shape}: it must return "
             f"uint8 of the same shape"
         )
     return control
 
 
 def canny(video: Video) -> Video:
-    """White edges of colour, thresholds 100 and 200 as in ControlNet."""
+    """Return white Canny edges of the colours, thresholds 100 and 200 as in ControlNet."""
     edges = [cv2.Canny(np.ascontiguousarray(frame), 100, 200) for frame in video]
     return np.repeat(np.stack(edges)[..., None], 3, axis=-1)
 
 
 def soft_edge(video: Video) -> Video:
-    """Grey edges, wide where the contrast is: gradients at three scales."""
+    """Return grey edges from gradients at three scales; strong contrast gives wide edges."""
     return _by_frame(video, lambda grey: _to_bytes(_edges(grey)))
 
 
 def scribble(video: Video) -> Video:
-    """White strokes along the ridges of the soft edges."""
+    """Return white strokes along the ridges of the soft edges."""
 
     def strokes(grey):
         edges = cv2.GaussianBlur(_edges(grey), (0, 0), 1.5)
@@ -83,7 +86,7 @@ def scribble(video: Video) -> Video:
 
 
 def lines(video: Video) -> Video:
-    """White straight segments, by OpenCV's line segment detector."""
+    """Return white straight segments, from OpenCV's line segment detector."""
     detector = cv2.createLineSegmentDetector()
 
     def segments(grey):
@@ -97,7 +100,7 @@ def lines(video: Video) -> Video:
 
 
 def line_art(video: Video) -> Video:
-    """White lines where it is darker than around: a difference of Gaussians."""
+    """Return white lines where a pixel is darker than around it: a difference of Gaussians."""
 
     def art(grey):
         grey = grey.astype(np.float32) / 255
@@ -122,7 +125,7 @@ def _by_frame(video, operator) -> Video:
 
 
 def _edges(grey: UInt8[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
-    """Mean gradient over three scales, 1 at a full step of contrast."""
+    """Return the mean gradient over three scales; 1 for a step from black to white."""
     grey, total = grey.astype(np.float32) / 255, 0.0
     for sigma in (1.0, 2.0, 4.0):
         smooth = cv2.GaussianBlur(grey, (0, 0), sigma)
@@ -136,14 +139,17 @@ def _to_bytes(x) -> UInt8[np.ndarray, "H W"]:
 
 
 class Camera(NamedTuple):
-    """A camera's way: intrinsics as shares of width and height, world-to-camera poses."""
+    """A camera path: intrinsics as fractions of width and height, and world-to-camera poses."""
 
     intrinsics: Float[np.ndarray, "rows 4"]  # fx, fy, cx, cy
     poses: Float[np.ndarray, "rows 3 4"]
 
 
 def read_camera(path: str | Path) -> Camera:
-    """A pose file of spec 7.1: one line of title, then one row of 19 numbers per frame."""
+    """Read a pose file (spec 7.1): a title line, then one row of 19 numbers per frame.
+
+    Raises ValueError, naming the line, for anything else.
+    """
     rows = []
     try:
         text = Path(path).read_text()
@@ -159,17 +165,20 @@ def read_camera(path: str | Path) -> Camera:
         if len(row) != 19 or not np.isfinite(row).all():
             raise ValueError(
                 f"{path}, line {number} has {len(row)} numbers: a pose is a time, four intrinsics, "
-                f"two zeros and twelve numbers of a 3x4 matrix"
+                f"two zeros and twelve numbers of a 3x4 matrix, all finite"
             )
         rows.append(row)
     if not rows:
-        raise ValueError(f"{path} holds no poses: after a line of title comes one row per frame")
+        raise ValueError(f"{path} holds no poses: write one row per frame after the title line")
     rows = np.array(rows)
     return Camera(rows[:, 1:5], rows[:, 7:].reshape(-1, 3, 4))
 
 
 def sampled_camera(camera: Camera, frames: int, fps: int = FPS) -> Camera:
-    """The first `frames` poses at `fps`, as inference takes them of a file at 24 a second."""
+    """Return the first `frames` poses at `fps` from a file with 24 per second, for inference.
+
+    Raises ValueError if there are too few poses.
+    """
     stride = max(1, CAMERA_FPS // fps)
     taken = Camera(*(x[::stride][:frames] for x in camera))
     if len(taken.poses) < frames:
@@ -181,7 +190,7 @@ def sampled_camera(camera: Camera, frames: int, fps: int = FPS) -> Camera:
 
 
 def stretched_camera(camera: Camera, frames: int) -> Camera:
-    """The poses interpolated to every frame of a film, as training takes them."""
+    """Return the poses interpolated to every frame of a video, for training."""
     place = np.linspace(0, len(camera.poses) - 1, frames)
     low = np.floor(place).astype(int)
     high = np.minimum(low + 1, len(camera.poses) - 1)
@@ -194,7 +203,7 @@ def stretched_camera(camera: Camera, frames: int) -> Camera:
 
 
 def pluecker_rays(camera: Camera, height: int, width: int) -> Float[np.ndarray, "F H W 6"]:
-    """Moment and direction of every pixel's ray, seen from the first camera (spec 7.1)."""
+    """Return moment and direction of every pixel's ray, relative to the first camera (spec 7.1)."""
     fx, fy, cx, cy = camera.intrinsics.T
     if width / height < SOURCE_ASPECT:
         fx = height * SOURCE_ASPECT * fx / width
@@ -220,9 +229,10 @@ def trajectory_video(
     width: int,
     half: int | None = None,
 ) -> Video:
-    """A Gaussian spot that runs along each path of (x, y) pixels, the brightest on top (7.1).
+    """Return a Gaussian spot moving along each path of (x, y) pixels (spec 7.1).
 
-    It fills a box of half a side of `half` pixels: by default that of the released control models.
+    Where spots overlap, the brightest value is kept. The spot fills a square with sides of 2 *
+    `half` pixels; the default is that of the released control models.
     """
     if half is None:
         half = max(1, int(HEAT_HALF * math.sqrt(height * width / (1280 * 720))))
@@ -243,13 +253,14 @@ def trajectory_video(
 
 
 def write_controls(folder: str | Path, operator: str) -> int:
-    """Control files of all clips under `folder/control_OPERATOR`; those that are there stay.
+    """Write control files of all clips to `folder/control_OPERATOR`; existing files are kept.
 
-    Returns how many were written. A clip that cannot be read keeps its row as it was, and is named.
+    Returns the number of written files. A clip that cannot be read is logged, and its row is
+    unchanged. Raises ValueError if the folder has no metadata.json.
     """
     table = Path(folder) / "metadata.json"
     if not table.is_file():
-        raise ValueError(f"{folder} holds no metadata.json to enter control files in")
+        raise ValueError(f"{folder} holds no metadata.json; write one that lists its clips")
     rows, written = json.loads(table.read_text(encoding="utf-8-sig")), 0
     for row in tqdm(rows, unit="clip"):
         try:
@@ -266,13 +277,13 @@ def write_controls(folder: str | Path, operator: str) -> int:
                     picture = media.read_image(path)[None]
                     media.write_png(part, control_video(picture, operator)[0])
                 else:
-                    frames = media.read_clip(path, 0, probe.num_frames)
-                    media.write_video(part, control_video(frames, operator), fps=round(probe.fps))
+                    frames = media.read_at(path, 0, int(frames_in(probe.seconds)))
+                    media.write_video(part, control_video(frames, operator))
                 part.replace(target)
                 written += 1
             row["control_file_path"] = str(name)
         except ValueError as error:
-            print(f"left out: {error}", file=sys.stderr)
+            logger.warning(f"left out: {error}")
     part = table.with_suffix(".part")
     part.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
     part.replace(table)

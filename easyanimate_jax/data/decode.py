@@ -1,9 +1,10 @@
-"""Decoding in processes of their own, with a deadline and a memory limit.
+"""Decode files in separate processes, with limits of processor time and memory.
 
-A damaged or hostile file may crash, hang or swell a decoder. It then takes a worker down, not the
-run: the caller gets a `ValueError` with the reason, and the next file a new worker. Requests and
-answers are a line of JSON and raw bytes, so nothing that a worker says can run here. A worker whose
-parent is gone reads the end of its input and leaves.
+A damaged or hostile file can only kill a worker, not the run: the caller gets a `ValueError` with
+the reason, and the next file a new worker. Requests and answers are a line of JSON and raw bytes,
+so an answer cannot run code. The time limit grows with the pixels to decode and counts processor
+time, so a busy machine gives the same result. A worker that uses no processor time is killed as
+stuck; one whose parent has ended exits.
 
     python -m easyanimate_jax.data.decode SECONDS BYTES     one worker, on stdin and stdout
 """
@@ -12,7 +13,6 @@ import functools
 import json
 import os
 import queue
-import resource
 import selectors
 import signal
 import subprocess
@@ -25,40 +25,65 @@ import numpy as np
 from easyanimate_jax.data import media
 from easyanimate_jax.data.media import Content, File, Frames, Probe
 
-SECONDS = 10.0  # for one file
-BYTES = 2 * 2**30  # of address space
-START_SECONDS = 60.0  # for a worker to come up on a busy machine
-PIPE = 2**20  # bytes on their way at once
+SECONDS = 10.0  # processor time for one file, plus 1 s for every
+PIXELS = 5e6  # pixels to decode; H.264 on one core decodes 20 to 60 times as many in 1 s
+STUCK = 60.0  # seconds of wall clock without any processor time used
+BYTES = 2 * 2**30  # address space of a worker
+START_SECONDS = 60.0  # limit for the start of a worker on a busy machine
+PIPE = 2**20  # bytes of a pipe's buffer
 MOST_ANSWER = 4 * media.MAX_PIXELS  # bytes
 
 
 class Decoders:
-    """`workers` processes that decode for any number of threads; a worker serves one at a time."""
+    """`workers` processes that decode for any number of threads; a worker serves one at a time.
 
-    def __init__(self, workers: int, seconds: float = SECONDS, memory: int = BYTES):
-        self.workers, self.seconds, self.memory = workers, seconds, memory
+    A file may use `seconds` of processor time, and 1 s more for every `PIXELS` that it must decode.
+    `memory` limits a worker's address space in bytes. After `stuck` seconds without processor time
+    a worker is killed. All methods raise ValueError, naming the file, if it cannot be decoded.
+    """
+
+    def __init__(
+        self, workers: int, seconds: float = SECONDS, memory: int = BYTES, stuck: float = STUCK
+    ):
+        self.workers, self.seconds, self.memory, self.stuck = workers, seconds, memory, stuck
         self.free = queue.LifoQueue()
         for _ in range(workers):
             self.free.put(None)
 
     def probe(self, path: File) -> Probe:
-        """`media.probe`, elsewhere."""
+        """Return `media.probe(path)`, run in a worker."""
         return Probe(*self._ask(path, "probe")["probe"])
 
     def read_clip(self, path: File, start: int, count: int, stride: int, size) -> Frames:
-        """`media.read_clip`, elsewhere."""
+        """Return `media.read_clip(...)`, run in a worker."""
         return self._ask(path, "clip", start, count, stride, size)["frames"]
 
+    def read_at(
+        self,
+        path: File,
+        start: float | int,
+        count: int,
+        size,
+        first: int = 0,
+        end: int | None = None,
+    ) -> Frames:
+        """Return `media.read_at(...)`, run in a worker."""
+        return self._ask(path, "at", start, count, size, first, end)["frames"]
+
+    def read_seconds(self, path: File) -> list[float]:
+        """Return `media.read_seconds(path)`, run in a worker."""
+        return self._ask(path, "seconds")["seconds"]
+
     def read_frames(self, path: File, indices: list[int], side: int) -> Frames:
-        """`media.read_frames`, elsewhere."""
+        """Return `media.read_frames(...)`, run in a worker."""
         return self._ask(path, "frames", indices, side)["frames"]
 
     def read_image(self, path: File, size: tuple[int, int] | None) -> Frames:
-        """`media.read_image` as one frame, cut to `size`, elsewhere."""
+        """Return `media.read_image(path)` as one frame, cropped to `size`, run in a worker."""
         return self._ask(path, "image", size)["frames"]
 
     def close(self) -> None:
-        """End the workers; the next request would start new ones."""
+        """End the workers; a later request starts new ones."""
         for _ in range(self.workers):
             worker = self.free.get()
             if worker:
@@ -72,22 +97,30 @@ class Decoders:
                 worker = self._start(path)
             content = b"" if isinstance(path, Path) else path.read()
             size = None if isinstance(path, Path) else len(content)
-            deadline = time.monotonic() + self.seconds
             try:
                 worker.stdin.write(json.dumps([str(path), size, *request]).encode() + b"\n")
                 worker.stdin.write(content)
                 worker.stdin.flush()
-                answer = _receive(worker, deadline)
+                answer = _receive(worker, self.stuck)
             except TimeoutError:
                 _end(worker)
                 worker = None
-                raise ValueError(f"{path}: not decoded within {self.seconds:g} seconds") from None
-            except (OSError, EOFError, ValueError):  # gone, or talking nonsense
+                raise ValueError(
+                    f"{path}: the decoder did nothing for {self.stuck:g} s; does its disk answer?"
+                ) from None
+            except (OSError, EOFError, ValueError):  # it has died, or its answer is not valid
                 code = _end(worker)
                 worker = None
+                if code == -signal.SIGPROF:
+                    raise ValueError(
+                        f"{path}: not decoded within {self.seconds:g} seconds of processor time "
+                        f"and one more for every {PIXELS / 1e6:g} million pixels"
+                    ) from None
                 name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                raise ValueError(f"{path}: the decoder died of it ({name})") from None
-            except BaseException:  # its answer would be taken for the next file's
+                raise ValueError(
+                    f"{path}: the decoder died of it ({name}); replace the file"
+                ) from None
+            except BaseException:  # its answer would be read as the answer for the next file
                 _end(worker)
                 worker = None
                 raise
@@ -102,14 +135,14 @@ class Decoders:
         root = str(Path(__file__).parents[2])
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
-            "OMP_NUM_THREADS": "1",  # a thread's stack is address space
+            "OMP_NUM_THREADS": "1",  # the stack of each thread would use address space
             "OPENBLAS_NUM_THREADS": "1",
         }
         worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, pipesize=PIPE
         )
         try:
-            _receive(worker, time.monotonic() + START_SECONDS)
+            _receive(worker, START_SECONDS)
         except (TimeoutError, OSError, EOFError):
             _end(worker)
             raise RuntimeError(f"{path}: {' '.join(command)} does not start") from None
@@ -118,18 +151,24 @@ class Decoders:
 
 @functools.cache
 def decoders() -> Decoders:
-    """The workers of this process, one a core."""
+    """Return this process's decoders, one worker per core."""
     return Decoders(os.cpu_count())
 
 
-def _receive(worker: subprocess.Popen, deadline: float) -> dict:
-    """The line of JSON and the bytes it announces."""
+def _receive(worker: subprocess.Popen, stuck: float) -> dict:
+    """Return the answer: a line of JSON, and the bytes that it announces.
+
+    Raises TimeoutError after `stuck` seconds without processor time, EOFError if the worker ends.
+    """
     with selectors.DefaultSelector() as selector:
         selector.register(worker.stdout, selectors.EVENT_READ)
 
         def wait() -> None:
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                raise TimeoutError
+            used = _ticks(worker.pid)
+            while not selector.select(stuck):
+                before, used = used, _ticks(worker.pid)
+                if used == before:
+                    raise TimeoutError
 
         line = b""
         while b"\n" not in line:
@@ -156,8 +195,19 @@ def _receive(worker: subprocess.Popen, deadline: float) -> dict:
         return {"frames": content.reshape(shape)}
 
 
+def _ticks(pid: int) -> float | str:
+    """Return a value that grows while the process uses its processor.
+
+    If the system does not report one, the value is the current time.
+    """
+    try:
+        return Path(f"/proc/{pid}/schedstat").read_text().split()[0]
+    except OSError:
+        return time.monotonic()
+
+
 def _end(worker: subprocess.Popen) -> int:
-    """Kill the worker if it lives; its exit code, negative for a signal."""
+    """Kill the worker if it lives; return its exit code, negative for a signal."""
     try:
         code = worker.wait(0.05)
     except subprocess.TimeoutExpired:
@@ -168,38 +218,51 @@ def _end(worker: subprocess.Popen) -> int:
     return code
 
 
-def _answer(path: File, kind: str, *arguments) -> tuple[dict, np.ndarray | None]:
+def _answer(path: File, kind: str, *arguments, allow) -> tuple[dict, np.ndarray | None]:
     if kind == "probe":
         return {"probe": media.probe(path)}, None
+    if kind == "seconds":
+        return {"seconds": media.read_seconds(path)}, None
     if kind == "clip":
-        *span, size = arguments
-        frames = media.read_clip(path, *span, tuple(size) if size else None)
+        start, count, stride, size = arguments
+        frames = media.read_clip(path, start, count, stride, size and tuple(size), allow)
+    elif kind == "at":
+        start, count, size, *span = arguments
+        frames = media.read_at(path, start, count, size and tuple(size), *span, allow)
     elif kind == "frames":
-        frames = media.read_frames(path, *arguments)
+        frames = media.read_frames(path, *arguments, allow)
     else:
         frames = media.read_image(path)[None]
         frames = media.resize_crop(frames, *arguments[0]) if arguments[0] else frames
     return {"shape": frames.shape}, np.ascontiguousarray(frames)
 
 
+def _allow(pixels: int) -> None:
+    """Extend the limit of processor time by the share of `pixels`."""
+    left, _ = signal.getitimer(signal.ITIMER_PROF)
+    signal.setitimer(signal.ITIMER_PROF, left + pixels / PIXELS)
+
+
 def _work(seconds: float, memory: int) -> None:
+    import resource  # some systems lack it, and only workers need it
+
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     output = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # text that a library prints must not mix with answers
     output.write(b"{}\n")
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_REAL, 2 * seconds)  # if the parent does not end us
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         name, size, *request = json.loads(line)
         path = Path(name) if size is None else Content(sys.stdin.buffer.read(size), name)
         frames = None
         try:
-            answer, frames = _answer(path, *request)
+            answer, frames = _answer(path, *request, allow=_allow)
         except ValueError as error:
             answer = {"error": str(error)}
-        except Exception as error:  # whatever a bad file raises is a fault of the file
+        except Exception as error:  # a bad file may raise any exception
             answer = {"error": f"{name}: {type(error).__name__}: {error}"}
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         output.write(json.dumps(answer).encode() + b"\n")
         if frames is not None:
             view = memoryview(frames).cast("B")

@@ -1,8 +1,8 @@
-"""Batches of encoded clips: the plan's records, read ahead by grain's threads.
+"""Batches of encoded clips: the records of the plan, read ahead by grain's threads.
 
-Letters beyond the legend: A microbatches of a global batch, P token width. A row's draws (which
-caption, caption or none, which mask) come from seed, stage, step and row alone, so a loader that
-starts at step k delivers what one that walked there would have.
+Letters beyond the legend: A microbatches of a global batch, P token width. A row's random draws
+(which caption, caption or none, which mask) depend only on seed, stage, step and row. A loader that
+starts at step k therefore delivers the same batches as one that ran up to step k.
 """
 
 import ctypes
@@ -13,8 +13,10 @@ import mmap
 import signal
 import sys
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,21 +28,20 @@ from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records, read_texts
 from easyanimate_jax.diffusion.tasks import TASKS, TaskName
 
-READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # in batches
+READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # the buffer holds batches
 FOREVER = 2**40  # steps
-READERS = 16  # records of a batch that are read at the same time
-MAX_BAD, FEW_BAD = 1e-3, 3  # records that may be unreadable: a share, and a number
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
-KEPT = 2**25  # bytes; no record is larger, and glibc allows no more
-FREE = {}  # bytes -> pages of arrays that are gone
+READERS = 16  # records of a batch that are read in parallel
+MAX_BAD, FEW_BAD = 1e-3, 3  # limits of unreadable records: a share, and a minimum number
+PR_SET_PDEATHSIG = 1  # from Linux's prctl
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's mallopt
+KEPT = 2**25  # bytes; no record is larger, and glibc's limit is the same
 
 
 class Batch(NamedTuple):
-    """Latent statistics as tokens, zero past `lengths`. Rows of weight 0 fill microbatches up.
+    """Latent statistics as tokens, zero past `lengths`. Padding rows have weight 0.
 
-    Latents and texts are float16, as on disk: half the bytes to a device. The step makes them
-    float32.
+    Padding rows fill up the last microbatch. Latents and texts are float16, as on disk, which
+    halves the bytes sent to a device. The training step converts them to float32.
     """
 
     mean: np.ndarray  # (A, B, N, P) of the normalised latents
@@ -52,15 +53,41 @@ class Batch(NamedTuple):
     weight: np.ndarray  # (A, B), 1 or 0
 
 
-class Loader:
-    """Reads `plan` from `records`, in microbatches of `microbatch` rows.
+class Pages:
+    """Memory for the arrays of batches; it is reused once no view of an array is left.
 
-    A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3), the control
-    and the reference of a row by zeros, each by itself, with those of `drops` (spec 7.2). A process
-    reads and builds only the `rows` of every microbatch that its devices need, all of them if None;
-    the others are memory that is never touched. The rows of a batch are read at the same time. A
-    record that does not read is replaced by the next of its bucket, and noted in the file
-    `quarantine`.
+    New pages fault and are zeroed, which costs a third of the time to read a record. Pages of 2 MB,
+    if available, fault once instead of every 4 KB.
+    """
+
+    def __init__(self):
+        self.free = defaultdict(list)  # bytes -> pages of deleted arrays
+
+    def array(self, shape: tuple[int, ...], dtype) -> np.ndarray:
+        """Return an uninitialised array, to be filled by the caller."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        free = self.free[size]
+        try:
+            pages = free.pop()
+        except IndexError:
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            if sys.platform == "linux":
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        array = np.frombuffer(pages, dtype)
+        weakref.finalize(array, free.append, pages).atexit = False  # runs after the last view
+        return array.reshape(shape)
+
+
+class Loader:
+    """Read `plan` from `records`, in microbatches of `microbatch` rows.
+
+    A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3). The control
+    and the reference of a row are each replaced by zeros with the probabilities `drops` (spec 7.2).
+    `rows` are the rows of each microbatch that this process's devices need; None means all. Other
+    rows are not read, and their memory is never touched. The rows of a batch are read in parallel.
+    An unreadable record is replaced by the next of its bucket, and is logged in the file
+    `quarantine`. Raises ValueError if the set does not fit the task, or if too many records are
+    unreadable.
     """
 
     def __init__(
@@ -79,7 +106,7 @@ class Loader:
         if task == "i2v" and not (made["condition_draws"] or made.get("pixels")):
             raise ValueError(
                 f"stage {plan.name!r} is i2v, and {records.folder} was prepared without "
-                f"condition_draws; set them and prepare again"
+                f"condition_draws; set condition_draws and prepare the set again"
             )
         control = made.get("control", ())
         camera = "camera" in TASKS[task].holds
@@ -95,49 +122,56 @@ class Loader:
         empty = read_texts(records.folder.parent / "empty.safetensors")
         self.empty = [text[0].astype(np.float16) for text in empty]
         self.name_word = int.from_bytes(hashlib.blake2b(plan.name.encode()).digest()[:8], "little")
-        self.bad, self.quarantine = {}, quarantine  # record -> why it does not read
+        self.bad, self.quarantine = {}, quarantine  # record -> why it is unreadable
         keep_memory()
 
     def batches(self, start: int = 0, workers: int = 0) -> Iterator[tuple[int, Batch]]:
-        """(token length, batch) of the stage's own steps `start`, `start` + 1, ... without end.
+        """Yield (token length, batch) of the stage's steps `start`, `start` + 1, ... without end.
 
-        By threads of this process, or by `workers` processes; the batches are the same.
+        The batches are made by threads of this process, or by `workers` processes; they are the
+        same.
         """
-        return self._ahead(self.batch, start, READ, workers)
+        return self._ahead(partial(self.batch, pages=Pages()), start, READ, workers)
 
-    def batch(self, step: int) -> tuple[int, Batch]:
-        """(token length, batch) of one step."""
+    def batch(self, step: int, pages: Pages | None = None) -> tuple[int, Batch]:
+        """Return (token length, batch) of one step; `pages` provides its memory if given."""
         length, ids = self.plan(int(step))
         own = self._own(len(ids))
         with ThreadPoolExecutor(READERS) as pool:
             fields = pool.map(lambda row: self._row(int(step), row, int(ids[row])), own)
-            return length, self._assemble(length, ids, zip(own, fields, strict=True))
+            made = zip(own, fields, strict=True)
+            return length, self._assemble(length, ids, made, pages or Pages())
 
     def _ahead(
         self, function: Callable, start: int, read: grain.ReadOptions, workers: int
     ) -> Iterator:
-        """What `function` makes of the steps `start`, `start` + 1, ..., made ahead."""
+        """Return an iterator over `function(step)` for the steps from `start`, computed ahead."""
         steps = grain.MapDataset.range(start, FOREVER)
         made = steps.map(function).to_iter_dataset(read)
         if workers:
-            flags.FLAGS.mark_as_parsed()  # grain's processes read flags that nobody parses here
+            flags.FLAGS.mark_as_parsed()  # grain's processes read absl flags, unparsed here
             options = grain.MultiprocessingOptions(num_workers=workers)
             made = made.mp_prefetch(options, worker_init_fn=_start_worker)
         return iter(made)
 
     def _own(self, count: int) -> list[int]:
-        """The rows to read of a batch of `count`; where all are padding, one for its shapes."""
+        """Return the rows to read of a batch of `count`.
+
+        If this process holds only padding rows, row 0 is read for its shapes.
+        """
         return [row for row in range(count) if self._holds(row)] or [0]
 
     def _holds(self, row: int) -> bool:
-        """Whether this process's devices hold the row."""
+        """Return True if this process's devices hold the row."""
         return self.rows is None or row % self.microbatch in self.rows
 
-    def _assemble(self, length: int, ids: np.ndarray, rows: Iterable[tuple[int, dict]]) -> Batch:
-        """The batch of records `ids`, its own `rows` given as `_fields` gives them."""
+    def _assemble(
+        self, length: int, ids: np.ndarray, rows: Iterable[tuple[int, dict]], pages: Pages
+    ) -> Batch:
+        """Return the batch of records `ids`; `rows` are the fields of this process's rows."""
         micro = self.microbatch
         total = -(-len(ids) // micro) * micro
-        # All rows have a grid: padding rows are one token long, so that their numbers are finite.
+        # Padding rows get a grid of one token, so that their results are finite.
         grid = np.ones((total, 3), np.int32)
         grid[: len(ids)] = [self._grid(int(record)) for record in ids]
         weight = (np.arange(total) < len(ids)).astype(np.float32)
@@ -146,7 +180,7 @@ class Loader:
         def put(name: str, row: int, values: np.ndarray, *lead: int) -> None:
             if name not in arrays:
                 dtype = np.float32 if name == "condition" else np.float16
-                arrays[name] = _memory((total, *lead, *values.shape[1:]), dtype)
+                arrays[name] = pages.array((total, *lead, *values.shape[1:]), dtype)
             arrays[name][row, : len(values)] = values
             arrays[name][row, len(values) :] = 0
 
@@ -181,7 +215,7 @@ class Loader:
         return self._fields(step, row, record, arrays)
 
     def _fields(self, step: int, row: int, record: int, arrays: dict[str, np.ndarray]) -> dict:
-        """What the row shows of the record's arrays, by the row's own draws."""
+        """Return the record's arrays that the row uses, chosen by the row's own random draws."""
         rng = np.random.default_rng(self._words(step, row))
         caption = rng.integers(self.records.index["num_captions"][record])
         dropped = rng.random() < self.text_drop
@@ -197,11 +231,11 @@ class Loader:
         return fields
 
     def _words(self, step: int, row: int) -> list[int]:
-        """The seed of a row's draws."""
+        """Return the seed of a row's random draws."""
         return [self.plan.seed, self.name_word, step, row]
 
     def _instead(self, record: int, read: Callable[[int], object]) -> tuple:
-        """The record, or the next of its bucket that `read` can read, and what it gives."""
+        """Return (record, read(record)) of `record`, or of the next readable one of its bucket."""
         for candidate in self.plan.instead_of(record):
             if candidate in self.bad:
                 continue
@@ -209,7 +243,10 @@ class Loader:
                 return candidate, read(candidate)
             except ValueError as error:
                 self._leave_out(candidate, str(error))
-        raise ValueError(f"stage {self.plan.name!r}: no record of a whole bucket reads")
+        raise ValueError(
+            f"stage {self.plan.name!r}: no record of a whole bucket is readable; prepare the set "
+            f"again"
+        )
 
     def _arrays(self, record: int) -> dict[str, np.ndarray]:
         arrays, tokens = self.records[record], self.records.index["tokens"][record]
@@ -222,7 +259,7 @@ class Loader:
 
     def _leave_out(self, record: int, reason: str) -> None:
         if self.bad.setdefault(record, reason) is not reason:
-            return  # another thread met it too
+            return  # another thread has reported it
         if self.quarantine:
             entry = {"stage": self.plan.name, "record": record, "reason": reason}
             with open(self.quarantine, "a") as file:
@@ -238,41 +275,24 @@ class Loader:
         return np.array([index[axis][record] for axis in ("T", "gh", "gw")], np.int32)
 
 
-def _memory(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An array to be filled, in the memory of one of its size that is gone, or in new pages.
-
-    New pages fault and are zeroed, at a third of the time that a record takes to read; those of
-    2 MB, where they fit, fault once instead of every 4 KB.
-    """
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    free = FREE.setdefault(size, [])
-    try:
-        pages = free.pop()
-    except IndexError:
-        pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if sys.platform == "linux":
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    array = np.frombuffer(pages, dtype)
-    weakref.finalize(array, free.append, pages).atexit = False  # when its last view is gone
-    return array.reshape(shape)
-
-
 def keep_memory() -> None:
-    """Let malloc reuse a record's memory for the next: else every page of each faults anew."""
+    """Let malloc reuse a record's memory for the next one; otherwise all its pages fault again."""
     if sys.platform == "linux":
         for option, value in ((M_MMAP_THRESHOLD, KEPT), (M_TRIM_THRESHOLD, 8 * KEPT)):
             ctypes.CDLL(None).mallopt(option, value)
 
 
 def _start_worker(_worker: int, _workers: int) -> None:
-    """A worker process ends when its parent does, however that ends."""
+    """Make a worker process end when its parent ends, for whatever reason."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     keep_memory()
 
 
 def _condition(rng: np.random.Generator, arrays: dict[str, np.ndarray]) -> np.ndarray:
-    """One of the clip's conditionings (spec 6.1): (N, 4 + P), the mask and a sample of the masked
-    video's latents; all zero where its flag is."""
+    """Return one of the clip's conditions (spec 6.1), (N, 4 + P): mask, then masked latents.
+
+    The latents are a sample of the masked video's posterior. All values are 0 if the flag is 0.
+    """
     draw = rng.integers(len(arrays["condition_flag"]))
     mean, logvar, mask, flag = (
         arrays[f"condition_{name}"][draw].astype(np.float32)
@@ -284,8 +304,10 @@ def _condition(rng: np.random.Generator, arrays: dict[str, np.ndarray]) -> np.nd
 def _control(
     rng: np.random.Generator, arrays: dict[str, np.ndarray], task: str, drops: tuple[float, float]
 ) -> np.ndarray:
-    """What leads the clip (spec 7.2): one of its control videos or the rays, then the reference
-    frame in the tokens of latent frame 0."""
+    """Return the control signal (spec 7.2): control latents or camera rays, then the reference.
+
+    The latents of the reference frame occupy the tokens of latent frame 0; the others are 0.
+    """
 
     def latents(name: str, which=slice(None)) -> np.ndarray:
         parts = (arrays[f"{name}_{part}"][which].astype(np.float32) for part in ("mean", "logvar"))
@@ -306,5 +328,5 @@ def _control(
 
 
 def _sample(rng: np.random.Generator, mean: np.ndarray, logvar: np.ndarray) -> np.ndarray:
-    """A draw from a posterior."""
+    """Return a sample of a posterior."""
     return mean + np.exp(logvar / 2) * rng.standard_normal(mean.shape, np.float32)

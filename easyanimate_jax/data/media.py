@@ -1,41 +1,44 @@
-"""Video and picture files: open safely, decode, resize, write.
+"""Video and picture files: open them safely, decode, resize, write.
 
-FFmpeg takes a path for a URL or a script, so files are opened here, recognised by their first
-bytes, and handed over as file objects. Headers are checked before anything is decoded, and
-decoded frames are counted: a damaged file is a `ValueError` that names it, never a short clip.
-Files of strangers are decoded in processes of their own, see data/decode.py.
+FFmpeg interprets some paths as URLs or scripts, so this module opens files itself, recognises them
+by their first bytes, and passes file objects to FFmpeg. Headers are checked before anything is
+decoded, and decoded frames are counted: a damaged file raises a `ValueError` that names it, and
+never gives a short clip. The rules are in data/times.py (which frame is shown when), data/shown.py
+(how it looks) and data/pictures.py. data/decode.py decodes untrusted files in separate processes.
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from einops import rearrange
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 
 from easyanimate_jax.data.paths import open_regular
+from easyanimate_jax.data.pictures import (
+    Picture,
+    fill,
+    fit_side,
+    is_animated,
+    open_picture,
+    picture_kind,
+    size_of,
+    to_rgb,
+)
+from easyanimate_jax.data.shown import SCALING
+from easyanimate_jax.data.streams import Allow, free, open_film
+from easyanimate_jax.data.times import Timeline
 from easyanimate_jax.facts import FPS
 
-MAX_SIDE = 4096
-MAX_PIXELS = 2**29  # of one clip in memory: 1.6 GB
-MAX_BYTES = 2**30  # of a file inside an archive
-CODECS = {"av1", "ffv1", "h264", "hevc", "libdav1d", "mpeg4", "prores", "vp8", "vp9"}
-PICTURES = ("PNG", "JPEG", "WEBP")
-# Of FFmpeg's scaler: bilinear with antialias like `resize_crop`, and chroma for every pixel. Its
-# defaults are a little faster, and more than a level too dark.
-SCALING = (
-    Interpolation.BILINEAR
-    | Interpolation.ACCURATE_RND
-    | Interpolation.BITEXACT
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.FULL_CHR_H_INP
-)
+MAX_PIXELS = 2**29  # pixels of one clip in memory: 1.6 GB
+MAX_BYTES = 2**30  # bytes of a file inside an archive
 MAGIC = (  # (offset, bytes, FFmpeg demuxer, or "image" for Pillow)
     (4, b"ftyp", "mov"),
     (4, b"moov", "mov"),
@@ -43,17 +46,24 @@ MAGIC = (  # (offset, bytes, FFmpeg demuxer, or "image" for Pillow)
     (4, b"wide", "mov"),
     (0, b"\x1a\x45\xdf\xa3", "matroska"),
     (8, b"AVI ", "avi"),
+    (0, b"FLV\x01", "flv"),
     (0, b"\x89PNG", "image"),
     (0, b"\xff\xd8\xff", "image"),
+    (0, b"GIF8", "image"),
+    (0, b"II*\0", "image"),
+    (0, b"MM\0*", "image"),
     (8, b"WEBP", "image"),
 )
+PACKETS = ((0, 188), (4, 192))  # MPEG transport streams: offset and bytes of a packet
+HEAD = 2 * 192 + 8  # bytes that identify the format of a file
+BT709 = 1  # FFmpeg's number of BT.709's matrix, primaries and transfer
+LIMITED = 1  # FFmpeg's number of the range from 16 to 235
 
 Frames = UInt8[np.ndarray, "F H W 3"]
-Picture = UInt8[np.ndarray, "H W 3"]
 
 
 class Member(NamedTuple):
-    """A file that is a part of another one, such as a tar's: read in place, never extracted."""
+    """A file inside another one, such as a tar; it is read in place, never extracted."""
 
     archive: Path
     offset: int
@@ -64,34 +74,38 @@ class Member(NamedTuple):
         return f"{self.archive}:{self.name}"
 
     def read(self) -> bytes:
+        """Return the bytes. Raises ValueError if the file is too large or incomplete."""
         if self.size > MAX_BYTES:
-            raise ValueError(f"{self} has {self.size:,} bytes; at most {MAX_BYTES:,} are read")
+            raise ValueError(f"{self} has {self.size:,} bytes; use at most {MAX_BYTES:,}")
         with open_regular(self.archive) as file:
             file.seek(self.offset)
             content = file.read(self.size)
         if len(content) < self.size:
-            raise ValueError(f"{self}: {len(content):,} of {self.size:,} bytes are there")
+            raise ValueError(
+                f"{self}: only {len(content):,} of {self.size:,} bytes exist; replace the archive"
+            )
         return content
 
 
 class Example(NamedTuple):
-    """A file that is a field of an example of an open data set."""
+    """A file that is a field of an example in a TFDS data set."""
 
-    examples: object  # by index, dicts of fields
+    examples: object  # indexable; an example is a dict of fields
     index: int
     field: str
     name: str
-    folder: Path  # of the data set
+    folder: Path  # folder of the data set
 
     def __str__(self) -> str:
         return f"example {self.index}:{self.name}"
 
     def read(self) -> bytes:
+        """Return the bytes."""
         return self.examples[self.index][self.field]
 
 
 class Content(NamedTuple):
-    """A file whose bytes are here."""
+    """A file whose bytes are in memory."""
 
     content: bytes
     name: str
@@ -100,6 +114,7 @@ class Content(NamedTuple):
         return self.name
 
     def read(self) -> bytes:
+        """Return the bytes."""
         return self.content
 
 
@@ -107,35 +122,38 @@ File = Path | Member | Example | Content
 
 
 class Probe(NamedTuple):
-    """What the header says; `height` and `width` are as displayed, after rotation."""
+    """The properties of a file as its packets and header state them.
+
+    `height` and `width` are as displayed: after rotation, with square pixels.
+    """
 
     kind: str  # "video" or "image"
-    num_frames: int
+    num_frames: int  # frames that are shown
     height: int
     width: int
-    fps: float  # 0 for images
+    fps: float  # average from the first frame to the last; 0 for images
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds from the first frame's time stamp to the last one's."""
+        return (self.num_frames - 1) / self.fps if self.fps else 0.0
 
 
 def probe(path: File) -> Probe:
-    """Kind, frame count, size and rate of a file; decodes at most one frame."""
+    """Return kind, frame count, size and rate of a file; at most one frame is decoded.
+
+    Raises ValueError, naming the file, if it cannot be read.
+    """
     with _open(path) as (file, demuxer):
         if demuxer == "image":
-            with _picture(path, file) as image:
-                rotated = (
-                    image.getexif().get(0x0112, 1) >= 5
-                )  # EXIF orientations with a quarter turn
-                width, height = image.size[::-1] if rotated else image.size
-            return Probe("image", 1, height, width, 0.0)
-        with _video(path, file, demuxer) as (container, stream):
-            num_frames = stream.frames
-            frame = next(container.decode(stream), None)
-            if frame is None:
+            with open_picture(path, file) as image:
+                if not is_animated(image):
+                    return Probe("image", 1, *size_of(image), 0.0)
+        with open_film(path, file, demuxer) as film:
+            _, size, _ = next(film.walk(0, 0), (0, None, None))
+            if size is None:
                 raise ValueError(f"{path}: no frame could be decoded; replace the file")
-            height, width = _displayed(frame)
-            if not 0 < num_frames < 2**31:  # WebM and others store none: one packet is one frame
-                container.seek(0)
-                num_frames = sum(packet.size > 0 for packet in container.demux(stream))
-            return Probe("video", num_frames, height, width, float(stream.average_rate or 0))
+            return Probe("video", len(film.timeline.stamps), *size, film.timeline.rate)
 
 
 def read_clip(
@@ -144,209 +162,220 @@ def read_clip(
     count: int,
     stride: int = 1,
     size: tuple[int, int] | None = None,
+    allow: Allow = free,
 ) -> Frames:
-    """Frames start, start + stride, ... of a video; all `count` of them, or a `ValueError`.
+    """Return the frames start, start + stride, ... of a video; raise ValueError if any is missing.
 
-    With a `size` (height, width), each is resized and cropped as it comes, as by `resize_crop`.
+    With a `size` (height, width), each frame is resized and cropped as by `resize_crop`. `allow` is
+    called with the number of pixels about to be decoded.
     """
-    last, done, clip = start + (count - 1) * stride, 0, None
-    scaler = VideoReformatter()
+
+    def choose(timeline: Timeline) -> np.ndarray:
+        numbers = start + stride * np.arange(count)
+        have = int((numbers < len(timeline.stamps)).sum())
+        if have < count:
+            raise ValueError(
+                f"{have} frames decoded of {count} wanted (from {start}, every {stride}); the "
+                f"file is damaged or shorter than its header says"
+            )
+        return numbers
+
+    return _read(path, choose, size, None, allow)
+
+
+def read_at(
+    path: File,
+    start: float | int,
+    count: int,
+    size: tuple[int, int] | None = None,
+    first: int = 0,
+    end: int | None = None,
+    allow: Allow = free,
+) -> Frames:
+    """Return `count` frames at `FPS` per second, from `start` seconds after frame `first` on.
+
+    Raises ValueError if a frame would be shown later than frame `end` - 1. `size` and `allow` are
+    those of `read_clip`.
+    """
+    return _read(path, lambda line: line.at(start, count, first, end), size, None, allow)
+
+
+def read_frames(
+    path: File,
+    indices: Sequence[int],
+    side: int,
+    allow: Allow = free,
+) -> Frames:
+    """Return the frames at the ascending `indices`, at most `side` pixels long, in one pass."""
+
+    def choose(timeline: Timeline) -> np.ndarray:
+        if indices[-1] >= len(timeline.stamps):
+            raise ValueError(f"frame {indices[-1]} does not decode; replace the file")
+        return np.array(indices)
+
+    return _read(path, choose, None, side, allow)
+
+
+def read_seconds(path: File) -> list[float]:
+    """Return the time of each frame of a video, in seconds after the first."""
+    with _open(path) as (file, demuxer), open_film(path, file, demuxer) as film:
+        return film.timeline.seconds.tolist()
+
+
+def read_image(path: File, mask: bool = False) -> Picture:
+    """Return a picture as RGB by the rules of data/pictures.py.
+
+    For a `mask` with an alpha channel, return that channel as grey. Raises ValueError for a video.
+    """
     with _open(path) as (file, demuxer):
         if demuxer == "image":
-            raise ValueError(f"{path} is a picture, not a video; give it type 'image'")
-        with _video(path, file, demuxer) as (container, stream):
-            height, width = size or (stream.height, stream.width)
-            if count * width * height > MAX_PIXELS:
-                raise ValueError(
-                    f"{path}: {count} frames of {height}x{width} exceed {MAX_PIXELS} "
-                    f"pixels in memory; scale the file down"
-                )
-            for index, frame in enumerate(container.decode(stream)):
-                _check_size(path, frame.height, frame.width)  # it may change on the way
-                if frame.is_corrupt:  # the decoder made something up
-                    raise ValueError(f"{path}: frame {index} is damaged; replace the file")
-                if index >= start and (index - start) % stride == 0:
-                    picture = _upright(scaler, frame, size)
-                    if clip is None:
-                        clip = np.empty((count, *picture.shape), np.uint8)
-                    if picture.shape != clip.shape[1:]:
-                        raise ValueError(f"{path}: frames change their size; encode it anew")
-                    clip[done], done = picture, done + 1
-                if index == last:
-                    break
-    if done < count:
+            with open_picture(path, file) as image:
+                if not is_animated(image):
+                    return to_rgb(path, image, mask)
+        raise ValueError(f"{path} is a video, not a picture; give it type 'video'")
+
+
+def _read(path: File, choose: Callable, size, side: int | None, allow: Allow) -> Frames:
+    """Return the frames whose ascending numbers `choose(timeline)` returns; they may repeat.
+
+    Each frame is cropped to `size`, or scaled to at most `side` pixels.
+    """
+    done, clip = 0, None
+    with _open(path) as (file, demuxer), open_film(path, file, demuxer, allow) as film:
+        try:
+            numbers = choose(film.timeline)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        for number, shown, draw in film.walk(int(numbers[0]), int(numbers[-1])):
+            if number < numbers[done]:
+                continue
+            if number > numbers[done]:
+                raise ValueError(f"{path}: frame {numbers[done]} is damaged; replace the file")
+            size = fit_side(*shown, side) if side else size
+            picture = draw(size)
+            if clip is None:
+                _check_memory(path, len(numbers), *picture.shape[:2])
+                clip = np.empty((len(numbers), *picture.shape), np.uint8)
+            if picture.shape != clip.shape[1:]:
+                raise ValueError(f"{path}: frames change their size; encode it again")
+            same = int(np.searchsorted(numbers, number, side="right"))
+            clip[done:same], done = picture, same
+            if done == len(numbers):
+                return clip
+    raise ValueError(
+        f"{path}: {done} frames decoded of {len(numbers)} wanted, frame {numbers[done]} is "
+        f"missing; the file is damaged or shorter than its header says"
+    )
+
+
+def _check_memory(path: File, count: int, height: int, width: int) -> None:
+    if count * width * height > MAX_PIXELS:
         raise ValueError(
-            f"{path}: {done} frames decoded of {count} wanted (from {start}, every "
-            f"{stride}); the file is damaged or shorter than its header says"
+            f"{path}: {count} frames of {height}x{width} exceed {MAX_PIXELS} pixels in memory; "
+            f"scale the file down"
         )
-    return clip
-
-
-def read_frames(path: File, indices: Sequence[int], side: int) -> Frames:
-    """The frames of a video at the ascending `indices`, in one pass, at most `side` pixels long."""
-    frames, scaler = [], VideoReformatter()
-    with _open(path) as (file, demuxer):
-        if demuxer == "image":
-            raise ValueError(f"{path} is a picture, not a video; give it type 'image'")
-        with _video(path, file, demuxer) as (container, stream):
-            for index, frame in enumerate(container.decode(stream)):
-                if index == indices[len(frames)]:
-                    size = fit_side(*_displayed(frame), side)
-                    frames.append(np.array(_upright(scaler, frame, size)))
-                if len(frames) == len(indices):
-                    break
-    if len(frames) < len(indices):
-        raise ValueError(f"{path}: frame {indices[len(frames)]} does not decode; replace the file")
-    return np.stack(frames)
-
-
-def fit_side(height: int, width: int, side: int) -> tuple[int, int]:
-    """The size scaled so that its longer side is at most `side`."""
-    scale = min(1.0, side / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
-
-
-def read_image(path: File) -> Picture:
-    """A picture as RGB, turned as its EXIF orientation says."""
-    with _open(path) as (file, demuxer):
-        if demuxer != "image":
-            raise ValueError(f"{path} is a video, not a picture; give it type 'video'")
-        with _picture(path, file) as image:
-            try:
-                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-            except (OSError, SyntaxError) as error:
-                raise ValueError(f"{path}: the picture does not decode ({error})") from error
 
 
 def resize_crop(
     frames: UInt8[np.ndarray, "F h w 3"], height: int, width: int
 ) -> UInt8[np.ndarray, "F {height} {width} 3"]:
     """Scale to cover (height, width), bilinear with antialias, then crop the centre (spec 8.3)."""
-    return np.stack([_resize_crop(frame, height, width) for frame in frames])
-
-
-def _resize_crop(
-    frame: UInt8[np.ndarray, "h w 3"], height: int, width: int
-) -> UInt8[np.ndarray, "{height} {width} 3"]:
-    if frame.shape[:2] == (height, width):
-        return frame
-    rows, columns, top, left = _cover(*frame.shape[:2], height, width)
-    resized = Image.fromarray(frame).resize((columns, rows), Image.Resampling.BILINEAR)
-    return np.asarray(resized)[top : top + height, left : left + width]
-
-
-def _cover(h: int, w: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """What (h, w) is scaled to, so that it covers (height, width), and the corner of the crop."""
-    tall = height * w > width * h
-    rows, columns = (height, w * height // h) if tall else (h * width // w, width)
-    return rows, columns, round((rows - height) / 2), round((columns - width) / 2)
+    return np.stack([fill(frame, height, width) for frame in frames])
 
 
 def write_video(
-    path: Path, frames: Frames, fps: int = FPS, crf: int = 18, comment: str = ""
+    path: Path, frames: Frames, fps: float | int = FPS, crf: int = 18, comment: str = ""
 ) -> None:
-    """H.264 in yuv420p, which every player shows; `crf` 0 is best, 51 worst.
+    """Write H.264 in yuv420p, tagged as BT.709; `crf` 0 is best, 51 worst.
 
-    The `comment` lies in the file's metadata. Equal frames give equal bytes: x264's macroblock tree
-    is off, with which the bytes differed from call to call (seen up to 320 x 240 pixels).
+    The header comes first, so that a browser plays the file while it loads. `comment` is stored in
+    the metadata. Equal frames give equal bytes; for this, x264's macroblock tree is off, because it
+    made the bytes vary between calls (seen up to 320 x 240 pixels). Raises ValueError for odd
+    sizes.
     """
-    _, height, width, _ = frames.shape
+    count, height, width, _ = frames.shape
     if height % 2 or width % 2:
         raise ValueError(f"{path}: {height}x{width} frames cannot be yuv420p; use even sizes")
-    with open(path, "wb") as file, av.open(file, "w", format="mp4") as container:
-        container.metadata["comment"] = comment
+    # FFmpeg's `faststart` reopens the file by its name. Reserving room for the header does not.
+    room = {"moov_size": str(4096 + 32 * count + 4 * len(comment.encode()))}
+    with open(path, "wb") as file, av.open(file, "w", format="mp4", options=room) as container:
+        if comment:
+            container.metadata["comment"] = comment
         options = {"crf": str(crf), "x264-params": "mbtree=0"}
-        stream = container.add_stream("libx264", rate=fps, options=options)
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))))
+        codec = stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = BT709
+        codec.color_range = LIMITED
+        scaler = VideoReformatter()
+        for pixels in frames:
+            frame = scaler.reformat(
+                av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels)),
+                format="yuv420p",
+                dst_colorspace=Colorspace.ITU709,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=SCALING,
+                threads=1,
+            )
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
 def write_png(path: Path, picture: Picture) -> None:
+    """Write a picture as PNG, whatever the suffix of `path`."""
     Image.fromarray(picture).save(path, format="PNG")
 
 
-def write_gif(path: Path, frames: Frames, fps: int = FPS) -> None:
-    """An endless animation; GIF knows 256 colours."""
+def write_gif(path: Path, frames: Frames, fps: float | int = FPS) -> None:
+    """Write an endless animation; GIF supports 256 colours and stamps in units of 10 ms."""
     first, *rest = (Image.fromarray(frame) for frame in frames)
-    first.save(path, "GIF", save_all=True, append_images=rest, duration=1000 // fps, loop=0)
+    stamps = np.rint(np.arange(len(frames) + 1) * 100 / fps) * 10
+    lasts = np.diff(stamps).astype(int).tolist()
+    first.save(path, "GIF", save_all=True, append_images=rest, duration=lasts, loop=0)
 
 
 def contact_sheet(
     videos: UInt8[np.ndarray, "B F H W 3"], columns: int = 8
 ) -> UInt8[np.ndarray, "_ _ 3"]:
-    """One row per video: up to `columns` of its frames, first and last among them."""
+    """Return one row per video: up to `columns` of its frames, including the first and the last."""
     picks = np.linspace(0, videos.shape[1] - 1, min(columns, videos.shape[1])).round().astype(int)
     return rearrange(videos[:, picks], "B F H W C -> (B H) (F W) C")
 
 
 @contextmanager
 def _open(path: File) -> Iterator[tuple[BinaryIO, str]]:
-    """The open file and its demuxer, told from its first bytes and never from its name."""
+    """Yield the open file and its demuxer, from its first bytes and never from its name."""
     with _bytes(path) as file:
-        head = file.read(16)
+        head = file.read(HEAD)
         file.seek(0)
-        for offset, magic, demuxer in MAGIC:
-            if head[offset : offset + len(magic)] == magic:
-                yield file, demuxer
-                return
+        yield file, _kind(path, head, file)
+
+
+def _kind(path: File, head: bytes, file: BinaryIO) -> str:
+    for offset, magic, demuxer in MAGIC:
+        if head[offset : offset + len(magic)] == magic:
+            if magic == b"ftyp":
+                return picture_kind(path, head[: int.from_bytes(head[:4])]) or demuxer
+            return "mjpeg" if magic == b"\xff\xd8\xff" and _is_mjpeg(file) else demuxer
+    for first, length in PACKETS:
+        if len(head) >= HEAD and set(head[first : first + 2 * length + 1 : length]) == {0x47}:
+            return "mpegts"
     raise ValueError(
-        f"{path} starts with {head[:12]!r}: not mp4, mov, mkv, webm, avi, png, jpeg or webp"
+        f"{path} starts with {head[:12]!r}: not mp4, mov, mkv, webm, avi, ts, flv, mjpeg, gif, "
+        f"png, jpeg, webp, avif or tiff"
     )
+
+
+def _is_mjpeg(file: BinaryIO) -> bool:
+    """Return True if several JPEGs follow each other.
+
+    A photo with a second view says so in its header, and is not a film.
+    """
+    content = file.read()
+    file.seek(0)
+    return b"\xff\xd9\xff\xd8\xff" in content and b"MPF\0" not in content[: 2**16]
 
 
 def _bytes(path: File) -> BinaryIO:
     return open_regular(path) if isinstance(path, Path) else io.BytesIO(path.read())
-
-
-@contextmanager
-def _picture(path: File, file: BinaryIO) -> Iterator[Image.Image]:
-    try:
-        image = Image.open(file, formats=PICTURES)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable picture ({error})") from error
-    with image:
-        _check_size(path, image.height, image.width)
-        yield image
-
-
-@contextmanager
-def _video(path: File, file: BinaryIO, demuxer: str) -> Iterator[tuple]:
-    """The container and its first video stream; FFmpeg's errors become `ValueError`s."""
-    try:
-        with av.open(file, format=demuxer) as container:
-            if not container.streams.video:
-                raise ValueError(f"{path} holds no video stream")
-            stream = container.streams.video[0]
-            if stream.codec_context.name not in CODECS:
-                raise ValueError(
-                    f"{path} is coded as {stream.codec_context.name}; read are {sorted(CODECS)}"
-                )
-            _check_size(path, stream.height, stream.width)
-            stream.codec_context.thread_count = 1  # the others would idle, at a stack each
-            yield container, stream
-    except av.FFmpegError as error:
-        raise ValueError(f"{path}: does not decode ({error.strerror}); replace the file") from error
-
-
-def _check_size(path: File, height: int, width: int) -> None:
-    if not 0 < max(height, width) <= MAX_SIDE:
-        raise ValueError(f"{path} is {height}x{width}; at most {MAX_SIDE} pixels a side are read")
-
-
-def _displayed(frame: av.VideoFrame) -> tuple[int, int]:
-    """Height and width after rotation."""
-    return (frame.height, frame.width)[:: -1 if frame.rotation % 180 else 1]
-
-
-def _upright(
-    scaler: VideoReformatter, frame: av.VideoFrame, size: tuple[int, int] | None
-) -> Picture:
-    """The frame as RGB, turned, resized and cropped to `size`: a view of the scaler's output."""
-    height, width = size or _displayed(frame)
-    rows, columns, top, left = _cover(*_displayed(frame), height, width)
-    h, w = (rows, columns)[:: -1 if frame.rotation % 180 else 1]
-    plane = scaler.reformat(frame, w, h, "rgb24", interpolation=SCALING, threads=1).planes[0]
-    pixels = np.ndarray((h, w, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
-    return np.rot90(pixels, frame.rotation // 90)[top : top + height, left : left + width]

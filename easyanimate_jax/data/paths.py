@@ -1,7 +1,8 @@
-"""The one guard of names that come from data: metadata rows, archive members, file lists.
+"""Check names that come from data before opening files.
 
-FFmpeg takes names for URLs and scripts, archives name files outside themselves: a name is a
-relative path below its root or it is refused, and what is opened is a regular file.
+Names come from metadata rows, archive members and file lists. FFmpeg interprets some names as URLs
+and scripts, and archives can name files outside themselves. A name must be a relative path that
+stays below its root, and only regular files are opened.
 """
 
 import os
@@ -11,7 +12,7 @@ from typing import BinaryIO
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless `name` is a plain relative path."""
+    """Raise ValueError unless `name` is a plain relative path."""
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -23,7 +24,7 @@ def check_name(name: str) -> None:
 
 
 def safe_path(root: str | os.PathLike, name: str) -> Path:
-    """`root/name`, refused unless it stays inside `root` after links are followed."""
+    """Return `root/name`. Raises ValueError unless it is inside `root` after links are followed."""
     check_name(name)
     path, root = Path(os.path.realpath(os.path.join(root, name))), Path(os.path.realpath(root))
     if root not in path.parents:
@@ -32,9 +33,12 @@ def safe_path(root: str | os.PathLike, name: str) -> Path:
 
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """The regular file `path` for reading; never waits for a pipe or a device."""
+    """Open the regular file `path` for reading, without ever waiting for a pipe or a device.
+
+    Raises ValueError if it is not a regular file or cannot be opened.
+    """
     try:
-        # Links are resolved first: a link put there since then is refused.
+        # Links are resolved first; a link that replaces the file afterwards is refused.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         handle = os.open(os.path.realpath(path), flags)
     except OSError as error:

@@ -1,11 +1,11 @@
 """Encoded examples on disk: ArrayRecord shards, an index, a header.
 
-    SET/shard-00000.arrayrecord   each record the safetensors bytes of a dict of arrays
-    SET/shard-00000.npz           the shard's rows of the index, until all shards are there
+    SET/shard-00000.arrayrecord   each record: the safetensors bytes of a dict of arrays
+    SET/shard-00000.npz           the shard's rows of the index, until the set is complete
     SET/index.npz                 one row per record; a record's id is its row
-    SET/header.json               what the set was made from; records and bytes of every shard
+    SET/header.json               the inputs of the set; records and bytes of every shard
 
-Every file appears whole or not at all, so writing resumes at the first missing shard.
+Every file is written completely or not at all, so writing resumes at the first missing shard.
 """
 
 import errno
@@ -23,15 +23,16 @@ from jaxtyping import Float
 from safetensors.numpy import load_file, save, save_file
 
 from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.facts import check_fields
 from easyanimate_jax.weights.files import DTYPES
 
 VERSION = 1
-READERS = 64  # shards that are open at once
-LOOKED_INTO = 256  # shards of a set that are opened one by one to see whether they are whole
+READERS = 64  # maximum number of open shards
+LOOKED_INTO = 256  # sets of at most this many shards have every shard opened and checked
 INDEX_TYPES = {
     "clip": str,  # file name in the source folder
     "kind": str,  # "video" or "image"
-    "frames": np.int32,  # as encoded; so are height and width
+    "frames": np.int32,  # as encoded, like height and width
     "height": np.int32,
     "width": np.int32,
     "T": np.int32,
@@ -41,7 +42,7 @@ INDEX_TYPES = {
     "source_height": np.int32,
     "source_width": np.int32,
     "num_captions": np.int32,
-    "source": str,  # its name in a mixture, or ""
+    "source": str,  # name of the source in a mixture, or ""
 }
 
 Texts = tuple[Float[np.ndarray, "_rows _L _width"], ...]
@@ -52,49 +53,71 @@ CONTROLS = ("file", "camera", "canny", "soft_edge", "scribble", "lines", "line_a
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Clips of one source folder encoded under one budget.
-
-    `min_quality` selects the best of a curated table: 0.9 is a tenth of its clips.
-    `condition_draws` masks and noised references per clip (spec 6.1) are encoded with it for I2V.
-    With `control` they are encoded with what leads a control model (spec 7.2): the clip's own
-    control file, the rays of its pose file, or an operator's view of it. Of several, training draws
-    one for each row. With them comes a reference frame, the first, or with `random_reference` any,
-    the first of them in 40 %.
-    With `pixels` nothing of this is encoded ahead: records hold the text states and where the clip
-    lies, and training decodes, draws and encodes anew at every visit, one condition and one control
-    a visit.
-    """
+    """The clips of one source, encoded under one budget."""
 
     name: str
+    """Name of the set, and of its folder in the config's `prepared`."""
+
     budget: Budget
+    """Token lengths and resolutions to which the clips are cropped."""
+
     kinds: tuple[str, ...] = ("image", "video")
-    min_side: int = 0  # of the source, in pixels
+    """Kinds of files to use: "image", "video" or both."""
+
+    min_side: int = 0
+    """Minimum shorter side of a source, in pixels; 0 accepts all sizes."""
+
     min_quality: float = 0.0
+    """Share of a curated table's clips that a clip must beat: 0.9 keeps the best 10 %, 0 all."""
+
     condition_draws: int = 0
-    control: str | tuple[str, ...] = ()  # a name, or several
+    """Masks and noised references to encode with each clip for I2V (spec 6.1); 0 for none."""
+
+    control: str | tuple[str, ...] = ()
+    """Control signals (spec 7.2): "file" (the clip's control file), "camera" (its pose file), names
+    of operators that compute a control video from the clip, or "" for none. If there are several,
+    training draws one for each row."""
+
     random_reference: bool = False
+    """If true, the reference frame of a control model is random: the first frame in 40 % of the
+    clips, otherwise any frame. If false, it is always the first frame (spec 7.2)."""
+
     pixels: bool = False
+    """Store only text states and the clip's location. Training then decodes and encodes the clip,
+    with one condition and one control, each time that it draws the clip."""
+
+    reference_rate: bool = False
+    """Use every round(fps / 8)-th frame of a video, as the reference does, instead of sampling 8
+    frames per second by time. Videos then change their speed: at 12 frames per second to 0.67 of
+    it, at 30 frames per second to 0.94."""
 
     def __post_init__(self):
+        check_fields(self, min_side="[0, inf)", min_quality="[0, 1]", condition_draws="[0, inf)")
         if isinstance(self.control, str):
             object.__setattr__(self, "control", (self.control,) if self.control else ())
         for control in self.control:
             if control not in CONTROLS:
                 raise ValueError(
-                    f"set {self.name!r}: there is no control {control!r}; choose of "
+                    f"set {self.name!r}: there is no control {control!r}; use one of "
                     f"{', '.join(CONTROLS)}"
                 )
         if "camera" in self.control and len(self.control) > 1:
             raise ValueError(
-                f"set {self.name!r}: control {self.control}: a camera has other channels than "
-                f"videos; give it a set of its own"
+                f"set {self.name!r}: control {self.control} mixes a camera with videos, and they "
+                f"have different channels; give it a set of its own"
             )
         if not self.kinds or not set(self.kinds) <= {"image", "video"}:
-            raise ValueError(f"set {self.name!r}: kinds {self.kinds} must be of 'image', 'video'")
+            raise ValueError(
+                f"set {self.name!r}: kinds {self.kinds} must be of 'image', 'video' or both"
+            )
 
 
 class Writer:
-    """Writes a set shard by shard. `identity` is what the records are a function of."""
+    """Write a set shard by shard.
+
+    `identity` holds all inputs that determine the records. Raises ValueError if the folder was
+    begun with another identity.
+    """
 
     def __init__(self, folder: Path, identity: dict):
         self.folder, self.identity = folder, identity
@@ -106,17 +129,18 @@ class Writer:
             if changed:
                 raise ValueError(
                     f"{folder} was begun with another {', '.join(changed)}; remove the folder, or "
-                    f"choose another one, to prepare anew"
+                    f"choose another one, to prepare the set again"
                 )
         _replace(path, lambda new: new.write_text(json.dumps(identity, indent=1)))
 
     def has(self, shard: int) -> bool:
+        """Return True if the shard has been written."""
         return _shard_path(self.folder, shard).is_file()
 
     def write(self, shard: int, records: Sequence[dict[str, np.ndarray]], rows: list[dict]) -> None:
-        """One shard: its records and, for each, a row of the index."""
+        """Write one shard: its records, and one row of the index for each."""
         path = _shard_path(self.folder, shard)
-        for left in self.folder.glob(f"{path.stem}.*.new"):  # by a process that was killed
+        for left in self.folder.glob(f"{path.stem}.*.new"):  # from a killed process
             left.unlink()
         columns = {
             name: np.array([row[name] for row in rows], kind) for name, kind in INDEX_TYPES.items()
@@ -125,12 +149,15 @@ class Writer:
         _replace(path, lambda new: _write_records(new, records))
 
     def finish(self, num_shards: int) -> None:
-        """Join the shards' rows into the index. The header, last, makes it readable."""
+        """Join the rows of all shards into the index, then write the header.
+
+        The header is written last: a set without it is not readable.
+        """
         parts = [
             _load_columns(_shard_path(self.folder, s).with_suffix(".npz"))
             for s in range(num_shards)
         ]
-        for part in parts:  # shards of before there were mixtures name no source
+        for part in parts:  # shards of earlier versions, without mixtures, name no source
             part.setdefault("source", np.full(len(part["clip"]), ""))
         index = {name: np.concatenate([part[name] for part in parts]) for name in INDEX_TYPES}
         header = {
@@ -147,11 +174,12 @@ class Writer:
 
 
 class Records:
-    """A finished set: `index` columns, `header`, and records by id, from any thread.
+    """A finished set: its `index` columns, its `header`, and its records by id, from any thread.
 
-    Shards are opened when a record of theirs is asked for, and at most `READERS` of them at once.
-    When a set is opened every shard is looked at: its size, and of at most `LOOKED_INTO` shards
-    also how many records they hold.
+    A shard is opened when one of its records is read; at most `READERS` shards are open at once.
+    Opening a set checks the file size of every shard. In sets of at most `LOOKED_INTO` shards it
+    also checks their record counts. Raises ValueError for a set that is missing, unfinished or
+    damaged.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -163,8 +191,8 @@ class Records:
         self.header = json.loads((self.folder / "header.json").read_text())
         if self.header["version"] != VERSION:
             raise ValueError(
-                f"{folder} is of version {self.header['version']}, this code reads {VERSION}; "
-                f"prepare the set again"
+                f"{folder} has version {self.header['version']}, but this code reads version "
+                f"{VERSION}; prepare the set again"
             )
         self.index = _load_columns(self.folder / "index.npz")
         self.ends = np.cumsum(self.header["shards"])
@@ -173,7 +201,7 @@ class Records:
                 f"{self.folder / 'index.npz'} has {len(self)} rows, and the header counts "
                 f"{self.ends[-1]} records; prepare the set again"
             )
-        self.readers: OrderedDict[int, ArrayRecordReader] = OrderedDict()  # the latest used last
+        self.readers: OrderedDict[int, ArrayRecordReader] = OrderedDict()  # last used at the end
         self.lock = threading.Lock()
         sizes = self.header.get("bytes", [None] * len(self.ends))
         for shard, size in enumerate(sizes):
@@ -196,7 +224,10 @@ class Records:
             raise ValueError(self._damaged(shard, f"record {record}: {error}")) from error
 
     def _reader(self, shard: int) -> ArrayRecordReader:
-        """Return the shard's reader. One that others still read from closes behind them."""
+        """Return the shard's reader.
+
+        A reader removed here closes once no other thread uses it.
+        """
         with self.lock:
             if shard not in self.readers:
                 self.readers[shard] = self._open(shard)
@@ -215,16 +246,16 @@ class Records:
     def _open(self, shard: int) -> ArrayRecordReader:
         path, count = _shard_path(self.folder, shard), self.header["shards"][shard]
         try:
-            path.open("rb").close()  # the reader hides why a file does not open
+            path.open("rb").close()  # ArrayRecordReader would hide the reason of a failure
         except OSError as error:
             if error.errno != errno.EMFILE:
                 raise ValueError(self._damaged(shard, str(error))) from error
             raise OSError(
                 errno.EMFILE,
-                f"{path} cannot be opened: this process may hold no more files; raise "
+                f"{path} cannot be opened: this process may open no more files; raise "
                 f"`ulimit -n` (now {_most_files()})",
             ) from error
-        # A damaged file opens without complaint and counts no records.
+        # A damaged file opens without an error and reports 0 records.
         reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
         if reader.num_records() != count:
             raise ValueError(self._damaged(shard, f"{reader.num_records()} of {count} records"))
@@ -246,11 +277,15 @@ def _most_files() -> str:
 
 
 def write_texts(path: Path, texts: Texts) -> None:
-    """Text states, one array per encoder."""
+    """Write text states, one array per encoder."""
     _replace(path, lambda new: save_file({f"text{i}": t for i, t in enumerate(texts)}, new))
 
 
 def read_texts(path: str | os.PathLike) -> Texts:
+    """Return text states as float32, one array (rows, L, width) per encoder.
+
+    Raises ValueError if the file is missing.
+    """
     if not Path(path).is_file():
         raise ValueError(f"{path} is missing; run python -m easyanimate_jax prepare")
     return tuple(text.astype(np.float32) for _, text in sorted(load_file(path).items()))
@@ -268,7 +303,7 @@ def _write_records(path: Path, records: Sequence[dict[str, np.ndarray]]) -> None
 
 
 def _arrays(content: bytes) -> dict[str, np.ndarray]:
-    """The safetensors bytes of a record, as views into them: nothing is copied."""
+    """Return the arrays of a record as views into its safetensors bytes, without copying."""
     start = 8 + int.from_bytes(content[:8], "little")
     body, arrays = memoryview(content)[start:], {}
     for name, field in json.loads(content[8:start]).items():
@@ -290,7 +325,7 @@ def _load_columns(path: Path) -> dict[str, np.ndarray]:
 
 
 def _replace(path: Path, write) -> None:
-    """`path` as `write` makes it, in one rename; other processes may be making it too."""
+    """Write `path` with `write`, then rename it; other processes may write the same file."""
     new = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.new")
     write(new)
     os.replace(new, path)

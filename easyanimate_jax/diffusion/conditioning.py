@@ -1,7 +1,7 @@
-"""Guidance, and the clean extra channels that tell the inpaint model what is given.
+"""Classifier-free guidance, masks, and the clean extra channels that condition the models.
 
-Follows sections 4.5 and 6 of the specification. A mask is 1 where the picture is to be generated
-and 0 where it is given; only the channel that enters the network is the other way round.
+Follows sections 4.5 and 6 of the specification. A mask is 1 where the model generates the picture
+and 0 where the picture is given. Only the mask channel that enters the network is inverted.
 """
 
 import jax
@@ -12,12 +12,13 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from easyanimate_jax.facts import SPACE_FACTOR, TIME_FACTOR
 
 MASK_SCALE = 0.7125  # the reference scales the mask channel with the latents (spec 6.1)
-UNKNOWN = -1.0  # the value of pixels that are not given
+UNKNOWN = -1.0  # the value of pixels that the model generates
 CAMERA_SCALE = 6.0
-TRAINING_NOISE = -3.0, 0.5  # mean and deviation of the logarithm of its strength (spec 6.4)
+TRAINING_NOISE = -3.0, 0.5  # mean and deviation of the logarithm of the strength (spec 6.4)
 SAMPLING_NOISE = 0.0563  # noise_aug_strength of the released transformers
 
-KINDS_OF_VIDEO = (0.05, 0.20, 0.20, 0.20, 0.05, 0.05, 0.05, 0.10, 0.05, 0.05)  # spec 6.5
+# The probability of each kind of mask (spec 6.5).
+KINDS_OF_VIDEO = (0.05, 0.20, 0.20, 0.20, 0.05, 0.05, 0.05, 0.10, 0.05, 0.05)
 KINDS_OF_IMAGE = (0.2, 0.8)
 
 
@@ -28,9 +29,10 @@ def guide(
     rescale: float = 0.0,
     where: Bool[Array, "B ..."] | None = None,
 ) -> Float[Array, "B ..."]:
-    """Classifier-free guidance; `rescale` pulls each row's deviation back to that of `cond`.
+    """Return the prediction of classifier-free guidance, in the shape of `cond`.
 
-    `where` marks the real tokens: padding does not enter the deviations.
+    `rescale`, 0 to 1, moves each row's standard deviation toward that of `cond` (spec 4.5). `where`
+    marks the real tokens; the deviations do not include padding.
     """
     guided = uncond + scale * (cond - uncond)
     if rescale == 0:
@@ -43,7 +45,7 @@ def guide(
 def masked_video(
     video: Float[Array, "B F H W 3"], mask: Float[Array, "B F H W 1"]
 ) -> Float[Array, "B F H W 3"]:
-    """The given pixels; the others are exactly -1."""
+    """Return the given pixels; all others are exactly -1."""
     return jnp.where(mask > 0.5, UNKNOWN, video)
 
 
@@ -52,9 +54,10 @@ def noised_reference(
     video: Float[np.ndarray, "F H W 3"],
     mask: Float[np.ndarray, "F H W 1"],
 ) -> Float[np.ndarray, "F H W 3"]:
-    """Return the given pixels of one training clip, with noise of a strength drawn for the clip.
+    """Return the given pixels of one training clip, with noise of a random strength (spec 6.4).
 
-    In NumPy: a random-number program for every shape would compile longer than the VAE's.
+    It uses NumPy, because JAX would compile a random-number program for every shape, which takes
+    longer than compiling the VAE.
     """
     given = np.where(mask > 0.5, np.float32(UNKNOWN), video)
     mean, deviation = TRAINING_NOISE
@@ -65,28 +68,28 @@ def noised_reference(
 def reference_noise(
     key: PRNGKeyArray, video: Float[Array, "B F H W 3"], strength: Float[Array, "B"]
 ) -> Float[Array, "B F H W 3"]:
-    """Return `masked_video`s with noise of a given strength a row, as sampling shows them."""
+    """Return results of `masked_video` with noise of the given strength per row, for sampling."""
     noise = jax.random.normal(key, video.shape, video.dtype) * strength[:, None, None, None, None]
     return _with_noise(video, noise)
 
 
 def _with_noise(video, noise):
-    """Noise on every value that is not exactly -1, the mark of an unknown pixel; NumPy or JAX."""
+    """Add noise to every value except -1, which marks an unknown pixel; for NumPy or JAX."""
     return video + noise * (video != UNKNOWN)
 
 
 def resize_mask(mask: Float[Array, "B F H W C"]) -> Float[Array, "B T h w C"]:
-    """A pixel mask, or camera rays, at the size of the latents; frame 0 alone, then fours (6.3).
+    """Resize a pixel mask, or camera rays, to latent size: frame 0 alone, then groups of four.
 
-    Trilinear sampling at whole ratios reads two samples per axis: pixels 8y+3 and 8y+4, and of
-    every four frames the middle two.
+    Follows spec 6.3. Trilinear sampling at integer ratios averages two samples per axis: pixels
+    8y+3 and 8y+4, and the middle two of four frames. Raises ValueError for sizes that do not fit.
     """
     _, frames, height, width, _ = mask.shape
     step, cell = TIME_FACTOR, SPACE_FACTOR
     if frames % step != 1 or height % cell or width % cell:
         raise ValueError(
             f"mask has {frames} frames of {height}x{width}: frames must be {step}n+1 and sides "
-            f"multiples of {cell}; use {frames // step * step + 1} frames of "
+            f"must be multiples of {cell}; use {frames // step * step + 1} frames of "
             f"{height // cell * cell}x{width // cell * cell}"
         )
     middle, after = slice(cell // 2 - 1, None, cell), slice(cell // 2, None, cell)
@@ -97,24 +100,24 @@ def resize_mask(mask: Float[Array, "B F H W C"]) -> Float[Array, "B T h w C"]:
 
 
 def given_channel(mask: Float[Array, "B F H W 1"]) -> Float[Array, "B T h w 1"]:
-    """The mask as it enters the network: `MASK_SCALE` where the picture is given, else 0."""
+    """Return the network's mask channel: `MASK_SCALE` where the picture is given, 0 elsewhere."""
     return resize_mask(1 - mask) * MASK_SCALE
 
 
 def inpaint_condition(
     mask: Float[Array, "B F H W 1"], masked_latents: Float[Array, "B T h w C"]
 ) -> Float[Array, "B T h w C+1"]:
-    """The extra channels of the inpaint model: where the picture is given, and what it shows."""
+    """Return the inpaint model's extra channels: the mask channel, then the given latents."""
     return jnp.concatenate([given_channel(mask), masked_latents], axis=-1)
 
 
 def camera_condition(rays: Float[Array, "B F H W 6"]) -> Float[Array, "B T h w 6"]:
-    """Pluecker rays as the camera model takes them in the place of a control video (spec 7.1)."""
+    """Return Pluecker rays at latent size, which replace the control video (spec 7.1)."""
     return resize_mask(rays) * CAMERA_SCALE
 
 
 def repaint_mask(mask: Float[Array, "B F H W 1"]) -> Float[Array, "B T h w 1"]:
-    """The mask at the size of the latents for blending: corners on corners (spec 6.6)."""
+    """Resize a mask to latent size for blending, with aligned corners (spec 6.6)."""
     for axis, factor in ((1, TIME_FACTOR), (2, SPACE_FACTOR), (3, SPACE_FACTOR)):
         size = mask.shape[axis]
         place = np.linspace(0, size - 1, -(-size // factor))
@@ -128,7 +131,7 @@ def repaint_mask(mask: Float[Array, "B F H W 1"]) -> Float[Array, "B T h w 1"]:
 def random_mask(
     rng: np.random.Generator, frames: int, height: int, width: int
 ) -> Float[np.ndarray, "F H W 1"]:
-    """A training mask of one of the ten kinds of spec 6.5; images know the first two only."""
+    """Return a training mask of a random kind of spec 6.5; images use only the first two kinds."""
     kinds = KINDS_OF_VIDEO if frames > 1 else KINDS_OF_IMAGE
     kind = rng.choice(len(kinds), p=kinds)
     return draw_mask(rng, kind, frames, height, width)
@@ -137,7 +140,10 @@ def random_mask(
 def draw_mask(
     rng: np.random.Generator, kind: int, frames: int, height: int, width: int
 ) -> Float[np.ndarray, "F H W 1"]:
-    """A mask of the given kind, 0 ... 9 in the order of spec 6.5."""
+    """Return a mask of the given kind, 0 to 9 in the order of spec 6.5, float32.
+
+    Raises ValueError for another kind.
+    """
     mask = np.zeros((frames, height, width, 1), np.float32)
     y, x = np.ogrid[:height, :width]
     shorter = min(height, width)
@@ -176,12 +182,12 @@ def draw_mask(
         case 9:  # half of all frames
             mask[:] = rng.integers(0, 2, (frames, 1, 1, 1))
         case _:
-            raise ValueError(f"there is no mask kind {kind}: choose 0 to 9")
+            raise ValueError(f"mask kind is {kind}; use 0 to 9")
     return mask
 
 
 def _box(rng: np.random.Generator, height: int, width: int) -> tuple[slice, slice]:
-    """A box around a uniform centre, a quarter to three quarters of each side, clipped."""
+    """Return a box with a uniform centre and 1/4 to 3/4 of each side, clipped to the frame."""
     cy, cx = rng.integers(0, height), rng.integers(0, width)
     h = rng.integers(height // 4, height // 4 * 3) // 2
     w = rng.integers(width // 4, width // 4 * 3) // 2

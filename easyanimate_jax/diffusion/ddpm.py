@@ -1,9 +1,9 @@
 """V5's noise process: DDPM with zero terminal SNR, v-prediction (spec 4.1).
 
-`time` is 0 ... 999; at 999 nothing of the signal is left, so sampling starts from pure noise.
-A process is a value: `DDPM` and `flow.Flow` have the same methods. Times of shape (B,) or () are
-broadcast over the other dimensions, so all of it works on latents and on tokens. `samplers` makes
-the walks from noise to data of `timesteps`, `levels` and `clean_of`, in float64 on the host.
+`time` is 0 to 999. At 999 no signal is left, so sampling starts from pure noise. `DDPM` and
+`flow.Flow` have the same methods. Times of shape (B,) or () are broadcast over the other
+dimensions, so the methods work on latents and on tokens. `samplers` builds its tables from
+`timesteps`, `levels` and `clean_of`, in float64 on the host.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES, align, to_index, un
 
 
 def _signal_power() -> tuple[np.ndarray, np.ndarray]:
-    """The cumulative alphas (1000,) of scaled-linear betas, as they are and at zero final SNR."""
+    """Return cumulative alphas (1000,) of scaled-linear betas, original and with zero final SNR."""
     betas = np.linspace(0.00085**0.5, 0.012**0.5, NUM_TRAIN_TIMES) ** 2
     power = np.cumprod(1 - betas)
     root = np.sqrt(power)
@@ -30,48 +30,47 @@ SIGNAL_POWER = _POWER.astype(np.float32)
 
 @dataclass(frozen=True)
 class DDPM:
-    """Zero-SNR v-prediction. `stratified`: the rows of a batch share out the times (spec 4.3)."""
+    """DDPM with zero terminal SNR and v-prediction (spec 4.1)."""
 
     stratified: bool = False
+    """Draw the times of a batch from equal intervals, one row in each (spec 4.3)."""
 
     def sample_time(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """Training times: whole numbers 0 ... 999."""
+        """Return random training times of `shape`: float32 integers from 0 to 999."""
         return to_index(uniform(key, shape, self.stratified))
 
     def add_noise(self, latents, noise, time):
+        """Return the noisy latents at `time`."""
         signal, sigma = _scales(time, latents)
         return signal * latents + sigma * noise
 
     def target(self, latents, noise, time):
-        """The velocity v that the network predicts."""
+        """Return the velocity v that the network learns to predict."""
         signal, sigma = _scales(time, latents)
         return signal * noise - sigma * latents
 
     def weight(self, time: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return the weight of the loss at `time`: 1 everywhere."""
         return jnp.ones_like(time)
 
-    def predict_clean(self, x, prediction, time):
-        signal, sigma = _scales(time, x)
-        return signal * x - sigma * prediction
-
     def timesteps(self, num_steps: int) -> Float[np.ndarray, "steps"]:
-        """The times at which a sampler of `num_steps` steps asks the network: trailing spacing."""
+        """Return the times at which a sampler evaluates the network: trailing spacing."""
         k = np.arange(num_steps)
         return np.round(NUM_TRAIN_TIMES - k * NUM_TRAIN_TIMES / num_steps) - 1
 
-    clean_time = -1  # and less: where only data is left
+    clean_time = -1  # at this time and below, no noise is left
 
     def levels(self, times: Float[np.ndarray, "K"]) -> tuple[np.ndarray, np.ndarray]:
-        """Signal and sigma at whole `times`."""
+        """Return the scales of data and of noise at integer `times`, float64."""
         power = np.where(times < 0, 1.0, _POWER[np.maximum(times, 0).astype(int)])
         return np.sqrt(power), np.sqrt(1 - power)
 
     def clean_of(self, signal, sigma):
-        """What x and the prediction count for in the clean data they speak of."""
+        """Return the factors of x and of the prediction whose weighted sum is the clean data."""
         return signal, -sigma
 
 
 def _scales(time, x) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
-    """How much signal and how much noise there is at `time`, aligned with x."""
+    """Return the scales of data and of noise at `time`, shaped to broadcast with x."""
     power = align(jnp.asarray(SIGNAL_POWER)[jnp.asarray(time).astype(jnp.int32)], x)
     return jnp.sqrt(power), jnp.sqrt(1 - power)

@@ -1,7 +1,8 @@
 """V5.1's noise process: rectified flow, x = (1 - sigma) data + sigma noise (spec 4.2).
 
-`time` is 1000 sigma. Training draws unshifted, uniform sigmas; sampling walks a grid that is
-shifted by the factor e, at every resolution. The methods are those of `ddpm.DDPM`.
+`time` is 1000 sigma. Training draws uniform sigmas, by default without a shift. Sampling uses a
+grid of sigmas that is shifted by the factor e at every resolution. `Flow` and `ddpm.DDPM` have the
+same methods.
 """
 
 import math
@@ -12,56 +13,61 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES, align, to_index, uniform
+from easyanimate_jax.facts import check_fields
 
-SHIFT = math.e  # the released pipelines call the dynamic shift with mu = 1
+SHIFT = math.e  # the released pipelines use the dynamic shift with mu = 1
 
 
 @dataclass(frozen=True)
 class Flow:
-    """Rectified flow. `stratified`: the rows of a batch share out the times (spec 4.3);
-    `train_shift`: moves training times toward noise, as sampling's are moved, by
-    t -> s t / (1 + (s - 1) t). Motion is decided there: from scratch, 3 learns it in half of
-    the steps that 1 (the released) needs."""
+    """Rectified flow (spec 4.2)."""
 
     stratified: bool = False
+    """Draw the times of a batch from equal intervals, one row in each (spec 4.3)."""
+
     train_shift: float = 1.0
+    """Shift s of training times toward noise: t -> s t / (1 + (s - 1) t), as sampling does. The
+    model decides motion at high noise: from scratch, 3 learns it in half the steps of 1, the
+    released value."""
+
+    def __post_init__(self):
+        check_fields(self, train_shift="(0, inf)")
 
     def sample_time(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """Training times: whole numbers 1000 ... 1."""
+        """Return random training times of `shape`: float32 integers from 1 to 1000."""
         u = uniform(key, shape, self.stratified)  # 1 - t
         return NUM_TRAIN_TIMES - to_index(u / (self.train_shift - (self.train_shift - 1) * u))
 
     def add_noise(self, latents, noise, time):
+        """Return the noisy latents at `time`."""
         sigma = _sigma(time, latents)
         return (1 - sigma) * latents + sigma * noise
 
     def target(self, latents, noise, time):
-        """The velocity that the network predicts; it does not depend on `time`."""
+        """Return the velocity that the network learns to predict; it is the same at every time."""
         return noise - latents
 
     def weight(self, time: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Return the weight of the loss at `time`: 1 everywhere."""
         return jnp.ones_like(time)
 
-    def predict_clean(self, x, prediction, time):
-        return x - _sigma(time, x) * prediction
-
     def timesteps(self, num_steps: int) -> Float[np.ndarray, "steps"]:
-        """The times at which a sampler of `num_steps` steps asks the network, shifted."""
+        """Return the shifted times at which a sampler evaluates the network, 1000 first."""
         sigma = np.linspace(1, 1 / NUM_TRAIN_TIMES, num_steps)
-        return NUM_TRAIN_TIMES * (SHIFT / (SHIFT + (1 / sigma - 1)))  # 1000 exactly at first
+        return NUM_TRAIN_TIMES * (SHIFT / (SHIFT + (1 / sigma - 1)))  # the first is exactly 1000
 
     clean_time = 0
 
     def levels(self, times: Float[np.ndarray, "K"]) -> tuple[np.ndarray, np.ndarray]:
-        """Signal and sigma at `times`."""
+        """Return the scales of data and of noise at `times`, float64."""
         sigma = times / NUM_TRAIN_TIMES
         return 1 - sigma, sigma
 
     def clean_of(self, signal, sigma):
-        """What x and the prediction count for in the clean data they speak of."""
+        """Return the factors of x and of the prediction whose weighted sum is the clean data."""
         return np.ones_like(sigma), -sigma
 
 
 def _sigma(time, x) -> Float[Array, "..."]:
-    """The share of noise at `time`, aligned with x."""
+    """Return sigma at `time`, shaped to broadcast with x."""
     return align(jnp.asarray(time, jnp.float32), x) / NUM_TRAIN_TIMES

@@ -1,8 +1,8 @@
-"""The table of tasks: what a transformer was trained for, and what follows from that; without JAX.
+"""The table of tasks that a transformer can be trained for, with their channels and inputs.
 
-A task is known by the transformer's number of input channels: the noisy latents come first, and
-behind them the clean channels that tell the model what is given (spec 0, 6, 7). Names of ways are
-the functions of `generation.pipelines`, names of inputs the options of `sample.py`.
+The number of input channels identifies the task: first the noisy latents, then the clean channels
+of the condition (spec 0, 6, 7). `ways` are functions of `generation.pipelines`; `inputs` are
+options of the command `sample`. The module does not import JAX.
 """
 
 from typing import Literal, NamedTuple
@@ -17,25 +17,25 @@ RAY_CHANNELS = 6  # Pluecker coordinates of a pixel's ray: direction and moment
 class Task(NamedTuple):
     """One row of the table."""
 
-    title: str  # for sentences: "it was trained for {title}"
-    holds: dict[str, int]  # what the clean channels hold, in this order, and how many each
-    ways: tuple[str, ...]  # of generating that such a model can go
-    inputs: tuple[str, ...]  # that it takes beside a prompt
-    pipeline: str  # the class of the PyTorch pipeline that it is exported to
+    title: str  # completes the sentence "it was trained for {title}"
+    holds: dict[str, int]  # contents of the clean channels, in their order: number of channels
+    ways: tuple[str, ...]  # functions that generate with such a model
+    inputs: tuple[str, ...]  # inputs that it takes beside a prompt
+    pipeline: str  # class of the PyTorch pipeline in an export
 
     @property
     def extra_channels(self) -> int:
-        """Clean input channels beside the noisy ones."""
+        """Return the number of clean input channels."""
         return sum(self.holds.values())
 
     @property
     def in_channels(self) -> int:
-        """Input channels of the transformer."""
+        """Return the number of all input channels of the transformer."""
         return LATENT_CHANNELS + self.extra_channels
 
     @property
     def is_control(self) -> bool:
-        """Whether a control video or a camera leads the video."""
+        """Return True if a control video or a camera path guides the video."""
         return "control video" in self.holds or "camera" in self.holds
 
 
@@ -79,26 +79,26 @@ TASKS: dict[TaskName, Task] = {
 
 
 def task_of(in_channels: int) -> Task:
-    """Return the task of a transformer with so many input channels. Raises ValueError if none."""
+    """Return the task of a transformer with `in_channels`. Raises ValueError if there is none."""
     for task in TASKS.values():
         if task.in_channels == in_channels:
             return task
     raise ValueError(
-        f"a transformer of {in_channels} input channels belongs to no task; known are "
+        f"a transformer with {in_channels} input channels belongs to no task; use one of "
         f"{all_numbers()}"
     )
 
 
 def channels_with(name: str) -> tuple[int, ...]:
-    """Return the input channels of the transformers that take the input, or go the way, `name`."""
+    """Return the input channels of the transformers that have the input or the way `name`."""
     return tuple(t.in_channels for t in TASKS.values() if name in (*t.inputs, *t.ways))
 
 
 def numbers(name: str) -> str:
-    """Return `channels_with(name)` for a sentence: "32 or 48"."""
+    """Return `channels_with(name)` as text for a sentence, such as "32 or 48"."""
     return " or ".join(map(str, channels_with(name)))
 
 
 def all_numbers() -> str:
-    """Return the table for a sentence: "16 text to video, 33 inpainting, ..."."""
+    """Return the table as text for a sentence: "16 text to video, 33 inpainting, ..."."""
     return ", ".join(f"{task.in_channels} {task.title}" for task in TASKS.values())

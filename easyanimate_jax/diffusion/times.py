@@ -1,4 +1,4 @@
-"""What both noise processes share about time: uniform draws, and how many steps a sampler runs."""
+"""Functions of time that both noise processes use: random times, and a sampler's first step."""
 
 import math
 
@@ -10,9 +10,10 @@ NUM_TRAIN_TIMES = 1000  # released scheduler config
 
 
 def uniform(key: PRNGKeyArray, shape: tuple[int, ...], stratified: bool) -> Float[Array, "..."]:
-    """Uniform draws in [0, 1); stratified: each in a stratum of its own, in random order.
+    """Return uniform draws in [0, 1), float32; if stratified, one from each of equal intervals.
 
-    The strata lower the variance of the batch loss and leave every row's marginal uniform.
+    The intervals come in random order. They lower the variance of the batch loss, and each row's
+    own distribution stays uniform (spec 4.3).
     """
     if not stratified:
         return jax.random.uniform(key, shape)
@@ -23,22 +24,25 @@ def uniform(key: PRNGKeyArray, shape: tuple[int, ...], stratified: bool) -> Floa
 
 
 def to_index(u: Float[Array, "..."]) -> Float[Array, "..."]:
-    """floor(1000 u), kept below 1000 where u rounds to 1."""
+    """Return floor(1000 u), at most 999 even if u was rounded to 1."""
     return jnp.minimum(jnp.floor(u * NUM_TRAIN_TIMES), NUM_TRAIN_TIMES - 1)
 
 
 def align(time: Float[Array, "..."], x) -> Float[Array, "..."]:
-    """Trailing ones after `time`, so that it broadcasts over the other dimensions of x."""
+    """Append dimensions of size 1 to `time`, so that it broadcasts with x."""
     return time.reshape(time.shape + (1,) * (x.ndim - time.ndim))
 
 
 def first_step(num_steps: int, strength: float) -> int:
-    """The step at which sampling starts: strength 1 runs all of them, less keeps the last."""
+    """Return the first step to run: strength 1 runs all steps, less runs only the last ones.
+
+    Raises ValueError for a number of steps or a strength outside its range.
+    """
     if not 1 <= num_steps <= NUM_TRAIN_TIMES:
-        raise ValueError(f"{num_steps} sampling steps: choose 1 to {NUM_TRAIN_TIMES}")
+        raise ValueError(f"{num_steps} sampling steps: use 1 to {NUM_TRAIN_TIMES}")
     if not 0 < strength <= 1 or int(num_steps * strength) == 0:
         raise ValueError(
             f"strength {strength} of {num_steps} steps leaves none: "
-            f"choose a strength from {1 / num_steps:.3g} to 1"
+            f"use a strength from {1 / num_steps:.3g} to 1"
         )
     return num_steps - int(num_steps * strength)

@@ -1,4 +1,4 @@
-"""The parts of a self-contained HTML page: tables, charts as SVG, pictures and videos inline."""
+"""Parts of a self-contained HTML page: tables, SVG charts, inline pictures and videos."""
 
 import base64
 import html
@@ -26,7 +26,7 @@ COLOURS = ("#2f6fd0", "#d2562b", "#2f9e62", "#8a56c2", "#b58a12", "#24909b")
 
 
 def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
-    """A whole HTML document; each section is (heading, HTML)."""
+    """Return a whole HTML document. Each section is (heading, HTML); headings are escaped."""
     body = "".join(f"<h2>{html.escape(head)}</h2>{content}" for head, content in sections)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
@@ -35,11 +35,12 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
 
 
 def note(text: str) -> str:
+    """Return a paragraph of escaped text."""
     return f'<p class="note">{html.escape(text)}</p>'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """Rows of values; floats are shown with three decimals."""
+    """Return an HTML table; floats have three decimals."""
 
     def cell(value, tag="td"):
         text = f"{value:.3f}" if isinstance(value, float) else str(value)
@@ -59,7 +60,7 @@ def line_chart(
     width: int = 1000,
     height: int = 280,
 ) -> str:
-    """Lines over a shared x axis as SVG; `bands` are named stretches of x, shaded in turn."""
+    """Return SVG lines over a shared x axis; `bands` are shaded spans (from, to, name) of x."""
     left, right, top, bottom = 50, 10, 22, 34
     xs = np.concatenate([np.asarray(x, float) for x, _ in series.values()])
     ys = np.concatenate([np.asarray(y, float) for _, y in series.values()])
@@ -100,7 +101,7 @@ def line_chart(
 
 
 def picture(image: UInt8[np.ndarray, "H W 3"], caption: str = "", scale: float = 1.0) -> str:
-    """A picture inline, `scale` times its size."""
+    """Return an inline PNG picture, shown at `scale` times its size."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -109,7 +110,7 @@ def picture(image: UInt8[np.ndarray, "H W 3"], caption: str = "", scale: float =
 
 
 def video(frames: UInt8[np.ndarray, "F H W 3"], caption: str = "", scale: float = 1.0) -> str:
-    """A looping video inline at 8 frames a second."""
+    """Return an inline looping video at 8 frames a second, shown at `scale` times its size."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         media.write_video(path, frames)
@@ -122,7 +123,7 @@ def video(frames: UInt8[np.ndarray, "F H W 3"], caption: str = "", scale: float 
 
 
 def smooth(values: Sequence[float], window: int) -> np.ndarray:
-    """A running mean over at most `window` values to the left."""
+    """Return the running mean of each value and up to `window` - 1 values before it."""
     values = np.asarray(values, float)
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(values) + 1)

@@ -1,4 +1,4 @@
-"""What is given to a loaded pipeline beside the prompt, as the arrays that its way takes."""
+"""The inputs of a loaded pipeline beside the prompt: checked, resized, one row per video."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypedDict
@@ -9,43 +9,43 @@ from PIL import Image
 
 from easyanimate_jax.data.buckets import check_size, whole_frames
 
-NEW = 240  # grey of a mask from which on the video is made anew (spec 6.6)
+NEW = 240  # a mask pixel of at least this grey marks video to generate (spec 6.6)
 Picture = UInt8[np.ndarray, "H W 3"] | UInt8[np.ndarray, "B H W 3"]
 Film = UInt8[np.ndarray, "F H W 3"] | UInt8[np.ndarray, "B F H W 3"]
 
 
 class Given(TypedDict, total=False):
-    """What may be given beside a prompt; with several prompts one for all, or one for each.
+    """The optional inputs beside a prompt. With several prompts: one for all, or one for each.
 
-    Pixels are uint8. Pictures, films and masks are resized to the size that is made, and of films
-    the first frames are taken; rays have that size.
+    Pixels are uint8. Pictures, films and masks are resized to the output size; only the first
+    frames of a film are used. Rays must already have the output size.
     """
 
     image: Picture  # the first frame
     end_image: Picture  # the last frame
-    video: Film  # to make anew
+    video: Film  # the video to change
     mask: Bool[np.ndarray, "..."] | UInt8[np.ndarray, "..."]  # (H, W) or (F, H, W, 1); 1 is new
-    strength: float  # 0 to 1, how much of `video` is made anew (0.7; with a mask 1)
-    picture_noise: float  # on given pictures; with more the video moves more (0.0563)
+    strength: float  # 0 to 1, how much `video` changes (0.7; 1 with a mask)
+    picture_noise: float  # on given pictures; more noise, more motion (0.0563)
     control: Film  # a control video
     camera: Float[np.ndarray, "F H W 6"] | Float[np.ndarray, "B F H W 6"]  # Pluecker rays
     reference: Picture  # what a controlled video looks like
-    segment: int  # 4n+1 frames that are made at once of a longer video
-    sampler: str  # "" is the process's own
-    eta: float  # fresh noise of DDIM, 0 to 1 (0)
-    rescale: float  # of guidance, 0 to 1 (0)
-    guided: tuple[float, float]  # share of the steps with guidance (0 to 1)
-    guidance_every: int  # steps; reused between (1)
-    teacache: float  # threshold, as 0.08; 0 is off (0)
+    segment: int  # 4n+1; a longer video is generated in segments of so many frames
+    sampler: str  # "" is the default sampler of the noise process
+    eta: float  # share of fresh noise in DDIM, 0 to 1 (0)
+    rescale: float  # rescaling of the guided prediction, 0 to 1 (0)
+    guided: tuple[float, float]  # first and last share of the steps with guidance (0, 1)
+    guidance_every: int  # steps between two unconditional predictions (1)
+    teacache: float  # threshold, for example 0.08; 0 is off (0)
     progress: Callable[[int], None]  # called with the number of each finished evaluation
 
 
 class Form(NamedTuple):
-    """How an input may look for one video; one more dimension in front counts the videos."""
+    """The shapes and dtypes of an input for one video; an extra leading axis is the batch."""
 
-    argument: str  # of the way
+    argument: str  # name of the pipeline function's argument
     shapes: tuple[str, ...]
-    kinds: str  # numpy's letters of its types
+    kinds: str  # NumPy's letters of the allowed dtypes
     what: str
 
 
@@ -63,10 +63,11 @@ FORMS = {
 def size_of(
     given: Mapping, default: tuple[int, int, int], asked: Sequence[int | None]
 ) -> tuple[int, int, int]:
-    """Return the (frames, height, width) to make: asked for, else as given, else the default.
+    """Return the output size (frames, height, width).
 
-    Rays decide all three, a film the number of frames, up to the default's. Raises ValueError for
-    a size that cannot be made.
+    A value of `asked` comes first, then the size of the inputs, then `default`. Rays set all three
+    numbers; a film sets the number of frames, at most that of `default`. Raises ValueError for a
+    size that the model cannot generate.
     """
     natural = list(default)
     for name in ("video", "control"):
@@ -81,9 +82,9 @@ def size_of(
 
 
 def as_rows(given: Mapping, rows: int, size: tuple[int, int, int]) -> dict[str, np.ndarray]:
-    """Return the arrays of a way, by its own argument names, for `rows` videos of a size.
+    """Return the arguments of a pipeline function, by name, for `rows` videos of one size.
 
-    Raises ValueError for arrays of other types and shapes.
+    Raises ValueError for arrays of wrong dtypes or shapes.
     """
     found = {}
     for name, form in FORMS.items():
@@ -94,12 +95,12 @@ def as_rows(given: Mapping, rows: int, size: tuple[int, int, int]) -> dict[str, 
 
 
 def _each(name: str, form: Form, value, rows: int) -> list[np.ndarray]:
-    """An input for each of the videos."""
+    """Return a list with one array per video."""
     value = np.asarray(value)
     shapes = " or ".join(f"({', '.join(shape.split())})" for shape in form.shapes)
     wanted = f"give {form.what} of shape {shapes}, or one for each of {rows} prompts"
     if value.dtype.kind not in form.kinds or (value.dtype.kind == "u" and value.itemsize > 1):
-        raise ValueError(f"{name} is of {value.dtype}: {wanted}")
+        raise ValueError(f"{name} has dtype {value.dtype}: {wanted}")
     for shape in form.shapes:
         sizes = shape.split()
         fixed = [(i - len(sizes), int(n)) for i, n in enumerate(sizes) if n.isdigit()]
@@ -114,7 +115,7 @@ def _each(name: str, form: Form, value, rows: int) -> list[np.ndarray]:
 
 
 def _fit(name: str, value: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
-    """One input at the size that is made."""
+    """Return one input, resized to the output size."""
     frames, height, width = size
     if name in ("image", "end_image", "reference"):
         return resized(value[None], height, width, Image.Resampling.BICUBIC)[0]
@@ -122,7 +123,7 @@ def _fit(name: str, value: np.ndarray, size: tuple[int, int, int]) -> np.ndarray
         value = np.repeat(value[None, ..., None], frames, axis=0)
     if len(value) < frames:
         raise ValueError(
-            f"{name} has {len(value)} frames, and {frames} are made; ask for frames="
+            f"{name} has {len(value)} frames, and the video to make has {frames}; use frames="
             f"{whole_frames(len(value))}"
         )
     value = value[:frames]
@@ -130,17 +131,17 @@ def _fit(name: str, value: np.ndarray, size: tuple[int, int, int]) -> np.ndarray
         if value.shape[1:3] != (height, width):
             raise ValueError(
                 f"camera has rays of {value.shape[1]}x{value.shape[2]} pixels, and the video is "
-                f"{height}x{width}: make the rays at that size"
+                f"{height}x{width}: compute the rays at that size"
             )
         return value.astype(np.float32)
     if name != "mask":
         return resized(value, height, width, Image.Resampling.BILINEAR)
     if value.max() > 1:
-        raise ValueError(f"mask holds {value.max()}: it is 1 where the video is new, and else 0")
+        raise ValueError(f"mask holds {value.max()}: use 1 where the video is new, and 0 elsewhere")
     grey = resized(value[..., 0].astype(np.uint8) * 255, height, width, Image.Resampling.BILINEAR)
     return (grey >= NEW).astype(np.uint8)[..., None]
 
 
 def resized(frames: np.ndarray, height: int, width: int, how: Image.Resampling) -> np.ndarray:
-    """Return uint8 frames at another size, without regard to the aspect, as the reference does."""
+    """Return uint8 frames stretched to another size; the reference ignores the aspect ratio too."""
     return np.stack([np.asarray(Image.fromarray(x).resize((width, height), how)) for x in frames])

@@ -1,10 +1,11 @@
-"""The one program that turns noise into latents: a loop over the evaluations of a sampler's walk.
+"""The compiled loop that turns noise into latents: one network evaluation per iteration.
 
-The walk, the guidance of every step and the thresholds are data, padded to one size: another
-sampler of as many registers, step count, strength or guidance compiles nothing. Tokens in, tokens
-out; `pipelines` makes videos of them.
+The sampler's coefficients, the guidance of each step and the thresholds are data, padded to a fixed
+size. So a change of step count, strength or guidance, or a sampler with as many registers, does not
+recompile. Input and output are tokens; `pipelines` turns them into videos.
 
-Letters beyond the legend: P is the width of a token, 4 x channels; K evaluations; R registers.
+Letters beyond the legend: P is the width of a token, 4 x channels; R is the number of registers,
+the tensors that a sampler keeps between evaluations.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from easyanimate_jax.diffusion.conditioning import guide
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
-from easyanimate_jax.diffusion.samplers import advance, walk
+from easyanimate_jax.diffusion.samplers import SAMPLERS, advance, walk
+from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
+from easyanimate_jax.facts import check_fields
 from easyanimate_jax.generation.protocols import Denoiser
 from easyanimate_jax.memory import check_fit
 from easyanimate_jax.models.mmdit import MMDiTConfig
@@ -29,56 +32,82 @@ from easyanimate_jax.sharding import shard
 Texts = tuple[Float[Array, "_ _ _"] | Float[np.ndarray, "_ _ _"], ...]
 Tokens = Float[Array, "B N P"]
 
-TABLE = 1024  # rows of the padded tables: more than 1000 steps and PNDM's nine further evaluations
-FRESH = 2  # which of a seed's keys the noise of stochastic samplers comes from
+TABLE = 1024  # rows of the padded tables; PNDM needs 1000 steps + 9 evaluations
+_SAMPLER_NAMES = tuple(dict.fromkeys(name for names in SAMPLERS.values() for name in names))
+FRESH = 2  # folded into a seed's key for the noise of stochastic samplers
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How noise becomes a video.
-
-    `sampler` "" is the process's own: DDIM for V5, Euler for V5.1. `guided` is the share of the
-    walk with guidance, from and until. Every `guidance_every`-th step asks for the unconditional
-    prediction; the steps between take its difference from the conditional one as it last was.
-    `teacache` is the threshold below which a step reuses the network's last residual; 0 is never.
-    """
+    """The sampling options. The defaults are those of the reference (spec 10.1)."""
 
     steps: int = 50
+    """Number of denoising steps."""
+
     guidance: float = 6.0
+    """Scale of classifier-free guidance; 1 is none (spec 4.5)."""
+
     rescale: float = 0.0
+    """Share of the guided prediction that is rescaled to the standard deviation of the conditional
+    one; 0 is none (spec 4.5)."""
+
     sampler: str = ""
+    """Name of the sampler; "" is the default of the noise process: DDIM for V5, Euler for V5.1."""
+
     eta: float = 0.0
+    """Share of fresh noise in DDIM; 0 is none."""
+
     guided: tuple[float, float] = (0.0, 1.0)
+    """First and last share of the steps with guidance."""
+
     guidance_every: int = 1
+    """Number of steps from one unconditional prediction to the next. The steps between them reuse
+    the last difference between the conditional and the unconditional prediction."""
+
     teacache: float = 0.0
+    """Threshold below which a step reuses the network's last residual (spec 10.2); 0 is never."""
 
     def __post_init__(self):
         low, high = self.guided
         if not 0 <= low < high <= 1:
-            raise ValueError(f"guided {low} to {high}: give a share of the steps, as 0 and 1")
+            raise ValueError(
+                f"Sampling.guided is {low} to {high}: give two shares of the steps, such as 0 and 1"
+            )
         if self.guidance_every < 1 or self.teacache < 0:
             raise ValueError(
-                f"guidance_every {self.guidance_every}, teacache {self.teacache}: "
+                f"Sampling.guidance_every {self.guidance_every}, teacache {self.teacache}: "
                 f"use 1 or more, and a threshold from 0 on"
             )
-        if self.guidance_every > 1 and self.teacache:
+        check_fields(
+            self,
+            steps=f"[1, {NUM_TRAIN_TIMES}]",
+            guidance="[0, 100]",
+            rescale="[0, 1]",
+            eta="[0, 1]",
+            guided="[0, 1]",
+            guidance_every="[1, inf)",
+            teacache="[0, inf)",
+        )
+        if self.sampler not in ("", *_SAMPLER_NAMES):
             raise ValueError(
-                "teacache and guidance_every reuse the same evaluations in two ways: use one"
+                f"Sampling.sampler is {self.sampler!r}; use one of {', '.join(_SAMPLER_NAMES)}"
             )
+        if self.guidance_every > 1 and self.teacache:
+            raise ValueError("teacache and guidance_every cannot be combined: use one of them")
 
 
 class Source(NamedTuple):
-    """A video to start from, and where it stays: each step puts the noised tokens back there."""
+    """A video to start from. Each step restores its noised tokens where `keep` is 1."""
 
     tokens: Tokens
-    keep: Tokens | None  # 1 stays, 0 is new
+    keep: Tokens | None  # 1: keep, 0: generate
 
 
 class Given(NamedTuple):
-    """What a video is made from, as tokens.
+    """The inputs of the denoising loop, as tokens.
 
-    Without `negative_texts` there is no guidance. `condition` holds the channels that the model
-    reads beyond the latents'. `seeds` feed the samplers that draw fresh noise.
+    Without `negative_texts` there is no guidance. `condition` holds the input channels beyond the
+    latent channels. Stochastic samplers draw their noise from `seeds`.
     """
 
     noise: Tokens
@@ -92,38 +121,38 @@ class Given(NamedTuple):
 
     @property
     def halves(self) -> int:
-        """How often every row goes through the network: with guidance twice."""
+        """Return how many copies of each row the network evaluates: 2 with guidance, else 1."""
         return 1 if self.negative_texts is None else 2
 
     @property
     def real(self) -> Bool[Array, "B N 1"]:
-        """The tokens that are not padding."""
+        """Return True for tokens that are not padding."""
         return jnp.arange(self.noise.shape[1])[None, :, None] < self.lengths[:, None, None]
 
 
 class Tables(NamedTuple):
-    """A walk and the guidance of its steps, filled up to `TABLE` rows."""
+    """The coefficients of a sampler and the guidance of each step, padded to `TABLE` rows."""
 
     count: np.ndarray  # (), evaluations
-    start: np.ndarray  # (2,), signal and sigma of x before the first
+    start: np.ndarray  # (2,), signal and sigma of x before the first evaluation
     times: np.ndarray  # (TABLE,)
     moves: np.ndarray  # (TABLE, R, R + 1 or R + 2)
-    levels: np.ndarray  # (TABLE, 2), of x after each
+    levels: np.ndarray  # (TABLE, 2), signal and sigma of x after each evaluation
     guidance: np.ndarray  # (TABLE,)
-    both: np.ndarray  # (TABLE,), whether the unconditional prediction is asked for
+    both: np.ndarray  # (TABLE,), True where the unconditional prediction is computed
 
 
 class Teacache(NamedTuple):
-    """What a step must know of the one before to be left out (spec 10.2)."""
+    """The state that lets TeaCache skip the blocks in a step (spec 10.2)."""
 
-    modulated: Float[Array, "B N D"]  # what the first block attends with
-    residual: Float[Array, "B N D"]  # from the embedded tokens to the last layer
-    distance: Float[Array, ""]  # summed since the network last ran
+    modulated: Float[Array, "B N D"]  # input of the first block's attention
+    residual: Float[Array, "B N D"]  # last layer's input minus the embedded tokens
+    distance: Float[Array, ""]  # change summed since the blocks last ran
 
 
-# Degree-4 polynomials, highest power first, that make of the change of the first block's input the
-# change of the output: those published with the V5.1 models.
-POLYNOMIALS = {  # by the number of blocks: 12B and 7B
+# Degree-4 polynomials, highest power first. They estimate the change of the output from the change
+# of the first block's input, and were published with the V5.1 models.
+POLYNOMIALS = {  # key: number of blocks, 48 in the 12B and 36 in the 7B
     48: (-10.47857366, 8.33844143, -0.78477557, 0.68798618, 0.0136149),
     36: (1.07862322, -4.19362456, 3.06725828, 0.33161686, 0.02374758),
 }
@@ -131,7 +160,7 @@ V51_TEXT_WIDTHS = (3584,)
 
 
 def polynomial(config: MMDiTConfig) -> tuple[float, ...]:
-    """The polynomial of a V5.1 model; for all others the change itself."""
+    """Return the coefficients of a V5.1 model's polynomial, and of f(x) = x for other models."""
     of_v51 = POLYNOMIALS if config.text_widths == V51_TEXT_WIDTHS else {}
     return of_v51.get(config.depth, (0.0, 0.0, 0.0, 1.0, 0.0))
 
@@ -145,16 +174,16 @@ def denoise(
     strength: float = 1.0,
     progress: Callable[[int], None] | None = None,
 ) -> Tokens:
-    """Noise -> latents, as tokens.
+    """Return the latents that the noise of `given` becomes, as tokens.
 
-    Both halves of the guidance go through the network at once, in the order [uncond, cond]. With a
-    `strength` below 1 the walk starts late, from the noised source. `progress` is called with the
-    number of each finished evaluation. Raises ValueError, before it begins, where a device has too
-    little memory.
+    One network call evaluates both halves of the guidance, in the order [uncond, cond]. With a
+    `strength` below 1 the loop starts at a later step, from the noised source. `progress` is called
+    with the number of each finished evaluation. Raises ValueError for a strength below 1 without a
+    source, and, before the first step, if a device has too little memory.
     """
     tables = make_tables(process, sampling, strength)
     if strength < 1 and given.source is None:
-        raise ValueError(f"strength {strength} without a video to start from: leave it at 1")
+        raise ValueError(f"strength is {strength} without a video to start from: use 1")
     thrifty = given.negative_texts is not None and not tables.both[: tables.count].all()
     threshold = jnp.float32(sampling.teacache) if sampling.teacache else None
     arguments = model, tables, given, threshold
@@ -169,12 +198,12 @@ def denoise(
 
 
 def make_tables(process: DDPM | Flow, sampling: Sampling, strength: float = 1.0) -> Tables:
-    """The walk of `sampling` under `process`, and where it is guided."""
+    """Return the coefficients of the sampler of `sampling`, and the guidance of each step."""
     times, moves, levels = walk(process, sampling.sampler, sampling.steps, strength, sampling.eta)
     count = len(times)
     share = np.arange(count) / count
     guided = (sampling.guided[0] <= share) & (share < sampling.guided[1])
-    number = np.cumsum(guided) - 1  # of the guided steps
+    number = np.cumsum(guided) - 1  # index among the guided steps
 
     def fill(x):
         return np.concatenate([x, np.zeros((TABLE - count, *x.shape[1:]), x.dtype)])
@@ -224,12 +253,15 @@ def _denoise(model, tables: Tables, given: Given, threshold, *, rescale, thrifty
     registers = jnp.zeros((num_registers, *x.shape)).at[0].set(x)
     carry = registers, jnp.zeros_like(x), predict.empty_cache()
     registers, *_ = jax.lax.fori_loop(0, tables.count, body, carry)
-    return shard(registers[0], None, None, None)  # on every device, so that any host can decode
+    return shard(registers[0], None, None, None)  # replicated: any host can decode
 
 
 class Predictor:
-    """The network under guidance, with what it may reuse: the last difference between the prompt's
-    prediction and the negative one's, and TeaCache's features."""
+    """The guided network.
+
+    It can reuse the last difference between the conditional and the unconditional prediction, and
+    TeaCache's residual.
+    """
 
     def __init__(self, model, tables: Tables, given: Given, threshold, rescale, thrifty: bool):
         self.model, self.tables, self.given = model, tables, given
@@ -240,7 +272,7 @@ class Predictor:
             self.texts = jax.tree.map(lambda *x: jnp.concatenate(x), *both)
 
     def __call__(self, x: Tokens, number, difference: Tokens, cache: Teacache | None):
-        """(the guided prediction, the difference, the cache) at evaluation `number`."""
+        """Return (guided prediction, difference, cache) of evaluation `number`."""
         arguments = (x, number, difference, cache)
         if self.thrifty:
             both = self.tables.both[number]
@@ -254,6 +286,7 @@ class Predictor:
         return cond, difference, cache
 
     def empty_cache(self) -> Teacache | None:
+        """Return a TeaCache state of zeros, or None without TeaCache."""
         if self.threshold is None:
             return None
         rows, length, _ = self.given.noise.shape
@@ -262,7 +295,7 @@ class Predictor:
         return Teacache(zeros, zeros, jnp.float32(0))
 
     def _full(self, x, number, difference, cache):
-        """The prediction of the prompt, and how far it is from that of the negative one."""
+        """Return (conditional prediction, its difference from the unconditional one, cache)."""
         both, cache = self._network(x, number, cache)
         if self.given.halves == 1:
             return both, difference, cache
@@ -274,7 +307,7 @@ class Predictor:
         return self.model(*inputs).astype(jnp.float32), difference, cache
 
     def _network(self, x, number, cache):
-        """The prediction of all halves, [uncond, cond]."""
+        """Return the predictions of all halves, [uncond, cond], and the cache."""
         halves = self.given.halves
         inputs = self._inputs(x, number, self.texts, halves)
         if self.threshold is None:
@@ -285,7 +318,7 @@ class Predictor:
         return self.model.output.linear(features).astype(jnp.float32), cache
 
     def _inputs(self, x, number, texts, copies):
-        """The network's arguments for so many copies of every row."""
+        """Return the network's arguments for `copies` copies of each row."""
         given = self.given
         if given.condition is not None:
             x = jnp.concatenate([x, given.condition], axis=-1)
@@ -306,10 +339,10 @@ def _features(
     time: Float[Array, "B"],
     texts: Texts,
 ) -> tuple[Float[Array, "B N D"], Teacache]:
-    """What the last layer reads, by the blocks or, while little has changed, by TeaCache.
+    """Return the input of the last layer: computed by the blocks, or estimated by TeaCache.
 
-    The change is one number for the whole batch, as in the reference: a video then depends, a
-    little, on the videos beside it.
+    The change is one number for the whole batch, as in the reference. So with TeaCache a video
+    depends a little on the other videos of its batch.
     """
     video, text, time = model.embed(inputs, time, texts)
     norm = jax.tree.map(lambda x: x[0], model.blocks[0].norm1)

@@ -1,67 +1,153 @@
-"""Samples in their folder: numbered, with a sidecar to make each again, and known when made."""
+"""The output folder: numbered samples, each with a JSON sidecar that reproduces it.
 
-import argparse
+A number is free if no file or folder name begins with it. Each file is written under a temporary
+name and then renamed; the sidecar comes last. Existing files are never replaced.
+"""
+
 import hashlib
 import json
+import os
+import re
 import shlex
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 
 from easyanimate_jax.data import media
 from easyanimate_jax.facts import FPS
-from easyanimate_jax.generation.options import FILES, given, option, options_of
+from easyanimate_jax.generation.request import (
+    FILES,
+    LINE_KEYS,
+    SAMPLING,
+    Asked,
+    SampleRequest,
+    given,
+    option,
+)
+
+NUMBERED = re.compile(r"\.?([0-9]{8,})(?![0-9])")  # ASCII digits only: "²³" is no number
+VERSIONS = ("jax", "flax", "numpy", "easyanimate_jax")
 
 
-def identity(a: argparse.Namespace, step: int) -> str:
-    """Equal for equal lines of a prompt file: they are not made twice."""
-    parts = [str(a.checkpoint.absolute()), step, a.line, options_of(a)]
+class Origin(NamedTuple):
+    """The checkpoint that a sample comes from."""
+
+    checkpoint: Path  # the run folder, as you named it
+    step: int
+    weights: str  # "full" or "int8"
+    training: dict  # the checkpoint's record of its training
+
+
+def options_of(request: SampleRequest, origin: Origin) -> dict:
+    """Return the set options of a request, by their names on the command line."""
+    names = (*LINE_KEYS, *SAMPLING, "picture_noise")
+    options = {option(name): getattr(request, name) for name in names if given(request, name)}
+    return options | {"weights": origin.weights}
+
+
+def identity(asked: Asked, origin: Origin) -> str:
+    """Return a hash of the request and its checkpoint, which finds samples that already exist."""
+    options = options_of(asked.request, origin)
+    parts = [str(origin.checkpoint.absolute()), origin.step, asked.line, options]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def finished(folder: Path) -> set[str]:
-    """The identities of the samples in `folder`; the sidecar is written last."""
-    sidecars = (p for p in folder.glob("*.json") if p.stem.isdigit())
-    return {json.loads(p.read_text(encoding="utf-8")).get("identity") for p in sidecars}
+    """Return the identities of the samples in `folder`; other JSON files are ignored."""
+    found = set()
+    for path in folder.glob("*.json"):
+        if not NUMBERED.fullmatch(path.stem):
+            continue
+        try:
+            sidecar = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(sidecar, dict) and isinstance(sidecar.get("identity"), str):
+            found.add(sidecar["identity"])
+    return found
 
 
-def record(a: argparse.Namespace, step: int, meta: dict, seconds: float) -> dict:
-    """Everything needed to make the sample again."""
+def record(asked: Asked, origin: Origin, output: Path, seconds: float) -> dict:
+    """Return the sidecar of a sample: its command, seed, options, checkpoint and versions."""
     import jax
 
-    options, words = options_of(a), []
-    for name, value in (options | {"output": str(a.output)}).items():
+    options, words = options_of(asked.request, origin), []
+    for name, value in (options | {"output": str(output)}).items():
         several = isinstance(value, list | tuple)
         words += [f"--{name}", *map(str, value)] if several else [f"--{name}={value}"]
-    files = {option(name): Path(getattr(a, name)) for name in FILES if given(a, name)}
+    paths = {n: Path(getattr(asked.request, n)) for n in FILES if given(asked.request, n)}
     return {
-        "command": shlex.join(["python", "sample.py", str(a.checkpoint), *words]),
+        "command": shlex.join(["python", "sample.py", str(origin.checkpoint), *words]),
+        "seed": asked.request.seed,
         "options": options,
-        "files_sha256": {n: hashlib.sha256(p.read_bytes()).hexdigest() for n, p in files.items()},
-        "checkpoint": str(a.checkpoint.absolute()),
-        "identity": identity(a, step),
-        "step": step,
+        "files_sha256": {
+            option(name): hashlib.sha256(path.read_bytes()).hexdigest()
+            for name, path in paths.items()
+        },
+        "checkpoint": str(origin.checkpoint.absolute()),
+        "identity": identity(asked, origin),
+        "step": origin.step,
         "seconds": round(seconds, 2),
         "device": jax.devices()[0].device_kind,
-        "versions": {name: version(name) for name in ("jax", "flax", "numpy", "easyanimate_jax")},
-        **meta,
+        "versions": {name: version(name) for name in VERSIONS},
+        "training": origin.training,
     }
 
 
-def write(a: argparse.Namespace, frames: np.ndarray, sidecar: dict) -> Path:
-    """The next free number's video or picture, contact sheet and sidecar."""
-    taken = [int(p.stem) for p in a.output.glob("*.json") if p.stem.isdigit()]
-    stem = f"{max(taken, default=0) + 1:08d}"
-    path = a.output / f"{stem}{'.png' if len(frames) == 1 else '.mp4'}"
-    sidecar = {"file": path.name, **sidecar}
-    text = json.dumps(sidecar, indent=1, ensure_ascii=False)
-    if len(frames) == 1:
-        media.write_png(path, frames[0])
-    else:
-        media.write_video(path, frames, fps=FPS, comment=json.dumps(sidecar, ensure_ascii=False))
-        media.write_png(a.output / f"{stem}_sheet.png", media.contact_sheet(frames[None]))
-        if a.gif:
-            media.write_gif(a.output / f"{stem}.gif", frames, fps=FPS)
-    (a.output / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
+def write(
+    folder: Path, frames: UInt8[np.ndarray, "F H W 3"], sidecar: dict, *, gif: bool = False
+) -> Path:
+    """Write a video, contact sheet and sidecar under the next free number; return the video's path.
+
+    A single frame becomes a picture without a contact sheet. `gif` adds a GIF of a video.
+    """
+    stem, lock = _reserve(folder)
+    part = lock.with_suffix(".part")
+
+    def place(name: str, fill: Callable[[Path], None]) -> Path:
+        fill(part)
+        os.replace(part, folder / name)
+        return folder / name
+
+    name = f"{stem}{'.png' if len(frames) == 1 else '.mp4'}"
+    sidecar = {"file": name, **sidecar}
+    comment = f"settings: {stem}.json {sidecar['identity']}"
+    text = json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n"
+    try:
+        if len(frames) == 1:
+            path = place(name, lambda p: media.write_png(p, frames[0]))
+        else:
+            path = place(name, lambda p: media.write_video(p, frames, fps=FPS, comment=comment))
+            sheet = media.contact_sheet(frames[None])
+            place(f"{stem}_sheet.png", lambda p: media.write_png(p, sheet))
+            if gif:
+                place(f"{stem}.gif", lambda p: media.write_gif(p, frames, fps=FPS))
+        place(f"{stem}.json", lambda p: p.write_text(text, encoding="utf-8"))
+    finally:
+        part.unlink(missing_ok=True)
+        lock.unlink()
     return path
+
+
+def _reserve(folder: Path) -> tuple[str, Path]:
+    """Return the next free number and a lock file that reserves it against other commands."""
+    while True:
+        stem = f"{max(_taken(folder), default=0) + 1:08d}"
+        lock = folder / f".{stem}.lock"
+        try:
+            lock.touch(exist_ok=False)
+        except FileExistsError:
+            continue  # another command reserved it first
+        if _taken(folder).count(int(stem)) <= 1:  # a network file system may list late
+            return stem, lock
+        lock.unlink()
+
+
+def _taken(folder: Path) -> list[int]:
+    """Return the numbers that names in the folder begin with."""
+    found = (NUMBERED.match(name) for name in os.listdir(folder))
+    return [int(match[1]) for match in found if match]

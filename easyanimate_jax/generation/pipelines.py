@@ -1,15 +1,14 @@
-"""The ways to make videos, around one denoising program: from texts, pictures, videos, controls.
+"""The pipeline functions: generate videos from texts, pictures, videos or control signals.
 
-Arrays in, arrays out. Every way takes what makes videos, a `Diffusion`, and what is asked of every
-way, a `Request`; the rest is its own. Pixels are uint8. Each row draws its noise from a seed of its
-own, so a video does not depend on what else is in the batch. A mask is 1 where the video is made
-and 0 where it is given. A way keeps no part of `diffusion`, so that parts can take turns in memory.
+Every function takes arrays and returns arrays. Its first arguments are the models, a `Diffusion`,
+and a `Request`. Pixels are uint8. Each row draws its noise from its own seed, so a video does not
+depend on the other rows of its batch. A mask is 1 where the video is generated and 0 where it is
+kept. No function holds a reference to a part of `diffusion`, so parts can take turns in memory.
 All raise ValueError for arrays and sizes that do not fit the request or the model.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -40,20 +39,20 @@ from easyanimate_jax.generation.pixels import (
     rows_at_once,
 )
 from easyanimate_jax.generation.protocols import Diffusion
-from easyanimate_jax.generation.request import Request
+from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.memory import check_fit
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, unpatchify
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.sharding import num_parts
 
 Rays = Float[np.ndarray, "B F H W 6"]
-Pictures = UInt8[np.ndarray, "B _ _ 3"] | UInt8[np.ndarray, "B _ _ _ 3"]  # one a row, or several
+Pictures = UInt8[np.ndarray, "B _ _ 3"] | UInt8[np.ndarray, "B _ _ _ 3"]  # one or several per row
 
-OVERLAP = 4  # frames that a segment of a long video shares with the one before
+OVERLAP = 4  # frames that neighbouring segments of a long video share
 
 
 class LatentDiffusion(NamedTuple):
-    """What makes videos, all in memory: the transformer, its autoencoder, the noise process."""
+    """The models of a pipeline, all in memory: transformer, VAE and noise process."""
 
     model: MMDiT
     vae: CausalVAE
@@ -61,28 +60,15 @@ class LatentDiffusion(NamedTuple):
 
     @property
     def config(self) -> MMDiTConfig:
-        """The transformer's config."""
+        """Return the transformer's config."""
         return self.model.config
 
 
-def choose(given: Collection[str], frames: int, segment: int | None = None) -> Callable:
-    """Return the way for what is given, by the names of the options of `sample.py`.
-
-    A `segment`, in frames, leads to `long_video` where the video has more `frames`.
-    """
-    if "video" in given:
-        return video_to_video
-    if not {"control", "camera", "trajectory", "reference"}.isdisjoint(given):
-        return control_to_video
-    if segment and frames > segment:
-        return long_video
-    if "image" in given or "end_image" in given:
-        return image_to_video
-    return text_to_video
-
-
 def text_to_video(diffusion: Diffusion, request: Request) -> Videos:
-    """Return a video per text, (B, F, H, W, 3). An inpaint model sees nothing given (spec 6.2)."""
+    """Return one video per text, uint8 (B, F, H, W, 3).
+
+    An inpaint model gets an empty condition (spec 6.2). Raises ValueError for a control model.
+    """
     request.check(diffusion.config)
     _want_free(diffusion, "text-to-video has none")
     return _generate(diffusion, request)
@@ -98,8 +84,8 @@ def image_to_video(
 ) -> Videos:
     """Return videos that begin with `start`, end with `end`, or both (spec 6.2).
 
-    Each is a picture a row, (B, H, W, 3), or several, (B, pictures, H, W, 3), of the videos' size.
-    More `picture_noise`, in units of [-1, 1], lets the video move more. Raises ValueError for a
+    Each holds one picture per row, (B, H, W, 3), or several, (B, pictures, H, W, 3), in the videos'
+    size. More `picture_noise`, in units of [-1, 1], allows more motion. Raises ValueError for a
     model that takes no pictures.
     """
     request.check(diffusion.config)
@@ -110,7 +96,7 @@ def image_to_video(
 
 
 def _place(request: Request, start, end) -> tuple[Videos, Masks]:
-    """The pictures at their places in empty videos, and the mask of the rest."""
+    """Return videos that hold the pictures at their frames, and a mask of the other frames."""
     rows, frames, *sides = request.shape
     given = [
         (pictures if pictures.ndim == 5 else pictures[:, None], at_start)
@@ -120,7 +106,7 @@ def _place(request: Request, start, end) -> tuple[Videos, Masks]:
     count = sum(pictures.shape[1] for pictures, _ in given)
     if not given or count >= frames:
         raise ValueError(
-            f"{count} pictures and {frames} frames: image-to-video wants a start or an end "
+            f"{count} pictures and {frames} frames: image-to-video needs a start or an end "
             f"picture, and at least {_frames_above(count)} frames for so many"
         )
     video = np.zeros((*request.shape, 3), np.uint8)
@@ -137,7 +123,7 @@ def _place(request: Request, start, end) -> tuple[Videos, Masks]:
 
 
 def _frames_above(count: int) -> int:
-    """The smallest possible number of frames above `count`."""
+    """Return the smallest allowed number of frames above `count`."""
     return (count + TIME_FACTOR - 1) // TIME_FACTOR * TIME_FACTOR + 1
 
 
@@ -150,19 +136,19 @@ def video_to_video(
     strength: float = 0.7,
     picture_noise: float = SAMPLING_NOISE,
 ) -> Videos:
-    """Return `video`, (B, F, H, W, 3), made anew (spec 6.6).
+    """Return a changed version of `video`, (B, F, H, W, 3) (spec 6.6).
 
-    A `strength` below 1 starts from the noised video, so that less of it changes; 1 with a mask is
-    inpainting. Where `mask`, (B, F, H, W, 1), is 0 the video stays: an inpaint model sees it there,
-    and a T2V model has it put back at each step. Raises ValueError for a control model.
+    A `strength` below 1 starts from the noised video, so less of it changes; 1 with a mask is
+    inpainting. The video stays where `mask`, (B, F, H, W, 1), is 0. An inpaint model reads these
+    pixels; for a T2V model each step restores them. Raises ValueError for a control model.
     """
     request.check(diffusion.config)
     _want_free(diffusion, "video-to-video has none")
     _check_video(request, video, mask)
     if mask is None and strength == 1:
-        raise ValueError("strength 1 without a mask keeps nothing of the video: give less, or mask")
+        raise ValueError("strength 1 without a mask keeps nothing of the video: use less or a mask")
     if mask is not None and mask.all():
-        mask = None  # nothing is given: the inpaint model's condition is zero, not of black pixels
+        mask = None  # nothing is kept: the inpaint condition is then zero, not black pixels
     condition = keep = source = None
     if mask is not None and extra_channels(diffusion):
         condition = inpaint_tokens(diffusion.vae, video, mask, request.seeds, picture_noise)
@@ -178,12 +164,12 @@ def _check_video(request: Request, video, mask) -> None:
         raise ValueError(f"{len(video)} videos and {len(request.seeds)} seeds: give a seed each")
     if video.shape != (*request.shape, 3):
         raise ValueError(
-            f"a video of shape {video.shape} and a request of {request.shape}: ask for its own size"
+            f"a video of shape {video.shape} and a request of {request.shape}: use the same size"
         )
     if mask is not None and mask.shape != (*request.shape, 1):
         raise ValueError(
             f"a mask of shape {mask.shape} for videos of shape {video.shape}: give one value per "
-            f"pixel and frame, 1 to make it anew"
+            f"pixel and frame, 1 to generate it"
         )
 
 
@@ -198,8 +184,8 @@ def control_to_video(
     """Return videos that follow a control video or a camera, and look like a picture (spec 7.1).
 
     `control` is (B, F, H, W, 3), `camera` Pluecker rays (B, F, H, W, 6), `reference` (B, H, W, 3).
-    What is not given is zero. As in the reference, a video of one frame has no reference picture.
-    Raises ValueError for what the model does not take.
+    A missing input is zero. As in the reference code, a video of one frame ignores `reference`.
+    Raises ValueError for an input that the model does not take.
     """
     request.check(diffusion.config)
     _check_control(diffusion, request, control, camera, reference)
@@ -220,7 +206,7 @@ def control_to_video(
 
 
 def _check_control(diffusion: Diffusion, request: Request, control, camera, reference):
-    """Refuse what this model does not take, or takes in another shape."""
+    """Raise ValueError for an input that this model does not take, or of a wrong shape."""
     task = task_of(diffusion.config.in_channels)
     if not task.is_control:
         raise ValueError(
@@ -250,12 +236,11 @@ def long_video(
     start: Pictures | None = None,
     end: Pictures | None = None,
 ) -> Videos:
-    """Return videos of any length, made in segments of `segment` frames (spec 6.7).
+    """Return videos of any length, generated in segments of `segment` frames (spec 6.7).
 
-    A segment begins with the last frames of the one before, and the shared frames are blended. The
-    last segment shares up to three more, so that the video has the length that was asked for.
-    `start` and `end` are those of `image_to_video`. Raises ValueError for a model that takes no
-    pictures.
+    Each segment begins with the last 4 frames of the previous one, and the shared frames are
+    blended. The last segment shares up to 3 more, so that the length fits the request. `start` and
+    `end` are those of `image_to_video`. Raises ValueError for a model that takes no pictures.
     """
     frames, *sides = request.size
     request.check(diffusion.config)
@@ -279,7 +264,7 @@ def long_video(
 
 
 def _joined(videos: Clips, made: Clips, first: int) -> Clips:
-    """Frame 0 of `made` is frame `first` of `videos`; the frames of both are blended."""
+    """Return `videos` extended by `made`, which starts at frame `first`, with blended overlap."""
     shared = videos.shape[1] - first
     weight = (np.arange(shared, dtype=np.float32) / shared)[None, :, None, None, None]
     mixed = videos[:, first:] * (1 - weight) + made[:, :shared] * weight
@@ -287,7 +272,7 @@ def _joined(videos: Clips, made: Clips, first: int) -> Clips:
 
 
 def segments(frames: int, segment: int) -> list[tuple[int, int]]:
-    """(first frame, stop) of the segments of a long video, each of 4n+1 frames."""
+    """Return (first frame, stop) of each segment of a long video; each has 4n+1 frames."""
     parts = [(0, min(segment, frames))]
     while parts[-1][1] < frames:
         first = parts[-1][1] - OVERLAP
@@ -300,19 +285,19 @@ def segments(frames: int, segment: int) -> list[tuple[int, int]]:
 
 
 def _segment_seed(seed: int, number: int) -> int:
-    """Other noise for every segment, the seed's own for the first."""
+    """Return the seed of segment `number`; segment 0 keeps `seed`."""
     return (seed + number * 0x9E3779B9) % 2**32
 
 
 def extra_channels(diffusion: Diffusion) -> int:
-    """Clean channels that the model takes beside the noisy ones."""
+    """Return the number of clean input channels that the model reads beside the noisy ones."""
     return diffusion.config.in_channels - LATENT_CHANNELS
 
 
 def _want_free(diffusion, why: str) -> None:
     if task_of(diffusion.config.in_channels).is_control:
         raise ValueError(
-            f"a model of {diffusion.config.in_channels} input channels wants a control signal, and "
+            f"a model of {diffusion.config.in_channels} input channels needs a control signal, and "
             f"{why}; use a T2V or inpaint checkpoint ({numbers('text_to_video')})"
         )
 
@@ -326,7 +311,7 @@ def _want_inpaint(diffusion, what: str) -> None:
 
 
 def _no_tokens(request: Request, channels: int) -> np.ndarray:
-    """Zeros, as condition tokens of so many channels."""
+    """Return zeros in the shape of condition tokens with so many channels."""
     num_tokens = math.prod(grid_of(*request.size))
     return np.zeros((len(request.seeds), num_tokens, channels * PATCH**2), np.float32)
 
@@ -338,7 +323,7 @@ def _generate(
     source: Source | None = None,
     strength: float = 1.0,
 ) -> Videos:
-    """Denoise, say which rows failed, decode. What decoding takes is looked at first."""
+    """Check the memory for decoding, denoise, warn about rows that are not finite, and decode."""
     rows, frames, height, width = request.shape
     at_once = rows_at_once(rows, height * width)
     shape = at_once, latent_frames(frames), height // SPACE_FACTOR, width // SPACE_FACTOR
@@ -354,8 +339,8 @@ def _generate(
     for seed, row in zip(request.seeds, latents, strict=True):
         if not np.isfinite(row).all():
             warnings.warn(
-                f"the latents of seed {seed} are not finite: the weights hold NaN, or the numbers "
-                f"leave bfloat16; use an earlier checkpoint, or less guidance",
+                f"the latents of seed {seed} are not finite: the weights hold NaN, or values "
+                f"exceed the range of bfloat16; use an earlier checkpoint, or less guidance",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -370,16 +355,16 @@ def denoise_latents(
     source: Source | None = None,
     strength: float = 1.0,
 ) -> Float[np.ndarray, "B T h w 16"]:
-    """Return the latents of the videos of a request, normalised, float32: all but the decoding.
+    """Return the latents of a request before decoding, normalised, float32.
 
-    `condition` has, for every token, the clean channels that the model reads beside the noisy ones,
-    (B, N, 4 x channels) float32 as `models.mmdit.patchify` orders them; None is zeros, nothing
-    given. `source` is a video to start from, as tokens; `strength`, from 0 to 1, is the share of
-    the steps that are walked from it, and 1 starts from noise.
+    `condition` holds the clean input channels of each token, (B, N, 4 x channels) float32 in the
+    order of `models.mmdit.patchify`; None stands for zeros. `source` is a video to start from, as
+    tokens. `strength`, from 0 to 1, is the share of the steps that start from it; 1 starts from
+    noise.
 
-    The rows and tokens are filled up to what the current mesh divides, and cut again. Raises
-    ValueError for a request or a condition that does not fit the model, and, before the first step,
-    where a device has too little memory.
+    Rows and tokens are padded so that the current mesh divides them; the padding is removed from
+    the result. Raises ValueError for a request or a condition that does not fit the model, and,
+    before the first step, if a device has too little memory.
     """
     request.check(diffusion.config)
     rows, grid = len(request.seeds), grid_of(*request.size)
@@ -420,7 +405,7 @@ def denoise_latents(
 
 
 def _condition(diffusion: Diffusion, request: Request, given: Tokens | None) -> Tokens | None:
-    """What is given as the model reads it: zeros for nothing, None where it reads none."""
+    """Return the condition, checked: zeros if None is given, None if the model reads none."""
     wanted = (
         len(request.seeds),
         math.prod(grid_of(*request.size)),

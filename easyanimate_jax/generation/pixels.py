@@ -1,7 +1,7 @@
-"""8-bit pixels and the transformer's tokens: what is given goes in, videos come out.
+"""Convert 8-bit pixels to the transformer's tokens, and latents to 8-bit pixels.
 
-Videos go through the VAE some rows at a time, each compiled once; what a program takes of a device
-is looked at before it runs. Tokens are those of `models.mmdit.patchify`.
+The VAE processes a few rows at a time, with one compiled program for all groups of rows. The memory
+that encoding needs is checked before it runs. Tokens are those of `models.mmdit.patchify`.
 """
 
 import math
@@ -27,29 +27,33 @@ from easyanimate_jax.models.mmdit import patchify
 from easyanimate_jax.sharding import num_parts, shard
 
 Videos = UInt8[np.ndarray, "B F H W 3"]
-Clips = UInt8[np.ndarray, "B _ H W 3"]  # of several lengths
+Clips = UInt8[np.ndarray, "B _ H W 3"]  # any number of frames
 Masks = UInt8[np.ndarray, "_ _ _ _ 1"]
 Tokens = Float[np.ndarray, "B N _"]
 
-PIXELS_AT_ONCE = 2**18  # of one frame, in the VAE: a row of 512 x 512, or 64 rows of 64 x 64
+PIXELS_AT_ONCE = 2**18  # per frame in the VAE: 1 row of 512 x 512, or 64 rows of 64 x 64
 
 
 def decode(vae: Autoencoder, latents: Float[np.ndarray, "B T h w C"]) -> Videos:
-    """Return the videos of normalised latents, in 8 bits: truncated, not rounded (spec 10.1)."""
+    """Return the videos of normalised latents, uint8, truncated and not rounded (spec 10.1)."""
     return by_rows(partial(pixels_of, vae), latents, pixels_per_cell=SPACE_FACTOR**2)
 
 
 def inpaint_tokens(
     vae: Autoencoder, video: Videos, mask: Masks, seeds: Sequence[int], noise: float
 ) -> Tokens:
-    """Return the inpaint condition of videos: the mask, and the given pixels slightly noised."""
+    """Return the inpaint condition of videos: the mask and the latents of the kept pixels.
+
+    `noise` is the strength of the noise on the kept pixels, in units of [-1, 1]. Raises ValueError
+    if a device has too little memory.
+    """
     seeds, strengths = np.asarray(seeds, np.uint32), np.full(len(seeds), noise, np.float32)
     return _encode(picture_tokens, vae, video, mask, seeds, strengths)
 
 
 @jax.jit
 def picture_tokens(vae, video, mask, seeds, strengths):
-    """The program of `inpaint_tokens`; of the posterior it takes the mode."""
+    """Return the tokens of `inpaint_tokens` for one group of rows, from the posterior's mode."""
 
     def blur(seed, video, strength):
         key = jax.random.fold_in(jax.random.key(seed), 1)
@@ -62,19 +66,22 @@ def picture_tokens(vae, video, mask, seeds, strengths):
 
 
 def encoded(vae: Autoencoder, video: Clips) -> Tokens:
-    """Return the normalised latents of videos."""
+    """Return the normalised latents of videos as tokens.
+
+    Raises ValueError if a device has too little memory.
+    """
     return _encode(video_tokens, vae, video)
 
 
 @jax.jit
 def video_tokens(vae, video):
-    """The program of `encoded`; of the posterior it takes the mode."""
+    """Return the tokens of `encoded` for one group of rows, from the posterior's mode."""
     mean, _ = vae.chunked_encode(_spread(to_signed(video), SPACE_FACTOR))
     return _whole(patchify(vae.normalize(mean)))
 
 
 def _encode(program, vae, *arrays: np.ndarray) -> np.ndarray:
-    """`program(vae, ...)` by rows, after a look at what it takes."""
+    """Check the memory for `program(vae, ...)`, and return its result for all rows."""
     rows, frames, height, width, _ = arrays[0].shape
     at_once = rows_at_once(rows, height * width)
     shapes = (jax.ShapeDtypeStruct((at_once, *x.shape[1:]), x.dtype) for x in arrays)
@@ -84,29 +91,29 @@ def _encode(program, vae, *arrays: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def camera_tokens(rays):
-    """Return the condition of cameras, (B, F, H, W, 6) Pluecker rays."""
+    """Return the condition tokens of cameras, (B, F, H, W, 6) Pluecker rays."""
     return patchify(camera_condition(rays))
 
 
 @jax.jit
 def keep_tokens(mask):
-    """Return 1 for values of tokens that stay, of masks (B, F, H, W, 1), for repainting."""
+    """Return tokens of masks (B, F, H, W, 1) for repainting: 1 for values to keep, else 0."""
     keep = 1 - repaint_mask(mask.astype(jnp.float32))
     return patchify(jnp.repeat(keep, LATENT_CHANNELS, axis=-1))
 
 
 @jax.jit
 def pixels_of(vae, latents):
-    """The program of `decode`."""
+    """Return the pixels of normalised latents for one group of rows, uint8 (B, F, H, W, 3)."""
     video = vae.chunked_decode(_spread(vae.denormalize(latents), 1))
     return _whole(to_bytes(video))
 
 
 def _spread(x, cell: int):
-    """Rows of cells, or columns, over all devices of the mesh where they divide.
+    """Shard x over all devices of the mesh, by picture rows or columns, if their number divides.
 
-    XLA follows from there through the whole network: borders are exchanged in front of every
-    convolution, and sums of norms added up.
+    XLA propagates this sharding through the whole network: devices exchange borders before each
+    convolution and add their partial sums in each norm.
     """
     axes = [None] * x.ndim
     for dim in (2, 3):
@@ -117,12 +124,15 @@ def _spread(x, cell: int):
 
 
 def _whole(x):
-    """On every device, so that any host can read it."""
+    """Replicate x on all devices, so that any host can read it."""
     return shard(x, *[None] * x.ndim)
 
 
 def by_rows(function: Callable, *arrays: np.ndarray, pixels_per_cell: int = 1) -> np.ndarray:
-    """Return `function` of equal groups of rows, the last one filled up: one compiled program."""
+    """Return `function` of all rows, called on groups of equal size so that it compiles once.
+
+    The last group is padded. `pixels_per_cell` is the number of pixels that one element stands for.
+    """
     rows, _, height, width, _ = arrays[0].shape
     size = rows_at_once(rows, height * width * pixels_per_cell)
     parts = []
@@ -133,6 +143,6 @@ def by_rows(function: Callable, *arrays: np.ndarray, pixels_per_cell: int = 1) -
 
 
 def rows_at_once(rows: int, pixels: int) -> int:
-    """Return the number of rows that the VAE takes at once, of so many pixels a frame."""
+    """Return the number of rows that the VAE processes at once, with `pixels` in each frame."""
     groups = math.ceil(rows * pixels / PIXELS_AT_ONCE)
     return math.ceil(rows / min(groups, rows))

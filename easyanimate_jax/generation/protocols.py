@@ -1,7 +1,7 @@
-"""The attributes that generation asks of the objects it is given; any object with them will do.
+"""The protocols of the models that generation uses; any object with these attributes works.
 
-Each is a type for readers and type checkers, and `Any` at run time: `isinstance` on a protocol gets
-its attributes, and to get a part of `runs.load.Resident` is to read it from disk.
+They are types for readers and type checkers only, and `Any` at run time. The reason: `isinstance`
+on a protocol reads all attributes, and reading one of `runs.load.Resident` loads a model from disk.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from easyanimate_jax.models.mmdit import MMDiTConfig
 
     class Denoiser(Protocol):
-        """The transformer, `models.mmdit.MMDiT`: a prediction for every token."""
+        """The transformer, such as `models.mmdit.MMDiT`: predicts a value for each token."""
 
         config: MMDiTConfig
 
@@ -31,39 +31,59 @@ if TYPE_CHECKING:
         ) -> Float[Array, "B N out"]: ...
 
     class Autoencoder(Protocol):
-        """The VAE, `models.vae.CausalVAE`: pixels in [-1, 1] to raw latents z, and back."""
+        """The VAE, such as `models.vae.CausalVAE`: pixels in [-1, 1] to raw latents z and back."""
 
         def chunked_encode(
             self, video: Float[Array, "B F H W 3"]
-        ) -> tuple[Float[Array, "B T h w C"], Float[Array, "B T h w C"]]: ...
+        ) -> tuple[Float[Array, "B T h w C"], Float[Array, "B T h w C"]]:
+            """Return the mean and the log variance of the posterior."""
+            ...
 
-        def chunked_decode(self, z: Float[Array, "B T h w C"]) -> Float[Array, "B F H W 3"]: ...
+        def chunked_decode(self, z: Float[Array, "B T h w C"]) -> Float[Array, "B F H W 3"]:
+            """Return the pixels of raw latents."""
+            ...
 
-        def normalize(self, z: Float[Array, "B T h w C"]) -> Float[Array, "B T h w C"]: ...
+        def normalize(self, z: Float[Array, "B T h w C"]) -> Float[Array, "B T h w C"]:
+            """Return normalised latents, which the transformer reads."""
+            ...
 
-        def denormalize(self, latents: Float[Array, "B T h w C"]) -> Float[Array, "B T h w C"]: ...
+        def denormalize(self, latents: Float[Array, "B T h w C"]) -> Float[Array, "B T h w C"]:
+            """Return raw latents z, the inverse of `normalize`."""
+            ...
 
     class PromptEncoder(Protocol):
-        """The text encoders, `text.encode.TextEncoder`: states of each for every prompt."""
+        """The text encoders, such as `text.encode.TextEncoder`."""
 
-        def encode(self, prompts: Sequence) -> tuple[Float[np.ndarray, "B L width"], ...]: ...
+        def encode(self, prompts: Sequence) -> tuple[Float[np.ndarray, "B L width"], ...]:
+            """Return the states of the prompts, one array per text encoder."""
+            ...
 
-        def is_cut(self, prompt: str | None) -> bool: ...
+        def is_cut(self, prompt: str | None) -> bool:
+            """Return True if the prompt has more tokens than an encoder reads."""
+            ...
 
     class Diffusion(Protocol):
-        """What makes videos: `LatentDiffusion`, or `runs.load.Resident`, which reads when asked."""
+        """The models of a pipeline: `LatentDiffusion`, or the lazy `runs.load.Resident`."""
 
         @property
-        def config(self) -> MMDiTConfig: ...
+        def config(self) -> MMDiTConfig:
+            """Return the transformer's config."""
+            ...
 
         @property
-        def model(self) -> Denoiser: ...
+        def model(self) -> Denoiser:
+            """Return the transformer."""
+            ...
 
         @property
-        def vae(self) -> Autoencoder: ...
+        def vae(self) -> Autoencoder:
+            """Return the VAE."""
+            ...
 
         @property
-        def process(self) -> DDPM | Flow: ...
+        def process(self) -> DDPM | Flow:
+            """Return the noise process."""
+            ...
 
 else:
     Autoencoder = Denoiser = Diffusion = PromptEncoder = Any

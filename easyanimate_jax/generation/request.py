@@ -1,65 +1,236 @@
-"""What is asked of every way to make videos."""
+"""The request for one sample, the prompt file, and the checks of both.
 
-from collections.abc import Callable, Sequence
+Nothing here needs a checkpoint or JAX. A field that is None is open: `inputs.complete` fills it
+from the run.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from easyanimate_jax.data.buckets import check_size
-from easyanimate_jax.generation.denoising import Sampling, Texts
-from easyanimate_jax.models.mmdit import MMDiTConfig
+from easyanimate_jax.facts import CELL, MAX_SEED
 
-MAX_SEED = 2**32 - 1
+FILES = ("image", "end_image", "video", "mask", "control", "trajectory", "camera", "reference")
+WORDS = ("prompt", "negative_prompt", "operator")
+NUMBERS = ("height", "width", "frames", "segment", "spot", "seed")
+LINE_KEYS = (*WORDS, *FILES, *NUMBERS, "strength")
+STARTS = ("control", "camera", "trajectory", "reference")
+ALONE = (  # pairs that exclude each other
+    ("image", "video"),
+    ("end_image", "video"),
+    ("segment", "video"),
+    ("control", "camera"),
+    ("control", "trajectory"),
+    ("camera", "trajectory"),
+    *((a, b) for a in STARTS for b in ("image", "end_image", "video", "segment")),
+)
+NEEDS = (  # the first needs the second
+    ("mask", "video"),
+    ("strength", "video"),
+    ("operator", "control"),
+    ("spot", "trajectory"),
+)
+RANGES = (
+    ("steps", 1, 1000),
+    ("guidance", 0, 100),
+    ("rescale", 0, 1),
+    ("picture_noise", 0, 1),
+    ("seed", 0, MAX_SEED),
+    ("strength", 0, 1),
+    ("frames", 1, 100_001),  # 3.5 hours at 8 frames a second
+    ("spot", 1, 1344),
+)
+SAMPLING = (  # the same for all lines of a prompt file
+    *("steps", "sampler", "eta", "guidance", "rescale", "guided", "guidance_every", "teacache"),
+)
+PICTURE_NOISE = 0.0563  # SAMPLING_NOISE of diffusion/conditioning.py, which imports JAX
 
 
-class Request(NamedTuple):
-    """What is asked of every way: a video a row.
+@dataclass(frozen=True)
+class SampleRequest:
+    """One video or picture: its texts, files, size and sampling options."""
 
-    `texts` are encoder states, one (B, L, width) float32 array for each text encoder of the model.
-    `negative_texts` are states of the same L and width; a single row serves all videos. `seeds`
-    holds a whole number from 0 to 2^32 - 1 for every row. `progress` is called with the number of
-    each finished evaluation of the network.
+    prompt: str | None = None
+    """Text to show; may be empty."""
+    negative_prompt: str = ""
+    """Text to avoid."""
+    image: str | None = None
+    """Picture: the first frame."""
+    end_image: str | None = None
+    """Picture: the last frame."""
+    video: str | None = None
+    """Video to change."""
+    mask: str | None = None
+    """Picture or video, white where the video is new."""
+    strength: float | None = None
+    """How much --video changes, 0 to 1: 0.7, or 1 with a mask."""
+    control: str | None = None
+    """Control video, or any video with --operator."""
+    operator: str | None = None
+    """canny, soft_edge, scribble, lines or line_art."""
+    trajectory: str | None = None
+    """JSON list of paths of [x, y] pixels."""
+    spot: int | None = None
+    """Radius of a path in pixels: 50 at 1280x720."""
+    camera: str | None = None
+    """File of camera poses."""
+    reference: str | None = None
+    """Picture: the look of a controlled video."""
+    height: int | None = None
+    """Multiple of 16; by default the run's."""
+    width: int | None = None
+    """Multiple of 16; by default the run's."""
+    frames: int | None = None
+    """4n+1, 1 for a picture; by default the run's."""
+    segment: int | None = None
+    """Frames per segment of a long video, 4n+1."""
+    steps: int = 50
+    """Number of denoising steps."""
+    sampler: str = ""
+    """V5: ddim (default), euler, euler_a, dpm++, pndm; V5.1: euler (default), adams."""
+    eta: float = 0.0
+    """Share of fresh noise in ddim, 0 to 1."""
+    guidance: float = 6.0
+    """Scale of classifier-free guidance; 1 is none."""
+    rescale: float = 0.0
+    """Rescaling of the guidance, 0 to 1."""
+    guided: tuple[float, float] = (0.0, 1.0)
+    """Share of the steps with guidance, from and to."""
+    guidance_every: int = 1
+    """Steps between two unconditional predictions."""
+    teacache: float = 0.0
+    """TeaCache threshold, such as 0.08; 0 is off."""
+    picture_noise: float = PICTURE_NOISE
+    """Noise on given pictures; more noise, more motion."""
+    seed: int = 43
+    """Seed of the noise; the same seed gives the same video."""
+
+
+class Asked(NamedTuple):
+    """A request and its place in a prompt file."""
+
+    request: SampleRequest
+    line: int | None = None  # number in the prompt file
+    where: str = ""  # prefix of error messages
+    evaluations: int = 0  # network evaluations of the completed request
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Add the line of the prompt file to ValueError and OSError, raised as ValueError."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.where}{error}") from error
+
+
+def read_lines(prompts: Path, common: SampleRequest) -> list[Asked]:
+    """Return one request per line of a prompt file: `common` with the values of the line.
+
+    Raises ValueError for a missing file, and for a line that is not a JSON object of known keys.
     """
+    if not prompts.is_file():
+        raise ValueError(f"there is no prompt file {prompts}")
+    try:
+        # Not splitlines: JSON strings may hold U+2028 and U+0085, at which it would split.
+        lines = prompts.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{prompts} is not UTF-8 text ({error}); save it as UTF-8") from error
+    found = []
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            continue
+        where = f"{prompts}, line {number}: "
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}not JSON ({error})") from error
+        values = _check_line(line, where)
+        found.append(Asked(dataclasses.replace(common, **values), number, where))
+    if not found:
+        raise ValueError(f"{prompts} holds no line; write one JSON object per line")
+    return found
 
-    texts: Texts
-    negative_texts: Texts
-    size: tuple[int, int, int]  # frames, height, width in pixels; one frame is a picture
-    seeds: Sequence[int]
-    sampling: Sampling = Sampling()
-    progress: Callable[[int], None] | None = None
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(B, F, H, W) of the videos."""
-        return len(self.seeds), *self.size
+def _check_line(line, where: str) -> dict:
+    """Return a line's values. Raise ValueError for unknown keys and values of wrong types."""
+    if not isinstance(line, dict) or "prompt" not in line:
+        raise ValueError(f'{where}an object with a "prompt" is wanted, as {{"prompt": "..."}}')
+    kinds = dict.fromkeys((*WORDS, *FILES), str) | dict.fromkeys(NUMBERS, int)
+    kinds |= {"strength": (int, float)}
+    for key, value in line.items():
+        if key not in kinds:
+            raise ValueError(f"{where}no key {key!r}; use {', '.join(LINE_KEYS)}")
+        if not isinstance(value, kinds[key]) or isinstance(value, bool):
+            raise ValueError(f"{where}{key} is {json.dumps(value)}, which is of another type")
+    return line | {"strength": float(line["strength"])} if "strength" in line else line
 
-    def check(self, config: MMDiTConfig) -> None:
-        """Raise ValueError where a model of `config` cannot be asked this."""
-        check_size(*self.size)
-        rows = len(self.seeds)
-        wrong = [seed for seed in self.seeds if not 0 <= seed <= MAX_SEED or seed != int(seed)]
-        if not rows or wrong:
-            raise ValueError(
-                f"seeds {list(self.seeds)}: give a whole number from 0 to {MAX_SEED} for each video"
-            )
-        for name in ("texts", "negative_texts"):
-            shapes = [np.shape(text) for text in getattr(self, name)]
-            widths = tuple(shape[-1] for shape in shapes if len(shape) == 3)
-            if widths != config.text_widths:
-                raise ValueError(
-                    f"{name} of shapes {shapes}: the model reads one array (rows, length, width) "
-                    f"for each of its text encoders, of widths {config.text_widths}; encode the "
-                    f"prompts with the model's own text encoders"
-                )
-            allowed = {rows} if name == "texts" else {rows, 1}
-            if not {shape[0] for shape in shapes} <= allowed:
-                raise ValueError(
-                    f"{name} of shapes {shapes} and {rows} seeds: give a seed each, and a row of "
-                    f"text for each seed"
-                )
-        lengths = [[np.shape(text)[1] for text in t] for t in (self.texts, self.negative_texts)]
-        if lengths[0] != lengths[1]:
-            raise ValueError(
-                f"texts of {lengths[0]} tokens and negative_texts of {lengths[1]}: encode both "
-                f"with the same text encoders"
-            )
+
+def check(request: SampleRequest) -> None:
+    """Raise ValueError for a request that no checkpoint could serve."""
+    frames, height, width = request.frames, request.height, request.width
+    check_size(1 if frames is None else frames, height or CELL, width or CELL)
+    for name in ("height", "width"):
+        if getattr(request, name) == 0:
+            raise ValueError(f"--{name} 0: use {CELL} or more")
+    if request.segment is not None:
+        check_size(request.segment, CELL, CELL)
+        if request.segment < 9:
+            raise ValueError(f"--segment {request.segment}: segments share 4 frames; use 9 or more")
+    for name, low, high in RANGES:
+        check_range(name, getattr(request, name), low, high)
+    for name in WORDS[:2]:
+        try:
+            getattr(request, name).encode()
+        except UnicodeEncodeError as error:
+            message = f"--{option(name)} is not UTF-8 text; save and pass it as UTF-8"
+            raise ValueError(message) from error
+    for one, other in ALONE:
+        if given(request, one) and given(request, other):
+            raise ValueError(f"--{option(one)} and --{option(other)} cannot both be given")
+    for one, other in NEEDS:
+        if given(request, one) and not given(request, other):
+            raise ValueError(f"--{option(one)} says nothing without --{option(other)}")
+    if (request.image or request.end_image) and frames == 1:
+        raise ValueError(
+            "--frames 1 makes one picture, and pictures are given; use 5 frames or more"
+        )
+    for name in FILES:
+        if given(request, name) and not Path(getattr(request, name)).is_file():
+            raise ValueError(f"--{option(name)}: there is no file {getattr(request, name)}")
+
+
+def check_range(name: str, value: int | float | None, low: int, high: int) -> None:
+    """Raise ValueError for a number outside its range; None is allowed."""
+    if value is not None and not (math.isfinite(value) and low <= value <= high):
+        raise ValueError(f"--{option(name)} {value} is not between {low} and {high}")
+
+
+def without_effect(request: SampleRequest) -> list[str]:
+    """Return one sentence for each option that has no effect on a completed request."""
+    found = []
+    if request.negative_prompt and request.guidance == 1:
+        found.append("--negative-prompt has no effect with --guidance 1")
+    pictures = any(given(request, name) for name in ("image", "end_image", "video"))
+    if request.picture_noise != PICTURE_NOISE and not pictures:
+        found.append("--picture-noise has no effect without --image, --end-image or --video")
+    if request.segment is not None and request.frames <= request.segment:
+        found.append(
+            f"--segment {request.segment} has no effect on a video of {request.frames} frames"
+        )
+    return found
+
+
+def given(request: SampleRequest, name: str) -> bool:
+    """Return True if the request sets this field."""
+    return getattr(request, name) is not None
+
+
+def option(name: str) -> str:
+    """Return a field's name on the command line."""
+    return name.replace("_", "-")

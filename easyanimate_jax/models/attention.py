@@ -1,11 +1,11 @@
-"""Softmax attention over a padded sequence: the only place that knows kernels and platforms.
+"""Softmax attention over a padded sequence; only this file chooses a kernel for a platform.
 
-The kernel follows from the platform of the mesh's devices (not from where the program is compiled)
-and from the length: Splash (Pallas) on TPU, cuDNN's on GPU, elsewhere XLA's, in slices when the
-sequence is long, so that no score matrix of a whole sequence ever exists. All take the softmax in
-float32. Q: queries, S: keys.
+The choice depends on the platform of the mesh's devices, not on the compiling machine: Splash
+(Pallas) on TPU, cuDNN on GPU in 16 bits, XLA elsewhere. XLA processes long sequences in slices, so
+it never holds the score matrix of a whole sequence. Every kernel computes the softmax in float32.
 
-Results are named "attention" for `scan_blocks`, which keeps them for the backward pass.
+Results are named "attention" for `scan_blocks`, which can save them for the backward pass.
+Letters beyond the legend: Q queries, S keys.
 """
 
 from functools import partial
@@ -31,17 +31,17 @@ Queries = Float[Array, "B Q heads K"]
 Keys = Float[Array, "B S heads K"]
 Tokens = Float[Array, "B _ heads K"]
 
-LONG = 1024  # keys; up to here the whole score matrix is smaller than what it saves
-SLICE = 128  # queries a slice of a long sequence: a head's scores then stay near the cores
+LONG = 1024  # keys; with at most this many, `plain` is cheaper than slices
+SLICE = 128  # queries in a slice of a long sequence: the scores of one head then fit the CPU cache
 
-# Splash: largest blocks of queries, of keys in fast memory, of keys in one product, and of keys in
-# the backward pass. All are multiples of 128. The first three fit the vector memory that a program
-# gets unasked. The fused backward writes a partial gradient of the queries per block of keys, and
-# XLA is slow to add them up: so those blocks are as long as the step's own limit allows
-# (`training/program.py`, COMPILER_OPTIONS).
+# Splash: the largest blocks of queries, of keys in vector memory, of keys in one product, and of
+# keys in the backward pass. All are multiples of 128. The first three fit the default limit of
+# vector memory. The fused backward kernel writes one partial gradient of the queries per block of
+# keys, and XLA adds these slowly. The last block is therefore as long as the step's raised limit
+# allows (`training/program.py`, COMPILER_OPTIONS).
 BLOCKS = {"TPU v5": (1152, 2048, 768, 7168), "TPU v6 lite": (1152, 2048, 768, 7168)}
 SAFE_BLOCKS = (512, 1536, 512, 1536)
-MOST_PARTIAL = 16  # sums a query; with more, a second backward kernel costs less than adding them
+MOST_PARTIAL = 16  # partial gradients; with more, a second backward kernel is cheaper
 
 
 def joint_attention(
@@ -53,11 +53,13 @@ def joint_attention(
     num_text: int,
     axis: str | None = None,
 ) -> tuple[Tokens, Tokens]:
-    """Attention of (text, video) over both, text first; `lengths` counts the real video tokens.
+    """Return the attention of (text, video) queries over all tokens, text first.
 
-    With `axis` each device holds a part of the tokens, the text filled up to whole parts. Devices
-    exchange tokens for heads and back (Ulysses); where the heads do not divide, queries stay where
-    they are and keys and values are gathered.
+    `lengths` counts the real video tokens of each row; `num_text` counts all text tokens.
+
+    With a mesh axis `axis`, each device holds a part of the tokens, and the text is padded to equal
+    parts. Devices then exchange tokens for heads and back (DeepSpeed-Ulysses). Where the number of
+    heads does not divide, each device keeps its queries and gathers all keys and values.
     """
     lengths = num_text + lengths
     if axis is None:
@@ -80,7 +82,7 @@ def joint_attention(
 
 
 def _attend(q: tuple[Tokens, Tokens], kv: list[Keys], lengths) -> tuple[Tokens, Tokens]:
-    """Text and video queries: XLA's own attention needs no copy that joins them."""
+    """Attend with text and video queries; joined, except for `plain`, which saves that copy."""
     if kernel(q[0].dtype, kv[0].shape[1]) is plain:
         video = attention(q[1], *kv, lengths)
         return attention(q[0], *kv, lengths), video
@@ -89,11 +91,11 @@ def _attend(q: tuple[Tokens, Tokens], kv: list[Keys], lengths) -> tuple[Tokens, 
 
 
 def attention(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
-    """Every query attends to the first `lengths` keys of its sample."""
+    """Let every query attend to the first `lengths` keys of its row, with the platform's kernel."""
     attend, mesh = kernel(q.dtype, k.shape[1]), jax.sharding.get_abstract_mesh()
     if attend is plain or mesh.empty or mesh.size == 1:
         return attend(q, k, v, lengths)
-    # XLA cannot split a kernel over `tensor`, the one axis that is left to it.
+    # `by_device` leaves only the axis `tensor` to XLA, and XLA cannot split a kernel over it.
     heads = PartitionSpec(None, None, "tensor", None)
     return jax.shard_map(
         attend,
@@ -105,7 +107,7 @@ def attention(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries
 
 
 def kernel(dtype, num_keys: int):
-    """The function that attends on this platform: `splash`, `cudnn`, `plain` or `sliced`."""
+    """Return this platform's attention function: `splash`, `cudnn`, `plain` or `sliced`."""
     if platform() == "tpu":
         device = jax.sharding.get_abstract_mesh().abstract_device
         return partial(splash, device_kind=getattr(device, "device_kind", None))
@@ -115,10 +117,10 @@ def kernel(dtype, num_keys: int):
 
 
 def cudnn(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
-    """`scan_blocks` knows the operation, and keeps its result and log-sums as "attention".
+    """Attend with cuDNN; `scan_blocks` saves its result and log-sums as "attention".
 
-    One or two rows are added: JAX takes even lengths alone for the backward pass, and XLA writes
-    text and video into one padded array at three times the rate of one that is not.
+    The sequence is padded by one or two tokens. JAX's backward pass requires even lengths, and XLA
+    joins text and video three times faster into a padded array than into an unpadded one.
     """
     rows = q.shape[1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, 2 - x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
@@ -129,14 +131,14 @@ def cudnn(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
 
 
 def plain(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
-    """All scores at once."""
+    """Attend with the whole score matrix in memory, for at most `LONG` keys."""
     return checkpoint_name(_softmax_mix(q, k, v, lengths), "attention")
 
 
 def sliced(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
-    """Flash attention in XLA: `SLICE` queries of one head at a time.
+    """Attend to `SLICE` queries of one head at a time: flash attention in XLA.
 
-    Beside arguments and results it holds SLICE x S scores: linear in the sequence.
+    Beside arguments and results it holds SLICE x S scores, so memory is linear in the sequence.
     """
     num_queries, heads = q.shape[1:3]
     filled = ((0, 0), (0, -num_queries % SLICE), (0, 0), (0, 0))
@@ -152,7 +154,7 @@ def _head(q: Float[Array, "Q K"], k: Float[Array, "S K"], v: Float[Array, "S K"]
 
 
 def _head_forward(q, k, v, length):
-    """Also what the backward pass needs: it makes the weights again from the logs of their sums."""
+    """Return the result and the residuals; log-sums suffice to recompute the softmax weights."""
     hidden = _minus_infinity_from(length, k.shape[0])[None]
 
     def part(q):
@@ -169,7 +171,7 @@ def _head_forward(q, k, v, length):
 
 
 def _head_backward(kept, d_out):
-    """Scores lie keys x queries here: so only one of the five products has to turn an operand."""
+    """Return the gradients; scores are keys x queries, so only one product transposes a matrix."""
     q, k, v, length, out, log_sums = kept
     hidden = _minus_infinity_from(length, k.shape[0])[:, None]
     inner = (d_out.astype(jnp.float32) * out).sum(axis=-1).reshape(log_sums.shape)
@@ -205,8 +207,8 @@ def _softmax_mix(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Quer
         "BqhK,BshK->Bhqs", q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32
     )
     scores = jnp.where(hidden[:, None, None], -jnp.inf, scores)
-    # Dividing after the product with v touches K numbers a query instead of S: a third faster on
-    # the CPU, forward and backward, than normalising the scores.
+    # Division after the product with v touches K numbers per query instead of S. On the CPU that
+    # is a third faster, forward and backward, than normalising the scores.
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
     total = weights.sum(axis=-1)
     mixed = jnp.einsum("Bhqs,BshK->BqhK", weights.astype(v.dtype), v)
@@ -222,10 +224,10 @@ def splash(
     device_kind: str | None = None,
     interpret: bool = False,
 ) -> Queries:
-    """Splash attention; hidden keys are another segment than the queries.
+    """Attend with Splash; padded keys get another segment number than the queries.
 
-    The kernel itself names its result and its log-sums "attention", so that with them kept the
-    backward pass does not run it again.
+    The kernel names its result and its log-sums "attention". If `scan_blocks` saves that name, the
+    backward pass does not run the kernel again.
     """
     num_queries, num_keys, heads = q.shape[1], k.shape[1], q.shape[2]
     q_rows, k_rows = (n + -n % _granule(n) for n in (num_queries, num_keys))
@@ -253,15 +255,16 @@ def splash(
 
 
 def _granule(length: int) -> int:
-    """Sequences are padded to multiples of this: more is faster, and too much for short ones."""
+    """Return the multiple that a length is padded to; larger blocks are faster on long ones."""
     return 512 if length > 2048 else 128
 
 
 def block_sizes(num_queries: int, num_keys: int, device_kind: str | None) -> BlockSizes:
-    """Blocks that divide the padded lengths, as large as the chip allows.
+    """Return the largest blocks that divide the padded lengths and that the chip allows.
 
-    Tokens lie along the lanes: heads of 64 would leave half of every row of 128 empty, and XLA
-    would turn what its products give. By its own estimate that took an eighth of a step at 3328.
+    Tokens lie along the lanes of the vector unit. Heads of width 64 would leave half of the 128
+    lanes empty, and XLA would transpose its products. By the compiler's estimate that takes an
+    eighth of a training step with 3328 tokens.
     """
     most_q, most_kv, most_compute, most_back = BLOCKS.get(device_kind, SAFE_BLOCKS)
 

@@ -1,7 +1,7 @@
-"""The causal 3x3x3 convolution of the VAE, as fast as each platform can, whole or in chunks.
+"""The causal 3x3x3 convolution of the VAE, with a fast implementation for each platform.
 
-Nothing looks into the future, so a clip can be processed in chunks of frames with equal results;
-`Past` is what a chunk knows of the ones before it.
+A frame depends only on itself and on earlier frames. A clip can therefore be processed in chunks
+of frames with equal results; `Past` carries the state from one chunk to the next.
 """
 
 import jax
@@ -12,16 +12,16 @@ from jaxtyping import Array, Float
 
 from easyanimate_jax.models.layers import axes
 
-TAPS_AT_ONCE = 2**27  # values that a convolution stacks at most, on a CPU
+TAPS_AT_ONCE = 2**27  # most values that a convolution stacks at once on a CPU
 
-Features = Float[Array, "B _F _H _W _C"]  # layers change all of these
+Features = Float[Array, "B _F _H _W _C"]  # layers may change every size except B
 
 
 class Past:
-    """The last input frames of every causal conv, in call order: the state between two chunks.
+    """The last input frames of every causal convolution, in call order, between two chunks.
 
-    Lives for one trace: built from the tails of the chunk before (None at the start of a clip),
-    filled while the network runs, read out as `tails`.
+    An object serves one trace. Build it from the `tails` of the previous chunk, or from None at the
+    start of a clip. The network fills the new `tails` while it runs.
     """
 
     def __init__(self, tails: list[Array] | None = None):
@@ -30,13 +30,14 @@ class Past:
         self.tails: list[Array] = []
 
     def rest(self) -> list[Array]:
-        """The tails that were not asked for yet."""
+        """Return the tails that no convolution has consumed yet."""
         return list(self._before)
 
     def prepend(self, x: Features, stride: int) -> Features:
-        """`x` behind the frames that its conv saw last; a clip starts with copies of its first.
+        """Return `x` after the last input frames of its convolution, and store its own tail.
 
-        A conv of stride 2 consumes its windows up to one frame of overlap, one of stride 1 to two.
+        At the start of a clip, two copies of the first frame replace the earlier frames. Windows of
+        three frames overlap by one frame at stride 2, and by two frames at stride 1.
         """
         head = jnp.repeat(x[:, :1], 2, axis=1) if self.starts else next(self._before)
         x = jnp.concatenate([head, x], axis=1)
@@ -47,10 +48,11 @@ class Past:
 def conv3d(
     x: Features, kernel: Float[Array, "3 3 3 _ _"], strides: tuple[int, int], pad: tuple[int, int]
 ) -> Features:
-    """Convolve; (time, space) strides, `pad` zeros in front of and behind H and W, none in time.
+    """Convolve with (time, space) strides and (before, after) zeros around H and W, none in time.
 
     On CPUs XLA's native 3-D convolution is 4 to 9 times slower than a 2-D one over stacked frames.
-    Its input is three times as large, and becomes float32: large videos go through frame by frame.
+    The stacked input is three times as large, and XLA converts it to float32. Large videos are
+    therefore processed frame by frame.
     """
     if jax.default_backend() != "cpu":
         return _native(x, kernel, strides, pad)
@@ -66,12 +68,12 @@ def conv3d(
 
 
 def is_large(x: Features) -> bool:
-    """Whether a CPU takes the frames of `x` one by one."""
+    """Return True if a CPU processes the frames of `x` one by one, to save memory."""
     return jax.default_backend() == "cpu" and 3 * x.size >= TAPS_AT_ONCE
 
 
 def by_frame(network, x: Features, past: Past) -> Features:
-    """What `network`, the last to read `past`, makes of `x`, frame after frame."""
+    """Apply `network`, the last reader of `past`, to `x` frame by frame."""
 
     def body(tails, frame):
         inner = Past(tails)
@@ -109,17 +111,17 @@ def _taps_as_channels(x, kernel, strides, pad):
 
 
 def _centred(key, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
-    """A random map of the newest frame's own position, zero elsewhere.
+    """Return a kernel that is random at the position of the newest frame and zero elsewhere.
 
-    Down- and upsamplers have no shortcut. As random mixtures of 27 neighbours they would have to be
-    unmixed before anything is learned; as maps of single positions the picture passes at once.
+    Downsamplers and upsamplers have no shortcut. Random mixtures of 27 neighbours would blur the
+    picture at first. A map of single positions passes it on from the first step of training.
     """
     kernel = nnx.initializers.lecun_normal()(key, shape[3:], dtype)
     return jnp.zeros(shape, dtype).at[2, 1, 1].set(kernel)
 
 
 class CausalConv(nnx.Module):
-    """A 3x3x3 convolution that sees its own frame and the two before it."""
+    """A 3x3x3 convolution over a frame and the two frames before it."""
 
     def __init__(
         self,

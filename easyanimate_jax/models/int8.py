@@ -1,7 +1,7 @@
-"""The blocks' kernels as eight-bit integers: a quarter of the weights' bytes, for sampling alone.
+"""Kernels of the blocks as 8-bit integers: a quarter of the bytes of float32, for sampling only.
 
-Weight-only: qwix rounds every output channel of a kernel to 255 levels of its own, and a layer
-takes them back to numbers just before it multiplies. What is computed stays in the model's dtype.
+Only weights are quantized. qwix rounds each output channel of a kernel to 255 levels with its own
+scale, and a layer dequantizes the kernel before it multiplies. Activations keep the model's dtype.
 """
 
 import jax
@@ -10,7 +10,10 @@ import qwix
 
 
 def store(name: str, weight: jax.Array) -> jax.Array | qwix.QArray:
-    """What is kept of the weight of that dotted name: `blocks.0...kernel` is (layers, in, out)."""
+    """Return the weight in its stored form: kernels of blocks as int8, all others unchanged.
+
+    `name` is dotted. A kernel such as `blocks.0.video.mlp.up.kernel` has shape (layers, in, out).
+    """
     if not (name.startswith("blocks.") and name.endswith(".kernel")):
         return weight
     return qwix.quantize(weight, jnp.int8, channelwise_axes=(0, 2))

@@ -1,6 +1,6 @@
-"""Layers whose weights name their axes: dense, patch and norm layers, the time sinusoid, stacks.
+"""Layers whose weights name their axes: dense layers, norms, the time sinusoid, stacked blocks.
 
-`dtype` is always the compute dtype; weights are float32 masters.
+`dtype` is always the dtype of the computation; weights are stored in float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"  # JAX's name of the opera
 
 
 def axes(*names: str | None) -> dict:
-    """Variable metadata that names its axes. Placement happens once, in the jitted init."""
+    """Return metadata that names a variable's axes; the jitted init places the variable once."""
     return {"out_sharding": names, "eager_sharding": False}
 
 
@@ -32,7 +32,7 @@ def linear(
     use_bias: bool = True,
     kernel_init: nnx.Initializer = LECUN_NORMAL,
 ) -> nnx.Linear:
-    """A dense layer: float32 weights, `dtype` compute, kernel axes named (in, out)."""
+    """Return a dense layer: float32 weights, computation in `dtype`, kernel axes (in, out)."""
     return nnx.Linear(
         d_in,
         d_out,
@@ -47,22 +47,22 @@ def linear(
 
 
 def promoted(arrays, *, dtype):
-    """Return (inputs, kernel, bias) in `dtype`; a kernel of `int8` becomes numbers before."""
+    """Return (inputs, kernel, bias) in `dtype`; an `int8` kernel is dequantized first."""
     inputs, kernel, bias = arrays
     if not isinstance(kernel, jax.Array):
-        import qwix  # by those who sample with it alone
+        import qwix  # only sampling with int8 weights needs it
 
         kernel = qwix.dequantize(kernel)
     return tuple(None if x is None else jnp.asarray(x, dtype) for x in (inputs, kernel, bias))
 
 
 def layer_norm(width: int, *, eps: float, rngs: nnx.Rngs, name: str | None = None) -> nnx.LayerNorm:
-    """Affine LayerNorm in float32 (spec 2.3); the caller casts the result back."""
+    """Return an affine LayerNorm in float32 (spec 2.3); the caller casts the result back."""
     return nnx.LayerNorm(
         width,
         epsilon=eps,
         dtype=jnp.float32,
-        use_fast_variance=False,  # E[x^2] - E[x]^2 cancels; parity needs the two-pass form
+        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits; parity needs the exact form
         rngs=rngs,
         scale_metadata=axes(name),
         bias_metadata=axes(name),
@@ -70,21 +70,21 @@ def layer_norm(width: int, *, eps: float, rngs: nnx.Rngs, name: str | None = Non
 
 
 def rms_norm(width: int, *, eps: float, rngs: nnx.Rngs, name: str | None = None) -> nnx.RMSNorm:
-    """RMSNorm in float32; the caller casts the result back."""
+    """Return an RMSNorm in float32; the caller casts the result back."""
     return nnx.RMSNorm(width, epsilon=eps, dtype=jnp.float32, rngs=rngs, scale_metadata=axes(name))
 
 
 def spread(x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-    """What was looked up in a table split by width, split by rows instead.
+    """Reshard embedded tokens: from the table's split by width to a split by rows.
 
-    Whole in between, for XLA finds no way from one to the other and would rematerialize. A lookup
-    is small beside the weights that the first block gathers.
+    The array is replicated in between, because XLA has no direct exchange and would rematerialize.
+    An array of embedded tokens is small compared with the weights that the first block gathers.
     """
     return shard(shard(x, None, None, None), "batch", None, None)
 
 
 def sinusoid(time: Float[Array, "B"], width: int) -> Float[Array, "B E"]:
-    """Timestep embedding, cosine half first, frequencies 10000^(-2k/width) (spec 2.2)."""
+    """Return cosines, then sines, of `time` at frequencies 10000^(-2k/width) (spec 2.2)."""
     half = width // 2
     frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = time.astype(jnp.float32)[:, None] * frequencies[None]
@@ -92,7 +92,7 @@ def sinusoid(time: Float[Array, "B"], width: int) -> Float[Array, "B E"]:
 
 
 def stack(make_block: Callable, depth: int, *, rngs: nnx.Rngs):
-    """`depth` blocks as one block whose weights have a leading "layers" axis."""
+    """Return `depth` blocks as one block whose weights have a leading "layers" axis."""
     build = nnx.vmap(make_block, transform_metadata={nnx.PARTITION_NAME: "layers"})
     return build(rngs.split(depth))
 
@@ -100,11 +100,11 @@ def stack(make_block: Callable, depth: int, *, rngs: nnx.Rngs):
 def scan_blocks(
     block: Callable, carry, blocks, *, save: Sequence[str] = (), offload: Sequence[str] = ()
 ):
-    """Run `carry = block(b, carry)` over the stack.
+    """Apply `carry = block(b, carry)` to each block of the stack; return the last carry.
 
-    Of what a block computes, the backward pass finds `save` in device memory and `offload` in host
-    memory, and computes the rest again. cuDNN's attention cannot name its log-sums, so the whole
-    operation counts as "attention".
+    For the backward pass, activations named in `save` stay in device memory and those named in
+    `offload` wait in host memory. All others are computed again. cuDNN's attention cannot name its
+    log-sums, so the whole operation counts as "attention".
     """
 
     def body(carry, b):

@@ -1,13 +1,12 @@
-"""The multimodal diffusion transformer: text and video tokens, own weights, one attention.
+"""The multimodal diffusion transformer: text and video tokens, own weights, joint attention.
 
-Follows section 2 of the specification. The 7B models share weights between the modalities in
-their upper blocks; the 12B models never do. The transformer knows tokens, a grid and a length;
-`patchify` and `unpatchify` lead there from latent videos and back.
+Follows section 2 of the specification. The 7B models share weights between text and video in
+their upper blocks; the 12B models do not. The transformer reads tokens, a grid and lengths.
+`patchify` converts latent videos to tokens, and `unpatchify` converts them back.
 
-E: width of the time embedding.
+Letters beyond the legend: E, the width of the time embedding.
 """
 
-import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -17,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
-from easyanimate_jax.facts import ACTIVATIONS, LATENT_CHANNELS, PATCH
+from easyanimate_jax.facts import ACTIVATIONS, LATENT_CHANNELS, PATCH, DTypes, check_fields
 from easyanimate_jax.models.attention import joint_attention
 from easyanimate_jax.models.borders import check_mesh, check_rows, check_tokens
 from easyanimate_jax.models.layers import layer_norm, linear, rms_norm, scan_blocks, sinusoid, stack
@@ -29,56 +28,92 @@ Text = Float[Array, "B L D"]
 Gate = Float[Array, "B 1 D"]
 Time = Float[Array, "B E"]
 
-QK_NORM_EPS = 1e-6  # spec 2.4: not the config's norm_eps
+QK_NORM_EPS = 1e-6  # independent of the config's norm_eps (spec 2.4)
 TEXT_NORM_EPS = 1e-6
 STREAM = ("batch", "tokens", None)
 
 
 @dataclass(frozen=True)
 class MMDiTConfig:
-    """One released or trained size. `round_time` rounds the timestep to `dtype` (spec 2.9)."""
+    """Sizes, dtype and memory choices of a transformer; spec 1.1 has the released sizes."""
 
     depth: int
-    mmdit_depth: int  # the first blocks, with weights of their own for text; the rest share
+    """Number of blocks."""
+
+    mmdit_depth: int
+    """Number of first blocks with separate weights for text; the others share the video's."""
+
     heads: int
+    """Number of attention heads; the model width is `heads` times `head_width`."""
+
     text_widths: tuple[int, ...]
+    """Width of the states of each text encoder."""
+
     text_norm: bool
+    """Normalise text states before their projection, as V5.1 does; V5 does not (spec 1.1)."""
+
     round_time: bool
+    """Round the timestep to `dtype`, as released weights expect (spec 2.9)."""
+
     head_width: int = 64
+    """Width of one attention head, a multiple of 16."""
+
     in_channels: int = LATENT_CHANNELS
+    """Number of input channels: the noisy latents and the condition of the task (spec 0)."""
+
     time_width: int = 512
+    """Width of the time embedding (spec 2.2)."""
+
     norm_eps: float = 1e-5
-    dtype: str = "bfloat16"
-    save: tuple[str, ...] = ("attention",)  # of ACTIVATIONS: kept for the backward pass
-    offload: tuple[str, ...] = ()  # of ACTIVATIONS: kept in host memory; the rest is recomputed
+    """Number added to the variance in the blocks' LayerNorms (spec 1.1)."""
+
+    dtype: DTypes = "bfloat16"
+    """Dtype of the computation; training stores the weights in float32."""
+
+    save: tuple[str, ...] = ("attention",)
+    """Names of `ACTIVATIONS` that stay in device memory for the backward pass; those in neither
+    `save` nor `offload` are computed again."""
+
+    offload: tuple[str, ...] = ()
+    """Names of `ACTIVATIONS` that wait in host memory for the backward pass."""
 
     def __post_init__(self):
+        check_fields(
+            self,
+            depth="[1, inf)",
+            mmdit_depth="[0, inf)",
+            heads="[1, inf)",
+            text_widths="[1, inf)",
+            head_width="[16, inf)",
+            in_channels="[1, inf)",
+            time_width="[2, inf)",
+            norm_eps="(0, inf)",
+        )
         if self.head_width % 16:
             raise ValueError(
-                f"head_width={self.head_width}: rotary angles split a head into 1/4, 3/8 and 3/8, "
-                f"in pairs; use a multiple of 16."
+                f"MMDiTConfig: head_width={self.head_width}: rotary angles split a head into 1/4, "
+                f"3/8 and 3/8, in pairs; use a multiple of 16."
             )
-        if not 0 <= self.mmdit_depth <= self.depth or self.depth < 1:
+        if self.mmdit_depth > self.depth:
             raise ValueError(
-                f"mmdit_depth={self.mmdit_depth} of depth={self.depth}: "
-                f"it counts the first blocks of the stack; use 0 to {self.depth}."
+                f"MMDiTConfig: mmdit_depth={self.mmdit_depth} of depth={self.depth}: "
+                f"the first `mmdit_depth` of all blocks have text weights; use 0 to {self.depth}."
             )
-
         unknown = set(self.save + self.offload) - set(ACTIVATIONS)
         if unknown or set(self.save) & set(self.offload):
             raise ValueError(
-                f"save={self.save} and offload={self.offload}: each takes names of "
-                f"{tuple(ACTIVATIONS)}, "
-                f"and no name stands in both."
+                f"MMDiTConfig: save={self.save} and offload={self.offload}: each takes names of "
+                f"{tuple(ACTIVATIONS)}; use each name in only one of them."
             )
 
     @property
     def width(self) -> int:
+        """Return the model width D."""
         return self.heads * self.head_width
 
 
 class AdaLN(nnx.Module):
-    """One LayerNorm for both streams, with shift, scale and gate of each from the time."""
+    """One LayerNorm for both streams; the time gives each its own shift, scale and gate."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.dtype = config.dtype
@@ -93,7 +128,7 @@ class AdaLN(nnx.Module):
 
 
 def modulation(config: MMDiTConfig, parts: int, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """From the time to `parts` vectors of the model width. Zero at first, as in DiT."""
+    """Return the layer from the time to `parts` vectors of width D; zero at first, as in DiT."""
     return linear(
         config.time_width,
         parts * config.width,
@@ -105,11 +140,12 @@ def modulation(config: MMDiTConfig, parts: int, *, rngs: nnx.Rngs) -> nnx.Linear
 
 
 def split_modulation(x: Float[Array, "B parts_D"], parts: int) -> Float[Array, "parts B 1 D"]:
+    """Split the result of `modulation` into vectors that broadcast over tokens."""
     return rearrange(x, "B (parts D) -> parts B 1 D", parts=parts)
 
 
 class QKVO(nnx.Module):
-    """The four projections around an attention, and the norms of queries and keys."""
+    """The four projections of an attention, and the norms of queries and keys (spec 2.4)."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         D, K, dtype = config.width, config.head_width, config.dtype
@@ -122,6 +158,7 @@ class QKVO(nnx.Module):
         self.k_norm = layer_norm(K, eps=QK_NORM_EPS, rngs=rngs)
 
     def qkv(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S heads K"], ...]:
+        """Return normalised queries, normalised keys and values."""
         q, k, v = (
             rearrange(f(x), "B S (heads K) -> B S heads K", K=self.head_width)
             for f in (self.q, self.k, self.v)
@@ -129,6 +166,7 @@ class QKVO(nnx.Module):
         return self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype), v
 
     def project(self, x: Float[Array, "B S heads K"]) -> Float[Array, "B S D"]:
+        """Join the heads and apply the output projection."""
         return name(self.out(rearrange(x, "B S heads K -> B S (heads K)")), "attention out")
 
 
@@ -142,7 +180,7 @@ def attend(
     num_text: int,
     axis: str | None,
 ) -> tuple[Video, Text]:
-    """Video and text attend to [text, video]; only video is rotated."""
+    """Let video and text attend to [text, video]; only video has rotary positions."""
     q, k, v = video_weights.qkv(video)
     q, k, v = (name(x, "qkv") for x in (rotate(q, angles), rotate(k, angles), v))
     t_q, t_k, t_v = text_weights.qkv(text)
@@ -153,6 +191,8 @@ def attend(
 
 
 class MLP(nnx.Module):
+    """Two dense layers with a tanh-approximated GELU; the hidden width is 4 D."""
+
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         D, dtype = config.width, config.dtype
         self.up = linear(D, 4 * D, ("embed", "mlp"), dtype=dtype, rngs=rngs)
@@ -164,7 +204,7 @@ class MLP(nnx.Module):
 
 
 class Stream(nnx.Module):
-    """What a modality owns in a block."""
+    """The weights of one modality in a block."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.attention = QKVO(config, rngs=rngs)
@@ -172,6 +212,8 @@ class Stream(nnx.Module):
 
 
 class MMDiTBlock(nnx.Module):
+    """Joint attention and an MLP, each after an AdaLN and added with a gate (spec 2.3)."""
+
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.norm1 = AdaLN(config, rngs=rngs)
         self.norm2 = AdaLN(config, rngs=rngs)
@@ -189,7 +231,7 @@ class MMDiTBlock(nnx.Module):
         num_text: int,
         axis: str | None,
     ) -> tuple[Video, Text]:
-        """With `axis` on a device's part of the tokens; `num_text` are the text's in all."""
+        """Return both streams; with `axis`, of a device's tokens. `num_text` counts all text."""
         v, t, v_gate, t_gate = self.norm1(video, text, time)
         weights = self.video.attention, self.text.attention
         v, t = attend(*weights, v, t, angles, lengths, num_text, axis)
@@ -201,7 +243,7 @@ class MMDiTBlock(nnx.Module):
 
 
 class SharedBlock(MMDiTBlock):
-    """A block that sends text through the weights of the video."""
+    """A block that processes text with the weights of the video."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.norm1 = AdaLN(config, rngs=rngs)
@@ -210,11 +252,12 @@ class SharedBlock(MMDiTBlock):
 
     @property
     def text(self) -> Stream:
+        """Return the weights of the video."""
         return self.video
 
 
 class TimeEmbedding(nnx.Module):
-    """Sinusoid and a two-layer MLP; the SiLU that every consumer applies first is included."""
+    """A sinusoid and a two-layer MLP, then the SiLU that all its consumers would apply first."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.width, self.dtype, self.round_time = config.width, config.dtype, config.round_time
@@ -224,14 +267,14 @@ class TimeEmbedding(nnx.Module):
 
     def __call__(self, time: Float[Array, "B"]) -> Time:
         if self.round_time:
-            # The reference casts the timestep to the latents' dtype; released weights expect it.
+            # The reference casts the timestep to the dtype of the latents.
             time = time.astype(self.dtype)
         x = sinusoid(time, self.width).astype(self.dtype)
         return jax.nn.silu(self.down(jax.nn.silu(self.up(x))))
 
 
 class TextProjection(nnx.Module):
-    """From the width of one text encoder to the model's."""
+    """The projection from the width of one text encoder to the model width."""
 
     def __init__(self, config: MMDiTConfig, text_width: int, *, rngs: nnx.Rngs):
         self.dtype = config.dtype
@@ -247,7 +290,7 @@ class TextProjection(nnx.Module):
 
 
 class Output(nnx.Module):
-    """Two LayerNorms back to back, the second modulated (shift first), and the patch values."""
+    """Two LayerNorms, the second modulated (shift first), and the projection to patches."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.dtype = config.dtype
@@ -264,13 +307,14 @@ class Output(nnx.Module):
         )
 
     def modulated(self, video: Video, time: Time) -> Video:
+        """Return the input of the projection."""
         shift, scale = split_modulation(self.modulation(time), 2)
         video = self.norm(self.final_norm(video).astype(self.dtype)).astype(self.dtype)
         return video * (1 + scale) + shift
 
 
 class MMDiT(nnx.Module):
-    """The transformer of one config; weights are float32, and it computes in `config.dtype`."""
+    """The transformer of one config: float32 weights, computation in `config.dtype`."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -301,13 +345,13 @@ class MMDiT(nnx.Module):
         time: Float[Array, "B"],
         texts: tuple[Float[Array, "B _ _"], ...],
     ) -> Float[Array, "B N out"]:
-        """Return the prediction for every token, in the compute dtype.
+        """Return the prediction for every token, in `config.dtype`.
 
-        `tokens` are those of `patchify`, `in` = 4 x in_channels wide, padded at the end to N;
-        `grid` holds the latent frames, token rows and columns of each row, `lengths` the number of
-        its real tokens: the ones past it influence nothing else. `time` is 0 to 1000. `texts` are
-        the states of each text encoder. Raises ValueError for shapes that do not fit the config or
-        the current mesh.
+        `tokens` come from `patchify`; each has 4 x in_channels values, and padding at the end makes
+        N of them. For each row, `grid` gives the latent frames, token rows and token columns, and
+        `lengths` the number of real tokens; padded tokens do not influence others. `time` is 0 to
+        1000. `texts` are the states of each text encoder. Raises ValueError for shapes that do not
+        fit the config or the current mesh.
         """
         video, text, time = self.embed(tokens, time, texts)
         check_rows(tokens=tokens, grid=grid, lengths=lengths)
@@ -360,7 +404,7 @@ class MMDiT(nnx.Module):
         """Return the input of the last layer, `output.linear`."""
         config, mesh = self.config, jax.sharding.get_abstract_mesh()
         axis, num_text = token_axis(mesh, video.shape[0]), text.shape[1]
-        if axis is not None:  # whole parts of the text too
+        if axis is not None:  # devices also hold equal parts of the text
             text = jnp.pad(text, ((0, 0), (0, -num_text % mesh.shape[axis]), (0, 0)))
         angles = rotary_angles(grid, video.shape[1], config.head_width)
 
@@ -390,53 +434,14 @@ class MMDiT(nnx.Module):
 
 
 def patchify(latents: Float[Array, "B T h w C"]) -> Float[Array, "B N patch_C"]:
-    """Tokens in (t, y, x) order; inside a token the channel is slowest."""
+    """Return tokens in (t, y, x) order; inside a token the channel varies slowest."""
     return rearrange(latents, "B T (gh ph) (gw pw) C -> B (T gh gw) (C ph pw)", ph=PATCH, pw=PATCH)
 
 
 def unpatchify(
     tokens: Float[Array, "B N patch_C"], grid: tuple[int, int, int]
 ) -> Float[Array, "B T h w C"]:
-    """The inverse of `patchify`, for tokens without padding."""
+    """Return the latents of tokens without padding: the inverse of `patchify`."""
     T, gh, gw = grid
-    return rearrange(
-        tokens,
-        "B (T gh gw) (C ph pw) -> B T (gh ph) (gw pw) C",
-        T=T,
-        gh=gh,
-        gw=gw,
-        ph=PATCH,
-        pw=PATCH,
-    )
-
-
-def widen_input(tree, in_channels: int):
-    """Every MMDiT in a tree (a model, its EMA, moments) with `in_channels` input channels.
-
-    New channels come last and are zero, so a T2V model becomes an inpainting or control model that
-    at first ignores its condition; with fewer channels the leading ones stay (spec 2.9).
-    """
-
-    def widen(model):
-        if not isinstance(model, MMDiT):
-            return model
-        model = jax.tree.map(lambda x: x, model)  # a copy of the module, not of the arrays
-        rows = in_channels * PATCH**2
-
-        def resize(kernel):
-            return jnp.pad(kernel[:rows], ((0, max(0, rows - kernel.shape[0])), (0, 0)))
-
-        # By tree: there is no kernel in a moment that an optimizer keeps of other weights.
-        kernel = model.patches.kernel
-        kernel.set_value(jax.tree.map(resize, kernel.get_value()))
-        model.patches.in_features = rows
-        model.config = dataclasses.replace(model.config, in_channels=in_channels)
-        return model
-
-    return jax.tree.map(widen, tree, is_leaf=lambda x: isinstance(x, MMDiT))
-
-
-def count_parameters(config: MMDiTConfig) -> int:
-    """By abstract evaluation: no array is made."""
-    model = jax.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
-    return sum(x.size for x in jax.tree.leaves(model))
+    split = "B (T gh gw) (C ph pw) -> B T (gh ph) (gw pw) C"
+    return rearrange(tokens, split, T=T, gh=gh, gw=gw, ph=PATCH, pw=PATCH)

@@ -1,8 +1,8 @@
 """3-D rotary position angles, computed on the device from each sample's token grid.
 
-Follows section 2.5 of the specification: a quarter of the head width turns with time, three
-eighths each with height and width. Space is measured on a base grid of 30 x 45 tokens (480 x 720
-pixels) into which the sample's grid is fitted and centred; time is never rescaled.
+Follows section 2.5 of the specification. A quarter of the head width encodes time; three eighths
+each encode height and width. Each grid is scaled to fit a base grid of 30 x 45 tokens (480 x 720
+pixels) and centred in it. Time is not rescaled.
 """
 
 import jax.numpy as jnp
@@ -14,16 +14,16 @@ from easyanimate_jax.sharding import platform
 
 BASE_HEIGHT, BASE_WIDTH = 30, 45
 THETA = 10000.0
-MAX_GRID = 256  # token rows or columns: 4096 pixels
+MAX_GRID = 256  # most token rows or columns: 4096 pixels
 
 Angles = tuple[Float[Array, "B N half"], Float[Array, "B N half"]]  # cosines, sines; half: K / 2
 
 
 def _fitted_sizes() -> np.ndarray:
-    """(MAX_GRID + 1, MAX_GRID + 1, 2): height and width on the base grid of every token grid.
+    """Return int8 (MAX_GRID + 1, MAX_GRID + 1, 2): the fitted height and width of each grid.
 
-    A table, because the reference rounds in float64: exact or float32 arithmetic differs for some
-    grids of its own aspect table, such as 44 x 11, where 30 / 44 * 11 falls just short of 7.5.
+    The reference rounds in float64. Exact or float32 arithmetic gives other results for some grids
+    of its aspect table: for 44 x 11, 30 / 44 * 11 is slightly below 7.5 in float64.
     """
     rows, columns = np.mgrid[: MAX_GRID + 1, : MAX_GRID + 1].clip(1).astype(np.float64)
     tall = rows / columns > BASE_HEIGHT / BASE_WIDTH
@@ -36,15 +36,16 @@ FITTED_SIZES = _fitted_sizes()
 
 
 def positions(grid: Int[Array, "B 3"], num_tokens: int) -> Float[Array, "B N 3"]:
-    """Time, height and width of tokens 0..num_tokens-1 in (t, y, x) order.
+    """Return time, height and width of tokens 0..num_tokens-1, which are in (t, y, x) order.
 
-    Tokens past the end of the grid get further time steps: any finite position will do there.
+    `grid` holds latent frames, token rows and token columns. Padded tokens past the end of the grid
+    get later time steps; any finite position is valid for them.
     """
-    size = jnp.maximum(grid[:, 1:], 1)  # rows and columns; a padding row of a batch may hold zeros
+    size = jnp.maximum(grid[:, 1:], 1)  # rows and columns; padded rows of a batch hold zeros
     fitted = jnp.asarray(FITTED_SIZES)[size[:, 0], size[:, 1]].astype(jnp.int32)
     start = jnp.round((np.array([[BASE_HEIGHT, BASE_WIDTH]]) - fitted) / 2)  # half to even
-    # The last position is (start + fitted) * (size - 1) / size, so the step is not fitted / size
-    # unless start is 0. Released weights were trained with it.
+    # The reference's last position is (start + fitted) * (size - 1) / size. The step is therefore
+    # fitted / size only if start is 0. Released weights were trained with these positions.
     stop = (start + fitted) * (size - 1) / size
     step = (stop - start) / jnp.maximum(size - 1, 1)
 
@@ -56,7 +57,7 @@ def positions(grid: Int[Array, "B 3"], num_tokens: int) -> Float[Array, "B N 3"]
 
 
 def rotary_angles(grid: Int[Array, "B 3"], num_tokens: int, head_width: int) -> Angles:
-    """Cosines and sines of the K / 2 angles of every token, float32."""
+    """Return the cosines and sines of each token's K / 2 angles, float32."""
     widths = (head_width // 4, head_width * 3 // 8, head_width * 3 // 8)
     angles = [
         position[..., None]
@@ -70,7 +71,7 @@ def rotary_angles(grid: Int[Array, "B 3"], num_tokens: int, head_width: int) -> 
 
 
 def rotate(x: Float[Array, "B N heads K"], angles: Angles) -> Float[Array, "B N heads K"]:
-    """Turn neighbours (x[2j], x[2j + 1]) by angle j, in float32."""
+    """Rotate each pair (x[2j], x[2j + 1]) by angle j in float32; return the dtype of `x`."""
     if platform() == "tpu":
         return _rotate_by_product(x, angles)
     cos, sin = (a[:, :, None] for a in angles)
@@ -82,10 +83,10 @@ def rotate(x: Float[Array, "B N heads K"], angles: Angles) -> Float[Array, "B N 
 
 
 def _rotate_by_product(x: Float[Array, "B N heads K"], angles: Angles):
-    """`rotate` for a TPU, where taking neighbours apart moves every number across lanes.
+    """Rotate as `rotate` does, with a matrix product that exchanges the neighbours of a pair.
 
-    There a product with a matrix that exchanges neighbours is fifteen times cheaper, by the
-    compiler's estimate, and as exact: each of its sums has one term.
+    On a TPU, separating neighbours moves every number across lanes. The product is 15 times cheaper
+    by the compiler's estimate. It is exact, because each sum has one nonzero term.
     """
     cos, sin = (jnp.repeat(a, 2, axis=-1)[:, :, None] for a in angles)
     place = np.arange(x.shape[-1])

@@ -1,12 +1,13 @@
-"""Overlapping windows of a video or its latents, and how they are put together (spec 3.6)."""
+"""Split a video or its latents into overlapping tiles, and blend the results (spec 3.6)."""
 
 import jax
 import jax.numpy as jnp
 
-TILE_OVERLAP = 0.25  # share of a tile that is blended with the next one
+TILE_OVERLAP = 0.25  # share of a tile's side that is blended with the next tile
 
 
 def map_tiles(network, x, size, step):
+    """Return rows of `network(tile)` for tiles of side `size`, one every `step`, of a 5-D `x`."""
     return [
         [network(x[:, :, i : i + size, j : j + size]) for j in range(0, x.shape[3], step)]
         for i in range(0, x.shape[2], step)
@@ -14,9 +15,9 @@ def map_tiles(network, x, size, step):
 
 
 def stitch(tiles, size, step):
-    """Blend each tile with the one above, then the one to the left; keep `step` of each.
+    """Blend each tile with the one above, then with the one to its left; join `step` of each.
 
-    As in the reference, the neighbour is the one already blended, and is not yet cropped.
+    As in the reference, each neighbour is already blended and not yet cropped. Changes `tiles`.
     """
     extent = int(size * TILE_OVERLAP)
     for i, row in enumerate(tiles):

@@ -1,14 +1,16 @@
-"""The causal video autoencoder: 4n+1 frames of pixels <-> n+1 frames of latents, 4 x 8 x 8 smaller.
+"""The causal video autoencoder: 4n+1 frames of pixels <-> n+1 latent frames, 8 x 8 times smaller.
 
-Follows section 3 of the specification (MagViT-style, released with EasyAnimate V5 and V5.1).
-Nothing looks into the future and norms see one frame at a time, so a clip can be processed whole or
-in chunks of four frames with equal results; `Past` is what a chunk knows of the ones before it.
+Follows section 3 of the specification (MagViT-style, released with EasyAnimate V5 and V5.1). A
+frame depends only on itself and on earlier frames, and norms use one frame at a time. A clip can
+therefore be processed whole or in chunks of four frames with equal results; `Past` carries the
+state from chunk to chunk.
 
 Letters: z are raw latents, as the decoder reads them; `latents` are normalised for diffusion.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +18,19 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from easyanimate_jax.facts import LATENT_CHANNELS, SPACE_FACTOR, TIME_FACTOR
+from easyanimate_jax.facts import (
+    LATENT_CHANNELS,
+    SPACE_FACTOR,
+    TIME_FACTOR,
+    DTypes,
+    check_fields,
+)
+from easyanimate_jax.models.borders import check_latents, check_pixels
 from easyanimate_jax.models.causal_conv import CausalConv, Features, Past, by_frame, is_large
 from easyanimate_jax.models.layers import axes, linear
 from easyanimate_jax.models.tiles import TILE_OVERLAP, map_tiles, stitch
 
-FIRST_LOGVAR = -6.0  # of an untrained posterior; at 0 its noise would drown the latents for long
+FIRST_LOGVAR = -6.0  # log-variance of an untrained posterior; at 0 its noise would hide the latents
 
 Video = Float[Array, "B F H W 3"]
 Latents = Float[Array, "B T h w C"]
@@ -29,52 +38,74 @@ Latents = Float[Array, "B T h w C"]
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Defaults are the released V5.1 weights; V5 has `attention=True`.
-
-    `unshuffle` folds s x s pixels into channels in front of the encoder and unfolds them behind the
-    decoder; each doubling replaces one spatial halving, for small models that train in minutes.
-    `norm="rms"` normalises every position by itself, so that crops and whole frames look alike.
-    """
+    """The size of an autoencoder; defaults are the released V5.1 weights (spec 1.2)."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Number of channels of each level, from pixels to latents."""
+
     layers: int = 2
+    """Number of residual blocks in a level of the encoder; the decoder has one more."""
+
     groups: int = 32
+    """Number of channel groups of a group norm."""
+
     attention: bool = False
+    """Add attention within a frame in the middle of encoder and decoder, as V5 does; V5.1 does not.
+    """
+
     unshuffle: int = 1
-    norm: str = "group"
-    latent_mean: tuple[float, ...] = (0.0,)  # one number, or one per channel
+    """Side in pixels of the squares that become channels before the encoder and pixels again after
+    the decoder. Each doubling replaces one level that halves height and width; small models with 8
+    train in minutes."""
+
+    norm: Literal["group", "rms"] = "group"
+    """Normalisation: "group" over a frame, or "rms" at each position by itself, which treats crops
+    like whole frames."""
+
+    latent_mean: tuple[float, ...] = (0.0,)
+    """Mean that is subtracted from raw latents for diffusion: one number, or one per channel."""
+
     latent_scale: tuple[float, ...] = (0.7125,)
-    dtype: str = "bfloat16"
+    """Factor that latents are then multiplied by: one number, or one per channel (spec 1.2)."""
+
+    dtype: DTypes = "bfloat16"
+    """Dtype of the computation; weights are stored in float32."""
 
     def __post_init__(self):
-        if self.unshuffle not in (1, 2, 4, 8):
-            raise ValueError(f"unshuffle is {self.unshuffle}; use 1, 2, 4 or 8.")
-        if self.norm not in ("group", "rms"):
-            raise ValueError(f"norm is {self.norm!r}; use 'group' or 'rms'.")
+        check_fields(
+            self,
+            channels="[1, inf)",
+            layers="[1, inf)",
+            groups="[1, inf)",
+            unshuffle="1 or 2 or 4 or 8",
+            latent_mean="(-inf, inf)",
+            latent_scale="(0, inf)",
+        )
         levels = 1 + max(int(math.log2(TIME_FACTOR)), self.space_halvings)
         if len(self.channels) != levels:
             raise ValueError(
-                f"channels {self.channels} has {len(self.channels)} levels; "
-                f"unshuffle={self.unshuffle} needs {levels}."
+                f"VAEConfig: channels {self.channels} has {len(self.channels)} levels; give "
+                f"{levels} numbers, which unshuffle={self.unshuffle} needs."
             )
         for name in ("latent_mean", "latent_scale"):
             if len(getattr(self, name)) not in (1, LATENT_CHANNELS):
                 raise ValueError(
-                    f"{name} has {len(getattr(self, name))} entries; give 1, or one for each of "
-                    f"{LATENT_CHANNELS} latent channels."
+                    f"VAEConfig: {name} has {len(getattr(self, name))} entries; give 1, or one for "
+                    f"each of the {LATENT_CHANNELS} latent channels."
                 )
 
     @property
     def space_halvings(self) -> int:
+        """Return the number of levels that halve height and width."""
         return int(math.log2(SPACE_FACTOR // self.unshuffle))
 
     def strides(self, level: int) -> tuple[int, int]:
-        """(time, space) stride of the downsampler after `level`: time last, space last."""
+        """Return the (time, space) stride after `level`: the last levels reduce time and space."""
         left = len(self.channels) - 1 - level
         return (2 if left <= 2 else 1), (2 if left <= self.space_halvings else 1)
 
     def factors(self, level: int) -> tuple[int, int]:
-        """(time, space) factor of the upsampler after `level`: space first, time last."""
+        """Return the (time, space) factor after `level`: space grows first, time last."""
         left = len(self.channels) - 1 - level
         return (2 if left <= 2 else 1), (2 if level < self.space_halvings else 1)
 
@@ -92,11 +123,11 @@ class FrameNorm(nnx.Module):
         dtype, x = x.dtype, x.astype(jnp.float32)
         scale = self.scale[...].reshape(1, 1, 1, 1, -1)
         if self.groups is None:
-            # Flat patches of black, grey and white differ in amplitude: the 1 lets it through.
+            # Flat patches of black, grey and white differ only in amplitude: adding 1 preserves it.
             power = jnp.mean(x * x, axis=-1, keepdims=True)
             return (x * jax.lax.rsqrt(power + 1.0) * scale).astype(dtype)
         x = rearrange(x, "B F H W (groups C) -> B F H W groups C", groups=self.groups)
-        # The variance is given: standardize's own is E[x^2] - E[x]^2, which cancels.
+        # standardize would compute E[x^2] - E[x]^2, which loses digits; so the variance is given.
         variance = jnp.var(x, axis=(2, 3, 5), keepdims=True)
         x = jax.nn.standardize(x, axis=(2, 3, 5), variance=variance, epsilon=1e-6)
         x = rearrange(x, "B F H W groups C -> B F H W (groups C)")
@@ -104,12 +135,14 @@ class FrameNorm(nnx.Module):
 
 
 class ResBlock(nnx.Module):
+    """Two normalised convolutions around a shortcut."""
+
     def __init__(self, d_in: int, d_out: int, config: VAEConfig, *, rngs: nnx.Rngs):
         dtype = config.dtype
         self.norm1 = FrameNorm(d_in, config)
         self.conv1 = CausalConv(d_in, d_out, dtype=dtype, rngs=rngs)
         self.norm2 = FrameNorm(d_out, config)
-        zero = nnx.initializers.zeros  # blocks begin as identities: deep stacks then train at once
+        zero = nnx.initializers.zeros  # blocks start as identities, so deep stacks train at once
         self.conv2 = CausalConv(d_out, d_out, dtype=dtype, rngs=rngs, init=zero)
         if d_in != d_out:
             self.shortcut = linear(d_in, d_out, (None, None), dtype=dtype, rngs=rngs)
@@ -139,6 +172,8 @@ class FrameAttention(nnx.Module):
 
 
 class MidBlock(nnx.Module):
+    """Two residual blocks at the smallest size, with attention between them for V5."""
+
     def __init__(self, channels: int, config: VAEConfig, *, rngs: nnx.Rngs):
         self.convs = nnx.List([ResBlock(channels, channels, config, rngs=rngs) for _ in range(2)])
         attends = range(config.attention)
@@ -152,6 +187,8 @@ class MidBlock(nnx.Module):
 
 
 class Downsampler(nnx.Module):
+    """A convolution with (time, space) strides."""
+
     def __init__(self, channels: int, strides: tuple[int, int], *, dtype, rngs: nnx.Rngs):
         self.conv = CausalConv(channels, channels, strides, dtype=dtype, rngs=rngs)
 
@@ -160,7 +197,7 @@ class Downsampler(nnx.Module):
 
 
 class Upsampler(nnx.Module):
-    """Nearest in space, conv, then every frame twice; but the first of a clip stays single."""
+    """Repeat pixels, convolve, then repeat frames, except for the first frame of a clip."""
 
     def __init__(self, channels: int, factors: tuple[int, int], *, dtype, rngs: nnx.Rngs):
         self.factors = factors
@@ -174,6 +211,8 @@ class Upsampler(nnx.Module):
 
 
 class DownBlock(nnx.Module):
+    """A level of the encoder: residual blocks, then a downsampler except in the last level."""
+
     def __init__(self, d_in: int, d_out: int, level: int, config: VAEConfig, *, rngs: nnx.Rngs):
         widths = [d_in] + [d_out] * (config.layers - 1)
         self.convs = nnx.List([ResBlock(width, d_out, config, rngs=rngs) for width in widths])
@@ -190,6 +229,8 @@ class DownBlock(nnx.Module):
 
 
 class UpBlock(nnx.Module):
+    """A level of the decoder: residual blocks, then an upsampler except in the last level."""
+
     def __init__(self, d_in: int, d_out: int, level: int, config: VAEConfig, *, rngs: nnx.Rngs):
         widths = [d_in] + [d_out] * config.layers
         self.convs = nnx.List([ResBlock(width, d_out, config, rngs=rngs) for width in widths])
@@ -206,6 +247,8 @@ class UpBlock(nnx.Module):
 
 
 class Encoder(nnx.Module):
+    """The network from pixels to the mean and log-variance of latents."""
+
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         self.unshuffle, widths = config.unshuffle, config.channels
         pixels = 3 * config.unshuffle**2
@@ -230,6 +273,8 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
+    """The network from raw latents to pixels."""
+
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
         self.unshuffle, widths = config.unshuffle, config.channels[::-1]
         self.conv_in = CausalConv(LATENT_CHANNELS, widths[0], dtype=config.dtype, rngs=rngs)
@@ -252,7 +297,7 @@ class Decoder(nnx.Module):
         return rearrange(x, "B F H W (y x C) -> B F (H y) (W x) C", y=s, x=s)
 
     def _last(self, x: Features, past: Past) -> Features:
-        """At the full size: where the memory of a decode goes."""
+        """Run the last layers, at full size; they use most of a decode's memory."""
         x = self.up_blocks[-1](x, past)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)), past)
 
@@ -261,9 +306,9 @@ class CausalVAE(nnx.Module):
     """The autoencoder: float pixels (B, F, H, W, 3) in [-1, 1] to raw latents z, and back.
 
     F is 4n+1, H and W are multiples of 8; z is float32 (B, n+1, H/8, W/8, 16). `encode` and
-    `decode` run a clip whole; `chunked_*` in groups of four frames and `tiled_*` in overlapping
-    windows need less memory. Chunks change nothing; tiles change seams slightly. All raise
-    ValueError, while they are traced, for shapes and types that do not fit.
+    `decode` process a clip whole. `chunked_*` use groups of four frames and `tiled_*` overlapping
+    tiles; both need less memory. Chunks give equal results; tiles change pixels near their seams
+    slightly. All raise ValueError, while JAX traces them, for wrong shapes and dtypes.
     """
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
@@ -284,12 +329,12 @@ class CausalVAE(nnx.Module):
         self.quant_conv.bias[...] = jnp.repeat(jnp.array([0.0, FIRST_LOGVAR]), C)
 
     def __call__(self, video: Video) -> Video:
-        """Return the reconstruction of a video by the mode of its posterior, not clamped."""
+        """Return the reconstruction from the posterior's mean, float32, not clamped to [-1, 1]."""
         mean, _ = self.encode(video)
         return self.decode(mean)
 
     def encode(self, video: Video) -> tuple[Latents, Latents]:
-        """Return mean and log-variance of z. A sample is `mean + exp(logvar / 2) * noise`."""
+        """Return the mean and log-variance of z; a sample is `mean + exp(logvar / 2) * noise`."""
         check_pixels(video)
         return _split(self._moments(video, Past()))
 
@@ -299,17 +344,17 @@ class CausalVAE(nnx.Module):
         return self._pixels(z, Past())
 
     def chunked_encode(self, video: Video) -> tuple[Latents, Latents]:
-        """Return what `encode` does, four frames at a time."""
+        """Return the result of `encode`, computed on four frames at a time."""
         check_pixels(video)
         return _split(_in_chunks(self._moments, video, TIME_FACTOR))
 
     def chunked_decode(self, z: Latents) -> Video:
-        """Return what `decode` does, one latent frame at a time."""
+        """Return the result of `decode`, computed on one latent frame at a time."""
         check_latents(z)
         return _in_chunks(self._pixels, z, 1)
 
     def tiled_encode(self, video: Video, tile: int = 384) -> tuple[Latents, Latents]:
-        """Windows of `tile` x `tile` pixels, blended in latent space (spec 3.6)."""
+        """Encode tiles of `tile` x `tile` pixels and blend them in latent space (spec 3.6)."""
         check_pixels(video)
         step = int(tile * (1 - TILE_OVERLAP))
         tiles = map_tiles(lambda window: _encode_tile(self, window), video, tile, step)
@@ -317,7 +362,7 @@ class CausalVAE(nnx.Module):
         return _split(stitch(tiles, latent_tile, int(latent_tile * (1 - TILE_OVERLAP))))
 
     def tiled_decode(self, z: Latents, tile: int = 384) -> Video:
-        """Windows of `tile` x `tile` pixels; the lower right one is mixed in twice (spec 3.6)."""
+        """Decode tiles of `tile` x `tile` pixels; blend the lower right one twice (spec 3.6)."""
         check_latents(z)
         size = tile // SPACE_FACTOR
         step = int(size * (1 - TILE_OVERLAP))
@@ -333,12 +378,12 @@ class CausalVAE(nnx.Module):
         return video.at[:, :, -height:, -width:].set(mixed)
 
     def normalize(self, z: Latents) -> Latents:
-        """Return the latents that diffusion works on, of raw ones."""
+        """Return raw latents normalised for diffusion."""
         mean, scale = self._statistics()
         return (z - mean) * scale
 
     def denormalize(self, latents: Latents) -> Latents:
-        """Return the raw latents of those that diffusion works on."""
+        """Return the raw latents of normalised ones: the inverse of `normalize`."""
         mean, scale = self._statistics()
         return latents / scale + mean
 
@@ -356,48 +401,13 @@ class CausalVAE(nnx.Module):
         return self.decoder(self.post_quant_conv(z), past).astype(jnp.float32)
 
 
-def check_pixels(video) -> None:
-    """Raise ValueError where an array is no video that the VAE can read."""
-    if video.ndim != 5 or video.shape[-1] != 3 or not jnp.issubdtype(video.dtype, jnp.floating):
-        raise ValueError(
-            f"a video of {video.dtype} and shape {video.shape}: the VAE reads floats in [-1, 1] of "
-            f"shape (rows, frames, height, width, 3); of 8-bit pixels give pixels / 127.5 - 1"
-        )
-    check_video(video.shape)
-
-
-def check_latents(z) -> None:
-    """Raise ValueError where an array is no raw latents that the VAE can decode."""
-    if z.ndim != 5 or z.shape[-1] != LATENT_CHANNELS or 0 in z.shape:
-        raise ValueError(
-            f"latents of shape {z.shape}: the VAE decodes (rows, latent frames, height / "
-            f"{SPACE_FACTOR}, width / {SPACE_FACTOR}, {LATENT_CHANNELS}), channels last"
-        )
-
-
-def check_video(shape: tuple[int, ...]) -> None:
-    """Raise ValueError where (B, F, H, W, 3) does not fit the 4 x 8 x 8 compression."""
-    _, frames, height, width, _ = shape
-    if frames % TIME_FACTOR != 1:
-        nearest = max(round((frames - 1) / TIME_FACTOR), 0) * TIME_FACTOR + 1
-        raise ValueError(
-            f"a video of {frames} frames: frames must be 4n+1 (frame 0, then fours); use {nearest}."
-        )
-    if height % SPACE_FACTOR or width % SPACE_FACTOR:
-        raise ValueError(
-            f"a video of {height} x {width} pixels: both must be multiples of {SPACE_FACTOR}; "
-            f"crop it to {height // SPACE_FACTOR * SPACE_FACTOR} x "
-            f"{width // SPACE_FACTOR * SPACE_FACTOR}."
-        )
-
-
 def _split(moments):
     mean, logvar = jnp.split(moments, 2, axis=-1)
     return mean, jnp.clip(logvar, -30.0, 20.0)
 
 
 def _in_chunks(network, x, size):
-    """Frame 0 by itself, then `size` frames at a time; the backward pass keeps only the tails."""
+    """Process frame 0, then `size` frames at a time; the backward pass stores only the tails."""
     past = Past()
     first = network(x[:, :1], past)
 
@@ -412,7 +422,7 @@ def _in_chunks(network, x, size):
     return jnp.concatenate([first, rearrange(rest, "n B F H W C -> B (n F) H W C")], axis=1)
 
 
-# Jitted, so that a clip's many equal windows are one program, also inside a larger one.
+# Jitted, so that all equal tiles of a clip share one program, even inside a larger program.
 @jax.jit
 def _encode_tile(vae, video):
     return _in_chunks(vae._moments, video, TIME_FACTOR)

@@ -1,1 +1,1 @@
-"""A config and a TPU topology -> every stage's train step, compiled on a machine without a TPU."""
+"""Compile or predict the train steps of a config for a pod, on a machine without it."""

@@ -1,7 +1,7 @@
-"""Compiles the train step of a stage and says what it needs, for devices that need not be there.
+"""Compile the train step of a stage for absent TPUs, and report its memory and time.
 
-libtpu's compiler runs on any Linux machine; what it compiles is what a run compiles, see
-training/compile.py. A stage is compiled at its longest bucket, which decides whether it fits.
+libtpu's compiler runs on any Linux machine. It compiles the same program as a run (see
+training/compile.py). A stage is compiled at its longest bucket, which decides whether it fits.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.training.compile import StageReport, compile_stage
 from easyanimate_jax.training.stages import Stage
 
-# libtpu must neither look for a TPU nor tell that there is none.
+# Keep libtpu from looking for a TPU, and from printing that there is none.
 ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
@@ -35,13 +35,19 @@ ALONE = {
 
 
 def longest(config: TrainConfig, stage: Stage) -> dict:
-    """`tokens` of a stage's longest bucket; `text_lengths`: V5.1's one, or V5's two (spec 5)."""
+    """Return {"tokens", "text_lengths"} of a stage's longest bucket.
+
+    V5.1 has one text length, V5 has two (spec 5).
+    """
     text_lengths = (256,) if len(config.model.text_widths) == 1 else (77, 256)
     return {"tokens": config.set(stage.data).budget.lengths[-1], "text_lengths": text_lengths}
 
 
 def topology_devices(name: str, num_slices: int = 1) -> list:
-    """The devices of a topology such as "v5p:4x4x8". Raises ValueError, in one line."""
+    """Return the devices of a topology such as "v5p:4x4x8".
+
+    Raises ValueError if libtpu is not installed or does not know the topology.
+    """
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(
             "the TPU compiler is not installed: pip install 'libtpu==0.0.42.*' (Linux, x86-64), or "
@@ -61,9 +67,10 @@ def topology_devices(name: str, num_slices: int = 1) -> list:
 
 
 def suggest_mesh(config: MeshConfig, num_devices: int) -> MeshConfig:
-    """The configured mesh where it has as many devices, else its like on `num_devices`.
+    """Return the configured mesh if it fits `num_devices`, or a similar mesh otherwise.
 
-    `context` and `tensor` stay, `fsdp` takes the rest, `data` what would make `fsdp` more than 64.
+    The similar mesh keeps `context` and `tensor`. `fsdp` takes the other devices, up to 64; `data`
+    takes the rest.
     """
     try:
         return MeshConfig(*config.shape(num_devices))
@@ -80,7 +87,7 @@ def stage_reports(
     stages: Sequence[Stage],
     report_of: Callable[[TrainConfig, Stage], StageReport],
 ) -> Iterator[StageReport]:
-    """The reports of stages; of two that run the same program it is made once."""
+    """Yield the report of each stage; stages with the same program share one compilation."""
     known = {}  # what a program depends on -> its report
     for stage in stages:
         longest = config.set(stage.data).budget.lengths[-1]
@@ -98,9 +105,9 @@ def stage_reports(
 def compile_step(
     config: TrainConfig, stage: Stage, topology: str, *, num_slices: int = 1
 ) -> tuple[StageReport, str]:
-    """The report, and the text of the compiled program ("" where it does not fit).
+    """Return (report, text of the compiled program); the text is "" if the stage does not fit.
 
-    Raises ValueError where config, mesh and topology do not match.
+    Raises ValueError if config, mesh and topology do not match.
     """
     mesh, chip = pod_mesh(config, topology, num_slices)
     report, compiled = compile_stage(
@@ -116,7 +123,7 @@ def compile_step(
 
 
 def pod_mesh(config: TrainConfig, topology: str, num_slices: int = 1) -> tuple[Mesh, Chip]:
-    """The config's mesh, or its like, over the devices of a topology, and what they are."""
+    """Return (mesh over the devices of a topology, their chip); see `suggest_mesh`."""
     devices = topology_devices(topology, num_slices)
     mesh = make_mesh(suggest_mesh(config.mesh, len(devices)), devices)
     return mesh, chip_of(devices[0].device_kind)
@@ -143,7 +150,7 @@ def _describe_program(
 
 
 def describe_time(report: StageReport, prediction: Prediction, chip: Chip) -> None:
-    """Seconds, MFU, days and chip-hours of a stage."""
+    """Fill in the seconds, MFU, days and chip-hours of a report."""
     devices = math.prod(report.mesh.values())
     seconds = prediction.serial
     report.predicted_parts = dataclasses.asdict(prediction)
@@ -160,7 +167,7 @@ def _add_duration(report: StageReport) -> None:
 
 
 def _axes(group: tuple[int, ...], mesh: Mesh) -> str:
-    """The mesh axes along which the devices of a group differ: "fsdp", or "fsdp x context"."""
+    """Return the mesh axes along which a group's devices differ: "fsdp" or "fsdp x context"."""
     places = np.unravel_index(np.array(group), mesh.devices.shape)
     return " x ".join(
         name for name, place in zip(MESH_AXES, places, strict=True) if len(set(place.tolist())) > 1

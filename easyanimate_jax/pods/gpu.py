@@ -1,10 +1,10 @@
-"""The same report for GPUs that are not there, by a model: their compiler needs them.
+"""Estimate the same report for absent GPUs by a model, because their compiler needs the GPUs.
 
-What lies in memory between steps is exact. The rest is counted: kept activations by what the config
-keeps, one block's backward pass by what it took on an H200, seconds from FLOPs and bytes at rates
-that were measured on that card (benchmarks/results/gpu.md). What goes between devices was never
-measured. What is offloaded counts as gone, at no time. On a machine with the GPUs `train.py`
-compiles the step itself and knows its memory.
+The memory between steps is exact. Kept activations follow from the config, and the memory of one
+block's backward pass from a measurement on an H200. Seconds follow from FLOPs and bytes, at rates
+measured on that card (benchmarks/results/gpu.md). Communication between devices was never measured.
+Offloaded activations count no memory and no time. On a machine with GPUs, `train.py` compiles the
+step and reports its exact memory.
 """
 
 import dataclasses
@@ -25,19 +25,19 @@ from easyanimate_jax.sharding import token_axis
 from easyanimate_jax.training.compile import StageReport, describe_stage, model_flops
 from easyanimate_jax.training.stages import Stage
 
-# Counted on the card, for a block of the 12B model: values a token that its backward pass holds at
-# once, that its forward and backward pass read and write beside products and attention, and how
-# often these read or write its weights, and the update all of them.
+# Measured on an H200 for a block of the 12B model. HELD: values per token that the backward pass
+# holds at once. PASSED: values per token that both passes read and write outside of products and
+# attention. The others: how often both passes, and the update, read or write the weights.
 HELD, PASSED, WEIGHTS_PASSED, UPDATE_PASSED = 30, 216, 4, 11
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu(Chip):
-    """`link` is a quarter of what a device sends one way to those of its host."""
+    """A GPU. `link` is a quarter of the rate at which it sends to the other GPUs of its host."""
 
-    matmul: float  # FLOP/s that products reach
-    bandwidth: float  # of its memory, bytes a second, reading and writing
-    network: float  # bytes a second one way between hosts, of each device
+    matmul: float  # FLOP/s that matrix products reach
+    bandwidth: float  # bytes a second of its memory, reading and writing
+    network: float  # bytes a second that each device sends to other hosts
 
 
 GPUS = tuple(
@@ -55,16 +55,16 @@ GPUS = tuple(
         network=50e9,  # 400 Gb/s: an assumption
     )
     for name, kind, memory, bandwidth in (
-        ("h100", "NVIDIA H100 80GB HBM3", 81559, 2.4e12),  # by the ratio of the data sheets
+        ("h100", "NVIDIA H100 80GB HBM3", 81559, 2.4e12),  # scaled by the data sheets
         ("h200", "NVIDIA H200", 143771, 3.3e12),
     )
 )
 
 
 def parse(topology: str) -> tuple[Gpu, int, int] | None:
-    """(the GPU, hosts, GPUs of a host) of "h200:8" or "h200:16x8"; None if it names no GPU.
+    """Return (GPU, hosts, GPUs per host) of "h200:8" or "h200:16x8"; None if it names no GPU.
 
-    Raises ValueError for a GPU's name without such numbers.
+    Raises ValueError if valid numbers do not follow the name of a GPU.
     """
     name, _, shape = topology.partition(":")
     gpu = next((gpu for gpu in GPUS if gpu.name == name), None)
@@ -80,7 +80,10 @@ def parse(topology: str) -> tuple[Gpu, int, int] | None:
 def model_step(
     config: TrainConfig, stage: Stage, topology: str, *, tokens: int | None = None
 ) -> StageReport:
-    """The report of a stage, at its longest bucket unless told. Raises ValueError as `parse`."""
+    """Return the estimated report of a stage, at `tokens` or else at its longest bucket.
+
+    Raises ValueError as `parse` does.
+    """
     gpu, hosts, per_host = parse(topology)
     shape = suggest_mesh(config.mesh, hosts * per_host).shape(hosts * per_host)
     device = jax.sharding.AbstractDevice(gpu.device_kind, gpu.cores, "gpu")
@@ -101,7 +104,7 @@ def model_step(
 
 
 def _stream(report: StageReport, model: MMDiTConfig) -> float:
-    """Bytes of one value of the model width for all tokens of a device's microbatch."""
+    """Return the bytes of one bfloat16 array (tokens of a device's microbatch, model width)."""
     mesh = report.mesh
     parts = mesh["data"] * mesh["fsdp"] * mesh["context"]
     rows = report.microbatch * (report.tokens + report.text_tokens)
@@ -110,7 +113,7 @@ def _stream(report: StageReport, model: MMDiTConfig) -> float:
 
 def _temporaries(report: StageReport, model: MMDiTConfig) -> int:
     stream, tensor = _stream(report, model), report.mesh["tensor"]
-    # The input of a block is kept always.
+    # The input of a block is always kept.
     kept = 1 + sum(ACTIVATIONS[name].values for name in model.save) / tensor
     gradients = report.memory["weights"] * (2 if report.accumulate > 1 else 1)
     gathered = 2 * 2 * _block_weights(model) / tensor if _devices(report) > 1 else 0  # bfloat16
@@ -125,11 +128,11 @@ def _seconds(
     per_host: int,
     exchanged: bool,
 ) -> Prediction:
-    """Of a step; `exchanged` if devices hold parts of the tokens."""
+    """Return the predicted seconds of a step; `exchanged` if tokens are sharded over devices."""
     times, tensor = report.accumulate, report.mesh["tensor"]
     stream = _stream(report, model)
     flops, share = model_flops(model, report.tokens, report.text_tokens)
-    # What fills a microbatch up is computed too.
+    # Padding rows of a microbatch are computed too.
     flops *= report.microbatch * times / _devices(report)
     again = BLOCK_MATRICES - sum(ACTIVATIONS[name].matrices for name in model.save)
     attention = flops * share / 3 * (1 if "attention" in model.save else 2) / gpu.attention_forward

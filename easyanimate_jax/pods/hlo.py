@@ -1,7 +1,7 @@
-"""Reading a compiled TPU program: collectives, kernels and cycles, loops with their trip counts.
+"""Read a compiled TPU program: its collectives, kernels and cycles, with the trips of loops.
 
-The compiler's own cost analysis counts the body of a loop once and kernels not at all. Here the
-scheduled program is walked from its entry; whatever stands in a loop counts as often as it runs.
+The compiler's own cost analysis counts the body of a loop once and does not count kernels. This
+module walks the scheduled program from its entry, and counts each instruction as often as it runs.
 """
 
 import math
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-UNKNOWN = 2**62  # cycles: what the compiler writes where it makes no estimate
+UNKNOWN = 2**62  # cycles that the compiler writes if it has no estimate
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
@@ -20,6 +20,8 @@ _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
 
 @dataclass
 class Instruction:
+    """One instruction of the program's text."""
+
     name: str
     shape: str
     opcode: str
@@ -27,28 +29,28 @@ class Instruction:
 
     @property
     def sizes(self) -> list[int]:
-        """Bytes of every array of the result, without the padding of its layout."""
+        """Return the bytes of each array of the result, without the padding of its layout."""
         return [
             BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
             for kind, dims in _ARRAY.findall(self.shape)
         ]
 
     def called(self, attribute: str) -> str | None:
-        """The computation named by an attribute, such as `body`."""
+        """Return the computation that an attribute such as `body` names, or None."""
         found = re.search(rf"\b{attribute}=%([\w.\-]+)", self.rest)
         return found and found[1]
 
 
 @dataclass
 class Collective:
-    """One kind of collective over one size of group, summed over a step."""
+    """All collectives of one kind over one group of devices, summed over a step."""
 
     kind: str
     group: tuple[int, ...]  # devices of the first group
     overlaps: bool  # starts in one instruction and ends in a later one
     count: int = 0
-    bytes: int = 0  # of the results
-    largest: int = 0  # of one array
+    bytes: int = 0  # of all results
+    largest: int = 0  # bytes of the largest array
     wire: float = 0.0  # bytes a device sends
 
 
@@ -58,13 +60,13 @@ class Kernel:
 
     name: str
     shape: tuple[int, int, int, int]  # B, heads, queries, K
-    num_keys: int  # more than queries where keys are gathered
+    num_keys: int  # more than queries if keys are gathered
     count: int
 
 
 @dataclass
 class Program:
-    """What a step does on one device."""
+    """The work of one step on one device."""
 
     collectives: list[Collective]
     kernels: list[Kernel]
@@ -73,7 +75,7 @@ class Program:
 
 
 def read_program(text: str) -> Program:
-    """The collectives, kernels and estimated cycles of a compiled program's text."""
+    """Return the collectives, kernels and estimated cycles of a compiled program's text."""
     computations, entry = _parse(text)
     program, collectives = Program([], []), {}
     for instruction, times, beside in _walk(computations, entry, 1, False):
@@ -100,7 +102,7 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
         if head := _COMPUTATION.match(line):
             current = computations.setdefault(head[2], [])
             entry = head[2] if head[1] else entry
-        elif line == "}":  # attributes of kernels hold lines that only begin with one
+        elif line == "}":  # only a whole line: attributes of kernels have lines that begin with "}"
             current = None
         elif current is not None and (found := _INSTRUCTION.match(line)):
             current.append(Instruction(*found.groups()))
@@ -110,8 +112,10 @@ def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
 def _walk(
     computations: dict, name: str, times: int, beside: bool
 ) -> Iterator[tuple[Instruction, int, bool]]:
-    """Every instruction, the number of times it runs, and whether beside others, as what a sparse
-    core does; of a conditional, every branch."""
+    """Yield (instruction, times it runs, whether it runs beside others) for all instructions.
+
+    A sparse core runs beside others. All branches of a conditional are counted.
+    """
     for instruction in computations[name]:
         yield instruction, times, beside
         if instruction.opcode == "while":
@@ -136,7 +140,7 @@ def _branches(instruction: Instruction) -> list[str]:
 
 
 def _trips(computations: dict, loop: Instruction) -> int:
-    """The largest constant of the loop's condition."""
+    """Return the number of trips of a loop: the largest constant in its condition."""
     limits = [
         int(re.match(r"\d+", i.rest)[0])
         for i in computations[loop.called("condition")]
@@ -146,10 +150,10 @@ def _trips(computations: dict, loop: Instruction) -> int:
 
 
 def _attention(kernel: Instruction) -> tuple[tuple[int, int, int, int], int]:
-    """(B, heads, queries, K) and the number of keys of an attention kernel.
+    """Return ((B, heads, queries, K), number of keys) of an attention kernel.
 
-    Its last bfloat16 result is (B, heads, _, K), without a B of 1; its first bfloat16 operands are
-    queries and keys, in either order of tokens and K.
+    Its last bfloat16 result has shape (B, heads, _, K), without B if that is 1. Its first bfloat16
+    operands are queries and keys, with tokens and K in either order.
     """
     *batch, heads, _, K = _bfloat16_arrays(kernel.shape)[-1]
     B = math.prod(batch)
@@ -159,7 +163,7 @@ def _attention(kernel: Instruction) -> tuple[tuple[int, int, int, int], int]:
 
 
 def _bfloat16_arrays(shapes: str) -> list[list[int]]:
-    """The dimensions of the bfloat16 arrays of a text."""
+    """Return the dimensions of all bfloat16 arrays in a text."""
     found = [dims for kind, dims in _ARRAY.findall(shapes) if kind == "bf16"]
     return [[int(n) for n in dims.split(",")] for dims in found]
 
@@ -186,7 +190,7 @@ def _group(rest: str) -> tuple[int, ...]:
 
 
 def _iota_group(size: int, dims: list[int], order: list[int]) -> tuple[int, ...]:
-    """The first `size` device numbers of an iota of shape `dims`, transposed by `order`."""
+    """Return the first `size` device numbers of an iota of shape `dims`, transposed by `order`."""
     strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
     group = []
     for place in range(size):
@@ -200,7 +204,7 @@ def _iota_group(size: int, dims: list[int], order: list[int]) -> tuple[int, ...]
 
 def _add(total: Collective, instruction: Instruction, times: int) -> None:
     size, group = sum(instruction.sizes), len(total.group)
-    if instruction.opcode.endswith("-start"):  # operands stand beside the results
+    if instruction.opcode.endswith("-start"):  # its shape lists operands and results
         size //= 2
     share = {
         "all-gather": (group - 1) / group,

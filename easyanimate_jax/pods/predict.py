@@ -1,7 +1,7 @@
-"""A step's time, from the compiler's cycles, the kernels' schedules and the links' rates.
+"""Predict the time of a step from the compiler's cycles, kernel schedules and link rates.
 
-None of it was measured on a chip. The sum takes every collective as waiting; the range says what
-may be wrong: collectives hidden wholly and everything else a fifth faster, or everything a third
+Nothing was measured on a chip. The sum assumes that no collective overlaps with computation. The
+range covers the error: from all collectives hidden and the rest 20 % faster, to everything 33 %
 slower.
 """
 
@@ -12,12 +12,12 @@ from easyanimate_jax.pods.chips import Chip
 from easyanimate_jax.pods.hlo import Collective, Kernel, Program
 
 FASTER, SLOWER = 0.8, 1.33
-SLICE_LINK = 6.25e9  # bytes a second a chip between slices: an assumption
+SLICE_LINK = 6.25e9  # bytes a second per chip between slices: an assumption
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of a step by what they go to."""
+    """The seconds of a step, by kind of work."""
 
     matmul: float
     attention: float
@@ -26,16 +26,16 @@ class Prediction:
 
     @property
     def serial(self) -> float:
-        """With every collective waiting."""
+        """Return the seconds of a step in which no collective overlaps with computation."""
         return self.matmul + self.attention + self.elementwise + self.collectives
 
     def range(self) -> tuple[float, float]:
-        """From collectives hidden and the rest faster, to all of it slower."""
+        """Return (least, most) seconds: collectives hidden and the rest faster; all slower."""
         return (self.serial - self.collectives) * FASTER, self.serial * SLOWER
 
 
 def predict(program: Program, chip: Chip, devices: list, head_width: int) -> Prediction:
-    """Seconds of a step of a compiled program; `devices` in the order of the mesh."""
+    """Return the predicted seconds of a compiled step; `devices` are in the order of the mesh."""
     fused = not any("_dq_" in kernel.name for kernel in program.kernels)
     return Prediction(
         matmul=program.matmul_cycles / chip.clock,
@@ -47,14 +47,14 @@ def predict(program: Program, chip: Chip, devices: list, head_width: int) -> Pre
 
 def _kernel_seconds(kernel: Kernel, chip: Chip, head_width: int, fused: bool) -> float:
     B, heads, queries, K = kernel.shape
-    heads = math.ceil(heads / chip.cores) * chip.cores  # heads are shared out to the cores
+    heads = math.ceil(heads / chip.cores) * chip.cores  # heads are divided among the cores
     product = 2 * B * heads * queries * kernel.num_keys * K * kernel.count
-    rate = min(head_width / 64, 2)  # of the table's, which is for heads of 64
+    rate = min(head_width / 64, 2)  # relative to the table's, which is for head width 64
     if "fwd" in kernel.name:
         return 2 * product / (chip.attention_forward * rate)
     if fused:
         return 4 * product / (chip.attention_backward * rate)
-    return 2 * product / (chip.attention_split_backward * rate)  # each of the two
+    return 2 * product / (chip.attention_split_backward * rate)  # one of the two kernels
 
 
 def _collective_seconds(collective: Collective, chip: Chip, devices: list) -> float:

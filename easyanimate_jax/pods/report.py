@@ -1,4 +1,4 @@
-"""The reports of stages as a table for the terminal, as Markdown, as a web page, and as JSON."""
+"""Write the reports of stages as a terminal table, Markdown, a web page and JSON."""
 
 import dataclasses
 import html
@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 def row(report: StageReport) -> tuple[str, ...]:
-    """One stage under COLUMNS; what is not known is "-"."""
+    """Return the cells of one stage for COLUMNS; unknown figures are "-"."""
     state = sum(report.memory[part] for part in ("weights", "average", "optimizer", "batch"))
     start = (
         report.name,
@@ -57,7 +57,7 @@ def row(report: StageReport) -> tuple[str, ...]:
 
 
 def table(reports: Sequence[StageReport]) -> str:
-    """Columns aligned for the terminal, and under them each stage's parts."""
+    """Return a table for the terminal, followed by the details of each stage."""
     rows = [COLUMNS, *map(row, reports)]
     widths = [max(len(r[i]) for r in rows) for i in range(len(COLUMNS))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)) for r in rows]
@@ -67,13 +67,13 @@ def table(reports: Sequence[StageReport]) -> str:
 
 
 def markdown(reports: Sequence[StageReport]) -> str:
-    """The same table in Markdown."""
+    """Return the same table in Markdown."""
     rows = [COLUMNS, ("---",) * len(COLUMNS), *map(row, reports)]
     return "\n".join("| " + " | ".join(r) + " |" for r in rows)
 
 
 def page(topology: str, reports: Sequence[StageReport]) -> str:
-    """The same table as a web page of one file, with each stage's memory and seconds as bars."""
+    """Return the table as a one-file web page, with each stage's memory and seconds as bars."""
     modelled = any(report.modelled for report in reports)
     legend = web.note(MODEL_LEGEND if modelled else LEGEND)
     sections = [("All stages", web.table(COLUMNS, list(map(row, reports))) + legend)]
@@ -93,24 +93,25 @@ def page(topology: str, reports: Sequence[StageReport]) -> str:
 
 
 LEGEND = (
-    "Fits, GB, kernels and what is sent are the compiler's. PFLOP and attn (attention's share) are "
-    "arithmetic: nothing recomputed counts. Seconds, MFU and days are predicted, measured on no "
-    "chip: cycles that the compiler estimates, kernel schedules and link rates, with every "
-    "collective waiting; the range is from collectives hidden and the rest a fifth faster, to all "
-    "of it a third slower."
+    "Fits, GB, kernels and bytes sent are the compiler's figures. PFLOP and attn (attention's "
+    "share) are arithmetic, without recomputation. Seconds, MFU and days are predicted from the "
+    "compiler's cycles, kernel schedules and link rates; they were not measured on a chip. They "
+    "assume that no collective overlaps with computation. The range is from all collectives hidden "
+    "and the rest 20 % faster, to everything 33 % slower."
 )
 
 
 MODEL_LEGEND = (
-    "Nothing was compiled: the state's GB are exact, the rest counted by what the config keeps; "
-    "seconds follow from FLOPs and bytes at rates measured on one H200. Within 2 % in memory and "
-    "5 % in time of two steps on that card; several GPUs were never measured. The range is from "
-    "collectives hidden and the rest a fifth faster, to all of it a third slower."
+    "Nothing was compiled. The state's GB are exact; the rest follows from the activations that "
+    "the config keeps. Seconds follow from FLOPs and bytes at rates measured on one H200. Two "
+    "steps on that card were within 2 % in memory and 5 % in time; several GPUs were never "
+    "measured. The range is from all collectives hidden and the rest 20 % faster, to everything "
+    "33 % slower."
 )
 
 
 def _memory_parts(report: StageReport) -> dict[str, int]:
-    """Bytes by part; where the compiler refused, what it asked for beside the state is the rest."""
+    """Return {part: bytes}; after a refusal the rest is the needed memory minus the state."""
     state = dict(report.memory)
     rest = "activations and temporaries"
     if report.peak_bytes_per_chip and rest not in state:
@@ -119,7 +120,7 @@ def _memory_parts(report: StageReport) -> dict[str, int]:
 
 
 def _bar(parts: Mapping[str, float], whole: float, unit: str, width: int = 900) -> str:
-    """Parts of `whole` side by side, as SVG, and under them what they are."""
+    """Return an SVG bar of the parts of `whole`, with their names and values below it."""
     x, drawn = 0.0, [f'<rect width="{width}" height="18" fill="#eef2f8"/>']
     for colour, value in zip(web.COLOURS, parts.values(), strict=False):
         length = max(0.0, value) / whole * width
@@ -134,7 +135,7 @@ def _bar(parts: Mapping[str, float], whole: float, unit: str, width: int = 900) 
 
 
 def details(report: StageReport) -> list[str]:
-    """Memory, kernels, collectives and the parts of the predicted time."""
+    """Return lines with a stage's memory, kernels, collectives and parts of predicted time."""
     lines = [f"{report.name} on {report.topology}"]
     lines += [f"  refused by the compiler: {report.message}"] if report.message else []
     lines += ["  not compiled: a model of memory and FLOPs"] if report.modelled else []
@@ -160,6 +161,6 @@ def details(report: StageReport) -> list[str]:
 
 
 def to_json(topology: str, reports: Sequence[StageReport]) -> str:
-    """`{"topology": ..., "stages": [...]}`; figures that are not known are null."""
+    """Return JSON text `{"topology": ..., "stages": [...]}`; unknown figures are null."""
     stages = [dataclasses.asdict(report) for report in reports]
     return json.dumps({"topology": topology, "stages": stages}, indent=1)

@@ -1,8 +1,8 @@
-"""What else fits a pod: meshes, kept activations and microbatches, tried by the compiler.
+"""Find meshes, kept activations and microbatches with which a stage fits a pod.
 
-Arithmetic orders the choices and leaves out what is far too large, so that few are compiled; what
-is returned has been compiled. Only `microbatch` is a stage's own; mesh and kept activations are the
-run's.
+An estimate orders the choices and excludes those that are far too large, so that few are compiled.
+All returned choices have been compiled. `microbatch` belongs to one stage; mesh and kept
+activations are settings of the whole run.
 """
 
 import dataclasses
@@ -19,10 +19,10 @@ from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.compile import Change, StageReport, model_flops
 from easyanimate_jax.training.stages import Stage
 
-TRANSIENTS = 40  # values of the model width a token that one block's backward pass holds
-MATMUL_SHARE = 0.8  # of the peak
-HOPELESS = 1.1  # times the memory, by the estimate: not compiled
-CHANGES, TRIES = 3, 8  # what is looked for, and programs that are compiled for it at most
+TRANSIENTS = 40  # values of model width per token that one block's backward pass holds
+MATMUL_SHARE = 0.8  # of the peak FLOP/s
+HOPELESS = 1.1  # choices with an estimate above this multiple of the memory are not compiled
+CHANGES, TRIES = 3, 8  # changes to find, and programs to compile for them, at most
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,13 @@ class Choice:
     microbatch: int  # rows that go through the network at once
 
     def apply(self, config: TrainConfig, stage: Stage) -> tuple[TrainConfig, Stage]:
+        """Return config and stage with this choice."""
         model = dataclasses.replace(config.model, save=self.save)
         stage = dataclasses.replace(stage, microbatch=self.microbatch)
         return dataclasses.replace(config, mesh=self.mesh, model=model), stage
 
     def differences(self, other: "Choice", stage_index: int) -> list[str]:
-        """The overrides of `train.py` that lead from `other` here."""
+        """Return the overrides of `train.py` that change `other` to this choice."""
         words = []
         if self.mesh != other.mesh:
             for axis, size in dataclasses.asdict(self.mesh).items():
@@ -52,14 +53,17 @@ class Choice:
 
 
 def present(config: TrainConfig, stage: Stage, num_devices: int) -> Choice:
-    """The choice that the config makes on so many devices."""
+    """Return the choice that the config makes on `num_devices` devices."""
     rows = min(stage.microbatch or stage.batch_size, stage.batch_size)
     return Choice(suggest_mesh(config.mesh, num_devices), config.model.save, rows)
 
 
 def choices(config: TrainConfig, stage: Stage, num_devices: int) -> Iterator[Choice]:
-    """Every split of a slice's devices into fsdp and context that the heads allow, the first rows
-    of `facts.ACTIVATIONS` as kept, and microbatches of a power of two rows a group of devices."""
+    """Yield all choices: splits of the devices into `fsdp` and `context` that the heads allow.
+
+    They keep the first n rows of `facts.ACTIVATIONS`, for each n. Microbatches have a power of two
+    rows per group of devices.
+    """
     now = suggest_mesh(config.mesh, num_devices)
     free = [name for name in ACTIVATIONS if name not in config.model.offload]
     inner = num_devices // (now.data * now.tensor)
@@ -80,7 +84,7 @@ def choices(config: TrainConfig, stage: Stage, num_devices: int) -> Iterator[Cho
 def estimate(
     choice: Choice, config: TrainConfig, stage: Stage, tokens: int, chip: Chip
 ) -> tuple[float, float]:
-    """(bytes of a device, seconds of a step), roughly: good for an order, not for a figure."""
+    """Return rough (bytes per device, seconds per step), only good enough to order choices."""
     model, mesh = config.model, choice.mesh
     num_weights = 24 * model.depth * model.width**2  # text and video have their own
     groups, tensor = mesh.data * mesh.fsdp, mesh.tensor
@@ -90,7 +94,7 @@ def estimate(
     local = rows * tokens / (groups * mesh.context)  # tokens of a device in a microbatch
 
     kept = 1 + sum(ACTIVATIONS[name].values for name in choice.save)
-    kept += "attention" in choice.save and model.head_width < 128  # filled up to 128 lanes
+    kept += "attention" in choice.save and model.head_width < 128  # padded to 128 lanes
     value = 2 * local * model.width / tensor
     memory = 24 * num_weights / parts + 4 * num_weights / model.depth / tensor
     memory += value * (model.depth * kept + TRANSIENTS)
@@ -110,9 +114,10 @@ def estimate(
 def ordered(
     config: TrainConfig, stage: Stage, chip: Chip, report: StageReport, *, one_change: bool
 ) -> list[Choice]:
-    """The choices that may fit, the fastest first; with `one_change` those that change one thing.
+    """Return the choices that may fit, the fastest first.
 
-    The estimate of memory is corrected by what the compiler said of the present choice.
+    With `one_change`, return only those that change one setting. The memory estimate is scaled by
+    the compiler's figure for the present choice.
     """
     num_devices = math.prod(report.mesh.values())
     now = present(config, stage, num_devices)
@@ -139,9 +144,9 @@ def changes_that_fit(
     report: StageReport,
     compile_choice: Callable[[TrainConfig, Stage], StageReport],
 ) -> list[Change]:
-    """At most three changes after which a stage that does not fit does, the cheapest first.
+    """Return at most three changes with which a stage fits, the fastest first.
 
-    Each changes one thing; where no such change fits, several.
+    Each changes one setting; if no such change fits, several.
     """
     index = [s.name for s in config.stages].index(stage.name)
     now = present(config, stage, math.prod(report.mesh.values()))
@@ -167,9 +172,10 @@ def fastest(
     report: StageReport,
     compile_choice: Callable[[TrainConfig, Stage], StageReport],
 ) -> tuple[Choice, StageReport]:
-    """Of the choices that the estimate puts first, the one predicted fastest that fits.
+    """Return (choice, report) of the fastest choice that fits, by predicted seconds.
 
-    The present choice is among them. Raises ValueError if nothing that was compiled fits.
+    It compiles the first choices of the estimate; the present choice is also compared. Raises
+    ValueError if none of them fits.
     """
     now = present(config, stage, math.prod(report.mesh.values()))
     tried = [(now, report)]
@@ -185,7 +191,7 @@ def fastest(
 
 
 def variant(path: str, stage: Stage, choice: Choice, report: StageReport) -> str:
-    """A config file: the one at `path` with a choice, for `train.py` to read."""
+    """Return the text of a config file for `train.py`: the config at `path` with a choice."""
     used, given = report.peak_bytes_per_chip / 1e9, report.hbm_bytes / 1e9
     return f'''"""{path} for {report.topology}, found by `python -m easyanimate_jax aot --suggest`.
 

@@ -1,4 +1,4 @@
-"""Captions from a model behind an OpenAI-compatible server, such as vLLM's, in both languages."""
+"""Captions in English and Chinese from a model on an OpenAI-compatible server, such as vLLM."""
 
 import base64
 import io
@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from easyanimate_jax.data.sources.rows import caption_of
+from easyanimate_jax.facts import check_fields
 
 INSTRUCTIONS = (
     "These are frames of one video clip, in order. Describe the clip in detail and without "
@@ -22,17 +23,30 @@ INSTRUCTIONS = (
 
 @dataclass(frozen=True)
 class Server:
-    """A captioner of `curate`: one request an instruction, one caption each.
+    """A captioner for `curate` that sends one request for each instruction.
 
-    `url` ends before `/chat/completions`. The key, if one is needed, is the environment variable
-    OPENAI_API_KEY. Raises ValueError when no usable answer came in `tries` requests.
+    A call takes still frames of a clip, uint8 (F, H, W, 3), and returns one caption per
+    instruction. It raises ValueError if the server gives no usable answer. The environment variable
+    OPENAI_API_KEY holds the key, if the server needs one.
     """
 
     url: str
+    """Address of the server, without `/chat/completions`."""
+
     model: str
+    """Name of the model, as the server knows it."""
+
     instructions: tuple[str, ...] = INSTRUCTIONS
+    """Instructions to the model; each gives one caption of a clip."""
+
     tries: int = 5
+    """Largest number of requests for one caption."""
+
     seconds: float = 120.0
+    """Timeout of a request in seconds."""
+
+    def __post_init__(self):
+        check_fields(self, tries="[1, inf)", seconds="(0, inf)")
 
     def __call__(self, stills: UInt8[np.ndarray, "F H W 3"]) -> list[str]:
         pictures = [{"type": "image_url", "image_url": {"url": _data_url(s)}} for s in stills]

@@ -1,7 +1,7 @@
-"""A clip as it is encoded: its frames at its shape, and what an inpaint or control model is given.
+"""Read a clip for encoding: its frames, and the inputs of inpaint and control models.
 
-What `prepare` encodes once and training encodes anew at every visit (`prepare.visits`) is read
-here. Letters beyond the legend: P token width.
+`prepare` encodes clips once; training on pixels (`runs.visits`) encodes them at every visit. Both
+read them here. Letters beyond the legend: P token width.
 """
 
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from easyanimate_jax.data.control import (
 from easyanimate_jax.data.decode import decoders
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.data.sources.rows import Clip
+from easyanimate_jax.data.times import MARGIN, clip_frames, stride_of
 from easyanimate_jax.diffusion.conditioning import (
     camera_condition,
     given_channel,
@@ -30,6 +31,7 @@ from easyanimate_jax.diffusion.conditioning import (
 from easyanimate_jax.facts import FPS, to_signed
 from easyanimate_jax.models.mmdit import patchify
 
+ASPECT = 0.03  # largest relative difference in aspect of control and clip, from rounded sides
 FIRST_REFERENCE = 0.4  # share of random references that are the first frame (spec 7.2)
 NO_TASK = 0.9  # share of all-masked draws that become plain T2V (spec 6.1)
 
@@ -37,53 +39,64 @@ Video = Float[np.ndarray, "F H W 3"]
 
 
 class Job(NamedTuple):
-    """A clip, the shape it becomes, and where in the file it is read."""
+    """A clip to read: its shape after resizing and its position in the file."""
 
     clip: Clip
     shape: Shape
-    start: int
-    stride: int
+    start: float  # seconds after the clip's first frame
+    stride: int  # take every n-th frame; 0 takes `FPS` frames a second by time stamps
     control: tuple[str, ...] = ()
     random_reference: bool = False
 
 
 class Condition(NamedTuple):
-    """What an inpaint model is given of a clip (spec 6.1); a flag of 0 takes all of it away."""
+    """The condition of an inpaint model (spec 6.1); a false `flag` removes all of it."""
 
     given: Video
-    mask: Float[np.ndarray, "N 4"]  # in tokens, as the network sees it: 1 where given
+    mask: Float[np.ndarray, "N 4"]  # in tokens, as the network's input: 1 = given
     flag: bool
 
 
 class Pixels(NamedTuple):
-    """What is encoded of a clip, in [-1, 1]."""
+    """The pixels of a clip to encode, in [-1, 1]."""
 
     name: str
     video: Video
     conditions: tuple[Condition, ...]
     controls: tuple[Video, ...]
-    rays: Float[np.ndarray, "N 24"] | None  # in tokens; a camera's, in the place of controls
+    rays: Float[np.ndarray, "N 24"] | None  # in tokens; a camera has rays, not controls
     reference: Float[np.ndarray, "1 H W 3"] | None
 
 
-def frames_of(clip: Clip) -> tuple[int, int]:
-    """The clip's frames at the training rate, and the stride in its file that gives it."""
-    stride = max(1, round(clip.fps / FPS))
-    return (clip.num_frames - 1) // stride + 1, stride
+def frames_of(latent_set: LatentSet, clip: Clip) -> int:
+    """Return how many frames the clip has at the frame rate of the set."""
+    return int(clip_frames(clip.num_frames, clip.fps, latent_set.reference_rate))
 
 
 def make_job(latent_set: LatentSet, clip: Clip, shape: Shape, rng: np.random.Generator) -> Job:
-    """The clip at a shape, from a random frame on."""
-    _, stride = frames_of(clip)
-    last_start = clip.num_frames - 1 - (shape.frames - 1) * stride
-    start = clip.first + int(rng.integers(last_start + 1))
+    """Return the job that reads a clip at a shape, from a random frame on.
+
+    With a control file the start is a multiple of 1 / `FPS` s, because the file may have only `FPS`
+    frames a second.
+    """
+    stride, rate = 0, clip.fps
+    if latent_set.reference_rate:
+        stride = int(stride_of(clip.fps))
+        last = clip.num_frames - 1 - (shape.frames - 1) * stride
+    else:
+        rate = FPS if "file" in latent_set.control else rate
+        last = int((_seconds(clip) - (shape.frames - 1) / FPS + MARGIN) * rate)
+    start = int(rng.integers(last + 1)) / (rate or 1)
     return Job(clip, shape, start, stride, latent_set.control, latent_set.random_reference)
 
 
 def read_pixels(
     job: Job, conditions: list[np.random.Generator], reference: np.random.Generator
 ) -> Pixels:
-    """Decode a job, and draw a condition of each generator. ValueError for a file that is bad."""
+    """Decode a job, and draw one condition from each generator.
+
+    Raises ValueError for a file that cannot be decoded or does not fit its clip.
+    """
     frames = _read_frames(job)
     video, controls, rays, first = to_signed(frames), (), None, None
     if job.control:
@@ -100,28 +113,60 @@ def read_pixels(
     return Pixels(job.clip.name, video, given, controls, rays, first)
 
 
+def _seconds(clip: Clip) -> float:
+    """Return the seconds from the clip's first frame to its last; 0 without a frame rate."""
+    return (clip.num_frames - 1) / clip.fps if clip.fps else 0.0
+
+
 def _read_frames(job: Job) -> UInt8[np.ndarray, "F H W 3"]:
-    size = job.shape[1:]
-    if job.clip.kind == "image":
-        return decoders().read_image(job.clip.path, size)
-    return decoders().read_clip(job.clip.path, job.start, job.shape.frames, job.stride, size)
+    clip, count, size = job.clip, job.shape[0], job.shape[1:]
+    if clip.kind == "image":
+        return decoders().read_image(clip.path, size)
+    if job.stride:
+        return decoders().read_clip(clip.path, _number(job), count, job.stride, size)
+    return decoders().read_at(
+        clip.path, job.start, count, size, clip.first, clip.first + clip.num_frames
+    )
+
+
+def _number(job: Job) -> int:
+    """Return the index in the file of the first frame of a job with a stride."""
+    return job.clip.first + round(job.start * job.clip.fps)
 
 
 def _read_control(job: Job, control: str, frames: UInt8[np.ndarray, "F H W 3"]) -> np.ndarray:
-    """The control of the same frames, resized and cropped as they were (spec 7.2), or the rays."""
+    """Return the control at the times of the clip's frames, cropped like them; or a camera's rays.
+
+    See spec 7.2. Raises ValueError for a control file that does not fit its clip.
+    """
     if control not in ("file", "camera"):
         return control_video(frames, control)
-    path, (count, height, width) = job.clip.control, job.shape
+    clip, path, (count, height, width) = job.clip, job.clip.control, job.shape
     if path is None:
-        raise ValueError(f"{job.clip.name} has no control_file_path, and the set wants one")
+        raise ValueError(f"{clip.name} has no control_file_path, and the set needs one; add it")
     if control == "camera":
-        start = job.start - job.clip.first  # the poses are those of the clip
-        camera = stretched_camera(read_camera(path), job.clip.num_frames)
-        chosen = slice(start, start + (count - 1) * job.stride + 1, job.stride)
+        camera = stretched_camera(read_camera(path), clip.num_frames)  # the poses are the clip's
+        step = job.stride or clip.fps / FPS
+        chosen = np.rint(job.start * clip.fps + step * np.arange(count)).astype(int)
         return pluecker_rays(Camera(*(x[chosen] for x in camera)), height, width)
-    if decoders().probe(path).kind == "image":
-        return np.repeat(decoders().read_image(path, (height, width)), count, axis=0)
-    return decoders().read_clip(path, job.start, count, job.stride, (height, width))
+    size, probe = (height, width), decoders().probe(path)
+    if abs(probe.height * clip.width / (probe.width * clip.height) - 1) > ASPECT:
+        raise ValueError(
+            f"{path} is {probe.height}x{probe.width}, and {clip.name} {clip.height}x{clip.width}: "
+            f"the control has another aspect; make it from the uncropped clip"
+        )
+    if probe.kind == "image":
+        return np.repeat(decoders().read_image(path, size), count, axis=0)
+    before = decoders().read_seconds(clip.path)[clip.first] if clip.first else 0.0
+    longer = probe.seconds - before - _seconds(clip)
+    if longer < -1 / FPS - MARGIN or (longer > 1 / FPS + MARGIN and not clip.first):
+        raise ValueError(
+            f"{path} lasts {probe.seconds:.2f} s from its first frame to its last, and {clip.name} "
+            f"{_seconds(clip):.2f} s; give the control the frames, or the frame rate, of the clip"
+        )
+    if job.stride:
+        return decoders().read_clip(path, _number(job), count, job.stride, size)
+    return decoders().read_at(path, before + job.start, count, size)
 
 
 def _condition(rng: np.random.Generator, video: Video) -> Condition:
@@ -132,7 +177,7 @@ def _condition(rng: np.random.Generator, video: Video) -> Condition:
 
 
 def _reference_frame(rng: np.random.Generator, frames: int) -> int:
-    """Any frame, the first in `FIRST_REFERENCE` of all cases."""
+    """Return the index of a random frame; it is the first with probability `FIRST_REFERENCE`."""
     if frames == 1 or rng.random() < FIRST_REFERENCE:
         return 0
     return int(rng.integers(1, frames))

@@ -1,12 +1,12 @@
-"""From raw films to a table of clips: probe, cut, score, remove near-duplicates, report.
+"""Turn raw films into a table of clips: probe, cut, score, remove near-duplicates, report.
 
     python -m easyanimate_jax curate SOURCE OUT
 
-`SOURCE` is any source of data/sources, or a folder of films without captions. Nothing is rewritten:
-a clip is a span of a file. OUT/clips.parquet is the table, one row per clip, with its scores and,
-if it was left out, why; a config's `source` may name it. OUT/films/ holds a finished film each, so
-a stopped run goes on, and `--part 2 --parts 8` lets eight processes share the films. OUT/funnel.txt
-and OUT/funnel.html say what was left out at every step.
+`SOURCE` is any source of data/sources, or a folder of films without captions. No video is
+rewritten: a clip is a span of a file. OUT/clips.parquet has one row per clip with its scores, and
+the reason if it was left out; a config can use it as `source`. OUT/films/ has one file per finished
+film, so that a stopped run can resume. `--part 2/8` shares the films between 8 processes.
+OUT/funnel.txt and OUT/funnel.html list what was left out at each step.
 """
 
 import hashlib
@@ -28,25 +28,31 @@ from easyanimate_jax.data.decode import Decoders
 from easyanimate_jax.data.sources import clip_table
 from easyanimate_jax.data.sources.layouts import MEDIA
 from easyanimate_jax.data.sources.read import read_clips
+from easyanimate_jax.facts import check_fields
 from easyanimate_jax.prepare import funnel
 from easyanimate_jax.prepare.scores import SCORES, Score, picture_hash
 from easyanimate_jax.prepare.shots import Span, Splitting, find_cuts, split
 
-SMALL, LARGE = 160, 512  # pixels of the longer side: for cuts and motion, for stills
-MAX_FRAMES = 20_000  # of a film; all of them are in memory, small
-SECONDS = 600.0  # to decode a film
-NEAR = 5  # bits by which hashes of near-duplicates differ, at most
-CLIP_FIELDS = ("clip", "file", "kind", "first", "frames", "fps", "height", "width")
+SMALL, LARGE = 160, 512  # pixels of the longer side: for cuts and motion, and for stills
+MAX_FRAMES = 20_000  # frames of a film, at most: all are held in memory at the small size
+SECONDS = 600.0  # time limit for decoding a film
+NEAR = 5  # hashes of near-duplicates differ in at most this many bits
 
 Captioner = Callable[[np.ndarray], Sequence[str]]  # still frames of a clip -> its captions
 
 
 @dataclass(frozen=True)
 class Rules:
-    """`min_pixels` of a frame, and how films are split. Thresholds stand with the scores."""
+    """Rules for cutting films and for the least size; the scores have their own thresholds."""
 
     splitting: Splitting = Splitting()
+    """Rules for the length of clips."""
+
     min_pixels: int = 512 * 512
+    """Least pixels of a frame; 0 accepts all sizes. The default is the reference's (spec 13)."""
+
+    def __post_init__(self):
+        check_fields(self, min_pixels="[0, inf)")
 
 
 def curate(
@@ -60,9 +66,11 @@ def curate(
     parts: int = 1,
     workers: int | None = None,
 ) -> list[dict] | None:
-    """Make the table; None while other parts are not done. Returns its rows.
+    """Make the table of clips and return its rows; return None while other parts are not done.
 
-    Captions are those of the source's film, or what `captioner` makes of a clip's stills.
+    Captions are those of the source, or those that `captioner` writes for stills of a clip. This
+    process takes every `parts`-th film from number `part` on, and decodes with `workers` threads
+    (default: one per CPU).
     """
     films = _films(source)
     root = source if source.is_dir() else source.parent
@@ -94,7 +102,7 @@ def curate(
 
 
 def _films(source: Path) -> dict[str, tuple[str, ...]]:
-    """Captions by file name; a folder without any is a folder of films."""
+    """Return {file name: captions}; in a folder that is no other source, take all films."""
     try:
         clips, _ = read_clips(source)
     except ValueError:
@@ -108,7 +116,10 @@ def _films(source: Path) -> dict[str, tuple[str, ...]]:
 
 
 def _film(decoders, root: Path, name: str, captions, rules: Rules, scores, captioner) -> list[dict]:
-    """A row for each span of a film, scored; a single row with a reason if it does not decode."""
+    """Return a scored row for each span of a film.
+
+    A film that does not decode gives a single row with the reason.
+    """
     base = {"clip": name, "file": name, "kind": "video", "first": 0, "frames": 0, "fps": 0.0}
     base |= {"height": 0, "width": 0, "captions": list(captions), "left_out": "", "hash": 0}
     try:
@@ -127,6 +138,7 @@ def _film(decoders, root: Path, name: str, captions, rules: Rules, scores, capti
             spans, short = split(num_frames, cuts, fps or 25.0, rules.splitting)
             wanted = sorted({i for span in spans for i in _still_frames(span)})
             stills = decoders.read_frames(path, wanted, LARGE) if wanted else None
+            seconds = decoders.read_seconds(path)
     except ValueError as error:
         return [base | {"left_out": f"does not decode: {error}"}]
     rows = []
@@ -134,6 +146,8 @@ def _film(decoders, root: Path, name: str, captions, rules: Rules, scores, capti
         rows.append(_row(base, span) | {"left_out": "shorter than the shortest clip"})
     for span in spans:
         row = _row(base, span)
+        if kind == "video" and (lasts := seconds[span.end - 1] - seconds[span.first]):
+            row["fps"] = (span.end - span.first - 1) / lasts  # the span's own: the rate may vary
         some = stills if kind == "image" else stills[np.searchsorted(wanted, _still_frames(span))]
         row["hash"] = picture_hash(some[len(some) // 2])
         for score in scores:
@@ -162,7 +176,7 @@ def _still_frames(span: Span) -> list[int]:
 
 
 def _judge(rows: list[dict], rules: Rules, scores: Sequence[Score]) -> None:
-    """Fill `left_out`, in the order of the funnel: each step sees what the one before left."""
+    """Set `left_out` of the rows, step by step; each step checks the rows left by the previous."""
 
     def drop(reason: str, bad: Callable[[dict], bool]) -> None:
         for row in rows:
@@ -182,8 +196,10 @@ def _judge(rows: list[dict], rules: Rules, scores: Sequence[Score]) -> None:
 
 
 def _rate(rows: list[dict], scores: Sequence[Score]) -> None:
-    """Give each kept row its `quality`: the share of the kept clips of its kind that it beats, by
-    the sum of its ranks in every score."""
+    """Set `quality` of each kept row: the share of kept clips of its kind with a lower rank.
+
+    Clips are ranked by the sum of their ranks in all scores.
+    """
     for kind in ("image", "video"):
         kept = [row for row in rows if not row["left_out"] and row["kind"] == kind]
         total = np.zeros(len(kept))
@@ -195,14 +211,15 @@ def _rate(rows: list[dict], scores: Sequence[Score]) -> None:
 
 
 def _rank(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """How many of the values are smaller than each."""
+    """Return for each value how many of the values are smaller."""
     return np.searchsorted(np.sort(values), values)
 
 
 def _near_duplicates(rows: list[dict]) -> set[str]:
-    """Names of clips whose picture a larger or earlier clip has; kinds are kept apart.
+    """Return the names of clips whose picture is that of a larger or earlier clip of their kind.
 
-    Hashes that differ in at most NEAR bits share one of NEAR + 1 bands, so only those are compared.
+    Hashes that differ in at most NEAR bits agree in one of NEAR + 1 bands of bits. So only hashes
+    with an equal band are compared.
     """
     bands, repeated = {}, set()
     edges = np.linspace(0, 64, NEAR + 2).astype(int).tolist()
@@ -231,7 +248,7 @@ def _write(path: Path, rows: list[dict], root: str, scores: Sequence[Score]) -> 
 
 
 def _thumbnails(root: Path, rows: list[dict]) -> dict[str, np.ndarray]:
-    """Middle frames of the rows that the page shows."""
+    """Return {clip name: its middle frame} for the rows that the page shows."""
     decoders, found = Decoders(1, SECONDS), {}
     for row in funnel.shown(rows):
         try:
@@ -242,7 +259,7 @@ def _thumbnails(root: Path, rows: list[dict]) -> dict[str, np.ndarray]:
             else:
                 middle = row["first"] + row["frames"] // 2
                 found[row["clip"]] = decoders.read_frames(path, [middle], SMALL)[0]
-        except ValueError:  # the row says why
+        except ValueError:  # the row already has the reason
             continue
     decoders.close()
     return found

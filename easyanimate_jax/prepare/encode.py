@@ -1,8 +1,8 @@
-"""Pixels -> latents in tokens, on the devices of this process: one program per pixel shape.
+"""Encode pixels to latent tokens on the devices of this process, with one program per shape.
 
-Rows of one shape go over the devices, each of which holds the whole VAE; nothing is exchanged, so
-processes need not encode the same shapes at the same time. Letters beyond the legend: R rows of a
-program, P token width.
+Rows of one shape are sharded over the devices; each device holds the whole VAE. Processes exchange
+nothing, so they can encode different shapes at the same time. Letters beyond the legend: R rows of
+a program, P token width.
 """
 
 import time
@@ -21,8 +21,8 @@ from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.prepare.clips import Pixels
 from easyanimate_jax.sharding import batch_sharding
 
-PIXELS = 2**24  # encoded at once, at most
-CPU_PIXELS = 2**17  # one clip keeps all cores busy, and a missing row costs as much as any
+PIXELS = 2**24  # pixels encoded at once, at most
+CPU_PIXELS = 2**17  # on CPUs: one clip uses all cores, and a padding row costs as much as a clip
 
 Tokens = Float[np.ndarray, "_rows N P"]
 
@@ -30,7 +30,8 @@ Tokens = Float[np.ndarray, "_rows N P"]
 class Encoder:
     """The VAE's encoder on `devices`, for at most `most` clips of one shape at once.
 
-    Rows that are missing repeat the last clip. `announce` is told of each program to be compiled.
+    Missing rows are padded with the last clip. `announce` is called before and after each
+    compilation, with a line of text.
     """
 
     def __init__(
@@ -44,13 +45,13 @@ class Encoder:
         self.programs = {}  # (frames, height, width) -> compiled program
 
     def rows(self, shape: Shape) -> int:
-        """Clips of a shape that are encoded at once: whole devices."""
+        """Return how many clips of a shape are encoded at once, a multiple of the devices."""
         pixels = CPU_PIXELS if self.mesh.devices.flat[0].platform == "cpu" else PIXELS
         rows = min(self.most, pixels // (shape[0] * shape[1] * shape[2]))
         return -(-max(1, rows) // self.mesh.size) * self.mesh.size
 
     def __call__(self, videos: Sequence[Float[np.ndarray, "F H W 3"]]) -> tuple[Tokens, Tokens]:
-        """Mean and log-variance of the normalised latents of videos of one shape."""
+        """Return mean and log-variance of the normalised latents of videos of one shape."""
         shape = Shape(*videos[0].shape[:3])
         program, rows = self._program(shape), self.rows(shape)
         parts = []
@@ -75,14 +76,17 @@ class Encoder:
 
 
 def encode_pixels(encoder: Encoder, clips: Sequence[Pixels]) -> list[dict[str, np.ndarray]]:
-    """The latents of clips of one shape, their conditions and controls, as records hold them."""
+    """Return a record of each clip: float16 latents of it, its conditions and its controls.
+
+    The clips have one shape. Raises ValueError if a value is not finite in float16.
+    """
 
     def encoded(name: str, videos: list) -> dict[str, np.ndarray]:
         mean, logvar = encoder(videos)
         return {f"{name}mean": mean, f"{name}logvar": logvar}
 
     def each(name: str, kinds: Iterable[Sequence]) -> dict[str, np.ndarray]:
-        """Of several videos of every clip."""
+        """Return the encoded fields of several videos per clip, stacked on axis 1."""
         columns = [encoded(name, list(videos)) for videos in kinds]
         return {field: np.stack([c[field] for c in columns], axis=1) for field in columns[0]}
 
@@ -110,7 +114,7 @@ def encode_pixels(encoder: Encoder, clips: Sequence[Pixels]) -> list[dict[str, n
 def _encode(
     vae: CausalVAE, videos: Float[Array, "R F H W 3"]
 ) -> tuple[Float[Array, "R N P"], Float[Array, "R N P"]]:
-    """Mean and log-variance of the normalised latents, as tokens."""
+    """Return mean and log-variance of the normalised latents, as tokens."""
     mean, logvar = vae.encode(videos)
     scale = jnp.array(vae.config.latent_scale).reshape(1, 1, 1, 1, -1)
     return patchify(vae.normalize(mean)), patchify(logvar + 2 * jnp.log(scale))

@@ -1,4 +1,4 @@
-"""How many clips every step of curation left, as text and as a page with pictures."""
+"""The funnel: how many clips each step of curation kept, as text and as a web page."""
 
 import base64
 import html
@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-PICTURES = 8  # of every step
+PICTURES = 8  # pictures of each step on the page
 
 
 def steps(rows: list[dict]) -> list[tuple[str, int, int]]:
-    """(reason, clips it left out, clips left after it), in the order of the steps."""
+    """Return (reason, clips left out for it, clips left after it) of each step, in order."""
     reasons = Counter(_step(row) for row in rows if row["left_out"])
     left, found = len(rows), []
     for reason in dict.fromkeys(sorted(reasons, key=lambda r: _ORDER.get(r.split()[0], 5))):
@@ -26,7 +26,7 @@ _ORDER = {"does": 0, "shorter": 1, "fewer": 2, "near-duplicate": 3, "no": 9}
 
 
 def text(rows: list[dict]) -> str:
-    """The funnel, a line a step."""
+    """Return the funnel as text, one line for each step."""
     found = steps(rows)
     lines = [" -> ".join(f"{n:,}" for n in (len(rows), *(left for *_, left in found)))]
     lines += [f"  {lost:>10,} left out: {reason}" for reason, lost, _ in found]
@@ -34,7 +34,7 @@ def text(rows: list[dict]) -> str:
 
 
 def shown(rows: list[dict]) -> list[dict]:
-    """Some rows of each step, and some of those that are kept."""
+    """Return at most `PICTURES` rows of each step, and of the rows that are kept."""
     by_step = {}
     for row in rows:
         by_step.setdefault(_step(row), []).append(row)
@@ -42,7 +42,7 @@ def shown(rows: list[dict]) -> list[dict]:
 
 
 def write(out: Path, rows: list[dict], thumbnails: dict[str, np.ndarray]) -> None:
-    """`funnel.txt` and `funnel.html`."""
+    """Write `funnel.txt` and `funnel.html` into the folder `out`."""
     (out / "funnel.txt").write_text(text(rows) + "\n")
     found = [*steps(rows), ("", len(rows) - sum(n for _, n, _ in steps(rows)), 0)]
     parts = [
@@ -70,7 +70,7 @@ def write(out: Path, rows: list[dict], thumbnails: dict[str, np.ndarray]) -> Non
 
 
 def _step(row: dict) -> str:
-    """The reason without what belongs to one file."""
+    """Return the reason without the details of one file."""
     return row["left_out"].split(":")[0]
 
 

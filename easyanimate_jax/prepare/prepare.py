@@ -1,9 +1,9 @@
-"""From captioned files to encoded records: `python -m easyanimate_jax prepare CONFIG`.
+"""Encode captioned files to records: `python -m easyanimate_jax prepare CONFIG`.
 
-Every clip is cut to a shape of its set's budget and encoded once, mean and log-variance, so that
-training reads tokens and draws fresh samples. What cannot be encoded ahead stays a draw: captions
-are all kept, and of I2V masks and noised references (spec 6.1) there are several per clip. Of a set
-of `pixels` only the texts are encoded, see prepare/visits.py.
+Each clip is cropped to a shape of its set's budget and encoded once, to mean and log-variance.
+Training reads these tokens and draws new samples. All captions are kept, and several I2V masks with
+noised references (spec 6.1) are drawn per clip. A set with `pixels` has only its texts encoded here
+(see runs/visits.py).
 
     OUT/SET/                  the records of one latent set, see data/records.py
     OUT/empty.safetensors     text states of the empty prompt
@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,9 +34,11 @@ from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.prepare.clips import Job, Pixels, frames_of, make_job, read_pixels
 from easyanimate_jax.prepare.encode import Encoder, encode_pixels
 
+logger = logging.getLogger(__name__)
+
 SHARD_SIZE = 128  # records
 ROWS = 16  # clips encoded at once, at most
-TEXT_ROWS, TEXT_CACHE = 128, 2**30  # prompts whose states are made at once; bytes of states kept
+TEXT_ROWS, TEXT_CACHE = 128, 2**30  # prompts encoded at once; bytes of text states in the cache
 MODEL_FILES = (
     "*.safetensors",
     "config.json",
@@ -59,43 +62,37 @@ def prepare(
     *,
     weights: dict[str, str],
     shard_size: int = SHARD_SIZE,
-    part: int = 0,
-    parts: int = 1,
+    part: tuple[int, int] = (0, 1),
 ) -> bool:
-    """Encode the clips of `source` for every set; finished shards are kept, others made.
+    """Encode the clips of `source` for every set; return whether all sets are complete.
 
-    Of `parts` processes, on any hosts, each makes every `parts`-th shard, and the last to end the
-    index. Returns whether all sets are whole.
+    Finished shards are kept.
 
-    `text_encoder.encode(prompts)` gives one array of states per encoder. `weights` are the
-    fingerprints of the VAE's and the text encoders' folders: records of others are not mixed in.
-    Raises ValueError when more than `MAX_BAD` of a set's clips, or of a part's, cannot be read.
+    `part` (k, n) makes every n-th shard from the k-th on, so n processes on any hosts can share the
+    work. The last process to finish writes the index.
+
+    `text_encoder.encode(prompts)` returns one array of states per encoder. `weights` are the
+    fingerprints of the folders of VAE and text encoders; records made with other models are not
+    mixed in. Raises ValueError if more than `MAX_BAD` of the clips of a set or part are unreadable.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     clips, problems = read_clips(source)
     quarantine = Quarantine(output / "quarantine.jsonl")
+    part, parts = part
     for problem in problems if part == 0 else ():
         quarantine.add(problem._asdict())
     texts = TextStates(text_encoder)
-    encoder = Encoder(vae, jax.local_devices(), most=ROWS, announce=tqdm.write)
+    encoder = Encoder(vae, jax.local_devices(), most=ROWS, announce=logger.info)
     write_texts(output / "empty.safetensors", texts([""]))
     if prompts:
         write_texts(output / "prompts.safetensors", texts(prompts))
     whole = []
     for latent_set in sets:
         jobs = select(latent_set, clips, seed)
-        identity = {
-            "set": _told(latent_set),
-            "weights": weights,
-            "seed": seed,
-            "jobs": _digest(repr([(j.clip.name, j.clip.captions, *j[1:4]) for j in jobs])),
-            "shard_size": shard_size,
-        }
-        folder, root = output / latent_set.name, places.root_of(job.clip for job in jobs)
-        if latent_set.pixels:
-            identity["root"] = os.path.relpath(root, os.path.realpath(folder))
-        writer = Writer(folder, json.loads(json.dumps(identity)))
+        root = places.root_of(job.clip for job in jobs)
+        made_of = {"weights": weights, "seed": seed, "shard_size": shard_size}
+        writer = _writer(output / latent_set.name, latent_set, jobs, root, made_of)
         shards = [jobs[i : i + shard_size] for i in range(0, len(jobs), shard_size)]
         todo = [n for n in range(part, len(shards), parts) if not writer.has(n)]
         own = sum(len(shard) for shard in shards[part::parts])
@@ -115,14 +112,14 @@ def prepare(
 
 
 def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]:
-    """The set's clips, each with its shape, ordered so that equal shapes are neighbours."""
+    """Return the set's clips as jobs, sorted by shape. Raises ValueError if no clip fits."""
     jobs = []
     for clip in clips:
         if clip.kind not in latent_set.kinds or clip.quality < latent_set.min_quality:
             continue
         if min(clip.height, clip.width) < latent_set.min_side:
             continue
-        frames, _ = frames_of(clip)
+        frames = frames_of(latent_set, clip)
         shape = latent_set.budget.choose(frames, clip.height, clip.width, clip.name)
         if shape is not None:
             jobs.append(make_job(latent_set, clip, shape, _rng(seed, latent_set.name, clip.name)))
@@ -137,7 +134,7 @@ def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]
 
 
 def fingerprint(folder: str | Path) -> str:
-    """A hash of a model folder: weights, configs and tokenizers, not what its training left."""
+    """Return a hash of a model folder: of weights, configs and tokenizers, not of other files."""
     digest = hashlib.blake2b(digest_size=16)
     found = (path for pattern in MODEL_FILES for path in Path(folder).rglob(pattern))
     for path in sorted(path for path in found if path.is_file()):
@@ -148,13 +145,14 @@ def fingerprint(folder: str | Path) -> str:
 
 
 class Quarantine:
-    """A JSON line for each thing left out; a resumed run does not repeat them."""
+    """A JSON-lines file of rows and clips that were left out; a resumed run repeats no line."""
 
     def __init__(self, path: Path):
         self.path = path
         self.lines = set(path.read_text().splitlines()) if path.is_file() else set()
 
     def add(self, entry: dict) -> None:
+        """Append an entry, unless the file already has it."""
         line = json.dumps(entry, ensure_ascii=False)
         if line not in self.lines:
             self.lines.add(line)
@@ -163,13 +161,16 @@ class Quarantine:
 
 
 class TextStates:
-    """Text states as float16, each distinct prompt encoded once while the cache lasts."""
+    """Text states as float16, with a cache: each distinct prompt in it is encoded once."""
 
     def __init__(self, text_encoder):
         self.text_encoder, self.cache = text_encoder, {}
 
     def __call__(self, prompts: Sequence[str]) -> Texts:
-        """The states of `prompts`, per encoder."""
+        """Return the states of `prompts`, one array per encoder.
+
+        Raises ValueError if a state is not finite in float16.
+        """
         new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
         for i in range(0, len(new), TEXT_ROWS):
             some = new[i : i + TEXT_ROWS]
@@ -184,14 +185,14 @@ class TextStates:
 
 
 class Reader:
-    """Reads and encodes a set's jobs; counts those that do not read, and stops at too many."""
+    """Reads and encodes the jobs of a set; raises ValueError after too many unreadable clips."""
 
     def __init__(self, latent_set: LatentSet, jobs: int, encoder, quarantine, seed: int, progress):
         self.latent_set, self.jobs, self.encoder, self.seed = latent_set, jobs, encoder, seed
         self.quarantine, self.progress, self.bad = quarantine, progress, 0
 
     def __call__(self, jobs: Sequence[Job]) -> list[tuple[Job, dict[str, np.ndarray]]]:
-        """The jobs that read, with their records."""
+        """Return (job, record) of each readable job; the others go to the quarantine."""
         encoded = []
         with ThreadPoolExecutor() as pool:
             for group in self._groups(jobs):
@@ -208,7 +209,7 @@ class Reader:
         return encoded
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Neighbours of one shape, as many as are encoded at once."""
+        """Yield groups of neighbouring jobs of one shape, as many as are encoded at once."""
         for shape, same in itertools.groupby(jobs, key=lambda job: job.shape):
             while group := list(itertools.islice(same, self.encoder.rows(shape))):
                 yield group
@@ -229,18 +230,21 @@ class Reader:
         if self.bad > max(1, MAX_BAD * self.jobs):
             raise ValueError(
                 f"set {self.latent_set.name!r}: {self.bad} of {self.jobs} clips cannot be read; "
-                f"the reasons are in {self.quarantine.path}"
+                f"repair or remove them. The reasons are in {self.quarantine.path}"
             )
 
 
 def _located(jobs: Sequence[Job], root: Path, progress) -> list[tuple[Job, dict[str, np.ndarray]]]:
-    """The jobs, with records that say where their clips lie."""
+    """Return (job, record) of each job; the record holds the location of its clip."""
     progress.update(len(jobs))
     return [(job, {"place": places.to_bytes(job.clip, root)}) for job in jobs]
 
 
 def _add_texts(encoded: list[tuple[Job, dict]], texts: TextStates) -> None:
-    """Give every record the states of its captions, a shard's together: full batches."""
+    """Add the text states of its captions to every record.
+
+    The captions of a shard are encoded together, so that batches are full.
+    """
     if not encoded:
         return
     states = texts([caption for job, _ in encoded for caption in job.clip.captions])
@@ -251,12 +255,30 @@ def _add_texts(encoded: list[tuple[Job, dict]], texts: TextStates) -> None:
         first = last
 
 
+def _writer(
+    folder: Path, latent_set: LatentSet, jobs: Sequence[Job], root: Path, made_of: dict
+) -> Writer:
+    """Return the set's writer; it continues only shards of the same set, jobs and `made_of`."""
+    identity = {
+        "set": _told(latent_set),
+        "jobs": _digest(repr([(j.clip.name, j.clip.captions, *j[1:4]) for j in jobs])),
+        **made_of,
+    }
+    if latent_set.pixels:
+        identity["root"] = os.path.relpath(root, os.path.realpath(folder))
+    return Writer(folder, json.loads(json.dumps(identity)))
+
+
 def _told(latent_set: LatentSet) -> dict:
-    """The set's fields, but for those that older sets do not know and that say nothing here."""
+    """Return the set's fields without the newer ones that are unset.
+
+    Sets written by older versions do not have these fields.
+    """
     fields = dataclasses.asdict(latent_set)
     unknown = () if latent_set.control else ("control", "random_reference")
     unknown += () if latent_set.min_quality else ("min_quality",)
     unknown += () if latent_set.pixels else ("pixels",)
+    unknown += () if latent_set.reference_rate else ("reference_rate",)
     return {name: value for name, value in fields.items() if name not in unknown}
 
 

@@ -1,8 +1,8 @@
-"""What a clip is worth, from its pixels: classical measures, and the form of a model's.
+"""Scores of a clip's quality, computed from its pixels by classical measures.
 
-A score is a function of a few frames (F, H, W, 3) uint8 and the seconds between them, and the range
-of values to keep. A large model is another `Score`; the names and ranges are the reference's where
-it has the same measure (spec 13), with an own name where ours measures something simpler.
+A `Score` is a function of a few frames, uint8 (F, H, W, 3), and a scale, with the range of values
+to keep. A large model can be used as another `Score`. Names and ranges are the reference's if it
+has the same measure (spec 13); simpler measures of ours have other names.
 """
 
 import itertools
@@ -18,11 +18,11 @@ Pictures = UInt8[np.ndarray, "F H W 3"]
 
 @dataclass(frozen=True)
 class Score:
-    """Clips whose `measure` is outside [low, high] are left out.
+    """A measure of clips; clips whose value is outside [low, high] are left out.
 
-    `frames` says what it is given: "motion" frames two a second and small, or "still" ones, first,
-    middle and last, up to 512 pixels long. `better` is 1 if more is better, -1 if less is, and 0 if
-    the score says nothing of a clip's quality inside its range.
+    `frames` chooses the input of `measure`. "motion" gives small frames, two a second. "still"
+    gives the first, middle and last frame, with up to 512 pixels on the longer side. `better` is 1
+    if high values are better, -1 if low ones are, and 0 if the value does not rank clips.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Score:
 
 
 def motion(frames: Pictures, scale: float) -> float:
-    """Mean length of Farneback's flow between neighbours, in pixels of the source."""
+    """Return the mean length of Farneback's flow between neighbours, in pixels of the source."""
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
     flows = [
         np.linalg.norm(cv2.calcOpticalFlowFarneback(a, b, None, 0.5, 3, 15, 3, 5, 1.2, 0), axis=-1)
@@ -44,7 +44,7 @@ def motion(frames: Pictures, scale: float) -> float:
 
 
 def consistency(frames: Pictures, scale: float) -> float:
-    """The smallest cosine between the colour histograms of neighbours."""
+    """Return the smallest cosine similarity of the colour histograms of neighbouring frames."""
     histograms = []
     for frame in frames:
         histogram, _ = np.histogramdd(frame.reshape(-1, 3), bins=(8, 8, 8), range=[(0, 256)] * 3)
@@ -54,12 +54,12 @@ def consistency(frames: Pictures, scale: float) -> float:
 
 
 def sharpness(frames: Pictures, scale: float) -> float:
-    """Variance of the Laplacian of the sharpest picture."""
+    """Return the variance of the Laplacian of the sharpest frame."""
     return max(float(cv2.Laplacian(_grey(frame), cv2.CV_64F).var()) for frame in frames)
 
 
 def text_area(frames: Pictures, scale: float) -> float:
-    """Share of the middle picture in boxes like lines of text: dense, wide, full of edges."""
+    """Return the share of the middle frame in boxes like lines of text: wide and full of edges."""
     grey = _grey(frames[len(frames) // 2])
     edges = cv2.morphologyEx(grey, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
     _, strong = cv2.threshold(edges, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
@@ -80,14 +80,17 @@ def text_area(frames: Pictures, scale: float) -> float:
 
 
 def colourfulness(frames: Pictures, scale: float) -> float:
-    """Hasler and Suesstrunk's measure; a grey picture has 0."""
+    """Return Hasler and Suesstrunk's colourfulness; a grey frame has 0."""
     r, g, b = (frames[..., c].astype(np.float32) for c in range(3))
     rg, yb = r - g, (r + g) / 2 - b
     return float(np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean()))
 
 
 def picture_hash(picture: UInt8[np.ndarray, "H W 3"]) -> int:
-    """64 bits that small changes leave alone: signs of differences of an 8 x 9 thumbnail."""
+    """Return a 64-bit perceptual hash: the signs of differences in an 8 x 9 thumbnail.
+
+    Small changes of the picture change few bits.
+    """
     small = cv2.resize(_grey(picture), (9, 8), interpolation=cv2.INTER_AREA).astype(int)
     bits = np.packbits(small[:, 1:] > small[:, :-1])
     return int.from_bytes(bits.tobytes(), "big")

@@ -1,4 +1,4 @@
-"""Where a film is cut, and which spans of it become clips: the reference's rules (spec 13)."""
+"""Find the cuts of a film and split it into clips, by the reference's rules (spec 13)."""
 
 import itertools
 from dataclasses import dataclass
@@ -8,25 +8,43 @@ import numpy as np
 from jaxtyping import UInt8
 from scenedetect import ContentDetector, FrameTimecode
 
-THRESHOLD, MIN_SCENE = 27.0, 15  # of the content detector; frames
+from easyanimate_jax.facts import check_fields
+
+THRESHOLD, MIN_SCENE = 27.0, 15  # settings of the content detector; MIN_SCENE is in frames
 
 
 @dataclass(frozen=True)
 class Splitting:
-    """Spans shorter than `min_seconds` are left out, longer ones cut into pieces."""
+    """Rules for the length of clips; the defaults are the reference's (spec 13)."""
 
     min_seconds: float = 3.0
+    """Length of the shortest clip in seconds; shorter ones are left out."""
+
     max_seconds: float = 10.0
-    trim_seconds: float = 0.5  # off the end of a scene: the detector finds some cuts late
+    """Length of the longest clip in seconds; longer scenes are cut into pieces of this length."""
+
+    trim_seconds: float = 0.5
+    """Seconds removed from the end of a scene, because the detector finds some cuts late. 0 removes
+    nothing."""
+
+    def __post_init__(self):
+        check_fields(self, min_seconds="[0, inf)", max_seconds="(0, inf)", trim_seconds="[0, inf)")
+        if self.min_seconds > self.max_seconds:
+            raise ValueError(
+                f"Splitting.min_seconds is {self.min_seconds}; use max_seconds, "
+                f"{self.max_seconds}, or less"
+            )
 
 
 class Span(NamedTuple):
+    """A span of frames of a film."""
+
     first: int
     end: int  # one past the last frame
 
 
 def find_cuts(frames: UInt8[np.ndarray, "F H W 3"], fps: float) -> list[int]:
-    """The first frames of all shots but the first."""
+    """Return the indices of the first frames of all shots except the first shot."""
     detector = ContentDetector(threshold=THRESHOLD, min_scene_len=MIN_SCENE)
     cuts = []
     for number, frame in enumerate(frames):
@@ -39,8 +57,8 @@ def find_cuts(frames: UInt8[np.ndarray, "F H W 3"], fps: float) -> list[int]:
 def split(
     num_frames: int, cuts: list[int], fps: float, rules: Splitting
 ) -> tuple[list[Span], list[Span]]:
-    """(the spans that become clips, those that are too short)."""
-    least, most = round(rules.min_seconds * fps), round(rules.max_seconds * fps)
+    """Return (spans that become clips, spans that are too short)."""
+    least, most = round(rules.min_seconds * fps), max(1, round(rules.max_seconds * fps))
     edges = [0, *cuts, num_frames]
     kept, short = [], []
     for first, end in itertools.pairwise(edges):

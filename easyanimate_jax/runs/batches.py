@@ -1,5 +1,6 @@
-"""The batches of a config's stages, as global arrays on its mesh."""
+"""Loaders of a config's stages, and their batches as global arrays on its mesh."""
 
+import logging
 from pathlib import Path
 
 import jax
@@ -17,23 +18,28 @@ from easyanimate_jax.training.program import batch_shardings, microbatch_rows
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.folder import load_vae
 
+logger = logging.getLogger(__name__)
+
 
 def make_loaders(config: TrainConfig, mesh) -> dict[str, Loader]:
-    """The loader of every stage, by its name: of prepared latents, or of the clips themselves.
+    """Return {stage name: loader}; a loader reads prepared latents, or decodes the clips itself.
 
-    Raises ValueError for sets that are not there, or were made with other models.
+    Raises ValueError for latent sets that are missing or were prepared with other models.
     """
     records = {s.name: Records(Path(config.prepared) / s.name) for s in _used(config)}
     _check(config, records)
     encoder = None
     if any(latents.pixels for latents in _used(config)):
         own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-        encoder = Encoder(load_vae(config.vae), own, most=1, announce=print)
+        encoder = Encoder(load_vae(config.vae), own, most=1, announce=logger.info)
     return {s.name: _loader(config, s, mesh, records[s.data], encoder) for s in config.stages}
 
 
 def place(batch: Batch, mesh) -> Batch:
-    """A batch of host arrays as global arrays: rows over data and fsdp, tokens over context."""
+    """Return a batch of host arrays as global arrays on `mesh`.
+
+    Rows are sharded over `data` and `fsdp`, tokens over `context`.
+    """
 
     return jax.tree.map(
         lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda at: x[at]),
@@ -43,9 +49,10 @@ def place(batch: Batch, mesh) -> Batch:
 
 
 def held_rows(stage: Stage, mesh: Mesh, process: int) -> frozenset[int]:
-    """Return the rows of a microbatch that the devices of a process hold, and it has to read.
+    """Return the rows of a microbatch that the devices of a process hold.
 
-    They need not be neighbours: a host of a TPU slice is a block of its torus.
+    The process reads these rows. They need not be neighbours: a host of a TPU slice is a block of
+    its torus.
     """
     rows = microbatch_rows(stage, mesh)
     sharding = NamedSharding(mesh, activation_spec(mesh, (rows,), ("batch",)))
@@ -59,7 +66,10 @@ def _used(config: TrainConfig) -> list:
 
 
 def _check(config: TrainConfig, records: dict[str, Records]) -> None:
-    """Of the models, process 0 reads every byte, as `prepare` did; the others trust it."""
+    """Raise ValueError for a latent set that was prepared with other settings or models.
+
+    Only process 0 computes the fingerprints, because they read every byte of the models.
+    """
     for latents in _used(config):
         made = records[latents.name].header["set"]
         if made.get("pixels", False) != latents.pixels:

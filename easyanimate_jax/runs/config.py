@@ -1,86 +1,180 @@
-"""A run is a value: `TrainConfig` composes the configs of the rooms below it.
+"""The config of a run: `TrainConfig` composes the configs of model, data, stages and optimizer.
 
-`load` reads a Python file of `configs/` and applies `--a.b.0.c value` overrides. A JSON copy of the
-config lies in every run folder and is enough to rebuild everything.
+`load` reads a Python file of `configs/`; the command line overrides its fields (commands/parse.py).
+Every run folder holds a JSON copy of its config, from which the run can be rebuilt.
 """
 
 import dataclasses
 import json
 import runpy
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.buckets import Budget, check_size
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.tasks import TASKS
+from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
+from easyanimate_jax.facts import MAX_STEPS, SEEDS, check_fields
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.optimizer import OptimizerConfig
 from easyanimate_jax.training.program import StepConfig
 from easyanimate_jax.training.stages import Stage
-from easyanimate_jax.training.vae.loop import VAEStage, VAETrainConfig
+from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
 from easyanimate_jax.weights.module import without_removed
 
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """What a run shows of itself: `prompts` sampled every `every` steps with fixed noise."""
+    """The samples that a run makes from its averaged weights, always with the same seed.
+
+    The default size, steps, guidance and seed are the reference's (spec 10.1).
+    """
 
     prompts: tuple[str, ...] = ()
+    """Prompts to sample; with no prompts the run makes no samples."""
+
     every: int = 1000
+    """Steps between samplings; the run also samples at the end of each stage. 0 makes no samples at
+    all."""
+
     frames: int = 49
+    """Frames of a sample, 4n+1."""
+
     height: int = 384
+    """Height of a sample in pixels, a multiple of 16."""
+
     width: int = 672
+    """Width of a sample in pixels, a multiple of 16."""
+
     steps: int = 50
+    """Denoising steps."""
+
     guidance: float = 6.0
+    """Scale of classifier-free guidance; 1 means no guidance (spec 4.5)."""
+
     seed: int = 43
+    """Seed of the noise of every sample."""
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            every="[0, inf)",
+            frames="[1, inf)",
+            height="[16, 1344]",
+            width="[16, 1344]",
+            steps=f"[1, {NUM_TRAIN_TIMES}]",
+            guidance="[0, 100]",
+            seed=SEEDS,
+        )
+        try:
+            check_size(self.frames, self.height, self.width)
+        except ValueError as error:
+            raise ValueError(f"SampleConfig: {error}") from error
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run through the staged schedule.
-
-    `source` is the folder of captioned files, `prepared` what `easyanimate_jax.prepare` made of it,
-    `vae` and `text` the folders of the two frozen models, `run` where checkpoints and metrics go.
-    `init` is what the transformer starts from, for `convert.load_mmdit` to read; "" is noise. Of a
-    run it is the newest checkpoint, or that of `init_step`.
-    Kept are the last `keep` checkpoints, every stage's last, and the multiples of `keep_every`.
-    A step that lasts `hang_seconds` ends the process, unless steps always last about as long.
-    `goodput_job` is the name under which Google Cloud is told where the time goes; "" tells nobody.
-    """
+    """One run through the staged schedule."""
 
     source: str
+    """Folder, table or list of captioned clips (docs/data.md)."""
+
     prepared: str
+    """Folder of the encoded latent sets, which `prepare` makes from `source`."""
+
     vae: str
+    """Folder of the video autoencoder; it is not trained."""
+
     text: str
+    """Folder of the tokenizers and text encoders; they are not trained."""
+
     run: str
+    """Folder of the run: its checkpoints, metrics and samples."""
+
     model: MMDiTConfig
+    """Size of the transformer."""
+
     process: DDPM | Flow
+    """Noise process: `DDPM` for V5, `Flow` for V5.1 (spec 4)."""
+
     sets: tuple[LatentSet, ...]
+    """Latent sets that the stages read; their names must differ."""
+
     stages: tuple[Stage, ...]
+    """Stages of the schedule in their order; their names must differ."""
+
     optimizer: OptimizerConfig = OptimizerConfig()
+    """Update rule of all stages."""
+
     mesh: MeshConfig = MeshConfig()
+    """Devices along each mesh axis."""
+
     samples: SampleConfig = SampleConfig()
+    """Samples that the run makes while it trains."""
+
     ema_decay: float = 0.9999
+    """Decay of the averaged weights per step (spec 9.3); 0 keeps no average."""
+
     text_drop: float = 0.1
+    """Share of captions that are replaced by the empty caption, for guidance (spec 5.3); 0 replaces
+    none."""
+
     seed: int = 42
+    """Seed of the weights, the order of clips and all random draws; the default is that of the
+    released scripts (spec 9.1)."""
+
     init: str = ""
+    """Weights that the transformer starts from: a run folder, a model folder or a file. "" starts
+    from random weights."""
+
     init_step: int | None = None
+    """Checkpoint step to load if `init` is a run. None loads the newest."""
+
     save_every: int = 1000
+    """Steps between checkpoints; the run also saves at the end of each stage. 0 saves only at the
+    ends of stages."""
+
     keep: int = 3
+    """Number of newest checkpoints to keep, besides the last of each stage. At least 2 are always
+    kept, in case one is damaged."""
+
     keep_every: int | None = None
+    """Also keep the checkpoints whose step is a multiple of this. None and 0 keep no others."""
+
     hang_seconds: float = 120.0
+    """Seconds that a step or a wait for data may take before the process exits. Five times the
+    slowest recent step is always allowed. 0 sets no limit."""
+
     goodput_job: str = ""
+    """Job name under which the run reports its goodput to Google Cloud; "" reports nothing."""
+
     log_every: int = 10
+    """Steps between progress lines; the first step of each stage also prints one. 0 prints no
+    others. The metrics file has every step."""
 
     def __post_init__(self):
+        check_fields(
+            self,
+            ema_decay="[0, 1)",
+            text_drop="[0, 1]",
+            seed=SEEDS,
+            init_step="[0, inf)",
+            save_every="[0, inf)",
+            keep="[1, inf)",
+            keep_every="[0, inf)",
+            hang_seconds="[0, inf)",
+            log_every="[0, inf)",
+        )
+        steps = sum(stage.steps for stage in self.stages)
+        if not 1 <= steps <= MAX_STEPS:
+            raise ValueError(
+                f"TrainConfig.stages has {steps} steps in all; use 1 to {MAX_STEPS} steps"
+            )
         names = [s.name for s in self.sets]
         for stage in self.stages:
             if stage.data not in names:
@@ -105,22 +199,21 @@ class TrainConfig:
 
     @property
     def step(self) -> StepConfig:
-        """What the train step of every stage depends on."""
+        """Return the settings that the train step of every stage depends on."""
         return StepConfig(self.model, self.optimizer, self.process, self.ema_decay)
 
     def set(self, name: str) -> LatentSet:
-        """The latent set of that name."""
+        """Return the latent set with this name."""
         return next(s for s in self.sets if s.name == name)
 
 
-def load(path: str, overrides: Sequence[str] = ()):
-    """The `config` of a file, with command-line overrides typed by the config's own classes.
+def load(path: str) -> TrainConfig | VAETrainConfig:
+    """Return the `config` that a Python file defines.
 
-    Returns a TrainConfig or a VAETrainConfig. Raises ValueError for a missing file or value;
-    wrong overrides end the program with tyro's message and exit code 2.
+    Raises ValueError if the file does not exist or defines no config.
     """
     if not Path(path).is_file():
-        raise ValueError(f"there is no config {path!r}; the ones that come with us are in configs/")
+        raise ValueError(f"there is no config {path!r}; use a file such as those in configs/")
     sys.path.append(str(Path(path).resolve().parent.parent))  # configs import one another
     try:
         config = runpy.run_path(path).get("config")
@@ -128,11 +221,7 @@ def load(path: str, overrides: Sequence[str] = ()):
         sys.path.pop()
     if not isinstance(config, TrainConfig | VAETrainConfig):
         raise ValueError(f"{path} defines no `config = TrainConfig(...)` or `VAETrainConfig(...)`")
-    if not overrides:
-        return config
-    return tyro.cli(
-        tyro.conf.AvoidSubcommands[type(config)], default=config, args=list(overrides), prog=path
-    )
+    return config
 
 
 _ROOMS = (VAETrainConfig, VAEStage, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)
@@ -142,7 +231,7 @@ _CLASSES = {
 
 
 def to_json(config) -> str:
-    """A config as JSON; every dataclass carries its name under "class"."""
+    """Return a config as JSON text; every dataclass stores its name under the key "class"."""
 
     def encode(x):
         if dataclasses.is_dataclass(x):
@@ -154,7 +243,10 @@ def to_json(config) -> str:
 
 
 def from_json(text: str):
-    """The inverse of `to_json`. Raises ValueError for a class or field this version lacks."""
+    """Return the config that `to_json` wrote as `text`.
+
+    Raises ValueError for a class or field that this version does not have.
+    """
 
     def decode(x):
         if isinstance(x, list):

@@ -1,4 +1,4 @@
-"""`train.py CONFIG --describe`: the whole schedule in numbers, without touching a device."""
+"""A summary of a config's schedule in numbers; it uses no device (the verb `describe`)."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from easyanimate_jax.training.step import TrainState, init_state
 
 
 def describe_run(config: TrainConfig) -> str:
-    """Stages, buckets with every size, parameters, and state bytes per device, as text."""
+    """Return a config's stages, buckets, parameter count and state bytes per device, as text."""
     model = dataclasses.replace(config.model, in_channels=config.stages[-1].in_channels)
     make = partial(
         init_state,
@@ -61,7 +61,7 @@ def describe_run(config: TrainConfig) -> str:
 
 
 def _mesh_lines(mesh: MeshConfig, state: TrainState) -> list[str]:
-    """What one device of the configured mesh holds of the training state; gradients not counted."""
+    """Return lines with the mesh and the bytes of training state per device, without gradients."""
     sizes = dataclasses.asdict(mesh)
     if sizes["fsdp"] == -1:
         return [f"mesh     {mesh}: fsdp takes the devices it finds; give a number to see bytes"]
@@ -71,7 +71,7 @@ def _mesh_lines(mesh: MeshConfig, state: TrainState) -> list[str]:
         for variable in jax.tree.leaves(tree, is_leaf=is_variable):
             names = [RULES[axis] for axis in getattr(variable, "out_sharding", None) or () if axis]
             parts = math.prod(sizes[n] for name in names if name for n in np.atleast_1d(name))
-            # An optimizer keeps no such moment of some weights.
+            # For some weights the optimizer keeps no moment, and this sum is 0.
             total += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variable)) / parts
         return total
 

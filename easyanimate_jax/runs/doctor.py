@@ -1,9 +1,9 @@
-"""`python -m easyanimate_jax doctor [CONFIG] [--field value ...]`: is this pod fit for the run?
+"""`python -m easyanimate_jax doctor [CONFIG] [--field value ...]`: can this pod run the config?
 
-Started like `train.py`, on every host. Compares what the processes see: devices, versions, clocks,
-folders; sums over all devices; and, with a config, checks the mesh against the weights, the state
-against memory and disk, and that all processes see the same files. Process 0 prints one table.
-Exit code 0 if all is well, 1 if something is not, 2 for arguments that make no sense.
+Start it like `train.py`, on every host. It compares devices, versions and clocks of all processes
+and sums an array over all devices. With a config it also checks that the mesh suits the weights,
+that the state fits memory and disk, and that all processes see the same files. Process 0 prints one
+table. The exit code is 0 if all checks pass, 1 if one fails, and 2 for invalid arguments.
 """
 
 import dataclasses
@@ -32,19 +32,21 @@ from easyanimate_jax.training.optimizer import make_optimizer
 from easyanimate_jax.training.program import abstract_state
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")
-MAX_CLOCK_SPREAD = 1.0  # seconds; more confuses logs, heartbeats and certificates
-MESSAGE = 1 << 14  # bytes of facts that a process tells the others
-REDUCED = 1 << 22  # float32 numbers a device gives to the sum
+MAX_CLOCK_SPREAD = 1.0  # seconds; more disturbs logs, heartbeats and certificates
+MESSAGE = 1 << 14  # bytes of facts that a process sends to the others
+REDUCED = 1 << 22  # float32 numbers that each device adds to the sum
 
 
 class Finding(NamedTuple):
+    """The result of one check: its name, whether it passed, and a line that explains it."""
+
     name: str
     good: bool
     what: str
 
 
 def examine(config: TrainConfig | None) -> list[Finding]:
-    """Everything that is looked at, by all processes together."""
+    """Return the findings of all checks; every process must call this."""
     facts = gather(facts_here(config))
     findings = [*compare(facts), all_reduce()]
     if config is not None:
@@ -53,7 +55,10 @@ def examine(config: TrainConfig | None) -> list[Finding]:
 
 
 def facts_here(config: TrainConfig | None) -> dict:
-    """What this process sees, as JSON holds it. The clock is read when all have come."""
+    """Return what this process sees: clock, host, devices, versions and files, as JSON values.
+
+    The clock is read after all processes have arrived, so that the clocks can be compared.
+    """
     multihost_utils.sync_global_devices("doctor clock")
     return {
         "clock": time.time(),
@@ -65,7 +70,7 @@ def facts_here(config: TrainConfig | None) -> dict:
 
 
 def gather(facts: dict) -> list[dict]:
-    """The facts of every process, in their order; all must call it."""
+    """Return the facts of all processes, in process order; every process must call this."""
     message = json.dumps(facts).encode()
     assert len(message) <= MESSAGE, len(message)
     padded = np.frombuffer(message.ljust(MESSAGE), np.uint8)
@@ -74,7 +79,7 @@ def gather(facts: dict) -> list[dict]:
 
 
 def compare(facts: list[dict]) -> list[Finding]:
-    """Whether the processes see the same."""
+    """Return findings that say whether all processes see the same devices, versions and files."""
     devices = [f["devices"] for f in facts]
     kinds = sorted({kind for local in devices for kind in local})
     numbers = sorted({len(local) for local in devices})
@@ -101,7 +106,7 @@ def compare(facts: list[dict]) -> list[Finding]:
 
 
 def all_reduce() -> Finding:
-    """A sum over all devices, right and timed."""
+    """Sum an array over all devices; check the result and measure the rate in GB/s."""
     mesh = Mesh(np.array(jax.devices()), ("all",))
     parts = NamedSharding(mesh, PartitionSpec("all"))
     numbers = np.arange(mesh.size, dtype=np.float32)
@@ -122,7 +127,7 @@ def all_reduce() -> Finding:
 
 
 def same_run_folder(folder: Path) -> Finding:
-    """Whether what one process writes into the run folder every process reads."""
+    """Check that every process can read what each process writes into the run folder."""
     token = gather({"token": uuid.uuid4().hex})[0]["token"]
     problem = ""
     try:
@@ -147,7 +152,7 @@ def same_run_folder(folder: Path) -> Finding:
 
 
 def fits(config: TrainConfig) -> list[Finding]:
-    """Mesh against devices and weights; state against memory and disk."""
+    """Check that the mesh suits devices and weights, and that the state fits memory and disk."""
     try:
         mesh = make_mesh(config.mesh)
         channels = max(stage.in_channels for stage in config.stages)
@@ -180,6 +185,7 @@ def fits(config: TrainConfig) -> list[Finding]:
 
 
 def table(findings: list[Finding]) -> str:
+    """Return the findings as a table, one line each, and a last line that sums them up."""
     width = max(len(finding.name) for finding in findings)
     lines = [f"{'ok' if f.good else 'FAIL':<6}{f.name.ljust(width)}  {f.what}" for f in findings]
     bad = sum(not finding.good for finding in findings)
@@ -197,7 +203,7 @@ def _versions() -> dict[str, str]:
 
 
 def _inputs(config: TrainConfig) -> list[Path]:
-    """The folders that training reads."""
+    """Return the folders that training reads."""
     names = dict.fromkeys(stage.data for stage in config.stages)
     folders = [Path(config.prepared) / name for name in names]
     folders += [Path(config.vae)] if config.samples.prompts else []
@@ -206,7 +212,7 @@ def _inputs(config: TrainConfig) -> list[Path]:
 
 
 def _listing(folder: Path) -> str | None:
-    """A digest of the names and sizes of a folder's files; None if it is not there."""
+    """Return a digest of the names and sizes of a folder's files; None if it does not exist."""
     if not folder.exists():
         return None
     files = sorted((p.name, p.stat().st_size) for p in folder.iterdir() if p.is_file())
@@ -214,7 +220,7 @@ def _listing(folder: Path) -> str | None:
 
 
 def _differing(facts: list[dict], seen: list[str]) -> str:
-    """The one value, or who sees which."""
+    """Return the value that all processes see, or each value with the processes that see it."""
     if len(set(seen)) == 1:
         return seen[0]
     hosts = {}

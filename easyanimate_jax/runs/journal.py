@@ -1,6 +1,7 @@
-"""What a run writes of its steps: metrics a step, the progress line, a summary at the end."""
+"""The records of a run: metrics for each step, the progress line, and a summary at the end."""
 
 import json
+import logging
 from pathlib import Path
 
 import jax
@@ -9,26 +10,28 @@ import numpy as np
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.runs.position import Position
-from easyanimate_jax.training.metrics import MetricsWriter, Progress, announce, clock, now
+from easyanimate_jax.training.metrics import MetricsWriter, Progress, clock, now
 from easyanimate_jax.training.stages import Stage, boundaries
+
+logger = logging.getLogger(__name__)
 
 
 class Journal:
-    """The metrics of a run. A step's numbers are fetched when the next step is under way.
+    """The metrics of a run. The numbers of a step are fetched while the next step runs.
 
-    Process 0 writes; the others keep the rows for themselves.
+    Only process 0 writes files; the other processes keep the rows in memory.
     """
 
     def __init__(self, config: TrainConfig):
         self.config, self.began = config, now()
         self.main = jax.process_index() == 0
         self.progress = Progress()
-        self.row: dict = {}  # of the last step whose numbers have come
+        self.row: dict = {}  # of the last step whose numbers were fetched
         self.pending: tuple[dict, dict] | None = None
         self.writer: MetricsWriter | None = None
 
     def open(self, step: int) -> None:
-        """Write on from `step`: the lines of later steps are dropped."""
+        """Open the metrics file to continue at `step`; drop the lines of that and later steps."""
         self.pending = None
         if self.writer:
             self.writer.close()
@@ -38,7 +41,7 @@ class Journal:
     def add(
         self, place: Position, length: int, batch: Batch, rate: float, bad: int, metrics: dict
     ) -> None:
-        """Note a step that was just given to the devices; `metrics` are its arrays to come."""
+        """Store a step that was just dispatched; `metrics` are its arrays, not yet computed."""
         self.pending = (
             metrics,
             {
@@ -54,7 +57,7 @@ class Journal:
         )
 
     def flush(self) -> dict | None:
-        """Write the step that waits for its numbers, and return its row; None where none waits."""
+        """Fetch and write the numbers of the stored step. Return its row, or None without one."""
         if self.pending is None:
             return None
         metrics, row = self.pending
@@ -66,7 +69,7 @@ class Journal:
         return self.row
 
     def show(self, place: Position) -> None:
-        """Print where the run is, how fast, and when stage and schedule will end."""
+        """Print the position of the run, its speed, and when stage and schedule will end."""
         if not self.main:
             return
         stage, stages = place.stage, self.config.stages
@@ -81,7 +84,7 @@ class Journal:
         )
 
     def close(self, step: int, programs: int, encode_programs: int) -> None:
-        """Write what is left and `summary.json`."""
+        """Write the last row of metrics and `summary.json`."""
         self.flush()
         if not self.main:
             return
@@ -94,7 +97,7 @@ class Journal:
             "compiled_encode_programs": encode_programs,
         }
         (Path(self.config.run) / "summary.json").write_text(json.dumps(summary, indent=1))
-        announce(f"{step} steps in {clock(seconds)}, {programs} train programs")
+        logger.info("%d steps in %s, %d train programs", step, clock(seconds), programs)
 
     def _tokens(self, stage: Stage) -> int:
         return stage.batch_size * self.config.set(stage.data).budget.lengths[-1]

@@ -1,7 +1,7 @@
-"""A model on disk as something to sample from: `load_pipeline(path)`, then `pipeline(prompt)`.
+"""Load a model from disk for sampling: `load_pipeline(path)`, then `pipeline(prompt)`.
 
-A path is a run folder, or a folder with one folder for each part: what `convert` wrote, or a
-released folder in the original's or in diffusers' layout, of V5 or of V5.1.
+A path is a run folder, or a folder with one subfolder for each part of the model. `convert` writes
+such folders. Released folders of V5 and V5.1 have one too, in the original layout or diffusers'.
 """
 
 import dataclasses
@@ -22,15 +22,15 @@ from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.tasks import numbers, task_of
 from easyanimate_jax.generation.arrays import Given, as_rows, size_of
 from easyanimate_jax.generation.denoising import Sampling
-from easyanimate_jax.generation.options import ALONE, NEEDS, STARTS
 from easyanimate_jax.generation.pipelines import (
-    choose,
     image_to_video,
     long_video,
     video_to_video,
 )
 from easyanimate_jax.generation.protocols import PromptEncoder
-from easyanimate_jax.generation.request import Request
+from easyanimate_jax.generation.request import ALONE, NEEDS, STARTS
+from easyanimate_jax.generation.rows import Request
+from easyanimate_jax.generation.ways import choose
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.prepare.prepare import fingerprint
@@ -48,10 +48,11 @@ WAYS = ("video", "mask", "control", "camera", "reference", "image", "end_image",
 
 
 class Resident:
-    """The parts of a model, each read when it is asked for: a `generation.protocols.Diffusion`.
+    """The parts of a model, each loaded at its first use: a `generation.protocols.Diffusion`.
 
-    With `alone` a part takes the place of the one before it, so that memory holds one of the three.
-    A caller that holds a reference to a part keeps it in memory: ask again instead.
+    With `alone` a newly loaded part replaces the previous one, so that memory holds one of the
+    three. A caller that holds a reference to a part keeps it in memory: read the property again
+    instead.
     """
 
     def __init__(
@@ -67,17 +68,17 @@ class Resident:
 
     @property
     def encoder(self) -> PromptEncoder:
-        """The text encoders and their tokenizers."""
+        """Return the text encoders with their tokenizers."""
         return self._part("encoder")
 
     @property
     def model(self) -> MMDiT:
-        """The transformer."""
+        """Return the transformer."""
         return self._part("model")
 
     @property
     def vae(self) -> CausalVAE:
-        """The autoencoder."""
+        """Return the video autoencoder."""
         return self._part("vae")
 
     def _part(self, name: str):
@@ -89,14 +90,14 @@ class Resident:
 
 
 class Opened(NamedTuple):
-    """What a run or a folder says of its model, before a weight is read."""
+    """The paths and configs of a model, as its folder gives them before any weight is read."""
 
     model: Path
     vae: Path
     text: Path
     config: MMDiTConfig
     process: DDPM | Flow
-    samples: SampleConfig = SampleConfig()  # of the released models
+    samples: SampleConfig = SampleConfig()  # default: the released models'
     step: int | None = None
     training: TrainConfig | None = None
 
@@ -104,8 +105,9 @@ class Opened(NamedTuple):
 class Pipeline:
     """A model that makes videos: `pipeline("a red fox runs") -> frames`.
 
-    `diffusion` has the parts, as the ways of `generation.pipelines` take them. `samples` has the
-    default size. Of a run, `step` is the checkpoint and `config` the TrainConfig; else None.
+    `diffusion` has the parts of the model for the functions of `generation.pipelines`. `samples`
+    has the default size. For a run, `step` is its checkpoint and `config` its TrainConfig;
+    otherwise both are None.
     """
 
     def __init__(self, opened: Opened, diffusion: Resident, mesh: Mesh | None):
@@ -115,12 +117,12 @@ class Pipeline:
 
     @property
     def encoder(self) -> PromptEncoder:
-        """The text encoders."""
+        """Return the text encoders with their tokenizers."""
         return self.diffusion.encoder
 
     @property
     def vae(self) -> CausalVAE:
-        """The autoencoder."""
+        """Return the video autoencoder."""
         return self.diffusion.vae
 
     def __call__(
@@ -136,17 +138,18 @@ class Pipeline:
         seed: int | Sequence[int] = 43,
         **given: Unpack[Given],
     ) -> Films:
-        """Return the video of a prompt, uint8 (F, H, W, 3), or one for each, (B, F, H, W, 3).
+        """Return one video for a single prompt, or a batch of videos for a list of prompts.
 
-        `given` are the arrays and options of `generation.arrays.Given`: image, end_image, video,
-        mask, strength, control, camera, reference and more. They choose the way, as they do for
-        `sample.py`: pictures alone are image-to-video, a video is video-to-video or, with a mask,
-        inpainting, a control or a camera is control-to-video.
+        Videos are uint8 of shape (F, H, W, 3), batches of shape (B, F, H, W, 3). `given` are the
+        arrays and options of `generation.arrays.Given`: image, end_image, video, mask, strength,
+        control, camera, reference and more. They choose the task, as for `sample.py`: pictures
+        alone are image-to-video; a video is video-to-video or, with a mask, inpainting; a control
+        or a camera is control-to-video.
 
-        `frames` is 4n+1, `height` and `width` are multiples of 16 pixels; by default they are the
+        `frames` is 4n+1; `height` and `width` are multiples of 16 pixels. The defaults are the
         run's, or 49 x 384 x 672. One `seed` serves all prompts: a video does not depend on the
-        prompts beside it. Raises TypeError for an unknown name, and ValueError for what is given
-        together and cannot be, does not fit, or is not for this model.
+        other prompts of its batch. Raises TypeError for an unknown name, and ValueError for inputs
+        that exclude each other, that do not fit in size, or that this model does not take.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
@@ -176,7 +179,7 @@ class Pipeline:
         return videos[0] if isinstance(prompt, str) else videos
 
     def _check(self, given: Mapping) -> None:
-        """Refuse what no model can be given, and what this one was not trained for."""
+        """Raise TypeError for unknown inputs, ValueError for those this model does not take."""
         unknown = sorted(set(given) - set(Given.__annotations__))
         if unknown:
             known = ", ".join(Given.__annotations__)
@@ -186,7 +189,7 @@ class Pipeline:
                 raise ValueError(f"{one} and {other} cannot both be given")
         for one, other in NEEDS:
             if one in given and other not in given:
-                raise ValueError(f"{one} says nothing without {other}: give both, or neither")
+                raise ValueError(f"{one} has no effect without {other}: give both, or neither")
         task = task_of(self.diffusion.config.in_channels)
         for name in WAYS:
             if name in given and name not in task.inputs:
@@ -201,7 +204,7 @@ class Pipeline:
 
 
 def _way(given: Mapping, frames: int) -> tuple[Callable, dict]:
-    """The way for what is given, and its options beside the arrays."""
+    """Return the pipeline function for the inputs in `given`, and its options besides arrays."""
     way = choose(given, frames, given.get("segment"))
     if way is long_video:
         return way, {"segment": given["segment"]}
@@ -224,17 +227,17 @@ def load_pipeline(
     low_memory: bool = False,
     int8: bool = False,
 ) -> Pipeline:
-    """Return the model of a run, a converted folder or a released folder, ready to be called.
+    """Return a callable Pipeline of a run, a converted folder or a released folder.
 
-    `dtype` is what all parts compute in; by default it is what their configs say, bfloat16 for
-    weights of PyTorch. `mesh` spreads the model over devices; by default it is the current mesh, or
-    one device. `step` and `weights` choose from the checkpoints of a run: the newest, averaged.
-    `process` takes the place of a folder's scheduler_config.json. With `low_memory` text encoders,
-    transformer and VAE take turns in memory. With `int8` the kernels of the transformer's blocks
-    are stored in eight bits, on one device.
+    `dtype` is the type that all parts compute in; the default is that of their configs, bfloat16
+    for PyTorch weights. `mesh` shards the model over devices; the default is the current mesh, or
+    one device. `step` and `weights` choose from the checkpoints of a run; the default is the
+    averaged weights of the newest. `process` replaces a folder's scheduler_config.json. With
+    `low_memory` only one of text encoders, transformer and VAE is in memory at a time. With `int8`
+    the kernels of the transformer's blocks are stored in 8 bits, on one device.
 
-    Weights are read when they are first used. Raises ValueError before that, naming all that is
-    missing or does not fit together.
+    Weights are read when they are first used. Raises ValueError before that, and names all parts
+    that are missing or do not fit together.
     """
     if isinstance(mesh, MeshConfig):
         mesh = make_mesh(mesh)
@@ -264,7 +267,7 @@ def load_pipeline(
 
 
 def _readers(opened: Opened, mesh, dtype, weights: Weights, int8: bool) -> dict[str, Callable]:
-    """What reads each part of a model."""
+    """Return {part: function that loads it} for the three parts of a model."""
     kernels = _kernels(opened.config.dtype)
 
     def read_encoder():
@@ -286,7 +289,11 @@ def _readers(opened: Opened, mesh, dtype, weights: Weights, int8: bool) -> dict[
 
 
 def _open_run(folder: Path, step: int | None) -> Opened:
-    """Raises ValueError for a run without that checkpoint, or beside other models than its own."""
+    """Return the model of a run's checkpoint.
+
+    Raises ValueError if the run has no such checkpoint, or if its VAE or text encoders are missing
+    or are not those that it was trained with.
+    """
     step, meta = run_folder.read_meta(folder, step)
     training = from_json(json.dumps(meta["config"]))
     places = {}
@@ -307,7 +314,10 @@ def _open_run(folder: Path, step: int | None) -> Opened:
 
 
 def _open_folder(folder: Path, process: DDPM | Flow | None) -> Opened:
-    """Raises ValueError where a part of the folder is missing or does not belong to the others."""
+    """Return the model of a folder with one subfolder for each part.
+
+    Raises ValueError if a part is missing or does not belong to the others.
+    """
     wanted = ("transformer", "vae", "text_encoder", "tokenizer")
     missing = [name for name in wanted if not (folder / name).is_dir()]
     if process is None and not (folder / "scheduler" / SCHEDULER).is_file():
@@ -328,10 +338,10 @@ def _open_folder(folder: Path, process: DDPM | Flow | None) -> Opened:
 
 
 def _process_of(folder: Path, config: MMDiTConfig, problems: list[str]) -> DDPM | Flow | None:
-    """The process of a folder's scheduler.
+    """Return the noise process of a folder's scheduler, or None after adding to `problems`.
 
-    In PyTorch's layouts it must be the one of the released model with these text encoders. In ours
-    `convert` wrote that of the run, which may be another.
+    In PyTorch's layouts it must be the process of the released model with these text encoders. In
+    our layout `convert` wrote the process of the run, which may be another.
     """
     place = folder / "scheduler" / SCHEDULER
     fields = read_json(place, problems)
@@ -355,10 +365,13 @@ def _process_of(folder: Path, config: MMDiTConfig, problems: list[str]) -> DDPM 
 
 
 def as_computed(vae: CausalVAE) -> CausalVAE:
-    """Return the VAE with its kernels in the type that it computes in."""
+    """Return the VAE with its kernels cast to the type that it computes in."""
     return with_weights(vae, _kernels(vae.config.dtype))
 
 
 def _kernels(dtype) -> Callable:
-    """Kernels as they are computed with: every use would round them so."""
+    """Return a function (name, array) -> array that casts kernels to `dtype`.
+
+    Every use of a kernel would cast it in the same way, so no result changes.
+    """
     return lambda name, x: x.astype(dtype) if name.endswith("kernel") else x

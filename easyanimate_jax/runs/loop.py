@@ -1,8 +1,8 @@
-"""`train(config)`: the schedule from its first update, or from where it was stopped, to its end.
+"""`train(config)` runs the schedule from its first update, or resumes it, and goes to its end.
 
-The schedule's position is one integer, the updates made: the stage, the batch, every random draw
-and the learning rate follow from it, so a run that was stopped anywhere and started again makes the
-same updates.
+The position in the schedule is one integer, the number of updates made. The stage, the batch, all
+random draws and the learning rate follow from it. So a run that was stopped and resumed makes the
+same updates as an uninterrupted one.
 """
 
 import contextlib
@@ -29,10 +29,10 @@ from easyanimate_jax.runs.states import States, open_checkpoints
 from easyanimate_jax.runs.visits import VisitLoader
 from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.training.checkpoint import NotFiniteError, StorageError, named_leaves
-from easyanimate_jax.training.metrics import announce, now
+from easyanimate_jax.training.metrics import now
 from easyanimate_jax.training.safety.cloud_goodput import CloudGoodput, open_sink
 from easyanimate_jax.training.safety.divergence import DivergedError
-from easyanimate_jax.training.safety.exits import DIVERGED, DONE, PREEMPTED, STORAGE
+from easyanimate_jax.training.safety.exits import DIVERGED, DONE, FOUND, PREEMPTED, STORAGE
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
 from easyanimate_jax.training.safety.lock import RunLock
 from easyanimate_jax.training.safety.monitor import Monitor
@@ -41,13 +41,13 @@ from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.run_folder import complete_steps, read_step_meta
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, faults: Faults = NO_FAULTS) -> int:
     """Run the schedule to its end, or until SIGTERM; return the process's exit code.
 
-    The run starts at the newest checkpoint of `config.run` if there is one. Raises ValueError,
+    The run resumes from the newest checkpoint of `config.run` if there is one. Raises ValueError,
     before anything is written, for data, models or checkpoints that do not fit the config, for a
     run folder in use, and for a step that does not fit the devices' memory.
     """
@@ -71,10 +71,10 @@ def train(config: TrainConfig, faults: Faults = NO_FAULTS) -> int:
             monitor.enter("save")
             run.states.checkpoints.close(step)
     except DivergedError as error:
-        log.error("diverged: %s", error)
+        logger.error("diverged: %s", error)
         return DIVERGED
     except StorageError as error:
-        log.error("storage: %s", error)
+        logger.error("storage: %s", error)
         return STORAGE
     return DONE if finished else PREEMPTED
 
@@ -86,9 +86,9 @@ def open_monitor(config: TrainConfig, sink: CloudGoodput | None = None) -> Monit
 
 
 def check_newest(config: TrainConfig, loaders: dict[str, Loader]) -> None:
-    """Raise ValueError where the run's newest checkpoint is of another run than the config's.
+    """Raise ValueError if the newest checkpoint in the run folder does not belong to the config.
 
-    A checkpoint that is damaged is left to `Checkpoints.restore`.
+    A damaged checkpoint is left to `Checkpoints.restore`.
     """
     folder = Path(config.run) / "checkpoints"
     steps = complete_steps(folder)
@@ -106,7 +106,7 @@ def plan_hashes(loaders: dict[str, Loader]) -> dict[str, str]:
 
 
 class Run:
-    """A training run, put together from its parts; `stages` is the loop."""
+    """A training run with its states, programs, journal and recovery; `stages` is the loop."""
 
     def __init__(
         self,
@@ -132,9 +132,9 @@ class Run:
         self.sampler = Sampler(config)
 
     def stages(self, step: int, state: TrainState, stop: Preemption) -> tuple[bool, int]:
-        """Make every update behind the first `step`; return (whether it is done, updates made).
+        """Make all updates after the first `step`; return (schedule finished, updates made).
 
-        It is not done where `stop` was asked; the state is then saved.
+        After a stop request the state is saved and the schedule is not finished.
         """
         self.journal.open(step)
         while where := position_at(self.config, step):
@@ -155,7 +155,7 @@ class Run:
                 self._sample(where, state)
                 if stopping:
                     self._close(step)
-                    log.warning("asked to stop: saved at step %d", step)
+                    logger.warning("asked to stop: saved at step %d", step)
                     return False, step
                 if where.last:
                     break
@@ -163,7 +163,7 @@ class Run:
         return True, step
 
     def batches(self, first: Position) -> Iterator[tuple[int, Batch, float]]:
-        """Yield (token length, batch on the mesh, seconds waited) of the stage from `first` on."""
+        """Yield (token length, batch on the host, seconds waited) of the stage from `first` on."""
         loader = self.loaders[first.stage.name]
         start = first.step + self.recovery.offset(first)
         read = loader.batches(start)
@@ -179,7 +179,7 @@ class Run:
     def update(
         self, where: Position, length: int, batch: Batch, waited: float, state: TrainState
     ) -> TrainState:
-        """Return the state after one update; its numbers are fetched during the next one."""
+        """Return the state after one update; its metrics are fetched during the next update."""
         began, stage = now(), where.stage
         arrays = place(batch, self.mesh)
         program = self.programs(stage, length)
@@ -194,13 +194,16 @@ class Run:
         self.states.checkpoints.poll()
         tokens = batch.weight.size * length
         self.journal.progress.add(waited + now() - began, tokens, waited)
-        if (where.made + 1) % self.config.log_every == 0 or where.step == 0:
+        if _every(self.config.log_every, where.made + 1) or where.step == 0:
             self.recovery.see(self.journal.flush())
             self.journal.show(where)
         return state
 
     def replay(self, step: int, state: TrainState) -> dict:
-        """Return loss, gradient norm and all fingerprints after the next update; `state` ends."""
+        """Make the next update; return its loss, gradient norm and the fingerprints of all arrays.
+
+        The buffers of `state` are donated. Raises ValueError at the end of the schedule.
+        """
         where = position_at(self.config, step)
         if where is None:
             raise ValueError(f"checkpoint {step} ends the schedule: replay an earlier one")
@@ -213,7 +216,7 @@ class Run:
         return prints | {name: float(metrics[name]) for name in ("loss", "grad_norm")}
 
     def _save(self, where: Position, state: TrainState, *, due: bool) -> None:
-        """Save at a stage's end and every `save_every` updates; a state unfit for it is trouble."""
+        """Save at the end of a stage and every `save_every` updates; report a non-finite state."""
         if not (due or where.last or _every(self.config.save_every, where.made + 1)):
             return
         self.recovery.see(self.journal.flush())
@@ -236,17 +239,17 @@ class Run:
         self.journal.close(step, len(self.programs), encode_programs)
 
     def _encode_program(self, text: str) -> None:
-        """Note that a clip of a new shape is compiled for: no wait for data."""
+        """Enter "compile" when the encoder compiles for a new shape: this is no wait for data."""
         self.monitor.enter("compile")
-        log.info(text)
+        logger.info(text)
 
 
 def replay(config: TrainConfig, step: int) -> int:
-    """Make the update after checkpoint `step` twice, each time from the files; compare the bits.
+    """Make the update after checkpoint `step` twice from the files; return 0 if the bits are equal.
 
-    They are compared with each other and with the loss that the run wrote then, and forgotten. A
-    difference, on the same devices, is a silent error of some hardware. Return 0, or 1 if there is
-    one. The run must not be under way. Raises ValueError where there is no such checkpoint.
+    The two results are compared with each other and with the loss and gradient norm that the run
+    logged; nothing is saved. A difference on the same devices means a silent hardware error; then 1
+    is returned. The run must not be in progress. Raises ValueError without such a checkpoint.
     """
     folder = Path(config.run)
     mesh = make_mesh(config.mesh)
@@ -262,10 +265,10 @@ def replay(config: TrainConfig, step: int) -> int:
         run.states.checkpoints.close()
     names = [name for name in first if first[name] != second[name]]
     names += [f"{name}, as logged" for name in ("loss", "grad_norm") if first[name] != logged[name]]
-    announce(f"step {step} made twice: {', '.join(names) or 'nothing'} differs")
-    return 1 if names else 0
+    logger.info("step %d made twice: %s differs", step, ", ".join(names) or "nothing")
+    return FOUND if names else DONE
 
 
 def _every(count: int, step: int) -> bool:
-    """Return whether an action of every `count` steps is due; 0 is never."""
+    """Return whether an action that is due every `count` steps is due at `step`; 0 is never."""
     return count > 0 and step % count == 0

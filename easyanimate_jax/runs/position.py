@@ -1,8 +1,8 @@
-"""Where a run is in its schedule, and whether a checkpoint's place means the same in a config.
+"""The position of a run in its schedule, and the check that a checkpoint fits a config.
 
-A checkpoint says how many updates it has made, in which stage, and the config that made it. The
-stages before are finished: nothing about them can change. The stage that it is in can get more or
-fewer steps, another learning rate or microbatch. Stages that have not begun can change freely.
+A checkpoint stores the number of updates made, the stage, and the config that made it. Finished
+stages cannot change. The current stage can get more or fewer steps, another learning rate or
+another microbatch. Stages that have not begun can change freely.
 """
 
 import dataclasses
@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from easyanimate_jax.runs.config import TrainConfig, from_json
-from easyanimate_jax.training.stages import Stage, boundaries
+from easyanimate_jax.training.stages import Stage, stage_at
 
-# Fields of a stage that has begun which may change: they say how it goes on.
+# Fields that may change in a stage that has begun: they concern only its later steps.
 FREE_OF_STAGE = ("steps", "microbatch", "learning_rate", "end_learning_rate", "warmup")
 FREE_OF_STAGE += ("control_drop", "reference_drop")
-FREE_OF_MODEL = ("save", "offload", "dtype", "in_channels")  # how it computes; the stage's channels
+FREE_OF_MODEL = ("save", "offload", "dtype", "in_channels")  # how it computes; a stage's channels
 FREE_OF_FINISHED = ("microbatch",)  # changes no number
 
 
@@ -39,7 +39,7 @@ def saved_config(meta: Mapping) -> TrainConfig:
 
 
 def ends_stage(meta: Mapping) -> bool:
-    """Return whether a checkpoint is the last of a stage, in the schedule that made it."""
+    """Return whether a checkpoint is the last of a stage in the schedule that made it."""
     total = 0
     for stage in meta.get("config", {}).get("stages", ()):
         total += stage["steps"]
@@ -49,17 +49,17 @@ def ends_stage(meta: Mapping) -> bool:
 
 
 def check_resume(meta: Mapping, config: TrainConfig, plans: Mapping[str, str]) -> list[str]:
-    """Compare all that the place of a checkpoint depends on with a config; return what changed.
+    """Compare a checkpoint with a config; return the changes that are allowed, as lines of text.
 
-    `plans` are the hashes of the config's plans, by stage. Raises ValueError, naming the field, its
-    two values and the repair, for a change that cannot be honoured.
+    `plans` are the hashes of the config's plans, by stage. Raises ValueError for a change that is
+    not allowed; the message names the field, its two values and the repair.
     """
     step, seed = meta["step"], meta["seed"]
     names = [stage.name for stage in config.stages]
     if meta["stage"] not in names or seed != config.seed:
         raise ValueError(
             f"checkpoint {step} belongs to stage {meta['stage']!r} and seed {seed}, and the config "
-            f"has no such run; restore the config, or start in a new run folder."
+            f"has another stage or seed; restore the config, or start in a new run folder."
         )
     saved = saved_config(meta)
     index = [stage.name for stage in saved.stages].index(meta["stage"])
@@ -95,11 +95,9 @@ def check_resume(meta: Mapping, config: TrainConfig, plans: Mapping[str, str]) -
 
 
 def position_at(config: TrainConfig, made: int) -> Position | None:
-    """Return the place of the update after `made` updates; None behind the last one."""
-    for stage, end in zip(config.stages, boundaries(config.stages), strict=True):
-        if made < end:
-            return Position(stage, made - end + stage.steps, made)
-    return None
+    """Return the position of the update after `made` updates; None at the end of the schedule."""
+    index, step = stage_at(config.stages, made)
+    return Position(config.stages[index], step, made) if index < len(config.stages) else None
 
 
 def _check_order(step: int, saved: TrainConfig, config: TrainConfig, index: int) -> None:
@@ -112,7 +110,7 @@ def _check_order(step: int, saved: TrainConfig, config: TrainConfig, index: int)
 
 
 def _compare(step: int, what: str, before, now, free: tuple[str, ...]) -> list[str]:
-    """Return the changes of `free` fields; refuse those of all others."""
+    """Return the changes of `free` fields; raise ValueError for a change of any other field."""
     changed = []
     for field in dataclasses.fields(now):
         old, new = getattr(before, field.name), getattr(now, field.name)

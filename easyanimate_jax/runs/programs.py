@@ -15,11 +15,11 @@ from easyanimate_jax.training.program import StepConfig, microbatch_rows
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.stages import Stage
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Programs:
-    """Compiles a stage's step when it is first asked for, and keeps it.
+    """Compiles the step of a stage at its first use, and keeps the program.
 
     Stages of equal shapes share a program. `loaders` give each stage's token lengths and texts.
     """
@@ -35,9 +35,9 @@ class Programs:
         return len(self.compiled)
 
     def __call__(self, stage: Stage, length: int) -> jax.stages.Compiled:
-        """Return the step of (state, batch, key, learning rate) at a token length.
+        """Return the compiled step (state, batch, key, learning rate) for a token length.
 
-        Raises ValueError, with what takes the memory, where a device has too little for it.
+        Raises ValueError if it does not fit a device's memory; the message lists what takes it.
         """
         key = self._key(stage, length)
         if key not in self.compiled:
@@ -52,7 +52,7 @@ class Programs:
             )
             if not report.fits:
                 raise ValueError(refusal(report))
-            log.info(memory_line(report))
+            logger.info(memory_line(report))
             self.compiled[key] = program
             processes.wait(f"program {len(self.compiled)}")
         return self.compiled[key]

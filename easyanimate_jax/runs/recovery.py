@@ -1,4 +1,4 @@
-"""Going back: a run that diverges returns to an earlier checkpoint and leaves batches out."""
+"""Recovery: a run that diverges returns to an earlier checkpoint and skips batches."""
 
 import logging
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from easyanimate_jax.training.safety.divergence import SKIP_BATCHES, Detector, R
 from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.weights.fingerprint import fingerprint
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Recovery:
@@ -27,25 +27,25 @@ class Recovery:
         self.detector, self.reason = Detector(), None
 
     def enter(self) -> None:
-        """Forget the losses seen: those of another stage are no measure."""
+        """Forget the losses so far, because those of another stage are not comparable."""
         self.detector, self.reason = Detector(), None
 
     def offset(self, place: Position) -> int:
-        """Return how many batches of the stage's plan are left out."""
+        """Return how many batches of the stage's plan are skipped."""
         return self.returns.offset(place.stage.name)
 
     def see(self, row: dict | None) -> None:
-        """Look at the row of a step, in order."""
+        """Pass the row of the next step to the detector; None is ignored."""
         if row is not None:
             found = self.detector.see(row["step"], row["loss"], row["grad_norm"])
             self.reason = self.reason or found
 
     def not_finite(self, step: int, why: str) -> None:
-        """Note a state, made by update `step`, that is not fit to be saved."""
+        """Record that the state made by update `step` is not finite and was not saved."""
         self.detector.first_bad, self.reason = step, why
 
     def evidence(self, place: Position, last_bad: int, state: TrainState) -> dict:
-        """Return what divergence.jsonl says of the trouble: its batches, the weights' prints."""
+        """Return the event for divergence.jsonl: step, reason, batches, weight fingerprints."""
         first_bad, start = self.detector.first_bad, place.made - place.step
         offset = self.offset(place)
         positions = range(max(first_bad, start) - start + offset, last_bad - start + offset + 1)
@@ -60,22 +60,22 @@ class Recovery:
         }
 
     def go_back(self, place: Position, event: dict, states: States) -> tuple[int, TrainState]:
-        """Return (updates made, state) of a checkpoint from before the trouble.
+        """Return (updates made, state) of a checkpoint from before the divergence.
 
-        The batches around the trouble are left out from now on. Raises DivergedError after too
-        many returns. The caller holds no state: two may not fit.
+        The batches around the divergence are skipped from now on. Raises DivergedError after too
+        many returns. The caller must hold no state, because two may not fit in memory.
         """
         states.checkpoints.finish()
         last_bad, start = event["step"], place.made - place.step
         # A checkpoint made at step k holds the updates before k.
         found = states.newest(before=self.detector.first_bad + 1)
         step, state = found or (0, states.first())
-        # Whatever the distance, the bad batches are not met again.
+        # However old the checkpoint is, the run must not read the bad batches again.
         skip = max(SKIP_BATCHES, last_bad + 1 - max(step, start))
         event |= {"returned_to": step, "offset": self.offset(place) + skip}
         self.returns.add(event, jax.process_index() == 0)
         states.checkpoints.drop_after(step)
-        log.warning(
+        logger.warning(
             "%s at step %d: back to step %d, without %d batches of stage %r",
             *(event["reason"], last_bad, step, skip, event["stage"]),
         )

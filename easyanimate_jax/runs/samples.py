@@ -1,4 +1,4 @@
-"""The samples that a run makes of itself, always from the same noise."""
+"""The samples that a run makes while it trains, always with the same seed."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ from easyanimate_jax.weights.folder import load_vae
 
 
 class Sampler:
-    """Writes what the averaged weights make of the config's prompts: an array and a picture."""
+    """Samples the config's prompts with the averaged weights; writes an array and a picture."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
         self.folder = Path(config.run) / "samples"
-        # Sampling has its own programs, which are not made for arrays of several processes.
+        # Sampling has its own programs, which do not support arrays of several processes.
         self.prompts = config.samples.prompts if jax.process_count() == 1 else ()
         if self.prompts:
             self.vae = load_vae(config.vae)
@@ -27,7 +27,10 @@ class Sampler:
             self.empty = records.read_texts(Path(config.prepared) / "empty.safetensors")
 
     def __call__(self, model: MMDiT, step: int) -> None:
-        """Sample the prompts, if there are any, into `samples/STEP.npz` and `.png`."""
+        """Sample the prompts, if there are any, and write `samples/STEP.npz` and `.png`.
+
+        The array `videos` is uint8 of shape (prompts, F, H, W, 3).
+        """
         samples = self.config.samples
         if not self.prompts:
             return

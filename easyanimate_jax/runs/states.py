@@ -1,4 +1,4 @@
-"""The state that a run carries: made new, restored, widened for a stage, and saved."""
+"""The training state of a run: initialise, restore, widen for a stage, and save it."""
 
 import dataclasses
 import json
@@ -22,14 +22,14 @@ from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import TrainState, init_state, widen_state
 from easyanimate_jax.weights.folder import load_mmdit
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class States:
-    """Makes, restores and saves the states of a run, placed on its mesh.
+    """Makes, restores and saves the states of a run, sharded over its mesh.
 
-    Before any array is made, the step that will use it is compiled and compared with the memory of
-    a device, so that a run that cannot be starts nothing.
+    The step is compiled and compared with a device's memory before any array is made, so a run that
+    does not fit fails at once.
     """
 
     def __init__(
@@ -47,14 +47,14 @@ class States:
         self.optimizer = make_optimizer(config.optimizer)
 
     def first(self) -> TrainState:
-        """Return fresh weights, or those of `config.init`; each device reads its own part."""
+        """Return the first state, with new weights or those of `config.init`, sharded."""
         stage = self.config.stages[0]
         self.programs.check(stage)
         make, placed, like = self._abstract(stage.in_channels)
         self.monitor.enter("start")
         if not self.config.init:
             return jax.jit(make, out_shardings=placed)(jax.random.fold_in(self.key, 1))
-        log.info("starting from the weights of %s", self.config.init)
+        logger.info("starting from the weights of %s", self.config.init)
         model = load_mmdit(
             self.config.init,
             mesh=self.mesh,
@@ -69,13 +69,17 @@ class States:
         return jax.jit(around, out_shardings=placed, donate_argnums=0)(model)
 
     def newest(self, *, before: int | None = None) -> tuple[int, TrainState] | None:
-        """Return (updates made, state) of the newest good checkpoint, earlier than `before`."""
+        """Return (updates made, state) of the newest good checkpoint; None if there is none.
+
+        With `before`, only earlier checkpoints count. Raises ValueError for a checkpoint that does
+        not fit the config.
+        """
         self.monitor.enter("restore")
 
         def like(meta: dict) -> TrainState:
             changes = check_resume(meta, self.config, self.plans)
             for change in changes:
-                log.warning("changed since checkpoint %d: %s", meta["step"], change)
+                logger.warning("changed since checkpoint %d: %s", meta["step"], change)
             if changes:
                 self.checkpoints.protect()
             place = position_at(self.config, meta["step"])
@@ -87,18 +91,21 @@ class States:
         if found is None:
             return None
         step, state, meta = found
-        log.info("resuming at step %d (stage %r)", step, meta["stage"])
+        logger.info("resuming at step %d (stage %r)", step, meta["stage"])
         return step, state
 
     def at(self, step: int) -> TrainState:
-        """Return the state of checkpoint `step`. Raises ValueError where it is not there or bad."""
+        """Return the state of checkpoint `step`. Raises ValueError if it is missing or damaged."""
         found = self.newest(before=step + 1)
         if found is None or found[0] != step:
             raise ValueError(f"{self.config.run} has no good checkpoint {step} to replay from")
         return found[1]
 
     def for_stage(self, state: TrainState, stage: Stage) -> TrainState:
-        """Return the state with the input channels that the stage's task reads."""
+        """Return the state with as many input channels as the stage's task reads.
+
+        Raises ValueError if the state has more channels than the stage.
+        """
         have = state.model.config.in_channels
         if have > stage.in_channels:
             raise ValueError(
@@ -109,14 +116,14 @@ class States:
             _, placed, _ = self._abstract(stage.in_channels)
             widen = partial(widen_state, in_channels=stage.in_channels)
             state = jax.jit(widen, out_shardings=placed)(state)
-            log.info("stage %r: input channels %d -> %d", stage.name, have, stage.in_channels)
+            logger.info("stage %r: input channels %d -> %d", stage.name, have, stage.in_channels)
         self.programs.check(stage)
         return state
 
     def save(self, place: Position, state: TrainState) -> None:
-        """Start to write the state behind the update at `place`.
+        """Start to write the state after the update at `place`.
 
-        Raises NotFiniteError, and saves nothing, where an array is not finite.
+        Raises NotFiniteError, and saves nothing, if an array is not finite.
         """
         step, records = place.made + 1, self.programs.loaders[place.stage.name].records
         self.monitor.enter("save", step)
@@ -132,13 +139,13 @@ class States:
         self.checkpoints.save(step, state, meta)
 
     def _abstract(self, in_channels: int):
-        """Return (function of a key that makes the state, its shardings, the state as shapes)."""
+        """Return (function key -> state, the state's shardings, the state as shapes)."""
         model = dataclasses.replace(self.config.model, in_channels=in_channels)
         return abstract_state(model, self.optimizer, self.mesh)
 
 
 def open_checkpoints(config: TrainConfig, **options) -> Checkpoints:
-    """Return the checkpoints of a run's folder, kept as its config says."""
+    """Return the `Checkpoints` of a run folder, with the config's rules for which to keep."""
     folder = Path(config.run) / "checkpoints"
     return Checkpoints(
         folder, keep=config.keep, keep_every=config.keep_every, keep_if=ends_stage, **options

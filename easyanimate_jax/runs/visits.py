@@ -1,9 +1,9 @@
-"""Batches of clips that are decoded, cut, drawn and encoded anew at every visit.
+"""Batches of clips that are decoded, cropped and encoded again at every visit.
 
-Beside cached latents: the plan, the texts, the substitution of what does not read and the row's
-draws are those of `data.loader`. What a visit adds is drawn from seed, stage, step and row too: a
-size among the admissible ones of the record's token length (spec 8.4), the first frame, the mask
-(6.5), the noised reference, the reference frame of a control model.
+Plan, texts, random draws of a row and the replacement of unreadable records are those of
+`data.loader`, as for cached latents. A visit also draws, from seed, stage, step and row: one of the
+sizes with the record's token length (spec 8.4), the first frame, the mask (6.5), the noise of the
+reference, and the reference frame of a control model.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from easyanimate_jax.data.buckets import Shape, grid_of
-from easyanimate_jax.data.loader import Batch, Loader
+from easyanimate_jax.data.loader import Batch, Loader, Pages
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import LatentSet, Records
 from easyanimate_jax.data.sources import places
@@ -26,7 +26,7 @@ READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)  # in batches: p
 
 
 class Visit(NamedTuple):
-    """A row's record, or what came in its place, decoded."""
+    """The decoded record of a row, or the record that replaces it if it cannot be read."""
 
     row: int
     record: int
@@ -36,7 +36,7 @@ class Visit(NamedTuple):
 
 
 class VisitLoader(Loader):
-    """A `Loader` of a set of pixels, see there. `encoder` runs where the batches are asked for."""
+    """A `Loader` for a set of pixels. `encoder` runs in the thread that reads the batches."""
 
     def __init__(
         self, records: Records, plan: Plan, latent_set: LatentSet, encoder: Encoder, **options
@@ -46,24 +46,29 @@ class VisitLoader(Loader):
         self.root = records.folder / records.header["root"]
 
     def batches(self, start: int = 0, workers: int = 0) -> Iterator[tuple[int, Batch]]:
-        """As of `Loader`; the clips are decoded ahead, by threads and the processes of `decode`."""
-        assert not workers, "decoding is in processes of its own"
-        for read in self._ahead(self.read, start, READ, workers):
-            yield self.encode(*read)
+        """Yield (token length, batch) from step `start` on, as `Loader.batches` does.
 
-    def batch(self, step: int) -> tuple[int, Batch]:
-        return self.encode(*self.read(step))
+        Clips are decoded ahead, by threads and the processes of `data.decode`. `workers` must be 0.
+        """
+        assert not workers, "decoding is in processes of its own"
+        pages = Pages()
+        for read in self._ahead(self.read, start, READ, workers):
+            yield self.encode(*read, pages)
+
+    def batch(self, step: int, pages: Pages | None = None) -> tuple[int, Batch]:
+        """Return (token length, batch) of one step, as `Loader.batch` does."""
+        return self.encode(*self.read(step), pages or Pages())
 
     def read(self, step: int) -> tuple[int, list[Visit]]:
-        """The step, and its own rows decoded, all at the same time."""
+        """Return (step, this process's rows of it); the rows are decoded at the same time."""
         step = int(step)
         ids = self.plan(step)[1].tolist()
         with ThreadPoolExecutor() as pool:
             visits = pool.map(lambda row: self._visit(step, row, ids[row]), self._own(len(ids)))
             return step, list(visits)
 
-    def encode(self, step: int, visits: list[Visit]) -> tuple[int, Batch]:
-        """(token length, batch) of what `read` gave."""
+    def encode(self, step: int, visits: list[Visit], pages: Pages) -> tuple[int, Batch]:
+        """Return (token length, batch) of the rows that `read` returned, in memory of `pages`."""
         length, ids = self.plan(step)
         rows = {}
         for shape in dict.fromkeys(visit.shape for visit in visits):
@@ -72,14 +77,15 @@ class VisitLoader(Loader):
             for visit, arrays in zip(same, latents, strict=True):
                 fields = self._fields(step, visit.row, visit.record, visit.texts | arrays)
                 rows[visit.row] = fields | {"grid": np.array(grid_of(*shape), np.int32)}
-        return length, self._assemble(length, ids, rows.items())
+        return length, self._assemble(length, ids, rows.items(), pages)
 
     def _visit(self, step: int, row: int, record: int) -> Visit:
         def read(candidate: int) -> tuple:
-            rng = np.random.default_rng([*self._words(step, row), 1])  # 1: not those of _fields
+            rng = np.random.default_rng([*self._words(step, row), 1])  # 1: _fields has other draws
             arrays = self.records[candidate]
             clip = places.from_bytes(arrays.pop("place"), self.root)
-            shapes = self._shapes(candidate, *frames_of(clip)[:1], clip.height, clip.width)
+            frames = frames_of(self.latent_set, clip)
+            shapes = self._shapes(candidate, frames, clip.height, clip.width)
             shape = shapes[rng.integers(len(shapes))]
             job = make_job(self.latent_set, clip, shape, rng)
             leads = job.control if TASKS[self.task].is_control else ()
@@ -90,7 +96,7 @@ class VisitLoader(Loader):
         return Visit(row, candidate, *found)
 
     def _shapes(self, record: int, frames: int, height: int, width: int) -> list[Shape]:
-        """What the clip may become without leaving the token length that the plan has it in."""
+        """Return the shapes for the clip that have the token length of its record in the plan."""
         budget = self.latent_set.budget
         planned = Shape(*(int(self.records.index[n][record]) for n in Shape._fields))
         length = budget.length_of(planned)

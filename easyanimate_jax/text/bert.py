@@ -1,6 +1,7 @@
-"""Bert's encoder, the first text tower of V5 (spec 5.1): token ids to last hidden states.
+"""Bert, the first text encoder of V5 (spec 5.1): token ids to the last hidden states.
 
-Numerically transformers' BertModel without pooler; weights from and to its folders.
+Its numbers equal those of transformers' BertModel without the pooler. It loads and saves folders
+of transformers.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from easyanimate_jax.facts import check_fields
 from easyanimate_jax.models.layers import axes, layer_norm, linear, scan_blocks, spread, stack
 from easyanimate_jax.sharding import shard
 from easyanimate_jax.text import weights
@@ -21,29 +23,59 @@ States = Float[Array, "B L D"]
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Field names are those of transformers' config.json."""
+    """Sizes of a Bert; the field names are those of transformers' config.json."""
 
     vocab_size: int
+    """Number of tokens in the vocabulary."""
+
     hidden_size: int
+    """Width of the states, a multiple of `num_attention_heads`."""
+
     num_hidden_layers: int
+    """Number of blocks."""
+
     num_attention_heads: int
+    """Number of attention heads in a block."""
+
     intermediate_size: int
+    """Width inside the MLP."""
+
     max_position_embeddings: int
+    """Largest number of tokens in a prompt."""
+
     type_vocab_size: int = 2
+    """Number of token types; only the first is used."""
+
     layer_norm_eps: float = 1e-12
+    """Number added to the variance in LayerNorms."""
+
     hidden_act: str = "gelu"
+    """Activation of the MLP; only "gelu" is supported."""
 
     def __post_init__(self):
+        check_fields(
+            self,
+            vocab_size="[1, inf)",
+            hidden_size="[1, inf)",
+            num_hidden_layers="[1, inf)",
+            num_attention_heads="[1, inf)",
+            intermediate_size="[1, inf)",
+            max_position_embeddings="[1, inf)",
+            type_vocab_size="[1, inf)",
+            layer_norm_eps="(0, inf)",
+        )
         if self.hidden_act != "gelu":
-            raise ValueError(f"hidden_act is {self.hidden_act!r}: only Bert's exact gelu is built")
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; use a Bert with 'gelu'")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} "
-                f"heads; change num_attention_heads"
+                f"heads; use a num_attention_heads that divides it"
             )
 
 
 class BertBlock(nnx.Module):
+    """Self-attention and an MLP, each added to its input before a LayerNorm."""
+
     def __init__(self, config: BertConfig, *, dtype: str, rngs: nnx.Rngs):
         self.num_heads = config.num_attention_heads
         D, mlp = config.hidden_size, config.intermediate_size
@@ -70,7 +102,11 @@ class BertBlock(nnx.Module):
 
 
 class Bert(nnx.Module):
-    """Last hidden states; released V5 passes no mask, so padding is part of the text (spec 5.1)."""
+    """The encoder: token ids to last hidden states in `dtype`.
+
+    `mask` is True for real tokens. Released V5 passes no mask, so tokens also attend to padding
+    (spec 5.1).
+    """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs, dtype: str = "float32"):
         self.config, self.dtype = config, dtype
@@ -93,7 +129,7 @@ class Bert(nnx.Module):
 
 
 def _names() -> dict[str, str]:
-    """Our variables and transformers' names for them."""
+    """Return transformers' name for each of our variables."""
     dense = {
         "q": "attention.self.query",
         "k": "attention.self.key",
@@ -122,7 +158,10 @@ NAMES = _names()
 
 
 def load_bert(folder: Path, *, dtype: str = "float32") -> Bert:
-    """A Bert from a transformers folder."""
+    """Load a Bert from a transformers folder, float32 weights, computation in `dtype`.
+
+    Raises ValueError that names missing files, tensors and config values.
+    """
     config = weights.config_from(BertConfig, weights.read_config(folder))
     abstract = jax.eval_shape(lambda: Bert(config, dtype=dtype, rngs=nnx.Rngs(0)))
     return weights.load(abstract, folder, NAMES, prefixes=("bert.",))

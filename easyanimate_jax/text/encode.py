@@ -1,8 +1,9 @@
-"""Prompts to text tokens, V5's way and V5.1's (spec 5): what a folder holds decides.
+"""Encode prompts as V5 or V5.1 does (spec 5), depending on the encoders in the folder.
 
-V5 has `tokenizer` and `text_encoder` (Bert), `tokenizer_2` and `text_encoder_2` (T5 or mT5), under
-diffusers' names; their padding is not masked. V5.1 has `tokenizer` and `text_encoder` alone, a
-Qwen2-VL that reads each prompt as a chat. `text.json` gives lengths that are not the released ones.
+Names are those of diffusers. V5 has `tokenizer` and `text_encoder` (Bert), `tokenizer_2` and
+`text_encoder_2` (T5 or mT5); their padding is not masked. V5.1 has only `tokenizer` and
+`text_encoder`, a Qwen2-VL that reads each prompt as a chat. An optional `text.json` replaces the
+released lengths.
 """
 
 import json
@@ -26,10 +27,9 @@ from easyanimate_jax.text.t5 import T5, load_t5
 Encoder = Bert | T5 | Qwen2
 
 BATCH = 32  # prompts per compiled call
-CHAT_STEP = (
-    64  # chats are computed at a multiple of this: at most four programs, most use the first
-)
-# What the chat template of Qwen2-VL makes of one user turn, ready for the answer (spec 5.2).
+# Chats are padded to a multiple of this: at most four programs, and most prompts use the first.
+CHAT_STEP = 64
+# The chat template of Qwen2-VL for one user turn, up to the start of the answer (spec 5.2).
 CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -39,7 +39,7 @@ CHAT_PAD = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Tokens per encoder and width of their states."""
+    """The number of tokens and the width of the states of each encoder."""
 
     lengths: tuple[int, ...]
     widths: tuple[int, ...]
@@ -47,13 +47,13 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class Sentence:
-    """V5: special tokens, cut, and filled with padding that the encoder reads as text."""
+    """The tokens of V5: with special tokens, cut or padded to `length`; padding is not masked."""
 
     tokenizer: transformers.PreTrainedTokenizerBase
     length: int
 
     def num_tokens(self, prompt: str) -> int:
-        """Tokens of the whole prompt, before it is cut."""
+        """Return the number of tokens of the whole prompt, before it is cut."""
         return len(self.tokenizer(prompt)["input_ids"])
 
     def __call__(self, prompts: list[str]) -> tuple[Int[np.ndarray, "B L"]]:
@@ -62,7 +62,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Chat:
-    """V5.1: the prompt as a user's turn. A long one loses its end, and the turn's closing."""
+    """The tokens of V5.1: the prompt as a user's turn; the chat is cut after `length` tokens."""
 
     tokenizer: transformers.PreTrainedTokenizerBase
     length: int
@@ -76,11 +76,11 @@ class Chat:
             )
 
     def num_tokens(self, prompt: str) -> int:
-        """Tokens of the whole chat, before it is cut."""
+        """Return the number of tokens of the whole chat, before it is cut."""
         return len(self.tokenizer(CHAT.format(prompt))["input_ids"])
 
     def __call__(self, prompts: list[str]) -> tuple[Int[np.ndarray, "B L"], Int[np.ndarray, "B"]]:
-        """Ids and numbers of real tokens. A row past L, if any, is padding like the last of L."""
+        """Return ids and numbers of real tokens; if L < `length`, every row ends in padding."""
         chats = self.tokenizer([CHAT.format(prompt) for prompt in prompts])["input_ids"]
         chats = [chat[: self.length] for chat in chats]
         lengths = np.array([len(chat) for chat in chats], np.int32)
@@ -93,12 +93,12 @@ class Chat:
 
 
 class Kind(NamedTuple):
-    """How an encoder is loaded, what makes its inputs, and its released length (spec 5)."""
+    """The loader, the tokenization and the released length of a kind of encoder (spec 5)."""
 
     load: Callable
     reader: type[Sentence | Chat]
     length: int
-    width: str = "hidden_size"  # where its config.json has the width of the states
+    width: str = "hidden_size"  # key of the width of the states in config.json
 
 
 KINDS = {  # by model_type of config.json
@@ -112,7 +112,10 @@ KINDS = {  # by model_type of config.json
 
 
 def clean(prompt, max_tokens: int) -> str:
-    """The prompt as valid Unicode, cut where no tokenizer would read on; None is the empty one."""
+    """Return the prompt as valid Unicode, at most 8 characters per token; None gives "".
+
+    Raises ValueError for other types.
+    """
     prompt = "" if prompt is None else prompt
     if not isinstance(prompt, str):
         raise ValueError(f"prompt {prompt!r} is a {type(prompt).__name__}; give a string")
@@ -120,7 +123,7 @@ def clean(prompt, max_tokens: int) -> str:
 
 
 class TextEncoder:
-    """Tokenizers and encoders of one model; `encode` is the only thing to call."""
+    """The tokenizers and text encoders of one model; `encode` gives the states of prompts."""
 
     def __init__(self, readers: Sequence[Sentence | Chat], encoders: Sequence[Encoder]):
         widths = tuple(encoder.words.embedding.shape[1] for encoder in encoders)
@@ -130,10 +133,10 @@ class TextEncoder:
 
     @classmethod
     def load(cls, folder: str | Path, *, dtype: str | None = None) -> "TextEncoder":
-        """The encoders of a folder, on the current mesh, or on one device where there is none.
+        """Load the encoders of a folder to the current mesh, or to one device without a mesh.
 
-        They compute in `dtype`; by default that of their own config.json where it is bfloat16, as
-        for the released Qwen2-VL, and else float32.
+        They compute in `dtype`. The default is bfloat16 if their config.json says so, as for the
+        released Qwen2-VL, and float32 otherwise. Raises ValueError for folders that do not fit.
         """
         folder = Path(folder)
         suffixes = _suffixes(folder)
@@ -145,7 +148,7 @@ class TextEncoder:
         if len(lengths) != len(folders):
             raise ValueError(
                 f"{folder}/text.json gives lengths {lengths} to {len(folders)} encoders; give one "
-                f"each"
+                f"length per encoder"
             )
         tokenizers = [
             transformers.AutoTokenizer.from_pretrained(
@@ -164,9 +167,9 @@ class TextEncoder:
         return cls(readers, encoders)
 
     def encode(self, prompts: Sequence) -> tuple[Float[np.ndarray, "B _ _"], ...]:
-        """States of each encoder, (B, length, width) float32; padding is part of the text.
+        """Return the states of each encoder, (B, length, width) float32, padding included.
 
-        Prompts are strings, or None for the empty one; ValueError for anything else.
+        Prompts are strings, or None for the empty prompt. Raises ValueError for other types.
         """
         prompts = [clean(prompt, max(self.config.lengths)) for prompt in prompts]
         rows = BATCH + -BATCH % num_parts("batch")
@@ -175,33 +178,33 @@ class TextEncoder:
         return tuple(batch[: len(prompts)] for batch in states)
 
     def is_cut(self, prompt: str | None) -> bool:
-        """Whether an encoder does not see the end of `prompt`."""
+        """Return True if `prompt` is too long for an encoder, which then misses its end."""
         known = clean(prompt, max(self.config.lengths))
         return len(known) < len(prompt or "") or any(
             reader.num_tokens(known) > reader.length for reader in self._readers
         )
 
     def _encode(self, prompts: list[str], rows: int) -> list[Float[np.ndarray, "B _ _"]]:
-        """Up to `rows` prompts, filled with empty ones: one shape, one program."""
+        """Encode `rows` prompts or fewer; empty prompts fill up the batch, so shapes stay equal."""
         prompts = prompts + [""] * (rows - len(prompts))
         states = self._run(self._encoders, [reader(prompts) for reader in self._readers])
         return [
-            # Where a reader stopped early, the last state is padding, and all padding is alike.
+            # A reader that gave fewer tokens ends in padding, and all padded states are equal.
             np.pad(part, ((0, 0), (0, length - part.shape[1]), (0, 0)), mode="edge")
             for part, length in zip(states, self.config.lengths, strict=True)
         ]
 
 
 def _states(encoders, inputs):
-    """States in float32, whole on every device, so that any host can read them."""
+    """Return float32 states, replicated on all devices, so that every host can read them."""
     states = [encoder(*x) for encoder, x in zip(encoders, inputs, strict=True)]
     return [shard(x.astype(jnp.float32), None, None, None) for x in states]
 
 
 def place(encoder: Encoder) -> Encoder:
-    """On the current mesh, split as its axes say; kernels and embeddings as it computes.
+    """Place an encoder on the current mesh; its kernels and embeddings get the compute dtype.
 
-    Their rounding is the one that every use would repeat, and the encoder is never trained here.
+    Each use would round them in the same way, and this module never trains an encoder.
     """
 
     def cast(path, x):
@@ -213,9 +216,9 @@ def place(encoder: Encoder) -> Encoder:
 
 
 def state_widths(folder: str | Path) -> tuple[int, ...]:
-    """Return the widths of the states that the encoders of a folder give; reads config.json alone.
+    """Return the widths of the states of a folder's encoders, from their config.json alone.
 
-    Raises ValueError where an encoder or its config is missing or of an unknown kind.
+    Raises ValueError if an encoder or its config is missing or is of an unknown kind.
     """
     widths = []
     for one in (Path(folder) / f"text_encoder{suffix}" for suffix in _suffixes(Path(folder))):
@@ -223,13 +226,13 @@ def state_widths(folder: str | Path) -> tuple[int, ...]:
         values = {**values, **(values.get("text_config") or {})}
         width = values.get(_kind(one).width)
         if not isinstance(width, int):
-            raise ValueError(f"{one}/config.json: {_kind(one).width} is {width!r}, not a number")
+            raise ValueError(f"{one}/config.json: {_kind(one).width} is {width!r}; give a number")
         widths.append(width)
     return tuple(widths)
 
 
 def _suffixes(folder: Path) -> tuple[str, ...]:
-    """What the names of a folder's encoders and tokenizers end in: one is V5.1's, two are V5's."""
+    """Return the suffixes of the names of encoders and tokenizers: V5.1 has one, V5 has two."""
     if not (folder / "text_encoder").is_dir():
         raise ValueError(f"{folder} has no text_encoder; give the folder that holds it")
     return ("",) if _kind(folder / "text_encoder").reader is Chat else ("", "_2")
@@ -252,6 +255,6 @@ def _stored_dtype(folder: Path) -> str:
 
 
 def token_ids(tokenizer, prompts: list[str], length: int) -> np.ndarray:
-    """(B, length) ids with special tokens, truncated and padded."""
+    """Return int32 ids (B, length) with special tokens, truncated and padded."""
     tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=length)
     return np.asarray(tokens["input_ids"], np.int32)

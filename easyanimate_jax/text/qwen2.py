@@ -1,8 +1,8 @@
-"""The language model of Qwen2-VL, the text tower of V5.1 (spec 5.2): ids to penultimate states.
+"""The language model of Qwen2-VL, the text encoder of V5.1 (spec 5.2): ids to penultimate states.
 
-Numerically transformers' hidden_states[-2]: what the last layer would read, without the final norm.
-The last layer, the vision tower and the head take no part, and their weights are not held. Text
-alone has three equal position axes, so M-RoPE is plain RoPE, and Qwen2's own folders load as well.
+Its numbers equal transformers' hidden_states[-2]: the input of the last layer, without a final
+norm. The last layer, the vision tower and the head are not loaded. For text the three position
+axes of M-RoPE are equal, so M-RoPE is plain RoPE, and folders of Qwen2 load as well.
 """
 
 from dataclasses import MISSING, dataclass, fields
@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from safetensors import safe_open
 
+from easyanimate_jax.facts import check_fields
 from easyanimate_jax.models.layers import axes, linear, rms_norm, scan_blocks, spread, stack
 from easyanimate_jax.sharding import shard
 from easyanimate_jax.text import weights
@@ -24,59 +25,93 @@ from easyanimate_jax.text import weights
 States = Float[Array, "B L D"]
 Angles = tuple[Float[Array, "B L half"], Float[Array, "B L half"]]  # cosines, sines; half: K / 2
 
-PAD_POSITION = 1  # of every padded row: transformers before 5, which the DiT was trained with
-# Longest first. transformers wrote `model.` up to 4.5x, and version 5 still does for files.
+PAD_POSITION = 1  # of padded tokens, as in transformers before 5, which V5.1 was trained with
+# The longest first. transformers up to 4.5x wrote `model.`, and version 5 still writes it to files.
 PREFIXES = ("model.language_model.", "language_model.", "model.")
 UNUSED = ("visual.", "lm_head.", "norm.")  # vision tower; head and norm follow the last layer
 
 
 @dataclass(frozen=True)
 class Qwen2Config:
-    """Field names are those of transformers' config.json."""
+    """Sizes of a Qwen2; the field names are those of transformers' config.json."""
 
     vocab_size: int
+    """Number of tokens in the vocabulary."""
+
     hidden_size: int
+    """Width of the states, a multiple of twice `num_attention_heads`."""
+
     intermediate_size: int
+    """Width inside the MLP."""
+
     num_hidden_layers: int
+    """Number of blocks in the file, 2 or more; the last one is not used (spec 5.2)."""
+
     num_attention_heads: int
+    """Number of query heads in a block."""
+
     num_key_value_heads: int
+    """Number of key and value heads in a block; groups of query heads share one."""
+
     rms_norm_eps: float
+    """Number added to the mean square in RMS norms."""
+
     rope_theta: float
+    """Base of the wavelengths of the rotary angles."""
+
     hidden_act: str = "silu"
+    """Activation of the MLP; only "silu" is supported."""
+
     use_sliding_window: bool = False
+    """Attention within a sliding window; only False is supported."""
 
     def __post_init__(self):
+        check_fields(
+            self,
+            vocab_size="[1, inf)",
+            hidden_size="[1, inf)",
+            intermediate_size="[1, inf)",
+            num_hidden_layers="[1, inf)",
+            num_attention_heads="[1, inf)",
+            num_key_value_heads="[1, inf)",
+            rms_norm_eps="(0, inf)",
+            rope_theta="(0, inf)",
+        )
         if self.hidden_act != "silu" or self.use_sliding_window:
             raise ValueError(
                 f"hidden_act is {self.hidden_act!r} and use_sliding_window is "
-                f"{self.use_sliding_window}: Qwen2-VL's silu with full attention is built"
+                f"{self.use_sliding_window}; use a model with 'silu' and False, such as Qwen2-VL"
             )
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not split into {self.num_attention_heads} "
-                f"heads of even width; change num_attention_heads"
+                f"heads of even width; use a num_attention_heads whose double divides it"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} keys "
-                f"evenly; change num_key_value_heads"
+                f"evenly; use a num_key_value_heads that divides {self.num_attention_heads}"
             )
         if self.num_hidden_layers < 2:
             raise ValueError(
-                f"num_hidden_layers is {self.num_hidden_layers}: penultimate states want 2 or more"
+                f"Qwen2Config.num_hidden_layers is {self.num_hidden_layers}: penultimate states "
+                f"want 2 or more"
             )
 
     @property
     def head_width(self) -> int:
+        """Return the width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
 
 class Qwen2Block(nnx.Module):
+    """Grouped-query attention and a gated MLP, each after an RMSNorm and added to its input."""
+
     def __init__(self, config: Qwen2Config, *, dtype: str, rngs: nnx.Rngs):
         self.head_width = config.head_width
         D, mlp = config.hidden_size, config.intermediate_size
-        # Keys are split over `tensor` like queries. Where that is wider than the key heads it cuts
-        # through heads, and XLA moves them: a mesh that divides both counts is faster.
+        # Keys are split over `tensor` like queries. If `tensor` is larger than the number of key
+        # heads, the split cuts heads and XLA moves data. A mesh that divides both is faster.
         keys = config.num_key_value_heads * config.head_width
         dense = partial(linear, dtype=dtype, rngs=rngs)
         self.attention_norm = rms_norm(D, eps=config.rms_norm_eps, rngs=rngs)
@@ -104,10 +139,11 @@ class Qwen2Block(nnx.Module):
 
 
 class Qwen2(nnx.Module):
-    """Penultimate states. From `lengths` on a row is padding, and all its padding is alike.
+    """The encoder: token ids and numbers of real tokens to penultimate states in `dtype`.
 
-    A padded token stands at position 1 and sees every real token and no other, whatever its own
-    place. The DiT reads padding unmasked, and these are the states that it was trained with.
+    The tokens of a row after its `lengths` are padding. All of them get position 1 and attend to
+    the real tokens only, so their states are equal. The diffusion transformer reads padding
+    unmasked, and it was trained with these states.
     """
 
     def __init__(self, config: Qwen2Config, *, rngs: nnx.Rngs, dtype: str = "float32"):
@@ -136,14 +172,14 @@ class Qwen2(nnx.Module):
 
 
 def rotary_angles(positions: Int[Array, "B L"], head_width: int, theta: float) -> Angles:
-    """Cosines and sines of the K / 2 angles of every token, float32."""
+    """Return the cosines and sines of each token's K / 2 angles, float32."""
     frequencies = np.float32(theta) ** (-np.arange(0, head_width, 2, dtype=np.float32) / head_width)
     angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Float[Array, "B L heads K"], angles: Angles) -> Float[Array, "B L heads K"]:
-    """Turn the pairs (x[j], x[j + K / 2]) by angle j, in float32."""
+    """Rotate each pair (x[j], x[j + K / 2]) by angle j in float32; return the dtype of `x`."""
     cos, sin = (a[:, :, None] for a in angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -151,7 +187,7 @@ def rotate(x: Float[Array, "B L heads K"], angles: Angles) -> Float[Array, "B L 
 
 
 def _names() -> dict[str, str]:
-    """Our variables and transformers' names for them."""
+    """Return transformers' name for each of our variables."""
     dense = {
         "q": "self_attn.q_proj",
         "k": "self_attn.k_proj",
@@ -174,7 +210,10 @@ NAMES = _names()
 
 
 def load_qwen2(folder: Path, *, dtype: str = "float32") -> Qwen2:
-    """The language model from a transformers folder of Qwen2-VL or Qwen2, of any version."""
+    """Load the language model from a folder of Qwen2-VL or Qwen2, of any transformers version.
+
+    Weights are float32; it computes in `dtype`. Raises ValueError that names what does not fit.
+    """
     config = read_qwen2_config(folder)
     _refuse_unknown_weights(folder, config.num_hidden_layers)
     abstract = jax.eval_shape(lambda: Qwen2(config, dtype=dtype, rngs=nnx.Rngs(0)))
@@ -182,9 +221,9 @@ def load_qwen2(folder: Path, *, dtype: str = "float32") -> Qwen2:
 
 
 def read_qwen2_config(folder: Path) -> Qwen2Config:
-    """The config of a folder whose config.json is flat (before transformers 4.52) or nested.
+    """Read a config.json that is flat (before transformers 4.52) or nested.
 
-    Raises ValueError for missing values and for rotary embeddings other than the plain one.
+    Raises ValueError for missing values and for rotary embeddings with another scaling.
     """
     values = weights.read_config(folder)
     values = {**values, **(values.get("text_config") or {})}
@@ -192,8 +231,8 @@ def read_qwen2_config(folder: Path) -> Qwen2Config:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise ValueError(
-            f"{folder}/config.json asks for {kind!r} rotary embeddings: the default of Qwen2-VL is "
-            f"built; use the released weights of that"
+            f"{folder}/config.json asks for {kind!r} rotary embeddings; use the released Qwen2-VL, "
+            f"which has the default ones"
         )
     values = {**values, **rope}
     required = [field.name for field in fields(Qwen2Config) if field.default is MISSING]
@@ -207,7 +246,7 @@ def read_qwen2_config(folder: Path) -> Qwen2Config:
 
 
 def _refuse_unknown_weights(folder: Path, num_layers: int) -> None:
-    """Every tensor of the files is one we read, or one that is left out by name."""
+    """Raise ValueError if the files hold tensors that Qwen2-VL and Qwen2 do not have."""
     known = {name.format(layer) for name in NAMES.values() for layer in range(num_layers)}
     unknown = []
     for path in sorted(folder.glob("model*.safetensors")):
@@ -218,6 +257,7 @@ def _refuse_unknown_weights(folder: Path, num_layers: int) -> None:
                     unknown.append(key)
     if unknown:
         raise ValueError(
-            f"{folder} holds {len(unknown)} tensors that are not Qwen2's, {unknown[0]} the first, "
-            f"with {num_layers} layers in config.json; give the folder of a Qwen2-VL or Qwen2 model"
+            f"{folder} holds {len(unknown)} tensors that are not Qwen2's (the first is "
+            f"{unknown[0]}), and its config.json has {num_layers} layers; give the folder "
+            f"of a Qwen2-VL or Qwen2 model"
         )

@@ -1,7 +1,8 @@
-"""The encoder of T5 v1.1 and mT5, the second text tower of V5 (spec 5.1).
+"""The encoder of T5 v1.1 and mT5, the second text encoder of V5 (spec 5.1).
 
-Numerically transformers' T5EncoderModel: RMSNorm before each part, gated GELU, one table of
-relative position biases for all layers, logits not scaled. Weights from and to its folders.
+Its numbers equal those of transformers' T5EncoderModel: an RMSNorm before each part, a gated GELU,
+one table of relative position biases for all layers, and unscaled attention logits. It loads and
+saves folders of transformers.
 """
 
 import math
@@ -14,6 +15,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from easyanimate_jax.facts import check_fields
 from easyanimate_jax.models.layers import axes, linear, rms_norm, scan_blocks, spread, stack
 from easyanimate_jax.sharding import shard
 from easyanimate_jax.text import weights
@@ -23,35 +25,68 @@ States = Float[Array, "B L D"]
 
 @dataclass(frozen=True)
 class T5Config:
-    """Field names are those of transformers' config.json."""
+    """Sizes of a T5; the field names are those of transformers' config.json."""
 
     vocab_size: int
+    """Number of tokens in the vocabulary."""
+
     d_model: int
+    """Width of the states."""
+
     d_kv: int
+    """Width of one attention head."""
+
     d_ff: int
+    """Width inside the MLP."""
+
     num_layers: int
+    """Number of blocks."""
+
     num_heads: int
+    """Number of attention heads in a block."""
+
     relative_attention_num_buckets: int = 32
+    """Number of buckets for the distances between tokens."""
+
     relative_attention_max_distance: int = 128
+    """Distance in tokens; all distances from it on share one bucket."""
+
     layer_norm_epsilon: float = 1e-6
+    """Number added to the mean square in RMS norms."""
+
     feed_forward_proj: str = "gated-gelu"
+    """Kind of the MLP; only "gated-gelu" is supported."""
 
     def __post_init__(self):
+        check_fields(
+            self,
+            vocab_size="[1, inf)",
+            d_model="[1, inf)",
+            d_kv="[1, inf)",
+            d_ff="[1, inf)",
+            num_layers="[1, inf)",
+            num_heads="[1, inf)",
+            relative_attention_num_buckets="[4, inf)",
+            relative_attention_max_distance="[1, inf)",
+            layer_norm_epsilon="(0, inf)",
+        )
         if self.feed_forward_proj != "gated-gelu":
             raise ValueError(
-                f"feed_forward_proj is {self.feed_forward_proj!r}: the gated-gelu of T5 v1.1 and "
-                f"mT5 is built, the first T5 is not"
+                f"feed_forward_proj is {self.feed_forward_proj!r}; use T5 v1.1 or mT5, which have "
+                f"'gated-gelu'"
             )
 
 
 class T5Block(nnx.Module):
+    """Self-attention and a gated MLP, each after an RMSNorm and added to its input."""
+
     def __init__(self, config: T5Config, *, dtype: str, rngs: nnx.Rngs):
         self.num_heads = config.num_heads
         D, inner, mlp = config.d_model, config.num_heads * config.d_kv, config.d_ff
         dense = lambda *a: linear(*a, use_bias=False, dtype=dtype, rngs=rngs)  # noqa: E731
         self.attention_norm = rms_norm(D, eps=config.layer_norm_epsilon, rngs=rngs)
         self.q = dense(D, inner, ("encoder width", "encoder inner"))
-        self.q.kernel[...] *= config.d_kv**-0.5  # the logits are not scaled, so the start of q is
+        self.q.kernel[...] *= config.d_kv**-0.5  # replaces the scale of the logits
         self.k = dense(D, inner, ("encoder width", "encoder inner"))
         self.v = dense(D, inner, ("encoder width", "encoder inner"))
         self.out = dense(inner, D, ("encoder inner", "encoder width"))
@@ -77,7 +112,11 @@ class T5Block(nnx.Module):
 
 
 class T5(nnx.Module):
-    """Last hidden states; released V5 passes no mask, so padding is part of the text (spec 5.1)."""
+    """The encoder: token ids to last hidden states in `dtype`.
+
+    `mask` is True for real tokens. Released V5 passes no mask, so tokens also attend to padding
+    (spec 5.1).
+    """
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs, dtype: str = "float32"):
         self.config, self.dtype = config, dtype
@@ -111,13 +150,16 @@ class T5(nnx.Module):
 
 
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "L L"]:
-    """Bucket of key position minus query position: half per sign, exact when near, then log."""
+    """Return the bucket of each (query, key) distance: exact if short, else logarithmic.
+
+    Each sign of the distance has half of the buckets.
+    """
     positions = np.arange(length)
     distance = positions[None, :] - positions[:, None]
     half = num_buckets // 2
     exact = half // 2
     near = np.abs(distance)
-    # float32, like the reference: where the logarithm meets an integer the rounding decides
+    # float32 as in the reference: near integers, rounding decides the bucket
     scale = np.float32(math.log(max_distance / exact))
     far = np.log(np.maximum(near, 1).astype(np.float32) / exact) / scale * (half - exact)
     far = np.minimum(exact + far.astype(np.int64), half - 1)
@@ -125,7 +167,7 @@ def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np
 
 
 def _names() -> dict[str, str]:
-    """Our variables and transformers' names for them."""
+    """Return transformers' name for each of our variables."""
     block = {
         "attention_norm.scale": "layer.0.layer_norm",
         "q.kernel": "layer.0.SelfAttention.q",
@@ -151,7 +193,10 @@ NAMES = _names()
 
 
 def load_t5(folder: Path, *, dtype: str = "float32") -> T5:
-    """The encoder from a transformers folder of T5 v1.1 or mT5."""
+    """Load the encoder from a transformers folder of T5 v1.1 or mT5, float32 weights.
+
+    It computes in `dtype`. Raises ValueError that names missing files, tensors and config values.
+    """
     config = weights.config_from(T5Config, weights.read_config(folder))
     abstract = jax.eval_shape(lambda: T5(config, dtype=dtype, rngs=nnx.Rngs(0)))
     return weights.load(abstract, folder, NAMES)

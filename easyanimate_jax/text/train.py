@@ -1,19 +1,19 @@
-"""Two small text encoders from nothing but captions, in the layout of the released ones.
+"""Train two small text encoders on captions alone, and write them in the layout of V5.
 
     python -m easyanimate_jax text SOURCE OUT
 
-SOURCE holds a metadata.json whose files may have captions in several languages. The tokenizers'
-vocabularies are the captions' words (and single Chinese characters); the encoders learn to keep
-every word readable (from its own state) and to give the captions of one file the same mean
-state, different from any other file's (contrastive), so that languages meet.
+SOURCE holds a metadata.json whose files may have captions in several languages. The vocabularies
+are the words of the captions and single characters. The encoders learn two things: every state
+predicts the words of its file's captions, and captions of the same file get similar states
+(a contrastive loss), so that languages agree.
 """
 
 import functools
 import json
+import logging
 import string
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -29,30 +29,22 @@ from transformers import BertTokenizer, PreTrainedTokenizerFast
 from easyanimate_jax.text.bert import Bert, BertConfig, save_bert
 from easyanimate_jax.text.encode import token_ids
 from easyanimate_jax.text.t5 import T5, T5Config, save_t5
+from easyanimate_jax.text.train_config import TextTrainConfig
+
+logger = logging.getLogger(__name__)
 
 CHARACTERS = string.ascii_lowercase + string.digits + ".,;:!?'-"
 CHINESE = Regex("[\u4e00-\u9fff]")
 
 
-@dataclass(frozen=True)
-class TextTrainConfig:
-    """Sizes of both encoders and their training."""
-
-    width: int = 128
-    layers: int = 2
-    heads: int = 4
-    steps: int = 400
-    batch: int = 64  # caption pairs
-    learning_rate: float = 2e-3
-    temperature: float = 0.1
-    seed: int = 0
-
-
 def read_captions(source: Path) -> list[tuple[str, ...]]:
-    """The captions of each file of a metadata.json, one tuple per different set of captions."""
+    """Return the captions of each file of a metadata.json, sorted; equal tuples appear once.
+
+    Raises ValueError if the file is missing.
+    """
     path = source / "metadata.json"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: captions are read from a metadata.json")
+        raise ValueError(f"{path} is missing: give a folder that has captions in a metadata.json")
     files = defaultdict(list)
     for row in json.loads(path.read_text("utf-8")):
         files[row["file_path"]].append(row["text"])
@@ -60,7 +52,7 @@ def read_captions(source: Path) -> list[tuple[str, ...]]:
 
 
 def word_tokenizer(captions: Sequence[str]) -> BertTokenizer:
-    """Bert's WordPiece tokenizer whose vocabulary is the captions' words and single letters."""
+    """Return Bert's WordPiece tokenizer; its vocabulary is the captions' words and characters."""
     normalizer, splitter = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     words = Counter(
         word
@@ -74,9 +66,9 @@ def word_tokenizer(captions: Sequence[str]) -> BertTokenizer:
 
 
 def piece_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A T5-like Unigram tokenizer whose pieces are the captions' words and single letters.
+    """Return a Unigram tokenizer like T5's; its pieces are the captions' words and characters.
 
-    Unigram's own trainer wants a large corpus: on few sentences it cuts words to pieces.
+    The trainer of Unigram needs a large corpus; from few sentences it learns parts of words.
     """
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
@@ -107,7 +99,7 @@ def piece_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 class Learner(nnx.Module):
-    """An encoder with the linear head that reads a file's words from any one state."""
+    """An encoder with a linear head that predicts a file's words from each single state."""
 
     def __init__(self, encoder: Bert | T5, *, rngs: nnx.Rngs):
         self.encoder = encoder
@@ -121,11 +113,12 @@ def pair_loss(
     *,
     temperature: float,
 ) -> Float[Array, ""]:
-    """Every state tells the words of both captions, and states of one place find each other.
+    """Return the loss: each state predicts the words of both captions, and paired states match.
 
-    Places are compared with the same place of the other caption, padding included, for the
-    transformer reads it too: so a file's languages give it the same text. States that kept their
-    own word readable instead made the transformer learn every word in every place and language.
+    `words` comes from `multi_hot`. The contrastive part compares each position with the same
+    position of the other caption. It includes padding, because the diffusion transformer reads
+    padding too. A file's languages then give it the same states. When each state predicted only its
+    own word, the transformer had to learn every word at every position and in every language.
     """
     states = learner.encoder(rearrange(pairs, "B two L -> (B two) L"))
     logits = rearrange(learner.head(states), "(B two) L V -> B two L V", two=2)
@@ -143,7 +136,7 @@ def pair_loss(
 def multi_hot(
     pairs: Int[np.ndarray, "files 2 L"], vocabulary: int, special: Sequence[int]
 ) -> Float[np.ndarray, "files V"]:
-    """1 for every token that either caption of a file has, special tokens left out."""
+    """Return 1 for each token in either caption of a file, else 0; special tokens get 0."""
     words = np.zeros((len(pairs), vocabulary), np.float32)
     np.put_along_axis(words, pairs.reshape(len(pairs), -1), 1, axis=1)
     words[:, list(special)] = 0
@@ -153,7 +146,7 @@ def multi_hot(
 def train_encoder(
     encoder: Bert | T5, tokenizer, pairs: Int[np.ndarray, "files 2 L"], config: TextTrainConfig
 ):
-    """The encoder after `config.steps` steps of AdamW on random caption pairs."""
+    """Train `encoder` for `config.steps` steps of AdamW on random caption pairs; return it."""
     learner = Learner(encoder, rngs=nnx.Rngs(config.seed))
     schedule = optax.warmup_cosine_decay_schedule(
         0, config.learning_rate, config.steps // 10, config.steps
@@ -173,9 +166,8 @@ def train_encoder(
         rows = rng.choice(len(pairs), config.batch, replace=len(pairs) < config.batch)
         learner, opt_state, value = step(learner, opt_state, pairs[rows], words[rows])
         if (i + 1) % 50 == 0:
-            print(
-                f"{type(encoder).__name__} step {i + 1}/{config.steps} loss {value:.3f}", flush=True
-            )
+            name = type(encoder).__name__
+            logger.info(f"{name} step {i + 1}/{config.steps} loss {value:.3f}")
     return learner.encoder
 
 
@@ -202,6 +194,7 @@ def train(source: Path, out: Path, config: TextTrainConfig) -> None:
 
 
 def bert(vocabulary: int, length: int, config: TextTrainConfig) -> Bert:
+    """Return an untrained Bert for `vocabulary` tokens and prompts of `length` tokens."""
     sizes = BertConfig(
         vocab_size=vocabulary,
         hidden_size=config.width,
@@ -214,6 +207,7 @@ def bert(vocabulary: int, length: int, config: TextTrainConfig) -> Bert:
 
 
 def t5(vocabulary: int, length: int, config: TextTrainConfig) -> T5:
+    """Return an untrained T5 encoder for `vocabulary` tokens; it has no limit of `length`."""
     sizes = T5Config(
         vocab_size=vocabulary,
         d_model=config.width,

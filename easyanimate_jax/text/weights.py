@@ -1,7 +1,7 @@
-"""Encoder folders in transformers' layout (config.json, model.safetensors), read and written.
+"""Read and write folders of text encoders as transformers does: config.json, model.safetensors.
 
-Each encoder lists its tensors in a `NAMES` table: path in our module -> transformers' name, with
-`{}` for the layer. Kernels are transposed, layers are stacked; no torch is involved.
+Each encoder has a table `NAMES` from its variables to transformers' names, with `{}` for the number
+of the layer. Loading transposes kernels and stacks layers. It does not need torch.
 """
 
 import json
@@ -18,23 +18,28 @@ from easyanimate_jax.weights.table import Rule, Table, to_ours, to_theirs
 
 
 def read_config(folder: Path) -> dict:
+    """Return the values of a folder's config.json. Raises ValueError if the file is missing."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path} is missing: {folder} is not a folder of a text encoder")
+        raise ValueError(
+            f"{path} is missing: {folder} is not a folder of a text encoder; give one that "
+            f"transformers saved"
+        )
     return json.loads(path.read_text("utf-8"))
 
 
 def config_from(cls, values: Mapping):
-    """The dataclass `cls` from a config.json, whose keys its fields are named after."""
+    """Return the dataclass `cls` from the values of a config.json, which may hold other keys."""
     names = {field.name for field in fields(cls)}
     return cls(**{name: value for name, value in values.items() if name in names})
 
 
 def load(abstract: nnx.Module, folder: Path, names: Mapping[str, str], prefixes=("",)):
-    """The module shaped like `abstract` with the weights of `folder`, as float32 numpy arrays.
+    """Return a module like `abstract` with the weights of `folder`, as float32 NumPy arrays.
 
-    Some files put a name such as `bert.` before every tensor: `prefixes` lists what to strip.
-    Tensors that the table does not name (heads, poolers, other towers) are left alone.
+    Some files put a prefix such as `bert.` before every name; `prefixes` lists those to strip.
+    Tensors that `names` lacks (heads, poolers, other towers) are ignored. Raises one ValueError
+    that names all tensors that are missing or do not fit.
     """
     problems, tensors = [], {}
     for name, tensor in files.open_weights(folder, problems).items():
@@ -52,7 +57,7 @@ def load(abstract: nnx.Module, folder: Path, names: Mapping[str, str], prefixes=
 
 
 def save(model: nnx.Module, folder: Path, names: Mapping[str, str], config: Mapping) -> None:
-    """Write `model` so that transformers, or `load`, reads it back."""
+    """Write `model` to a folder that transformers and `load` can read."""
     ours = {name: Tensor.of(value) for name, value in named_weights(model).items()}
     theirs = to_theirs(ours, table(shapes_of(model), names))
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +67,7 @@ def save(model: nnx.Module, folder: Path, names: Mapping[str, str], config: Mapp
 
 
 def table(shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]) -> Table:
-    """The rules of an encoder: one foreign tensor a layer where its name has a place for one."""
+    """Return the conversion rules of an encoder: names with `{}` have one tensor per layer."""
     rules = {}
     for ours, shape in shapes.items():
         theirs, stacked = names[ours], "{}" in names[ours]

@@ -1,15 +1,15 @@
-"""Checkpoints that are what was saved: three orbax items a step, and every array's fingerprint.
+"""Verified checkpoints: three orbax items for each step, and a fingerprint of every array.
 
     RUN/checkpoints/500/state       weights, moments, counters
     RUN/checkpoints/500/ema         the averaged weights: sampling reads only these
     RUN/checkpoints/500/meta        JSON: position, plan, config, versions, fingerprints, digest
     RUN/checkpoints/500/verified-0-of-1    the files were read and hold the bits that were saved
-    RUN/checkpoints/500.corrupt     they do not; `reason` inside
+    RUN/checkpoints/500.corrupt     a damaged step; the file `reason` inside says why
 
-orbax writes in the background and does not check what it reads. So each array's fingerprint is
-taken on the device when it is saved, and compared with the files after they are written and with
-the arrays after they are restored. A step appears under its name only when it is complete, and
-disappears in one rename. `python -m easyanimate_jax checkpoint verify|list|diff DIR`.
+orbax writes in the background and does not check what it reads. So the fingerprint of each array is
+computed on the device at the save. It is compared with the files after the write, and with the
+arrays after a restore. A step gets its name only when it is complete, and is removed by one rename.
+See also `python -m easyanimate_jax checkpoint verify|list|diff DIR`.
 """
 
 import logging
@@ -26,23 +26,33 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from easyanimate_jax.training.retention import Retention
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
-from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.orbax_item import fingerprint_on_disk, names
-from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read_step_meta, sealed
+from easyanimate_jax.weights.run_folder import complete_steps, read_step_meta, sealed
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 ITEMS = ("state", "ema")
 LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
-SPARE_SPACE = 1.2  # free bytes asked for, as a multiple of the state's
+SPARE_SPACE = 1.2  # required free disk space, as a multiple of the state's bytes
 MAX_FAILURES = 3  # saves in a row
+
+State = tuple  # a NamedTuple of pytrees; its field `ema` is saved as a separate item
 
 
 class NotFiniteError(Exception):
-    """A state with NaN or infinity in it, which is never saved."""
+    """The state holds NaN or infinity; such a state is never saved."""
+
+
+class DamagedError(Exception):
+    """A checkpoint whose files do not hold what was saved; `unreadable` if a reader failed."""
+
+    def __init__(self, reason: str, *, unreadable: bool = False):
+        super().__init__(reason)
+        self.unreadable = unreadable
 
 
 class StorageError(Exception):
@@ -50,12 +60,12 @@ class StorageError(Exception):
 
 
 class Checkpoints:
-    """The checkpoints of one run. Saving and the check of what was saved go on in the background.
+    """The checkpoints of one run. Saves, and the checks of saved files, run in the background.
 
-    Kept are the last `keep` verified steps, at least two, multiples of `keep_every`, and those
-    whose metadata `keep_if` wants. Steps are deleted only when a later one was saved and verified,
-    never by opening. A save that fails is logged and counted; after three in a row the next one
-    raises StorageError. `faults` are those of a test.
+    The last `keep` verified steps are kept (at least two), and all steps that are multiples of
+    `keep_every` or whose metadata satisfies `keep_if`. A step is deleted only after a later one was
+    saved and verified, never when the folder is opened. A failed save is logged and counted; after
+    three in a row the next save raises StorageError. Only tests pass `faults`.
     """
 
     def __init__(
@@ -68,16 +78,15 @@ class Checkpoints:
         faults: Faults = NO_FAULTS,
     ):
         self.folder = Path(folder).absolute()
-        self.keep, self.keep_every, self.keep_if = max(2, keep), keep_every, keep_if
+        self.retention = Retention(self.folder, max(2, keep), keep_every, keep_if, faults)
         self.faults = faults
-        self.protected: set[int] = set()  # steps that are not deleted
         self.process, self.processes = jax.process_index(), jax.process_count()
-        self.writing: int | None = None  # the step whose end is not yet known
+        self.writing: int | None = None  # the step whose save is not yet settled
         self.latest = 0  # the step that orbax writes, or wrote last
         self.checkpointer = ocp.AsyncCheckpointer(
             ocp.CompositeCheckpointHandler(*ITEMS, "meta"),
             timeout_secs=600,
-            # Everything is written, and the step has not got its name.
+            # At this callback all files are written, but the step does not have its name yet.
             async_options=ocp.options.AsyncOptions(
                 post_finalization_callback=lambda: faults.kill("finalising", self.latest)
             ),
@@ -89,10 +98,11 @@ class Checkpoints:
             remove_leftovers(self.folder)
         _wait_for_all("checkpoints")
 
-    def save(self, step: int, state: TrainState, meta: dict) -> None:
-        """Start writing `state` as checkpoint `step`; does nothing if that step exists.
+    def save(self, step: int, state: State, meta: dict) -> None:
+        """Start writing `state` as checkpoint `step`; do nothing if that step exists.
 
-        Raises NotFiniteError, naming the arrays, and saves nothing, if one of them is not finite.
+        Raises NotFiniteError, and saves nothing, if an array is not finite; the message names the
+        arrays. Raises StorageError after three failed saves in a row.
         """
         self.settle()
         if self.failures >= MAX_FAILURES:
@@ -121,13 +131,13 @@ class Checkpoints:
                     meta=ocp.args.JsonSave(sealed(meta)),
                 ),
             )
-        except Exception as error:  # orbax, tensorstore and the file system all have their own
+        except Exception as error:  # orbax, tensorstore and the file system raise different types
             self.writing = None
             self._failed(step, error)
         self.faults.kill("writing", step)
 
     def settle(self) -> None:
-        """Wait for the write under way, say what became of it, and begin to check its files."""
+        """Wait for the write in progress, log a failure, and start to check the written files."""
         step, self.writing = self.writing, None
         if step is None:
             return
@@ -143,80 +153,53 @@ class Checkpoints:
         self.checking.start()
 
     def poll(self) -> None:
-        """To be called between steps: settles as soon as there is nothing to wait for."""
+        """Settle the write in progress if it has finished; call this between steps."""
         if self.writing is not None and (self.folder / str(self.writing)).is_dir():
             self.settle()
 
     def restore(
-        self, like: Callable[[dict], TrainState], *, before: int | None = None
-    ) -> tuple[int, TrainState, dict] | None:
-        """(step, state, meta) of the newest step whose restored arrays are those that were saved.
+        self, like: Callable[[dict], State], *, before: int | None = None
+    ) -> tuple[int, State, dict] | None:
+        """Return (step, state, meta) of the newest step whose restored arrays have the saved bits.
 
-        `like` makes of a step's meta the abstract state: shapes and shardings, of any mesh. It may
-        raise ValueError for a checkpoint of another run. A step that is damaged is set aside as
-        STEP.corrupt. None if there is no step (earlier than `before`, if given); StorageError if
-        all there were are damaged: a run does not begin anew by itself.
+        `like` takes the meta of a step and returns the abstract state: shapes and shardings, on any
+        mesh. It may raise ValueError for a checkpoint of another run. A damaged step is renamed to
+        STEP.corrupt. With `before`, only earlier steps count. Returns None if there is no step.
+        Raises StorageError if all steps are damaged: a run never starts over by itself.
         """
         self.finish()
         while (step := self._newest(before)) is not None:
+            path = self.folder / str(step)
             try:
-                meta = read_step_meta(self.folder / str(step))
-            except ValueError as error:
+                state, meta = _load(path, like)
+            except DamagedError as error:
+                if error.unreadable and self.processes > 1:  # others may wait for this process
+                    set_aside(path, str(error))
+                    raise StorageError(f"checkpoint {step} {error}") from error
                 self._set_aside(step, str(error))
                 continue
-            abstract = like(meta)
-            wanted = {"state": abstract._replace(ema=None), "ema": abstract.ema}
-            _check_fit(step, meta, wanted)
-            try:
-                parts = {
-                    item: self._read(self.folder / str(step) / item, part)
-                    for item, part in wanted.items()
-                }
-            except Exception as error:  # whatever a reader makes of damaged bytes
-                if self.processes > 1:  # the others may wait for us; the next start takes another
-                    set_aside(self.folder / str(step), f"cannot be read: {error}")
-                    raise StorageError(f"checkpoint {step} cannot be read: {error}") from error
-                self._set_aside(step, f"cannot be read: {error}")
-                continue
-            wrong = differing(meta, parts)
-            if wrong:
-                self._set_aside(step, f"other bits than were saved, in {', '.join(wrong)}")
-                continue
             if "arrays" not in meta:
-                log.warning("checkpoint %d is from before fingerprints: used unverified", step)
+                logger.warning("checkpoint %d is from before fingerprints: used unverified", step)
             elif self.process == 0:
-                _mark(self.folder / str(step), 0, 1)
-            return step, parts["state"]._replace(ema=parts["ema"]), meta
+                _mark(path, 0, 1)
+            return step, state, meta
         damaged = sorted(path.name for path in self.folder.glob("*.corrupt*"))
         if damaged and before is None:
             raise StorageError(
                 f"no good checkpoint is left in {self.folder}, only {', '.join(damaged)}; bring "
-                f"one back, or remove the folder to begin anew"
+                f"one back from a backup, or remove the folder to start over"
             )
         return None
 
     def protect(self) -> None:
-        """Never delete what is there now: another schedule made it."""
-        self.protected |= set(complete_steps(self.folder))
+        """Never delete the steps that exist now, because another schedule made them."""
+        self.retention.protected |= set(complete_steps(self.folder))
 
     def drop_after(self, step: int) -> None:
-        """Delete the steps of a trajectory that was given up."""
+        """Delete all steps after `step`: the run went back and makes these updates again."""
         if self.process == 0:
-            for later in complete_steps(self.folder):
-                if later > step:
-                    self._delete(later)
+            self.retention.drop_after(step)
         _wait_for_all(f"dropped after {step}")
-
-    def prune(self) -> None:
-        """Delete what need not be kept; nothing while there are fewer than two verified steps."""
-        steps = complete_steps(self.folder)
-        verified = [step for step in steps if is_verified(self.folder / str(step))]
-        if len(verified) < 2:
-            return
-        last = set(verified[-self.keep :])
-        for step in steps:
-            if step < verified[-1] and not (step in last | self.protected or self._kept(step)):
-                self._delete(step)
 
     def finish(self) -> None:
         """Wait until everything is written and checked."""
@@ -225,7 +208,7 @@ class Checkpoints:
             self.checking.join()
 
     def close(self, last: int | None = None) -> None:
-        """`finish`; raises StorageError if the step `last` is not there in the end."""
+        """Finish all work. Raises StorageError if the step `last` does not exist then."""
         self.finish()
         self._clean()
         self.checkpointer.close()
@@ -233,7 +216,7 @@ class Checkpoints:
             raise StorageError(f"checkpoint {last} could not be saved in {self.folder}")
 
     def _check(self, step: int) -> None:
-        """Compare this process's share of the arrays with the files; then make room."""
+        """Compare this process's share of the arrays with the files; then delete old steps."""
         path = self.folder / str(step)
         wrong = damage(path, share=(self.process, self.processes))
         if wrong:
@@ -244,35 +227,18 @@ class Checkpoints:
             _mark(path, self.process, self.processes)
             self.faults.kill("checked", step)
             if self.process == 0:
-                self.prune()
-
-    def _kept(self, step: int) -> bool:
-        """Return whether a step is kept for good; one whose metadata is damaged is."""
-        if self.keep_every and step % self.keep_every == 0:
-            return True
-        try:
-            return self.keep_if(read_step_meta(self.folder / str(step)))
-        except ValueError:
-            return True
-
-    def _delete(self, step: int) -> None:
-        """Remove a step: first its name, then its files, so that no half of it is ever a step."""
-        path = self.folder / str(step)
-        doomed = path.with_name(f"{path.name}.deleting")
-        os.replace(path, doomed)
-        self.faults.kill("deleting", step)
-        shutil.rmtree(doomed, ignore_errors=True)
+                self.retention.prune()
 
     def _failed(self, step: int, reason) -> None:
         self.failures += 1
         reason = " ".join(str(reason).split())[:300]
-        log.error("checkpoint %d was not saved: %s", step, reason)
+        logger.error("checkpoint %d was not saved: %s", step, reason)
         self._clean()
         if self.processes > 1:  # the others wait for us; the next start tries again
             raise StorageError(f"checkpoint {step} was not saved: {reason}")
 
     def _clean(self) -> None:
-        """Remove what failed saves left. Some of their threads may write on, so more than once."""
+        """Remove files of failed saves. Their threads may still write, so this is called again."""
         if self.process == 0:
             remove_leftovers(self.folder)
 
@@ -287,13 +253,12 @@ class Checkpoints:
             set_aside(self.folder / str(step), reason)
         _wait_for_all(f"set aside {step}")
 
-    def _read(self, path: Path, like):
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return _read(checkpointer, path, like)
-
 
 def describe(named: dict[str, jax.Array]) -> dict[str, list]:
-    """Name -> [fingerprint, dtype, shape]. Raises NotFiniteError where a value is not finite."""
+    """Return {name: [fingerprint, dtype, shape]} of arrays.
+
+    Raises NotFiniteError if a value is not finite; the message names the arrays.
+    """
     prints = [_inspect(x) for x in named.values()]
     bad = [name for name, (_, finite) in zip(named, prints, strict=True) if not finite]
     if bad:
@@ -305,7 +270,7 @@ def describe(named: dict[str, jax.Array]) -> dict[str, list]:
 
 
 def differing(meta: dict, parts: dict) -> list[str]:
-    """The restored arrays that have other fingerprints than `meta` says."""
+    """Return the names of restored arrays whose fingerprints differ from those in `meta`."""
     if "arrays" not in meta:
         return []
     named = {item: named_leaves(part) for item, part in parts.items()}
@@ -318,7 +283,10 @@ def differing(meta: dict, parts: dict) -> list[str]:
 
 
 def damage(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """What is wrong with the files of a step; every `share[1]`-th array is read, no device used."""
+    """Return what is wrong with the files of a step, one line each; empty if all is well.
+
+    `share` (k, n) reads every n-th array from the k-th on. No device is used.
+    """
     try:
         meta = read_step_meta(path)
     except ValueError as error:
@@ -336,7 +304,7 @@ def damage(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
         for name in list(expected)[share[0] :: share[1]]:
             try:
                 same = f"{fingerprint_on_disk(path / item, name):08x}" == expected[name][0]
-            except Exception as error:  # whatever a reader makes of damaged bytes
+            except Exception as error:  # a reader may raise any type for damaged bytes
                 wrong.append(f"{item}.{name} cannot be read: {str(error)[:200]}")
                 continue
             if not same:
@@ -345,14 +313,14 @@ def damage(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed or failed save, or a killed deletion, left behind."""
+    """Delete the files that killed or failed saves and killed deletions left in `folder`."""
     for pattern in LEFTOVERS:
         for path in Path(folder).glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(path: Path, reason: str) -> None:
-    """Rename a damaged step so that nothing takes it for a good one."""
+    """Rename a damaged step to STEP.corrupt, so that it is never restored, and store `reason`."""
     target, number = path.with_name(f"{path.name}.corrupt"), 1
     while target.exists():
         number += 1
@@ -362,11 +330,11 @@ def set_aside(path: Path, reason: str) -> None:
     except FileNotFoundError:  # another process found the damage, too
         return
     (target / "reason").write_text(reason + "\n")
-    log.error("checkpoint %s is damaged, set aside as %s: %s", path.name, target.name, reason)
+    logger.error("checkpoint %s is damaged, set aside as %s: %s", path.name, target.name, reason)
 
 
 def named_leaves(tree) -> dict:
-    """A flat dict of a tree's arrays, or shapes, keys like `model.blocks.norm1.linear.kernel`."""
+    """Return a flat dict of a tree's leaves, with keys like `model.blocks.norm1.linear.kernel`."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return {".".join(_key(k) for k in path): leaf for path, leaf in paths}
 
@@ -376,10 +344,9 @@ def _key(key) -> str:
 
 
 def _inspect(x: jax.Array) -> tuple[int, bool]:
-    """(fingerprint, whether all of it is finite).
+    """Return (fingerprint, whether all values are finite) of an array.
 
-    Waits for the answer: sums over a mesh that run at the same time may wait for each other for
-    ever on CPUs.
+    It waits for the result: on CPUs, two sums over a mesh that run at the same time can deadlock.
     """
     value, finite = np.asarray(_fingerprint_and_finite(x))
     return int(value), bool(finite)
@@ -387,7 +354,7 @@ def _inspect(x: jax.Array) -> tuple[int, bool]:
 
 @jax.jit
 def _fingerprint_and_finite(x: jax.Array) -> jax.Array:
-    """One program, because compiling takes longer than running."""
+    """Return both values of `_inspect` from one program, because compiling is the slow part."""
     return jnp.stack([fingerprint(x), jnp.isfinite(x).all().astype(jnp.uint32)])
 
 
@@ -396,7 +363,7 @@ def _mark(path: Path, process: int, processes: int) -> None:
 
 
 def _same_for_all(value):
-    """Process 0's value, in every process."""
+    """Return the value of process 0 in every process."""
     if jax.process_count() == 1:
         return value
     return multihost_utils.broadcast_one_to_all(np.asarray(value))
@@ -408,7 +375,7 @@ def _wait_for_all(what: str) -> None:
 
 
 def _check_fit(step: int, meta: dict, wanted: dict) -> None:
-    """Raises ValueError where the saved arrays are not those of the config's model."""
+    """Raise ValueError if the saved arrays differ from the config's model in name or shape."""
     for item, tree in wanted.items():
         saved = meta.get("arrays", {}).get(item)
         here = {name: list(leaf.shape) for name, leaf in named_leaves(tree).items()}
@@ -417,8 +384,28 @@ def _check_fit(step: int, meta: dict, wanted: dict) -> None:
             other += [n for n in saved if n not in here]
             raise ValueError(
                 f"checkpoint {step} does not fit the config's model: {', '.join(other[:8])} differ "
-                f"in shape or are in one of them only; restore the config, or start a new run"
+                f"in shape or exist in only one of them; restore the config, or start a new run"
             )
+
+
+def _load(path: Path, like: Callable[[dict], State]) -> tuple[State, dict]:
+    """Return (state, metadata) of a step folder. Raises DamagedError where its bits differ."""
+    try:
+        meta = read_step_meta(path)
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
+    abstract = like(meta)
+    wanted = {"state": abstract._replace(ema=None), "ema": abstract.ema}
+    _check_fit(int(path.name), meta, wanted)
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            parts = {item: _read(checkpointer, path / item, part) for item, part in wanted.items()}
+    except Exception as error:  # a reader may raise any type for damaged bytes
+        raise DamagedError(f"cannot be read: {error}", unreadable=True) from error
+    wrong = differing(meta, parts)
+    if wrong:
+        raise DamagedError(f"other bits than were saved, in {', '.join(wrong)}")
+    return parts["state"]._replace(ema=parts["ema"]), meta
 
 
 def _read(checkpointer, path: Path, like):

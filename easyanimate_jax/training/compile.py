@@ -1,7 +1,7 @@
-"""Compiles the train step of a stage and says what it needs, on devices that need not be there.
+"""Compile the train step of a stage and report its memory; the devices may be absent.
 
-The loop of a run compiles here what it runs, and `pods` what a pod would run: the same function,
-state, batch, mesh and donated buffers.
+A run compiles its own step here, and `pods` the step that a pod would run: both have the same
+function, state, batch, mesh and donated buffers.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from easyanimate_jax.training.step import TrainState
 
 @dataclass(frozen=True)
 class Change:
-    """Overrides of the config with which a stage fits, and what the compiler says of it then."""
+    """Overrides of the config with which a stage fits, and its memory and time with them."""
 
     overrides: str
     peak_bytes_per_chip: int
@@ -42,7 +42,7 @@ class Change:
 
 @dataclass
 class StageReport:
-    """What the compiler says of one stage, and what follows from it. Bytes are a device's."""
+    """The compiler's figures for one stage, and predictions from them. Bytes are per device."""
 
     name: str
     task: str
@@ -55,16 +55,16 @@ class StageReport:
     text_tokens: int
     fits: bool
     hbm_bytes: int
-    peak_bytes_per_chip: int | None  # None where the compiler refused without saying
+    peak_bytes_per_chip: int | None  # None if the compiler refused without a figure
     memory: dict[str, int]
     model_flops: float
     attention_share: float
     steps: int
-    chips: int = 0  # 0 of devices that are here
-    modelled: bool = False  # by `gpu`, and not compiled
+    chips: int = 0  # 0 for the devices of this process
+    modelled: bool = False  # estimated by pods/gpu.py, not compiled
     collective_bytes: dict[str, int] = field(default_factory=dict)  # sent in a step, by kind
     collective_bytes_per_axis: dict[str, int] = field(default_factory=dict)  # by mesh axes
-    waiting_collective_bytes: int = 0  # of them during which the device computes nothing
+    waiting_collective_bytes: int = 0  # the part during which the device computes nothing
     largest_all_reduce_bytes: int = 0
     kernels: list[str] = field(default_factory=list)
     predicted_parts: dict[str, float] = field(default_factory=dict)  # seconds
@@ -73,7 +73,7 @@ class StageReport:
     predicted_mfu: float | None = None
     predicted_days: float | None = None
     predicted_chip_hours: float | None = None
-    changes: list[Change] = field(default_factory=list)  # that make it fit, the cheapest first
+    changes: list[Change] = field(default_factory=list)  # that make it fit, the fastest first
     compile_seconds: float = 0.0
     message: str = ""
 
@@ -87,9 +87,10 @@ def compile_stage(
     text_lengths: tuple[int, ...],
     memory: int,
 ) -> tuple[StageReport, jax.stages.Compiled | None]:
-    """What the step needs of `memory` bytes a device, and the step; None if nothing was compiled.
+    """Compile the step of a stage; return (report, compiled step) for `memory` bytes per device.
 
-    The compiled step takes (state, batch, key, learning rate).
+    The compiled step takes (state, batch, key, learning rate). It is None if the compiler ran out
+    of memory.
     """
     with jax.set_mesh(mesh):
         report, placed, arguments = describe_stage(
@@ -103,7 +104,7 @@ def compile_stage(
 def trace_stage(
     config: StepConfig, stage: Stage, placed: TrainState, arguments: tuple[TrainState, Batch]
 ) -> jax.stages.Traced:
-    """The step on what `describe_stage` found, before any compiler; under the same mesh."""
+    """Return the traced step for the results of `describe_stage`, under the same mesh."""
     optimizer = make_optimizer(config.optimizer)
     step = step_program(optimizer, config.process, config.ema_decay, placed, stage.batch_size)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -119,7 +120,7 @@ def describe_stage(
     text_lengths: tuple[int, ...],
     memory: int,
 ) -> tuple[StageReport, TrainState, tuple[TrainState, Batch]]:
-    """Before compiling: the report, the state's shardings, and (state, batch) as placed shapes."""
+    """Return (report, the state's shardings, (state, batch) as placed shapes) before compiling."""
     model = dataclasses.replace(config.model, in_channels=stage.in_channels)
     rows = microbatch_rows(stage, mesh)
     _, placed, state = abstract_state(model, make_optimizer(config.optimizer), mesh)
@@ -159,7 +160,7 @@ def describe_stage(
 
 
 def _compile(lowered, mesh: Mesh, report: StageReport) -> jax.stages.Compiled | None:
-    """Compile, and tell the report how it went; None if there is too little memory for it."""
+    """Compile and fill in the report; return None if the step does not fit the memory."""
     began = time.perf_counter()
     try:
         compiled = lowered.compile()
@@ -178,10 +179,10 @@ def _compile(lowered, mesh: Mesh, report: StageReport) -> jax.stages.Compiled | 
 
 
 def model_flops(config: MMDiTConfig, tokens: int, text_tokens: int) -> tuple[float, float]:
-    """(FLOPs of one sample's forward and backward pass, the share of them in attention).
+    """Return (FLOPs of one sample's forward and backward pass, the share of them in attention).
 
-    What the model needs and not what the program does: nothing recomputed, no padding beyond the
-    bucket's, a backward pass of twice the forward.
+    These are the FLOPs that the model needs. They include no recomputation and no padding beyond
+    the bucket's, and count the backward pass as twice the forward pass.
     """
     S, D = tokens + text_tokens, config.width
     linear = config.depth * S * 2 * BLOCK_MATRICES * D * D
@@ -201,7 +202,7 @@ def _bytes(tree) -> int:
 
 
 def _needed_bytes(message: str) -> int | None:
-    """The "Used 101.6G of 95.7G hbm" of the compiler's refusal."""
+    """Return the bytes in the compiler's "Used 101.6G of 95.7G hbm"; None without this text."""
     found = re.search(r"[Uu]sed ([\d.]+)([KMG]) of", message)
     return int(float(found[1]) * 1024 ** ("KMG".index(found[2]) + 1)) if found else None
 

@@ -1,14 +1,20 @@
-"""What a run says while it runs: `metrics.jsonl`, TensorBoard, and one progress line."""
+"""The output of a run while it trains: `metrics.jsonl`, TensorBoard, and one progress line."""
 
 import json
+import logging
 import sys
 import time
 from collections import deque
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import UInt8
+
+logger = logging.getLogger(__name__)
+
 
 class MetricsWriter:
-    """Appends one JSON line a step; a resumed run first drops the lines of steps it will redo."""
+    """Appends one JSON line per step; a resumed run first drops the lines of steps it repeats."""
 
     def __init__(self, folder: Path, first_step: int):
         path = Path(folder) / "metrics.jsonl"
@@ -19,22 +25,27 @@ class MetricsWriter:
         self.board = _board(Path(folder) / "tensorboard", first_step)
 
     def write(self, row: dict) -> None:
-        """`row` holds "step" and plain numbers or strings."""
+        """Append a row, which holds "step" and plain numbers or strings."""
         try:
             self.file.write(json.dumps(row) + "\n")
         except OSError as error:  # a full disk costs the row, not the run
-            print(f"\nthe metrics of step {row['step']} were not written: {error}", flush=True)
+            logger.warning(f"the metrics of step {row['step']} were not written: {error}")
         for name, value in row.items():
             if name != "step" and isinstance(value, int | float):
                 self.board.add_scalar(name, value, row["step"])
 
+    def picture(self, name: str, step: int, picture: UInt8[np.ndarray, "H W 3"]) -> None:
+        """Add a picture to TensorBoard."""
+        self.board.add_image(name, picture, step, dataformats="HWC")
+
     def close(self) -> None:
+        """Close the file and TensorBoard."""
         self.file.close()
         self.board.close()
 
 
 def _board(folder: Path, first_step: int):
-    """A TensorBoard writer. Its package imports torch where that is installed; we hide it."""
+    """Return a TensorBoard writer. Its package would import torch, so torch is hidden from it."""
     hide = "torch" not in sys.modules
     if hide:
         sys.modules["torch"] = None
@@ -53,46 +64,48 @@ def _step(line: str) -> int:
 
 
 class Progress:
-    """The progress line: where the run is, how fast, and when stage and schedule will end.
+    """The progress line: position and speed of a run, and when stage and schedule will end.
 
-    Times to come are estimated from tokens to come, at the rate of the last 50 steps.
+    The remaining time is the remaining tokens divided by the token rate of the last 50 steps.
     """
 
     def __init__(self):
         self.window = deque(maxlen=50)  # (seconds, tokens, seconds spent waiting for data)
 
     def add(self, seconds: float, tokens: int, waited: float) -> None:
+        """Add a step that took `seconds`, of which it `waited` for data."""
         self.window.append((seconds, tokens, waited))
 
     @property
     def tokens_per_second(self) -> float:
+        """Return the tokens per second of the last 50 steps."""
         return sum(t for _, t, _ in self.window) / max(1e-9, sum(s for s, _, _ in self.window))
 
     @property
     def data_wait(self) -> float:
-        """The share of recent time spent waiting for a batch."""
+        """Return the share of the time of the last 50 steps that was spent waiting for data."""
         return sum(w for *_, w in self.window) / max(1e-9, sum(s for s, _, _ in self.window))
 
     def show(self, text: str, stage_tokens: int, all_tokens: int) -> None:
-        """Print `text` with rates and ETAs: rewritten in place on a terminal, a line elsewhere."""
+        """Print `text` with rates and remaining times, by `show_progress`."""
         rate = max(1e-9, self.tokens_per_second)
         line = (
             f"{text}  {rate:,.0f} tok/s  data wait {self.data_wait:.0%}"
             f"  eta stage {clock(stage_tokens / rate)}, all {clock(all_tokens / rate)}"
         )
-        if sys.stdout.isatty():
-            print(f"\r\x1b[K{line}", end="", flush=True)
-        else:
-            print(line, flush=True)
+        show_progress(line)
 
 
-def announce(text: str) -> None:
-    """Print a line for people, apart from the progress line that may be in place."""
-    print(f"\n{text}", flush=True)
+def show_progress(line: str) -> None:
+    """Print a progress line; on a terminal it replaces the previous line."""
+    if sys.stdout.isatty():
+        print(f"\r\x1b[K{line}", end="", flush=True)
+    else:
+        print(line, flush=True)
 
 
 def clock(seconds: float) -> str:
-    """`75.2` as `1:15`, days written out."""
+    """Return seconds as text: 75.2 gives "1:15", 90000 gives "1d 1:00:00"."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -101,5 +114,5 @@ def clock(seconds: float) -> str:
 
 
 def now() -> float:
-    """Seconds on a clock that never jumps."""
+    """Return the seconds of a clock that never jumps."""
     return time.perf_counter()

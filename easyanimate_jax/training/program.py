@@ -1,6 +1,6 @@
-"""The train step as a compiled program: placed state, placed batch, donated buffers.
+"""The train step as a jitted program: sharded state, sharded batch, donated buffers.
 
-What `trainer` runs and what `aot` compiles for devices that are not there is made here, once.
+`train.py` runs this program, and the verb `aot` compiles the same one for absent devices.
 """
 
 from functools import cache, partial
@@ -22,9 +22,10 @@ from easyanimate_jax.training.optimizer import OptimizerConfig
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import TrainState, init_state, train_step
 
-# Vector memory that one operation may take, by device kind: all 64 MiB of a core of v5p, 96 of the
-# 128 of v6e, as other trainers for them have it, instead of 16. Products get larger tiles, a sixth
-# faster by the compiler's own estimate, and Splash's backward pass its long blocks of keys.
+# Vector memory that one operation may use, by device kind; the default is 16 MiB. v5p has 64 MiB
+# per core, v6e has 128 MiB; other trainers for these chips use the same limits. Larger tiles make
+# matrix products a sixth faster by the compiler's estimate, and the backward pass of Splash needs
+# the memory for its long blocks of keys.
 COMPILER_OPTIONS = {
     "TPU v5": {"xla_tpu_scoped_vmem_limit_kib": "65536"},
     "TPU v6 lite": {"xla_tpu_scoped_vmem_limit_kib": "98304"},
@@ -32,7 +33,7 @@ COMPILER_OPTIONS = {
 
 
 class StepConfig(NamedTuple):
-    """What a run's train step depends on beside its stage."""
+    """The settings of a run's train step that do not depend on the stage."""
 
     model: MMDiTConfig
     optimizer: OptimizerConfig
@@ -42,7 +43,7 @@ class StepConfig(NamedTuple):
 
 @cache
 def abstract_state(model: MMDiTConfig, optimizer: optax.GradientTransformation, mesh: AnyMesh):
-    """(function of a key that makes the state, its shardings, the state as placed shapes)."""
+    """Return (function key -> state, the state's shardings, the state as placed shapes)."""
     make = partial(init_state, lambda key: MMDiT(model, rngs=nnx.Rngs(params=key)), optimizer)
     shapes = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
     placed = shardings(mesh, shapes)
@@ -58,7 +59,10 @@ def abstract_batch(
     tokens: int,
     text_lengths: tuple[int, ...],
 ) -> Batch:
-    """The placed shapes of a batch as the loader makes it, its last microbatch filled up."""
+    """Return the sharded shapes of a batch as the loader makes it.
+
+    Arrays begin with (microbatches, rows). The last microbatch is padded with rows of weight 0.
+    """
     rows = -(-batch_size // microbatch), microbatch
     channels = LATENT_CHANNELS * PATCH**2
     extra = (model.in_channels - LATENT_CHANNELS) * PATCH**2
@@ -79,14 +83,17 @@ def abstract_batch(
 
 
 def microbatch_rows(stage: Stage, mesh: AnyMesh) -> int:
-    """Rows that go through the network at once: the stage's, filled up to whole devices."""
+    """Return the rows of a microbatch, padded to a multiple of the devices that shard rows."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = min(stage.microbatch or stage.batch_size, stage.batch_size)
     return -(-rows // parts) * parts
 
 
 def batch_shardings(mesh: AnyMesh, batch: Batch) -> Batch:
-    """Rows over data and fsdp; over context go rows too where there are enough, tokens else."""
+    """Return the shardings of a batch: rows over `data` and `fsdp`.
+
+    `context` shards rows too if there are enough, and tokens otherwise.
+    """
 
     def place(x, *axes: str | None):
         rest = (None,) * (x.ndim - 2 - len(axes))
@@ -110,7 +117,7 @@ def step_program(
     placed: TrainState,
     batch_size: int,
 ):
-    """The jitted train step; the state is donated and comes back where it was."""
+    """Return the jitted train step; it donates the state and keeps the state's shardings."""
     settings = {"process": process, "ema_decay": ema_decay, "batch_size": batch_size}
     step = partial(train_step, optimizer=optimizer, **settings)
     device = placed.step.mesh.devices.flat[0]

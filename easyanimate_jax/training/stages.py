@@ -1,59 +1,87 @@
-"""The staged schedule: which latents, task, batch and learning rate at which step (spec 9.4)."""
+"""The staged schedule: latents, task, batch size and learning rate of each step (spec 9.4)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from easyanimate_jax.diffusion.tasks import TASKS, TaskName
+from easyanimate_jax.facts import MAX_STEPS, check_fields
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: `steps` updates of `batch_size` clips from the latent set named `data`.
-
-    `microbatch` rows go through the network at once (all of them when None); the rest of the batch
-    is accumulated. The learning rate warms up linearly over `warmup` steps of the stage, then goes
-    linearly to `end_learning_rate` (constant when None). `weights` say how often clips of a kind or
-    a source come beside others, see `data.plan.Plan`. A control stage learns to do without its
-    control in `control_drop` of the rows, and without its reference in `reference_drop` of them;
-    cameras are always there.
-    """
+    """One stage of the schedule: one latent set, one task, one batch size."""
 
     name: str
+    """Name of the stage, different from those of the other stages."""
+
     data: str
+    """Name of the latent set that the stage reads."""
+
     batch_size: int
+    """Clips in one update, over all devices (spec 9.4 lists the report's values)."""
+
     steps: int
+    """Number of updates of the stage (spec 9.4 lists the report's values)."""
+
     task: TaskName = "t2v"
+    """Task that the stage trains; it decides the network's input channels (spec 0)."""
+
     microbatch: int | None = None
+    """Clips that go through the network at once; gradients are summed over the microbatches of a
+    batch. None is the whole batch."""
+
     learning_rate: float = 2e-5
+    """Learning rate after warm-up; the default is that of the released scripts (spec 9.1)."""
+
     end_learning_rate: float | None = None
+    """Learning rate that the stage falls to linearly at its end. None keeps it constant."""
+
     warmup: int = 100
+    """Steps of the stage over which the learning rate rises linearly; 0 is no warm-up. The
+    default is that of the released scripts (spec 9.1)."""
+
     weights: tuple[tuple[str, float], ...] = ()
+    """Pairs of a kind or source of clips and its sampling weight. Other clips have weight 1; weight
+    0 leaves clips out (see `data.plan.plan.Plan`)."""
+
     control_drop: float = 0.2
+    """Share of rows of a control stage that are trained without their control; cameras are never
+    dropped (spec 7.2)."""
+
     reference_drop: float = 0.2
+    """Share of rows of a control stage that are trained without their reference (spec 7.2); with
+    cameras it is never dropped."""
 
     def __post_init__(self):
-        for name in ("batch_size", "steps", "microbatch"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(
-                    f"stage {self.name!r}: {name} is {getattr(self, name)}; use 1 or more"
-                )
+        check_fields(
+            self,
+            batch_size="[1, inf)",
+            steps=f"[1, {MAX_STEPS}]",
+            microbatch="[1, inf)",
+            learning_rate="[0, inf)",
+            end_learning_rate="[0, inf)",
+            warmup="[0, inf)",
+            weights="[0, inf)",
+            control_drop="[0, 1]",
+            reference_drop="[0, 1]",
+        )
 
     @property
     def in_channels(self) -> int:
-        """Input channels of the network in this stage."""
+        """Return the number of input channels of the network in this stage."""
         return TASKS[self.task].in_channels
 
     def learning_rate_at(self, step: int) -> float:
-        """The learning rate of the stage's own step `step`, counted from 0."""
+        """Return the learning rate of the stage's own step `step`, counted from 0."""
         end = self.learning_rate if self.end_learning_rate is None else self.end_learning_rate
         rate = self.learning_rate + (end - self.learning_rate) * step / self.steps
         return rate * min(1.0, (step + 1) / max(1, self.warmup))
 
 
 def stage_at(stages: Sequence[Stage], step: int) -> tuple[int, int]:
-    """(index of the stage that makes global step `step`, the stage's own step).
+    """Return (index of the stage that makes global step `step`, the stage's own step).
 
-    The step after the last one is (len(stages), 0).
+    Returns (len(stages), 0) for the step after the last one.
     """
     for index, stage in enumerate(stages):
         if step < stage.steps:
@@ -63,7 +91,7 @@ def stage_at(stages: Sequence[Stage], step: int) -> tuple[int, int]:
 
 
 def boundaries(stages: Sequence[Stage]) -> list[int]:
-    """The global step at which each stage ends."""
+    """Return the global step at which each stage ends."""
     ends, total = [], 0
     for stage in stages:
         total += stage.steps

@@ -1,10 +1,11 @@
-"""One optimizer step, accumulated over microbatches, and the state it carries.
+"""One optimizer step, accumulated over microbatches, and the training state.
 
 Letters beyond the legend: A microbatches of a global batch, P token width (4 x 16 channels).
-Every random draw of a row comes from `fold_in(key, step)` and the row's index in the global batch,
+Every random draw of a row depends on `fold_in(key, step)` and the row's index in the global batch,
 so neither the mesh nor the microbatch size changes the numbers.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -14,12 +15,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.diffusion.losses import masked_squared_error
-from easyanimate_jax.models.mmdit import MMDiT, widen_input
+from easyanimate_jax.facts import PATCH
+from easyanimate_jax.models.mmdit import MMDiT
 
 
 class TrainState(NamedTuple):
+    """The training state: counters, weights, averaged weights and optimizer state."""
+
     step: jax.Array  # () int32, updates made so far
-    skipped: jax.Array  # () int32, of them skipped because loss or gradient was not finite
+    skipped: jax.Array  # () int32, updates skipped because loss or gradient was not finite
     model: MMDiT
     ema: MMDiT
     opt_state: optax.OptState
@@ -28,18 +32,39 @@ class TrainState(NamedTuple):
 def init_state(
     make_model, optimizer: optax.GradientTransformation, key: PRNGKeyArray
 ) -> TrainState:
-    """Fresh weights, their average, and zero moments. `make_model(key)` builds the network."""
+    """Return the state before the first update: new weights, their average, and zero moments.
+
+    `make_model(key)` builds the network.
+    """
     model = make_model(key)
     zero = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.copy, model)
     return TrainState(zero, zero, model, ema, optimizer.init(model))
 
 
-def widen_state(state: TrainState, in_channels: int) -> TrainState:
-    """The same state for a network with more input channels: new weights and moments zero (2.9)."""
+def widen_state(state, in_channels: int):
+    """Return the tree with `in_channels` input channels in every MMDiT: model, EMA and moments.
 
-    def widen(x):
-        return widen_input(x, in_channels) if isinstance(x, MMDiT) else x
+    New channels come last and have zero weights, so a T2V model becomes an inpainting or control
+    model that at first ignores its condition. With fewer channels the first ones are kept (spec
+    2.9).
+    """
+
+    def widen(model):
+        if not isinstance(model, MMDiT):
+            return model
+        model = jax.tree.map(lambda x: x, model)  # a copy of the module, not of the arrays
+        rows = in_channels * PATCH**2
+
+        def resize(kernel):
+            return jnp.pad(kernel[:rows], ((0, max(0, rows - kernel.shape[0])), (0, 0)))
+
+        # By tree map: a moment that the optimizer keeps for other weights has no kernel here.
+        kernel = model.patches.kernel
+        kernel.set_value(jax.tree.map(resize, kernel.get_value()))
+        model.patches.in_features = rows
+        model.config = dataclasses.replace(model.config, in_channels=in_channels)
+        return model
 
     return jax.tree.map(widen, state, is_leaf=lambda x: isinstance(x, MMDiT))
 
@@ -53,12 +78,12 @@ def denoising_loss(
     *,
     process,
 ) -> Float[Array, ""]:
-    """The weighted sum over rows of each row's mean squared error over its real tokens.
+    """Return the weighted sum over rows of each row's mean squared error over its real tokens.
 
-    Latents are drawn from the VAE's posterior, `mean + std * eps`, anew at every visit (spec 3.4).
+    Every visit draws new latents from the VAE's posterior, `mean + std * eps` (spec 3.4).
     """
 
-    # Latents and texts travel as float16; what is computed from them is float32.
+    # Latents and texts are stored as float16; computation is in float32.
     batch = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float16 else x, batch)
 
     def draw(row):
@@ -90,12 +115,12 @@ def train_step(
     ema_decay: float,
     batch_size: int | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-    """One update from a global batch of (A, B) rows. A non-finite update is counted, not made, as
-    is one without any error that counts.
+    """Make one update from a global batch of (A, B) rows; return (new state, metrics).
 
-    The first `batch_size` rows are real, all of them if None; how many fill the batch up depends on
-    the devices, so times are drawn, and shared out where they are stratified, for the real ones.
-    The average's decay warms up as (1 + n) / (10 + n), so early samples show the current weights.
+    An update with a non-finite loss or gradient is skipped and counted, and so is one with a loss
+    of 0. The first `batch_size` rows are real (None: all rows); the others are padding. The padding
+    depends on the devices, so times are drawn, and stratified, only over the real rows. The
+    average's decay warms up as (1 + n) / (10 + n), so early samples show the current weights.
     """
     time_key, noise_key = jax.random.split(jax.random.fold_in(key, state.step))
     num_micro, num_rows = batch.weight.shape
@@ -120,7 +145,7 @@ def train_step(
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema = optax.incremental_update(model, state.ema, 1 - decay)
 
-    # A loss of exactly 0 is one of outliers alone, which count as zero (spec 4.4).
+    # The loss is exactly 0 if all errors are outliers, which count as zero (spec 4.4).
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss > 0)
     model, ema, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),

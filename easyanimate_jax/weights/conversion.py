@@ -1,14 +1,13 @@
-"""`convert(source, target, options)`: a model or a whole pipeline from one layout to another.
+"""`convert(source, target, options)`: convert a model or a whole pipeline to another layout.
 
-A pipeline is a folder of folders: `transformer` and `vae` are renamed and reshaped; text encoders
-are rewritten as they are, in the dtype asked for; tokenizers and the scheduler are copied. Every
-header is checked before a byte is written, and the target appears whole or not at all.
+A pipeline is a folder of folders. `transformer` and `vae` are renamed and reshaped; text encoders
+are only cast to the chosen dtype; tokenizers and the scheduler are copied. All headers are checked
+before any byte is written, and a failed conversion leaves no target behind.
 """
 
 import json
 import os
 import re
-import resource
 import shutil
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from easyanimate_jax.diffusion.tasks import task_of
+from easyanimate_jax.facts import DTypes, check_fields
 from easyanimate_jax.weights import files, lora, mmdit_table, run_folder, vae_table
 from easyanimate_jax.weights.folder import KINDS, Model, Weights, open_model, read_json
 from easyanimate_jax.weights.lazy import Tensor
@@ -29,16 +29,16 @@ from easyanimate_jax.weights.schedulers import INDEX, SCHEDULER, SCHEDULERS, rel
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 TEXTS = (*TEXT_ENCODERS, *TOKENIZERS)
-LENGTHS = "text.json"  # of our own text encoders, where they are not the released ones
+LENGTHS = "text.json"  # prompt lengths, present for text encoders other than the released ones
 PARTS = (*KINDS, *TEXTS, "scheduler")
-REQUIRED = ("vae", "text_encoder", "tokenizer")  # of diffusers' pipelines; null where absent
+REQUIRED = ("vae", "text_encoder", "tokenizer")  # by diffusers' pipelines; null if absent
 LORA = "lora"
 
 
 class Part(NamedTuple):
-    """One folder to write: tensors as `stem`.safetensors, small files, and copies."""
+    """One folder to write: tensors as `stem`.safetensors, small text files, and copied files."""
 
-    name: str  # of the folder below the target; "" is the target itself
+    name: str  # folder below the target; "" is the target itself
     tensors: Mapping[str, Tensor] = {}
     stem: str = ""
     shard_bytes: int = files.SHARD
@@ -47,16 +47,17 @@ class Part(NamedTuple):
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class Report(NamedTuple):
-    """What a conversion did; `parts` are (name, number of tensors, bytes)."""
+    """The result of a conversion; `parts` are (name, number of tensors, bytes)."""
 
     parts: list[tuple[str, int, int]]
     notes: list[str]
     seconds: float
-    peak_rss: int  # bytes, of the whole process
+    peak_rss: int  # bytes; the peak memory of the whole process
 
     def __str__(self) -> str:
         count, size = (sum(part[i] for part in self.parts) for i in (1, 2))
@@ -70,20 +71,38 @@ class Report(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """`to`: the layout to write. `dtype` casts all weights; None keeps each tensor's own.
-
-    `weights` and `step` choose from the checkpoints of a run. `in_channels` adapts the transformer
-    to another task (spec 2.9). `only` takes one part of a pipeline, and makes it the target itself.
-    """
+    """The choices of one conversion."""
 
     to: Literal["jax", "diffusers", "original"]
-    dtype: str | None = None
+    """Layout to write."""
+
+    dtype: DTypes | None = None
+    """Data type of all written weights. None keeps the type of each tensor."""
+
     weights: Weights = "ema"
+    """Weights to read from a run's checkpoint: the average ("ema") or the trained ones ("raw")."""
+
     step: int | None = None
+    """Step of the run's checkpoint to read. None is the newest."""
+
     in_channels: int | None = None
+    """Input channels of the written transformer; the number selects the task (spec 2.9). None keeps
+    the number of the source."""
+
     only: str | None = None
+    """Name of one part of the pipeline; it is written directly to the target. None writes the whole
+    pipeline."""
+
     allow_pickle: bool = False
+    """Also read .bin, .pt and .ckpt files, with torch. Use it only for sources that you trust."""
+
     shard_bytes: int = files.SHARD
+    """Maximum bytes of one weight file; larger models are split over several files."""
+
+    def __post_init__(self):
+        check_fields(self, step="[0, inf)", in_channels="[1, inf)", shard_bytes="[1, inf)")
+        if self.only not in (None, *PARTS):
+            raise ValueError(f"Options.only is {self.only!r}; use one of {', '.join(PARTS)}")
 
 
 def convert(
@@ -92,17 +111,17 @@ def convert(
     options: Options,
     progress: Callable[[int, int], object] = lambda size, total: None,
 ) -> Report:
-    """Write what is at `source` to `target`, a new folder (a new file, for a LoRA).
+    """Convert `source` and write it to `target`, a new folder (a new file for a LoRA).
 
-    `progress` gets the bytes just written and the bytes in all. Raises ValueError listing all that
-    is wrong, and then leaves nothing behind.
+    `progress` is called with the bytes just written and the total bytes. Raises ValueError listing
+    all problems; `target` does not exist then.
     """
     began, source, target = time.perf_counter(), Path(source), Path(target)
     problems = []
     if not source.exists():
-        problems.append(f"there is no {source}")
+        problems.append(f"{source} does not exist")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        problems.append(f"{target} is there already; name a new folder, or remove it")
+        problems.append(f"{target} already exists; name a new folder, or remove it")
     files.raise_all(f"{source} -> {target}", problems)
     plan = Plan(options, problems)
     plan.read(source)
@@ -122,21 +141,22 @@ def convert(
 
 
 class Plan:
-    """The parts that a conversion will write, found by reading headers alone."""
+    """The parts that a conversion will write, found by reading only the headers of files."""
 
     def __init__(self, options: Options, problems: list[str]):
         self.options, self.problems = options, problems
         self.parts: list[Part] = []
         self.notes: list[str] = []
         self.models: dict[str, Model] = {}
-        self.process = ""  # the class of a run's
+        self.process = ""  # class name of a run's noise process
+        self.memory = files.Memory()
 
     def read(self, source: Path) -> None:
-        """Fill `parts` from a pipeline, a run, a model or a LoRA; add misfits to `problems`."""
+        """Fill `parts` from a pipeline, a run, a model or a LoRA; add all faults to `problems`."""
         only = self.options.only
         places = self._places(source)
         if not places:
-            names = files.open_weights(source, self.problems, self.options.allow_pickle)
+            names = self._open(source)
             if lora.is_lora(names):
                 self._add_lora(names)
             elif names and not self.problems:
@@ -153,7 +173,7 @@ class Plan:
                 self._add_pipeline_files(places)
 
     def _places(self, source: Path) -> dict[str, Path]:
-        """Where the parts of a pipeline lie; {} if this is a single model."""
+        """Return the path of each part of a pipeline; {} for a single model."""
         if run_folder.is_run(source):
             _, meta = run_folder.read_meta(source, self.options.step)
             config = meta["config"]
@@ -171,8 +191,11 @@ class Plan:
             ]
         return places
 
+    def _open(self, path: Path) -> dict[str, Tensor]:
+        return files.open_weights(path, self.problems, self.options.allow_pickle, self.memory)
+
     def _kind(self, source: Path, names: Iterable[str]) -> str:
-        """Which part a single model is, by the names of its tensors."""
+        """Return which part a single model is, from the names of its tensors."""
         if any(name.startswith(("transformer_blocks.", "blocks.")) for name in names):
             return "transformer"
         if any("coder." in name for name in names):
@@ -203,6 +226,7 @@ class Plan:
             weights=options.weights,
             step=options.step,
             allow_pickle=options.allow_pickle,
+            memory=self.memory,
         )
         if model is None or len(self.problems) > found:
             return
@@ -229,7 +253,7 @@ class Plan:
 
     def _add_text_encoder(self, place: Path, folder: str) -> None:
         options = self.options
-        tensors = files.open_weights(place, self.problems, options.allow_pickle)
+        tensors = self._open(place)
         tensors = files.checked(tensors, self.problems, options.dtype)
         fields = read_json(place / CONFIG, self.problems)
         if options.dtype:
@@ -245,7 +269,7 @@ class Plan:
         self.parts.append(Part(folder, tensors, "model", options.shard_bytes, texts, copies))
 
     def _add_pipeline_files(self, places: Mapping[str, Path]) -> None:
-        """The scheduler where there is none, the texts' lengths, diffusers' index of the parts."""
+        """Add the missing scheduler, the prompt lengths, and diffusers' index of the parts."""
         for place in (places[name].parent / LENGTHS for name in places if name == "text_encoder"):
             if place.is_file():
                 self.parts.append(Part("", copies=[place]))
@@ -262,8 +286,8 @@ class Plan:
             return
         if "text_encoder_2" in places and self.options.to == "diffusers":
             self.notes.append(
-                "diffusers has no pipeline with the two text encoders of V5; its classes load the "
-                "parts, one by one"
+                "diffusers has no pipeline with the two text encoders of V5; load the parts one by "
+                "one with its classes"
             )
         try:
             task = task_of(transformer.config.in_channels)
@@ -282,7 +306,7 @@ class Plan:
         self.parts.append(Part("", texts={INDEX: _json(index | missing)}))
 
     def _text_class(self, name: str, place: Path) -> list[str | None]:
-        """Library and class of a text encoder or tokenizer, as its own config names it."""
+        """Return the library and class of a text encoder or tokenizer, from its own config."""
         if name in TEXT_ENCODERS:
             classes = read_json(place / CONFIG, self.problems).get("architectures") or [None]
             return ["transformers", classes[0]]
@@ -293,8 +317,8 @@ class Plan:
         to = self.options.to
         if to == "jax":
             self.problems.append(
-                "a LoRA file has no layout of ours; read it with weights.lora.read, or convert it "
-                "--to original or diffusers"
+                "a LoRA file cannot be written with --to jax; read it with weights.lora.read, or "
+                "convert it --to original or diffusers"
             )
             return
         theirs = files.checked(theirs, self.problems, self.options.dtype)
@@ -320,7 +344,10 @@ def _write(folder: Path, part: Part, progress: Callable[[int], object]) -> None:
 
 @contextmanager
 def _appearing(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that becomes it at the end, or goes away with any error."""
+    """Yield a temporary folder beside `target`; rename it to `target` at the end.
+
+    On an error the temporary folder is removed.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
     folder.mkdir()
@@ -336,9 +363,11 @@ def _appearing(target: Path) -> Iterator[Path]:
 
 
 def peak_rss() -> int:
-    """The most memory that this process has had, in bytes."""
+    """Return the peak memory of this process, in bytes."""
     status = Path("/proc/self/status")
-    if status.is_file():  # unlike getrusage, it does not count what the parent had before exec
+    if status.is_file():  # unlike getrusage, it excludes the parent's memory before exec
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    import resource  # Windows has none
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,8 +1,8 @@
-"""Safetensors files, read and written here: a header of names, then the bytes of every tensor.
+"""Read and write safetensors files: a header of names, then the bytes of every tensor.
 
-Reading trusts nothing. What is wrong with a file, an index or a folder is added to `problems`, one
-sentence each that names the file and the tensor, so that a user sees everything at once. Nothing is
-mapped into memory: a tensor is read with plain reads of the boxes asked for.
+Reading trusts nothing. Each fault of a file, an index or a folder is added to `problems` as one
+sentence that names the file and the tensor, so that the user sees all faults at once. Files are not
+mapped into memory: plain reads fetch the boxes of a tensor that are asked for.
 """
 
 import ctypes
@@ -14,7 +14,6 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -42,15 +41,46 @@ DTYPES = {
 }
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 LONGEST_HEADER = 100_000_000  # the format's own limit
-# Bytes that are read at a time. A stack is cut anywhere between its layers; rows of a matrix can be
-# columns in the file it comes from, so one layer of the 12B in float32 stays whole.
+# Bytes that are read at a time. A stack can be cut between any two layers. Rows of a matrix can be
+# columns in the source file, so one matrix of the 12B model in float32 is read whole.
 PIECE, MATRIX = 2**22, 2**28
-STRIP = 2**22  # bytes that are transposed and written at a time; malloc then uses its pages again
-SHARD = 5 * 10**9  # bytes of a file, as transformers and diffusers cut them
+STRIP = 2**22  # bytes that are transposed and written at a time; malloc then reuses its pages
+SHARD = 5 * 10**9  # bytes of a file, the default of transformers and diffusers
 
 
-def open_file(path: Path, problems: list[str]) -> dict[str, Tensor]:
-    """The tensors of one safetensors file, in the order of its header."""
+class Memory:
+    """Buffers for reading: a large buffer is reused once no array refers to it.
+
+    At most `most` free buffers are kept. The system zeroes every new page before a read fills it,
+    which takes longer than the read itself.
+    """
+
+    def __init__(self, most: int = 2):
+        self.free, self.most = [], most
+
+    def take(self, size: int) -> np.ndarray:
+        """Return uninitialised memory, (size,) uint8."""
+        if size < PIECE:
+            return np.empty(size, np.uint8)
+        fitting = [i for i, owner in enumerate(self.free) if owner.nbytes >= size]
+        if self.free and not fitting:
+            self.free.pop()
+        owner = self.free.pop(fitting[0]) if fitting else np.empty(size, np.uint8)
+        # A view of a view refers to the last object that is not an array: this holder.
+        holder = (ctypes.c_ubyte * size).from_buffer(owner)
+        weakref.finalize(holder, self._give_back, owner).atexit = False
+        return np.frombuffer(holder, np.uint8)
+
+    def _give_back(self, owner: np.ndarray) -> None:
+        if len(self.free) < self.most:
+            self.free.append(owner)
+
+
+def open_file(path: Path, problems: list[str], memory: Memory | None = None) -> dict[str, Tensor]:
+    """Return the tensors of one safetensors file, in the order of its header.
+
+    Values are read into `memory`. Faults are added to `problems`, one line each.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
@@ -61,7 +91,7 @@ def open_file(path: Path, problems: list[str]) -> dict[str, Tensor]:
         if len(start) < 8 or length > min(size - 8, LONGEST_HEADER):
             problems.append(
                 f"{path} has {size} bytes and its header should have {length}: it is no "
-                f"safetensors file, or a part of one; download it again"
+                f"safetensors file, or an incomplete one; download it again"
             )
             return {}
         header = file.read(length)
@@ -80,7 +110,7 @@ def open_file(path: Path, problems: list[str]) -> dict[str, Tensor]:
     if not isinstance(entries, dict):
         problems.append(f"{path}: its header is a {type(entries).__name__}, not a table of tensors")
         return {}
-    problems += [f"{path}: {name} stands twice in the header" for name in repeated]
+    problems += [f"{path}: {name} is in the header more than once" for name in repeated]
 
     tensors, ranges = {}, []
     for name, entry in entries.items():
@@ -92,9 +122,8 @@ def open_file(path: Path, problems: list[str]) -> dict[str, Tensor]:
             continue
         shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
         ranges.append((begin, end, name))
-        tensors[name] = _from_file(
-            path, 8 + length + begin, shape, np.dtype(DTYPES[entry["dtype"]])
-        )
+        dtype = np.dtype(DTYPES[entry["dtype"]])
+        tensors[name] = _from_file(path, 8 + length + begin, shape, dtype, memory)
     there = size - 8 - length
     if len(tensors) == len(entries) - ("__metadata__" in entries):
         problems += [f"{path}: {fault}" for fault in _layout_faults(sorted(ranges), there)]
@@ -102,7 +131,7 @@ def open_file(path: Path, problems: list[str]) -> dict[str, Tensor]:
 
 
 def _fault(entry) -> str | None:
-    """What is wrong with one tensor's line of a header."""
+    """Return the fault of one tensor's entry in a header, or None."""
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         whole = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
@@ -111,7 +140,7 @@ def _fault(entry) -> str | None:
     if not isinstance(code, str) or code not in DTYPES:
         return f"has dtype {code!r}; known are {', '.join(DTYPES)}"
     if not whole:
-        return f"has shape {shape} at {begin}..{end}: only whole numbers from 0 on can be"
+        return f"has shape {shape} at {begin}..{end}: only whole numbers from 0 on are allowed"
     size = math.prod(shape) * np.dtype(DTYPES[code]).itemsize
     if end - begin != size:
         return f"of shape {shape} and dtype {code} needs {size} bytes and has {end - begin}"
@@ -119,7 +148,7 @@ def _fault(entry) -> str | None:
 
 
 def _layout_faults(ranges: Sequence[tuple[int, int, str]], there: int) -> list[str]:
-    """Where tensors overlap, leave holes, or reach past the end of the file."""
+    """Return one line for each overlap, hole, or tensor that ends after the end of the file."""
     faults, position = [], 0
     for begin, end, name in ranges:
         if begin < position:
@@ -130,17 +159,19 @@ def _layout_faults(ranges: Sequence[tuple[int, int, str]], there: int) -> list[s
     if position > there:
         lost = [name for _, end, name in ranges if end > there]
         faults.append(
-            f"{position - there} bytes are not there: the file is half-downloaded, from {lost[0]} "
-            f"on; download it again"
+            f"{position - there} bytes are not there: the file is half-downloaded and ends in "
+            f"{lost[0]}; download it again"
         )
     elif position < there:
         faults.append(f"{there - position} bytes at the end belong to no tensor")
     return faults
 
 
-def _from_file(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+def _from_file(
+    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, memory: Memory | None
+) -> Tensor:
     def read(box: Box) -> np.ndarray:
-        # Down to the first dimension of more than one entry everything is one run of bytes.
+        # The box is one run of bytes up to the first dimension with more than one entry.
         begin, axis = 0, 0
         while axis < len(shape) and box[axis].stop - box[axis].start == 1:
             begin += box[axis].start * math.prod(shape[axis + 1 :])
@@ -149,7 +180,8 @@ def _from_file(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype)
         if rest:
             begin += box[axis].start * math.prod(rest[1:])
             rest = (box[axis].stop - box[axis].start, *rest[1:])
-        raw = memory.take(math.prod(rest) * dtype.itemsize)
+        size = math.prod(rest) * dtype.itemsize
+        raw = memory.take(size) if memory else np.empty(size, np.uint8)
         with path.open("rb") as file:
             file.seek(offset + begin * dtype.itemsize)
             there = file.readinto(raw)
@@ -159,48 +191,11 @@ def _from_file(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype)
     return Tensor(shape, dtype, read)
 
 
-class Memory:
-    """For what is read; while `kept`, large pieces are used again once no array looks at them.
+def open_index(path: Path, problems: list[str], memory: Memory | None = None) -> dict[str, Tensor]:
+    """Return the tensors of a sharded model, from its `*.safetensors.index.json`.
 
-    The system clears every new page before a read fills it, which takes longer than the read.
+    Values are read into `memory`. Faults are added to `problems`, one line each.
     """
-
-    def __init__(self):
-        self.free, self.most = [], 0
-
-    def take(self, size: int) -> np.ndarray:
-        """(size,) uint8, of any values."""
-        if size < PIECE or not self.most:
-            return np.empty(size, np.uint8)
-        fitting = [i for i, owner in enumerate(self.free) if owner.nbytes >= size]
-        if self.free and not fitting:
-            self.free.pop()
-        owner = self.free.pop(fitting[0]) if fitting else np.empty(size, np.uint8)
-        # Views of views hold the last object that is no array, through a memoryview: this one.
-        holder = (ctypes.c_ubyte * size).from_buffer(owner)
-        weakref.finalize(holder, self._give_back, owner).atexit = False
-        return np.frombuffer(holder, np.uint8)
-
-    def _give_back(self, owner: np.ndarray) -> None:
-        if len(self.free) < self.most:
-            self.free.append(owner)
-
-    @contextmanager
-    def kept(self, most: int = 2) -> Iterator[None]:
-        """Keeps up to `most` pieces until the end of the block."""
-        self.most = most
-        try:
-            yield
-        finally:
-            self.most = 0
-            self.free.clear()
-
-
-memory = Memory()
-
-
-def open_index(path: Path, problems: list[str]) -> dict[str, Tensor]:
-    """The tensors of a sharded model, by its `*.safetensors.index.json`."""
     folder = path.parent
     try:
         names = json.loads(path.read_text("utf-8"))["weight_map"]
@@ -217,7 +212,7 @@ def open_index(path: Path, problems: list[str]) -> dict[str, Tensor]:
         if not (folder / file).is_file():
             problems.append(f"{path} names {file}, which is not there; download it")
             continue
-        found = open_file(folder / file, problems)
+        found = open_file(folder / file, problems, memory)
         for name in found:
             if name in owner:
                 problems.append(f"{name} is in {owner[name]} and in {file}")
@@ -225,7 +220,7 @@ def open_index(path: Path, problems: list[str]) -> dict[str, Tensor]:
                 problems.append(f"{name} is in {file} and not in {path.name}")
             owner[name] = file
         problems += [
-            f"{path.name} looks for {name} in {file}, and it is not in that file"
+            f"{path.name} names {file} for {name}, and it is not in that file"
             for name, place in places.items()
             if place == file and name not in found
         ]
@@ -235,13 +230,18 @@ def open_index(path: Path, problems: list[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def open_weights(path: Path, problems: list[str], allow_pickle: bool = False) -> dict[str, Tensor]:
-    """The tensors of a file, or of the one model that lies in a folder."""
+def open_weights(
+    path: Path, problems: list[str], allow_pickle: bool = False, memory: Memory | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors of a file, or of the only model in a folder; values go to `memory`.
+
+    Faults are added to `problems`, one line each.
+    """
     if path.is_file():
         if path.suffix == ".safetensors":
-            return open_file(path, problems)
+            return open_file(path, problems, memory)
         if path.name.endswith(".safetensors.index.json"):
-            return open_index(path, problems)
+            return open_index(path, problems, memory)
         if path.suffix in PICKLES:
             return open_pickle(path, problems, allow_pickle)
         problems.append(f"{path} is no file of weights; known are .safetensors and {PICKLES}")
@@ -252,9 +252,9 @@ def open_weights(path: Path, problems: list[str], allow_pickle: bool = False) ->
     wholes = [p for p in files if p.suffix == ".safetensors" and p not in shards]
     candidates = indices + wholes or [p for p in files if p.suffix in PICKLES]
     if len(candidates) == 1:
-        return open_weights(candidates[0], problems, allow_pickle)
+        return open_weights(candidates[0], problems, allow_pickle, memory)
     if not candidates:
-        problems.append(f"{path} holds no weights: no .safetensors file is there")
+        problems.append(f"{path} holds no weights: it has no .safetensors file")
     else:
         names = ", ".join(p.name for p in candidates)
         problems.append(
@@ -265,7 +265,7 @@ def open_weights(path: Path, problems: list[str], allow_pickle: bool = False) ->
 
 
 def checked(tensors: Mapping[str, Tensor], problems: list[str], dtype=None) -> dict[str, Tensor]:
-    """The same tensors, cast to `dtype`; reading a NaN or an infinity adds to `problems`."""
+    """Return the tensors, cast to `dtype`; reading a NaN or an infinity adds to `problems`."""
 
     def check(name, tensor):
         cast = tensor.astype(dtype) if dtype is not None else tensor
@@ -274,7 +274,7 @@ def checked(tensors: Mapping[str, Tensor], problems: list[str], dtype=None) -> d
             values = cast.read(box)
             if not all_finite(values):
                 wide = f" in {cast.dtype}" if cast.dtype != tensor.dtype else ""
-                line = f"{name} holds NaN or infinity{wide}; use a sound copy of the weights"
+                line = f"{name} holds NaN or infinity{wide}; use an intact copy of the weights"
                 if line not in problems:
                     problems.append(line)
             return values
@@ -290,8 +290,8 @@ def write_file(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], object] = lambda size: None,
 ) -> None:
-    """One safetensors file; the tensors are read, and their bytes written, one after the other."""
-    # Wide dtypes first, as the format's own library does: every tensor is then aligned.
+    """Write one safetensors file; one tensor after the other is read and written."""
+    # Wide dtypes come first, as in the safetensors library, so that every tensor is aligned.
     names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header, position = {"__metadata__": dict(metadata)} if metadata else {}, 0
     for name in names:
@@ -315,8 +315,10 @@ def write_file(
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Room for all of a file, where the system can: a full disk shows at once, and ext4 then takes
-    the bytes half again as fast."""
+    """Reserve the disk space of a file, if the system can.
+
+    A full disk then fails at once, and ext4 writes about 1.5 times as fast.
+    """
     try:
         os.posix_fallocate(file.fileno(), 0, size)
     except AttributeError:  # macOS has no such call
@@ -327,7 +329,7 @@ def _reserve(file: BinaryIO, size: int) -> None:
 
 
 def _pieces(tensor: Tensor) -> Iterator[Callable[[], np.ndarray]]:
-    """Functions that read the values in runs of whole leading entries; they may return views."""
+    """Yield functions that read runs of whole leading entries; their results may be views."""
     if not tensor.shape or not tensor.nbytes:
         yield tensor.read
         return
@@ -338,7 +340,7 @@ def _pieces(tensor: Tensor) -> Iterator[Callable[[], np.ndarray]]:
 
 
 def _ahead(worker: ThreadPoolExecutor, calls: Iterator[Callable[[], np.ndarray]], count: int = 1):
-    """The results in order; while one is used, the next `count` are made."""
+    """Yield the results in order; while the caller uses one, the next `count` are computed."""
     running = deque(worker.submit(call) for call in islice(calls, count))
     while running:
         result = running.popleft().result()
@@ -347,7 +349,7 @@ def _ahead(worker: ThreadPoolExecutor, calls: Iterator[Callable[[], np.ndarray]]
 
 
 def _strips(piece: np.ndarray) -> Iterator[Callable[[], np.ndarray]]:
-    """Functions that give the values in C order, in runs of about STRIP bytes."""
+    """Yield functions that return the values in C order, in runs of about STRIP bytes."""
     while piece.ndim and len(piece) == 1:
         piece = piece[0, ...]
     if piece.nbytes <= STRIP:
@@ -365,7 +367,7 @@ def write_shards(
     progress: Callable[[int], object] = lambda size: None,
     shard_bytes: int = SHARD,
 ) -> None:
-    """`stem.safetensors`, or numbered files and their index where one would be too long."""
+    """Write `stem.safetensors`, or numbered files and an index if it would exceed `shard_bytes`."""
     shards, room = [{}], shard_bytes
     for name, tensor in tensors.items():
         if shards[-1] and tensor.nbytes > room:
@@ -375,9 +377,8 @@ def write_shards(
     count = len(shards)
     files = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     files = files if count > 1 else [f"{stem}.safetensors"]
-    with memory.kept():
-        for file, shard in zip(files, shards, strict=True):
-            write_file(folder / file, shard, {"format": "pt"}, progress)
+    for file, shard in zip(files, shards, strict=True):
+        write_file(folder / file, shard, {"format": "pt"}, progress)
     if count > 1:
         places = {name: file for file, s in zip(files, shards, strict=True) for name in s}
         index = {
@@ -388,7 +389,7 @@ def write_shards(
 
 
 def raise_all(about: str | os.PathLike, problems: Sequence[str]) -> None:
-    """ValueError with every problem on a line of its own, if there are any."""
+    """Raise ValueError with every problem on a line of its own, if there are any."""
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
         count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"

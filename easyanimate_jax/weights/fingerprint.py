@@ -1,9 +1,10 @@
-"""A 32-bit fingerprint of an array's bits: which values, and where.
+"""A 32-bit fingerprint of an array's bits, sensitive to values and positions.
 
 The bits of each element are mixed with its position and summed mod 2^32. Addition is associative,
-so however an array is split (over devices, processes, or boxes read from a file) the fingerprint is
-the same; mixing is a bijection, so a change of one element always changes it, and a change of many
-goes unseen once in 2^32. It tells accidents, not forgery. Positions repeat after 2^32 elements.
+so the fingerprint does not depend on how the array is split (over devices, processes, or boxes read
+from a file). Mixing is a bijection, so a change of one element always changes the fingerprint; a
+change of several elements goes undetected with probability 2^-32. It detects accidents, not
+forgery. Positions repeat after 2^32 elements.
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,15 @@ from jaxtyping import Array, Shaped, UInt32
 
 GOLDEN = np.uint32(0x9E3779B9)  # 2^32 / the golden ratio, odd: spreads neighbouring positions
 FACTORS = np.uint32(0x85EBCA6B), np.uint32(0xC2B2AE35)  # the finalizer of MurmurHash3
-ELEMENTS = 2**18  # mixed at a time on the host: what stays in the cache
+ELEMENTS = 2**18  # mixed at a time on the host: they fit in the processor's cache
 
 
 @jax.jit
 def fingerprint(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
-    """Of an array on any mesh. Compiled once per shape and sharding, not once per array."""
+    """Return the fingerprint of an array on any mesh, a uint32 scalar.
+
+    XLA compiles it once per shape and sharding, not once per array.
+    """
     position, stride = jnp.zeros(x.shape, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):
         along = lax.broadcasted_iota(jnp.uint32, x.shape, axis)
@@ -33,7 +37,10 @@ def fingerprint(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
 
 
 def fingerprint_box(box: np.ndarray, start: Sequence[int], shape: Sequence[int]) -> int:
-    """The share of a box that begins at `start`, in the fingerprint of an array of `shape`."""
+    """Return the share of a box in the fingerprint of an array of `shape`.
+
+    The box begins at `start`. Sum the shares of all boxes mod 2^32 to get the fingerprint.
+    """
     strides = [int(np.prod(shape[axis + 1 :], dtype=np.int64)) for axis in range(len(shape))]
     words = np.ascontiguousarray(box).view(_word(box.dtype))  # a scalar becomes one row
     if not shape:
@@ -61,8 +68,8 @@ def _mix(h):
 
 
 def _word(dtype) -> np.dtype:
-    """The unsigned integer of a dtype's size."""
+    """Return the unsigned integer dtype of the same size. Raises ValueError above 4 bytes."""
     size = np.dtype(dtype).itemsize
     if size > 4:
-        raise ValueError(f"a fingerprint is of 1, 2 or 4 bytes a value, not of {dtype}")
+        raise ValueError(f"{dtype} has no fingerprint; use a dtype of 1, 2 or 4 bytes a value")
     return np.dtype(f"u{size}")

@@ -1,12 +1,13 @@
-"""A transformer or a VAE on disk, in whatever layout it lies there, as ours.
+"""Load a transformer or a VAE from disk in any supported layout.
 
-Known are files and folders of PyTorch weights in the original's and in diffusers' layout, folders
-of ours (`config.json` with a class, `weights.safetensors`), whole pipelines with such folders below
-`transformer` and `vae`, and folders of training runs.
+Supported are PyTorch weights in the original's and in diffusers' layout (files and folders), our
+own folders (`config.json` with a class, `weights.safetensors`), whole pipelines that have such
+folders as `transformer` and `vae`, and folders of training runs.
 """
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -20,13 +21,15 @@ from easyanimate_jax.weights import files, mmdit_table, run_folder, vae_table
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import CONFIG, WEIGHTS, abstract, fill, misfits, without_removed
 
+logger = logging.getLogger(__name__)
+
 Weights = Literal["ema", "raw"]
 
 KINDS: dict[str, ModuleType] = {"transformer": mmdit_table, "vae": vae_table}
 
 
 class Model(NamedTuple):
-    """A config and its weights by our names, not read yet."""
+    """A config and its weights by our names; the weights are not read yet."""
 
     config: MMDiTConfig | VAEConfig
     tensors: dict[str, Tensor]
@@ -47,12 +50,12 @@ def load_mmdit(
 ) -> MMDiT:
     """Return the transformer of a file, a folder of any layout, or a run.
 
-    `dtype` is what it computes in (None: what its config says, bfloat16 for foreign weights). With
-    a mesh every device reads its own part. `in_channels` adapts the patch embedding to another
-    task (spec 2.9) and prints how. `config` is built in place of the one found with the weights,
-    which must fit it. `weights` and `step` choose from the checkpoints of a run; `allow_pickle`
-    lets torch's own files in; `store` is that of `weights.module.fill`. Raises ValueError listing
-    all that is wrong.
+    `dtype` is the compute dtype; None keeps the config's, which is bfloat16 for foreign weights.
+    With a mesh, each device reads only its own shard. `in_channels` adapts the patch embedding to
+    another task (spec 2.9) and logs the changes. `config` replaces the config found with the
+    weights, and the weights must fit it. `weights` and `step` select a checkpoint of a run.
+    `allow_pickle` permits torch's own files. `store` is explained in `weights.module.fill`. Raises
+    ValueError listing all problems.
     """
     problems = []
     model = open_model(
@@ -62,7 +65,8 @@ def load_mmdit(
     if in_channels is not None and in_channels != model.config.in_channels:
         *changed, lines = mmdit_table.widen(model.tensors, model.config, in_channels)
         model = Model(*changed)
-        print("\n".join(lines))
+        for line in lines:
+            logger.info(line)
     if config is not None:
         faults = misfits(model.tensors, abstract(MMDiT, config))
         files.raise_all(f"{path} does not fit {config}", faults)
@@ -79,7 +83,10 @@ def load_vae(
     allow_pickle: bool = False,
     store: Callable = lambda name, weight: weight,
 ) -> CausalVAE:
-    """Return the VAE of a file, a folder of any layout, or a run; options as in `load_mmdit`."""
+    """Return the VAE of a file, a folder of any layout, or a run.
+
+    The options and errors are those of `load_mmdit`.
+    """
     problems = []
     model = open_model(Path(path), "vae", problems, allow_pickle=allow_pickle)
     files.raise_all(path, problems)
@@ -101,10 +108,11 @@ def open_model(
     weights: Weights = "ema",
     step: int | None = None,
     allow_pickle: bool = False,
+    memory: files.Memory | None = None,
 ) -> Model | None:
-    """The model of that name in a file or folder, its weights cast to `dtype` as they are read.
+    """Return the model `name` of a file or folder; weights are cast to `dtype` when they are read.
 
-    What is wrong is added to `problems`, now or while reading; None where nothing can be read.
+    Faults are added to `problems`, now or during reading. Returns None if nothing can be read.
     """
     if run_folder.is_run(path):
         if name == "vae":
@@ -118,13 +126,13 @@ def open_model(
     if (path / name).is_dir():
         path = path / name
     if not path.exists():
-        problems.append(f"there is no {path}")
+        problems.append(f"{path} does not exist")
         return None
     fields = read_json(path / CONFIG, problems) if (path / CONFIG).is_file() else {}
     found = len(problems)
     own = "class" in fields
     place = path / WEIGHTS if own and (path / WEIGHTS).is_file() else path
-    tensors = files.open_weights(place, problems, allow_pickle)
+    tensors = files.open_weights(place, problems, allow_pickle, memory)
     if not tensors or len(problems) > found:
         return None
     tensors = files.checked(tensors, problems, dtype)
@@ -138,13 +146,13 @@ def open_model(
         if own:
             return _ours(kind.MODEL_CLASS, _config(kind.CONFIG_CLASS, fields), tensors, problems)
         return Model(*kind.from_torch(tensors, problems, fields))
-    except ValueError as error:  # no config can be made of it
+    except ValueError as error:  # the tensors or fields give no valid config
         problems.append(str(error))
         return None
 
 
 def read_json(path: Path, problems: list[str]) -> dict:
-    """A JSON object; {} and a problem where the file holds none."""
+    """Return the JSON object in a file; on a fault return {} and add it to `problems`."""
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, OSError, RecursionError) as error:
@@ -157,7 +165,7 @@ def read_json(path: Path, problems: list[str]) -> dict:
 
 
 def _config(config_class: type, fields: Mapping):
-    """A config of ours from its JSON. Raises ValueError where a field is unknown or missing."""
+    """Return a config from its JSON. Raises ValueError for unknown or missing fields."""
     fields = without_removed(config_class.__name__, fields)
     fields = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k != "class"}
     known = [field.name for field in dataclasses.fields(config_class)]

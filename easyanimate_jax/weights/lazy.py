@@ -1,7 +1,7 @@
-"""An array that is not there yet: shape, dtype, and a way to read any box of it.
+"""An array that is not in memory yet: its shape, its dtype, and a way to read any box of it.
 
-Weights are converted by stacking, permuting and renaming such arrays; bytes move only when a box
-of the result is read, so a model of any size goes from one layout to another a layer at a time.
+A conversion stacks, permutes and renames such arrays. Bytes are read only when a box of the result
+is read, so a model of any size is converted one layer at a time.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,10 @@ Box = tuple[slice, ...]  # a start and a stop for every dimension
 
 
 class Tensor:
-    """`read_box` gets a complete box and returns an array of its shape; it may be a view."""
+    """An array that is read on demand, a box at a time.
+
+    `read_box` receives a complete box and returns an array of its shape, which may be a view.
+    """
 
     def __init__(
         self, shape: Sequence[int], dtype: DTypeLike, read_box: Callable[[Box], np.ndarray]
@@ -24,13 +27,13 @@ class Tensor:
 
     @classmethod
     def of(cls, array) -> "Tensor":
-        """An array of numpy or JAX; of the latter only what is read comes to the host."""
+        """Wrap an array of numpy or JAX; only the parts that are read are copied to the host."""
         whole = tuple(slice(0, size) for size in array.shape)
         read = lambda box: np.asarray(array if box == whole else array[box])  # noqa: E731
         return cls(array.shape, array.dtype, read)
 
     def read(self, index: Sequence[slice] = ()) -> np.ndarray:
-        """The values, or the box that `index` names by slices of its leading dimensions."""
+        """Return all values, or the box given by slices of the leading dimensions in `index`."""
         index = (*index, *[slice(None)] * (len(self.shape) - len(index)))
         bounds = (s.indices(size) for s, size in zip(index, self.shape, strict=True))
         return self._read_box(tuple(slice(start, stop) for start, stop, _ in bounds))
@@ -40,16 +43,17 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """Return the size in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def astype(self, dtype: DTypeLike) -> "Tensor":
-        """With each value rounded to `dtype`; whole numbers stay what they are."""
+        """Round floating-point values to `dtype`; a tensor of integers is returned unchanged."""
         if self.dtype == dtype or not is_float(self.dtype):
             return self
         return Tensor(self.shape, dtype, lambda box: _cast(self._read_box(box), dtype))
 
     def transpose(self, order: Sequence[int]) -> "Tensor":
-        """numpy's transpose."""
+        """Permute the dimensions as `numpy.transpose` does."""
 
         def read(box):
             theirs = [slice(None)] * len(order)
@@ -60,11 +64,11 @@ class Tensor:
         return Tensor([self.shape[axis] for axis in order], self.dtype, read)
 
     def reshape(self, shape: Sequence[int]) -> "Tensor":
-        """numpy's reshape. Reads all of it at once, so it is meant for what is small."""
+        """Change the shape as `numpy.reshape` does. Every read loads the whole tensor."""
         return Tensor(shape, self.dtype, lambda box: self.read().reshape(shape)[box])
 
     def layer(self, index: int) -> "Tensor":
-        """One of the leading dimension."""
+        """Return one entry of the leading dimension."""
         return Tensor(
             self.shape[1:],
             self.dtype,
@@ -72,7 +76,7 @@ class Tensor:
         )
 
     def resize_rows(self, rows: int) -> "Tensor":
-        """The first `rows` rows; where there are fewer, zeros follow."""
+        """Return the first `rows` rows, padded with zeros if there are fewer."""
 
         def read(box):
             start, stop = box[0].start, box[0].stop
@@ -85,7 +89,7 @@ class Tensor:
 
 
 def stack(layers: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape and dtype along a new leading dimension; read one after the other."""
+    """Stack tensors of one shape and dtype along a new leading dimension; they are read in turn."""
     first = layers[0]
 
     def read(box):
@@ -100,13 +104,13 @@ def stack(layers: Sequence[Tensor]) -> Tensor:
     return Tensor((len(layers), *first.shape), first.dtype, read)
 
 
-BITS = {1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.float64}  # by bytes, as OpenCV knows them
+BITS = {1: np.uint8, 2: np.uint16, 4: np.int32, 8: np.float64}  # bytes -> a dtype of OpenCV
 
 
 def dense(array: np.ndarray) -> np.ndarray:
-    """The array in C order, copied only where it is not.
+    """Return the array in C order; it is copied only if it is not contiguous.
 
-    OpenCV transposes a matrix by blocks that stay in the cache, many times as fast as numpy.
+    OpenCV transposes a matrix in blocks that fit in the cache, many times as fast as numpy.
     """
     if array.flags.c_contiguous:
         return array
@@ -117,7 +121,7 @@ def dense(array: np.ndarray) -> np.ndarray:
 
 
 def is_float(dtype: np.dtype) -> bool:
-    """Whether a dtype is one of numpy's floats or of the short ones that JAX adds."""
+    """Return True for numpy's floating-point dtypes and the short ones that JAX adds."""
     return dtype.kind == "f" or dtype in SHORT_FLOATS
 
 
@@ -127,22 +131,28 @@ SHORT_FLOATS = [
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """No NaN and no infinity; looks at the bits of bfloat16, which numpy tests slowly."""
+    """Return True if the array has no NaN and no infinity.
+
+    numpy tests bfloat16 slowly, so this function tests its bits.
+    """
     if not is_float(array.dtype):
         return True
     if array.dtype != ml_dtypes.bfloat16:
         return bool(np.isfinite(array).all())
     bits = dense(array).reshape(-1)
-    step = 2**19  # stays in the cache
+    step = 2**19  # values; they fit in the cache
     return all(_finite_bfloat16(bits[i : i + step]) for i in range(0, bits.size, step))
 
 
 def _finite_bfloat16(values: np.ndarray) -> bool:
-    """Whether no exponent is all ones: such numbers, taken as integers, are the largest signed ones
-    where they are positive and the largest unsigned ones where they are negative."""
+    """Return True if no exponent is all ones.
+
+    Read as integers, such positive numbers are the largest signed values, and such negative numbers
+    are the largest unsigned values.
+    """
     return bool(values.view(np.int16).max() < 0x7F80 and values.view(np.uint16).max() < 0xFF80)
 
 
 def _cast(array: np.ndarray, dtype) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what overflows becomes infinite, and is reported by name
+    with np.errstate(over="ignore"):  # `files.checked` reports the infinities by name
         return array.astype(dtype)

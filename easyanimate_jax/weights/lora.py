@@ -1,9 +1,10 @@
-"""LoRA files of EasyAnimate (spec 11.1): kohya's names, in both layouts, and ours.
+"""Read and write EasyAnimate's LoRA files (spec 11.1): kohya's names in two layouts, and ours.
 
 Theirs: `lora_unet__transformer_blocks_0_attn1_to_q.lora_down.weight`, `.lora_up.weight`, `.alpha`.
 Ours: `blocks.0.video.attention.q.down` (layers, in, rank), `.up` (layers, rank, out) and `.alpha`
-(layers,), with the layers of a kind stacked like the weights that they change, and none before what
-stands outside the blocks. A file may leave modules out; a module has all three, in all its layers.
+(layers,). The layers of one kind are stacked like the weights that they change; modules outside the
+blocks have no leading `layers` dimension. A file may omit modules, but a module must have all three
+tensors in all of its layers.
 """
 
 import re
@@ -27,7 +28,7 @@ BLOCK = re.compile(PREFIX + r"transformer_blocks_(\d+)_(attn2_|txt_ff_)?")
 
 
 class Target(NamedTuple):
-    """What of a model's config names its modules."""
+    """The fields of a model's config that determine the names of its modules."""
 
     depth: int
     mmdit_depth: int
@@ -35,7 +36,7 @@ class Target(NamedTuple):
 
 
 def read(path: str | Path, config: MMDiTConfig) -> dict[str, np.ndarray]:
-    """A LoRA file in either layout as arrays of ours, for a model of that config.
+    """Read a LoRA file in either layout; return arrays by our names, for a model of `config`.
 
     Raises ValueError listing all tensors that do not fit.
     """
@@ -50,18 +51,18 @@ def read(path: str | Path, config: MMDiTConfig) -> dict[str, np.ndarray]:
 def write(
     path: str | Path, arrays: Mapping[str, np.ndarray], config: MMDiTConfig, layout: Layout
 ) -> None:
-    """Arrays of ours as a LoRA file, the inverse of `read`."""
+    """Write arrays with our names as a LoRA file; the inverse of `read`."""
     ours = {name: Tensor.of(array) for name, array in arrays.items()}
     files.write_file(Path(path), to_torch(ours, _target(config), layout), {"format": "pt"})
 
 
 def is_lora(names) -> bool:
-    """Whether these are the names in a LoRA file."""
+    """Return True if the names are those of a LoRA file."""
     return any(name.startswith("lora_") for name in names)
 
 
 def target_of(tensors: Mapping[str, Tensor]) -> Target:
-    """The model that a file was made for, as far as its names tell."""
+    """Return the model that a file was made for, as far as its names show."""
     blocks = [m for m in map(BLOCK.match, _in_original_names(tensors)) if m]
     return Target(
         depth=1 + max((int(m[1]) for m in blocks), default=-1),
@@ -73,7 +74,7 @@ def target_of(tensors: Mapping[str, Tensor]) -> Target:
 def from_torch(
     tensors: Mapping[str, Tensor], target: Target, problems: list[str]
 ) -> dict[str, Tensor]:
-    """A LoRA in either layout -> ours; all misfits are added to `problems`."""
+    """Convert a LoRA in either layout to ours; add all misfits to `problems`."""
     theirs, rules = _in_original_names(tensors), table(target)
     present = {
         name.rsplit(".", 1)[0]
@@ -90,14 +91,14 @@ def from_torch(
 
 
 def to_torch(tensors: Mapping[str, Tensor], target: Target, layout: Layout) -> dict[str, Tensor]:
-    """Ours -> a LoRA file's tensors, the inverse of `from_torch`."""
+    """Convert our tensors to those of a LoRA file; the inverse of `from_torch`."""
     rules = table(target)
     theirs = to_theirs(tensors, {name: rules[name] for name in tensors})
     return theirs if layout == "original" else _renamed(theirs, TO_DIFFUSERS)
 
 
 def table(target: Target) -> Table:
-    """Our LoRA tensors and theirs in the original's names, for every linear layer."""
+    """Return the table of our LoRA tensors and the original's names, for every linear layer."""
     modules = {ours: [theirs] for ours, theirs in MODEL.items() if ours != "patches"}
     for i, text in enumerate(TEXTS):
         modules[f"texts.{i}.linear"] = [f"{text}.1" if target.text_norm else text]

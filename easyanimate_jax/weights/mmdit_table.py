@@ -1,8 +1,8 @@
-"""MMDiT weights in PyTorch's layouts, the original's and diffusers' (spec 2.7, 2.8), and ours.
+"""Convert MMDiT weights between PyTorch's two layouts (spec 2.7, 2.8) and ours.
 
-`table` says which of their tensors make one of ours, where blocks of a kind are stacked. Exported
-7B weights are right and still give other videos in diffusers, whose own forward leaves the text of
-shared blocks unprojected.
+The layouts are the original's and diffusers'. `table` maps each of our tensors, in which the blocks
+of one kind are stacked, to theirs. Exported 7B weights are correct, but diffusers makes other
+videos with them: its forward pass does not project the text after the attention of shared blocks.
 """
 
 import re
@@ -15,7 +15,7 @@ from easyanimate_jax.facts import LATENT_CHANNELS, PATCH
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import abstract, shapes_of
-from easyanimate_jax.weights.table import Rule, Table, to_ours, to_theirs
+from easyanimate_jax.weights.table import Rule, Table, contradictions, to_ours, to_theirs
 
 Layout = Literal["original", "diffusers"]
 
@@ -61,7 +61,7 @@ TO_DIFFUSERS = {
     "attn2.norm_k": "attn1.norm_added_k",
 }
 
-# What our network does not compute: `field` may be absent, or have one of these values.
+# Fields whose other values our network does not support; a field may also be absent.
 SUPPORTED = {
     "after_norm": (False, None),
     "ref_channels": (None,),
@@ -77,7 +77,20 @@ SUPPORTED = {
     "sample_height": (60,),
     "dropout": (0, None),
 }
-NEEDED = {  # what a config is made of, and the number of dimensions
+COMPARED = (  # fields that follow from the tensors
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "patch_size",
+    "num_layers",
+    "mmdit_layers",
+    "time_embed_dim",
+    "add_norm_text_encoder",
+    "text_embed_dim",
+    "text_embed_dim_t5",
+)
+NEEDED = {  # tensors that determine a config, and their number of dimensions
     "proj.weight": 4,
     "proj_out.weight": 2,
     "time_embedding.linear_1.weight": 2,
@@ -88,9 +101,10 @@ NEEDED = {  # what a config is made of, and the number of dimensions
 def from_torch(
     tensors: Mapping[str, Tensor], problems: list[str], fields: Mapping | None = None
 ) -> tuple[MMDiTConfig, dict[str, Tensor]]:
-    """A state dict in either layout -> its config and ours; all misfits are added to `problems`.
+    """Convert a state dict in either layout; return its config and our tensors.
 
-    `fields` is the folder's config.json: what the tensors tell is checked against it.
+    `fields` is the folder's config.json; it is checked against the tensors. All misfits are added
+    to `problems`. Raises ValueError if the tensors are not a whole transformer.
     """
     weights = _in_original_names(tensors, problems)
     config = config_of(weights, fields)
@@ -103,7 +117,7 @@ def from_torch(
 def to_torch(
     tensors: Mapping[str, Tensor], config: MMDiTConfig, layout: Layout
 ) -> dict[str, Tensor]:
-    """Ours -> a state dict, the inverse of `from_torch`."""
+    """Convert our tensors to a state dict; the inverse of `from_torch`."""
     theirs = to_theirs(tensors, table(config, _modules(config)))
     return {_in_layout(name, layout): tensor for name, tensor in theirs.items()}
 
@@ -111,9 +125,9 @@ def to_torch(
 def widen(
     tensors: Mapping[str, Tensor], config: MMDiTConfig, in_channels: int
 ) -> tuple[MMDiTConfig, dict[str, Tensor], list[str]]:
-    """The weights for another number of input channels (spec 2.9), and lines that say what it did.
+    """Return config and weights for another number of input channels (spec 2.9), and log lines.
 
-    New channels come last and are zero; with fewer channels the leading ones stay.
+    New channels come last and are zero; with fewer channels the leading ones are kept.
     """
     name, have = "patches.kernel", config.in_channels
     rows = tensors[name].resize_rows(in_channels * PATCH**2)
@@ -127,10 +141,10 @@ def widen(
 
 
 def config_of(weights: Mapping, fields: Mapping | None = None) -> MMDiTConfig:
-    """The config of a state dict in the original's names, from the tensors' shapes.
+    """Return the config of a state dict with the original's names, from the tensors' shapes.
 
-    Only `norm_eps` is not in them; it comes from `fields`, or is the released one. Raises
-    ValueError where the tensors are no whole transformer.
+    Only `norm_eps` does not follow from them; it comes from `fields`, and its default is the
+    released value. Raises ValueError if the tensors are not a whole transformer.
     """
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     blocks = {int(m[1]) for m in (re.match(r"transformer_blocks\.(\d+)\.", n) for n in shapes) if m}
@@ -168,7 +182,7 @@ def config_of(weights: Mapping, fields: Mapping | None = None) -> MMDiTConfig:
 
 
 def config_json(config: MMDiTConfig, layout: Layout) -> dict:
-    """The config.json of `config` in a layout (spec 1.1)."""
+    """Return the config.json of `config` in a layout (spec 1.1)."""
     fields = {
         "_class_name": FOREIGN_CLASS,
         "num_attention_heads": config.heads,
@@ -209,17 +223,17 @@ def config_json(config: MMDiTConfig, layout: Layout) -> dict:
 
 
 def notes(config: MMDiTConfig, layout: Layout) -> list[str]:
-    """What a reader of the exported weights must know."""
+    """Return the notes that a user of the exported weights must read."""
     if layout == "diffusers" and config.depth - config.mmdit_depth > 1:
         return [
-            "diffusers computes shared blocks otherwise than EasyAnimate does (their text leaves "
-            "the attention unprojected): the weights are right, its videos differ from ours"
+            "diffusers computes shared blocks differently from EasyAnimate (it does not project "
+            "their text after the attention): the weights are right, its videos differ from ours"
         ]
     return []
 
 
 def table(config: MMDiTConfig, modules: Mapping[str, list[str]]) -> Table:
-    """Our weights and theirs in the original's names."""
+    """Return the table of our weights and the original's names."""
     rules = {}
     for ours, theirs in modules.items():
         stacked = ours.startswith("blocks.")
@@ -236,7 +250,7 @@ def table(config: MMDiTConfig, modules: Mapping[str, list[str]]) -> Table:
 
 
 def block_modules(depth: int, mmdit_depth: int) -> dict[str, list[str]]:
-    """Our stacked modules -> theirs, one for every block of a kind."""
+    """Return our stacked modules -> theirs, one name for every block of a kind."""
     kinds = ((MMDIT_BLOCK, range(mmdit_depth)), (SHARED_BLOCK, range(mmdit_depth, depth)))
     return {
         f"blocks.{i}.{ours}": [f"transformer_blocks.{j}.{theirs}" for j in layers]
@@ -246,7 +260,7 @@ def block_modules(depth: int, mmdit_depth: int) -> dict[str, list[str]]:
 
 
 def _modules(config: MMDiTConfig) -> dict[str, list[str]]:
-    """Our modules -> theirs in the original's names."""
+    """Return our modules -> theirs in the original's names."""
     modules = {ours: [theirs] for ours, theirs in MODEL.items()}
     for i, text in enumerate(TEXTS[: len(config.text_widths)]):
         modules[f"texts.{i}.linear"] = [f"{text}.1" if config.text_norm else text]
@@ -275,29 +289,7 @@ def _in_original_names(tensors: Mapping[str, Tensor], problems: list[str]) -> di
 
 
 def _contradictions(config: MMDiTConfig, fields: Mapping) -> list[str]:
-    """Where a config.json says other than the tensors, or asks for what is not built."""
-    problems = [
-        f"config.json: {name} is {fields[name]!r}, and only {values[0]!r} is supported"
-        for name, values in SUPPORTED.items()
-        if name in fields and fields[name] not in values
-    ]
-    told = config_json(config, "diffusers")
-    for name in (
-        "num_attention_heads",
-        "attention_head_dim",
-        "in_channels",
-        "out_channels",
-        "patch_size",
-        "num_layers",
-        "mmdit_layers",
-        "time_embed_dim",
-        "add_norm_text_encoder",
-        "text_embed_dim",
-        "text_embed_dim_t5",
-    ):
-        says = fields.get(name, told[name])
-        if name == "mmdit_layers" and type(says) is int:
-            says = min(says, config.depth)  # the original writes 10000 for "all"
-        if says != told[name]:
-            problems.append(f"config.json: {name} is {says!r}, and the tensors have {told[name]!r}")
-    return problems
+    own = fields.get("mmdit_layers")
+    if type(own) is int:  # the original writes 10000 for "all"
+        fields = {**fields, "mmdit_layers": min(own, config.depth)}
+    return contradictions(fields, SUPPORTED, config_json(config, "diffusers"), COMPARED)

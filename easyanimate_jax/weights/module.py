@@ -1,7 +1,7 @@
-"""A module and its weights: named by dotted path, built on any mesh, kept in a folder.
+"""A module and its weights: named by dotted path, built on any mesh, saved to a folder.
 
-A folder of ours is `config.json` (class and config fields) and `weights.safetensors`, whose tensors
-are named by their path in the module, for example `encoder.conv_in.kernel`.
+A module folder holds `config.json` (class and config fields) and `weights.safetensors`, whose
+tensors are named by their path in the module, for example `encoder.conv_in.kernel`.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from easyanimate_jax.weights import files
 from easyanimate_jax.weights.lazy import Tensor
 
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
-# Fields that configs once had, and the only value that ever worked: JSON of then still loads.
+# Fields of earlier configs, and the only value that each supported. Their JSON still loads.
 REMOVED = {
     "MMDiTConfig": {"patch": PATCH, "out_channels": LATENT_CHANNELS},
     "VAEConfig": {"latent_channels": LATENT_CHANNELS},
@@ -33,44 +33,41 @@ REMOVED = {
 def without_removed(config_class: str, fields: Mapping) -> dict:
     """Return the fields of a config's JSON without those that its class no longer has.
 
-    Raises ValueError, naming each, where such a field has another value than the one that worked.
+    Raises ValueError, naming each field, if a removed field has an unsupported value.
     """
     removed = REMOVED.get(config_class, {})
     faults = [
-        f"{name} is {fields[name]!r}, and only {value!r} ever worked"
+        f"{name} is {fields[name]!r}, but only {value!r} was ever supported"
         for name, value in removed.items()
         if fields.get(name, value) != value
     ]
     if faults:
         raise ValueError(
-            f"{config_class} of an earlier version: {', '.join(faults)}; there is no such field now"
+            f"{config_class} of an earlier version: {', '.join(faults)}; use other weights, "
+            f"because this version does not have these fields"
         )
     return {name: value for name, value in fields.items() if name not in removed}
 
 
 def named_weights(module) -> dict:
-    """Dotted path -> array (or shape), for every weight of a real or abstract module."""
+    """Return dotted path -> array (or shape) for every weight of a real or abstract module."""
     leaves = jax.tree_util.tree_leaves_with_path(module)
     return {_name(path): leaf for path, leaf in leaves}
 
 
-def flat_weights(module: nnx.Module) -> dict[str, np.ndarray]:
-    """Dotted path -> array on the host, for every weight."""
-    return {name: np.asarray(value) for name, value in named_weights(module).items()}
-
-
 @cache
 def abstract(model_class: type, config) -> nnx.Module:
-    """`model_class(config)` with shapes in place of arrays."""
+    """Return `model_class(config)` with shapes in place of arrays."""
     return jax.eval_shape(lambda: model_class(config, rngs=nnx.Rngs(0)))
 
 
 def shapes_of(module) -> dict[str, tuple[int, ...]]:
+    """Return dotted path -> shape for every weight of a real or abstract module."""
     return {name: tuple(leaf.shape) for name, leaf in named_weights(module).items()}
 
 
 def misfits(tensors: Mapping[str, Tensor], module) -> list[str]:
-    """A line for each weight that is missing, misshapen, or not of `module`."""
+    """Return one line for each weight that is missing, has a wrong shape, or is not in `module`."""
     wanted = shapes_of(module)
     return [
         *(f"{name} is missing" for name in wanted if name not in tensors),
@@ -91,7 +88,7 @@ def build(
     weight_dtype: str = "float32",
     mesh: Mesh | None = None,
 ) -> nnx.Module:
-    """`model_class(config)` with these weights. Raises ValueError listing all that do not fit."""
+    """Return `model_class(config)` with these weights. Raises ValueError listing all misfits."""
     module = abstract(model_class, config)
     tensors = {n: w if isinstance(w, Tensor) else Tensor.of(w) for n, w in weights.items()}
     problems = misfits(tensors, module)
@@ -112,11 +109,12 @@ def fill(
     mesh: Mesh | None = None,
     store: Callable = lambda name, weight: weight,
 ):
-    """The abstract module with these weights: on the first device, or split over a mesh, where
+    """Return the abstract module with these weights, on the first device or sharded over a mesh.
 
-    every device reads its own part from the files and no host holds more than its share. Without a
-    mesh `store(name, weight)` is what is kept of each, one at a time. `problems` is the list that
-    reading adds to; if it is not empty in the end, ValueError.
+    With a mesh, each device reads only its own shard from the files, so no host holds more than its
+    share. Without a mesh, `store(name, weight)` is called for one weight at a time, and the module
+    keeps its result. Reading may add to the list `problems`. Raises ValueError if that list is not
+    empty at the end.
     """
     placed = iter(jax.tree.leaves(shardings(mesh, module)) if mesh is not None else ())
 
@@ -124,7 +122,7 @@ def fill(
         tensor = tensors[name].astype(weight_dtype)
         if mesh is not None:
             return jax.make_array_from_callback(leaf.shape, next(placed), tensor.read)
-        # Not committed to a device, so that a jitted call may combine it with any others.
+        # Not committed to a device, so that a jitted call may combine it with other arrays.
         return store(name, jnp.asarray(tensor.read()))
 
     filled = with_weights(module, place)
@@ -133,13 +131,13 @@ def fill(
 
 
 def with_weights(module, value: Callable):
-    """The module, abstract or not, with `value(name, weight)` for every weight, in order."""
+    """Return the module, abstract or not, with `value(name, weight)` for each weight, in order."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(module)
     return jax.tree.unflatten(structure, [value(_name(path), leaf) for path, leaf in leaves])
 
 
 def save_module(folder: str | os.PathLike, module: nnx.Module) -> None:
-    """Write `module` with its config; each file appears whole or not at all."""
+    """Write `module` and its config to `folder`; a crash never leaves a partial file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: Tensor.of(value) for name, value in named_weights(module).items()}
@@ -150,7 +148,7 @@ def save_module(folder: str | os.PathLike, module: nnx.Module) -> None:
 
 
 def config_text(model_class: type, config) -> str:
-    """What config.json says of a module."""
+    """Return the text of config.json for a module."""
     fields = {"class": model_class.__name__, **dataclasses.asdict(config)}
     return json.dumps(fields, indent=2) + "\n"
 

@@ -1,4 +1,4 @@
-"""The arrays of one item of an orbax checkpoint, read from its files without a device."""
+"""Read the arrays of one item of an orbax checkpoint from its files, without a device."""
 
 import json
 from functools import cache
@@ -12,7 +12,7 @@ from easyanimate_jax.weights.lazy import Tensor
 
 
 def names(item: Path) -> list[str]:
-    """The arrays' names. Raises ValueError where the folder is no item."""
+    """Return the names of the arrays. Raises ValueError if the folder is not an item."""
     if not (item / "_METADATA").is_file():
         raise ValueError(f"{item} is no item of an orbax checkpoint: _METADATA is missing")
     keys = json.loads((item / "_METADATA").read_text())["tree_metadata"].values()
@@ -20,14 +20,14 @@ def names(item: Path) -> list[str]:
 
 
 def tensor(item: Path, name: str) -> Tensor:
-    """One array; only the boxes that are asked for are read."""
+    """Return one array as a `Tensor`, which reads only the boxes that are asked for."""
     array = cache(lambda: _open(item, name))
     shape, dtype = array().shape, array().dtype.numpy_dtype
     return Tensor(shape, dtype, lambda box: np.asarray(array()[box].read().result()))
 
 
 def fingerprint_on_disk(item: Path, name: str) -> int:
-    """The fingerprint of an array as its files have it; holds one chunk at a time."""
+    """Return the fingerprint of an array's stored bytes; memory holds one chunk at a time."""
     array = _open(item, name)
     if 0 in array.shape:
         return 0
@@ -44,7 +44,7 @@ def fingerprint_on_disk(item: Path, name: str) -> int:
 def _open(item: Path, name: str):
     import tensorstore
 
-    # Not a URL: a folder may have "#", "?" or "%" in its name.
+    # A spec, not a URL: the name of a folder may contain "#", "?" or "%".
     folder = {"driver": "file", "path": f"{item.absolute()}/"}
     store = {"driver": "ocdbt", "base": folder, "path": name}
     return tensorstore.open({"driver": "zarr", "kvstore": store}).result()

@@ -1,6 +1,6 @@
-"""PyTorch's pickled state dicts, for those who ask for them; the only place that imports torch.
+"""Read PyTorch's pickled state dicts if the user allows it; no other module imports torch.
 
-Always weights-only: a pickle that holds anything but tensors and plain containers is refused.
+Loading is always weights-only: a pickle with anything but tensors and plain containers is refused.
 """
 
 import pickle
@@ -16,17 +16,20 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 def open_pickle(path: Path, problems: list[str], allow: bool) -> dict[str, Tensor]:
-    """The tensors of a pickled state dict, or of one below `state_dict`."""
+    """Return the tensors of a pickled state dict, or of the one under its key `state_dict`.
+
+    Faults are added to `problems`, one line each.
+    """
     if not allow:
         problems.append(
-            f"{path} is a pickle, which can run code; convert it to safetensors, or trust its "
-            f"source and pass --allow-pickle"
+            f"{path} is a pickle, which can run code; convert it to safetensors, or pass "
+            f"--allow-pickle if you trust its source"
         )
         return {}
     import torch
 
     try:
-        # Newer files are archives, and can be mapped instead of read.
+        # Newer files are zip archives, which torch can map into memory.
         state = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )

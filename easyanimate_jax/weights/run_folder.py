@@ -1,7 +1,7 @@
-"""A run folder as files: its checkpoints, what they say of themselves, the transformer in them.
+"""A run folder on disk: its checkpoints, their metadata, and the transformer in them.
 
-Metadata is JSON and weights are read slice by slice from orbax's files, so nothing here starts a
-device or knows how a run is trained.
+Metadata is JSON, and weights are read slice by slice from orbax's files. Nothing here starts a
+device or depends on the training code.
 """
 
 import hashlib
@@ -16,51 +16,72 @@ from easyanimate_jax.weights import orbax_item
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import WEIGHTS
 
-LEAF = ".value"  # orbax's names end in the variable's own
+logger = logging.getLogger(__name__)
+
+VAE = "CausalVAE"  # "class" in the meta of VAE checkpoints; transformer checkpoints have none
+LEAF = ".value"  # orbax's names end in the attribute of an nnx variable
 
 
 def is_run(path: Path) -> bool:
-    """Checkpoints and no finished model: the VAE's own training leaves both in its folder."""
+    """Return True for a folder with checkpoints and no finished model.
+
+    A finished VAE training has both; its folder counts as a model.
+    """
     return (path / "checkpoints").is_dir() and not (path / WEIGHTS).is_file()
 
 
 def read_meta(folder: str | Path, step: int | None = None) -> tuple[int, dict]:
-    """(step, meta) of a run folder's newest or named checkpoint, without touching a device.
+    """Return (step, meta) of a transformer checkpoint, without starting a device.
 
-    Raises ValueError if there is none, or if its meta is damaged.
+    `step` names the checkpoint; None is the newest. Raises ValueError if there is none, if its meta
+    is damaged, or if it belongs to a VAE.
     """
     root = Path(folder) / "checkpoints"
-    if any(root.glob("*/default")):  # orbax's name where there is one item
-        raise ValueError(
-            f"{folder} holds a VAE's training that has not ended: run its command again, which "
-            f"goes on from there"
-        )
+    check_format(Path(folder))
     steps = complete_steps(root)
     if not steps or (step is not None and step not in steps):
         wanted = "checkpoint" if step is None else f"checkpoint {step}"
         raise ValueError(f"{folder} holds no {wanted}; complete ones in {root}: {steps or 'none'}")
     step = steps[-1] if step is None else step
-    return step, read_step_meta(root / str(step))
+    meta = read_step_meta(root / str(step))
+    if meta.get("class") == VAE and (Path(folder) / WEIGHTS).is_file():
+        raise ValueError(f"{folder} holds a VAE; give the run folder of a transformer")
+    if meta.get("class") == VAE:
+        raise ValueError(
+            f"{folder} holds a VAE's training that has not ended: run the same command again to "
+            f"resume it"
+        )
+    return step, meta
+
+
+def check_format(folder: Path) -> None:
+    """Raise ValueError if a folder holds VAE checkpoints of an earlier version."""
+    if any((folder / "checkpoints").glob("*/default")):  # orbax's name for a single item
+        raise ValueError(
+            f"{folder} holds checkpoints of a VAE's training by an earlier version (their only "
+            f"item is named 'default'), which cannot be resumed: train in a new folder, or remove "
+            f"{folder / 'checkpoints'} to start again"
+        )
 
 
 def frozen_model(folder: str | Path, config: Mapping, name: Literal["vae", "text"]) -> Path:
-    """Return where the VAE or the text encoders of a run lie: the first of `frozen_places`.
+    """Return the path of a run's VAE or text encoders: the first of `frozen_places` that exists.
 
-    Where there is none it is the place that the config names.
+    If none exists, return the path that the config names.
     """
     places = frozen_places(folder, config, name)
     found = next((place for place in places if place.exists()), places[0])
     if found != places[0]:
-        log = logging.getLogger(__name__)
-        log.info("%s: its %s is read from %s, not %s", folder, name, found, places[0])
+        logger.info("%s: its %s is read from %s, not %s", folder, name, found, places[0])
     return found
 
 
 def frozen_places(folder: str | Path, config: Mapping, name: Literal["vae", "text"]) -> list[Path]:
-    """Return where to look for the VAE or the text encoders of a run, in this order.
+    """Return the paths to search for a run's VAE or text encoders, in order.
 
-    The place that `config`, the JSON of its TrainConfig, names; that place relative to the run, for
-    a run that was moved together with them; the folder of that name beside the run, and in it.
+    1. The path that `config` names (the JSON of the run's TrainConfig). 2. The same path relative
+    to the run, for a run that was moved together with it. 3. The folder of that name beside the
+    run. 4. The folder of that name in the run.
     """
     run, named = Path(folder), Path(config[name])
     moved = os.path.normpath(run / os.path.relpath(named, config["run"]))
@@ -68,35 +89,35 @@ def frozen_places(folder: str | Path, config: Mapping, name: Literal["vae", "tex
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """The steps that were written whole, in order."""
+    """Return the steps whose checkpoints are complete, in ascending order."""
     return sorted(int(p.name) for p in Path(folder).glob("*") if p.name.isdigit())
 
 
 def read_step_meta(path: Path) -> dict:
-    """The meta of a step folder. Raises ValueError if it is missing or not what was written."""
+    """Return the meta of a step folder. Raises ValueError if it is missing or damaged."""
     file = path / "meta" / "metadata"
     try:
         meta = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"{path} is no checkpoint of ours: {file} is missing or no JSON"
+            f"{path} is no checkpoint of easyanimate_jax: {file} is missing or is not JSON"
         ) from error
     if not isinstance(meta, dict) or ("digest" not in meta and "arrays" in meta):
-        raise ValueError(f"{file} is damaged: it has lost its digest")
+        raise ValueError(f"{file} is damaged: its digest is missing; use another checkpoint")
     if "digest" in meta and sealed(meta) != meta:
-        raise ValueError(f"{file} is damaged: its digest is another")
+        raise ValueError(f"{file} is damaged: its digest does not match; use another checkpoint")
     return meta
 
 
 def sealed(meta: dict) -> dict:
-    """`meta` with the digest of everything else in it."""
+    """Return `meta` with the digest of its other fields."""
     rest = {name: value for name, value in meta.items() if name != "digest"}
     text = json.dumps(rest, sort_keys=True).encode()
     return rest | {"digest": hashlib.blake2b(text, digest_size=16).hexdigest()}
 
 
 def is_verified(path: Path) -> bool:
-    """Whether the files of a step were read and found right, by all processes of some run."""
+    """Return True if all processes of some run have read a step's files and found them intact."""
     done: dict[str, int] = {}
     for mark in path.glob("verified-*-of-*"):
         count = mark.name.rsplit("-", 1)[1]
@@ -107,10 +128,11 @@ def is_verified(path: Path) -> bool:
 def open_transformer(
     folder: Path, weights: Literal["ema", "raw"], step: int | None
 ) -> tuple[dict, dict[str, Tensor]]:
-    """(metadata, averaged or raw weights) of a checkpoint, the newest if no step is named.
+    """Return (metadata, weights by our names) of a checkpoint.
 
-    Raises ValueError where there is no such checkpoint, or its files have other bits than were
-    saved: they are read once for this, a chunk at a time.
+    `weights` selects the averaged ("ema") or the trained ("raw") weights; `step` None is the newest
+    checkpoint. Every file is read once, a chunk at a time, to compare its fingerprint with the
+    saved one. Raises ValueError if there is no such checkpoint, or if its files are damaged.
     """
     step, meta = read_meta(folder, step)
     item, prefix = ("ema", "") if weights == "ema" else ("state", "model.")
@@ -122,7 +144,10 @@ def open_transformer(
         if name in names and not _as_saved(place, name, saved)
     ]
     if wrong:
-        raise ValueError(f"{place} is damaged: {', '.join(wrong)} are other than saved; use --step")
+        raise ValueError(
+            f"{place} is damaged: {', '.join(wrong)} differ from what was saved; choose another "
+            f"checkpoint with --step"
+        )
     tensors = {
         name.removeprefix(prefix).removesuffix(LEAF): orbax_item.tensor(place, name)
         for name in names
@@ -133,5 +158,5 @@ def open_transformer(
 def _as_saved(place: Path, name: str, saved: str) -> bool:
     try:
         return f"{orbax_item.fingerprint_on_disk(place, name):08x}" == saved
-    except ValueError:  # of tensorstore, for bytes that do not decode
+    except ValueError:  # tensorstore raises it for bytes that do not decode
         return False

@@ -1,7 +1,7 @@
-"""The noise process of a pipeline folder, as `scheduler/scheduler_config.json` names it (spec 1.3).
+"""The noise process of a pipeline folder, from `scheduler/scheduler_config.json` (spec 1.3).
 
-diffusers gives every value that the file leaves out a default, which is not always the released
-one. So the values that make the process must stand in the file.
+diffusers fills in a default for every value that the file omits, and that default is not always the
+released one. The file must therefore contain all values that define the process.
 """
 
 from collections.abc import Mapping
@@ -39,11 +39,11 @@ SCHEDULERS = {  # the released files, by the class of the process
 
 
 class Kind(NamedTuple):
-    """A noise process and the values of its file that our samplers compute."""
+    """A noise process and the values of its file that our samplers support."""
 
     process: DDPM | Flow
-    needed: Mapping[str, object]  # must stand in the file
-    fixed: Mapping[str, object]  # may be left out
+    needed: Mapping[str, object]  # the file must contain them
+    fixed: Mapping[str, object]  # the file may omit them
 
 
 KINDS = {
@@ -87,13 +87,13 @@ KINDS = {
 def process_of(fields: Mapping) -> DDPM | Flow:
     """Return the noise process of a scheduler_config.json.
 
-    Raises ValueError, naming every value, for a scheduler that our samplers do not compute.
+    Raises ValueError, naming every wrong value, for a scheduler that our samplers do not support.
     """
     name = fields.get("_class_name")
     if name not in KINDS:
         v5, v51 = KINDS
         raise ValueError(
-            f"it names the scheduler {name!r}: put the released file there, a {v5} for V5 and a "
+            f"it names the scheduler {name!r}: use the released file, a {v5} for V5 and a "
             f"{v51} for V5.1"
         )
     kind = KINDS[name]
@@ -104,10 +104,10 @@ def process_of(fields: Mapping) -> DDPM | Flow:
         if field not in fields or fields[field] != value
     ]
     if wrong:
-        raise ValueError(f"{name}: {', '.join(wrong)}, as released; no other is computed")
+        raise ValueError(f"{name}: {', '.join(wrong)}, as released; no other is supported")
     return kind.process
 
 
 def released_process(num_text_encoders: int) -> str:
-    """Return the key of `SCHEDULERS` of the released models: V5 reads two text encoders."""
+    """Return the `SCHEDULERS` key of the released models: "DDPM" for V5 (two text encoders)."""
     return "DDPM" if num_text_encoders == 2 else "Flow"

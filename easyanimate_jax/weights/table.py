@@ -1,7 +1,7 @@
-"""The engine between two layouts of the same weights: a table of names, read in both directions.
+"""Convert between two layouts of the same weights with a table of names, in both directions.
 
-A table maps each of our tensors to the foreign ones it is made of, one for each layer of a stack.
-Both sides are `Tensor`s, so nothing is read here.
+A table maps each of our tensors to the foreign tensors that it is made of, one per layer of a
+stack. Both sides are `Tensor`s, so this module reads no values.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,10 +13,10 @@ from easyanimate_jax.weights.lazy import Tensor, is_float, stack
 
 
 class Rule(NamedTuple):
-    """How one of our tensors is stored elsewhere.
+    """The storage of one of our tensors in another layout.
 
-    `order` are the dimensions of theirs in the order of ours, () where it is the same. `shape` is
-    theirs where it has more dimensions than ours has: it is folded to (first, all others) before.
+    `order` lists the foreign dimensions in our order; () means the same order. `shape` is the
+    foreign shape if it has more dimensions than ours; it is first folded to (first, all others).
     """
 
     names: tuple[str, ...]
@@ -32,9 +32,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 def to_ours(
     theirs: Mapping[str, Tensor], table: Table, shapes: Shapes | None, problems: list[str]
 ) -> dict[str, Tensor]:
-    """Foreign tensors as ours. What is missing, left over or misshapen is added to `problems`.
+    """Convert foreign tensors to ours; add missing, unknown and misshapen ones to `problems`.
 
-    `shapes` are those that ours must have; None where only the layers must agree.
+    `shapes` are the shapes that our tensors must have; with None only the layers must agree.
     """
     known = {name for rule in table.values() for name in rule.names}
     problems += [f"{name} is not known" for name in theirs if name not in known]
@@ -56,7 +56,7 @@ def to_ours(
         dtypes = {layer.dtype for layer in layers}
         if len(dtypes) > 1:
             problems.append(
-                f"{rule.names[0]} and its like in other layers have dtypes "
+                f"{rule.names[0]} and the same weight in other layers have dtypes "
                 f"{sorted(map(str, dtypes))}; choose one with --dtype"
             )
         elif not wrong:
@@ -66,7 +66,7 @@ def to_ours(
 
 
 def to_theirs(ours: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
-    """The inverse of `to_ours`, for tensors that are complete."""
+    """Convert a complete set of our tensors; the inverse of `to_ours`."""
     theirs = {}
     for name, rule in table.items():
         back = np.argsort(rule.order).tolist()
@@ -78,11 +78,33 @@ def to_theirs(ours: Mapping[str, Tensor], table: Table) -> dict[str, Tensor]:
 
 
 def their_shape(rule: Rule, ours: Sequence[int]) -> tuple[int, ...]:
-    """The shape of each foreign tensor, from that of ours."""
+    """Return the shape of each foreign tensor, from the shape of ours."""
     if rule.shape:
         return rule.shape
     layer = ours[1:] if rule.stacked else ours
     return tuple(layer[axis] for axis in np.argsort(rule.order)) if rule.order else tuple(layer)
+
+
+def contradictions(
+    fields: Mapping, supported: Mapping[str, tuple], told: Mapping, names: Sequence[str]
+) -> list[str]:
+    """Return one line for each unsupported field and each field that contradicts the tensors.
+
+    `fields` is a config.json. `supported` holds the values that a field may have, the usual one
+    first. `told` is the config.json that follows from the tensors; it is compared in the fields
+    `names`. A missing field is no fault.
+    """
+    problems = [
+        f"config.json: {name} is {fields[name]!r}, and only {values[0]!r} is supported"
+        for name, values in supported.items()
+        if name in fields and fields[name] not in values
+    ]
+    problems += [
+        f"config.json: {name} is {fields[name]!r}, and the tensors have {told[name]!r}"
+        for name in names
+        if name in fields and fields[name] != told[name]
+    ]
+    return problems
 
 
 def _permute(tensor: Tensor, rule: Rule) -> Tensor:

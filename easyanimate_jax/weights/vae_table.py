@@ -1,7 +1,8 @@
-"""VAE weights in PyTorch's layout, the same in the original and in diffusers (spec 3.7), and ours.
+"""Convert VAE weights between PyTorch's layout (spec 3.7) and ours.
 
-Names are equal but for the leaf. Checkpoints of VAE training carry `loss.*` tensors, which are left
-out, and may put `state_dict.` before every name.
+The original and diffusers use the same layout, and only the last part of a name differs from ours.
+Checkpoints of VAE training contain `loss.*` tensors, which are ignored, and may prefix every name
+with `state_dict.`.
 """
 
 import re
@@ -12,7 +13,7 @@ from easyanimate_jax.facts import LATENT_CHANNELS
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import abstract, shapes_of
-from easyanimate_jax.weights.table import Rule, Table, to_ours, to_theirs
+from easyanimate_jax.weights.table import Rule, Table, contradictions, to_ours, to_theirs
 
 Layout = Literal["original", "diffusers"]
 
@@ -21,13 +22,13 @@ FOREIGN_CLASS = "AutoencoderKLMagvit"
 STEM = "diffusion_pytorch_model"
 WRAPPER = "state_dict."
 ENCODER_CONV = re.compile(r"encoder\.down_blocks\.(\d+)\.convs\.(\d+)\.conv2\.weight")
-CONV = (2, 3, 4, 1, 0)  # (out, in, time, y, x) in the order of ours
+CONV = (2, 3, 4, 1, 0)  # (out, in, time, y, x) -> our (time, y, x, in, out)
 DOWN = ("SpatialDownBlock3D", *["SpatialTemporalDownBlock3D"] * 3)
 UP = ("SpatialUpBlock3D", *["SpatialTemporalUpBlock3D"] * 3)
 SUPPORTED = {
     "act_fn": ("silu",),
     "spatial_group_norm": (True,),
-    "mid_block_attention_type": ("spatial", "3d"),  # "3d" is a default where there is none
+    "mid_block_attention_type": ("spatial", "3d"),  # "3d": the default of a VAE without attention
     "in_channels": (3,),
     "out_channels": (3,),
     "down_block_types": (list(DOWN),),
@@ -36,12 +37,21 @@ SUPPORTED = {
     "slice_compression_vae": (False,),
     "cache_compression_vae": (False,),
 }
+COMPARED = (  # fields that follow from the tensors
+    "block_out_channels",
+    "layers_per_block",
+    "latent_channels",
+    "mid_block_use_attention",
+)
 
 
 def from_torch(
     tensors: Mapping[str, Tensor], problems: list[str], fields: Mapping | None = None
 ) -> tuple[VAEConfig, dict[str, Tensor]]:
-    """A state dict -> its config and ours; all misfits are added to `problems`."""
+    """Convert a state dict; return its config and our tensors. Add all misfits to `problems`.
+
+    `fields` is the folder's config.json. Raises ValueError if the tensors are not a whole VAE.
+    """
     if tensors and all(name.startswith(WRAPPER) for name in tensors):
         tensors = {name.removeprefix(WRAPPER): tensor for name, tensor in tensors.items()}
     weights = {name: t for name, t in tensors.items() if not name.startswith("loss.")}
@@ -52,15 +62,19 @@ def from_torch(
 
 
 def to_torch(tensors: Mapping[str, Tensor], config: VAEConfig, layout: Layout) -> dict[str, Tensor]:
-    """Ours -> a state dict, the inverse of `from_torch`. Raises ValueError for our own variants."""
+    """Convert our tensors to a state dict; the inverse of `from_torch`.
+
+    Raises ValueError for variants of the VAE that PyTorch's classes do not have.
+    """
     config_json(config, layout)
     return to_theirs(tensors, table(config))
 
 
 def config_of(weights: Mapping, fields: Mapping | None = None) -> VAEConfig:
-    """The config of a state dict, from the tensors' shapes; group count and scale from `fields`.
+    """Return the config of a state dict, from the tensors' shapes.
 
-    Raises ValueError where the tensors are no whole VAE.
+    The group count and the latent scale come from `fields`. Raises ValueError if the tensors are
+    not a whole VAE.
     """
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     convs = {(int(m[1]), int(m[2])) for m in map(ENCODER_CONV.fullmatch, shapes) if m}
@@ -68,8 +82,9 @@ def config_of(weights: Mapping, fields: Mapping | None = None) -> VAEConfig:
     quant = shapes.get("quant_conv.weight", ())
     if convs != {(block, layer) for block in range(4) for layer in layers} or len(quant) != 5:
         raise ValueError(
-            f"not a whole EasyAnimate VAE: of encoder.down_blocks 0 to 3 it has convs "
-            f"{sorted(convs)}, and quant_conv.weight of shape {quant}. Give all files of one model."
+            f"not a whole EasyAnimate VAE: it has the (block, conv) pairs {sorted(convs)} of "
+            f"encoder.down_blocks 0 to 3, and quant_conv.weight of shape {quant}. Give all files "
+            f"of one model."
         )
     fields = fields or {}
     groups, scale = fields.get("norm_num_groups", 32), fields.get("scaling_factor", 0.7125)
@@ -89,7 +104,10 @@ def config_of(weights: Mapping, fields: Mapping | None = None) -> VAEConfig:
 
 
 def config_json(config: VAEConfig, layout: Layout) -> dict:
-    """The config.json of `config` in a layout (spec 1.2). ValueError for our own variants."""
+    """Return the config.json of `config` in a layout (spec 1.2).
+
+    Raises ValueError for variants of the VAE that PyTorch's classes do not have.
+    """
     own = [
         f"{name} is {getattr(config, name)!r}"
         for name, released in (("unshuffle", 1), ("norm", "group"))
@@ -105,7 +123,7 @@ def config_json(config: VAEConfig, layout: Layout) -> dict:
     if own:
         raise ValueError(
             f"this VAE has no counterpart in PyTorch: {', '.join(own)}. Train one of the released "
-            f"form, or export the transformer alone with --only transformer."
+            f"architecture, or export the transformer alone with --only transformer."
         )
     fields = {
         "_class_name": FOREIGN_CLASS,
@@ -135,14 +153,14 @@ def config_json(config: VAEConfig, layout: Layout) -> dict:
 
 
 def notes(config: VAEConfig, layout: Layout) -> list[str]:
-    """What a reader of the exported weights must know."""
+    """Return the notes that a user of the exported weights must read."""
     if layout == "diffusers" and config.attention:
         return ["diffusers has no mid-block attention: it will ignore 20 tensors of this V5 VAE"]
     return []
 
 
 def table(config: VAEConfig) -> Table:
-    """Our weights and theirs."""
+    """Return the table of our weights and theirs."""
     rules = {}
     for name, shape in shapes_of(abstract(CausalVAE, config)).items():
         parent, leaf = name.rsplit(".", 1)
@@ -151,7 +169,7 @@ def table(config: VAEConfig) -> Table:
             rules[name] = Rule(theirs, CONV)
         elif len(shape) == 2 and ".attentions." in name:
             rules[name] = Rule(theirs, (1, 0))
-        elif len(shape) == 2:  # a 1x1x1 convolution there
+        elif len(shape) == 2:  # theirs is a 1x1x1 convolution
             rules[name] = Rule(theirs, (1, 0), shape=(*shape[::-1], 1, 1, 1))
         else:
             rules[name] = Rule(theirs)
@@ -159,23 +177,7 @@ def table(config: VAEConfig) -> Table:
 
 
 def _contradictions(config: VAEConfig, fields: Mapping) -> list[str]:
-    """Where a config.json says other than the tensors, or asks for what is not built."""
-    problems = [
-        f"config.json: {name} is {fields[name]!r}, and only {values[0]!r} is supported"
-        for name, values in SUPPORTED.items()
-        if name in fields and fields[name] not in values
-    ]
-    told = config_json(config, "original")
-    problems += [
-        f"config.json: {name} is {fields[name]!r}, and the tensors have {told[name]!r}"
-        for name in (
-            "block_out_channels",
-            "layers_per_block",
-            "latent_channels",
-            "mid_block_use_attention",
-        )
-        if name in fields and fields[name] != told[name]
-    ]
+    problems = contradictions(fields, SUPPORTED, config_json(config, "original"), COMPARED)
     problems += [
         f"config.json: norm_num_groups is {config.groups}, which does not divide {width} channels"
         for width in sorted(set(config.channels))

@@ -1,9 +1,9 @@
 """The plan: step -> token length and record ids, a pure function of index, seed and step.
 
-Every host computes the same plan, so every host runs the same program at the same step, and a
-stopped run needs one integer to go on. A bucket's records come in per-epoch permutations without
-end; buckets take turns, evenly spread, in proportion to their records. `python -m
-easyanimate_jax plan CONFIG INDEX` prints the plans of a config's stages.
+Every host computes the same plan, so all hosts run the same program at the same step, and a run
+needs only its step number to resume. The records of a bucket come in an endless series of
+permutations, one per epoch. The buckets take turns, evenly spread, in proportion to their records.
+`python -m easyanimate_jax plan CONFIG INDEX` prints the plans of a config's stages.
 """
 
 import hashlib
@@ -12,14 +12,15 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 CYCLE = 1000  # steps after which the order of the buckets repeats
-CHUNK = 2**18  # rows of the index looked at together, so that ten million cost little memory
+CHUNK = 2**18  # rows of the index processed at a time; ten million rows then need little memory
 
 
 class Plan:
     """Batches of `batch_size` records of one token length each, for the stage `name`.
 
-    `weights` say how often the records of a kind, or of a value of the index column `source`, come
-    beside others: ("video", 2.0) shows every video twice while a picture comes once.
+    `weights` multiply how often some records come: those of a kind, or of a value of the index
+    column `source`. ("video", 2.0) shows every video twice per picture. Raises ValueError if the
+    weights are invalid or no record fits.
     """
 
     def __init__(
@@ -45,8 +46,8 @@ class Plan:
         if not used:
             raise ValueError(
                 f"stage {name!r}: none of {len(bucket)} records is of kind {'/'.join(kinds)}, at "
-                f"least {min_side} pixels wide and at most {lengths[-1]} tokens long; prepare such "
-                f"clips, or change the stage's filter"
+                f"least {min_side} pixels on its shorter side and at most {lengths[-1]} tokens "
+                f"long; prepare such clips, or change the stage's filter"
             )
         self.lengths = [lengths[b] for b in used]
         self.buckets = [
@@ -59,7 +60,7 @@ class Plan:
         self.hash = self._hash(index["clip"], index["tokens"])
 
     def __call__(self, step: int) -> tuple[int, np.ndarray]:
-        """(token length, ids of `batch_size` records) of the stage's own step."""
+        """Return (token length, ids of `batch_size` records) of one of the stage's steps."""
         cycle, position = divmod(step, CYCLE)
         bucket = int(self.order[position])
         batch = cycle * int(self.turns[bucket]) + int(self.rank[position])
@@ -67,27 +68,28 @@ class Plan:
         return self.lengths[bucket], self.buckets[bucket](rows)
 
     def instead_of(self, record: int) -> Iterator[int]:
-        """`record`, then the others of its bucket and group, always in one order."""
+        """Yield `record`, then the others of its bucket and group, in a fixed order."""
         for group in (group for bucket in self.buckets for group in bucket.groups):
-            place = int(np.searchsorted(group, group.dtype.type(record)))  # else it is cast, whole
+            # A record of another dtype would make numpy cast the whole group.
+            place = int(np.searchsorted(group, group.dtype.type(record)))
             if place < len(group) and group[place] == record:
                 yield from (int(group[(place + i) % len(group)]) for i in range(len(group)))
 
     @property
     def token_efficiency(self) -> float:
-        """Real tokens / computed tokens, over a cycle."""
+        """Return real tokens / computed tokens, over one cycle."""
         return float(np.dot(self.turns, self.real) / np.dot(self.turns, self.lengths))
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps after which as many rows were drawn as a pass over every record takes."""
+        """Return the number of steps that draw as many rows as one pass over all records takes."""
         return sum(bucket.weight for bucket in self.buckets) / self.batch_size
 
     def _words(self) -> tuple[int, int]:
         return self.seed, int.from_bytes(hashlib.blake2b(self.name.encode()).digest()[:8], "little")
 
     def _hash(self, clips: np.ndarray, tokens: np.ndarray) -> str:
-        """Equal hashes, equal plans: of everything the plan is a function of."""
+        """Return a hash of all inputs that the plan depends on; equal hashes mean equal plans."""
         digest = hashlib.blake2b(digest_size=8)
         digest.update(repr((self.seed, self.name, self.batch_size, self.lengths)).encode())
         if self.weights:
@@ -108,8 +110,8 @@ class Plan:
 class Bucket:
     """The records of one token length, in groups of equal weight that share its rows.
 
-    A group's records come in permutations, a new one each epoch: none is left out or repeated
-    before all have come.
+    The records of a group come in permutations, a new one each epoch: no record repeats before all
+    have come.
     """
 
     def __init__(self, ids: np.ndarray, group: np.ndarray, weights, words, number: int):
@@ -124,10 +126,10 @@ class Bucket:
         self.turns = _apportion(np.array(shares), CYCLE)
         self.order, self.rank = _spread(self.turns)
         self.key = (*words, number)
-        self._permutations = {}  # group -> (epoch, permutation), the latest
+        self._permutations = {}  # group -> its latest (epoch, permutation)
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
-        """Record ids of the bucket's own rows, counted from the start of training."""
+        """Return the record ids of the bucket's rows, counted from the start of training."""
         cycle, position = np.divmod(rows, CYCLE)
         group = self.order[position]
         member = cycle * self.turns[group] + self.rank[position]
@@ -141,7 +143,7 @@ class Bucket:
         return ids
 
     def mean(self, column: np.ndarray) -> float:
-        """Of a column of the index, over the rows."""
+        """Return the mean of an index column over the rows."""
         means = [sum(int(column[p].sum()) for p in _parts(g)) / len(g) for g in self.groups]
         return float(np.dot(self.turns, means) / CYCLE)
 
@@ -157,7 +159,10 @@ class Bucket:
 
 
 def _sort(index, lengths, kinds, min_side, weights) -> tuple[np.ndarray, np.ndarray]:
-    """Per record its bucket, -1 for none, and its group: a bit for each of `weights` it bears."""
+    """Return each record's bucket (-1 for none) and group.
+
+    A group is a bit field with one bit for each entry of `weights` that applies to the record.
+    """
     tokens, kind = index["tokens"], index["kind"]
     bucket, group = np.full(len(tokens), -1, np.int8), np.zeros(len(tokens), np.uint8)
     sources = index.get("source")
@@ -189,7 +194,7 @@ def _parts(ids: np.ndarray):
 
 
 def _apportion(counts: np.ndarray, seats: int) -> np.ndarray:
-    """`seats` in proportion to `counts` (largest remainders), at least one each."""
+    """Divide `seats` in proportion to `counts` (largest remainders), at least one each."""
     exact = counts / counts.sum() * (seats - len(counts))
     shares = np.floor(exact).astype(int)
     left = seats - len(counts) - shares.sum()
@@ -198,7 +203,7 @@ def _apportion(counts: np.ndarray, seats: int) -> np.ndarray:
 
 
 def _spread(turns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bucket of every step of a cycle, evenly spread, and its how-manieth turn that is."""
+    """Return the bucket of every step of a cycle, evenly spread, and the rank of that turn."""
     bucket = np.repeat(np.arange(len(turns)), turns)
     rank = np.concatenate([np.arange(n) for n in turns])
     order = np.argsort((rank + 0.5) / turns[bucket], kind="stable")

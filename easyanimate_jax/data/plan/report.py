@@ -1,7 +1,7 @@
-"""What a stage makes of an index, as text: clips used and left out, shapes, lengths, steps.
+"""Describe a stage's plan for an index as text: clips used and left out, shapes, lengths, steps.
 
-The index is either a prepared set, whose shapes are fixed, or source clips, for which shapes are
-chosen here as `prepare` will choose them.
+The index is a prepared set, whose shapes are fixed, or a table of source clips. For source clips
+this module chooses the shapes that `prepare` will choose.
 """
 
 import time
@@ -20,17 +20,18 @@ from easyanimate_jax.data.buckets import (
 )
 from easyanimate_jax.data.plan.plan import CYCLE, Plan
 from easyanimate_jax.data.records import LatentSet
-from easyanimate_jax.facts import CELL, FPS
+from easyanimate_jax.data.times import clip_frames
+from easyanimate_jax.facts import CELL
 
-ROWS = 16  # of a histogram
-ASPECTS = ((0.8, "wide"), (1.25, "square"), (np.inf, "tall"))  # height / width below
+ROWS = 16  # rows of a histogram
+ASPECTS = ((0.8, "wide"), (1.25, "square"), (np.inf, "tall"))  # upper limits of height / width
 
 
 def choose(latent_set: LatentSet, table: dict[str, np.ndarray]) -> tuple[dict, Counter, tuple]:
-    """The records' index that `prepare` would give, the clips left out by reason, and lengths.
+    """Return the index that `prepare` would write, clips left out by reason, and best lengths.
 
-    `table` has a row per source clip: clip, kind, frames (of the file), fps, height, width,
-    quality, word. The lengths are those that would pad these clips least.
+    `table` has a row per source clip: clip, kind, frames (in the file), fps, height, width,
+    quality, word. The best lengths are those that need the least padding for these clips.
     """
     side = np.minimum(table["height"], table["width"])
     kind = np.isin(table["kind"], np.array(latent_set.kinds).astype(table["kind"].dtype))
@@ -44,8 +45,7 @@ def choose(latent_set: LatentSet, table: dict[str, np.ndarray]) -> tuple[dict, C
         }
     )
     rows = np.flatnonzero(kind & large & good)
-    stride = np.maximum(1, np.round(table["fps"][rows] / FPS)).astype(np.int64)
-    frames = (table["frames"][rows] - 1) // stride + 1
+    frames = clip_frames(table["frames"][rows], table["fps"][rows], latent_set.reference_rate)
     clips = Clips(frames, table["height"][rows], table["width"][rows], table["word"][rows])
     if not len(rows):
         return {}, left_out, ()
@@ -73,7 +73,10 @@ def _fitted(budget: Budget, clips: Clips) -> tuple[int, ...]:
 
 
 def describe_stage(stage, latent_set: LatentSet, table: dict | None, index: dict, seed: int) -> str:
-    """One stage's lines. `table` holds the source clips, or `index` the rows of a prepared set."""
+    """Return the report of one stage.
+
+    `table` holds the source clips; if it is None, `index` holds the rows of a prepared set.
+    """
     began = time.perf_counter()
     left_out, fitted = Counter(), ()
     if table is not None:
@@ -124,7 +127,7 @@ def describe_stage(stage, latent_set: LatentSet, table: dict | None, index: dict
 
 
 def _efficiency(index: dict, lengths) -> float:
-    """Real / computed tokens if every clip comes once."""
+    """Return real / computed tokens if every clip comes once."""
     tokens = index["tokens"][index["tokens"] <= lengths[-1]]
     padded = np.array(lengths)[np.searchsorted(lengths, tokens)]
     return float(tokens.sum(dtype=np.int64) / padded.sum(dtype=np.int64))
@@ -136,9 +139,9 @@ def _share(kind: np.ndarray, name: bytes) -> str:
 
 
 def _histogram(index: dict) -> list[str]:
-    """The most frequent (resolution, frames, aspect), and how many clips they hold."""
+    """Return lines of the most frequent (resolution, frames, aspect), with their clip counts."""
     size = np.sqrt(index["height"].astype(float) * index["width"] / CELL**2)
-    size = np.round(size / 4).astype(np.int64) * 4 * CELL  # of the square of as many pixels
+    size = np.round(size / 4).astype(np.int64) * 4 * CELL  # side of a square of equal area
     ratio = index["height"] / index["width"]
     aspect = np.searchsorted([a for a, _ in ASPECTS], ratio)
     key = (size << 20) | (index["frames"].astype(np.int64) << 4) | aspect

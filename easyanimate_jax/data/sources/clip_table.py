@@ -1,7 +1,7 @@
-"""The parquet table of clips: one row per clip, with everything that is known of it.
+"""Read the parquet table of clips: one row per clip, with all its known properties.
 
 `prepare.curate` writes it; training sources and the plan's report read it. A clip is a span of a
-file, no video is rewritten.
+file; no video is encoded again.
 """
 
 from pathlib import Path
@@ -14,10 +14,10 @@ from easyanimate_jax.data.paths import safe_path
 from easyanimate_jax.data.sources.rows import Clip
 
 COLUMNS = {
-    "clip": pyarrow.string(),  # the clip's name: file, and span if it is a part
+    "clip": pyarrow.string(),  # the clip's name: its file, and its span if it is not the whole
     "file": pyarrow.string(),  # relative to the folder of the films
     "kind": pyarrow.string(),
-    "first": pyarrow.int64(),  # frame of the file
+    "first": pyarrow.int64(),  # first frame, counted in the file
     "frames": pyarrow.int64(),
     "fps": pyarrow.float64(),
     "height": pyarrow.int32(),
@@ -27,7 +27,7 @@ COLUMNS = {
 
 
 def is_table(path: str | Path) -> bool:
-    """Whether `path` is a parquet file with the columns of a table of clips."""
+    """Return True if `path` is a parquet file with the columns of a table of clips."""
     if Path(path).suffix.lower() != ".parquet" or not Path(path).is_file():
         return False
     try:
@@ -37,7 +37,7 @@ def is_table(path: str | Path) -> bool:
 
 
 def sizes(path: str | Path) -> dict[str, np.ndarray]:
-    """The columns clip, kind, frames, fps, height, width, quality of the clips not left out."""
+    """Return the columns clip, kind, frames, fps, height, width, quality of the kept clips."""
     names = ["clip", "kind", "frames", "fps", "height", "width"]
     have = pyarrow.parquet.read_schema(path).names
     names += ["quality"] if "quality" in have else []
@@ -51,9 +51,12 @@ def sizes(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def clips(path: str | Path) -> list[Clip]:
-    """The captioned clips of the table that are not left out, in its order."""
+    """Return the clips of the table that are captioned and not left out, in its order.
+
+    Raises ValueError if there is none.
+    """
     table, found = pyarrow.parquet.read_table(path), []
-    # The folder of the films, as seen from the table's.
+    # `root` is the folder of the films, relative to the table's folder.
     root = Path(path).parent / (table.schema.metadata or {}).get(b"root", b".").decode()
     for row in table.to_pylist():
         captions = tuple(row["captions"] or ())
@@ -74,5 +77,5 @@ def clips(path: str | Path) -> list[Clip]:
             )
         )
     if not found:
-        raise ValueError(f"{path} holds no clip that is captioned and kept")
+        raise ValueError(f"{path} holds no clip that is captioned and kept; curate it again")
     return found

@@ -1,4 +1,4 @@
-"""Folders and tables: metadata.json, .jsonl, .csv, parquet, videos.txt, files side by side."""
+"""Read folders and tables: metadata.json, .jsonl, .csv, parquet, videos.txt, files side by side."""
 
 import csv
 import json
@@ -13,11 +13,17 @@ from easyanimate_jax.data.sources.rows import Problem, Row
 
 NAMES = ("file_path", "path", "video_path", "video", "image_path", "image", "file", "file_name")
 TEXTS = ("text", "caption", "prompt", "captions")
-MEDIA = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".png", ".jpg", ".jpeg", ".webp")
+MEDIA = (
+    *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".flv", ".mjpeg"),
+    *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".apng", ".avif", ".heic", ".tif", ".tiff"),
+)
 
 
 def metadata(path: Path) -> Iterator[Row | Problem]:
-    """EasyAnimate's table, and tables with the usual names of its columns."""
+    """Yield the rows of EasyAnimate's table, or of a table with usual column names.
+
+    Raises ValueError if the file is not a table; a bad row yields a `Problem`.
+    """
     if path.suffix.lower() == ".csv":
         yield from _csv(path)
     elif path.suffix.lower() == ".jsonl":
@@ -36,7 +42,10 @@ def metadata(path: Path) -> Iterator[Row | Problem]:
 
 
 def parquet(path: Path) -> Iterator[Row | Problem]:
-    """A table with a column for the path and one for the caption, or for several captions."""
+    """Yield the rows of a table with a path column and a column of one or several captions.
+
+    Raises ValueError for an unreadable table.
+    """
     try:
         file = pyarrow.parquet.ParquetFile(path)
         have = file.schema_arrow.names
@@ -52,7 +61,10 @@ def parquet(path: Path) -> Iterator[Row | Problem]:
 
 
 def lists(folder: Path) -> Iterator[Row | Problem]:
-    """`videos.txt` and `prompt.txt` (or `prompts.txt`), one line each per clip."""
+    """Yield the rows of `videos.txt` and `prompt.txt` (or `prompts.txt`), one line per clip.
+
+    Raises ValueError if there is no file of prompts.
+    """
     prompts = next(
         (folder / n for n in ("prompt.txt", "prompts.txt") if (folder / n).is_file()), None
     )
@@ -67,12 +79,15 @@ def lists(folder: Path) -> Iterator[Row | Problem]:
 
 
 def side_by_side(folder: Path) -> Iterator[Row | Problem]:
-    """Every media file with the text file of its name; a row is the file's place in the order."""
+    """Yield every media file below the folder with the text file of its name, in sorted order.
+
+    A row's number is its position in that order. Raises ValueError if there are no media files.
+    """
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in MEDIA)
     if not files:
         raise ValueError(
             f"{folder} holds neither metadata.json, .jsonl or .csv, nor videos.txt, tars, a TFDS "
-            f"data set, or media files with a .txt beside them"
+            f"data set, or media files with a .txt beside them; add one of these"
         )
     for number, path in enumerate(files):
         name, text = str(path.relative_to(folder)), path.with_suffix(".txt")
@@ -83,7 +98,7 @@ def side_by_side(folder: Path) -> Iterator[Row | Problem]:
 
 
 def _csv(path: Path) -> Iterator[Row | Problem]:
-    # Bytes that are not UTF-8 become surrogates: a fault of their row, not of the file.
+    # Bytes that are not UTF-8 become surrogates: only their row is refused, not the file.
     lines = csv.DictReader(_lines(path, "surrogateescape", keep_ends=True))
     while True:
         number = lines.line_num + 1
@@ -112,7 +127,10 @@ def _json_row(number: int, line: str) -> Row | Problem:
 
 
 def _row(number: int, row: object) -> Row | Problem:
-    """EasyAnimate takes a row without `type` for a picture; other tables let the file decide."""
+    """Return a row of a table.
+
+    EasyAnimate treats a row without `type` as a picture. In other tables the file decides.
+    """
     if not isinstance(row, dict):
         return Problem(number, "", f"the row is of type {type(row).__name__}, not an object")
     name = next((row[key] for key in NAMES if row.get(key) is not None), None)

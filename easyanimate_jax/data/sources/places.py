@@ -1,7 +1,7 @@
-"""Where a clip lies, as bytes of a record: training finds its file without reading the source.
+"""Store a clip's location as bytes of a record: training opens its file without reading the source.
 
-Names are relative to one root, the folder that all files of a set are below, and pass the guard
-again when they are read.
+File names are relative to one root, a folder that contains all files of a set. They are checked
+again when they are read (data/paths.py).
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from easyanimate_jax.data.sources.rows import Clip
 
 
 def root_of(clips: Iterable[Clip]) -> Path:
-    """The deepest folder that all files of the clips are below."""
+    """Return the deepest folder that contains all files of the clips."""
     files = {f for clip in clips for f in (_on_disk(clip.path), clip.control) if f}
     return Path(os.path.commonpath({os.path.dirname(os.path.realpath(file)) for file in files}))
 
 
 def to_bytes(clip: Clip, root: Path) -> UInt8[np.ndarray, "_bytes"]:
-    """Everything but the captions."""
+    """Return the clip as JSON bytes, without its captions."""
     place = {f.name: getattr(clip, f.name) for f in dataclasses.fields(clip)}
     file = clip.path
     place["path"] = {"file": _below(_on_disk(file), root)}
@@ -39,7 +39,7 @@ def to_bytes(clip: Clip, root: Path) -> UInt8[np.ndarray, "_bytes"]:
 
 
 def from_bytes(content: UInt8[np.ndarray, "_bytes"], root: Path) -> Clip:
-    """The clip, without captions. Raises ValueError for a file that is not below `root`."""
+    """Return the clip, without captions. Raises ValueError for a file that is not below `root`."""
     place = json.loads(bytes(content))
     path = dict(place.pop("path"))
     file: File = safe_path(root, path.pop("file"))
@@ -56,7 +56,7 @@ _SHOWN = ("offset", "size", "index", "field", "name")
 
 
 def _on_disk(file: File) -> Path:
-    """The file, or the archive or data set that it is a part of."""
+    """Return the file, or the archive or data set that contains it."""
     if isinstance(file, Member):
         return file.archive
     return file.folder if isinstance(file, Example) else file

@@ -1,7 +1,7 @@
-"""Captioned videos and pictures, from every layout that people have, through one interface.
+"""Read captioned videos and pictures from all supported layouts.
 
-    DIR/metadata.json, .jsonl, .csv      EasyAnimate: file_path, text, type (spec 8.1), and, of what
-                                         leads a control model, control_file_path (spec 7.2)
+    DIR/metadata.json, .jsonl, .csv      EasyAnimate: file_path, text, type (spec 8.1), and for
+                                         control models control_file_path (spec 7.2)
     DIR/videos.txt, DIR/prompt.txt       a file and its caption on the same line of each
     DIR/x.mp4, DIR/x.txt                 side by side, at any depth
     FILE.csv, FILE.parquet               columns for path and caption, under their usual names
@@ -11,8 +11,8 @@
     FILE.toml                            a mixture: lines NAME = "SOURCE", any of the above
 
 Sizes and durations come from the files. Rows that name the same file are one clip with several
-captions; this is how the English and the Chinese caption of a clip are given. A row that cannot be
-used is a `Problem` with its reason, never an exception and never silent.
+captions, for example an English and a Chinese one. A row that cannot be used gives a `Problem` with
+its reason; it never raises an exception and is never dropped silently.
 """
 
 import tomllib
@@ -35,14 +35,14 @@ KINDS = ("image", "video")
 
 class _Mention(NamedTuple):
     row: int
-    kind: str  # "" where the layout does not say
+    kind: str  # "" if the layout does not state it
     caption: str
 
 
 def read_clips(source: str | Path) -> tuple[list[Clip], list[Problem]]:
-    """The usable clips in order of first mention, and every row that is not usable.
+    """Return the usable clips in order of first mention, and a `Problem` for each unusable row.
 
-    Raises ValueError for a source of no known layout, and for one without any usable clip.
+    Raises ValueError for an unknown layout, and for a source without any usable clip.
     """
     source = Path(source)
     if source.suffix == ".toml":
@@ -98,7 +98,7 @@ def read_clips(source: str | Path) -> tuple[list[Clip], list[Problem]]:
 
 
 def _mixture(path: Path) -> tuple[list[Clip], list[Problem]]:
-    """The clips of several sources; the source's name stands before a clip's."""
+    """Return the clips of several sources; a clip's name begins with that of its source."""
     try:
         named = tomllib.loads(paths.open_regular(path).read().decode())
     except ValueError as error:
@@ -116,9 +116,10 @@ def _mixture(path: Path) -> tuple[list[Clip], list[Problem]]:
 
 
 def table(source: str | Path) -> dict[str, np.ndarray]:
-    """The clips of a source as columns: clip, kind, frames, fps, height, width, word.
+    """Return the clips of a source as columns.
 
-    A parquet table that `prepare` wrote is taken as it is, without opening a file.
+    They are clip, kind, frames, fps, height, width, quality and word. A parquet table that
+    `prepare` wrote is read as it is, without opening any clip's file.
     """
     if clip_table.is_table(source):
         columns = clip_table.sizes(source)
@@ -139,7 +140,10 @@ def table(source: str | Path) -> dict[str, np.ndarray]:
 
 
 def _rows(source: Path) -> tuple[Path, Iterator[Row | Problem]]:
-    """What describes the source, in whose folder relative names start, and its rows."""
+    """Return the source's description and its rows.
+
+    The description is a file; relative names in the rows start in its folder.
+    """
     if source.is_dir():
         for name in ("metadata.json", "metadata.jsonl", "metadata.csv"):
             if (source / name).is_file():
@@ -165,7 +169,7 @@ def _rows(source: Path) -> tuple[Path, Iterator[Row | Problem]]:
 
 
 def _reason(row: Row) -> str:
-    """Why a row cannot be used, before its file is looked at."""
+    """Return the reason why a row cannot be used, without opening its file; "" if there is none."""
     if not isinstance(row.name, str) or not row.name:
         return "no file_path"
     if row.kind and row.kind not in KINDS:

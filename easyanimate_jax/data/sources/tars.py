@@ -1,6 +1,6 @@
-"""WebDataset: tars whose members of one stem are a sample, `x.mp4` with `x.txt` or `x.json`.
+"""Read WebDataset tars: members with one stem form a sample, `x.mp4` with `x.txt` or `x.json`.
 
-Nothing is extracted: the tar's headers are walked once, and a clip is a range of its bytes.
+Nothing is extracted: the tar's headers are read once, and a clip is a range of its bytes.
 """
 
 import json
@@ -17,7 +17,10 @@ MAX_TEXT = 8 * MAX_CAPTION  # bytes of a .txt or .json
 
 
 def rows(path: Path) -> Iterator[Row | Problem]:
-    """A row for each caption of each sample; rows are numbered by their media member."""
+    """Yield a row for each caption of each sample; a row's number is that of its media member.
+
+    A damaged tar or sample yields a `Problem`.
+    """
     media, texts, problems = {}, {}, []  # by stem
     with open_regular(path) as file:
         for number, member in enumerate(_members(path, file, problems)):
@@ -42,14 +45,14 @@ def rows(path: Path) -> Iterator[Row | Problem]:
         try:
             captions = _captions(texts.get(stem, {}))
         except (ValueError, RecursionError) as error:
-            yield Problem(number, found.name, f"its text does not read: {error}")
+            yield Problem(number, found.name, f"its text cannot be read: {error}")
             continue
         for text in captions:
             yield Row(number, found.name, text, file=found)
 
 
 def _members(path: Path, file, problems: list[Problem]) -> Iterator[tarfile.TarInfo]:
-    """The members' headers, as far as the tar is whole."""
+    """Yield the headers of all members before the tar's end, or before its first damage."""
     size, number, end = path.stat().st_size, 0, 0
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -60,14 +63,16 @@ def _members(path: Path, file, problems: list[Problem]) -> Iterator[tarfile.TarI
                     problems.append(Problem(number, member.name, reason))
                     return
                 yield member
-                tar.members = []  # millions of headers would stay
+                tar.members = []  # tarfile would keep millions of headers in memory
             end = tar.offset
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
         problems.append(Problem(number, "", f"{path} is damaged after {end:,} bytes: {error}"))
         return
-    file.seek(end)  # tarfile takes a broken header for the end, which is a block of zeros
+    file.seek(end)  # tarfile also stops at a broken header; the true end is a block of zeros
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        problems.append(Problem(number, "", f"{path} is damaged after {end:,} bytes: no end"))
+        problems.append(
+            Problem(number, "", f"{path} is damaged after {end:,} bytes: no end of the archive")
+        )
 
 
 def _refused(member: tarfile.TarInfo, suffix: str) -> str:
@@ -78,11 +83,11 @@ def _refused(member: tarfile.TarInfo, suffix: str) -> str:
     except ValueError as error:
         return str(error)
     most = MAX_BYTES if suffix in MEDIA else MAX_TEXT
-    return f"{member.size:,} bytes; at most {most:,} are read" if member.size > most else ""
+    return f"has {member.size:,} bytes; use at most {most:,}" if member.size > most else ""
 
 
 def _captions(texts: dict[str, bytes]) -> list:
-    """Of `x.json` if it has any, else the text of `x.txt`."""
+    """Return the captions in `x.json` if it has any, otherwise the text of `x.txt`."""
     if ".json" in texts:
         described = json.loads(texts[".json"])
         if isinstance(described, dict):

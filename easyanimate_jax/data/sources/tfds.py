@@ -1,8 +1,8 @@
-"""Data sets of TensorFlow Datasets in ArrayRecord, written and read without TensorFlow.
+"""Read and write TensorFlow Datasets in ArrayRecord; reading does not use TensorFlow's runtime.
 
-`write_tfds` makes one of ours from any source: the files as they are, names, captions. Of other
-data sets, the first feature of FILES holds the encoded picture or video and the first of TEXTS the
-caption; a class label counts by its name.
+`write_tfds` writes a data set from any source: the files unchanged, names, captions. In other data
+sets, the first feature of FILES holds the encoded picture or video, and the first of TEXTS the
+caption. A class label is replaced by its name.
 """
 
 import functools
@@ -19,13 +19,16 @@ TEXTS = ("captions", "caption", "text", "title", "label")
 
 
 def rows(folder: Path) -> Iterator[Row | Problem]:
-    """A row for each caption of each example of the split "train", or of the only split."""
+    """Yield a row for each caption of each example, from the split "train" or the first split.
+
+    An example that cannot be read yields a `Problem`. Raises ValueError for an unreadable data set.
+    """
     examples, features, split, file, text = _open(folder)
     for i in range(len(examples)):
         try:
             example = examples[i]
         except (ValueError, RuntimeError, KeyError) as error:
-            yield Problem(i, "", f"the example does not read: {error}")
+            yield Problem(i, "", f"the example cannot be read: {error}")
             continue
         name = _text(example["name"]) if "name" in features else f"{split}-{i:08d}"
         if not isinstance(example[file], bytes):
@@ -36,12 +39,12 @@ def rows(folder: Path) -> Iterator[Row | Problem]:
 
 
 def example(folder: Path, index: int, field: str, name: str) -> Example:
-    """The example's file, by what `rows` said of it; the data set stays open."""
+    """Return the example's file from the values that `rows` stored; the data set stays open."""
     return Example(_examples(folder), index, field, name, folder)
 
 
 def write_tfds(clips: Sequence, folder: Path, name: str = "captioned_clips") -> Path:
-    """The clips (`sources.Clip`) as a TFDS data set in ArrayRecord; returns its folder."""
+    """Write the clips (`sources.Clip`) as a TFDS data set in ArrayRecord; return its folder."""
     import tensorflow_datasets as tfds
 
     class CaptionedClips(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -89,8 +92,8 @@ def _examples(folder: Path):
 
 
 def _open(folder: Path) -> tuple:
-    """The examples, their features, the split's name, and the features of file and caption."""
-    import tensorflow_datasets as tfds  # seconds, and only these sources need it
+    """Return the examples, their features, the split's name, and the file and caption features."""
+    import tensorflow_datasets as tfds  # the import takes seconds, and only this layout needs it
 
     try:
         builder = tfds.builder_from_directory(folder)
@@ -99,10 +102,12 @@ def _open(folder: Path) -> tuple:
         file = next((name for name in FILES if name in features), None)
         text = next((name for name in TEXTS if name in features), None)
         if file is None or text is None:
-            raise ValueError(f"its features {list(features)} hold no {FILES} or none of {TEXTS}")
+            raise ValueError(
+                f"its features {list(features)} must hold one of {FILES} and one of {TEXTS}"
+            )
         decode = {file: tfds.decode.SkipDecoding()}
         examples = builder.as_data_source(split, decoders=decode)
-        len(examples)  # reads the files
+        len(examples)  # opens the files
     except (ValueError, OSError, KeyError, IndexError, RuntimeError, AttributeError) as error:
         raise ValueError(
             f"{folder} is no readable TFDS data set in ArrayRecord: {error}"

@@ -1,18 +1,18 @@
-"""Sections of a run for Google Cloud's goodput measurement; `goodput.jsonl` needs none of it.
+"""Report the sections of a run to Google Cloud's goodput measurement.
 
-The package ml-goodput-measurement (extra `cloud`) keeps the starts of a job's steps in Cloud
-Logging and makes of them the goodput and badput of Google's dashboards. It knows a restart by a
-step that starts again.
+The package ml-goodput-measurement (extra `cloud`) writes the start times of a job's steps to Cloud
+Logging; Google's dashboards compute goodput and badput from them. The package detects a restart by
+a step that starts again. `goodput.jsonl` is independent of this module.
 """
 
-# Inside the loop these stop the steps, so they are events of their own, named as in goodput.jsonl.
+# These sections interrupt the steps, so they are separate events, named as in goodput.jsonl.
 EVENTS = ("restore", "compile", "save", "sample")
 
 
 def open_sink(job: str, *, process: int) -> "CloudGoodput | None":
-    """The sink of the job of that name in process 0, and None where there is nothing to tell.
+    """Return the sink of a job in process 0; None in other processes and for an empty name.
 
-    Raises ValueError without the package, or if Google Cloud does not let us in.
+    Raises ValueError if the package is not installed or Google Cloud refuses access.
     """
     if not job or process:
         return None
@@ -20,7 +20,7 @@ def open_sink(job: str, *, process: int) -> "CloudGoodput | None":
         from ml_goodput_measurement import goodput
     except ImportError as error:
         raise ValueError(
-            f"goodput_job is {job!r}, and ml-goodput-measurement is not there ({error}); "
+            f"goodput_job is {job!r}, and ml-goodput-measurement is not installed ({error}); "
             f"pip install 'easyanimate_jax[cloud]', or leave goodput_job empty"
         ) from error
     from google.auth.exceptions import GoogleAuthError
@@ -29,27 +29,27 @@ def open_sink(job: str, *, process: int) -> "CloudGoodput | None":
         return CloudGoodput(goodput.GoodputRecorder(job, f"goodput_{job}", logging_enabled=True))
     except (GoogleAuthError, OSError) as error:
         raise ValueError(
-            f"goodput_job is {job!r}, and Google Cloud does not let us in: {error}; "
+            f"goodput_job is {job!r}, and Google Cloud refuses access: {error}; "
             f"run `gcloud auth application-default login`, or leave goodput_job empty"
         ) from error
 
 
 class CloudGoodput:
-    """Tells a `GoodputRecorder` of each section that `Monitor` enters.
+    """Reports each section that `Monitor` enters to a `GoodputRecorder`.
 
-    All before the first wait for data is preparation. A step's time is what lies between its start
-    and the next one's, without the events; the recorder's own threads send what is told.
+    The time before the first wait for data is preparation. The time of a step is that from its
+    start to the start of the next step, without events. The recorder sends from its own threads.
     """
 
     def __init__(self, recorder):
         self.recorder = recorder
-        self.leave = recorder.record_training_preparation_end_time  # what ends the present section
+        self.leave = recorder.record_training_preparation_end_time  # ends the current section
         self.prepared = False
         recorder.record_job_start_time()
         recorder.record_training_preparation_start_time()
 
     def enter(self, section: str, step: int | None) -> None:
-        """`step` is given at the start of a step and of the wait for its data."""
+        """Report the start of a section; `step` is the step that it belongs to, if any."""
         recorder = self.recorder
         if section == "data":
             self._left(recorder.record_data_loading_end_time)
@@ -71,12 +71,13 @@ class CloudGoodput:
             self._left(None)
 
     def close(self) -> None:
+        """Report the end of the job and send all records."""
         self._left(None)
         self.recorder.record_job_end_time()
         self.recorder.flush()
 
     def _left(self, leave) -> None:
-        """The present section has ended; `leave` will end the one that begins."""
+        """End the current section; store `leave`, which ends the next one."""
         if self.leave:
             self.leave()
         self.leave = leave

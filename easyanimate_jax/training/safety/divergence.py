@@ -1,9 +1,9 @@
-"""When a run has to go back: updates that are not finite, or a loss that jumps and stays.
+"""Detect divergence: many updates that are not finite, or a loss that jumps and stays high.
 
-One non-finite update is skipped inside the step and costs nothing. Many in a row, or a spike, mean
-that the weights or the data are no good here; then the run returns to a checkpoint from before and
-goes on with other batches, as PaLM's did (arXiv 2204.02311, section 5.1). `divergence.jsonl` in the
-run folder has a line for every return, and is what a restarted run reads to skip the same batches.
+A single non-finite update is skipped inside the step. Many in a row, or a loss spike, mean bad
+weights or bad data. Then the run returns to an earlier checkpoint and skips some batches, as in the
+training of PaLM (arXiv 2204.02311, section 5.1). `divergence.jsonl` in the run folder has one line
+for each return. A restarted run reads it and skips the same batches.
 """
 
 import json
@@ -12,10 +12,10 @@ import statistics
 from collections import deque
 from pathlib import Path
 
-SKIPPED_IN_A_ROW = 10  # non-finite updates that make a run go back
+SKIPPED_IN_A_ROW = 10  # non-finite updates before a run goes back
 SPIKE = 10.0  # times the median loss
-SPIKE_STEPS = 3  # in a row: one extreme batch is clipped, and no reason to go back
-HISTORY = 100  # losses that the median is of
+SPIKE_STEPS = 3  # in a row: clipping already handles a single extreme batch
+HISTORY = 100  # losses in the median
 SKIP_BATCHES = 200
 MAX_RETURNS = 3
 
@@ -25,7 +25,7 @@ class DivergedError(Exception):
 
 
 class Detector:
-    """Looks at the steps in order. `first_bad` is the step at which the trouble began."""
+    """Checks the steps in order. `first_bad` is the step at which the divergence began."""
 
     def __init__(self):
         self.losses = deque(maxlen=HISTORY)
@@ -33,7 +33,7 @@ class Detector:
         self.first_bad = 0
 
     def see(self, step: int, loss: float, grad_norm: float) -> str | None:
-        """Why the run has to go back, or None."""
+        """Check the next step; return the reason why the run has to go back, or None."""
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         high = (
             finite
@@ -54,7 +54,7 @@ class Detector:
 
 
 class Returns:
-    """The returns of a run so far, and the batches of each stage's plan that they leave out."""
+    """The returns of a run so far, and the batches of each stage's plan that they skip."""
 
     def __init__(self, folder: Path):
         self.file = folder / "divergence.jsonl"
@@ -62,11 +62,14 @@ class Returns:
         self.events = [json.loads(line) for line in lines]
 
     def offset(self, stage: str) -> int:
-        """How many batches of the stage's plan are left out."""
+        """Return how many batches of the stage's plan are skipped."""
         return max((e["offset"] for e in self.events if e["stage"] == stage), default=0)
 
     def add(self, event: dict, write: bool) -> None:
-        """Raises DivergedError if there were enough. `event` has stage, offset and the evidence."""
+        """Add a return; `event` has its stage, step, reason, offset and batches.
+
+        Raises DivergedError if the run already went back MAX_RETURNS times.
+        """
         if len(self.events) == MAX_RETURNS:
             raise DivergedError(
                 f"{event['reason']} at step {event['step']}, after {MAX_RETURNS} returns to "

@@ -1,10 +1,12 @@
-"""The exit codes of every command and what a supervisor makes of them."""
+"""The exit codes of all commands, and those after which a supervisor does not restart."""
 
 DONE = 0
+FOUND = 1  # a command that looks for faults found one; also an error nobody expected
 BAD_INPUT = 2  # argparse's and tyro's, too
 DIVERGED = 3
 HANG = 4
 STORAGE = 5
-PREEMPTED = 42  # saved: run the same command again to go on
+PEERS_LOST = 6  # another process or host of the run is gone: restart all of them
+PREEMPTED = 42  # the state is saved: run the same command to resume
 
-FINAL = (DONE, BAD_INPUT, DIVERGED, PREEMPTED)  # a restart changes nothing, or is not wanted
+FINAL = (DONE, BAD_INPUT, DIVERGED, PREEMPTED)  # a restart does not help or is not wanted

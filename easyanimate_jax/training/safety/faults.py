@@ -1,16 +1,16 @@
-"""Faults on demand, for tests: a run has none unless EASYANIMATE_FAULTS is set.
+"""Injected faults for tests: a run has none unless EASYANIMATE_FAULTS is set.
 
-It is a comma-separated list of `NAME@AT`, `NAME@FIRST-LAST` (steps, or positions in the plan) or
-`NAME`, each followed by `/RANK` where only one process is meant. With EASYANIMATE_FAULTS_ONCE, the
-name of a folder, an entry that stops a process does so once, however often the run is started.
+The variable is a comma-separated list of `NAME@AT`, `NAME@FIRST-LAST` (steps, or positions in the
+plan) or `NAME`. `/RANK` after an entry limits it to one process. If EASYANIMATE_FAULTS_ONCE names a
+folder, an entry stops a process only once, however often the run is started.
 
-    nan inf spike       a batch (by its position in the plan) of such numbers
-    step                killed before a step
-    writing finalising  killed while a checkpoint is written, and before it gets its name
-    written checked     killed when it has its name, and when its files were compared
-    deleting            killed while an old checkpoint is deleted
-    hang stopped        sleeping before a step, or stopped by SIGSTOP
-    full                no file may grow beyond 8 KB while a checkpoint is written
+    nan inf spike       fill a batch (by its position in the plan) with such numbers
+    step                kill the process before a step
+    writing finalising  kill it while a checkpoint is written, or before the checkpoint is named
+    written checked     kill it after the checkpoint is named, or after its files were compared
+    deleting            kill it while an old checkpoint is deleted
+    hang stopped        sleep before a step, or stop the process by SIGSTOP
+    full                limit files to 8 KB while a checkpoint is written
 """
 
 import os
@@ -26,10 +26,10 @@ FULL = 8192  # bytes
 
 @dataclass(frozen=True)
 class Faults:
-    """The faults that a process shall have: entries as in EASYANIMATE_FAULTS, its rank, marks.
+    """The faults of a process: entries as in EASYANIMATE_FAULTS, and the rank of the process.
 
-    A training loop and its checkpoints ask it at the places above. `once` is the folder that
-    remembers which entries have stopped a process.
+    The training loop and `Checkpoints` call the methods at the places above. The folder `once`
+    records which entries have already stopped a process.
     """
 
     entries: tuple[str, ...] = ()
@@ -38,23 +38,23 @@ class Faults:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Faults":
-        """Return the faults that the environment variables ask for."""
+        """Return the faults that the environment variables request."""
         asked = environment.get("EASYANIMATE_FAULTS", "")
         entries = tuple(entry for entry in asked.split(",") if entry)
         rank = environment.get("JAX_PROCESS_ID", "0")
         return cls(entries, rank, environment.get("EASYANIMATE_FAULTS_ONCE", ""))
 
     def value(self, position: int) -> float | None:
-        """Return what all numbers of the batch at `position` are to be, if a fault wants it."""
+        """Return the number that fills the batch at `position`, or None without a fault there."""
         return next((value for name, value in VALUES.items() if self._asked(name, position)), None)
 
     def kill(self, name: str, at: int) -> None:
-        """End this process as the kernel does, if the fault `name` is wanted at `at`."""
+        """Kill this process by SIGKILL if the fault `name` is due at `at`."""
         if self._due(name, at):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def before_step(self, step: int) -> None:
-        """Be killed, sleep for ever, or be stopped before a step."""
+        """Kill the process, stop it or sleep for ever, if such a fault is due before `step`."""
         self.kill("step", step)
         if self._due("stopped", step):
             os.kill(os.getpid(), signal.SIGSTOP)
@@ -63,7 +63,7 @@ class Faults:
                 time.sleep(1)
 
     def limit_files(self, step: int) -> None:
-        """Let the kernel refuse to write long files from here on, or no longer."""
+        """Set the kernel's file size limit to 8 KB if the fault is due, and reset it otherwise."""
         if not any(entry.startswith("full") for entry in self.entries):
             return
         import resource  # Windows has none
@@ -73,7 +73,7 @@ class Faults:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
 
     def _asked(self, name: str, at: int) -> str | None:
-        """Return the entry that wants the fault `name` at `at`, if there is one."""
+        """Return the entry for the fault `name` at `at`, or None."""
         for entry in self.entries:
             fault, _, rank = entry.partition("/")
             wanted, _, where = fault.partition("@")
@@ -85,7 +85,7 @@ class Faults:
         return None
 
     def _due(self, name: str, at: int) -> bool:
-        """Return whether the fault is wanted, and was not had before where once is enough."""
+        """Return whether the fault is due at `at`; with `once`, each entry is due only once."""
         entry = self._asked(name, at)
         if not (entry and self.once):
             return bool(entry)

@@ -1,8 +1,8 @@
-"""One process (or one group of them) at a time in a run folder.
+"""A lock on a run folder: only one process, or one group of processes, uses it at a time.
 
-The lock is the kernel's, on the file `lock`, so it is gone with the process that held it, however
-that ended. The file says who holds it. Where a file system has no locks, the heartbeat of the
-holder counts instead: a beat of the last minute, of another process, is a run that goes on.
+It is a kernel lock on the file `lock`, so the kernel releases it when its process ends. The file
+names the holder. On a file system without locks the heartbeat of the holder is used instead: if
+another process wrote a heartbeat in the last 60 seconds, the folder is in use.
 """
 
 import contextlib
@@ -13,16 +13,16 @@ import socket
 import time
 from pathlib import Path
 
-PATIENCE = 10.0  # seconds for a killed process to be gone
-FRESH = 60.0  # seconds: a heartbeat younger than this is of a process that lives
+PATIENCE = 10.0  # seconds to wait for a killed process to end
+FRESH = 60.0  # seconds: a process with a younger heartbeat is alive
 
 
 class RunLock:
-    """A context manager that holds a folder for this process, and refuses a second one.
+    """A context manager that locks a run folder for this process.
 
-    Raises ValueError that names the holder's host, process and start. `wait` is how long a holder
-    that is about to end is waited for, in seconds. A folder that was not there before goes away
-    again with an error, unless `begun` was set.
+    Raises ValueError if another process still holds the lock after `wait` seconds; the message
+    names its host, process id and start time. After an error, a folder that did not exist before is
+    removed, unless `begun` was set.
     """
 
     def __init__(self, folder: Path, *, wait: float = PATIENCE):
@@ -63,7 +63,7 @@ class RunLock:
         return True
 
     def _beating(self) -> bool:
-        """Return whether the holder that the file names has a heartbeat that is fresh."""
+        """Return whether the holder named in the file has a fresh heartbeat."""
         holder = self._holder()
         if not holder or (holder["host"], holder["pid"]) == (socket.gethostname(), os.getpid()):
             return False
@@ -85,8 +85,8 @@ class RunLock:
         if holder:
             who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
         return (
-            f"{self.folder} is in use by {who}: wait for its end, stop it, or give this run "
-            f"another folder (--run)"
+            f"{self.folder} is in use by {who}: wait until it ends, stop it, or give this "
+            f"run another folder (--run)"
         )
 
 

@@ -1,14 +1,16 @@
-"""What a run does at this moment: seconds by section, a heartbeat, and the end of one that hangs.
+"""Monitor of a run: seconds per section, a heartbeat, and a watchdog that ends a hanging process.
 
-The loop says `enter("step")` and so on. From that follow `goodput.jsonl` (how much of the time went
-into new steps, and where the rest went), a heartbeat file that the supervisor reads, and the
-watchdog: a section that lasts too long has every thread's stack printed and the process leaves with
-exit code HANG. A thread does this, so it works while the loop waits inside a collective.
+The loop calls `enter("step")` and so on. The monitor writes `goodput.jsonl` (the share of time in
+new steps, and in what else) and a heartbeat file that the supervisor reads. If a section takes too
+long, the watchdog prints the stacks of all threads and exits with code HANG. It runs in a thread,
+so it works while the loop waits inside a collective.
 """
 
 import contextlib
 import faulthandler
 import json
+import logging
+import math
 import os
 import signal
 import sys
@@ -20,20 +22,22 @@ from pathlib import Path
 from easyanimate_jax.training.safety.cloud_goodput import CloudGoodput
 from easyanimate_jax.training.safety.exits import HANG
 
-PATIENCE = 3600.0  # seconds for anything but steps and data
-STEP_FACTOR = 5  # times the slowest of recent steps: longer is a hang
+logger = logging.getLogger(__name__)
+
+PATIENCE = 3600.0  # seconds that a section may take, except step, rework and data
+STEP_FACTOR = 5  # a step longer than this times the slowest recent one is a hang
 BEAT = 0.5  # seconds between heartbeats
 WRITE = 10.0  # seconds between lines of goodput.jsonl
 
-# "step" is productive; "rework" is a step that was made before, "down" the time between processes.
+# "step" is productive; "rework" repeats an earlier step; "down" is the time between processes.
 SECTIONS = ["start", "restore", "compile", "step", "rework", "data", "save", "sample", "down"]
 
 
 class Monitor:
-    """Of one process; process 0 writes goodput.jsonl, continuing the totals of earlier processes.
+    """The monitor of one process; process 0 writes goodput.jsonl, which continues earlier totals.
 
-    A step or a wait for data may last `hang_seconds`, or five times the slowest recent step. A
-    `sink` is told the same sections.
+    A step or a wait for data may take `hang_seconds`, or five times the slowest recent step; 0 sets
+    no limit. A `sink` gets the same sections.
     """
 
     def __init__(
@@ -44,7 +48,7 @@ class Monitor:
         hang_seconds: float,
         sink: CloudGoodput | None = None,
     ):
-        self.process, self.hang_seconds, self.sink = process, hang_seconds, sink
+        self.process, self.hang_seconds, self.sink = process, hang_seconds or math.inf, sink
         self.file = folder / "goodput.jsonl"
         self.heartbeat = Path(os.environ.get("EASYANIMATE_HEARTBEATS", folder / "heartbeats"))
         self.heartbeat.mkdir(parents=True, exist_ok=True)
@@ -55,7 +59,7 @@ class Monitor:
         self.recent_steps = deque(maxlen=200)  # seconds
         self.windows = deque([(time.time(), dict(self.total))], maxlen=60)
         self.closed = threading.Event()
-        # The supervisor asks for stacks; sys.stderr need not be a file, as in a notebook.
+        # The supervisor requests stacks by this signal. In a notebook sys.stderr is not a file.
         faulthandler.register(signal.SIGUSR1, file=sys.__stderr__, all_threads=True)
         self.thread = threading.Thread(target=self._watch, daemon=True)
         self.thread.start()
@@ -67,7 +71,7 @@ class Monitor:
         self.close()
 
     def enter(self, section: str, step: int | None = None) -> None:
-        """The run now does `section`, at `step`; a step below the furthest is rework."""
+        """Start `section` at `step`; a step below the furthest one counts as rework."""
         now = time.monotonic()
         spent, self.since = now - self.since, now
         self.total[self.section] += spent
@@ -84,7 +88,7 @@ class Monitor:
             self.write()
 
     def write(self) -> None:
-        """A line of goodput.jsonl: totals since the run began, and shares of the last minutes."""
+        """Write a line of goodput.jsonl: totals of the whole run, and recent shares."""
         self.windows.append((time.time(), dict(self.total)))
         (_, before), (clock, total) = self.windows[0], self.windows[-1]
         window = {name: total[name] - before[name] for name in SECTIONS}
@@ -92,7 +96,7 @@ class Monitor:
         row = {
             "time": clock,
             "step": self.furthest,
-            "goodput": _share(seconds),  # of what is written: a row agrees with itself
+            "goodput": _share(seconds),  # from the rounded numbers, so that a row is consistent
             "recent_goodput": _share(window),
             "seconds": seconds,
         }
@@ -101,6 +105,7 @@ class Monitor:
                 file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
+        """Write the last line, close the sink and end the watchdog."""
         self.enter("start")
         self.write()
         if self.sink:
@@ -110,7 +115,7 @@ class Monitor:
         faulthandler.unregister(signal.SIGUSR1)
 
     def limit(self) -> float:
-        """Seconds that the present section may last."""
+        """Return the seconds that the current section may take."""
         if self.section not in ("step", "rework", "data"):
             return max(PATIENCE, self.hang_seconds)
         return max(self.hang_seconds, STEP_FACTOR * max(self.recent_steps, default=0.0))
@@ -127,9 +132,9 @@ class Monitor:
             if now - since > limit:
                 message = f"hang: {now - since:.1f} s in {self.section!r} at step {self.step}"
                 try:
-                    print(f"\n{message}; limit {limit:.1f} s", file=sys.stderr, flush=True)
+                    logger.critical(f"{message}; limit {limit:.1f} s")
                     faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
-                finally:  # also where nobody reads stderr any more
+                finally:  # even if stderr is closed
                     os._exit(HANG)
 
     def _beat(self) -> None:
@@ -144,7 +149,7 @@ def _share(seconds: dict[str, float]) -> float:
 
 
 def _last_line(file: Path) -> tuple[dict[str, float], int, float]:
-    """(seconds by section, furthest step, time) of the last whole line, or zeros."""
+    """Return (seconds by section, furthest step, time) of the last complete line, or zeros."""
     zeros = dict.fromkeys(SECTIONS, 0.0)
     lines = file.read_text().splitlines() if file.is_file() else []
     for line in reversed(lines):

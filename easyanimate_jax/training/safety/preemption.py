@@ -1,4 +1,4 @@
-"""SIGTERM as a question that a training loop asks between its steps."""
+"""Preemption by SIGTERM, which a training loop checks between its steps."""
 
 import signal
 
@@ -7,7 +7,7 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-    """Turns SIGTERM into a question that the loop asks between steps.
+    """Records SIGTERM, so that the loop can check it between steps.
 
     With several processes, a signal to any of them stops all after the same step.
     """
@@ -18,7 +18,7 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._signalled)
 
     def asked(self) -> bool:
-        """To be called once a step, by all processes."""
+        """Return whether to stop after this step; every process must call this once per step."""
         if jax.process_count() > 1:
             self.steps += 1
             reached = multihost_utils.reached_preemption_sync_point(self.steps)

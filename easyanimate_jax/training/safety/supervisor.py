@@ -1,16 +1,17 @@
-"""Starts the processes of a run, watches them, and starts them again.
+"""Start the processes of a run, watch them, and restart them after a failure.
 
     python -m easyanimate_jax supervise --ranks 2 -- python train.py configs/demo.py
 
-It imports nothing of ours, so that nothing of ours can take it down. It ends all ranks within
-seconds of the death of one, or of one that has stopped to beat (stopped, or stuck in native code;
-a hang in Python ends the rank by itself, see monitor.py). It restarts after a growing pause, as
-long as restarts make progress. What no restart can mend ends it, with the ranks' exit code:
+The supervisor imports only the exit codes from this package, so that its errors cannot stop it. If
+one rank dies, or its heartbeat stops, it ends all ranks within seconds. (A heartbeat stops if the
+rank is stopped or stuck in native code; a hang in Python ends the rank, see monitor.py.) It
+restarts the ranks after a growing pause, as long as restarts make progress. If a restart cannot
+help, it exits with the code of the ranks:
 
-    0 done   2 bad input   3 diverged   4 hang   5 storage   42 preempted: run again to go on
+    0 done   2 bad input   3 diverged   4 hang   5 storage   42 preempted: run again to resume
 
-SIGTERM goes on to the ranks, which save and leave. On a cluster run one per host, or leave the
-watch over hosts to the scheduler: docs/reliability.md.
+It forwards SIGTERM to the ranks, which save and exit. On a cluster run one supervisor per host, or
+let the scheduler watch the hosts: docs/reliability.md.
 """
 
 import contextlib
@@ -29,13 +30,13 @@ from pathlib import Path
 from easyanimate_jax.training.safety.exits import DONE, FINAL, HANG, PREEMPTED
 
 POLL = 0.1  # seconds
-STACKS = 1.0  # seconds that living ranks have to print their stacks
+STACKS = 1.0  # seconds in which running ranks print their stacks
 MAX_PAUSE = 60.0  # seconds before a restart
-WITHOUT_PROGRESS = 3  # restarts
+WITHOUT_PROGRESS = 3  # restarts without progress before it gives up
 
 
 class Supervisor:
-    """`ranks` processes of `command`. A rank whose heartbeat is older than `silence` s is dead."""
+    """Runs `ranks` processes of `command`; one without a heartbeat for `silence` s is dead."""
 
     def __init__(self, command: Sequence[str], ranks: int, silence: float):
         self.command, self.count, self.silence = list(command), ranks, silence
@@ -46,7 +47,7 @@ class Supervisor:
         signal.signal(signal.SIGTERM, self._terminate)
 
     def run(self) -> int:
-        """Until the ranks are done, or cannot go on. Returns the exit code."""
+        """Run the ranks until they finish or a restart cannot help; return the exit code."""
         furthest, fruitless, pause = -1, 0, 1.0
         while True:
             self._start()
@@ -68,7 +69,7 @@ class Supervisor:
     def _start(self) -> None:
         for old in self.beats.glob("*.json"):
             old.unlink()
-        with socket.socket() as probe:  # loopback: nobody else can reach the coordinator
+        with socket.socket() as probe:  # loopback: other hosts cannot reach the coordinator
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
         several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(self.count)}
@@ -89,7 +90,7 @@ class Supervisor:
             self._signal(signal.SIGTERM)
 
     def _watch(self) -> int:
-        """The exit code of the run: of its first rank that failed, or of all."""
+        """Wait for the ranks; return the code of the first that failed, or the largest code."""
         while True:
             codes = [rank.poll() for rank in self.ranks]
             failed = next((code for code in codes if code not in (None, DONE, PREEMPTED)), None)
@@ -105,19 +106,19 @@ class Supervisor:
             return HANG if failed is None else failed
 
     def _end(self) -> None:
-        """End every rank, with the stacks of those that still run."""
+        """End all ranks; those that still run print their stacks first."""
         for how in (signal.SIGCONT, signal.SIGUSR1):
             self._signal(how)
         deadline = time.monotonic() + STACKS
         while time.monotonic() < deadline and any(rank.poll() is None for rank in self.ranks):
             time.sleep(POLL)
-        for rank in self.ranks:  # the group: a rank's own workers, too
+        for rank in self.ranks:  # the process group, with the rank's workers
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(rank.pid, signal.SIGKILL)
             rank.wait()
 
     def _silent(self) -> list[int]:
-        """The ranks that run, have beaten, and beat no more."""
+        """Return the running ranks whose heartbeat stopped."""
         return [
             beat["rank"]
             for beat in self._beats()
@@ -136,14 +137,17 @@ class Supervisor:
         self._signal(signal.SIGTERM)
 
     def _signal(self, how: signal.Signals) -> None:
-        """To those that beat: before, a rank does not know what the signal means."""
+        """Send a signal to all ranks that have a heartbeat; SIGTERM goes to every running rank.
+
+        Before its first heartbeat a rank has no handlers for the other signals.
+        """
         ready = {beat["rank"] for beat in self._beats()}
         for rank, process in enumerate(self.ranks):
             if process.poll() is None and (rank in ready or how == signal.SIGTERM):
                 process.send_signal(how)
 
     def _say(self, text: str) -> None:
-        with contextlib.suppress(OSError):  # nobody may read any more
+        with contextlib.suppress(OSError):  # stderr may be closed
             print(f"supervisor: {text}", file=sys.stderr, flush=True)
 
 

@@ -1,514 +1,400 @@
-"""Training of the video autoencoder on a folder of clips (spec 11.3).
+"""`train(config)` trains a video autoencoder on a folder of clips.
 
-Reconstruction (L1, L2, perceptual) under a learned variance, KL, an outlier penalty on latents and,
-from `discriminator_start` on, a hinge GAN with one discriminator on frames and one on clips. All
-terms are those of the specification divided by the number of values in a clip, so that learning
-rate and clipping mean the same at every size.
+    OUTPUT/checkpoints          as in the run folder of a transformer; they stay after the end
+    OUTPUT/metrics.jsonl        with tensorboard/, goodput.jsonl and heartbeats/ beside it
+    OUTPUT/pictures/500.png     held-out clips, and below them their reconstructions
+    OUTPUT/weights.safetensors, config.json, vae_report.json    at the end
 
-The perceptual term compares image gradients on a pyramid of scales. LPIPS needs the weights of an
-ImageNet classifier, which are not ours to ship; gradients also punish blurred edges, the failure
-that L1 and L2 forgive. What they miss is texture, and that the discriminators judge.
+The position is one integer, the global step. Stage, crops, noise and learning rate follow from it,
+so the result of a resumed training is bit-identical to that of an uninterrupted one.
 """
 
+import contextlib
+import dataclasses
 import json
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import pairwise
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
-from einops import rearrange, reduce
-from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jax.sharding import Mesh
+from jaxtyping import UInt8
 
+from easyanimate_jax import processes
 from easyanimate_jax.data import media
-from easyanimate_jax.data.control import OPERATORS, control_video
-from easyanimate_jax.data.sources.read import read_clips
-from easyanimate_jax.data.sources.rows import Clip
-from easyanimate_jax.facts import to_signed
-from easyanimate_jax.models.vae import CausalVAE, VAEConfig, check_video
-from easyanimate_jax.sharding import MeshConfig, batch_sharding, make_mesh
-from easyanimate_jax.training.metrics import MetricsWriter, clock
-from easyanimate_jax.training.optimizer import Matrices, check_matrices, scale_by_muon
+from easyanimate_jax.facts import SPACE_FACTOR, TIME_FACTOR
+from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.training.checkpoint import Checkpoints, NotFiniteError, StorageError
+from easyanimate_jax.training.metrics import MetricsWriter, Progress, now
+from easyanimate_jax.training.safety.exits import DIVERGED, DONE, PREEMPTED, STORAGE
+from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
+from easyanimate_jax.training.safety.lock import RunLock
+from easyanimate_jax.training.safety.monitor import Monitor
+from easyanimate_jax.training.safety.preemption import Preemption
+from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
+from easyanimate_jax.training.vae.crops import Clips, Crops, batches, split_clips
+from easyanimate_jax.training.vae.measure import HeldOut, local, with_statistics
+from easyanimate_jax.training.vae.step import VAEState, abstract_state, compile_step, first_state
+from easyanimate_jax.weights import run_folder
+from easyanimate_jax.weights.folder import load_vae
 from easyanimate_jax.weights.module import save_module
 
-Video = Float[Array, "B F H W 3"]
-
-HELD_OUT = 20  # every 20th clip is never trained on; of fewer, the last
-CACHE_BYTES = 2**30  # decoded clips kept in memory
-PYRAMID_LEVELS = 4
-CONTROL_SHARE = 0.25  # of the crops, where the config has controls
-HIDDEN_SHARE = 0.25  # of the crops, where the config has hidden frames
+logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class VAEStage:
-    """Steps on crops of one shape: one compiled program. Clips that are too small are left out."""
+def train(config: VAETrainConfig, faults: Faults = NO_FAULTS) -> int:
+    """Run the schedule to its end, or until SIGTERM; return the process's exit code.
 
-    steps: int
-    batch_size: int
-    frames: int
-    size: int  # of the square crop, in pixels
-
-    def __post_init__(self):
-        check_video((self.batch_size, self.frames, self.size, self.size, 3))
-        if self.size < 2**PYRAMID_LEVELS:
-            raise ValueError(f"{self}: size must be {2**PYRAMID_LEVELS} or more.")
-
-
-@dataclass(frozen=True)
-class VAETrainConfig:
-    """One training of an autoencoder: on the clips of `data`, into the folder `output`.
-
-    With `controls`, operators of `data/control.py`, a quarter of the crops are their signals. A
-    control model reads signals as latents: an autoencoder that never saw thin lines loses them.
-    With `hidden_frames`, a quarter keep their first and last frame and one in four of the others,
-    the rest black, as an inpaint model reads them: else a last frame after black ones loses its
-    colours and gets the ghost of the first.
-    `init` is an autoencoder to go on from. `decoder_only` leaves its encoder and statistics as they
-    are, so latents that were made stay right, and so do models that were trained on them.
+    The training resumes from the newest checkpoint in `config.output` if there is one. It writes
+    the finished model, its latent statistics and `vae_report.json` there. Raises ValueError, before
+    anything is written, if data, `init` or checkpoints do not fit the config.
     """
-
-    vae: VAEConfig
-    data: str
-    output: str
-    stages: tuple[VAEStage, ...]
-    learning_rate: float = 1e-4
-    warmup_steps: int = 1000
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.05
-    l2_weight: float = 0.1
-    perceptual_weight: float = 1.0
-    kl_weight: float = 1e-6
-    outlier_weight: float = 1e5
-    gan_weight: float = 0.5
-    discriminator_start: int | None = 50_001
-    matrices: Matrices = "adam"  # what updates the kernels of convolutions (`optimizer.py`)
-    controls: tuple[str, ...] = ()
-    hidden_frames: bool = False
-    init: str = ""
-    decoder_only: bool = False
-    seed: int = 0
-    save_every: int = 1000
-    log_every: int = 20
-
-    def __post_init__(self):
-        check_matrices(self.matrices)
-        if self.decoder_only and not self.init:
-            raise ValueError("decoder_only without init: name the autoencoder whose decoder it is")
-        for name in self.controls:
-            if name not in OPERATORS:
-                raise ValueError(f"controls: no operator {name!r}; use {', '.join(OPERATORS)}")
-
-    @property
-    def steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
-
-    def stage_at(self, step: int) -> VAEStage:
-        for stage in self.stages:
-            if step < stage.steps:
-                return stage
-            step -= stage.steps
-        return self.stages[-1]
-
-    def adversarial(self, step: int) -> bool:
-        return self.discriminator_start is not None and step >= self.discriminator_start
+    output, mesh = Path(config.output), make_mesh(MeshConfig())
+    clips = split_clips(config.data)
+    _check_crops(config, clips, mesh)
+    start = _load_start(config, mesh)
+    position = Position(config, config.vae if start is None else start.config, clips.digest)
+    position.check_newest(output)
+    stop, process = Preemption(), jax.process_index()
+    try:
+        with contextlib.ExitStack() as stack:
+            if _main():
+                stack.enter_context(RunLock(output)).begun = True
+            output.mkdir(parents=True, exist_ok=True)
+            monitor = stack.enter_context(
+                Monitor(output, process=process, hang_seconds=config.hang_seconds)
+            )
+            checkpoints = Checkpoints(output / "checkpoints", keep=2, faults=faults)
+            found = _restore(position, mesh, checkpoints, monitor)
+            state = found or first_state(config, mesh, start)
+            del start  # its arrays are in the state, or not needed
+            training = Training(position, mesh, clips, checkpoints, monitor, state, faults)
+            ended = training.run(stop)
+            monitor.enter("save")
+            checkpoints.close(training.step)
+            if ended:
+                training.finish()
+    except NotFiniteError as error:
+        logger.error("diverged: %s", error)
+        return DIVERGED
+    except StorageError as error:
+        logger.error("storage: %s", error)
+        return STORAGE
+    return DONE if ended else PREEMPTED
 
 
-class PatchDiscriminator(nnx.Module):
-    """One logit per patch: three strided convolutions over frames (2-D) or clips (3-D)."""
+class Position(NamedTuple):
+    """Everything that the state after a step depends on, as checkpoints store it."""
 
-    def __init__(self, kernel: tuple[int, ...], *, rngs: nnx.Rngs):
-        widths = (3, 64, 128, 256)
-        self.convs = nnx.List(
-            [nnx.Conv(*pair, kernel, strides=2, rngs=rngs) for pair in pairwise(widths)]
+    config: VAETrainConfig
+    network: VAEConfig  # with the latent statistics of `init`, if there is one
+    data: str  # digest of the clips
+
+    def meta(self, step: int) -> dict:
+        """Return the metadata of the checkpoint made after `step` updates."""
+        return {
+            "step": step,
+            "stage": f"vae {1 + self.config.number_at(step - 1)}",
+            "class": run_folder.VAE,
+            "position": self._depends_on(step),
+            "config": dataclasses.asdict(self.config),
+        }
+
+    def check(self, meta: dict) -> None:
+        """Raise ValueError for a checkpoint of another training; the message names what differs.
+
+        Stages that begin after the checkpoint may differ, and so may learning rates and the weights
+        of the losses.
+        """
+        step, saved = meta["step"], meta.get("position", {})
+        here = json.loads(json.dumps(self._depends_on(step)))
+        other = [
+            f"{name} {saved.get(name)!r}, not {value!r}"
+            for name, value in here.items()
+            if saved.get(name) != value
+        ]
+        if other:
+            raise ValueError(
+                f"checkpoint {step} in {self.config.output} was made with {'; '.join(other)}. "
+                f"Restore the config and the data, or start in a new output folder."
+            )
+
+    def check_newest(self, output: Path) -> None:
+        """Call `check` on the newest readable checkpoint of a folder; the folder is not changed."""
+        run_folder.check_format(output)
+        for step in reversed(run_folder.complete_steps(output / "checkpoints")):
+            try:
+                meta = run_folder.read_step_meta(output / "checkpoints" / str(step))
+            except ValueError:  # damaged: `Checkpoints` sets it aside
+                continue
+            return self.check(meta)
+
+    def _depends_on(self, step: int) -> dict:
+        config, stages, left = self.config, [], step
+        for stage in config.stages:
+            if left > 0:
+                stages.append(dataclasses.replace(stage, steps=min(stage.steps, left)))
+            left -= stage.steps
+        return {
+            "seed": config.seed,
+            "data": self.data,
+            "vae": dataclasses.asdict(self.network),
+            "stages": [dataclasses.asdict(stage) for stage in stages],
+            "controls": config.controls,
+            "hidden_frames": config.hidden_frames,
+            "decoder_only": config.decoder_only,
+            "matrices": config.matrices,
+            "judges": config.discriminator_start is not None,
+        }
+
+
+def _check_crops(config: VAETrainConfig, clips: Clips, mesh: Mesh) -> None:
+    """Raise ValueError if no clip is large enough for a stage, or if a batch does not divide."""
+    for stage in config.stages:
+        Crops(clips.trained_on, config.seed).fitting(stage)
+        if stage.batch_size % mesh.size:
+            raise ValueError(
+                f"{stage}: batch_size does not divide over {mesh.size} devices; "
+                f"use a multiple of {mesh.size}."
+            )
+    try:
+        Crops(clips.held_out, config.seed).fitting(config.stages[-1])
+    except ValueError as error:
+        raise ValueError(f"clips that are held out of the training: {error}") from error
+
+
+def _load_start(config: VAETrainConfig, mesh: Mesh) -> CausalVAE | None:
+    """Return the autoencoder of `config.init`, or None for "".
+
+    Raises ValueError if its config differs from `config.vae`.
+    """
+    if not config.init:
+        return None
+    start = load_vae(config.init, dtype=config.vae.dtype, mesh=mesh)
+    statistics = {name: getattr(start.config, name) for name in ("latent_mean", "latent_scale")}
+    if start.config != dataclasses.replace(config.vae, **statistics):
+        raise ValueError(
+            f"{config.init} holds {start.config}, and the config's vae is {config.vae}; make them "
+            f"alike"
         )
-        self.norms = nnx.List([nnx.GroupNorm(width, 32, rngs=rngs) for width in widths[2:]])
-        self.head = nnx.Conv(widths[-1], 1, kernel, rngs=rngs)
-
-    def __call__(self, x: Float[Array, "B ... 3"]) -> Float[Array, "B ... 1"]:
-        x = jax.nn.leaky_relu(self.convs[0](x), 0.2)
-        for conv, norm in zip(self.convs[1:], self.norms, strict=True):
-            x = jax.nn.leaky_relu(norm(conv(x)), 0.2)
-        return self.head(x)
+    return start
 
 
-class Discriminators(nnx.Module):
-    def __init__(self, *, rngs: nnx.Rngs):
-        self.frames = PatchDiscriminator((4, 4), rngs=rngs)
-        self.clips = PatchDiscriminator((3, 4, 4), rngs=rngs)
+def _restore(
+    position: Position, mesh: Mesh, checkpoints: Checkpoints, monitor: Monitor
+) -> VAEState | None:
+    """Return the state of the newest good checkpoint, or None if there is no checkpoint."""
+    monitor.enter("restore")
 
-    def __call__(self, video: Video) -> tuple[Array, Array]:
-        return self.frames(rearrange(video, "B F H W C -> (B F) H W C")), self.clips(video)
+    def like(meta: dict) -> VAEState:
+        position.check(meta)
+        return abstract_state(position.config, mesh, position.network)
 
-
-class Networks(NamedTuple):
-    vae: CausalVAE
-    logvar: jax.Array  # () learned log-variance of the reconstruction
-
-
-class VAEState(NamedTuple):
-    step: jax.Array
-    networks: Networks
-    opt_state: optax.OptState
-    judges: Discriminators | None  # None where the config never starts them
-    judge_opt_state: optax.OptState
+    found = checkpoints.restore(like)
+    monitor.enter("start")
+    if found is None:
+        return None
+    step, state, meta = found
+    logger.info("resuming at step %d (%s)", step, meta["stage"])
+    return state
 
 
-def optimizer(config: VAETrainConfig) -> optax.GradientTransformation:
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, config.warmup_steps, config.steps, 0.01 * config.learning_rate
-    )
-    rule = optax.scale_by_adam(*config.betas)
-    if config.matrices == "muon":
-        rule = optax.partition({"adam": rule, "muon": scale_by_muon(stacked=False)}, labels)
-    update = optax.chain(
-        rule,
-        optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(schedule),
-    )
-    whole = optax.chain(optax.clip_by_global_norm(1.0), update)
-    if not config.decoder_only:
-        return whole
-    return optax.partition({"trained": whole, "frozen": optax.set_to_zero()}, parts)
+class Training:
+    """The training in one process, from its first state to the end or to SIGTERM.
 
-
-def parts(networks):
-    """What becomes of each weight: "frozen" those that make latents, "trained" all others."""
-
-    def part(path, _):
-        makes_latents = {"encoder", "quant_conv"} & {getattr(key, "name", None) for key in path}
-        return "frozen" if makes_latents else "trained"
-
-    return jax.tree_util.tree_map_with_path(part, networks)
-
-
-def labels(networks):
-    """What updates each weight: "muon" the kernels of convolutions, but "adam" the VAE's outer ones
-    and a judge's head, as all other weights."""
-
-    def label(path, x):
-        outer = {"conv_in", "conv_out", "head"} & {getattr(key, "name", None) for key in path}
-        return "muon" if x.ndim > 3 and not outer else "adam"
-
-    return jax.tree_util.tree_map_with_path(label, networks)
-
-
-def random_key(config: VAETrainConfig) -> jax.Array:
-    """Of the hardware's generator: the default one compiles for seconds per shape."""
-    return jax.random.key(config.seed, impl="rbg")
-
-
-def init_state(config: VAETrainConfig, start: CausalVAE | None = None) -> VAEState:
-    """The state before the first step, of new weights or of those of `start`."""
-    rngs = nnx.Rngs(random_key(config))
-    vae = CausalVAE(config.vae, rngs=rngs) if start is None else start
-    networks = Networks(vae, jnp.zeros(()))
-    judges = None if config.discriminator_start is None else Discriminators(rngs=rngs)
-    init = optimizer(config).init
-    return VAEState(jnp.zeros((), jnp.int32), networks, init(networks), judges, init(judges))
-
-
-def perceptual(difference: Video) -> Float[Array, ""]:
-    """Mean absolute image gradient of `difference` over a pyramid of halved scales."""
-    total = 0.0
-    for level in range(PYRAMID_LEVELS):
-        if level > 0:
-            difference = reduce(difference, "B F (H y) (W x) C -> B F H W C", "mean", y=2, x=2)
-        total += jnp.mean(jnp.abs(jnp.diff(difference, axis=2)))
-        total += jnp.mean(jnp.abs(jnp.diff(difference, axis=3)))
-    return total / PYRAMID_LEVELS
-
-
-def outliers(mean: Float[Array, "B T h w C"]) -> Float[Array, ""]:
-    """By how much latents lie more than three spatial standard deviations from their mean."""
-    centred = mean - mean.mean((2, 3), keepdims=True)
-    spread = jnp.sqrt(jnp.mean(centred**2, (2, 3), keepdims=True) + 1e-12)
-    return jnp.mean(jax.nn.relu(jnp.abs(centred) - 3 * spread))
-
-
-def vae_loss(networks: Networks, judges, video: Video, key, config: VAETrainConfig):
-    """(loss, (reconstruction, metrics)); the adversarial term only where `judges` are given."""
-    vae, logvar = networks
-    mean, z_logvar = vae.encode(video)
-    if config.decoder_only:
-        mean, z_logvar = jax.lax.stop_gradient((mean, z_logvar))  # spares the way back
-    z = mean + jnp.exp(z_logvar / 2) * jax.random.normal(key, mean.shape)
-
-    def likelihood(output):
-        error = output - video
-        l1, l2 = jnp.mean(jnp.abs(error)), jnp.mean(error**2)
-        l1 += config.l2_weight * l2 + config.perceptual_weight * perceptual(error)
-        return l1 * jnp.exp(-logvar) + logvar, l2
-
-    output = vae.decode(z)
-    loss, l2 = likelihood(output)
-    per_value = 1 / video[0].size
-    kl = 0.5 * jnp.sum(mean**2 + jnp.exp(z_logvar) - 1 - z_logvar) / len(video)
-    loss += per_value * (config.kl_weight * kl + config.outlier_weight * outliers(mean))
-    metrics = {"loss": loss, "psnr": 10 * jnp.log10(4 / l2), "kl": kl / z[0].size}
-    if judges is not None:
-        fooled = lambda output: -sum(jnp.mean(logits) for logits in judges(output))  # noqa: E731
-        weight = config.gan_weight * _balance(vae, z, lambda y: likelihood(y)[0], fooled)
-        loss += weight * fooled(output)
-        metrics |= {"gan_weight": weight}
-    return loss, (output, metrics)
-
-
-def _balance(vae, z, first, second):
-    """Ratio of the two losses' gradient norms at the decoder's last kernel (spec 11.3)."""
-
-    def norm(loss):
-        def at_last_layer(kernel):
-            copy = nnx.clone(vae)
-            copy.decoder.conv_out.kernel[...] = kernel
-            return loss(copy.decode(z))
-
-        return jnp.linalg.norm(jax.grad(at_last_layer)(vae.decoder.conv_out.kernel[...]).ravel())
-
-    return jax.lax.stop_gradient(jnp.clip(norm(first) / (norm(second) + 1e-4), 0.0, 1e4))
-
-
-def judge_loss(judges: Discriminators, real: Video, fake: Video) -> Float[Array, ""]:
-    """Hinge: real patches above 1, reconstructed ones below -1."""
-    return 0.5 * sum(
-        jnp.mean(jax.nn.relu(1 - r)) + jnp.mean(jax.nn.relu(1 + f))
-        for r, f in zip(judges(real), judges(fake), strict=True)
-    )
-
-
-@partial(jax.jit, static_argnames=("config", "adversarial"), donate_argnums=0)
-def train_step(
-    state: VAEState, frames: UInt8[Array, "B F H W 3"], *, config: VAETrainConfig, adversarial: bool
-) -> tuple[VAEState, dict[str, Float[Array, ""]]]:
-    video = pixels(frames)
-    key = jax.random.fold_in(random_key(config), state.step)
-    update = optimizer(config).update
-    judges = state.judges if adversarial else None
-    (_, (output, metrics)), grads = jax.value_and_grad(vae_loss, has_aux=True)(
-        state.networks, judges, video, key, config
-    )
-    updates, opt_state = update(grads, state.opt_state, state.networks)
-    networks = optax.apply_updates(state.networks, updates)
-    state = state._replace(step=state.step + 1, networks=networks, opt_state=opt_state)
-    if adversarial:
-        output = jax.lax.stop_gradient(output)
-        metrics["judge"], grads = jax.value_and_grad(judge_loss)(judges, video, output)
-        updates, opt_state = update(grads, state.judge_opt_state, judges)
-        judges = optax.apply_updates(judges, updates)
-        state = state._replace(judges=judges, judge_opt_state=opt_state)
-    return state, metrics
-
-
-def pixels(frames: UInt8[Array, "B F H W 3"]) -> Video:
-    return to_signed(frames)
-
-
-def hide_frames(
-    rng: np.random.Generator, crop: UInt8[np.ndarray, "F H W 3"]
-) -> UInt8[np.ndarray, "F H W 3"]:
-    """Black for three in four of the frames between the first and the last."""
-    given = rng.random(len(crop)) < 0.25
-    given[[0, -1]] = True
-    return crop * given[:, None, None, None]
-
-
-class Crops:
-    """Random crops of a list of clips. A crop is a function of (seed, step, row) and nothing else.
-
-    Of four crops the one with most contrast is taken: plain background teaches nothing. `controls`
-    are the operators whose signals take the place of some, and `hidden` hides frames of others.
+    The buffers of the argument `state` are donated; use the attribute `state` instead.
     """
 
     def __init__(
-        self, clips: list[Clip], seed: int, controls: tuple[str, ...] = (), hidden: bool = False
+        self,
+        position: Position,
+        mesh: Mesh,
+        clips: Clips,
+        checkpoints: Checkpoints,
+        monitor: Monitor,
+        state: VAEState,
+        faults: Faults,
     ):
-        self.clips, self.seed, self.controls, self.hidden = clips, seed, controls, hidden
-        self.cache: dict[str, np.ndarray] = {}
-        self.cached_bytes = 0
+        self.faults = faults
+        self.position, self.config, self.mesh = position, position.config, mesh
+        self.clips, self.checkpoints, self.monitor = clips, checkpoints, monitor
+        self.state, self.step = state, int(state.step)
+        self.held_out = HeldOut(clips, self.config)
+        self.log = Log(self.config, self.step)
+        self.programs = {}  # (rows, frames, size, whether adversarial) -> compiled step
 
-    def fitting(self, stage: VAEStage) -> list[Clip]:
-        """Raises ValueError if no clip is as long and as large as the stage's crops."""
-        found = [
-            clip
-            for clip in self.clips
-            if clip.num_frames >= stage.frames and min(clip.height, clip.width) >= stage.size
-        ]
-        if not found:
-            raise ValueError(
-                f"{stage}: none of {len(self.clips)} clips has {stage.frames} frames of "
-                f"{stage.size}x{stage.size} pixels; use smaller crops, or larger clips."
+    def run(self, stop: Preemption) -> bool:
+        """Make all remaining steps. Return False after a stop request; the state is then saved."""
+        config = self.config
+        crops = Crops(self.clips.trained_on, config.seed, config.controls, config.hidden_frames)
+        feed = batches(crops, config, self.step, self.mesh)
+        stopping = False
+        while self.step < config.steps and not stopping:
+            self.monitor.enter("data", self.step)
+            began = now()
+            frames = next(feed)
+            self._update(frames, now() - began)
+            stopping = stop.asked()
+            self._tell()
+            if stopping or self.step == config.steps or _due(self.step, config.save_every):
+                self._save()
+        self.log.close()
+        if stopping:
+            logger.warning("asked to stop: saved at step %d", self.step)
+        return not stopping
+
+    def finish(self) -> None:
+        """Write the averaged model, its latent statistics and the report of the training."""
+        config, vae = self.config, local(self.state.ema)
+        self.monitor.enter("sample")
+        psnr, _ = self.held_out(vae, config.steps)
+        if not config.decoder_only:
+            plain = Crops(self.clips.trained_on, config.seed)
+            vae = with_statistics(vae, plain, config.stages[-1], config.steps)
+        self.monitor.enter("save")
+        if jax.process_index():
+            return
+        seconds = self.monitor.total
+        report = {
+            "psnr": psnr,
+            "seconds": sum(seconds.values()) - seconds["down"],
+            "steps": config.steps,
+        }
+        output = Path(config.output)
+        try:
+            save_module(output, vae)
+            (output / "vae_report.json").write_text(json.dumps(report, indent=2) + "\n")
+        except OSError as error:
+            raise StorageError(f"the model could not be written to {output}: {error}") from error
+        count = len(self.clips.held_out)
+        logger.info("vae finished: %.2f dB on %d held-out clips", psnr, count)
+
+    def _update(self, frames: jax.Array, waited: float) -> None:
+        """Make one step from a batch that was waited for `waited` seconds."""
+        stage = self.config.stage_at(self.step)
+        program = self._program(stage)
+        began = now()
+        self.monitor.enter("step", self.step)
+        self.faults.before_step(self.step)
+        self.state, metrics = program(self.state, frames)
+        self.step += 1
+        self.log.add(self.step, metrics)
+        self.checkpoints.poll()
+        self.log.progress.add(waited + now() - began, _latents(stage), waited)
+
+    def _program(self, stage: VAEStage) -> jax.stages.Compiled:
+        """Return the compiled program of the next step, which belongs to this stage."""
+        adversarial = self.config.adversarial(self.step + 1)
+        key = stage.batch_size, stage.frames, stage.size, adversarial
+        if key not in self.programs:
+            self.monitor.enter("compile", self.step)
+            self.programs[key] = compile_step(
+                self.config, self.mesh, self.state, stage, adversarial=adversarial
             )
-        return found
+            processes.wait(f"vae program {len(self.programs)}")
+        return self.programs[key]
 
-    def batch(self, stage: VAEStage, step: int, rows: range) -> UInt8[np.ndarray, "B F H W 3"]:
-        clips = self.fitting(stage)
-        return np.stack([self._crop(clips, stage, (self.seed, step, row)) for row in rows])
+    def _tell(self) -> None:
+        """Write the metrics and the picture of held-out clips, if they are due after this step."""
+        ended = self.step == self.config.steps
+        pictures = ended or _due(self.step, self.config.picture_every)
+        if not (pictures or _due(self.step, self.config.log_every)):
+            return
+        row = self.log.flush()
+        if pictures:
+            self.monitor.enter("sample", self.step)
+            psnr, sheet = self.held_out(local(self.state.ema), self.step)
+            row |= {"held_out_psnr": psnr}
+            self.log.picture(self.step, sheet)
+        self.log.write(row)
 
-    def _crop(self, clips, stage, seed):
-        rng = np.random.default_rng(seed)
-        frames = self._frames(clips[rng.integers(len(clips))])
-        start = rng.integers(len(frames) - stage.frames + 1)
-        tops, lefts = (rng.integers(side - stage.size + 1, size=4) for side in frames.shape[1:3])
-        crops = [
-            frames[start : start + stage.frames, top : top + stage.size, left : left + stage.size]
-            for top, left in zip(tops, lefts, strict=True)
-        ]
-        crop = max(crops, key=lambda crop: crop[:: max(1, stage.frames - 1), ::4, ::4].std())
-        draw = rng.random()
-        if self.controls and draw < CONTROL_SHARE:
-            return control_video(crop, self.controls[rng.integers(len(self.controls))])
-        if self.hidden and draw > 1 - HIDDEN_SHARE:
-            return hide_frames(rng, crop)
-        return crop
-
-    def _frames(self, clip: Clip) -> UInt8[np.ndarray, "F H W 3"]:
-        if clip.name in self.cache:
-            return self.cache[clip.name]
-        if clip.kind == "image":
-            frames = media.read_image(clip.path)[None]
-        else:
-            frames = media.read_clip(clip.path, clip.first, clip.num_frames)
-        if self.cached_bytes + frames.nbytes <= CACHE_BYTES:
-            self.cache[clip.name] = frames
-            self.cached_bytes += frames.nbytes
-        return frames
+    def _save(self) -> None:
+        """Start to write a checkpoint. Raises NotFiniteError if the state is not finite."""
+        self.log.flush()
+        self.monitor.enter("save", self.step)
+        self.checkpoints.save(self.step, self.state, self.position.meta(self.step))
 
 
-def batches(crops: Crops, config: VAETrainConfig, first_step: int, mesh) -> Iterator[jax.Array]:
-    """Global batches from `first_step` to the end, one made ahead of time."""
-    process, processes = jax.process_index(), jax.process_count()
+class Log:
+    """The metrics, pictures and progress lines of a training; only process 0 writes."""
 
-    def load(step):
-        stage = config.stage_at(step)
-        share = stage.batch_size // processes
-        rows = crops.batch(stage, step, range(process * share, (process + 1) * share))
-        return jax.make_array_from_process_local_data(batch_sharding(mesh, rows.ndim), rows)
+    def __init__(self, config: VAETrainConfig, first_step: int):
+        self.config, self.progress = config, Progress()
+        self.folder = Path(config.output)
+        self.writer = MetricsWriter(self.folder, first_step + 1) if _main() else None
+        self.pending = None  # (step, metrics) of the running update, fetched one update later
+        self.row = {}
 
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(load, first_step)
-        for step in range(first_step, config.steps):
-            batch = ahead.result()
-            ahead = pool.submit(load, min(step + 1, config.steps - 1))
-            yield batch
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Store the metrics of update number `step`, and fetch those of the update before."""
+        self.flush()
+        self.pending = step, metrics
 
+    def flush(self) -> dict:
+        """Return the newest metrics. Raises NotFiniteError if the loss is not finite."""
+        if self.pending:
+            step, metrics = self.pending
+            values = {name: float(x) for name, x in jax.device_get(metrics).items()}
+            self.row, self.pending = {"step": step, **values}, None
+            if not np.isfinite(values["loss"]):
+                raise NotFiniteError(
+                    f"the loss of step {step} is {values['loss']}; this step is not saved. Lower "
+                    f"the learning rate and run the command again: it resumes from the newest "
+                    f"checkpoint"
+                )
+        return dict(self.row)
 
-def train(config: VAETrainConfig, start: CausalVAE | None = None) -> CausalVAE:
-    """Train, resuming from the newest checkpoint in `config.output`; write the finished model,
-    its latent statistics and `vae_report.json` there. `start` is what `config.init` holds; its
-    arrays are used up. Raises ValueError, before the first step, for one of another shape."""
-    _check_start(start, config)
-    began = time.perf_counter()
-    output = Path(config.output)
-    mesh = make_mesh(MeshConfig())
-    clips, _ = read_clips(config.data)
-    held_out = clips[HELD_OUT - 1 :: HELD_OUT] or clips[-1:]
-    trained_on = [clip for clip in clips if clip not in held_out]
-    crops = Crops(trained_on, config.seed, config.controls, config.hidden_frames)
-    for stage in config.stages:
-        crops.fitting(stage)
-        if stage.batch_size % mesh.size:
-            raise ValueError(f"{stage}: batch_size does not divide over {mesh.size} devices.")
+    def picture(self, step: int, sheet: UInt8[np.ndarray, "H W 3"]) -> None:
+        """Write a picture of held-out clips to `pictures/STEP.png` and TensorBoard."""
+        if self.writer is None:
+            return
+        self.writer.picture("held out", step, sheet)
+        try:
+            (self.folder / "pictures").mkdir(exist_ok=True)
+            media.write_png(self.folder / "pictures" / f"{step}.png", sheet)
+        except OSError as error:  # a full disk costs the picture, not the training
+            logger.error("the picture of step %d was not written: %s", step, error)
 
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    state = jax.device_put(init_state(config, start), replicated)
-    manager = ocp.CheckpointManager(
-        (output / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-    )
-    first_step = manager.latest_step() or 0
-    if first_step:
-        named = _named(state)
-        restored = manager.restore(first_step, args=ocp.args.StandardRestore(named))
-        leaves = [restored[name] for name in named]
-        state = jax.tree.unflatten(jax.tree.structure(state), leaves)
-
-    metrics_file = MetricsWriter(output, first_step + 1)
-    last_log = time.perf_counter()
-    for step, frames in enumerate(batches(crops, config, first_step, mesh), first_step + 1):
-        state, metrics = train_step(
-            state, frames, config=config, adversarial=config.adversarial(step)
+    def write(self, row: dict) -> None:
+        """Write a row of metrics and print the progress line."""
+        if self.writer is None:
+            return
+        seconds = [s for s, _, _ in self.progress.window]
+        self.writer.write(row | {"steps_per_second": len(seconds) / max(1e-9, sum(seconds))})
+        step, stages = row["step"], self.config.stages
+        number = self.config.number_at(step - 1)
+        ends = np.cumsum([stage.steps for stage in stages])
+        left = int(ends[number] - step) * _latents(stages[number])
+        later = sum(stage.steps * _latents(stage) for stage in stages[number + 1 :])
+        shown = "".join(
+            f"  {name.replace('_', ' ')} {row[name]:.2f}"
+            for name in ("psnr", "held_out_psnr")
+            if name in row
         )
-        if step % config.log_every == 0 or step == config.steps:
-            row = {"step": step, **{name: float(value) for name, value in metrics.items()}}
-            since, last_log = time.perf_counter() - last_log, time.perf_counter()
-            rate = ((step - first_step - 1) % config.log_every + 1) / since
-            metrics_file.write(row | {"steps_per_second": rate})
-            print(
-                f"vae {step}/{config.steps}  loss {row['loss']:.4f}  psnr {row['psnr']:.2f}"
-                f"  {rate:.2f} it/s  eta {clock((config.steps - step) / rate)}",
-                flush=True,
-            )
-        if step % config.save_every == 0 or step == config.steps:
-            manager.save(step, args=ocp.args.StandardSave(_named(state)))
-    manager.close()
-    metrics_file.close()
-
-    vae = state.networks.vae
-    if not config.decoder_only:
-        plain = Crops(trained_on, config.seed)
-        vae = with_statistics(vae, plain, config.stages[-1], config.steps)
-    report = {
-        "psnr": held_out_psnr(vae, Crops(held_out, config.seed), config.stages[-1]),
-        "seconds": time.perf_counter() - began,
-        "steps": config.steps,
-    }
-    save_module(output, vae)
-    (output / "vae_report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"vae finished: {report['psnr']:.2f} dB on {len(held_out)} held-out clips", flush=True)
-    return vae
-
-
-def _check_start(start: CausalVAE | None, config: VAETrainConfig) -> None:
-    if (start is None) == bool(config.init):
-        raise ValueError(f"init {config.init!r}: give the autoencoder that it holds, and only that")
-    if start is None:
-        return
-    found = start.config
-    statistics = {"latent_mean": found.latent_mean, "latent_scale": found.latent_scale}
-    if found != replace(config.vae, **statistics):
-        raise ValueError(
-            f"{config.init} holds {found}, and the config's vae is {config.vae}; make them alike"
+        self.progress.show(
+            f"vae {number + 1}/{len(stages)}  step {step}/{self.config.steps}"
+            f"  loss {row['loss']:.4f}{shown}",
+            left,
+            left + later,
         )
 
-
-def with_statistics(vae: CausalVAE, crops: Crops, stage: VAEStage, step: int) -> CausalVAE:
-    """`vae` whose config normalises the latents of 16 batches to mean 0, deviation 1."""
-    encode = jax.jit(lambda vae, frames: vae.encode(pixels(frames)))
-    rows = range(stage.batch_size)
-    moments = [encode(vae, crops.batch(stage, step + i, rows)) for i in range(16)]
-    means, logvars = (np.concatenate(parts) for parts in zip(*moments, strict=True))
-    mean = means.mean((0, 1, 2, 3))
-    deviation = np.sqrt(means.var((0, 1, 2, 3)) + np.exp(logvars).mean((0, 1, 2, 3)))
-    vae = nnx.clone(vae)
-    vae.config = replace(
-        vae.config, latent_mean=tuple(mean.tolist()), latent_scale=tuple((1 / deviation).tolist())
-    )
-    return vae
+    def close(self) -> None:
+        """Close the metrics file and TensorBoard."""
+        if self.writer is not None:
+            self.writer.close()
 
 
-def held_out_psnr(vae: CausalVAE, crops: Crops, stage: VAEStage) -> float:
-    """Mean PSNR in dB over 64 crops."""
-
-    @jax.jit
-    def errors(vae, frames):
-        video = pixels(frames)
-        output = jnp.clip(vae.decode(vae.encode(video)[0]), -1, 1)
-        return jnp.mean((output - video) ** 2, axis=(1, 2, 3, 4))
-
-    rows = range(stage.batch_size)
-    steps = range(-(-64 // stage.batch_size))
-    error = np.concatenate([errors(vae, crops.batch(stage, step, rows)) for step in steps])
-    return float(np.mean(10 * np.log10(4 / error)))
+def _latents(stage: VAEStage) -> int:
+    """Return the number of latent positions in a batch, which is proportional to the work."""
+    frames = (stage.frames - 1) // TIME_FACTOR + 1
+    return stage.batch_size * frames * (stage.size // SPACE_FACTOR) ** 2
 
 
-def _named(state: VAEState) -> dict[str, jax.Array]:
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _main() -> bool:
+    return jax.process_index() == 0

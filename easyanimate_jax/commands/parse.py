@@ -1,0 +1,165 @@
+"""Argument parsing for every verb: tyro, on a frozen dataclass of options.
+
+The help text of an option is the string below its field. If the first argument of a verb is a
+config, the config's fields are options too: `train CONFIG --stages.0.steps 10`. Wrong arguments
+raise ValueError with one line; `run` prints it and returns exit code 2. `--help` prints to stdout
+and ends the program with exit code 0. Nothing here imports JAX before a config is read.
+"""
+
+import dataclasses
+import difflib
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from typing import Annotated
+
+import tyro
+
+from easyanimate_jax import processes
+from easyanimate_jax.training.safety.exits import BAD_INPUT
+
+HELP = ("-h", "--help")
+MARKERS = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.HelptextFromCommentsOff)
+# Flags are off by default and have no --no- form; the text "None" is an ordinary value.
+OWN = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+
+
+def run(work: Callable[[], int], prefix: str = "error") -> int:
+    """Return the exit code of a verb's work. For a ValueError, print one line and return 2."""
+    if not processes.several_processes(os.environ):  # else the verb does so once it knows its rank
+        processes.start_logging()
+    try:
+        return work()
+    except ValueError as error:
+        print(f"{prefix}: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def options(kind: type, arguments: Sequence[str], verb: str, description: str):
+    """Return the options of a verb, an instance of the dataclass `kind`.
+
+    Raises ValueError with a message of one line for wrong arguments.
+    """
+    name = f"python -m easyanimate_jax {verb}"
+    return _parse(Annotated[kind, *OWN], arguments, prog=name, description=description)
+
+
+def options_and_config(
+    kind: type, arguments: Sequence[str], verb: str, description: str, configs: tuple[str, ...]
+):
+    """Return the options of a verb and its config, which is None if CONFIG is optional and missing.
+
+    `kind` has a positional field `config`, the path of the config's file. The arguments after the
+    path may be options of both. `configs` are the names of the config classes that the verb takes.
+    Raises ValueError for a missing file, a config of another class, and wrong arguments.
+    """
+    path = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if path is None:
+        path = options(kind, arguments, verb, description).config
+    if path is None:
+        return options(kind, arguments, verb, description), None
+    default = _read(path)
+    if type(default).__name__ not in configs:
+        other = "a VAE" if type(default).__name__ == "VAETrainConfig" else "a transformer"
+        wanted = "stages and sets" if "TrainConfig" in configs else "the stages of a VAE"
+        raise ValueError(f"{path} trains {other}; `{verb}` takes a config with {wanted}")
+    both = dataclasses.make_dataclass(
+        "Options",
+        [
+            ("own", Annotated[kind, tyro.conf.arg(name=""), *OWN]),
+            ("fields", _fields_of(default), dataclasses.field(default=default)),
+        ],
+    )
+    name = f"python -m easyanimate_jax {verb}"
+    given = _parse(both, arguments, prog=name, description=description)
+    return given.own, given.fields
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """Return (part, number of parts) of a text such as `0/8`. Raise ValueError for other texts."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise ValueError(f"--part {text!r}: give a part and the number of parts, as in 0/8 to 7/8")
+    return int(part), int(parts)
+
+
+def load_config(path: str, overrides: Sequence[str] = ()):
+    """Return the config of a file with overrides such as `--stages.0.steps 10`.
+
+    Raises ValueError for a missing file, an unknown field, and a value that does not fit.
+    """
+    default = _read(path)
+    kind = dataclasses.make_dataclass(
+        "Overrides", [("fields", _fields_of(default), dataclasses.field(default=default))]
+    )
+    return _parse(kind, overrides, prog=path, description="").fields
+
+
+def _read(path: str):
+    from easyanimate_jax.runs.config import load
+
+    return load(path)
+
+
+def _fields_of(config):
+    """Return the type of a config, annotated so that its fields are options without a prefix."""
+    return Annotated[tyro.conf.AvoidSubcommands[type(config)], tyro.conf.arg(name="")]
+
+
+def _parse(kind, arguments: Sequence[str], *, prog: str, description: str):
+    """Return tyro's result. Raise ValueError with tyro's message for wrong arguments."""
+    asks = bool(set(HELP) & set(arguments))
+    if asks:
+        print(f"{description}\n")  # printed here, as tyro would join its lines
+    with nullcontext(io.StringIO()) if asks else _quiet() as written:
+        try:
+            return tyro.cli(kind, args=list(arguments), prog=prog, description="", config=MARKERS)
+        except SystemExit as stop:
+            if not stop.code:
+                raise
+            message = _line(written.getvalue(), prog)
+    raise ValueError(message or f"wrong arguments beside --help; see {prog} --help")
+
+
+@contextmanager
+def _quiet() -> Iterator[io.StringIO]:
+    """Capture tyro's output. Without a terminal tyro writes ASCII, here without line breaks."""
+    written, columns = io.StringIO(), os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        with redirect_stdout(written), redirect_stderr(written):
+            yield written
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _line(box: str, prog: str) -> str:
+    """Return tyro's message as one line: the error, and the nearest options.
+
+    In `box`, rows of dashes separate the title, the error, and the suggestions.
+    """
+    parts = [[]]
+    for row in map(str.strip, box.splitlines()):
+        if row and not row.strip("-"):
+            parts.append([])
+        elif row:
+            parts[-1].append(row)
+    _, wrong, *others = parts
+    meant = [
+        row.split()[0]
+        for rows in others
+        if rows[:1] == ["Perhaps you meant:"]
+        for row in rows
+        if row.startswith("--")
+    ]
+    line = " ".join(wrong).removeprefix("Error parsing ").removeprefix("fields.")
+    line = line.replace(f"Missing from {prog}:", "missing:", 1)
+    if not meant:
+        return line
+    unknown = line.partition("--")[2].partition(",")[0]
+    nearest = difflib.get_close_matches(f"--{unknown}", meant, n=2, cutoff=0)
+    return f"{line}; perhaps you meant {' or '.join(nearest)}"

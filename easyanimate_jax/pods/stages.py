@@ -1,0 +1,106 @@
+"""Report the stages of a config on a pod, and search changes for those that do not fit."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from easyanimate_jax.pods import gpu
+from easyanimate_jax.pods.chips import Chip, chip_of
+from easyanimate_jax.pods.compile import StageReport, compile_step, stage_reports, topology_devices
+from easyanimate_jax.pods.report import row
+from easyanimate_jax.pods.suggest import changes_that_fit, fastest, variant
+from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.training.stages import Stage
+
+logger = logging.getLogger(__name__)
+
+ReportOf = Callable[[TrainConfig, Stage], StageReport]
+
+
+def predict(
+    config: TrainConfig,
+    path: str,
+    topology: str,
+    slices: int,
+    *,
+    stages: Sequence[str] = (),
+    suggest: Path | None = None,
+) -> Iterator[list[StageReport]]:
+    """Yield the list of reports so far, after each stage and after each search.
+
+    `path` is the config's file. `stages` are the names of the stages to report; none means all.
+    `suggest` is a file for the fastest way to run a single stage, written as a config that imports
+    `path` and changes it. Raises ValueError for an unknown topology or stage.
+    """
+    chosen = _chosen(config, stages)
+    if suggest and len(chosen) > 1:
+        raise ValueError("--suggest looks for the best way to run one stage; give --stage NAME")
+    chip, report_of = _means(topology, slices, ", ".join(stage.name for stage in chosen))
+    reports = []
+    for report in stage_reports(config, chosen, report_of):
+        reports.append(report)
+        yield reports
+        if suggest:
+            reports[-1] = _fastest(config, path, suggest, report, chip, report_of)
+            yield reports
+        elif not report.fits:
+            stage = _stage(config, report)
+            changes = changes_that_fit(config, stage, chip, report, _spoken(report_of))
+            reports[-1] = dataclasses.replace(report, changes=changes)
+            yield reports
+
+
+def _means(topology: str, slices: int, names: str) -> tuple[Chip, ReportOf]:
+    """Return (chip of a topology, function that reports on a stage by a compiler or a model)."""
+    found = gpu.parse(topology)
+    if found:
+        if slices > 1:
+            raise ValueError("--slices is for TPUs; write GPU hosts as in h200:16x8")
+        return found[0], partial(gpu.model_step, topology=topology)
+    devices = topology_devices(topology, slices)
+    logger.info("compiling %s for %s: minutes per stage", names, topology)
+
+    def compiled(config: TrainConfig, stage: Stage) -> StageReport:
+        return compile_step(config, stage, topology, num_slices=slices)[0]
+
+    return chip_of(devices[0].device_kind), compiled
+
+
+def _fastest(
+    config: TrainConfig,
+    path: str,
+    target: Path,
+    report: StageReport,
+    chip: Chip,
+    report_of: ReportOf,
+) -> StageReport:
+    """Write the fastest way to run a stage to `target`, as a config; return its report."""
+    stage = _stage(config, report)
+    choice, report = fastest(config, stage, chip, report, _spoken(report_of))
+    target.write_text(variant(path, stage, choice, report), "utf-8")
+    return report
+
+
+def _spoken(report_of: ReportOf) -> ReportOf:
+    """Return a function like `report_of` that also logs each result."""
+
+    def spoken(config: TrainConfig, stage: Stage) -> StageReport:
+        tried = report_of(config, stage)
+        logger.info("tried %s", " ".join(row(tried)))
+        return tried
+
+    return spoken
+
+
+def _stage(config: TrainConfig, report: StageReport) -> Stage:
+    return next(stage for stage in config.stages if stage.name == report.name)
+
+
+def _chosen(config: TrainConfig, names: Sequence[str]) -> list[Stage]:
+    known = [stage.name for stage in config.stages]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"there is no stage {name!r}; the config has {', '.join(known)}")
+    return [stage for stage in config.stages if not names or stage.name in names]

@@ -1,0 +1,135 @@
+"""Sample a checkpoint: process requests in batches and write numbered files."""
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from easyanimate_jax.generation.denoising import Sampling, make_tables
+from easyanimate_jax.generation.guard import suspicion
+from easyanimate_jax.generation.inputs import complete, read_inputs
+from easyanimate_jax.generation.outputs import Origin, record, write
+from easyanimate_jax.generation.request import (
+    FILES,
+    SAMPLING,
+    Asked,
+    SampleRequest,
+    given,
+    option,
+)
+from easyanimate_jax.generation.rows import Request
+from easyanimate_jax.generation.ways import way_of
+from easyanimate_jax.runs import load
+from easyanimate_jax.runs.config import from_json
+
+Say = Callable[[str], None]  # takes warnings: of requests that work, but perhaps not as expected
+
+
+def examine(asked: Sequence[Asked], origin: Origin) -> list[Asked]:
+    """Return the requests with defaults filled in and the number of model evaluations of each.
+
+    Uses no device. Raises ValueError, with the line of the prompt file, for a request that the
+    checkpoint does not support or a file that cannot be read.
+    """
+    process = from_json(json.dumps(origin.training["config"]["process"]))
+    found = []
+    for one in asked:
+        with one.named():
+            request = complete(one.request, origin.training, origin.checkpoint)
+            strength = 1.0 if request.strength is None else request.strength
+            tables = make_tables(process, sampling_of(request), strength)
+            read_inputs(request)  # only a check: films are too large to keep, so read again later
+        found.append(one._replace(request=request, evaluations=int(tables.count)))
+    return found
+
+
+def sampling_of(request: SampleRequest) -> Sampling:
+    """Return the sampling settings of a request."""
+    return Sampling(**{name: getattr(request, name) for name in SAMPLING})
+
+
+def make(
+    asked: Sequence[Asked],
+    origin: Origin,
+    output: Path,
+    *,
+    memory: str,
+    batch: int,
+    gif: bool,
+    say: Say,
+) -> Iterator[Path]:
+    """Load the model, sample the requests and write them; yield the path of each output file.
+
+    `memory` "low" keeps one part of the model in memory at a time. `batch` is the number of
+    requests that are sampled at once.
+    """
+    alone, int8 = memory == "low", origin.weights == "int8"
+    run = load.load_pipeline(origin.checkpoint, low_memory=alone, int8=int8)
+    if not alone:  # load now, so that a check of free memory counts them
+        _ = run.diffusion.model, run.diffusion.vae
+    _warn(asked, run.encoder, say)
+    for rows in _batches(asked, batch):
+        began = time.perf_counter()
+        videos = generate(rows, run, say)
+        seconds = (time.perf_counter() - began) / len(rows)
+        for one, frames in zip(rows, videos, strict=True):
+            yield write(output, frames, record(one, origin, output, seconds), gif=gif)
+            if problem := suspicion(frames):
+                say(f"{one.where}{problem}")
+
+
+def generate(rows: Sequence[Asked], run, say: Say) -> UInt8[np.ndarray, "B F H W 3"]:
+    """Return the videos of requests of one shape, sampled as one batch."""
+    requests = [one.request for one in rows]
+    first = requests[0]
+    way, options, rounds = way_of(first)
+    parts = [read_inputs(request) for request in requests]
+    inputs = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    # The bar appears at the first step; before it, the memory of the programs is printed.
+    total = rounds * rows[0].evaluations
+    bar = tqdm(desc="denoising", unit="step", total=total, delay=1e-3)
+    request = Request(
+        run.encoder.encode([request.prompt for request in requests]),
+        run.encoder.encode([request.negative_prompt for request in requests]),
+        size=(first.frames, first.height, first.width),
+        seeds=[request.seed for request in requests],
+        sampling=sampling_of(first),
+        progress=lambda number: bar.update(),
+    )
+    with bar, warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", RuntimeWarning)
+        videos = way(run.diffusion, request, **inputs, **options)
+        jax.effects_barrier()
+    for warning in told:
+        say(str(warning.message))
+    return videos
+
+
+def _warn(asked: Sequence[Asked], encoder, say: Say) -> None:
+    if asked and asked[0].request.sampler == "pndm":
+        say("pndm starts as if a little of the video were known; ddim fits better")
+    for one in asked:
+        for name in ("prompt", "negative_prompt"):
+            if encoder.is_cut(getattr(one.request, name)):
+                say(f"{one.where}--{option(name)} is too long, its end is not used")
+
+
+def _batches(asked: Sequence[Asked], size: int) -> Iterator[list[Asked]]:
+    """Yield groups of neighbouring requests of one shape, at most `size` in a group."""
+
+    def shape_of(one: Asked):
+        r = one.request
+        names = tuple(name for name in (*FILES, "segment") if given(r, name))
+        return names, r.frames, r.height, r.width, r.strength, r.segment
+
+    for _, alike in groupby(asked, key=shape_of):
+        alike = list(alike)
+        for first in range(0, len(alike), size):
+            yield alike[first : first + size]

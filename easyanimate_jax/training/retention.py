@@ -1,0 +1,62 @@
+"""Which checkpoints of a folder are kept, and how the others are deleted."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from easyanimate_jax.training.safety.faults import Faults
+from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read_step_meta
+
+
+class Retention:
+    """Keeps the last `keep` verified steps, multiples of `keep_every`, and those of `keep_if`.
+
+    `keep_if` looks at a step's metadata. Steps in `protected` are never deleted.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        keep_every: int | None,
+        keep_if: Callable[[dict], bool],
+        faults: Faults,
+    ):
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.keep_if, self.faults = keep_if, faults
+        self.protected: set[int] = set()
+
+    def prune(self) -> None:
+        """Delete the steps that need not be kept, if there are at least two verified steps."""
+        steps = complete_steps(self.folder)
+        verified = [step for step in steps if is_verified(self.folder / str(step))]
+        if len(verified) < 2:
+            return
+        last = set(verified[-self.keep :])
+        for step in steps:
+            if step < verified[-1] and not (step in last | self.protected or self._kept(step)):
+                self._delete(step)
+
+    def drop_after(self, step: int) -> None:
+        """Delete all steps after `step`."""
+        for later in complete_steps(self.folder):
+            if later > step:
+                self._delete(later)
+
+    def _kept(self, step: int) -> bool:
+        """Return whether a step is never deleted; this is true if its metadata is damaged."""
+        if self.keep_every and step % self.keep_every == 0:
+            return True
+        try:
+            return self.keep_if(read_step_meta(self.folder / str(step)))
+        except ValueError:
+            return True
+
+    def _delete(self, step: int) -> None:
+        """Rename a step, then delete its files, so that no partial step has a valid name."""
+        path = self.folder / str(step)
+        doomed = path.with_name(f"{path.name}.deleting")
+        os.replace(path, doomed)
+        self.faults.kill("deleting", step)
+        shutil.rmtree(doomed, ignore_errors=True)

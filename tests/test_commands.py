@@ -1,0 +1,202 @@
+"""One command: every verb explains itself, and says in one line what is wrong."""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+from easyanimate_jax.__main__ import VERBS, main
+from easyanimate_jax.runs.config import TrainConfig, VAETrainConfig
+
+ROOT = Path(__file__).parent.parent
+CONFIG_VERBS = ("train", "describe", "doctor", "plan", "prepare", "aot")
+
+
+def module_of(verb):
+    return importlib.import_module(f"easyanimate_jax.commands.{verb.replace('-', '_')}")
+
+
+def code_of(*words):
+    try:
+        return main(list(words))
+    except SystemExit as stop:
+        return stop.code
+
+
+def test_every_verb_explains_itself_without_jax():
+    program = (
+        "import sys\n"
+        "from easyanimate_jax.__main__ import VERBS, main\n"
+        "for verb in (None, *VERBS):\n"
+        "    try:\n"
+        "        code = main(['--help'] if verb is None else [verb, '--help'])\n"
+        "    except SystemExit as stop:\n"
+        "        code = stop.code\n"
+        "    assert not code, verb\n"
+        "assert not {'jax', 'transformers', 'torch'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    shown = done.stdout.split("usage: ")
+    assert len(shown) == len(VERBS) + 2
+    assert all(f"easyanimate_jax {verb} [-h]" in done.stdout for verb in VERBS)
+
+
+def flat(config, prefix=""):
+    """The options of a config's fields, as the command line has them."""
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), f"{prefix}{field.name.replace('_', '-')}"
+        some = value if isinstance(value, tuple) else ()
+        if dataclasses.is_dataclass(value):
+            yield from flat(value, f"{name}.")
+        elif some and dataclasses.is_dataclass(some[0]):
+            for i, one in enumerate(some):
+                yield from flat(one, f"{name}.{i}.")
+        else:
+            yield f"--{name}"
+
+
+@pytest.mark.parametrize(
+    ("verb", "path"),
+    [*((verb, "configs/demo.py") for verb in CONFIG_VERBS), ("vae-train", "configs/demo_vae.py")],
+)
+def test_help_of_a_verb_and_a_config_lists_every_field(verb, path, capsys):
+    from easyanimate_jax.runs.config import load
+
+    assert code_of(verb, path, "--help") == 0
+    shown = set(re.findall(r"--(?:no-)?[a-z][\w.-]*", capsys.readouterr().out))
+    own = {f.name for f in dataclasses.fields(module_of(verb).Options)} - {"config", "index"}
+    assert {f"--{name}" for name in own} <= shown
+    assert set(flat(load(path))) <= shown
+
+
+def test_help_of_train_names_the_configs_and_shows_two_examples(capsys):
+    assert code_of("train", "--help") == 0
+    out = capsys.readouterr().out
+    assert all(f"configs/{path.name}" in out for path in (ROOT / "configs").glob("*.py"))
+    examples = re.findall(r"^  python train\.py (\S+)(?: --\S+ \S+)+$", out, re.M)
+    assert len(examples) == 2 and all((ROOT / path).is_file() for path in examples)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "give a verb: train, "),
+        (["trian"], "no verb 'trian'; the nearest are train, "),
+        (["check"], "checkpoint"),
+        (["train"], "missing: CONFIG"),
+        (["train", "nowhere.py"], "no config 'nowhere.py'"),
+        (["train", "configs/demo.py", "--loops", "2"], "--loops"),
+        (
+            ["train", "configs/demo.py", "--stages.0.step", "2"],
+            "perhaps you meant --stages.0.steps",
+        ),
+        (["train", "configs/demo.py", "--stages.0.steps", "many"], "--stages.0.steps: .*'many'"),
+        (["train", "configs/demo.py", "--stages.0.data", "x"], "reads latent set 'x'"),
+        (
+            ["train", "configs/demo.py", "--process.train-shift", "x"],
+            "--process.train-shift: .*'x'",
+        ),
+        (["train", "configs/demo.py", "--replay", "-x"], "--replay"),
+        (["train", "configs/demo_vae.py", "--replay", "3"], "--replay is for transformers"),
+        (["vae-train", "configs/demo.py"], "configs/demo.py trains a transformer"),
+        (["describe", "configs/demo_vae.py"], "configs/demo_vae.py trains a VAE"),
+        (["plan", "configs/demo.py", "nowhere"], "nowhere"),
+        (["prepare", "configs/demo.py", "--part", "8/8"], "as in 0/8 to 7/8"),
+        (["curate", "a"], "missing: OUT"),
+        (["curate", "a", "b", "--part", "2"], "as in 0/8 to 7/8"),
+        (["sources"], "missing: SOURCE"),
+        (["control", "a", "depth"], "no operator 'depth'; use canny"),
+        (["text", "nowhere", "out"], "nowhere"),
+        (["checkpoint", "lists", "a"], "Expected one of .*'list', 'verify', 'diff'"),
+        (["checkpoint", "diff", "a", "1"], "give two for diff"),
+        (["checkpoint", "list", "nowhere"], "nowhere holds no checkpoints"),
+        (["aot", "configs/demo.py"], "missing: --topology"),
+        (["doctor", "--seed", "3"], "--seed"),
+        (["supervise", "--ranks", "2"], "behind --"),
+        (["supervise", "--ranks", "0", "--", "true"], "--ranks 0"),
+        (["convert", "a"], "missing: .*TARGET"),
+        (["sample"], "missing: CHECKPOINT"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(words, message, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")  # tyro would break its lines there
+    assert code_of(*words) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1
+    assert re.match(r"(error|convert|sample\.py): ", error) and re.search(message, error)
+
+
+def classes_below(kind) -> set:
+    """A dataclass, and those that its fields are made of."""
+    found = set()
+    for hint in typing.get_type_hints(kind).values():
+        todo = [hint]
+        while todo:
+            one = todo.pop()
+            todo += typing.get_args(one)
+            if dataclasses.is_dataclass(one) and one not in found:
+                found |= classes_below(one)
+    return {kind} | found
+
+
+def sentences(kind) -> dict[str, str]:
+    """The string below each field of a class, where tyro reads the help of an option from."""
+    (tree,) = ast.parse(inspect.getsource(kind)).body
+    found = {}
+    for line, below in zip(tree.body, [*tree.body[1:], None], strict=True):
+        if isinstance(line, ast.AnnAssign):
+            is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            found[line.target.id] = str(below.value.value) if is_text else ""
+    return found
+
+
+OPTIONS = {kind for verb in VERBS for kind in classes_below(module_of(verb).Options)}
+CONFIGS = classes_below(TrainConfig) | classes_below(VAETrainConfig)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    sorted(OPTIONS | CONFIGS, key=lambda k: (k.__module__, k.__name__)),
+    ids=lambda k: k.__name__,
+)
+def test_every_option_and_every_field_of_a_config_has_a_sentence(kind):
+    found = sentences(kind)
+    assert set(found) == {field.name for field in dataclasses.fields(kind)}
+    wrong = [name for name, text in found.items() if not re.search(r"\w\S* .*\.$", text, re.S)]
+    assert not wrong, f"{kind.__name__}: {', '.join(wrong)} say nothing"
+
+
+def texts():
+    folders = [ROOT / "easyanimate_jax", ROOT / "docs", ROOT / "configs", ROOT / "demos"]
+    paths = [p for f in folders for p in f.rglob("*") if p.suffix in (".py", ".md", ".sh", ".yaml")]
+    return {p: p.read_text("utf-8") for p in (*paths, ROOT / "README.md", ROOT / "Makefile")}
+
+
+def test_what_is_said_of_commands_names_verbs_that_exist():
+    for path, text in texts().items():
+        named = re.findall(r"-m easyanimate_jax ([a-z][\w-]*)", text)
+        assert set(named) <= set(VERBS), path
+        modules = set(re.findall(r"-m (easyanimate_jax\.[\w.]*)", text))
+        assert modules <= {"easyanimate_jax.data.decode"}, path  # a worker of ours, no command
+        assert "--describe" not in text, path
+
+
+def test_the_console_script_is_the_command():
+    (place,) = re.findall(r"\"easyanimate-jax=([\w.]+:\w+)\"", (ROOT / "setup.py").read_text())
+    module, name = place.split(":")
+    assert getattr(importlib.import_module(module), name) is main
+
+
+@pytest.mark.parametrize("verb", ["train", "sample"])
+def test_the_scripts_at_the_top_are_two_verbs(verb):
+    words = [sys.executable, f"{verb}.py", "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and f"easyanimate_jax {verb} [-h]" in done.stdout
