@@ -102,12 +102,12 @@ def trained(config):
 
 @pytest.fixture(scope="module")
 def adversarial(config) -> list:
-    """The states before and after three adversarial steps on the same crops, and their metrics."""
-    config = replace(config, matrices="adam", discriminator_start=0, gan_weight=0.5)
-    rows = np.random.default_rng(0).integers(0, 256, (2, 5, 16, 16, 3)).astype(np.uint8)
+    """The states before and after two adversarial steps on the same crop, and their metrics."""
+    config = replace(config, matrices="adam", warmup_steps=0, discriminator_start=0, gan_weight=0.5)
+    rows = np.random.default_rng(0).integers(0, 256, (1, 5, 16, 16, 3)).astype(np.uint8)
     step = jax.jit(partial(train_step, config=config, adversarial=True))
     made = [(init_state(config), None)]
-    for _ in range(3):
+    for _ in range(2):
         made.append(step(made[-1][0], rows))
     return made
 
@@ -431,8 +431,6 @@ def test_muon_takes_the_inner_convolutions(config):
         "[0].post_quant_conv.kernel",
         *(f"[2].{judge}.head.kernel" for judge in ("frames", "clips")),
     }
-    with pytest.raises(ValueError, match=r"VAETrainConfig\.matrices is 'lion'; use one of"):
-        replace(config, matrices="lion")
 
 
 def test_the_adversarial_step_trains_both_sides(adversarial):
