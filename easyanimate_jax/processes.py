@@ -150,4 +150,10 @@ def start_logging() -> None:
         prefix = f"[{jax.process_index()}] "
     logger = logging.getLogger(__package__)
     logger.handlers = [Terminal(prefix)]
+    root = logging.getLogger()
+    if not root.handlers:  # else a library that logs by `logging.info` adds one, for our records too
+        others = logging.StreamHandler()
+        others.setLevel(logging.WARNING)
+        others.addFilter(lambda record: not record.name.startswith(__package__))
+        root.addHandler(others)
     logger.setLevel(logging.INFO)
