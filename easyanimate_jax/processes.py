@@ -151,7 +151,7 @@ def start_logging() -> None:
     logger = logging.getLogger(__package__)
     logger.handlers = [Terminal(prefix)]
     root = logging.getLogger()
-    if not root.handlers:  # else a library that logs by `logging.info` adds one, for our records too
+    if not root.handlers:  # else a library that calls `logging.info` adds one, for us too
         others = logging.StreamHandler()
         others.setLevel(logging.WARNING)
         others.addFilter(lambda record: not record.name.startswith(__package__))
