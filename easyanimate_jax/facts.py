@@ -120,7 +120,7 @@ class _Range(NamedTuple):
         """Return True if the interval includes `value`."""
         low, high = float(self.low), float(self.high)
         ends = [low] * (self.left == "[") + [high] * (self.right == "]")
-        return low < value < high or value in ends
+        return bool(low < value < high or value in ends)
 
     def words(self, noun: str) -> str:
         """Return the interval in words, such as "a number from 0 to 1" for the noun "a number"."""

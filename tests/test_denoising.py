@@ -229,8 +229,8 @@ def test_the_unconditional_branch_is_asked_for_as_often_as_told():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guided": (0.5, 0.5)}, "share of the steps"),
-        ({"guided": (0.0, 1.2)}, "share of the steps"),
+        ({"guided": (0.5, 0.5)}, "shares of the steps"),
+        ({"guided": (0.0, 1.2)}, "shares of the steps"),
         ({"steps": 0}, "1 to 1000"),
         ({"guidance_every": 0}, "1 or more"),
         ({"teacache": -0.1}, "threshold from 0"),

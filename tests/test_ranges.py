@@ -37,7 +37,7 @@ from easyanimate_jax.text.train import TextTrainConfig
 from easyanimate_jax.training.optimizer import OptimizerConfig, clip_abnormal
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.stages import Stage
-from easyanimate_jax.training.vae.loop import VAEStage, VAETrainConfig
+from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
 from easyanimate_jax.weights.conversion import Options
 
 ROOT = Path(__file__).parent.parent
@@ -191,6 +191,9 @@ CLASSES = {
             "seed": SEED,
             "save_every": FROM_0,
             "log_every": FROM_0,
+            "picture_every": FROM_0,
+            "ema_decay": PART,
+            "hang_seconds": RATE,
         },
     ),
     DDPM: ({}, {}),

@@ -101,7 +101,7 @@ REFUSED = [
     (["run", *X, "--guidance", "-1"], "--guidance -1"),
     (["run", *X, "--rescale", "1.5"], "--rescale 1.5"),
     (["run", *X, "--guided", "0.8", "0.2"], "guided is 0.8 to 0.2"),
-    (["run", *X, "--guidance-every", "0"], "guidance_every 0"),
+    (["run", *X, "--guidance-every", "0"], "guidance_every is 0"),
     (["run", *X, "--teacache", "-1"], "teacache is -1"),
     (["run", *X, "--teacache", "0.1", "--guidance-every", "2"], "use one"),
     (["run", *X, "--sampler", "ddim"], "Flow has no sampler 'ddim'"),

@@ -73,11 +73,6 @@ class Sampling:
             raise ValueError(
                 f"Sampling.guided is {low} to {high}: give two shares of the steps, such as 0 and 1"
             )
-        if self.guidance_every < 1 or self.teacache < 0:
-            raise ValueError(
-                f"Sampling.guidance_every {self.guidance_every}, teacache {self.teacache}: "
-                f"use 1 or more, and a threshold from 0 on"
-            )
         check_fields(
             self,
             steps=f"[1, {NUM_TRAIN_TIMES}]",

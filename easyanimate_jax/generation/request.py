@@ -67,7 +67,7 @@ class SampleRequest:
     video: str | None = None
     """Video to change."""
     mask: str | None = None
-    """Picture or video, white where the video is new."""
+    """File, white where the video is new."""
     strength: float | None = None
     """How much --video changes, 0 to 1: 0.7, or 1 with a mask."""
     control: str | None = None
@@ -87,7 +87,7 @@ class SampleRequest:
     width: int | None = None
     """Multiple of 16; by default the run's."""
     frames: int | None = None
-    """4n+1, 1 for a picture; by default the run's."""
+    """4n+1, or 1 for a picture; or the run's."""
     segment: int | None = None
     """Frames per segment of a long video, 4n+1."""
     steps: int = 50
@@ -105,7 +105,7 @@ class SampleRequest:
     guidance_every: int = 1
     """Steps between two unconditional predictions."""
     teacache: float = 0.0
-    """TeaCache threshold, such as 0.08; 0 is off."""
+    """TeaCache threshold; 0 is off."""
     picture_noise: float = PICTURE_NOISE
     """Noise on given pictures; more noise, more motion."""
     seed: int = 43

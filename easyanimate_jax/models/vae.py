@@ -50,8 +50,7 @@ class VAEConfig:
     """Number of channel groups of a group norm."""
 
     attention: bool = False
-    """Add attention within a frame in the middle of encoder and decoder, as V5 does; V5.1 does not.
-    """
+    """Attend within each frame in the middle of encoder and decoder, as V5 does; V5.1 does not."""
 
     unshuffle: int = 1
     """Side in pixels of the squares that become channels before the encoder and pixels again after
