@@ -233,7 +233,7 @@ def test_the_unconditional_branch_is_asked_for_as_often_as_told():
         ({"guided": (0.0, 1.2)}, "shares of the steps"),
         ({"steps": 0}, "1 to 1000"),
         ({"guidance_every": 0}, "1 or more"),
-        ({"teacache": -0.1}, "threshold from 0"),
+        ({"teacache": -0.1}, "use a number of 0 or more"),
         ({"guidance_every": 2, "teacache": 0.1}, "use one"),
     ],
 )
