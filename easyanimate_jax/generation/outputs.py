@@ -115,7 +115,7 @@ def write(
 
     name = f"{stem}{'.png' if len(frames) == 1 else '.mp4'}"
     sidecar = {"file": name, **sidecar}
-    comment = f"settings: {stem}.json {sidecar['identity']}"
+    comment = f"settings: {stem}.json"
     text = json.dumps(sidecar, indent=1, ensure_ascii=False) + "\n"
     try:
         if len(frames) == 1:
