@@ -35,8 +35,9 @@ class RunLock:
         end = time.monotonic() + self.wait
         while not self._locked():
             if time.monotonic() > end:
+                refusal = self._refusal()
                 self.file.close()
-                raise ValueError(self._refusal())
+                raise ValueError(refusal)
             time.sleep(0.2)
         self.file.truncate(0)
         self.file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()} | _now()))
