@@ -93,7 +93,7 @@ def test_r8_a_rank_that_hangs_or_is_stopped_costs_a_restart(folder, pair):
     words = ranks(2, folder, "still", "--hang-seconds", "6")
     output = end(start(folder, words, 2, **once))
     assert output.count("exit code 4 at step") == 2, output
-    for frame in ("stop_if_asked", "_flush"):  # of the rank that hangs, and of the one that waits
+    for frame in ("before_step", "flush"):  # of the rank that hangs, and of the one that waits
         assert f"in {frame}" in output, output
     limits = [tuple(map(float, found)) for found in re.findall(HANG, output)]
     assert limits and all(lasted < limit + 3 for lasted, limit in limits)

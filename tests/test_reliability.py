@@ -149,7 +149,7 @@ def test_r12_a_run_that_cannot_be_mended_leaves_with_its_own_code(folder):
 def test_r8_a_hang_prints_the_stacks_and_leaves(folder, whole):
     words = command(folder, "hang", "--hang-seconds", "4")
     output = end(start(folder, words, EASYANIMATE_FAULTS="hang@3"), 4)
-    assert "trainer.py" in output and "in stop_if_asked" in output
+    assert "loop.py" in output and "in before_step" in output
     lasted, limit = (float(output.split(word)[1].split()[0]) for word in ("hang: ", "limit "))
     assert lasted < limit + 3
 
