@@ -1,7 +1,24 @@
-"""A network and texts that several test files put in the place of the real ones."""
+"""A network, texts and sizes that several test files put in the place of the real ones."""
 
 import jax.numpy as jnp
 import numpy as np
+
+from easyanimate_jax.models.mmdit import MMDiTConfig
+from easyanimate_jax.models.vae import VAEConfig
+
+TINY = MMDiTConfig(
+    depth=1,
+    mmdit_depth=1,
+    heads=2,
+    head_width=16,
+    in_channels=33,
+    text_widths=(8,),
+    text_norm=False,
+    round_time=False,
+    time_width=16,
+    dtype="float32",
+)
+TINY_VAE = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, unshuffle=4, dtype="float32")
 
 
 def random(*shape, seed=0):

@@ -55,7 +55,7 @@ def test_the_target_leads_back_to_clean_data():
     x, noise, time = rows(3, 5), rows(3, 5, seed=1), jnp.array([0.0, 400.0, 999.0])
     process = DDPM()
     noisy, v = process.add_noise(x, noise, time), process.target(x, noise, time)
-    of_noisy, of_v = process.clean_of(*process.levels(np.asarray(time)[:, None]))
+    of_noisy, of_v = process.clean_of(*(x[:, None] for x in process.levels(np.asarray(time))))
     np.testing.assert_allclose(of_noisy * noisy + of_v * v, x, atol=1e-5)
 
 

@@ -55,7 +55,7 @@ def test_a_mesh_that_the_devices_do_not_make_and_missing_data_are_named(tmp_path
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("FAIL")]
     assert len(failed) == 2
     assert "latents/large" in failed[0] and failed[0].endswith("missing")
-    assert "asks for 3 x fsdp" in failed[1] or "product divides 8" in failed[1]
+    assert "asks for 3 devices, and there are 8" in failed[1]
 
 
 def test_two_processes_are_sound(tmp_path):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
+from fakes import TINY, TINY_VAE
 from flax import nnx
 from test_sharding import MESH, abstract_model
 
@@ -25,19 +26,6 @@ PUBLIC = [
     *("control_to_video", "long_video", "train", "convert", "__version__"),
 ]
 SIZE = 5, 32, 48
-TINY = ea.MMDiTConfig(
-    depth=1,
-    mmdit_depth=1,
-    heads=2,
-    head_width=16,
-    in_channels=33,
-    text_widths=(8,),
-    text_norm=False,
-    round_time=False,
-    time_width=16,
-    dtype="float32",
-)
-VAE = ea.VAEConfig(channels=(8, 8, 8), layers=1, groups=4, unshuffle=4, dtype="float32")
 
 
 def test_every_public_name_is_there_and_documented():
@@ -76,7 +64,7 @@ def pipeline():
     rng = np.random.default_rng(0)
     model = jax.eval_shape(lambda: ea.MMDiT(TINY, rngs=nnx.Rngs(0)))
     model = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), model)
-    vae = jax.jit(lambda: ea.CausalVAE(VAE, rngs=nnx.Rngs(1)))()
+    vae = jax.jit(lambda: ea.CausalVAE(TINY_VAE, rngs=nnx.Rngs(1)))()
     read = {"encoder": Encoder, "model": lambda: model, "vae": lambda: vae}
     frames, height, width = SIZE
     samples = ea.SampleConfig(frames=frames, height=height, width=width)

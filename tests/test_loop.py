@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from arrays import flat_weights
 from fast_compiles import FAST_COMPILES
+from latents import random_latents
 
 from easyanimate_jax.commands import train
-from easyanimate_jax.data.records import INDEX_TYPES, Writer, write_texts
 from easyanimate_jax.runs import programs
 from easyanimate_jax.runs.config import from_json
 from easyanimate_jax.weights.folder import load_mmdit
@@ -50,51 +50,8 @@ PRINT = "of the text encoders"
 def folder(tmp_path_factory):
     """Prepared latents of random numbers for the demo's four sets."""
     root = tmp_path_factory.mktemp("cut")
-    rng = np.random.default_rng(0)
-
-    def draw(*shape):
-        return rng.standard_normal(shape).astype(np.float16)
-
-    latents = root / "latents"
     grids = {"image": (1, 6, 8), "small": (3, 4, 4), "medium": (3, 8, 8), "large": (3, 16, 16)}
-    for name, (T, gh, gw) in grids.items():
-        kind, draws = (
-            ("image", 0) if name == "image" else ("video", 2 * (name in ("medium", "large")))
-        )
-        made_with = {"text": PRINT}
-        writer = Writer(latents / name, {"set": {"condition_draws": draws}, "weights": made_with})
-        records, rows = [], []
-        for clip in range(5):
-            N = T * gh * gw
-            record = {"mean": draw(N, 64), "logvar": draw(N, 64) - 4}
-            record |= {"text0": draw(2, 4, 8), "text1": draw(2, 3, 12)}
-            if draws:
-                record |= {
-                    "condition_mean": draw(draws, N, 64),
-                    "condition_logvar": draw(draws, N, 64) - 4,
-                    "condition_mask": draw(draws, N, 4),
-                    "condition_flag": np.ones(draws, np.float16),
-                }
-            records.append(record)
-            values = (
-                f"{clip}.mp4",
-                kind,
-                4 * T - 3,
-                16 * gh,
-                16 * gw,
-                T,
-                gh,
-                gw,
-                N,
-                512,
-                512,
-                2,
-                "",
-            )
-            rows.append(dict(zip(INDEX_TYPES, values, strict=True)))
-        writer.write(0, records, rows)
-        writer.finish(1)
-    write_texts(latents / "empty.safetensors", (np.zeros((1, 4, 8)), np.zeros((1, 3, 12))))
+    random_latents(root / "latents", grids, (8, 12), weights={"text": PRINT})
     return root
 
 

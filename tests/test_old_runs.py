@@ -1,8 +1,9 @@
 """A run folder of an earlier version (3c382df) samples as it did there, and goes on to its losses.
 
 tests/data/run_of_3c382df.tar.xz holds what that version wrote: `train` (stopped by SIGTERM at step
-3 of 8, with `whole_metrics.jsonl` of the run that was not stopped and `sample.mp4` of its
-sample.py), `vae` and `text`. Its latents are random numbers, drawn here again.
+3 of 8, with `whole_metrics.jsonl` of the run that was not stopped), `vae` and `text`.
+tests/data/sample_of_3c382df.npy holds the frames that its sample.py made, before they were written
+as a video. The latents are random numbers, drawn here again.
 """
 
 import json
@@ -15,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fast_compiles import FAST_COMPILES
+from latents import random_latents
 from test_loop import ROOT
 
 from easyanimate_jax.data import media
-from easyanimate_jax.data.records import INDEX_TYPES, Writer, write_texts
 from easyanimate_jax.runs.config import from_json, to_json
 
 SAVED = Path(__file__).parent / "data" / "run_of_3c382df.tar.xz"
+FRAMES = SAVED.with_name("sample_of_3c382df.npy")
 CONFIG = """
 from pathlib import Path
 from easyanimate_jax.runs.config import from_json
@@ -34,34 +36,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("old")
     with tarfile.open(SAVED) as tar:
         tar.extractall(root, filter="data")
-    rng = np.random.default_rng(0)
-
-    def draw(*shape):
-        return rng.standard_normal(shape).astype(np.float16)
-
-    for name, (T, gh, gw) in {"small": (3, 4, 4), "medium": (3, 8, 8)}.items():
-        draws = 2 * (name == "medium")
-        writer = Writer(root / "latents" / name, {"set": {"condition_draws": draws}})
-        records, rows = [], []
-        for clip in range(5):
-            N = T * gh * gw
-            record = {"mean": draw(N, 64), "logvar": draw(N, 64) - 4}
-            record |= {"text0": draw(2, 4, 16), "text1": draw(2, 3, 16)}
-            if draws:
-                record |= {
-                    "condition_mean": draw(draws, N, 64),
-                    "condition_logvar": draw(draws, N, 64) - 4,
-                    "condition_mask": draw(draws, N, 4),
-                    "condition_flag": np.ones(draws, np.float16),
-                }
-            records.append(record)
-            sizes = (4 * T - 3, 16 * gh, 16 * gw, T, gh, gw, N, 512, 512)
-            values = (f"{clip}.mp4", "video", *sizes, 2, "")
-            rows.append(dict(zip(INDEX_TYPES, values, strict=True)))
-        writer.write(0, records, rows)
-        writer.finish(1)
-    empty = np.zeros((1, 4, 16)), np.zeros((1, 3, 16))
-    write_texts(root / "latents" / "empty.safetensors", empty)
+    random_latents(root / "latents", {"small": (3, 4, 4), "medium": (3, 8, 8)}, (16, 16))
     (root / "config.py").write_text(CONFIG)
     return root
 
@@ -69,10 +44,9 @@ def folder(tmp_path_factory):
 def run(folder: Path, *words: str) -> str:
     flags = f"--xla_force_host_platform_device_count=1 {FAST_COMPILES}"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, text=True, **pipes)
+    assert done.returncode == 0, done.stdout
     return done.stdout
 
 
@@ -85,9 +59,10 @@ def test_its_config_is_read(folder):
 def test_an_old_run_samples_and_goes_on(folder):
     sample = (str(ROOT / "sample.py"), "train", "--prompt", "a red circle", "--steps", "3")
     run(folder, *sample, "--output", "out")
+    media.write_video(folder / "then.mp4", np.load(FRAMES))
     made, then = (
-        media.read_clip(path, 0, 5).astype(int)
-        for path in (folder / "out" / "00000001.mp4", folder / "train" / "sample.mp4")
+        media.read_clip(folder / path, 0, 5).astype(int)
+        for path in ("out/00000001.mp4", "then.mp4")
     )
     assert np.abs(made - then).mean() < 2
 

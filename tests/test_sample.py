@@ -11,6 +11,7 @@ import av
 import jax
 import numpy as np
 import pytest
+from fakes import TINY, TINY_VAE
 from flax import nnx
 
 from easyanimate_jax import memory
@@ -20,8 +21,8 @@ from easyanimate_jax.diffusion import conditioning
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.generation import request
 from easyanimate_jax.generation.pipelines import LatentDiffusion
-from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
-from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.models.mmdit import MMDiT
+from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.runs import load
 from easyanimate_jax.runs import sample as samples
 
@@ -224,21 +225,8 @@ def test_wrong_arguments_are_refused_before_jax_is_imported(run):
 
 @pytest.fixture(scope="module")
 def loaded():
-    vae = VAEConfig(channels=(8, 8, 8), layers=1, groups=4, unshuffle=4, dtype="float32")
-    config = MMDiTConfig(
-        depth=1,
-        mmdit_depth=1,
-        heads=2,
-        head_width=16,
-        in_channels=33,
-        text_widths=(8,),
-        text_norm=False,
-        round_time=False,
-        time_width=16,
-        dtype="float32",
-    )
-    model = jax.jit(lambda: MMDiT(config, rngs=nnx.Rngs(0)))()
-    vae = jax.jit(lambda: CausalVAE(vae, rngs=nnx.Rngs(1)))()
+    model = jax.jit(lambda: MMDiT(TINY, rngs=nnx.Rngs(0)))()
+    vae = jax.jit(lambda: CausalVAE(TINY_VAE, rngs=nnx.Rngs(1)))()
     return SimpleNamespace(step=7, encoder=Encoder(), diffusion=LatentDiffusion(model, vae, Flow()))
 
 

@@ -149,6 +149,6 @@ def test_the_command_imports_nothing_heavy():
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    ours = ["", ".commands", ".commands.parse", ".commands.supervise", ".training"]
-    ours += [".training.safety", ".training.safety.exits", ".training.safety.supervisor"]
+    ours = ["", ".commands", ".commands.parse", ".commands.supervise", ".processes", ".training"]
+    ours += [f".training.safety{name}" for name in ("", ".exits", ".supervisor")]
     assert sorted(json.loads(ran.stdout)) == [f"easyanimate_jax{name}" for name in ours]
