@@ -35,7 +35,6 @@ setup(
         "einops>=0.8",
         "jaxtyping>=0.3",
         "tyro>=1.0",
-        "qwix>=0.1.8,<0.2",  # int8 weights
         "av>=18",
         "pillow>=11",
         "opencv-python-headless>=4.10",  # control videos: edges, line segments

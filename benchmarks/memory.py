@@ -37,7 +37,7 @@ from easyanimate_jax import (
     load_pipeline,
     text_to_video,
 )
-from easyanimate_jax.models import int8
+from easyanimate_jax.models.storage import store
 from easyanimate_jax.runs.config import load, to_json
 from easyanimate_jax.text.train import word_tokenizer
 from easyanimate_jax.training.checkpoint import Checkpoints
@@ -149,7 +149,8 @@ def wide() -> list[str]:
         return jnp.asarray(0.1 * x + name.endswith("scale"))
 
     full = with_weights(shapes, draw)
-    small = with_weights(full, int8.store)
+    small = jax.tree.map(lambda x: x, full)
+    store(small, "int8")
     inputs = (
         jnp.asarray(rng.standard_normal((1, 64, 64), np.float32)),
         jnp.array([[1, 8, 8]]),

@@ -174,7 +174,7 @@ def by_device(run, weights, activations: tuple, axes: tuple, outputs: tuple, *, 
     def gather(variable):
         value = variable.get_value()
         names = names_of(variable)
-        if any(names):
+        if any(names) and jnp.issubdtype(value.dtype, jnp.floating):  # 8-bit integers stay small
             value = value.astype(dtype)
         dims = {_manual(RULES[name]): dim for dim, name in enumerate(names) if name}
         for axis in ("context", "fsdp"):  # most data last: `fsdp` spans more torus directions

@@ -13,8 +13,8 @@ from test_export import parts as parts  # a fixture: VAE, text encoder and token
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.generation.pipelines import Request, text_to_video, video_to_video
-from easyanimate_jax.models import int8
 from easyanimate_jax.models.mmdit import MMDiT
+from easyanimate_jax.models.storage import quantized
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.runs.load import Resident, as_computed, load_pipeline
 from easyanimate_jax.sharding import MeshConfig, make_mesh
@@ -106,18 +106,24 @@ def test_kernels_of_eight_bits_are_a_quarter_and_change_little(folder, whole):
 def test_a_channel_of_zeros_stays_zero_and_no_weight_is_off_by_more_than_half_a_level():
     kernel = np.random.default_rng(0).standard_normal((2, 8, 3)).astype(np.float32)
     kernel[1, :, 2] = 0
-    stored = int8.store("blocks.0.video.mlp.up.kernel", jnp.asarray(kernel))
-    assert stored.qvalue.dtype == jnp.int8 and stored.scale.shape == (2, 1, 3)
-    error = np.abs(int8.qwix.dequantize(stored) - kernel)
+    integers, scale = quantized(jnp.asarray(kernel))
+    assert integers.dtype == jnp.int8 and scale.shape == (2, 3)
+    error = np.abs(integers * scale[:, None] - kernel)
     level = np.abs(kernel).max(axis=1, keepdims=True) / 127
     assert (error <= 0.51 * level + 1e-7).all()
-    bias = jnp.ones((2, 8))
-    assert int8.store("blocks.0.video.mlp.up.bias", bias) is bias
+    assert not integers[1, :, 2].any()
 
 
-def test_weights_of_eight_bits_are_for_one_device(folder):
-    with jax.set_mesh(make_mesh(MeshConfig())), pytest.raises(ValueError, match="one device"):
-        load_pipeline(folder, int8=True)
+def test_kernels_of_eight_bits_are_split_over_a_mesh(folder):
+    one = load_pipeline(folder, int8=True).diffusion.model
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, context=2, tensor=2))):
+        several = load_pipeline(folder, int8=True).diffusion.model
+    assert jax.tree.structure(one) == jax.tree.structure(several)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(several), strict=True):
+        np.testing.assert_array_equal(a, b)
+    kernel = several.blocks[0].video.mlp.up.kernel.get_value()
+    assert kernel.dtype == jnp.int8
+    assert kernel.addressable_shards[0].data.size == kernel.size // 8
 
 
 def test_a_run_on_a_mesh_makes_the_same_video(folder, whole):

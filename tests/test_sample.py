@@ -163,7 +163,6 @@ REFUSED = [
     (["run", *X, "--mesh", "8"], "--mesh 8: give a number of devices by axis"),
     (["run", *X, "--mesh", "data=0"], "--mesh data=0"),
     (["run", *X, "--mesh", "data=3"], "asks for 3 .* there are 8"),
-    (["run", *X, "--mesh", "data=8", "--weights", "int8"], "for one device"),
 ]
 
 

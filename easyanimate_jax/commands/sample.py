@@ -116,8 +116,6 @@ def requests(own: Options) -> list[Asked]:
     check_range("batch", own.batch, 1, 1024)
     if own.mesh is not None:
         read_mesh(own.mesh)
-        if own.weights == "int8":
-            raise ValueError("--weights int8 is for one device; leave out --mesh")
     for one in todo:
         with one.named():
             check(one.request)

@@ -3,7 +3,7 @@
 `dtype` is always the dtype of the computation; weights are stored in float32.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,25 @@ def axes(*names: str | None) -> dict:
     return {"out_sharding": names, "eager_sharding": False}
 
 
+class Linear(nnx.Linear):
+    """A dense layer whose kernel may be 8-bit integers, and may have an adapter beside it.
+
+    `scale` is float32 of shape (d_out,), one factor for each column of an 8-bit kernel
+    (models/int8.py). `adapter` is a low-rank product that is added to the output (models/lora.py).
+    """
+
+    scale: nnx.Param | None = None
+    adapter: Callable | None = None
+
+    def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+        if self.scale is None:
+            y = super().__call__(x)
+        else:
+            scale, bias = (w.get_value().astype(self.dtype) for w in (self.scale, self.bias))
+            y = x.astype(self.dtype) @ self.kernel.get_value().astype(self.dtype) * scale + bias
+        return y if self.adapter is None else y + self.adapter(x)
+
+
 def linear(
     d_in: int,
     d_out: int,
@@ -31,29 +50,25 @@ def linear(
     rngs: nnx.Rngs,
     use_bias: bool = True,
     kernel_init: nnx.Initializer = LECUN_NORMAL,
-) -> nnx.Linear:
+) -> Linear:
     """Return a dense layer: float32 weights, computation in `dtype`, kernel axes (in, out)."""
-    return nnx.Linear(
+    return Linear(
         d_in,
         d_out,
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=kernel_init,
-        promote_dtype=promoted,
         rngs=rngs,
         kernel_metadata=axes(*names),
         bias_metadata=axes(names[1]),
     )
 
 
-def promoted(arrays, *, dtype):
-    """Return (inputs, kernel, bias) in `dtype`; an `int8` kernel is dequantized first."""
-    inputs, kernel, bias = arrays
-    if not isinstance(kernel, jax.Array):
-        import qwix  # only sampling with int8 weights needs it
-
-        kernel = qwix.dequantize(kernel)
-    return tuple(None if x is None else jnp.asarray(x, dtype) for x in (inputs, kernel, bias))
+def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
+    """Yield (dotted name, layer) for every dense layer of a module."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            yield ".".join(map(str, path)), module
 
 
 def layer_norm(width: int, *, eps: float, rngs: nnx.Rngs, name: str | None = None) -> nnx.LayerNorm:

@@ -131,7 +131,9 @@ def _seconds(
     """Return the predicted seconds of a step; `exchanged` if tokens are sharded over devices."""
     times, tensor = report.accumulate, report.mesh["tensor"]
     stream = _stream(report, model)
-    flops, share = model_flops(model, report.tokens, report.text_tokens)
+    frozen = "frozen weights" in report.memory
+    flops, share = model_flops(model, report.tokens, report.text_tokens, frozen=frozen)
+    passes = (2 if frozen else 3) * BLOCK_MATRICES  # of the blocks' matrices in a step
     # Padding rows of a microbatch are computed too.
     flops *= report.microbatch * times / _devices(report)
     again = BLOCK_MATRICES - sum(ACTIVATIONS[name].matrices for name in model.save)
@@ -147,7 +149,7 @@ def _seconds(
         sent += 24 * stream * model.depth
     between = (hosts - 1) / hosts / (per_host * gpu.network)
     return Prediction(
-        matmul=flops * (1 - share) * (1 + again / (3 * BLOCK_MATRICES)) / gpu.matmul,
+        matmul=flops * (1 - share) * (1 + again / passes) / gpu.matmul,
         attention=attention,
         elementwise=moved / gpu.bandwidth,
         collectives=sent * times * (1 / (4 * gpu.link) + between),

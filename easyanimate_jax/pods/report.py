@@ -30,7 +30,8 @@ COLUMNS = (
 
 def row(report: StageReport) -> tuple[str, ...]:
     """Return the cells of one stage for COLUMNS; unknown figures are "-"."""
-    state = sum(report.memory[part] for part in ("weights", "average", "optimizer", "batch"))
+    rest = "activations and temporaries"
+    state = sum(size for part, size in report.memory.items() if part != rest)
     start = (
         report.name,
         f"{report.tokens}+{report.text_tokens}",
@@ -39,7 +40,7 @@ def row(report: StageReport) -> tuple[str, ...]:
         ("yes" if report.fits else "NO") + (", modelled" if report.modelled else ""),
         f"{gb(report.peak_bytes_per_chip)} of {gb(report.hbm_bytes)}",
         gb(state),
-        gb(report.memory.get("activations and temporaries")),
+        gb(report.memory.get(rest)),
         gb(sum(report.collective_bytes.values()) or None),
         f"{report.model_flops / 1e15:.0f}",
         f"{report.attention_share:.0%}",

@@ -18,6 +18,7 @@ from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.tasks import TASKS
 from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
 from easyanimate_jax.facts import MAX_STEPS, SEEDS, check_fields
+from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.sharding import MeshConfig
@@ -111,6 +112,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule of all stages."""
 
+    lora: LoRAConfig | None = None
+    """Adapters to train beside the frozen weights of `init`; None trains all weights."""
+
     mesh: MeshConfig = MeshConfig()
     """Devices along each mesh axis."""
 
@@ -175,6 +179,16 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig.stages has {steps} steps in all; use 1 to {MAX_STEPS} steps"
             )
+        if self.lora is not None and not self.init:
+            raise ValueError(
+                "TrainConfig: lora trains adapters of existing weights, and init is empty; give "
+                "the path of the weights, such as --init EasyAnimateV5.1-12b-zh-InP"
+            )
+        if self.lora is not None and self.optimizer.matrices != "adam":
+            raise ValueError(
+                f"TrainConfig: optimizer.matrices={self.optimizer.matrices!r} with lora: adapters "
+                f"are trained by Adam; use 'adam'"
+            )
         names = [s.name for s in self.sets]
         for stage in self.stages:
             if stage.data not in names:
@@ -200,7 +214,7 @@ class TrainConfig:
     @property
     def step(self) -> StepConfig:
         """Return the settings that the train step of every stage depends on."""
-        return StepConfig(self.model, self.optimizer, self.process, self.ema_decay)
+        return StepConfig(self.model, self.optimizer, self.process, self.ema_decay, self.lora)
 
     def set(self, name: str) -> LatentSet:
         """Return the latent set with this name."""
@@ -226,7 +240,8 @@ def load(path: str) -> TrainConfig | VAETrainConfig:
 
 _ROOMS = (VAETrainConfig, VAEStage, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)
 _CLASSES = {
-    c.__name__: c for c in (TrainConfig, SampleConfig, OptimizerConfig, MeshConfig, *_ROOMS)
+    c.__name__: c
+    for c in (TrainConfig, SampleConfig, OptimizerConfig, MeshConfig, LoRAConfig, *_ROOMS)
 }
 
 

@@ -6,12 +6,12 @@ from functools import partial
 
 import jax
 import numpy as np
-from flax import nnx
 
-from easyanimate_jax.models.mmdit import MMDiT
+from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import RULES, MeshConfig, is_variable
 from easyanimate_jax.training.optimizer import make_optimizer
+from easyanimate_jax.training.program import make_model
 from easyanimate_jax.training.step import TrainState, init_state
 
 
@@ -19,15 +19,17 @@ def describe_run(config: TrainConfig) -> str:
     """Return a config's stages, buckets, parameter count and state bytes per device, as text."""
     model = dataclasses.replace(config.model, in_channels=config.stages[-1].in_channels)
     make = partial(
-        init_state,
-        lambda key: MMDiT(model, rngs=nnx.Rngs(params=key)),
-        make_optimizer(config.optimizer),
+        init_state, partial(make_model, model, config.lora), make_optimizer(config.optimizer)
     )
     state = jax.eval_shape(make, jax.random.key(0))
-    parameters = sum(x.size for x in jax.tree.leaves(state.model))
+    trained, frozen = (
+        sum(x.size for x in jax.tree.leaves(part)) for part in (state.model, state.frozen)
+    )
+    parameters = frozen or trained
     lines = [
         f"model    {model.depth} blocks ({model.mmdit_depth} with their own text weights), width "
         f"{model.width} = {model.heads} heads x {model.head_width}, {parameters:,} parameters",
+        *_lora_lines(config.lora, trained),
         f"process  {config.process}",
         *_mesh_lines(config.mesh, state),
         "",
@@ -60,6 +62,17 @@ def describe_run(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
+def _lora_lines(lora: LoRAConfig | None, parameters: int) -> list[str]:
+    """Return a line about the adapters, if there are any, and the size of an exported file."""
+    if lora is None:
+        return []
+    return [
+        f"lora     rank {lora.rank}, alpha {lora.alpha:g}, beside {', '.join(lora.targets)}: "
+        f"{parameters:,} parameters, {2 * parameters / 1e9:.2f} GB as a file in bfloat16; the "
+        f"kernels of the model are frozen in {lora.base}"
+    ]
+
+
 def _mesh_lines(mesh: MeshConfig, state: TrainState) -> list[str]:
     """Return lines with the mesh and the bytes of training state per device, without gradients."""
     sizes = dataclasses.asdict(mesh)
@@ -75,12 +88,12 @@ def _mesh_lines(mesh: MeshConfig, state: TrainState) -> list[str]:
             total += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(variable)) / parts
         return total
 
-    weights, average, optimizer = (
-        bytes_of(tree) / 1e9 for tree in (state.model, state.ema, state.opt_state)
-    )
+    held = {"weights": state.model, "their average": state.ema}
+    held |= {"the optimizer's moments": state.opt_state, "frozen weights": state.frozen}
+    held = {name: bytes_of(tree) / 1e9 for name, tree in held.items() if tree is not None}
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in held.items())
     return [
         f"mesh     {' x '.join(f'{k} {v}' for k, v in sizes.items())} = "
         f"{math.prod(sizes.values())} devices",
-        f"state    {weights + average + optimizer:.2f} GB a device: weights {weights:.2f}, their "
-        f"average {average:.2f}, the optimizer's moments {optimizer:.2f}",
+        f"state    {sum(held.values()):.2f} GB a device: {parts}",
     ]

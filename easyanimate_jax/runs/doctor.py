@@ -157,14 +157,14 @@ def fits(config: TrainConfig) -> list[Finding]:
         mesh = make_mesh(config.mesh)
         channels = max(stage.in_channels for stage in config.stages)
         model = dataclasses.replace(config.model, in_channels=channels)
-        _, _, state = abstract_state(model, make_optimizer(config.optimizer), mesh)
+        _, _, state = abstract_state(model, make_optimizer(config.optimizer), mesh, config.lora)
     except ValueError as error:
         return [Finding("mesh", False, str(error))]
     leaves = jax.tree.leaves(state)
-    sizes = [leaf.size * leaf.dtype.itemsize for leaf in leaves]
     local = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
     memory = device_memory()
-    needed = (max(2, config.keep) + 1) * sum(sizes)
+    saved = jax.tree.leaves(state._replace(frozen=None))
+    needed = (max(2, config.keep) + 1) * sum(x.size * x.dtype.itemsize for x in saved)
     place = next(p for p in (Path(config.run), *Path(config.run).absolute().parents) if p.exists())
     free = shutil.disk_usage(place).free
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())

@@ -234,7 +234,7 @@ def load_pipeline(
     one device. `step` and `weights` choose from the checkpoints of a run; the default is the
     averaged weights of the newest. `process` replaces a folder's scheduler_config.json. With
     `low_memory` only one of text encoders, transformer and VAE is in memory at a time. With `int8`
-    the kernels of the transformer's blocks are stored in 8 bits, on one device.
+    the kernels of the transformer's blocks are stored in 8 bits.
 
     Weights are read when they are first used. Raises ValueError before that, and names all parts
     that are missing or do not fit together.
@@ -243,8 +243,6 @@ def load_pipeline(
         mesh = make_mesh(mesh)
     if mesh is None and not jax.sharding.get_mesh().empty:
         mesh = jax.sharding.get_mesh()
-    if int8 and mesh is not None:
-        raise ValueError("eight-bit weights are for one device: leave out the mesh, or int8")
     path = Path(path)
     if run_folder.is_run(path):
         if process is not None:
@@ -268,18 +266,16 @@ def load_pipeline(
 
 def _readers(opened: Opened, mesh, dtype, weights: Weights, int8: bool) -> dict[str, Callable]:
     """Return {part: function that loads it} for the three parts of a model."""
-    kernels = _kernels(opened.config.dtype)
 
     def read_encoder():
         with nullcontext() if mesh is None else jax.set_mesh(mesh):
             return TextEncoder.load(opened.text, dtype=dtype)
 
     def read_model():
-        store = kernels
-        if int8:
-            from easyanimate_jax.models.int8 import store
+        # Every use of a kernel would cast it to this dtype, so storing it so changes no result.
+        kernels = "int8" if int8 else opened.config.dtype
         return load_mmdit(
-            opened.model, dtype=dtype, weights=weights, step=opened.step, mesh=mesh, store=store
+            opened.model, dtype=dtype, weights=weights, step=opened.step, mesh=mesh, kernels=kernels
         )
 
     def read_vae():
@@ -366,12 +362,5 @@ def _process_of(folder: Path, config: MMDiTConfig, problems: list[str]) -> DDPM 
 
 def as_computed(vae: CausalVAE) -> CausalVAE:
     """Return the VAE with its kernels cast to the type that it computes in."""
-    return with_weights(vae, _kernels(vae.config.dtype))
-
-
-def _kernels(dtype) -> Callable:
-    """Return a function (name, array) -> array that casts kernels to `dtype`.
-
-    Every use of a kernel would cast it in the same way, so no result changes.
-    """
-    return lambda name, x: x.astype(dtype) if name.endswith("kernel") else x
+    dtype = vae.config.dtype
+    return with_weights(vae, lambda name, x: x.astype(dtype) if name.endswith("kernel") else x)

@@ -232,7 +232,7 @@ class Run:
         if every and (where.last or _every(every, where.made + 1)):
             self.recovery.see(self.journal.flush())
             self.monitor.enter("sample")
-            self.sampler(state.ema, where.made + 1)
+            self.sampler(self.states.whole(state), where.made + 1)
 
     def _close(self, step: int) -> None:
         encode_programs = sum(len(encoder.programs) for encoder in self.encoders)

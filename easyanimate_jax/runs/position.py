@@ -80,7 +80,7 @@ def check_resume(meta: Mapping, config: TrainConfig, plans: Mapping[str, str]) -
     changed += _compare(step, "model", saved.model, config.model, FREE_OF_MODEL)
     if type(saved.process) is not type(config.process):
         _refuse(step, "process", type(saved.process).__name__, type(config.process).__name__)
-    for name in ("init", "init_step"):
+    for name in ("init", "init_step", "lora"):
         if getattr(saved, name) != getattr(config, name):
             _refuse(step, name, getattr(saved, name), getattr(config, name))
     for name in ("process", "optimizer", "ema_decay", "text_drop"):

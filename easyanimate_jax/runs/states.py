@@ -1,6 +1,7 @@
 """The training state of a run: initialise, restore, widen for a stage, and save it."""
 
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -11,15 +12,24 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
+from easyanimate_jax.models.lora import attach
+from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.position import Position, check_resume, ends_stage, position_at
 from easyanimate_jax.runs.programs import Programs
-from easyanimate_jax.training.checkpoint import Checkpoints
+from easyanimate_jax.training.checkpoint import Checkpoints, named_leaves
 from easyanimate_jax.training.optimizer import make_optimizer
-from easyanimate_jax.training.program import abstract_state
+from easyanimate_jax.training.program import abstract_state, graph_of
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.stages import Stage
-from easyanimate_jax.training.step import TrainState, init_state, widen_state
+from easyanimate_jax.training.step import (
+    TrainState,
+    init_state,
+    input_channels,
+    whole,
+    widen_state,
+)
+from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.folder import load_mmdit
 
 logger = logging.getLogger(__name__)
@@ -45,28 +55,38 @@ class States:
         self.config, self.mesh, self.key, self.plans = config, mesh, key, plans
         self.programs, self.checkpoints, self.monitor = programs, checkpoints, monitor
         self.optimizer = make_optimizer(config.optimizer)
+        self.base: str | None = None  # fingerprint of the frozen weights, once they are loaded
 
     def first(self) -> TrainState:
         """Return the first state, with new weights or those of `config.init`, sharded."""
-        stage = self.config.stages[0]
-        self.programs.check(stage)
-        make, placed, like = self._abstract(stage.in_channels)
+        self.programs.check(self.config.stages[0])
         self.monitor.enter("start")
+        return self._start()
+
+    def _start(self) -> TrainState:
+        stage, lora = self.config.stages[0], self.config.lora
+        make, placed, _ = self._abstract(stage.in_channels)
+        key = jax.random.fold_in(self.key, 1)
         if not self.config.init:
-            return jax.jit(make, out_shardings=placed)(jax.random.fold_in(self.key, 1))
+            return jax.jit(make, out_shardings=placed)(key)
         logger.info("starting from the weights of %s", self.config.init)
         model = load_mmdit(
             self.config.init,
             mesh=self.mesh,
             in_channels=stage.in_channels,
-            config=like.model.config,
+            config=dataclasses.replace(self.config.model, in_channels=stage.in_channels),
             step=self.config.init_step,
+            kernels=lora.base if lora else "float32",
         )
 
-        def around(model):
-            return init_state(lambda _: model, self.optimizer, self.key)
+        def around(model, key):
+            if lora:
+                attach(model, lora, key=key)
+            return init_state(lambda _: model, self.optimizer, key)
 
-        return jax.jit(around, out_shardings=placed, donate_argnums=0)(model)
+        state = jax.jit(around, out_shardings=placed, donate_argnums=0)(model, key)
+        self.base = fingerprint_of(state.frozen) if lora else None
+        return state
 
     def newest(self, *, before: int | None = None) -> tuple[int, TrainState] | None:
         """Return (updates made, state) of the newest good checkpoint; None if there is none.
@@ -85,14 +105,39 @@ class States:
             place = position_at(self.config, meta["step"])
             if place:
                 self.programs.check(place.stage)
-            return self._abstract(meta["in_channels"])[2]
+            return self._abstract(meta["in_channels"])[2]._replace(frozen=None)
 
         found = self.checkpoints.restore(like, before=before)
         if found is None:
             return None
         step, state, meta = found
+        if self.config.lora:
+            state = self._with_base(state, meta)
         logger.info("resuming at step %d (stage %r)", step, meta["stage"])
         return step, state
+
+    def _with_base(self, state: TrainState, meta: dict) -> TrainState:
+        """Return a restored state with its frozen weights, which no checkpoint holds.
+
+        Raises ValueError if `config.init` holds other weights than before.
+        """
+        frozen = self._start().frozen
+        if self.base != meta["base"]:
+            raise ValueError(
+                f"checkpoint {meta['step']} has adapters of weights with fingerprint "
+                f"{meta['base']}, and those of {self.config.init} have {self.base}; put the same "
+                f"weights there, or start in a new run folder"
+            )
+        if meta["in_channels"] != self.config.stages[0].in_channels:
+            placed = self._abstract(meta["in_channels"])[1].frozen
+            widen = partial(widen_state, in_channels=meta["in_channels"])
+            frozen = jax.jit(widen, out_shardings=placed)(frozen)
+        return state._replace(frozen=frozen)
+
+    def whole(self, state: TrainState) -> MMDiT:
+        """Return the averaged model of a state."""
+        model = dataclasses.replace(self.config.model, in_channels=input_channels(state))
+        return whole(graph_of(model, self.config.lora), state.ema, state.frozen)
 
     def at(self, step: int) -> TrainState:
         """Return the state of checkpoint `step`. Raises ValueError if it is missing or damaged."""
@@ -106,7 +151,7 @@ class States:
 
         Raises ValueError if the state has more channels than the stage.
         """
-        have = state.model.config.in_channels
+        have = input_channels(state)
         if have > stage.in_channels:
             raise ValueError(
                 f"stage {stage.name!r} reads {stage.in_channels} input channels, and the model has "
@@ -133,15 +178,23 @@ class States:
             "in_channels": place.stage.in_channels,
             "plan": self.plans[place.stage.name],
             "weights": records.header.get("weights", {}),  # fingerprints of VAE and text encoders
+            "base": self.base,
             "seed": self.config.seed,
             "config": json.loads(to_json(self.config)),
         }
-        self.checkpoints.save(step, state, meta)
+        self.checkpoints.save(step, state._replace(frozen=None), meta)
 
     def _abstract(self, in_channels: int):
         """Return (function key -> state, the state's shardings, the state as shapes)."""
         model = dataclasses.replace(self.config.model, in_channels=in_channels)
-        return abstract_state(model, self.optimizer, self.mesh)
+        return abstract_state(model, self.optimizer, self.mesh, self.config.lora)
+
+
+def fingerprint_of(weights) -> str:
+    """Return one fingerprint of the bits and names of all arrays in a tree, on any mesh."""
+    prints = jax.jit(lambda tree: jax.tree.map(fingerprint, tree))(weights)
+    lines = [f"{name} {int(value):08x}" for name, value in sorted(named_leaves(prints).items())]
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 
 def open_checkpoints(config: TrainConfig, **options) -> Checkpoints:

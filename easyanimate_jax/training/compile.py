@@ -105,8 +105,7 @@ def trace_stage(
     config: StepConfig, stage: Stage, placed: TrainState, arguments: tuple[TrainState, Batch]
 ) -> jax.stages.Traced:
     """Return the traced step for the results of `describe_stage`, under the same mesh."""
-    optimizer = make_optimizer(config.optimizer)
-    step = step_program(optimizer, config.process, config.ema_decay, placed, stage.batch_size)
+    step = step_program(config, placed, stage)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return step.trace(*arguments, key, jax.ShapeDtypeStruct((), jnp.float32))
 
@@ -123,7 +122,7 @@ def describe_stage(
     """Return (report, the state's shardings, (state, batch) as placed shapes) before compiling."""
     model = dataclasses.replace(config.model, in_channels=stage.in_channels)
     rows = microbatch_rows(stage, mesh)
-    _, placed, state = abstract_state(model, make_optimizer(config.optimizer), mesh)
+    _, placed, state = abstract_state(model, make_optimizer(config.optimizer), mesh, config.lora)
     batch = abstract_batch(
         model,
         mesh,
@@ -132,7 +131,7 @@ def describe_stage(
         tokens=tokens,
         text_lengths=text_lengths,
     )
-    flops, share = model_flops(model, tokens, sum(text_lengths))
+    flops, share = model_flops(model, tokens, sum(text_lengths), frozen=config.lora is not None)
     report = StageReport(
         name=stage.name,
         task=stage.task,
@@ -148,6 +147,7 @@ def describe_stage(
         peak_bytes_per_chip=None,
         memory={
             "weights": _bytes(state.model),
+            **({"frozen weights": _bytes(state.frozen)} if config.lora else {}),
             "average": _bytes(state.ema),
             "optimizer": _bytes(state.opt_state),
             "batch": _bytes(batch),
@@ -178,11 +178,14 @@ def _compile(lowered, mesh: Mesh, report: StageReport) -> jax.stages.Compiled | 
     return compiled
 
 
-def model_flops(config: MMDiTConfig, tokens: int, text_tokens: int) -> tuple[float, float]:
+def model_flops(
+    config: MMDiTConfig, tokens: int, text_tokens: int, *, frozen: bool = False
+) -> tuple[float, float]:
     """Return (FLOPs of one sample's forward and backward pass, the share of them in attention).
 
     These are the FLOPs that the model needs. They include no recomputation and no padding beyond
-    the bucket's, and count the backward pass as twice the forward pass.
+    the bucket's, and count the backward pass as twice the forward pass. With `frozen` weights the
+    backward pass has no gradients of them, so their layers count once; adapters count nothing.
     """
     S, D = tokens + text_tokens, config.width
     linear = config.depth * S * 2 * BLOCK_MATRICES * D * D
@@ -190,8 +193,9 @@ def model_flops(config: MMDiTConfig, tokens: int, text_tokens: int) -> tuple[flo
     ends = 2 * tokens * D * PATCH**2 * (config.in_channels + LATENT_CHANNELS)
     ends += 2 * text_tokens * D * max(config.text_widths)
     attention = config.depth * 4 * S * S * D
-    total = linear + modulation + ends + attention
-    return 3.0 * total, attention / total
+    layers = linear + modulation + ends
+    needed = (2.0 if frozen else 3.0) * layers + 3.0 * attention
+    return needed, 3.0 * attention / needed
 
 
 def _bytes(tree) -> int:

@@ -3,6 +3,7 @@
 `train.py` runs this program, and the verb `aot` compiles the same one for absent devices.
 """
 
+import dataclasses
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -11,14 +12,17 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding
+from jaxtyping import PRNGKeyArray
 
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.facts import LATENT_CHANNELS, PATCH
+from easyanimate_jax.models.lora import LoRAConfig, attach
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
+from easyanimate_jax.models.storage import store
 from easyanimate_jax.sharding import AnyMesh, activation_spec, shardings
-from easyanimate_jax.training.optimizer import OptimizerConfig
+from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import TrainState, init_state, train_step
 
@@ -39,12 +43,34 @@ class StepConfig(NamedTuple):
     optimizer: OptimizerConfig
     process: DDPM | Flow
     ema_decay: float
+    lora: LoRAConfig | None = None  # the adapters, which are then all that is trained
+
+
+def make_model(model: MMDiTConfig, lora: LoRAConfig | None, key: PRNGKeyArray) -> MMDiT:
+    """Return a new model; with `lora` its kernels are stored as there, with adapters beside."""
+    made = MMDiT(model, rngs=nnx.Rngs(params=key))
+    if lora is not None:
+        store(made, lora.base)
+        attach(made, lora, key=jax.random.fold_in(key, 1))
+    return made
 
 
 @cache
-def abstract_state(model: MMDiTConfig, optimizer: optax.GradientTransformation, mesh: AnyMesh):
+def graph_of(model: MMDiTConfig, lora: LoRAConfig | None) -> nnx.GraphDef:
+    """Return the structure of the model that `make_model` returns."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return nnx.graphdef(jax.eval_shape(partial(make_model, model, lora), key))
+
+
+@cache
+def abstract_state(
+    model: MMDiTConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: AnyMesh,
+    lora: LoRAConfig | None = None,
+):
     """Return (function key -> state, the state's shardings, the state as placed shapes)."""
-    make = partial(init_state, lambda key: MMDiT(model, rngs=nnx.Rngs(params=key)), optimizer)
+    make = partial(init_state, partial(make_model, model, lora), optimizer)
     shapes = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
     placed = shardings(mesh, shapes)
     return make, placed, _place(shapes, placed)
@@ -110,16 +136,18 @@ def batch_shardings(mesh: AnyMesh, batch: Batch) -> Batch:
     )
 
 
-def step_program(
-    optimizer: optax.GradientTransformation,
-    process,
-    ema_decay: float,
-    placed: TrainState,
-    batch_size: int,
-):
-    """Return the jitted train step; it donates the state and keeps the state's shardings."""
-    settings = {"process": process, "ema_decay": ema_decay, "batch_size": batch_size}
-    step = partial(train_step, optimizer=optimizer, **settings)
+def step_program(config: StepConfig, placed: TrainState, stage: Stage):
+    """Return the jitted train step of a stage; it donates the state and keeps its shardings."""
+    step = partial(
+        train_step,
+        optimizer=make_optimizer(config.optimizer),
+        process=config.process,
+        ema_decay=config.ema_decay,
+        batch_size=stage.batch_size,
+    )
+    if config.lora is not None:
+        model = dataclasses.replace(config.model, in_channels=stage.in_channels)
+        step = partial(step, graph=graph_of(model, config.lora), dropout=config.lora.dropout)
     device = placed.step.mesh.devices.flat[0]
     return jax.jit(
         step,

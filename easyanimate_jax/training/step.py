@@ -11,22 +11,29 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.diffusion.losses import masked_squared_error
 from easyanimate_jax.facts import PATCH
+from easyanimate_jax.models.lora import is_adapter, without_some
 from easyanimate_jax.models.mmdit import MMDiT
 
 
 class TrainState(NamedTuple):
-    """The training state: counters, weights, averaged weights and optimizer state."""
+    """The training state: counters, weights, averaged weights and optimizer state.
+
+    A model with adapters is in two parts: `model` holds the adapters, `frozen` all other weights,
+    and `whole` joins them.
+    """
 
     step: jax.Array  # () int32, updates made so far
     skipped: jax.Array  # () int32, updates skipped because loss or gradient was not finite
-    model: MMDiT
-    ema: MMDiT
+    model: MMDiT | nnx.State
+    ema: MMDiT | nnx.State
     opt_state: optax.OptState
+    frozen: nnx.State | None = None  # not in checkpoints
 
 
 def init_state(
@@ -34,39 +41,60 @@ def init_state(
 ) -> TrainState:
     """Return the state before the first update: new weights, their average, and zero moments.
 
-    `make_model(key)` builds the network.
+    `make_model(key)` builds the network. If it has adapters, all its other weights are frozen.
     """
-    model = make_model(key)
+    model, frozen = make_model(key), None
+    _, adapters, others = nnx.split(model, is_adapter, ...)
+    if adapters:
+        model, frozen = adapters, others
     zero = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.copy, model)
-    return TrainState(zero, zero, model, ema, optimizer.init(model))
+    return TrainState(zero, zero, model, ema, optimizer.init(model), frozen)
+
+
+def whole(graph: nnx.GraphDef, weights: MMDiT | nnx.State, frozen: nnx.State | None) -> MMDiT:
+    """Return the model of the state's `model` or `ema`, with its frozen weights.
+
+    `graph` is the structure of the model (`nnx.graphdef`).
+    """
+    return weights if frozen is None else nnx.merge(graph, weights, frozen)
+
+
+def input_channels(state: TrainState) -> int:
+    """Return the number of input channels of the state's model."""
+    weights = state.model if state.frozen is None else state.frozen
+    return weights.patches.kernel.get_value().shape[0] // PATCH**2
 
 
 def widen_state(state, in_channels: int):
-    """Return the tree with `in_channels` input channels in every MMDiT: model, EMA and moments.
+    """Return the tree with `in_channels` input channels: in model, EMA, moments, frozen weights.
 
     New channels come last and have zero weights, so a T2V model becomes an inpainting or control
     model that at first ignores its condition. With fewer channels the first ones are kept (spec
     2.9).
     """
 
+    rows = in_channels * PATCH**2
+
+    def resize(kernel):
+        return jnp.pad(kernel[:rows], ((0, max(0, rows - kernel.shape[0])), (0, 0)))
+
     def widen(model):
-        if not isinstance(model, MMDiT):
+        if not has_patches(model):
             return model
         model = jax.tree.map(lambda x: x, model)  # a copy of the module, not of the arrays
-        rows = in_channels * PATCH**2
-
-        def resize(kernel):
-            return jnp.pad(kernel[:rows], ((0, max(0, rows - kernel.shape[0])), (0, 0)))
-
         # By tree map: a moment that the optimizer keeps for other weights has no kernel here.
         kernel = model.patches.kernel
         kernel.set_value(jax.tree.map(resize, kernel.get_value()))
-        model.patches.in_features = rows
-        model.config = dataclasses.replace(model.config, in_channels=in_channels)
+        if isinstance(model, MMDiT):
+            model.patches.in_features = rows
+            model.config = dataclasses.replace(model.config, in_channels=in_channels)
         return model
 
-    return jax.tree.map(widen, state, is_leaf=lambda x: isinstance(x, MMDiT))
+    def has_patches(x):
+        return isinstance(x, MMDiT) or (isinstance(x, nnx.State) and "patches" in x)
+
+    return jax.tree.map(widen, state, is_leaf=has_patches)
 
 
 def denoising_loss(
@@ -114,6 +142,8 @@ def train_step(
     process,
     ema_decay: float,
     batch_size: int | None = None,
+    graph: nnx.GraphDef | None = None,
+    dropout: float = 0.0,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Make one update from a global batch of (A, B) rows; return (new state, metrics).
 
@@ -121,19 +151,27 @@ def train_step(
     of 0. The first `batch_size` rows are real (None: all rows); the others are padding. The padding
     depends on the devices, so times are drawn, and stratified, only over the real rows. The
     average's decay warms up as (1 + n) / (10 + n), so early samples show the current weights.
+
+    For a state with frozen weights, `graph` is the structure of the model and `dropout` the share
+    of the adapters' ranks that this update leaves out.
     """
-    time_key, noise_key = jax.random.split(jax.random.fold_in(key, state.step))
+    step_key = jax.random.fold_in(key, state.step)
+    time_key, noise_key = jax.random.split(step_key)
     num_micro, num_rows = batch.weight.shape
     rows = jnp.arange(num_micro * num_rows).reshape(num_micro, num_rows)
     time = process.sample_time(time_key, (batch_size or rows.size,))
     time = jnp.pad(time, (0, rows.size - time.size), constant_values=1).reshape(rows.shape)
     batch = batch._replace(weight=batch.weight / batch.weight.sum())
 
+    def loss_of(weights, batch, time, rows):
+        if dropout:
+            weights = without_some(weights, jax.random.fold_in(step_key, 1), dropout)
+        model = whole(graph, weights, state.frozen)
+        return denoising_loss(model, batch, time, rows, noise_key, process=process)
+
     def accumulate(carry, micro):
         rows, time, batch = micro
-        loss, grads = jax.value_and_grad(denoising_loss)(
-            state.model, batch, time, rows, noise_key, process=process
-        )
+        loss, grads = jax.value_and_grad(loss_of)(state.model, batch, time, rows)
         return jax.tree.map(jnp.add, carry, (loss, grads)), None
 
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
@@ -152,5 +190,6 @@ def train_step(
         (model, ema, opt_state),
         (state.model, state.ema, state.opt_state),
     )
-    metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": state.skipped + ~finite}
-    return TrainState(state.step + 1, metrics["skipped"], model, ema, opt_state), metrics
+    skipped = state.skipped + ~finite
+    metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": skipped}
+    return TrainState(state.step + 1, skipped, model, ema, opt_state, state.frozen), metrics

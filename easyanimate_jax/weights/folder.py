@@ -8,7 +8,7 @@ folders as `transformer` and `vae`, and folders of training runs.
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 from jax.sharding import Mesh
 
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
+from easyanimate_jax.models.storage import Kernels
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.weights import files, mmdit_table, run_folder, vae_table
 from easyanimate_jax.weights.lazy import Tensor
@@ -39,23 +40,23 @@ def load_mmdit(
     path: str | Path,
     *,
     dtype: str | None = None,
-    weight_dtype: str = "float32",
+    kernels: Kernels = "float32",
     mesh: Mesh | None = None,
     in_channels: int | None = None,
     config: MMDiTConfig | None = None,
     weights: Weights = "ema",
     step: int | None = None,
     allow_pickle: bool = False,
-    store: Callable = lambda name, weight: weight,
 ) -> MMDiT:
     """Return the transformer of a file, a folder of any layout, or a run.
 
     `dtype` is the compute dtype; None keeps the config's, which is bfloat16 for foreign weights.
-    With a mesh, each device reads only its own shard. `in_channels` adapts the patch embedding to
-    another task (spec 2.9) and logs the changes. `config` replaces the config found with the
-    weights, and the weights must fit it. `weights` and `step` select a checkpoint of a run.
-    `allow_pickle` permits torch's own files. `store` is explained in `weights.module.fill`. Raises
-    ValueError listing all problems.
+    `kernels` is the dtype in which kernels are stored; "int8" stores those of the blocks, which
+    cannot be trained then. With a mesh, each device reads only its own shard. `in_channels` adapts
+    the patch embedding to another task (spec 2.9) and logs the changes. `config` replaces the
+    config found with the weights, and the weights must fit it. `weights` and `step` select a
+    checkpoint of a run. `allow_pickle` permits torch's own files. Raises ValueError listing all
+    problems.
     """
     problems = []
     model = open_model(
@@ -71,17 +72,15 @@ def load_mmdit(
         faults = misfits(model.tensors, abstract(MMDiT, config))
         files.raise_all(f"{path} does not fit {config}", faults)
         model = Model(config, model.tensors)
-    return _load(MMDiT, model, problems, dtype, weight_dtype, mesh, store)
+    return _load(MMDiT, model, problems, dtype, kernels, mesh)
 
 
 def load_vae(
     path: str | Path,
     *,
     dtype: str | None = None,
-    weight_dtype: str = "float32",
     mesh: Mesh | None = None,
     allow_pickle: bool = False,
-    store: Callable = lambda name, weight: weight,
 ) -> CausalVAE:
     """Return the VAE of a file, a folder of any layout, or a run.
 
@@ -90,13 +89,13 @@ def load_vae(
     problems = []
     model = open_model(Path(path), "vae", problems, allow_pickle=allow_pickle)
     files.raise_all(path, problems)
-    return _load(CausalVAE, model, problems, dtype, weight_dtype, mesh, store)
+    return _load(CausalVAE, model, problems, dtype, "float32", mesh)
 
 
-def _load(model_class, model: Model, problems, dtype, weight_dtype, mesh, store):
+def _load(model_class, model: Model, problems, dtype, kernels: Kernels, mesh):
     config = dataclasses.replace(model.config, dtype=dtype) if dtype else model.config
     module = abstract(model_class, config)
-    return fill(module, model.tensors, problems, weight_dtype=weight_dtype, mesh=mesh, store=store)
+    return fill(module, model.tensors, problems, kernels=kernels, mesh=mesh)
 
 
 def open_model(

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from easyanimate_jax.facts import LATENT_CHANNELS, PATCH
+from easyanimate_jax.models.storage import Kernels, quantized, store, stored_type
 from easyanimate_jax.sharding import shardings
 from easyanimate_jax.weights import files
 from easyanimate_jax.weights.lazy import Tensor
@@ -85,7 +86,6 @@ def build(
     config,
     weights: Mapping[str, np.ndarray | Tensor],
     *,
-    weight_dtype: str = "float32",
     mesh: Mesh | None = None,
 ) -> nnx.Module:
     """Return `model_class(config)` with these weights. Raises ValueError listing all misfits."""
@@ -97,7 +97,7 @@ def build(
         f"not {config}",
         problems,
     )
-    return fill(module, tensors, problems, weight_dtype=weight_dtype, mesh=mesh)
+    return fill(module, tensors, problems, mesh=mesh)
 
 
 def fill(
@@ -105,29 +105,43 @@ def fill(
     tensors: Mapping[str, Tensor],
     problems: list[str],
     *,
-    weight_dtype: str = "float32",
+    kernels: Kernels = "float32",
     mesh: Mesh | None = None,
-    store: Callable = lambda name, weight: weight,
 ):
     """Return the abstract module with these weights, on the first device or sharded over a mesh.
 
     With a mesh, each device reads only its own shard from the files, so no host holds more than its
-    share. Without a mesh, `store(name, weight)` is called for one weight at a time, and the module
-    keeps its result. Reading may add to the list `problems`. Raises ValueError if that list is not
-    empty at the end.
+    share. `kernels` is the storage of the kernels; each becomes small before the next one is read.
+    Reading may add to the list `problems`. Raises ValueError if that list is not empty at the end.
     """
     placed = iter(jax.tree.leaves(shardings(mesh, module)) if mesh is not None else ())
 
-    def place(name, leaf):
-        tensor = tensors[name].astype(weight_dtype)
+    def read(leaf, tensor):
         if mesh is not None:
             return jax.make_array_from_callback(leaf.shape, next(placed), tensor.read)
         # Not committed to a device, so that a jitted call may combine it with other arrays.
-        return store(name, jnp.asarray(tensor.read()))
+        return jnp.asarray(tensor.read())
 
-    filled = with_weights(module, place)
+    values = {}
+    for name, leaf in named_weights(module).items():
+        stored = stored_type(name, kernels)
+        if stored == "int8":
+            layer = name.removesuffix("kernel")
+            values[name], values[f"{layer}scale"] = quantized(read(leaf, tensors[name]))
+        else:
+            values[name] = read(leaf, tensors[name].astype(stored))
+    if kernels == "int8":
+        module = jax.eval_shape(partial(_stored, module))
+    filled = with_weights(module, lambda name, _: values.pop(name))
     files.raise_all("the weights cannot be used", problems)
+    if mesh is not None and kernels == "int8":
+        filled = jax.device_put(filled, shardings(mesh, filled))
     return filled
+
+
+def _stored(module):
+    store(module, "int8")
+    return module
 
 
 def with_weights(module, value: Callable):
