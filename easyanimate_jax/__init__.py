@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from easyanimate_jax.generation.pipelines import text_to_video as text_to_video
     from easyanimate_jax.generation.pipelines import video_to_video as video_to_video
     from easyanimate_jax.generation.rows import Request as Request
+    from easyanimate_jax.models.lora import LoRAConfig as LoRAConfig
     from easyanimate_jax.models.mmdit import MMDiT as MMDiT
     from easyanimate_jax.models.mmdit import MMDiTConfig as MMDiTConfig
     from easyanimate_jax.models.vae import CausalVAE as CausalVAE
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from easyanimate_jax.training.stages import boundaries as boundaries
     from easyanimate_jax.training.vae.config import VAEStage as VAEStage
     from easyanimate_jax.training.vae.config import VAETrainConfig as VAETrainConfig
+    from easyanimate_jax.weights.adapters import open_loras as open_loras
     from easyanimate_jax.weights.conversion import Options as ConvertOptions  # noqa: F401
     from easyanimate_jax.weights.conversion import convert as convert
     from easyanimate_jax.weights.folder import load_mmdit as load_mmdit
@@ -66,6 +68,7 @@ _HOMES = {
         "video_to_video",
     ),
     "generation.rows": ("Request",),
+    "models.lora": ("LoRAConfig",),
     "models.mmdit": ("MMDiT", "MMDiTConfig"),
     "models.vae": ("CausalVAE", "VAEConfig"),
     "runs.config": ("SampleConfig", "TrainConfig"),
@@ -76,6 +79,7 @@ _HOMES = {
     "training.optimizer": ("OptimizerConfig",),
     "training.stages": ("Stage", "boundaries"),
     "training.vae.config": ("VAEStage", "VAETrainConfig"),
+    "weights.adapters": ("open_loras",),
     "weights.conversion": ("ConvertOptions", "convert"),
     "weights.folder": ("load_mmdit", "load_vae"),
 }

@@ -21,7 +21,7 @@ from easyanimate_jax.commands.convert import main
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh
-from easyanimate_jax.weights import files, lora, mmdit_table, vae_table
+from easyanimate_jax.weights import files, mmdit_table, vae_table
 from easyanimate_jax.weights.conversion import Options, convert
 from easyanimate_jax.weights.folder import load_mmdit, load_vae
 from easyanimate_jax.weights.lazy import Tensor, dense
@@ -760,94 +760,3 @@ def test_pickles_are_read_on_request_and_only_weights(tmp_path, capsys):
         assert main([*command(name), "--allow-pickle"]) == 2
         out, err = capsys.readouterr()
         assert "is no pickle of weights alone" in err and "this ran" not in out + err
-
-
-def lora_state(config, layout, rank=4):
-    """A LoRA of every linear layer, by the names of a model's kernels (spec 11.1)."""
-    rng, state = np.random.default_rng(0), {}
-    shapes = shapes_only(shapes_of(abstract(MMDiT, config)))
-    for name, tensor in mmdit_table.to_torch(shapes, config, layout).items():
-        if len(tensor.shape) == 2 and name.endswith(".weight"):
-            key = "lora_unet_" + "_" + name.removesuffix(".weight").replace(".", "_")
-            out, d_in = tensor.shape
-            state[f"{key}.lora_down.weight"] = rng.standard_normal((rank, d_in), np.float32)
-            state[f"{key}.lora_up.weight"] = rng.standard_normal((out, rank), np.float32)
-            state[f"{key}.alpha"] = np.full((), rng.uniform(), np.float32)
-    return state
-
-
-@pytest.mark.parametrize("variant", ["v5.1", "v5", "v5-7b", "v5.1-7b", "all-shared"])
-def test_lora_files_go_between_the_layouts_and_ours(tmp_path, variant):
-    config = VARIANTS[variant]
-    original = lora_state(config, "original")
-    save_file(original, tmp_path / "original.safetensors")
-    places = [str(tmp_path / f"{name}.safetensors") for name in ("original", "diffusers", "back")]
-    assert main([*places[:2], "--to", "diffusers"]) == 0
-    assert main([*places[1:], "--to", "original"]) == 0
-    assert_same_bits(load_file(tmp_path / "back.safetensors"), original)
-    theirs = load_file(tmp_path / "diffusers.safetensors")
-    assert theirs.keys() == lora_state(config, "diffusers").keys()
-    if config.mmdit_depth:
-        name = "lora_unet__transformer_blocks_0_attn{}.lora_up.weight"
-        moved = original[name.format("2_to_out_0")]
-        np.testing.assert_array_equal(theirs[name.format("1_to_add_out")], moved)
-
-    ours = lora.read(tmp_path / "diffusers.safetensors", config)
-    lora.write(tmp_path / "ours.safetensors", ours, config, "original")
-    assert_same_bits(load_file(tmp_path / "ours.safetensors"), original)
-    # Their W + up @ down is our kernel + down @ up.
-    problems, weights = [], random_state(config)
-    changed = {name: Tensor.of(value) for name, value in weights.items()}
-    for name, value in weights.items():
-        key = "lora_unet__" + name.removesuffix(".weight").replace(".", "_")
-        if f"{key}.alpha" in original:
-            value = value + original[f"{key}.lora_up.weight"] @ original[f"{key}.lora_down.weight"]
-        changed[name] = Tensor.of(value)
-    _, merged = mmdit_table.from_torch(changed, problems)
-    _, plain = mmdit_table.from_torch({n: Tensor.of(x) for n, x in weights.items()}, problems)
-    assert not problems
-    for name in [name.removesuffix(".down") for name in ours if name.endswith(".down")]:
-        change = ours[f"{name}.down"] @ ours[f"{name}.up"]
-        kernel = f"{name}.kernel"
-        np.testing.assert_allclose(plain[kernel].read() + change, merged[kernel].read(), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (drop("lora_unet__proj_out.alpha"), "lora_unet__proj_out.alpha is missing"),
-        (
-            drop("lora_unet__transformer_blocks_1_ff_net_2.lora_up.weight"),
-            "transformer_blocks_1_ff_net_2.lora_up.weight is missing",
-        ),
-        (
-            put("lora_unet__proj_out.lora_up.weight", np.zeros((64, 5), np.float32)),
-            "output.linear: down has rank 4, and up 5",
-        ),
-        (
-            put("lora_te_encoder_q.alpha", np.zeros((), np.float32)),
-            "lora_te_encoder_q.alpha is",
-        ),
-        (
-            put("lora_unet_proj_out.alpha", np.zeros((), np.float32)),
-            "lora_unet_proj_out.alpha is",
-        ),
-        (poison("lora_unet__proj_out.lora_down.weight", np.nan), "proj_out.lora_down.weight holds"),
-    ],
-)
-def test_lora_files_that_do_not_fit_are_refused(tmp_path, change, message):
-    state = lora_state(TINY, "original")
-    change(state)
-    save_file(state, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=message):
-        lora.read(tmp_path / "lora.safetensors", TINY)
-    with pytest.raises(ValueError, match=message):
-        convert(tmp_path / "lora.safetensors", tmp_path / "out.safetensors", Options("diffusers"))
-    assert [path.name for path in tmp_path.iterdir()] == ["lora.safetensors"]
-
-
-def test_a_lora_for_some_layers_only_is_measured_against_the_model(tmp_path):
-    state = {n: x for n, x in lora_state(TINY, "original").items() if "_blocks_3_" not in n}
-    save_file(state, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=r"transformer_blocks_3_attn1_to_q.lora_down.weight is m"):
-        lora.read(tmp_path / "lora.safetensors", TINY)

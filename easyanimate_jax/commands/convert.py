@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, UseAppendAction
 
 from easyanimate_jax.commands import parse
 from easyanimate_jax.training.safety.exits import DONE
@@ -14,6 +14,7 @@ HELP = """Convert weights between EasyAnimate's layouts: ours, diffusers' and th
 
   released weights to ours   python -m easyanimate_jax convert EasyAnimateV5.1-12b-zh mine --to jax
   a trained run to PyTorch   python -m easyanimate_jax convert runs/mine mine --to diffusers
+  a run's LoRA to a file     python -m easyanimate_jax convert runs/mine l.safetensors --to comfyui
 
 If the source has faults, all of them are listed, nothing is written, and the exit code is 2."""
 Part = Literal[
@@ -32,11 +33,13 @@ class Options:
     """The arguments of `convert`."""
 
     source: Positional[str]
-    """Pipeline folder, folder or file of one model, run folder, or LoRA file."""
+    """Pipeline folder, folder or file of one model, run folder, or LoRA file or folder."""
     target: Positional[str]
-    """New folder to write; for a LoRA, a new file."""
-    to: Literal["jax", "diffusers", "original"]
-    """Layout to write."""
+    """New folder to write; for a LoRA, or the adapters of a run, a new .safetensors file."""
+    to: Literal["jax", "diffusers", "original", "comfyui"]
+    """Layout to write; comfyui is for LoRA files."""
+    lora: UseAppendAction[tuple[str, ...]] = ()
+    """LoRA file to add to the transformer's weights, as FILE or FILE:WEIGHT; may be repeated."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Cast all weights to this dtype; by default each tensor keeps its own."""
     weights: Literal["ema", "raw"] = "ema"
@@ -62,8 +65,10 @@ def _convert(arguments: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from easyanimate_jax.weights import conversion
+    from easyanimate_jax.weights.adapters import named_weight
 
     source, target = own.pop("source"), own.pop("target")
+    loras = tuple(named_weight(one) for one in own.pop("lora"))
     jax.config.update("jax_platforms", "cpu")  # keep accelerators free for other processes
     with tqdm(desc=target, unit="B", unit_scale=True, delay=0.5) as bar:
 
@@ -72,7 +77,9 @@ def _convert(arguments: Sequence[str]) -> int:
             bar.update(size)
 
         try:
-            report = conversion.convert(source, target, conversion.Options(**own), progress)
+            report = conversion.convert(
+                source, target, conversion.Options(**own, loras=loras), progress
+            )
         except OSError as error:
             raise ValueError(str(error)) from error
     print(report)

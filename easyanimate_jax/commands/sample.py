@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from easyanimate_jax.commands import parse
 from easyanimate_jax.facts import MESH_AXES
@@ -61,6 +61,8 @@ class Options:
     """low: text encoders, transformer, VAE take turns."""
     weights: Literal["full", "int8"] = "full"
     """int8: transformer kernels in 8 bits."""
+    lora: UseAppendAction[tuple[str, ...]] = ()
+    """LoRA file to use, as FILE or FILE:WEIGHT such as style.safetensors:0.8; may be repeated."""
     mesh: str | None = None
     """Several devices, such as data=2,context=4."""
 
@@ -86,11 +88,13 @@ def _sample(arguments: Sequence[str]) -> int:
     todo = requests(own)
     # JAX is imported here, and no device is touched before `on_mesh`.
     from easyanimate_jax.runs.sample import examine, make
+    from easyanimate_jax.weights.adapters import named_weight, open_loras
     from easyanimate_jax.weights.run_folder import read_meta
 
     step, meta = read_meta(own.checkpoint)
-    origin = Origin(own.checkpoint, step, own.weights, meta)
+    origin = Origin(own.checkpoint, step, own.weights, meta, own.lora)
     todo = examine(todo, origin)
+    loras = open_loras(map(named_weight, own.lora))
     own.output.mkdir(parents=True, exist_ok=True)
     for sentence in dict.fromkeys(s for one in todo for s in without_effect(one.request)):
         say(sentence)
@@ -99,7 +103,7 @@ def _sample(arguments: Sequence[str]) -> int:
     done = finished(own.output)
     todo = [one for one in todo if one.line is None or identity(one, origin) not in done]
     with on_mesh(own.mesh):
-        how = {"memory": own.memory, "batch": own.batch, "gif": own.gif}
+        how = {"memory": own.memory, "batch": own.batch, "gif": own.gif, "loras": loras}
         for path in make(todo, origin, own.output, **how, say=say):
             print(path)
     return DONE

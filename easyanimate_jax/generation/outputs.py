@@ -40,13 +40,15 @@ class Origin(NamedTuple):
     step: int
     weights: str  # "full" or "int8"
     training: dict  # the checkpoint's record of its training
+    loras: tuple[str, ...] = ()  # each as FILE or FILE:WEIGHT
 
 
 def options_of(request: SampleRequest, origin: Origin) -> dict:
     """Return the set options of a request, by their names on the command line."""
     names = (*LINE_KEYS, *SAMPLING, "picture_noise")
     options = {option(name): getattr(request, name) for name in names if given(request, name)}
-    return options | {"weights": origin.weights}
+    loras = {"lora": list(origin.loras)} if origin.loras else {}
+    return options | {"weights": origin.weights} | loras
 
 
 def identity(asked: Asked, origin: Origin) -> str:
@@ -77,6 +79,9 @@ def record(asked: Asked, origin: Origin, output: Path, seconds: float) -> dict:
 
     options, words = options_of(asked.request, origin), []
     for name, value in (options | {"output": str(output)}).items():
+        if name == "lora":
+            words += [f"--lora={one}" for one in value]
+            continue
         several = isinstance(value, list | tuple)
         words += [f"--{name}", *map(str, value)] if several else [f"--{name}={value}"]
     paths = {n: Path(getattr(asked.request, n)) for n in FILES if given(asked.request, n)}

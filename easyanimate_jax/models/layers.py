@@ -36,8 +36,11 @@ class Linear(nnx.Linear):
         if self.scale is None:
             y = super().__call__(x)
         else:
-            scale, bias = (w.get_value().astype(self.dtype) for w in (self.scale, self.bias))
-            y = x.astype(self.dtype) @ self.kernel.get_value().astype(self.dtype) * scale + bias
+            kernel, scale, bias = (
+                w.get_value().astype(self.dtype) for w in (self.kernel, self.scale, self.bias)
+            )
+            columns = (*[1] * (x.ndim - 1), -1)
+            y = x.astype(self.dtype) @ kernel * scale.reshape(columns) + bias.reshape(columns)
         return y if self.adapter is None else y + self.adapter(x)
 
 

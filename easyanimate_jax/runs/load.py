@@ -38,6 +38,7 @@ from easyanimate_jax.runs.config import SampleConfig, TrainConfig, from_json
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.text.encode import TextEncoder, state_widths
 from easyanimate_jax.weights import files, run_folder
+from easyanimate_jax.weights.adapters import Weighted, check
 from easyanimate_jax.weights.folder import Weights, load_mmdit, load_vae, open_model, read_json
 from easyanimate_jax.weights.module import CONFIG, with_weights
 from easyanimate_jax.weights.schedulers import SCHEDULER, process_of, released_process
@@ -226,6 +227,7 @@ def load_pipeline(
     process: DDPM | Flow | None = None,
     low_memory: bool = False,
     int8: bool = False,
+    loras: Sequence[Weighted] = (),
 ) -> Pipeline:
     """Return a callable Pipeline of a run, a converted folder or a released folder.
 
@@ -234,7 +236,8 @@ def load_pipeline(
     one device. `step` and `weights` choose from the checkpoints of a run; the default is the
     averaged weights of the newest. `process` replaces a folder's scheduler_config.json. With
     `low_memory` only one of text encoders, transformer and VAE is in memory at a time. With `int8`
-    the kernels of the transformer's blocks are stored in 8 bits.
+    the kernels of the transformer's blocks are stored in 8 bits. `loras` change the transformer:
+    `open_loras([("style.safetensors", 0.8)])`.
 
     Weights are read when they are first used. Raises ValueError before that, and names all parts
     that are missing or do not fit together.
@@ -254,17 +257,20 @@ def load_pipeline(
         opened = _open_folder(path, process)
     if dtype is not None:
         opened = opened._replace(config=dataclasses.replace(opened.config, dtype=dtype))
+    check(loras, opened.config)
     widths = state_widths(opened.text)
     if widths != opened.config.text_widths:
         raise ValueError(
             f"the text encoders of {opened.text} give states of widths {widths}, and the "
             f"transformer reads {opened.config.text_widths}: put its own text encoders there"
         )
-    read = _readers(opened, mesh, dtype, weights, int8)
+    read = _readers(opened, mesh, dtype, weights, int8, loras)
     return Pipeline(opened, Resident(opened.config, opened.process, read, alone=low_memory), mesh)
 
 
-def _readers(opened: Opened, mesh, dtype, weights: Weights, int8: bool) -> dict[str, Callable]:
+def _readers(
+    opened: Opened, mesh, dtype, weights: Weights, int8: bool, loras: Sequence[Weighted]
+) -> dict[str, Callable]:
     """Return {part: function that loads it} for the three parts of a model."""
 
     def read_encoder():
@@ -275,7 +281,13 @@ def _readers(opened: Opened, mesh, dtype, weights: Weights, int8: bool) -> dict[
         # Every use of a kernel would cast it to this dtype, so storing it so changes no result.
         kernels = "int8" if int8 else opened.config.dtype
         return load_mmdit(
-            opened.model, dtype=dtype, weights=weights, step=opened.step, mesh=mesh, kernels=kernels
+            opened.model,
+            dtype=dtype,
+            weights=weights,
+            step=opened.step,
+            mesh=mesh,
+            kernels=kernels,
+            loras=loras,
         )
 
     def read_vae():

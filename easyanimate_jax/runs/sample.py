@@ -28,6 +28,7 @@ from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.generation.ways import way_of
 from easyanimate_jax.runs import load
 from easyanimate_jax.runs.config import from_json
+from easyanimate_jax.weights.adapters import Weighted
 
 Say = Callable[[str], None]  # takes warnings: of requests that work, but perhaps not as expected
 
@@ -63,15 +64,16 @@ def make(
     memory: str,
     batch: int,
     gif: bool,
+    loras: Sequence[Weighted],
     say: Say,
 ) -> Iterator[Path]:
     """Load the model, sample the requests and write them; yield the path of each output file.
 
     `memory` "low" keeps one part of the model in memory at a time. `batch` is the number of
-    requests that are sampled at once.
+    requests that are sampled at once. `loras` are put beside the transformer's layers.
     """
     alone, int8 = memory == "low", origin.weights == "int8"
-    run = load.load_pipeline(origin.checkpoint, low_memory=alone, int8=int8)
+    run = load.load_pipeline(origin.checkpoint, low_memory=alone, int8=int8, loras=loras)
     if not alone:  # load now, so that a check of free memory counts them
         _ = run.diffusion.model, run.diffusion.vae
     _warn(asked, run.encoder, say)

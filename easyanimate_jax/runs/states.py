@@ -1,7 +1,6 @@
 """The training state of a run: initialise, restore, widen for a stage, and save it."""
 
 import dataclasses
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.position import Position, check_resume, ends_stage, position_at
 from easyanimate_jax.runs.programs import Programs
-from easyanimate_jax.training.checkpoint import Checkpoints, named_leaves
+from easyanimate_jax.training.checkpoint import Checkpoints
 from easyanimate_jax.training.optimizer import make_optimizer
 from easyanimate_jax.training.program import abstract_state, graph_of
 from easyanimate_jax.training.safety.monitor import Monitor
@@ -29,8 +28,8 @@ from easyanimate_jax.training.step import (
     whole,
     widen_state,
 )
-from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.folder import load_mmdit
+from easyanimate_jax.weights.module import fingerprint_of
 
 logger = logging.getLogger(__name__)
 
@@ -188,13 +187,6 @@ class States:
         """Return (function key -> state, the state's shardings, the state as shapes)."""
         model = dataclasses.replace(self.config.model, in_channels=in_channels)
         return abstract_state(model, self.optimizer, self.mesh, self.config.lora)
-
-
-def fingerprint_of(weights) -> str:
-    """Return one fingerprint of the bits and names of all arrays in a tree, on any mesh."""
-    prints = jax.jit(lambda tree: jax.tree.map(fingerprint, tree))(weights)
-    lines = [f"{name} {int(value):08x}" for name, value in sorted(named_leaves(prints).items())]
-    return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 
 def open_checkpoints(config: TrainConfig, **options) -> Checkpoints:

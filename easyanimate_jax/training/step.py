@@ -52,8 +52,8 @@ def init_state(
     return TrainState(zero, zero, model, ema, optimizer.init(model), frozen)
 
 
-def whole(graph: nnx.GraphDef, weights: MMDiT | nnx.State, frozen: nnx.State | None) -> MMDiT:
-    """Return the model of the state's `model` or `ema`, with its frozen weights.
+def whole(graph, weights, frozen) -> MMDiT:
+    """Return the model of a state's `model` or `ema` and its `frozen` weights.
 
     `graph` is the structure of the model (`nnx.graphdef`).
     """

@@ -19,9 +19,13 @@ from typing import Literal, NamedTuple
 
 from easyanimate_jax.diffusion.tasks import task_of
 from easyanimate_jax.facts import DTypes, check_fields
-from easyanimate_jax.weights import files, lora, mmdit_table, run_folder, vae_table
+from easyanimate_jax.weights import files, mmdit_table, run_folder, vae_table
+from easyanimate_jax.weights.adapters import merged, open_loras, summary
 from easyanimate_jax.weights.folder import KINDS, Model, Weights, open_model, read_json
 from easyanimate_jax.weights.lazy import Tensor
+from easyanimate_jax.weights.lora import CONFIG as PEFT_CONFIG
+from easyanimate_jax.weights.lora import LoRA, Pair, is_lora, metadata_for, to_tensors
+from easyanimate_jax.weights.lora import read as read_lora
 from easyanimate_jax.weights.module import CONFIG, WEIGHTS, config_text
 from easyanimate_jax.weights.pickles import PICKLES
 from easyanimate_jax.weights.schedulers import INDEX, SCHEDULER, SCHEDULERS, released_process
@@ -32,7 +36,7 @@ TEXTS = (*TEXT_ENCODERS, *TOKENIZERS)
 LENGTHS = "text.json"  # prompt lengths, present for text encoders other than the released ones
 PARTS = (*KINDS, *TEXTS, "scheduler")
 REQUIRED = ("vae", "text_encoder", "tokenizer")  # by diffusers' pipelines; null if absent
-LORA = "lora"
+LORA_FILE = "lora"
 
 
 class Part(NamedTuple):
@@ -44,6 +48,7 @@ class Part(NamedTuple):
     shard_bytes: int = files.SHARD
     texts: Mapping[str, str] = {}
     copies: Sequence[Path] = ()
+    metadata: Mapping[str, str] = {}
 
     @property
     def nbytes(self) -> int:
@@ -73,8 +78,8 @@ class Report(NamedTuple):
 class Options:
     """The choices of one conversion."""
 
-    to: Literal["jax", "diffusers", "original"]
-    """Layout to write."""
+    to: Literal["jax", "diffusers", "original", "comfyui"]
+    """Layout to write; "comfyui" is for LoRA files."""
 
     dtype: DTypes | None = None
     """Data type of all written weights. None keeps the type of each tensor."""
@@ -96,11 +101,20 @@ class Options:
     allow_pickle: bool = False
     """Also read .bin, .pt and .ckpt files, with torch. Use it only for sources that you trust."""
 
+    loras: tuple[tuple[str, float], ...] = ()
+    """LoRA files, with a weight each, to add to the transformer's weights."""
+
     shard_bytes: int = files.SHARD
     """Maximum bytes of one weight file; larger models are split over several files."""
 
     def __post_init__(self):
-        check_fields(self, step="[0, inf)", in_channels="[1, inf)", shard_bytes="[1, inf)")
+        check_fields(
+            self,
+            step="[0, inf)",
+            in_channels="[1, inf)",
+            shard_bytes="[1, inf)",
+            loras="(-inf, inf)",
+        )
         if self.only not in (None, *PARTS):
             raise ValueError(f"Options.only is {self.only!r}; use one of {', '.join(PARTS)}")
 
@@ -111,7 +125,10 @@ def convert(
     options: Options,
     progress: Callable[[int, int], object] = lambda size, total: None,
 ) -> Report:
-    """Convert `source` and write it to `target`, a new folder (a new file for a LoRA).
+    """Convert `source` and write it to `target`, a new folder.
+
+    A LoRA becomes a new file. So do the adapters of a run with `lora`, if `target` is named
+    *.safetensors; else they are added to the weights of its model.
 
     `progress` is called with the bytes just written and the total bytes. Raises ValueError listing
     all problems; `target` does not exist then.
@@ -124,7 +141,7 @@ def convert(
         problems.append(f"{target} already exists; name a new folder, or remove it")
     files.raise_all(f"{source} -> {target}", problems)
     plan = Plan(options, problems)
-    plan.read(source)
+    plan.read(source, alone=target.suffix == ".safetensors")
     files.raise_all(source, problems)
 
     total = sum(part.nbytes for part in plan.parts)
@@ -150,15 +167,26 @@ class Plan:
         self.models: dict[str, Model] = {}
         self.process = ""  # class name of a run's noise process
         self.memory = files.Memory()
+        self.loras = open_loras(options.loras)
 
-    def read(self, source: Path) -> None:
-        """Fill `parts` from a pipeline, a run, a model or a LoRA; add all faults to `problems`."""
+    def read(self, source: Path, *, alone: bool) -> None:
+        """Fill `parts` from a pipeline, a run, a model or a LoRA; add all faults to `problems`.
+
+        `alone` asks for the adapters of a run without its model.
+        """
         only = self.options.only
         places = self._places(source)
-        if not places:
+        if alone and run_folder.is_run(source):
+            self._add_adapters(source)
+        elif not places:
+            if (source / PEFT_CONFIG).is_file():
+                self._add_lora(read_lora(source))
+                return
             names = self._open(source)
-            if lora.is_lora(names):
-                self._add_lora(names)
+            if is_lora(names):
+                self._add_lora(read_lora(source))
+            elif self.options.to == "comfyui":
+                self.problems.append("--to comfyui is for LoRA files; use diffusers or original")
             elif names and not self.problems:
                 self._add(only or self._kind(source, names), source, "")
         elif only:
@@ -171,6 +199,21 @@ class Plan:
                 self._add(name, place, name)
             if not self.problems:
                 self._add_pipeline_files(places)
+
+    def _add_adapters(self, source: Path) -> None:
+        model = open_model(
+            source,
+            "transformer",
+            self.problems,
+            weights=self.options.weights,
+            step=self.options.step,
+        )
+        if model and model.loras:
+            self._add_lora(model.loras[-1].lora)
+        elif model:
+            self.problems.append(
+                f"{source} trained all weights and has no adapters: name a folder, not a file"
+            )
 
     def _places(self, source: Path) -> dict[str, Path]:
         """Return the path of each part of a pipeline; {} for a single model."""
@@ -233,8 +276,12 @@ class Plan:
         wanted = options.in_channels
         if name == "transformer" and wanted not in (None, model.config.in_channels):
             config, tensors, lines = mmdit_table.widen(model.tensors, model.config, wanted)
-            model = Model(config, tensors)
+            model = model._replace(config=config, tensors=tensors)
             self.notes += lines
+        loras = (*model.loras, *self.loras) if name == "transformer" else ()
+        if loras:
+            model = model._replace(tensors=merged(model.tensors, model.config, loras))
+            self.notes += [f"added {summary(one)}" for one in loras]
         self.models[name] = model
         if options.to == "jax":
             text = config_text(kind.MODEL_CLASS, model.config)
@@ -313,19 +360,23 @@ class Plan:
         fields = read_json(place / "tokenizer_config.json", self.problems)
         return ["transformers", fields.get("tokenizer_class")]
 
-    def _add_lora(self, theirs: Mapping[str, Tensor]) -> None:
-        to = self.options.to
+    def _add_lora(self, lora: LoRA) -> None:
+        """Add a LoRA file. A dtype is that of its matrices."""
+        to, dtype = self.options.to, self.options.dtype
         if to == "jax":
             self.problems.append(
-                "a LoRA file cannot be written with --to jax; read it with weights.lora.read, or "
-                "convert it --to original or diffusers"
+                "a LoRA file has no layout of its own in JAX; use --to original, diffusers or "
+                "comfyui, or load it with sample.py --lora"
             )
             return
-        theirs = files.checked(theirs, self.problems, self.options.dtype)
-        target = lora.target_of(theirs)
-        ours = lora.from_torch(theirs, target, self.problems)
-        if not self.problems:
-            self.parts.append(Part("", lora.to_torch(ours, target, to), LORA, sys.maxsize))
+        if dtype:
+            pairs = {
+                name: Pair(pair.down.astype(dtype), pair.up.astype(dtype), pair.alpha)
+                for name, pair in lora.pairs.items()
+            }
+            lora = LoRA(pairs, lora.metadata)
+        tensors, told = to_tensors(lora, to), metadata_for(lora, to)
+        self.parts.append(Part("", tensors, LORA_FILE, sys.maxsize, metadata=told))
 
 
 def _json(fields: Mapping) -> str:
@@ -335,7 +386,9 @@ def _json(fields: Mapping) -> str:
 def _write(folder: Path, part: Part, progress: Callable[[int], object]) -> None:
     folder.mkdir(exist_ok=True)
     if part.tensors:
-        files.write_shards(folder, part.stem, part.tensors, progress, part.shard_bytes)
+        files.write_shards(
+            folder, part.stem, part.tensors, progress, part.shard_bytes, part.metadata
+        )
     for name, text in part.texts.items():
         (folder / name).write_text(text, "utf-8")
     for path in part.copies:
@@ -353,7 +406,7 @@ def _appearing(target: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
-        made = folder / f"{LORA}.safetensors"
+        made = folder / f"{LORA_FILE}.safetensors"
         if made.is_file():
             made.replace(target)
         else:

@@ -230,6 +230,13 @@ def open_index(path: Path, problems: list[str], memory: Memory | None = None) ->
     return tensors
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """Return the metadata in the header of a safetensors file that `open_file` has read."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {str(name): str(value) for name, value in (header.get("__metadata__") or {}).items()}
+
+
 def open_weights(
     path: Path, problems: list[str], allow_pickle: bool = False, memory: Memory | None = None
 ) -> dict[str, Tensor]:
@@ -366,6 +373,7 @@ def write_shards(
     tensors: Mapping[str, Tensor],
     progress: Callable[[int], object] = lambda size: None,
     shard_bytes: int = SHARD,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write `stem.safetensors`, or numbered files and an index if it would exceed `shard_bytes`."""
     shards, room = [{}], shard_bytes
@@ -378,7 +386,7 @@ def write_shards(
     files = [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     files = files if count > 1 else [f"{stem}.safetensors"]
     for file, shard in zip(files, shards, strict=True):
-        write_file(folder / file, shard, {"format": "pt"}, progress)
+        write_file(folder / file, shard, {"format": "pt"} | (metadata or {}), progress)
     if count > 1:
         places = {name: file for file, s in zip(files, shards, strict=True) for name in s}
         index = {

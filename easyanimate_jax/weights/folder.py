@@ -8,7 +8,7 @@ folders as `transformer` and `vae`, and folders of training runs.
 import dataclasses
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.storage import Kernels
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.weights import files, mmdit_table, run_folder, vae_table
+from easyanimate_jax.weights import adapters, files, mmdit_table, run_folder, vae_table
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import CONFIG, WEIGHTS, abstract, fill, misfits, without_removed
 
@@ -30,10 +30,11 @@ KINDS: dict[str, ModuleType] = {"transformer": mmdit_table, "vae": vae_table}
 
 
 class Model(NamedTuple):
-    """A config and its weights by our names; the weights are not read yet."""
+    """A config, its weights by our names, and LoRAs; the weights are not read yet."""
 
     config: MMDiTConfig | VAEConfig
     tensors: dict[str, Tensor]
+    loras: tuple[adapters.Weighted, ...] = ()
 
 
 def load_mmdit(
@@ -47,6 +48,7 @@ def load_mmdit(
     weights: Weights = "ema",
     step: int | None = None,
     allow_pickle: bool = False,
+    loras: Sequence[adapters.Weighted] = (),
 ) -> MMDiT:
     """Return the transformer of a file, a folder of any layout, or a run.
 
@@ -55,8 +57,8 @@ def load_mmdit(
     cannot be trained then. With a mesh, each device reads only its own shard. `in_channels` adapts
     the patch embedding to another task (spec 2.9) and logs the changes. `config` replaces the
     config found with the weights, and the weights must fit it. `weights` and `step` select a
-    checkpoint of a run. `allow_pickle` permits torch's own files. Raises ValueError listing all
-    problems.
+    checkpoint of a run. `allow_pickle` permits torch's own files. `loras` are put beside the
+    layers (`weights.adapters.open_loras`). Raises ValueError listing all problems.
     """
     problems = []
     model = open_model(
@@ -64,15 +66,17 @@ def load_mmdit(
     )
     files.raise_all(path, problems)
     if in_channels is not None and in_channels != model.config.in_channels:
-        *changed, lines = mmdit_table.widen(model.tensors, model.config, in_channels)
-        model = Model(*changed)
+        config_, tensors, lines = mmdit_table.widen(model.tensors, model.config, in_channels)
+        model = model._replace(config=config_, tensors=tensors)
         for line in lines:
             logger.info(line)
     if config is not None:
         faults = misfits(model.tensors, abstract(MMDiT, config))
         files.raise_all(f"{path} does not fit {config}", faults)
-        model = Model(config, model.tensors)
-    return _load(MMDiT, model, problems, dtype, kernels, mesh)
+        model = model._replace(config=config)
+    loaded = _load(MMDiT, model, problems, dtype, kernels, mesh)
+    adapters.add(loaded, (*model.loras, *loras), mesh=mesh)
+    return loaded
 
 
 def load_vae(
@@ -119,6 +123,8 @@ def open_model(
             vae = run_folder.frozen_model(path, meta["config"], "vae")
             return open_model(vae, name, problems, dtype=dtype)
         meta, tensors = run_folder.open_transformer(path, weights, step)
+        if meta["config"].get("lora"):
+            return _open_lora_run(path, meta, tensors, problems, dtype)
         fields = meta["config"]["model"] | {"in_channels": meta["in_channels"]}
         tensors = files.checked(tensors, problems, dtype)
         return _ours(MMDiT, _config(MMDiTConfig, fields), tensors, problems)
@@ -148,6 +154,23 @@ def open_model(
     except ValueError as error:  # the tensors or fields give no valid config
         problems.append(str(error))
         return None
+
+
+def _open_lora_run(
+    path: Path, meta: Mapping, tensors: Mapping[str, Tensor], problems: list[str], dtype
+) -> Model | None:
+    """Return the model that a run of adapters started from, with the adapters."""
+    place = run_folder.frozen_model(path, meta["config"], "init")
+    base = open_model(place, "transformer", problems, dtype=dtype, step=meta["config"]["init_step"])
+    if base is None:
+        problems.append(f"{path} has adapters of the weights of {place}: put them there")
+        return None
+    config, weights = base.config, base.tensors
+    if config.in_channels != meta["in_channels"]:
+        config, weights, _ = mmdit_table.widen(weights, config, meta["in_channels"])
+    lora = adapters.of_training(tensors, config, meta)
+    found = adapters.Weighted(lora, 1.0, str(path))
+    return Model(config, weights, (*base.loras, found))
 
 
 def read_json(path: Path, problems: list[str]) -> dict:

@@ -259,6 +259,15 @@ def block_modules(depth: int, mmdit_depth: int) -> dict[str, list[str]]:
     }
 
 
+def dense_layers(config: MMDiTConfig) -> dict[str, list[str]]:
+    """Return our dense layers -> theirs, without the layer of the input channels."""
+    return {
+        ours: theirs
+        for ours, theirs in _modules(config).items()
+        if ours != "patches" and not ours.endswith("norm")
+    }
+
+
 def _modules(config: MMDiTConfig) -> dict[str, list[str]]:
     """Return our modules -> theirs in the original's names."""
     modules = {ours: [theirs] for ours, theirs in MODEL.items()}

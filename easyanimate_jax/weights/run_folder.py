@@ -18,6 +18,8 @@ from easyanimate_jax.weights.module import WEIGHTS
 
 logger = logging.getLogger(__name__)
 
+Frozen = Literal["vae", "text", "init"]  # fields of a TrainConfig
+
 VAE = "CausalVAE"  # "class" in the meta of VAE checkpoints; transformer checkpoints have none
 LEAF = ".value"  # orbax's names end in the attribute of an nnx variable
 
@@ -64,10 +66,11 @@ def check_format(folder: Path) -> None:
         )
 
 
-def frozen_model(folder: str | Path, config: Mapping, name: Literal["vae", "text"]) -> Path:
-    """Return the path of a run's VAE or text encoders: the first of `frozen_places` that exists.
+def frozen_model(folder: str | Path, config: Mapping, name: Frozen) -> Path:
+    """Return the path of a model that a run reads and does not train.
 
-    If none exists, return the path that the config names.
+    It is the first of `frozen_places` that exists. If none exists, return the path that the config
+    names.
     """
     places = frozen_places(folder, config, name)
     found = next((place for place in places if place.exists()), places[0])
@@ -76,8 +79,8 @@ def frozen_model(folder: str | Path, config: Mapping, name: Literal["vae", "text
     return found
 
 
-def frozen_places(folder: str | Path, config: Mapping, name: Literal["vae", "text"]) -> list[Path]:
-    """Return the paths to search for a run's VAE or text encoders, in order.
+def frozen_places(folder: str | Path, config: Mapping, name: Frozen) -> list[Path]:
+    """Return the paths to search for a run's VAE, text encoders or first weights, in order.
 
     1. The path that `config` names (the JSON of the run's TrainConfig). 2. The same path relative
     to the run, for a run that was moved together with it. 3. The folder of that name beside the
