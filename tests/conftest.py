@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shutil
+import tempfile
 
 from fast_compiles import FAST_COMPILES
 
@@ -9,6 +11,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count=8 {FAST_COMPILES}"
 )
+# One compilation cache for the commands that all tests start. The workers inherit its path.
+if "TESTS_COMPILED" not in os.environ:
+    os.environ["TESTS_COMPILED"] = tempfile.mkdtemp(prefix="compiled-")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -18,3 +23,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # JAX makes so many objects that the collector, by default, takes a tenth of the time.
 gc.set_threshold(100_000, 50, 50)
+
+
+def pytest_unconfigure(config):
+    """Remove the compilation cache at the end of the process that made it."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["TESTS_COMPILED"], ignore_errors=True)

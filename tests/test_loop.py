@@ -58,10 +58,10 @@ def folder(tmp_path_factory):
 def launch(folder: Path, run: str, devices: int = 1, *overrides: str) -> subprocess.Popen:
     config = folder / f"{run}.py"
     config.write_text(CUT.format(folder=folder, run=run))
-    return start(folder, [sys.executable, "train.py", str(config), *overrides], devices)
+    return start([sys.executable, "train.py", str(config), *overrides], devices)
 
 
-def start(folder: Path, words: list[str], devices: int = 1, **variables: str) -> subprocess.Popen:
+def start(words: list[str], devices: int = 1, **variables: str) -> subprocess.Popen:
     """A command with virtual devices; all share one compilation cache."""
     flags = f"--xla_force_host_platform_device_count={devices} {FAST_COMPILES}"
     return subprocess.Popen(
@@ -71,7 +71,7 @@ def start(folder: Path, words: list[str], devices: int = 1, **variables: str) ->
         | {
             "XLA_FLAGS": flags,
             "PYTHONPATH": str(ROOT),
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+            "JAX_COMPILATION_CACHE_DIR": os.environ["TESTS_COMPILED"],
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         | variables,

@@ -33,19 +33,19 @@ def ranks(count: int, folder: Path, run: str, *options: str) -> list[str]:
 @pytest.fixture(scope="module")
 def pair(folder):
     """Nobody disturbs it; all its checkpoints are kept."""
-    end(start(folder, ranks(2, folder, "pair", "--keep-every", "4"), 2))
+    end(start(ranks(2, folder, "pair", "--keep-every", "4"), 2))
     return prints(folder, "pair")
 
 
 def test_r5_a_signal_to_one_of_two_stops_both_at_one_step(folder, pair):
     beats = {"EASYANIMATE_HEARTBEATS": str(folder / "beats-asked")}
-    process = start(folder, ranks(2, folder, "asked"), 2, **beats)
+    process = start(ranks(2, folder, "asked"), 2, **beats)
     await_section(folder, "asked", "compile", process, rank=1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGTERM)
     output = end(process, 42)
     step = int(output.split("asked to stop: saved at step ")[1].split()[0])
-    output = end(start(folder, ranks(2, folder, "asked"), 2))
+    output = end(start(ranks(2, folder, "asked"), 2))
     assert f"resuming at step {step}" in output
     assert prints(folder, "asked") == pair
 
@@ -68,7 +68,7 @@ def test_r1_kills_in_the_worst_places_change_no_bit(folder, pair):
         "EASYANIMATE_FAULTS": ",".join(faults),
         "EASYANIMATE_FAULTS_ONCE": str(folder / "once"),
     }
-    process = start(folder, ranks(2, folder, "killed", "--save-every", "2"), 2, **once)
+    process = start(ranks(2, folder, "killed", "--save-every", "2"), 2, **once)
     output, noticed = "", []
     for line in process.stdout:
         output += line
@@ -91,7 +91,7 @@ def test_r8_a_rank_that_hangs_or_is_stopped_costs_a_restart(folder, pair):
     }
     # Less than JAX's own heartbeat, which the rank that waits would else be ended by, with code -6.
     words = ranks(2, folder, "still", "--hang-seconds", "6")
-    output = end(start(folder, words, 2, **once))
+    output = end(start(words, 2, **once))
     assert output.count("exit code 4 at step") == 2, output
     for frame in ("before_step", "flush"):  # of the rank that hangs, and of the one that waits
         assert f"in {frame}" in output, output
@@ -106,7 +106,7 @@ def test_r2_a_checkpoint_is_restored_whole_on_any_mesh(folder, pair, processes, 
     run = f"{processes}x{devices}"
     source, target = (folder / name / "checkpoints" / "4" for name in ("pair", run))
     shutil.copytree(source, target)
-    output = end(start(folder, ranks(processes, folder, run), devices))
+    output = end(start(ranks(processes, folder, run), devices))
     assert "resuming at step 4" in output
     assert prints(folder, run).keys() == pair.keys()
     ours, theirs = ([row["loss"] for row in rows(folder, name)] for name in (run, "pair"))
@@ -117,7 +117,7 @@ def test_two_processes_of_four_devices_train_like_one_of_eight(folder):
     """Each process has one of the two rows of a batch, its tokens split over four devices."""
     mesh = ("--mesh.fsdp", "2", "--mesh.context", "4")
     for run, processes, devices in (("two", 2, 4), ("one", 1, 8)):
-        end(start(folder, ranks(processes, folder, run, *mesh), devices))
+        end(start(ranks(processes, folder, run, *mesh), devices))
     two, one = ([row["loss"] for row in rows(folder, name)] for name in ("two", "one"))
     assert len(one) == STEPS
     np.testing.assert_allclose(two, one, rtol=1e-6)
@@ -163,5 +163,5 @@ MEMORY = """
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_r2_restoring_takes_no_second_copy(tmp_path):
     code = [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path / "checkpoints")]
-    end(start(tmp_path, [*code, "save"]))
-    assert float(end(start(tmp_path, [*code, "restore"])).split()[-1]) < 2.5
+    end(start([*code, "save"]))
+    assert float(end(start([*code, "restore"])).split()[-1]) < 2.5

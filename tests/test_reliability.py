@@ -64,7 +64,7 @@ def await_section(folder: Path, run: str, section: str, process: subprocess.Pope
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    end(start(folder, command(folder, "whole1")))
+    end(start(command(folder, "whole1")))
     return prints(folder, "whole1")
 
 
@@ -74,7 +74,7 @@ def test_r3_a_run_goes_on_from_any_step_to_the_same_bits(folder, whole):
     steps = sorted(random.sample(range(1, STEPS), 3))
     faults = ",".join(f"step@{step}" for step in steps)
     once = {"EASYANIMATE_FAULTS": faults, "EASYANIMATE_FAULTS_ONCE": str(folder / "r3")}
-    output = end(start(folder, [*SUPERVISED, "--", *command(folder, "resumed")], **once))
+    output = end(start([*SUPERVISED, "--", *command(folder, "resumed")], **once))
     assert output.count("starting again") == 3, faults
     assert prints(folder, "resumed") == whole, faults
     made, expected = rows(folder, "resumed"), rows(folder, "whole1")
@@ -85,12 +85,12 @@ def test_r3_a_run_goes_on_from_any_step_to_the_same_bits(folder, whole):
 @pytest.mark.reliability
 def test_r5_a_signal_saves_and_no_step_is_lost(folder, whole):
     beats = {"EASYANIMATE_HEARTBEATS": str(folder / "beats-asked")}
-    process = start(folder, command(folder, "asked"), **beats)
+    process = start(command(folder, "asked"), **beats)
     await_section(folder, "asked", "compile", process)
     process.send_signal(signal.SIGTERM)
     output = end(process, 42)
     step = int(output.split("asked to stop: saved at step ")[1].split()[0])
-    assert f"resuming at step {step}" in end(start(folder, command(folder, "asked")))
+    assert f"resuming at step {step}" in end(start(command(folder, "asked")))
     assert prints(folder, "asked") == whole
 
 
@@ -98,7 +98,7 @@ def test_r5_a_signal_saves_and_no_step_is_lost(folder, whole):
 def test_r7_a_full_disk_costs_two_checkpoints_and_nothing_else(folder, whole):
     """The kernel refuses to write for two saves in a row, and then no more."""
     words = command(folder, "full", "--save-every", "2")
-    output = end(start(folder, words, EASYANIMATE_FAULTS="full@6-8"))
+    output = end(start(words, EASYANIMATE_FAULTS="full@6-8"))
     for step in (6, 8):
         assert f"checkpoint {step} was not saved" in output
     assert run_folder.complete_steps(folder / "full" / "checkpoints") == [10, 12]
@@ -109,7 +109,7 @@ def test_r7_a_full_disk_costs_two_checkpoints_and_nothing_else(folder, whole):
 def test_r12_a_batch_that_is_not_finite_changes_nothing_but_two_counters(folder):
     more = ("--save-every", "1", "--keep-every", "1", "--stages.0.steps", "8")
     for value in ("nan", "inf"):
-        end(start(folder, command(folder, value, *more), EASYANIMATE_FAULTS=f"{value}@5"))
+        end(start(command(folder, value, *more), EASYANIMATE_FAULTS=f"{value}@5"))
         assert [row["skipped"] for row in rows(folder, value)] == [0] * 5 + [1] * 3
         before, after = (prints(folder, value, step) for step in (5, 6))
         assert before["ema"] == after["ema"]
@@ -120,7 +120,7 @@ def test_r12_a_batch_that_is_not_finite_changes_nothing_but_two_counters(folder)
 
 @pytest.mark.reliability
 def test_r12_many_nans_bring_the_run_back_and_past_them(folder):
-    output = end(start(folder, command(folder, "back"), EASYANIMATE_FAULTS="nan@1-12"))
+    output = end(start(command(folder, "back"), EASYANIMATE_FAULTS="nan@1-12"))
     assert "10 updates in a row were not finite at step 10: back to step" in output
     (event,) = map(json.loads, (folder / "back" / "divergence.jsonl").read_text().splitlines())
     assert event["offset"] == 200 and len(event["batches"]) == 10
@@ -132,7 +132,7 @@ def test_r12_many_nans_bring_the_run_back_and_past_them(folder):
 @pytest.mark.reliability
 def test_r12_a_loss_that_jumps_brings_the_run_back(folder):
     words = command(folder, "spiked", "--stages.0.steps", "30")
-    output = end(start(folder, words, EASYANIMATE_FAULTS="spike@22-29"))
+    output = end(start(words, EASYANIMATE_FAULTS="spike@22-29"))
     assert "the loss was above 10 times its median 3 times in a row at step 24" in output
     losses = [row["loss"] for row in rows(folder, "spiked")]
     assert len(losses) == 30 and max(losses) < 10
@@ -141,22 +141,22 @@ def test_r12_a_loss_that_jumps_brings_the_run_back(folder):
 
 @pytest.mark.reliability
 def test_r12_a_run_that_cannot_be_mended_leaves_with_its_own_code(folder):
-    output = end(start(folder, command(folder, "lost"), EASYANIMATE_FAULTS="nan"), 3)
+    output = end(start(command(folder, "lost"), EASYANIMATE_FAULTS="nan"), 3)
     assert "after 3 returns to earlier checkpoints" in output
 
 
 @pytest.mark.reliability
 def test_r8_a_hang_prints_the_stacks_and_leaves(folder, whole):
     words = command(folder, "hang", "--hang-seconds", "4")
-    output = end(start(folder, words, EASYANIMATE_FAULTS="hang@3"), 4)
+    output = end(start(words, EASYANIMATE_FAULTS="hang@3"), 4)
     assert "loop.py" in output and "in before_step" in output
     lasted, limit = (float(output.split(word)[1].split()[0]) for word in ("hang: ", "limit "))
     assert lasted < limit + 3
 
 
 def test_goodput_adds_up_over_a_kill(folder, whole):
-    end(start(folder, command(folder, "killed"), EASYANIMATE_FAULTS="step@7"), -9)
-    end(start(folder, command(folder, "killed")))
+    end(start(command(folder, "killed"), EASYANIMATE_FAULTS="step@7"), -9)
+    end(start(command(folder, "killed")))
     lines = (folder / "killed" / "goodput.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
     assert last["step"] == STEPS and 0 < last["goodput"] < 1
@@ -165,8 +165,8 @@ def test_goodput_adds_up_over_a_kill(folder, whole):
 
 
 def test_a_replayed_step_has_the_same_bits(folder, whole):
-    output = end(start(folder, command(folder, "whole1", "--replay", "8")))
+    output = end(start(command(folder, "whole1", "--replay", "8")))
     assert "step 8 made twice: nothing differs" in output
     assert len(rows(folder, "whole1")) == STEPS
-    error = end(start(folder, command(folder, "whole1", "--replay", "9")), 2)
+    error = end(start(command(folder, "whole1", "--replay", "9")), 2)
     assert "has no good checkpoint 9" in error

@@ -121,7 +121,7 @@ def copy_clips(data: Path, to: Path) -> None:
 def launch(data: Path, run: str, **faults: str) -> subprocess.Popen:
     config = data / f"{run}.py"
     config.write_text(TWO_STAGES.format(folder=data, run=run))
-    return start(data, [sys.executable, "train.py", str(config)], **faults)
+    return start([sys.executable, "train.py", str(config)], **faults)
 
 
 def left(output: Path) -> dict:
