@@ -89,8 +89,10 @@ def test_a_checkpoint_holds_adapters_alone_and_the_base_keeps_its_bits(whole):
     ours, theirs = flat_weights(model), flat_weights(base)
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
-    ups = [value for name, value in ours.items() if name.endswith("adapter.up")]
-    assert len(ups) == 4 and all(up.any() for up in ups)
+    # The text of the last block does not reach the output.
+    changed = {name for name, value in ours.items() if name.endswith("adapter.up") and value.any()}
+    layers = ("attention.q", "mlp.up")
+    assert changed == {f"blocks.0.video.{layer}.adapter.up" for layer in layers}
 
 
 def test_a_run_that_went_on_has_the_bits_of_one_that_was_never_stopped(whole, tmp_path):
@@ -155,9 +157,9 @@ def test_the_exported_file_and_the_merged_weights_make_the_runs_prediction(whole
         np.array([400.0], np.float32),
         tuple(rng.standard_normal((1, 3, width), np.float32) for width in (8, 12)),
     )
-    made = [jax.jit(lambda model, *x: model(*x))(model, *inputs) for model in models]
-    base = load_mmdit(whole.init, in_channels=33)(*map(jnp.asarray, inputs[:4]), inputs[4])
-    assert np.abs(made[0] - base).max() > 1e-2
+    models.append(load_mmdit(whole.init, in_channels=33))
+    *made, base = (jax.jit(lambda model, *x: model(*x))(model, *inputs) for model in models)
+    assert np.abs(made[0] - base).max() > 1e-3
     for other in made[1:]:
         np.testing.assert_allclose(other, made[0], atol=1e-5)
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 import jax
@@ -140,7 +140,7 @@ def fill(
         else:
             values[name] = read(leaf, tensors[name].astype(stored))
     if kernels == "int8":
-        module = jax.eval_shape(partial(_stored, module))
+        module = jax.eval_shape(_stored, module)
     filled = with_weights(module, lambda name, _: values.pop(name))
     files.raise_all("the weights cannot be used", problems)
     if mesh is not None and kernels == "int8":
