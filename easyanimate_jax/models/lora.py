@@ -30,10 +30,11 @@ GROUPS = {"all": "*", "attention": "blocks.*.attention.*", "mlp": "blocks.*.mlp.
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """The adapters that a run trains; the default rank, alpha and targets are the reference's."""
+    """The adapters that a run trains; the default alpha and targets are the reference's."""
 
-    rank: int = 128
-    """Rank of every adapter: the width between `down` and `up`."""
+    rank: int = 0
+    """Rank of every adapter: the width between `down` and `up`; the reference's is 128. 0 makes no
+    adapters and trains all weights."""
 
     alpha: float = 64.0
     """Strength of the adapters: their product is multiplied by alpha / rank."""
@@ -55,7 +56,7 @@ class LoRAConfig:
     """Type in which the frozen kernels are stored; "int8" stores those of the blocks in 8 bits."""
 
     def __post_init__(self):
-        check_fields(self, rank="[1, 4096]", alpha="(0, inf)", dropout="[0, 1)")
+        check_fields(self, rank="[0, 4096]", alpha="(0, inf)", dropout="[0, 1)")
         if not self.targets:
             raise ValueError('LoRAConfig: targets=(): name at least one layer, or use ("all",)')
 
@@ -139,6 +140,8 @@ def without_some(adapters, key: PRNGKeyArray, dropout: float):
     neither the mesh nor the microbatch.
     """
 
+    if not dropout:
+        return adapters
     leaves, structure = jax.tree_util.tree_flatten_with_path(adapters)
     dropped = []
     for number, (path, leaf) in enumerate(leaves):

@@ -112,8 +112,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule of all stages."""
 
-    lora: LoRAConfig | None = None
-    """Adapters to train beside the frozen weights of `init`; None trains all weights."""
+    lora: LoRAConfig = LoRAConfig()
+    """Adapters to train beside the frozen weights of `init`."""
 
     mesh: MeshConfig = MeshConfig()
     """Devices along each mesh axis."""
@@ -179,12 +179,12 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig.stages has {steps} steps in all; use 1 to {MAX_STEPS} steps"
             )
-        if self.lora is not None and not self.init:
+        if self.adapters and not self.init:
             raise ValueError(
-                "TrainConfig: lora trains adapters of existing weights, and init is empty; give "
+                "TrainConfig: lora.rank asks for adapters of existing weights, and init is empty; give "
                 "the path of the weights, such as --init EasyAnimateV5.1-12b-zh-InP"
             )
-        if self.lora is not None and self.optimizer.matrices != "adam":
+        if self.adapters and self.optimizer.matrices != "adam":
             raise ValueError(
                 f"TrainConfig: optimizer.matrices={self.optimizer.matrices!r} with lora: adapters "
                 f"are trained by Adam; use 'adam'"
@@ -214,7 +214,12 @@ class TrainConfig:
     @property
     def step(self) -> StepConfig:
         """Return the settings that the train step of every stage depends on."""
-        return StepConfig(self.model, self.optimizer, self.process, self.ema_decay, self.lora)
+        return StepConfig(self.model, self.optimizer, self.process, self.ema_decay, self.adapters)
+
+    @property
+    def adapters(self) -> LoRAConfig | None:
+        """Return the adapters that the run trains; None if it trains all weights."""
+        return self.lora if self.lora.rank else None
 
     def set(self, name: str) -> LatentSet:
         """Return the latent set with this name."""

@@ -19,7 +19,7 @@ def describe_run(config: TrainConfig) -> str:
     """Return a config's stages, buckets, parameter count and state bytes per device, as text."""
     model = dataclasses.replace(config.model, in_channels=config.stages[-1].in_channels)
     make = partial(
-        init_state, partial(make_model, model, config.lora), make_optimizer(config.optimizer)
+        init_state, partial(make_model, model, config.adapters), make_optimizer(config.optimizer)
     )
     state = jax.eval_shape(make, jax.random.key(0))
     trained, frozen = (
@@ -29,7 +29,7 @@ def describe_run(config: TrainConfig) -> str:
     lines = [
         f"model    {model.depth} blocks ({model.mmdit_depth} with their own text weights), width "
         f"{model.width} = {model.heads} heads x {model.head_width}, {parameters:,} parameters",
-        *_lora_lines(config.lora, trained),
+        *_lora_lines(config.adapters, trained),
         f"process  {config.process}",
         *_mesh_lines(config.mesh, state),
         "",

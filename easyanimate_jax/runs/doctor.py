@@ -157,7 +157,7 @@ def fits(config: TrainConfig) -> list[Finding]:
         mesh = make_mesh(config.mesh)
         channels = max(stage.in_channels for stage in config.stages)
         model = dataclasses.replace(config.model, in_channels=channels)
-        _, _, state = abstract_state(model, make_optimizer(config.optimizer), mesh, config.lora)
+        _, _, state = abstract_state(model, make_optimizer(config.optimizer), mesh, config.adapters)
     except ValueError as error:
         return [Finding("mesh", False, str(error))]
     leaves = jax.tree.leaves(state)

@@ -63,7 +63,7 @@ class States:
         return self._start()
 
     def _start(self) -> TrainState:
-        stage, lora = self.config.stages[0], self.config.lora
+        stage, lora = self.config.stages[0], self.config.adapters
         make, placed, _ = self._abstract(stage.in_channels)
         key = jax.random.fold_in(self.key, 1)
         if not self.config.init:
@@ -110,7 +110,7 @@ class States:
         if found is None:
             return None
         step, state, meta = found
-        if self.config.lora:
+        if self.config.adapters:
             state = self._with_base(state, meta)
         logger.info("resuming at step %d (stage %r)", step, meta["stage"])
         return step, state
@@ -136,7 +136,7 @@ class States:
     def whole(self, state: TrainState) -> MMDiT:
         """Return the averaged model of a state."""
         model = dataclasses.replace(self.config.model, in_channels=input_channels(state))
-        return whole(graph_of(model, self.config.lora), state.ema, state.frozen)
+        return whole(graph_of(model, self.config.adapters), state.ema, state.frozen)
 
     def at(self, step: int) -> TrainState:
         """Return the state of checkpoint `step`. Raises ValueError if it is missing or damaged."""
@@ -186,7 +186,7 @@ class States:
     def _abstract(self, in_channels: int):
         """Return (function key -> state, the state's shardings, the state as shapes)."""
         model = dataclasses.replace(self.config.model, in_channels=in_channels)
-        return abstract_state(model, self.optimizer, self.mesh, self.config.lora)
+        return abstract_state(model, self.optimizer, self.mesh, self.config.adapters)
 
 
 def open_checkpoints(config: TrainConfig, **options) -> Checkpoints:

@@ -164,8 +164,7 @@ def train_step(
     batch = batch._replace(weight=batch.weight / batch.weight.sum())
 
     def loss_of(weights, batch, time, rows):
-        if dropout:
-            weights = without_some(weights, jax.random.fold_in(step_key, 1), dropout)
+        weights = without_some(weights, jax.random.fold_in(step_key, 1), dropout)
         model = whole(graph, weights, state.frozen)
         return denoising_loss(model, batch, time, rows, noise_key, process=process)
 

@@ -180,11 +180,11 @@ class Plan:
             self._add_adapters(source)
         elif not places:
             if (source / PEFT_CONFIG).is_file():
-                self._add_lora(read_lora(source))
+                self.parts += _lora_part(read_lora(source), self.options, self.problems)
                 return
             names = self._open(source)
             if is_lora(names):
-                self._add_lora(read_lora(source))
+                self.parts += _lora_part(read_lora(source), self.options, self.problems)
             elif self.options.to == "comfyui":
                 self.problems.append("--to comfyui is for LoRA files; use diffusers or original")
             elif names and not self.problems:
@@ -209,7 +209,7 @@ class Plan:
             step=self.options.step,
         )
         if model and model.loras:
-            self._add_lora(model.loras[-1].lora)
+            self.parts += _lora_part(model.loras[-1].lora, self.options, self.problems)
         elif model:
             self.problems.append(
                 f"{source} trained all weights and has no adapters: name a folder, not a file"
@@ -360,23 +360,23 @@ class Plan:
         fields = read_json(place / "tokenizer_config.json", self.problems)
         return ["transformers", fields.get("tokenizer_class")]
 
-    def _add_lora(self, lora: LoRA) -> None:
-        """Add a LoRA file. A dtype is that of its matrices."""
-        to, dtype = self.options.to, self.options.dtype
-        if to == "jax":
-            self.problems.append(
-                "a LoRA file has no layout of its own in JAX; use --to original, diffusers or "
-                "comfyui, or load it with sample.py --lora"
-            )
-            return
-        if dtype:
-            pairs = {
-                name: Pair(pair.down.astype(dtype), pair.up.astype(dtype), pair.alpha)
-                for name, pair in lora.pairs.items()
-            }
-            lora = LoRA(pairs, lora.metadata)
-        tensors, told = to_tensors(lora, to), metadata_for(lora, to)
-        self.parts.append(Part("", tensors, LORA_FILE, sys.maxsize, metadata=told))
+
+def _lora_part(lora: LoRA, options: Options, problems: list[str]) -> list[Part]:
+    """Return the file of a LoRA; a dtype is that of its matrices. [] after a problem."""
+    if options.to == "jax":
+        problems.append(
+            "a LoRA file has no layout of its own in JAX; use --to original, diffusers or "
+            "comfyui, or load it with sample.py --lora"
+        )
+        return []
+    if options.dtype:
+        pairs = {
+            name: Pair(pair.down.astype(options.dtype), pair.up.astype(options.dtype), pair.alpha)
+            for name, pair in lora.pairs.items()
+        }
+        lora = LoRA(pairs, lora.metadata)
+    tensors, told = to_tensors(lora, options.to), metadata_for(lora, options.to)
+    return [Part("", tensors, LORA_FILE, sys.maxsize, metadata=told)]
 
 
 def _json(fields: Mapping) -> str:

@@ -123,7 +123,7 @@ def open_model(
             vae = run_folder.frozen_model(path, meta["config"], "vae")
             return open_model(vae, name, problems, dtype=dtype)
         meta, tensors = run_folder.open_transformer(path, weights, step)
-        if meta["config"].get("lora"):
+        if meta["config"].get("lora", {}).get("rank"):
             return _open_lora_run(path, meta, tensors, problems, dtype)
         fields = meta["config"]["model"] | {"in_channels": meta["in_channels"]}
         tensors = files.checked(tensors, problems, dtype)
