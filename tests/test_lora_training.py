@@ -171,9 +171,7 @@ def test_describe_says_what_is_trained_and_what_it_takes(config):
 
 
 def test_a_config_of_adapters_needs_weights_and_adam(config):
-    with pytest.raises(
-        ValueError, match="lora trains adapters of existing weights, and init is em"
-    ):
+    with pytest.raises(ValueError, match="asks for adapters of existing weights, and init is em"):
         replace(config, init="")
     with pytest.raises(ValueError, match="adapters are trained by Adam; use 'adam'"):
         replace(config, optimizer=DEMO.optimizer)

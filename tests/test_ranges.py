@@ -23,6 +23,7 @@ from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.samplers import SAMPLERS
 from easyanimate_jax.facts import check_fields
 from easyanimate_jax.generation.denoising import Sampling
+from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.prepare.captions import Server
@@ -75,6 +76,8 @@ QWEN2 |= {
 VAE_STAGE = {"steps": 1, "batch_size": 1, "frames": 1, "size": 16}
 VAE_TRAIN = {"vae": VAEConfig(), "data": "", "output": "", "stages": (VAEStage(**VAE_STAGE),)}
 SIDE = ((16, 1344), (15, 1345))
+
+LORAS = ((("a", -2.0),),), ((("a", math.nan),),)
 
 # Class -> what it needs, and the ends of each number: accepted, refused.
 CLASSES = {
@@ -129,6 +132,7 @@ CLASSES = {
             "clip_start": FROM_0,
         },
     ),
+    LoRAConfig: ({}, {"rank": ((0, 4096), (-1, 4097)), "alpha": ABOVE, "dropout": PART}),
     MeshConfig: (
         {},
         {"data": COUNT, "fsdp": ((-1, 1), (-2, 0)), "context": COUNT, "tensor": COUNT},
@@ -229,7 +233,10 @@ CLASSES = {
             "teacache": RATE,
         },
     ),
-    Options: ({"to": "jax"}, {"step": FROM_0, "in_channels": COUNT, "shard_bytes": COUNT}),
+    Options: (
+        {"to": "jax"},
+        {"step": FROM_0, "in_channels": COUNT, "shard_bytes": COUNT, "loras": LORAS},
+    ),
     WorldConfig: (
         {},
         {"images": FROM_0, "clips": FROM_0, "large_clips": FROM_0, "heldout": FROM_0, "seed": SEED},
@@ -265,7 +272,7 @@ NO_CONFIGS = {
     *("SampleRequest", "Faults"),  # the first has its ranges in `check`
 }
 ONE_VALUE = {"patch", "out_channels", "latent_channels"}  # fields that admit no other
-ANY_SIZE = {"latent_mean"}  # numbers that are only finite
+ANY_SIZE = {"latent_mean", "loras"}  # numbers that are only finite
 
 FIELDS = [(cls, name) for cls, (_, fields) in CLASSES.items() for name in fields]
 each_number = pytest.mark.parametrize(
@@ -374,6 +381,7 @@ def test_a_number_without_a_range_and_a_range_without_a_number_are_mistakes():
         (Stage, "task", "v2v", "'t2v', 'i2v'"),
         (OptimizerConfig, "matrices", "lion", "'adam', 'muon'"),
         (VAETrainConfig, "matrices", "lion", "'adam', 'muon'"),
+        (LoRAConfig, "base", "float8", "'float32', 'bfloat16', 'int8'"),
         (MMDiTConfig, "dtype", "float8", "'bfloat16', 'float16', 'float32'"),
         (VAEConfig, "dtype", "float64", "'bfloat16', 'float16', 'float32'"),
         (VAEConfig, "norm", "batch", "'group', 'rms'"),

@@ -181,8 +181,8 @@ class TrainConfig:
             )
         if self.adapters and not self.init:
             raise ValueError(
-                "TrainConfig: lora.rank asks for adapters of existing weights, and init is empty; give "
-                "the path of the weights, such as --init EasyAnimateV5.1-12b-zh-InP"
+                "TrainConfig: lora.rank asks for adapters of existing weights, and init is empty; "
+                "give the path of the weights, such as --init EasyAnimateV5.1-12b-zh-InP"
             )
         if self.adapters and self.optimizer.matrices != "adam":
             raise ValueError(

@@ -201,13 +201,8 @@ class Plan:
                 self._add_pipeline_files(places)
 
     def _add_adapters(self, source: Path) -> None:
-        model = open_model(
-            source,
-            "transformer",
-            self.problems,
-            weights=self.options.weights,
-            step=self.options.step,
-        )
+        which = {"weights": self.options.weights, "step": self.options.step}
+        model = open_model(source, "transformer", self.problems, **which)
         if model and model.loras:
             self.parts += _lora_part(model.loras[-1].lora, self.options, self.problems)
         elif model:
