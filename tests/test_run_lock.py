@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from easyanimate_jax.training.safety.lock import RunLock
+from easyanimate_jax.disk.lock import FolderLock
 
 ROOT = Path(__file__).parent.parent
 HOLDER = """
 import sys, time
 from pathlib import Path
-from easyanimate_jax.training.safety.lock import RunLock
-with RunLock(Path(sys.argv[1])):
+from easyanimate_jax.disk.lock import FolderLock
+with FolderLock(Path(sys.argv[1]), option="--run"):
     print("held", flush=True)
     time.sleep(60)
 """
@@ -34,27 +34,27 @@ def holder(tmp_path):
 
 def test_a_second_process_is_refused_and_told_who_is_there(holder, tmp_path):
     who = rf"run is in use by process {holder.pid} on {socket.gethostname()} since 20.*--run"
-    with pytest.raises(ValueError, match=who), RunLock(tmp_path / "run", wait=0.0):
+    with pytest.raises(ValueError, match=who), FolderLock(tmp_path / "run", option="--run", wait=0.0):
         pass
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
 def test_the_lock_of_a_killed_process_is_free(holder, tmp_path):
     holder.send_signal(signal.SIGKILL)
-    with RunLock(tmp_path / "run"):
+    with FolderLock(tmp_path / "run", option="--run"):
         assert str(os.getpid()) in (tmp_path / "run" / "lock").read_text()
-    with RunLock(tmp_path / "run", wait=0.0):
+    with FolderLock(tmp_path / "run", option="--run", wait=0.0):
         pass
 
 
 def test_a_refused_run_leaves_no_new_folder_and_keeps_an_old_one(tmp_path):
-    with pytest.raises(RuntimeError), RunLock(tmp_path / "run"):
+    with pytest.raises(RuntimeError), FolderLock(tmp_path / "run", option="--run"):
         raise RuntimeError
     assert not (tmp_path / "run").exists()
-    with pytest.raises(RuntimeError), RunLock(tmp_path / "run") as lock:
+    with pytest.raises(RuntimeError), FolderLock(tmp_path / "run", option="--run") as lock:
         lock.begun = True
         raise RuntimeError
     (tmp_path / "run" / "mine").touch()
-    with pytest.raises(RuntimeError), RunLock(tmp_path / "run"):
+    with pytest.raises(RuntimeError), FolderLock(tmp_path / "run", option="--run"):
         raise RuntimeError
     assert (tmp_path / "run" / "mine").exists()

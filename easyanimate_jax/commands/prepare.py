@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from tyro.conf import Positional
 
@@ -34,14 +35,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def _prepare(arguments: Sequence[str]) -> int:
     own, config = parse.options_and_config(Options, arguments, "prepare", HELP, ("TrainConfig",))
-    part, parts = parse.part_of(own.part)
+    part = parse.part_of(own.part)
     import jax
 
-    from easyanimate_jax.prepare.prepare import fingerprint, prepare
+    from easyanimate_jax.data.contents import fingerprint
+    from easyanimate_jax.prepare.prepare import output_lock, prepare
     from easyanimate_jax.sharding import MeshConfig, make_mesh
     from easyanimate_jax.text.encode import TextEncoder
     from easyanimate_jax.weights.folder import load_vae
 
+    output_lock(Path(config.prepared), part).look()  # before a device starts
     with jax.set_mesh(make_mesh(MeshConfig())):  # all local devices, not the training's mesh
         whole = prepare(
             config.source,
@@ -52,8 +55,9 @@ def _prepare(arguments: Sequence[str]) -> int:
             config.samples.prompts,
             config.seed,
             weights={"vae": fingerprint(config.vae), "text": fingerprint(config.text)},
-            part=(part, parts),
+            part=part,
+            links=config.links,
         )
     if not whole:
-        print(f"part {part}/{parts} is done; other parts are not")
+        print(f"part {own.part} is done; other parts are not")
     return DONE
