@@ -22,6 +22,10 @@ with FolderLock(Path(sys.argv[1]), option="--run"):
 """
 
 
+def lock(folder, **options):
+    return FolderLock(folder / "run", option="--run", **options)
+
+
 @pytest.fixture
 def holder(tmp_path):
     words = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
@@ -34,27 +38,27 @@ def holder(tmp_path):
 
 def test_a_second_process_is_refused_and_told_who_is_there(holder, tmp_path):
     who = rf"run is in use by process {holder.pid} on {socket.gethostname()} since 20.*--run"
-    with pytest.raises(ValueError, match=who), FolderLock(tmp_path / "run", option="--run", wait=0.0):
+    with pytest.raises(ValueError, match=who), lock(tmp_path, wait=0.0):
         pass
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
 def test_the_lock_of_a_killed_process_is_free(holder, tmp_path):
     holder.send_signal(signal.SIGKILL)
-    with FolderLock(tmp_path / "run", option="--run"):
+    with lock(tmp_path):
         assert str(os.getpid()) in (tmp_path / "run" / "lock").read_text()
-    with FolderLock(tmp_path / "run", option="--run", wait=0.0):
+    with lock(tmp_path, wait=0.0):
         pass
 
 
 def test_a_refused_run_leaves_no_new_folder_and_keeps_an_old_one(tmp_path):
-    with pytest.raises(RuntimeError), FolderLock(tmp_path / "run", option="--run"):
+    with pytest.raises(RuntimeError), lock(tmp_path):
         raise RuntimeError
     assert not (tmp_path / "run").exists()
-    with pytest.raises(RuntimeError), FolderLock(tmp_path / "run", option="--run") as lock:
-        lock.begun = True
+    with pytest.raises(RuntimeError), lock(tmp_path) as held:
+        held.begun = True
         raise RuntimeError
     (tmp_path / "run" / "mine").touch()
-    with pytest.raises(RuntimeError), FolderLock(tmp_path / "run", option="--run"):
+    with pytest.raises(RuntimeError), lock(tmp_path):
         raise RuntimeError
     assert (tmp_path / "run" / "mine").exists()

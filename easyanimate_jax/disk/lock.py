@@ -40,9 +40,10 @@ class FolderLock:
         option: str,
         part: tuple[int, int] = (0, 1),
         mode: int = 0o777,
-        wait: float = PATIENCE,
+        wait: float | None = None,
     ):
-        self.folder, self.option, self.mode, self.wait = folder, option, mode, wait
+        self.folder, self.option, self.mode = folder, option, mode
+        self.wait = PATIENCE if wait is None else wait
         self.part, self.parts = part
         several = f"-{self.part}-of-{self.parts}" if self.parts > 1 else ""
         self.path = folder / f"lock{several}"
@@ -71,8 +72,8 @@ class FolderLock:
         self.file.close()
         if kind and not self.begun and self.parts == 1:
             shutil.rmtree(self.folder, ignore_errors=True)
-        elif kind and not self.existed:
-            with contextlib.suppress(OSError):  # it is not empty: we or other parts have begun
+        elif kind and not self.begun:
+            with contextlib.suppress(OSError):  # other parts have begun: it is not empty
                 self.folder.rmdir()
 
     def look(self) -> None:
