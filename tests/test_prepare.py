@@ -1,12 +1,15 @@
 """Files become records: right latents, all captions, honest draws, resumable, nothing silent."""
 
+import dataclasses
 import json
+import os
 import shutil
 
 import flax.nnx as nnx
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from easyanimate_jax.commands import prepare as command
 from easyanimate_jax.data import media
@@ -257,3 +260,168 @@ def test_a_fingerprint_follows_names_and_contents(tmp_path):
     assert fingerprint(tmp_path) == one
     (tmp_path / "config.json").write_text("2")
     assert fingerprint(tmp_path) != one
+
+
+PICTURES = LatentSet("small", Budget(4, (4,), (32,), frames=1), kinds=("image",))
+
+
+def picture(path, seed):
+    """Of the same bytes in number whatever the seed, and of the same date."""
+    rng = np.random.default_rng(seed)
+    Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(path)
+    os.utime(path, (1e9, 1e9))
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """A source of six pictures; the names that are decoded are noted."""
+    folder, read = tmp_path / "source", prepare_module.read_pixels
+    folder.mkdir()
+    for i in range(6):
+        picture(folder / f"{i}.tif", i)
+    describe_pictures(folder, range(6))
+    decoded = []
+    monkeypatch.setattr(
+        prepare_module,
+        "read_pixels",
+        lambda job, *r: decoded.append(job.clip.name) or read(job, *r),
+    )
+    return folder, decoded
+
+
+def describe_pictures(folder, numbers, **captions):
+    rows = [{"file_path": f"{i}.tif", "text": captions.get(f"p{i}", f"text {i}")} for i in numbers]
+    (folder / "metadata.json").write_text(json.dumps(rows))
+
+
+def contents(records):
+    return {records.index["clip"][i]: records[i] for i in range(len(records))}
+
+
+def check_change(source, vae, decoded, change, made, told=(), **options):
+    """Prepare, change the source, and prepare again: what was decoded, and which texts encoded.
+
+    What is kept has its bits; the whole is what a new folder gets.
+    """
+    before = contents(run(source, vae, **options))
+    change()
+    decoded.clear()
+    text = FakeText()
+    after = run(source, vae, text, **options)
+    assert sorted(decoded) == sorted(made) and set(text.asked) == {*PROMPTS, *told}
+    for name, record in contents(after).items():
+        if name not in made and name in before:
+            for field in ("mean", "logvar"):
+                np.testing.assert_array_equal(record[field], before[name][field])
+    shutil.rmtree(source.parent / "out")
+    fresh = run(source, vae, **options)
+    assert fresh.header == after.header
+    for i in range(len(fresh)):
+        for name, value in fresh[i].items():
+            np.testing.assert_array_equal(after[i][name], value)
+    return before, contents(after)
+
+
+def test_a_film_of_the_same_size_and_date_is_made_again_and_no_other(source, vae, monkeypatch):
+    """The example: found by its content, not by its name, size or date."""
+    decoded, read = [], prepare_module.read_pixels
+    monkeypatch.setattr(
+        prepare_module,
+        "read_pixels",
+        lambda job, *r: decoded.append(job.clip.name) or read(job, *r),
+    )
+    films = dataclasses.replace(SET, kinds=("video",), condition_draws=0)
+    run(source, vae, sets=(films,))
+    film, other = source / "2.mp4", (source / "3.mp4").read_bytes()
+    size, date = film.stat().st_size, film.stat().st_mtime_ns
+    room = size - len(other)
+    if room < 8:  # the larger file stays, and a "free" box fills the smaller one
+        film, other, room = source / "3.mp4", film.read_bytes(), -room
+        date = film.stat().st_mtime_ns
+    film.write_bytes(other + room.to_bytes(4, "big") + b"free" + bytes(max(0, room - 8)))
+    os.utime(film, ns=(date, date))
+    decoded.clear()
+    records = contents(run(source, vae, sets=(films,)))
+    assert decoded == [film.name]
+    mine, twin = (records[name]["mean"].astype(np.float32) for name in ("2.mp4", "3.mp4"))
+    np.testing.assert_allclose(mine, twin, atol=5e-3)  # both hold the same frames now
+
+
+def test_a_picture_that_changed_is_made_again(pictures, vae):
+    folder, decoded = pictures
+    change = lambda: picture(folder / "1.tif", 99)  # noqa: E731
+    before, after = check_change(
+        folder, vae, decoded, change, ["1.tif"], ["text 1"], sets=(PICTURES,)
+    )
+    assert not np.array_equal(before["1.tif"]["mean"], after["1.tif"]["mean"])
+
+
+def test_captions_that_changed_are_encoded_again_and_no_pixel(pictures, vae):
+    folder, decoded = pictures
+    change = lambda: describe_pictures(folder, range(6), p4="a longer text")  # noqa: E731
+    _, after = check_change(folder, vae, decoded, change, [], ["a longer text"], sets=(PICTURES,))
+    assert after["4.tif"]["text0"][0, 0, 0] == len("a longer text")
+
+
+def test_clips_come_and_go_and_the_others_are_copied(pictures, vae):
+    folder, decoded = pictures
+    picture(folder / "00.tif", 7)
+
+    def change():
+        rows = json.loads((folder / "metadata.json").read_text())
+        rows = [{"file_path": "00.tif", "text": "first"}, *rows[:3], *rows[4:]]
+        (folder / "metadata.json").write_text(json.dumps(rows))
+
+    _, after = check_change(folder, vae, decoded, change, ["00.tif"], ["first"], sets=(PICTURES,))
+    assert sorted(after) == ["0.tif", "00.tif", "1.tif", "2.tif", "4.tif", "5.tif"]
+    assert len(list((folder.parent / "out" / "small").glob("shard-*.npz"))) == 3  # none out of date
+
+
+def test_a_bad_copy_that_became_good_is_tried_again(pictures, vae):
+    folder, decoded = pictures
+    whole = (folder / "5.tif").read_bytes()
+    (folder / "5.tif").write_bytes(whole[:300])  # its header is whole
+    quarantine = folder.parent / "out" / "quarantine.jsonl"
+
+    def change():
+        assert "5.tif" in quarantine.read_text()
+        (folder / "5.tif").write_bytes(whole)
+
+    _, after = check_change(folder, vae, decoded, change, ["5.tif"], ["text 5"], sets=(PICTURES,))
+    assert "5.tif" in after and not quarantine.exists()
+
+
+def test_a_control_file_that_changed_is_encoded_again(pictures, vae):
+    folder, decoded = pictures
+    rows = json.loads((folder / "metadata.json").read_text())
+    for i, row in enumerate(rows):
+        row["control_file_path"] = f"c{i}.tif"
+        picture(folder / f"c{i}.tif", 50 + i)
+    (folder / "metadata.json").write_text(json.dumps(rows))
+
+    def change():
+        picture(folder / "c2.tif", 99)
+
+    led = dataclasses.replace(PICTURES, control="file")
+    before, after = check_change(folder, vae, decoded, change, ["2.tif"], ["text 2"], sets=(led,))
+    assert not np.array_equal(before["2.tif"]["control_mean"], after["2.tif"]["control_mean"])
+
+
+def test_a_set_of_an_earlier_version_is_kept_and_named(source, vae):
+    run(source, vae, sets=(PICTURES,))
+    path = source.parent / "out" / "small" / "identity.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"jobs": "0"}))
+    before = sorted(file.name for file in path.parent.iterdir())
+    with pytest.raises(ValueError, match=r"earlier version.*--prepared"):
+        run(source, vae, sets=(PICTURES,))
+    assert sorted(file.name for file in path.parent.iterdir()) == before
+
+
+def test_a_refused_set_leaves_the_other_files_as_they_were(source, vae):
+    run(source, vae, sets=(PICTURES,))
+    out = source.parent / "out"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    others = {"vae": "other", "text": "other"}
+    with pytest.raises(ValueError, match="another weights"):
+        run(source, vae, sets=(PICTURES,), weights=others)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

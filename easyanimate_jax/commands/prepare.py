@@ -8,6 +8,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.disk.lock import FolderLock
 from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Encode the clips of a config to records: latents and text states, for every set.
@@ -36,15 +37,15 @@ def main(arguments: Sequence[str]) -> int:
 def _prepare(arguments: Sequence[str]) -> int:
     own, config = parse.options_and_config(Options, arguments, "prepare", HELP, ("TrainConfig",))
     part = parse.part_of(own.part)
+    FolderLock(Path(config.prepared), option="--prepared", part=part).look()  # no device yet
     import jax
 
     from easyanimate_jax.data.contents import fingerprint
-    from easyanimate_jax.prepare.prepare import output_lock, prepare
+    from easyanimate_jax.prepare.prepare import prepare
     from easyanimate_jax.sharding import MeshConfig, make_mesh
     from easyanimate_jax.text.encode import TextEncoder
     from easyanimate_jax.weights.folder import load_vae
 
-    output_lock(Path(config.prepared), part).look()  # before a device starts
     with jax.set_mesh(make_mesh(MeshConfig())):  # all local devices, not the training's mesh
         whole = prepare(
             config.source,

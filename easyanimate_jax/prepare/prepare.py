@@ -74,7 +74,7 @@ def prepare(
     the clips of a set or part are unreadable.
     """
     output = local_path(output)
-    with output_lock(output, part) as lock:
+    with FolderLock(output, option="--prepared", part=part) as lock:
         clips, problems = read_clips(source, links)
         contents = Contents(output / "contents.jsonl")
         made_of = {"weights": weights, "seed": seed, "shard_size": shard_size}
@@ -103,11 +103,6 @@ def prepare(
             files = {clip.name for clip in clips} | {problem.file for problem in problems}
             quarantine.forget(files, but=lines)
         return all(whole)
-
-
-def output_lock(output: Path, part: tuple[int, int]) -> FolderLock:
-    """Return the lock of a part of the output folder."""
-    return FolderLock(output, option="--prepared", part=part)
 
 
 def prompts_key(prompts: Sequence[str], weights: dict[str, str]) -> str:
