@@ -10,15 +10,18 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from test_sources import ODD, odd
 
 from easyanimate_jax.commands import prepare as command
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget, Shape
 from easyanimate_jax.data.contents import fingerprint
 from easyanimate_jax.data.records import LatentSet, Records, read_texts
+from easyanimate_jax.data.sources import places
 from easyanimate_jax.models.mmdit import patchify
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.prepare import clips
+from easyanimate_jax.prepare import curate as curation
 from easyanimate_jax.prepare import prepare as prepare_module
 from easyanimate_jax.prepare.encode import Encoder
 from easyanimate_jax.prepare.prepare import prepare
@@ -425,3 +428,26 @@ def test_a_refused_set_leaves_the_other_files_as_they_were(source, vae):
     with pytest.raises(ValueError, match="another weights"):
         run(source, vae, sets=(PICTURES,), weights=others)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_odd_names_are_prepared_and_one_that_is_no_text_is_left_out_by_name(tmp_path, vae, capsys):
+    """Through the index, the records, the quarantine and the table of `curate`."""
+    folder = odd(tmp_path / "source #1 [a] 100%")
+    out = tmp_path / "out: a%41?[b]#c"
+    sets = PICTURES, dataclasses.replace(PICTURES, name="places: #2 [x]", pixels=True)
+    sets = tuple(dataclasses.replace(s, budget=Budget(1, (1,), (16,), frames=1)) for s in sets)
+    assert prepare(folder, out, sets, vae, FakeText(), PROMPTS, 0, weights={})
+    latents, located = (Records(out / s.name) for s in sets)
+    assert set(latents.index["clip"]) == set(located.index["clip"]) == set(ODD)
+    for i, name in enumerate(located.index["clip"]):
+        clip = places.from_bytes(located[i]["place"], located.folder / located.header["root"])
+        assert (clip.name, clip.path) == (name, folder / name)
+    (line,) = (out / "quarantine.jsonl").read_text("utf-8").split("\n")[:-1]
+    assert json.loads(line)["file"] == r"caf\xe9.png"
+
+    rules = curation.Rules(min_pixels=0)
+    rows = curation.curate(folder, out / "a: b" / "table", rules, (), workers=1)
+    left_out = {row["clip"]: row["left_out"] for row in rows}
+    assert set(ODD) <= set(left_out)
+    kept, _ = prepare_module.read_clips(out / "a: b" / "table" / "clips.parquet")
+    assert {clip.name for clip in kept} == {n for n, why in left_out.items() if not why}

@@ -104,14 +104,13 @@ def test_parts_of_one_work_run_together_and_no_others(hold, tmp_path, part, mess
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock-0-of-2"]
 
 
-@pytest.mark.parametrize("verb", ["prepare", "curate", "text", "control"])
+@pytest.mark.parametrize("verb", ["prepare", "curate", "control"])
 def test_a_second_command_is_refused_before_it_works(holder, tmp_path, verb, monkeypatch, capsys):
     run = tmp_path / "run"
     (run / "metadata.json").write_text('[{"file_path": "a.mp4", "text": "a"}]')
     words = {
         "prepare": ["configs/demo.py", "--prepared", str(run)],
         "curate": [str(run), str(run)],
-        "text": [str(run), str(run)],
         "control": [str(run), "canny"],
     }
     before = sorted(run.iterdir())

@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from easyanimate_jax.disk.local import SCHEME, local_path, shown
+from easyanimate_jax.disk.local import SCHEME, local_path, quoted, shown
 
 
 def check_name(name: str) -> None:
@@ -87,4 +87,4 @@ def _check_text(name: str) -> None:
     if not name or "\0" in name:
         raise ValueError(f"file name {name!r} is no name; correct it")
     if shown(name) != name:
-        raise ValueError(f"file name {shown(name)!r} is not UTF-8; rename the file")
+        raise ValueError(f"file name {quoted(name)} is not UTF-8; rename the file")

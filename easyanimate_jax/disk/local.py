@@ -51,12 +51,18 @@ def shown(name: str) -> str:
         return name.encode("utf-8", "backslashreplace").decode()
 
 
+def quoted(name: str) -> str:
+    """Return a name in quotation marks, for a message."""
+    text = shown(name)
+    return repr(name) if text == name else f"'{text}'"
+
+
 def _from_url(text: str) -> str:
     """Return the path of a `file:` URL."""
     scheme, _, rest = text.partition(":")
     if scheme.lower() != "file":
         raise ValueError(
-            f"{shown(text)!r} is no local path, and {scheme}:// is not supported; copy it to a "
+            f"{quoted(text)} is no local path, and {scheme}:// is not supported; copy it to a "
             f"local disk, or mount it, and give that path (a local folder named {scheme + ':'!r} "
             f"needs its absolute path)"
         )
@@ -64,7 +70,7 @@ def _from_url(text: str) -> str:
         host, slash, rest = rest[2:].partition("/")
         if host.lower() not in ("", "localhost") or not slash:
             raise ValueError(
-                f"{shown(text)!r} is not on this machine, but on {host!r}; write file:/// and an "
+                f"{quoted(text)} is not on this machine, but on {host!r}; write file:/// and an "
                 f"absolute path"
             )
         rest = f"/{rest}"
@@ -77,7 +83,7 @@ def _from_home(text: str) -> str:
     if expanded.startswith("~"):
         user = text.split("/")[0]
         raise ValueError(
-            f"{shown(text)!r}: this machine knows no home folder {shown(user)}; write "
+            f"{quoted(text)}: this machine knows no home folder {shown(user)}; write "
             f"./{shown(user)} for a local name, or give the absolute path"
         )
     return expanded
@@ -100,4 +106,4 @@ def _check(text: str) -> None:
             wrong = f"holds a name of {longest:,} bytes; use at most {LONGEST_NAME}"
     if wrong:
         short = text if len(text) < 100 else f"{text[:100]}..."
-        raise ValueError(f"path {shown(short)!r} {wrong}")
+        raise ValueError(f"path {quoted(short)} {wrong}")

@@ -29,7 +29,7 @@ from easyanimate_jax.data.buckets import name_word
 from easyanimate_jax.data.decode import decoders
 from easyanimate_jax.data.sources import clip_table, layouts, tars, tfds
 from easyanimate_jax.data.sources.rows import Clip, Problem, Row, caption_of
-from easyanimate_jax.disk.local import local_path, shown
+from easyanimate_jax.disk.local import local_path, quoted, shown
 
 KINDS = ("image", "video")
 
@@ -48,7 +48,7 @@ def read_clips(
     Links may lead out of the source into the folder `links`, such as the cache of a hub. Raises
     ValueError for an unknown layout, and for a source without any usable clip.
     """
-    source = local_path(source)
+    source, links = local_path(source), local_path(links) if links else None
     if source.suffix == ".toml":
         return _mixture(source, links)
     if clip_table.is_table(source):
@@ -184,7 +184,7 @@ def _reason(row: Row) -> str:
     if not isinstance(row.name, str) or not row.name:
         return "no file_path"
     if shown(row.name) != row.name:
-        return f"file name {shown(row.name)!r} is not UTF-8; rename the file"
+        return f"file name {quoted(row.name)} is not UTF-8; rename the file"
     if row.kind and row.kind not in KINDS:
         return f"type {row.kind!r} is neither 'image' nor 'video'"
     return caption_of(row.text)
