@@ -48,7 +48,7 @@ def _prepare(arguments: Sequence[str]) -> int:
 
     with jax.set_mesh(make_mesh(MeshConfig())):  # all local devices, not the training's mesh
         whole = prepare(
-            config.source,
+            (config.source, config.links),
             config.prepared,
             config.sets,
             load_vae(config.vae),
@@ -57,7 +57,6 @@ def _prepare(arguments: Sequence[str]) -> int:
             config.seed,
             weights={"vae": fingerprint(config.vae), "text": fingerprint(config.text)},
             part=part,
-            links=config.links,
         )
     if not whole:
         print(f"part {own.part} is done; other parts are not")

@@ -47,7 +47,7 @@ class FolderLock:
         self.part, self.parts = part
         several = f"-{self.part}-of-{self.parts}" if self.parts > 1 else ""
         self.path = folder / f"lock{several}"
-        self.begun = self.existed = folder.exists()
+        self.begun = folder.exists()
         self.ended = threading.Event()
 
     def __enter__(self) -> "FolderLock":

@@ -47,7 +47,7 @@ MAX_BAD = 0.05  # share of a set's clips that may be unreadable
 
 
 def prepare(
-    source: str | Path,
+    source: str | Path | tuple[str | Path, str | Path],
     output: str | Path,
     sets: Sequence[LatentSet],
     vae: CausalVAE,
@@ -58,15 +58,14 @@ def prepare(
     weights: dict[str, str],
     shard_size: int = SHARD_SIZE,
     part: tuple[int, int] = (0, 1),
-    links: str | Path | None = None,
 ) -> bool:
     """Encode the clips of `source` for every set; return whether all sets are complete.
 
-    A record is kept if its film, its control and its captions have the content that it was made
-    from.
+    `source` may be a pair: the source, and a folder that its links may lead into. A record is kept
+    if its film, its control and its captions have the content that it was made from.
 
     `part` (k, n) makes every n-th shard from the k-th on, so n processes on any hosts can share the
-    work. The last process to finish writes the index. Links of the source may lead into `links`.
+    work. The last process to finish writes the index.
 
     `text_encoder.encode(prompts)` returns one array of states per encoder. `weights` are the
     fingerprints of the folders of VAE and text encoders; records made with other models are not
@@ -75,7 +74,7 @@ def prepare(
     """
     output = local_path(output)
     with FolderLock(output, option="--prepared", part=part) as lock:
-        clips, problems = read_clips(source, links)
+        clips, problems = read_clips(*source if isinstance(source, tuple) else (source,))
         contents = Contents(output / "contents.jsonl")
         made_of = {"weights": weights, "seed": seed, "shard_size": shard_size}
         makers = [

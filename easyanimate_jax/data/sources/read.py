@@ -86,23 +86,30 @@ def read_clips(
             if isinstance(probed, ValueError):
                 problems += [Problem(mention.row, name, str(probed)) for mention in some]
                 continue
-            path, header, control = probed
-            captions = []
-            for mention in some:
-                if mention.kind and mention.kind != header.kind:
-                    reason = f"type is {mention.kind!r}, but the file holds {header.kind}"
-                    problems.append(Problem(mention.row, name, reason))
-                else:
-                    captions.append(mention.caption)
+            captions = _captions(name, some, probed[1], problems)
             if captions:
-                _, num_frames, height, width, fps = header
+                path, (kind, num_frames, height, width, fps), control = probed
                 size = num_frames, height, width, fps
-                clips.append(Clip(name, path, header.kind, tuple(captions), *size, control=control))
+                clips.append(Clip(name, path, kind, captions, *size, control=control))
     problems = sorted(Problem(p.row, shown(p.file), shown(p.reason)) for p in problems)
     if not clips:
         listed = "".join(f"\n  row {p.row} {p.file}: {p.reason}" for p in problems[:20])
         raise ValueError(f"{described} describes no usable clip ({len(problems)} bad rows){listed}")
     return clips, problems
+
+
+def _captions(
+    name: str, mentions: list[_Mention], header: media.Probe, problems: list[Problem]
+) -> tuple[str, ...]:
+    """Return the captions of the mentions of a file's own kind; the others are problems."""
+    captions = []
+    for mention in mentions:
+        if mention.kind and mention.kind != header.kind:
+            reason = f"type is {mention.kind!r}, but the file holds {header.kind}"
+            problems.append(Problem(mention.row, name, reason))
+        else:
+            captions.append(mention.caption)
+    return tuple(captions)
 
 
 def _mixture(path: Path, links: str | Path | None) -> tuple[list[Clip], list[Problem]]:
