@@ -169,7 +169,7 @@ def test_two_trainings_of_encoders_do_not_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("easyanimate_jax.disk.lock.PATIENCE", 0.0)
     with FolderLock(out, option="OUT"):
         with pytest.raises(ValueError, match=r"out is in use by process \d+ on .* \(OUT\)"):
-            train(tmp_path, out, TextTrainConfig())
+            train(tmp_path, out, TextTrainConfig(width=8, layers=1, heads=1, steps=1, batch=1))
         assert [path.name for path in out.iterdir()] == ["lock"]
 
 

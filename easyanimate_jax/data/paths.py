@@ -18,7 +18,7 @@ def check_name(name: str) -> None:
     """Raise ValueError unless `name` is a plain relative path."""
     _check_text(name)
     if "://" in name:
-        raise ValueError(f"file name {name!r} is a URL, and URLs are not read; download the file")
+        raise ValueError(f"file name {name!r} is not a relative path; URLs are not read")
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
         raise ValueError(f"file name {name!r} leaves the data folder; move the file into it")
 
@@ -85,6 +85,6 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
 
 def _check_text(name: str) -> None:
     if not name or "\0" in name:
-        raise ValueError(f"file name {name!r} is no name; correct it")
+        raise ValueError(f"file name {name!r} is not a relative path; correct it")
     if shown(name) != name:
         raise ValueError(f"file name {quoted(name)} is not UTF-8; rename the file")
