@@ -156,6 +156,7 @@ class Writer:
         check_identity(folder, identity)
         self.folder, self.identity = folder, identity
         folder.mkdir(parents=True, exist_ok=True)
+        remove_left(folder)
         replace_text(folder / "identity.json", json.dumps(identity, indent=1))
 
     def has(self, shard: int, key: str = "") -> bool:
@@ -183,8 +184,6 @@ class Writer:
         for name in Origin._fields:
             columns[name] = np.array([getattr(origin, name) for origin in origins], "S32")
         columns["left_out"] = np.array(left_out, str)
-        for file in (path, path.with_suffix(".npz")):
-            remove_left(file)
         replace(path.with_suffix(".npz"), lambda new: _save_columns(new, columns))
         replace(path, lambda new: _write_records(new, records))
 

@@ -1,11 +1,13 @@
 """Write a file completely or not at all, also if several processes write the same one."""
 
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+LEFT = re.compile(r".+\..+-(\d+)\.new")  # of `replace`: NAME.HOST-PID.new
 OLD = 86400.0  # seconds after which a temporary file of another host was left by a killed process
 
 
@@ -24,18 +26,17 @@ def replace_text(path: Path, text: str) -> None:
     replace(path, lambda new: new.write_text(text, "utf-8"))
 
 
-def remove_left(path: Path) -> None:
-    """Delete the temporary files of `path` that killed processes left; living ones keep theirs."""
-    prefix = f"{path.name}."
-    for name in os.listdir(path.parent):
-        if name.startswith(prefix) and name.endswith(".new"):
-            _remove(path.parent / name, name[len(prefix) : -len(".new")])
+def remove_left(folder: Path) -> None:
+    """Delete the temporary files that killed processes left in a folder; living ones keep theirs."""
+    for path in folder.iterdir():
+        if LEFT.fullmatch(path.name):
+            _remove(path)
 
 
-def _remove(left: Path, owner: str) -> None:
-    host, _, pid = owner.rpartition("-")
+def _remove(left: Path) -> None:
+    pid = LEFT.fullmatch(left.name)[1]
     try:
-        if host == socket.gethostname() and os.path.isdir("/proc"):
+        if left.name.endswith(f".{socket.gethostname()}-{pid}.new") and os.path.isdir("/proc"):
             dead = not os.path.isdir(f"/proc/{pid}")
         else:
             dead = time.time() - left.stat().st_mtime > OLD
