@@ -27,7 +27,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def remove_left(folder: Path) -> None:
-    """Delete the temporary files that killed processes left in a folder; living ones keep theirs."""
+    """Delete temporary files of killed processes in a folder; living ones keep theirs."""
     for path in folder.iterdir():
         if LEFT.fullmatch(path.name):
             _remove(path)
