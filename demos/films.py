@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
+from easyanimate_jax.commands.parse import registry
 from easyanimate_jax.data import media
 
 FPS, FRAMES = 8, 9
@@ -142,4 +143,4 @@ def main(out: tyro.conf.Positional[Path], whole: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, registry=registry())

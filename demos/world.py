@@ -28,6 +28,7 @@ from jaxtyping import Float, UInt8
 from scipy import ndimage
 from sklearn.datasets import load_digits
 
+from easyanimate_jax.commands.parse import registry
 from easyanimate_jax.data.control import trajectory_video
 from easyanimate_jax.data.media import write_png, write_video
 from easyanimate_jax.facts import SEEDS, check_fields
@@ -409,4 +410,4 @@ def main(out: tyro.conf.Positional[Path], config: tyro.conf.OmitArgPrefixes[Worl
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, registry=registry())

@@ -1,12 +1,19 @@
-"""A host reads the rows that its devices hold, and no others: for the pods of docs/pods.md."""
+"""A host reads the rows that its devices hold, and no others; and what was prepared must fit."""
 
 import dataclasses
+from pathlib import Path
 
+import numpy as np
 import pytest
+from latents import random_latents
 
+from easyanimate_jax.data.records import write_texts
 from easyanimate_jax.pods.compile import longest, pod_mesh
-from easyanimate_jax.runs.batches import held_rows
+from easyanimate_jax.prepare.prepare import prompts_key
+from easyanimate_jax.runs.batches import held_rows, make_loaders
 from easyanimate_jax.runs.config import load
+from easyanimate_jax.runs.loop import train
+from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.training.program import abstract_batch, batch_shardings, microbatch_rows
 
 PODS = {  # topology -> the mesh of the config that docs/pods.md has for it
@@ -41,3 +48,54 @@ def test_a_host_reads_the_rows_that_it_holds(topology):
                     held[device.process_index] |= set(range(rows)[at[1]])
                 assert held == read, (topology, stage.name, name)
     assert stages >= 12
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A config with two sample prompts, and its prepared folder."""
+    folder, demo = tmp_path_factory.mktemp("prepared"), load("configs/demo.py")
+    random_latents(folder, {"small": (3, 4, 4)}, (8, 12), weights={"text": "print"})
+    (stage,) = (stage for stage in demo.stages if stage.data == "small")
+    return dataclasses.replace(
+        demo,
+        prepared=str(folder),
+        run=str(folder / "run"),
+        text=str(folder / "nowhere"),
+        sets=(demo.set("small"),),
+        stages=(stage,),
+        samples=dataclasses.replace(demo.samples, prompts=("one", "two")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("encoded", "message"),
+    [
+        (("one", "two"), None),
+        (("one", "three"), "holds other sample prompts"),
+        (("two", "one"), "holds other sample prompts"),
+        (("one", "two", "three"), "holds other sample prompts"),
+        (None, "prompts.safetensors is missing"),
+    ],
+)
+def test_a_run_starts_with_the_sample_prompts_that_were_prepared(prepared, encoded, message):
+    path, weights = Path(prepared.prepared) / "prompts.safetensors", {"text": "print"}
+    path.unlink(missing_ok=True)
+    if encoded:
+        write_texts(path, (np.zeros((2, 4, 8)),), prompts_key(encoded, weights))
+    if message is None:
+        make_loaders(prepared, make_mesh(MeshConfig()))
+        return
+    with pytest.raises(ValueError, match=rf"{message}.*'one', 'two'; run .* prepare"):
+        train(prepared)
+    assert not Path(prepared.run).exists()
+    silent = dataclasses.replace(prepared.samples, every=0)
+    make_loaders(dataclasses.replace(prepared, samples=silent), make_mesh(MeshConfig()))
+
+
+def test_sample_prompts_of_another_text_encoder_or_of_an_earlier_version(prepared):
+    path = Path(prepared.prepared) / "prompts.safetensors"
+    write_texts(path, (np.zeros((2, 4, 8)),), prompts_key(("one", "two"), {"text": "other"}))
+    with pytest.raises(ValueError, match="holds other sample prompts"):
+        make_loaders(prepared, make_mesh(MeshConfig()))
+    write_texts(path, (np.zeros((2, 4, 8)),))  # they have no key
+    make_loaders(prepared, make_mesh(MeshConfig()))

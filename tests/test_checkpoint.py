@@ -21,6 +21,7 @@ from easyanimate_jax.training.checkpoint import (
     differing,
     named_leaves,
 )
+from easyanimate_jax.training.metrics import MetricsWriter
 from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.weights import orbax_item, run_folder
 
@@ -72,6 +73,21 @@ def saved(tmp_path_factory):
 def copy(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "copy")
     return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("name", ["lr=1e-4,bs#2", "12:30 a%41?[x]*{y}", "gs:b", "two\nlines"])
+def test_a_run_may_have_any_name_that_a_folder_can_have(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write(Path(name) / "checkpoints", steps=(2,))
+    assert_is(read(Path(name) / "checkpoints"), 2)
+    assert main(["verify", name]) == 0
+    assert run_folder.read_meta(name)[0] == 2
+    writer = MetricsWriter(Path(name), 0)
+    writer.write({"step": 0, "loss": 1.0})
+    writer.close()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    found = {path.name.partition(".")[0] for path in (tmp_path / name).rglob("*")}
+    assert {"metrics", "events"} <= found
 
 
 def test_what_was_saved_comes_back_and_is_known_to_be_right(saved):

@@ -134,6 +134,62 @@ def test_what_is_wrong_is_said_in_one_line(words, message, capsys, monkeypatch):
     assert re.match(r"(error|convert|sample\.py): ", error) and re.search(message, error)
 
 
+PLACES = [
+    ["train", "configs/demo.py", "--run", "{}"],
+    ["train", "configs/demo.py", "--init", "{}"],
+    ["train", "{}"],
+    ["vae-train", "configs/demo_vae.py", "--output", "{}"],
+    ["vae-train", "configs/demo_vae.py", "--data", "{}"],
+    ["prepare", "configs/demo.py", "--prepared", "{}"],
+    ["prepare", "configs/demo.py", "--source", "{}"],
+    ["describe", "configs/demo.py", "--run", "{}"],
+    ["plan", "configs/demo.py", "{}"],
+    ["aot", "configs/demo.py", "--topology", "v5p:2x2x1", "--json", "{}"],
+    ["aot", "configs/demo.py", "--topology", "v5p:2x2x1", "--html", "{}"],
+    ["aot", "configs/demo.py", "--topology", "v5p:2x2x1", "--suggest", "{}"],
+    ["doctor", "configs/demo.py", "--run", "{}"],
+    ["sources", "{}"],
+    ["sources", "configs", "--links", "{}"],
+    ["curate", "{}", "out"],
+    ["curate", "configs", "{}"],
+    ["curate", "configs", "out", "--links", "{}"],
+    ["control", "{}", "canny"],
+    ["text", "{}", "out"],
+    ["text", "configs", "{}"],
+    ["checkpoint", "list", "{}"],
+    ["convert", "{}", "out", "--to", "jax"],
+    ["convert", "configs", "{}", "--to", "jax"],
+    ["sample", "{}", "--prompt", "a"],
+    ["sample", "configs", "--prompt", "a", "--output", "{}"],
+    ["sample", "configs", "--prompt", "a", "--image", "{}"],
+    ["sample", "configs", "--prompts", "{}"],
+]
+
+
+@pytest.mark.parametrize("words", PLACES, ids=" ".join)
+def test_a_url_is_refused_by_every_command_and_leaves_nothing(words, capsys, tmp_path, monkeypatch):
+    for name in ("configs", "demos"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    assert code_of(*(word.format("gs://bucket/a [b]") for word in words)) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1
+    assert "'gs://bucket/a [b]' is no local path, and gs:// is not supported" in error
+    assert {path.name for path in tmp_path.iterdir()} == {"configs", "demos"}
+
+
+def test_an_option_that_is_a_path_has_the_type_of_one():
+    """`parse` makes a local path of it. The file of a config is opened by `runs.config.load`."""
+    words = {"config", "operator", "topology", "part", "mesh", "stage", "url", "model"}
+    words |= {"instructions"}
+    for kind in OPTIONS - CONFIGS:
+        if kind.__name__ == "SampleRequest":
+            continue  # tests/test_local.py
+        hints = typing.get_type_hints(kind)
+        texts = {name for name, hint in hints.items() if "str" in str(hint)}
+        assert texts <= words, f"{kind.__module__}: {texts - words}"
+
+
 def classes_below(kind) -> set:
     """A dataclass, and those that its fields are made of."""
     found = set()

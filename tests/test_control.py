@@ -1,6 +1,7 @@
 """Operators keep the interface and see what they are named for; rays are those of geometry."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -196,3 +197,28 @@ def test_a_folder_gets_its_control_files(tmp_path, caplog):
     edges = media.read_clip(tmp_path / "control_canny" / "a.mp4", 0, 5)
     assert np.abs(edges.astype(int) - control_video(square(5), "canny")).mean() < 8
     assert write_controls(tmp_path, "canny") == 0
+
+
+def test_the_control_of_a_clip_that_changed_is_made_again(tmp_path):
+    """And that of another's making stays; clips that differ in their endings have one each."""
+    for name in ("a.png", "b.png", "c.png"):
+        media.write_png(tmp_path / name, square(1)[0])
+    os.link(tmp_path / "a.png", tmp_path / "a.tif")
+    names = ("a.png", f"{tmp_path}/b.png", "c.png", "a.tif")
+    rows = [{"file_path": name, "text": "x"} for name in names]
+    (tmp_path / "metadata.json").write_text(json.dumps(rows))
+    made = tmp_path / "control_canny"
+    made.mkdir()
+    (made / "c.png").write_text("somebody's")
+    assert write_controls(tmp_path, "canny") == 3
+    paths = [
+        row["control_file_path"] for row in json.loads((tmp_path / "metadata.json").read_text())
+    ]
+    assert paths == [f"control_canny/{n}" for n in ("a.png", "b.png", "c.png", "a.tif.png")]
+    before = media.read_image(made / "b.png")
+    for name in ("b.png", "c.png"):
+        media.write_png(tmp_path / name, np.roll(square(1)[0], 7, axis=1))
+    assert write_controls(tmp_path, "canny") == 1
+    assert (media.read_image(made / "b.png") != before).any()
+    assert (made / "c.png").read_text() == "somebody's"
+    assert not (tmp_path / "lock").exists()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from easyanimate_jax.data.sources import read
 from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.prepare import curate as curation
 from easyanimate_jax.prepare import scores
+from easyanimate_jax.prepare.captions import Server
 from easyanimate_jax.prepare.curate import Rules, curate
 from easyanimate_jax.prepare.prepare import select
 from easyanimate_jax.prepare.scores import Score
@@ -156,6 +158,64 @@ def test_parts_share_the_films_and_a_second_run_does_nothing(films, tmp_path, mo
     assert len(rows) == 9 and {row["left_out"] for row in rows} >= {"no caption"}
     monkeypatch.setattr(curation, "_film", None)  # would fail
     assert curate(folder, tmp_path, part=0, **options) == rows
+
+
+def still(path, seed):
+    """A picture whose size and date do not depend on the seed."""
+    Image.fromarray(scene(seed, 1)[0]).save(path)
+    os.utime(path, (1e9, 1e9))
+
+
+def describe(folder, **captions):
+    rows = [{"file_path": f"{name}.tif", "text": text} for name, text in captions.items()]
+    (folder / "metadata.json").write_text(json.dumps(rows))
+
+
+def test_what_changed_is_scored_again_and_nothing_else(tmp_path, monkeypatch):
+    """A replaced film, a bad copy that became good, and a new caption, beside one as it was."""
+    folder, film, scored = tmp_path / "stills", curation._film, []
+    folder.mkdir()
+    for name in "abcd":
+        still(folder / f"{name}.tif", ord(name))
+    describe(folder, a="a", b="b", c="c", d="d")
+    whole = (folder / "b.tif").read_bytes()
+    (folder / "b.tif").write_bytes(whole[:300])  # its header is whole
+    monkeypatch.setattr(curation, "_film", lambda *args: scored.append(args[2]) or film(*args))
+    options = dict(rules=RULES, scores=scores.SCORES[1:2], workers=1)
+    before = {row["clip"]: row for row in curate(folder, tmp_path / "out", **options)}
+    still(folder / "a.tif", 99)
+    (folder / "b.tif").write_bytes(whole)
+    describe(folder, a="a", b="b", c="another", d="d")
+    scored.clear()
+    after = {row["clip"]: row for row in curate(folder, tmp_path / "out", **options)}
+    assert scored == ["a.tif", "b.tif", "c.tif"]
+    assert before["a.tif"]["hash"] != after["a.tif"]["hash"]
+    assert before["b.tif"]["left_out"].startswith("does not decode")
+    assert after["b.tif"]["left_out"] == "" and after["c.tif"]["captions"] == ["another"]
+    assert before["d.tif"]["hash"] == after["d.tif"]["hash"]
+
+
+def test_another_measure_or_captioner_of_the_same_name_is_another_key(tmp_path):
+    (tmp_path / "a.mp4").touch()
+    folder = curation.Folder(tmp_path, None)
+
+    def settings(value="1.0", captioner=None, rules=RULES):
+        module = tmp_path / f"m{value}.py"
+        module.write_text(f"def measure(frames, scale):\n    return {value}\n")
+        made = [Score("one", runpy.run_path(str(module))["measure"])]
+        return curation.Films(tmp_path, folder, rules, made, captioner).settings
+
+    server = Server("http://one", "model")
+    moved = dataclasses.replace(server, url="http://two", tries=1, seconds=1.0)
+    other = [
+        settings("2.0"),  # a measure of the same name
+        settings(captioner=server),
+        settings(captioner=dataclasses.replace(server, model="other")),
+        settings(captioner=dataclasses.replace(server, instructions=("Describe it.",))),
+        settings(rules=Rules(min_pixels=1)),
+    ]
+    assert settings() == settings() and len({settings(), *other}) == 6
+    assert settings(captioner=moved) == settings(captioner=server)  # its captions are the same
 
 
 def test_captions_of_a_source_go_to_its_clips(films, tmp_path):

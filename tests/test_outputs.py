@@ -1,6 +1,7 @@
 """Samples beside what others put into the folder: nothing is replaced, nothing half written."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -103,3 +104,18 @@ def test_a_sidecar_holds_the_samples_own_seed_options_and_versions(tmp_path):
     assert sidecar["seed"] == sidecar["options"]["seed"] == 5
     assert set(sidecar["versions"]) == set(outputs.VERSIONS)
     assert sidecar["training"] == TRAINING and "config" not in sidecar
+
+
+@pytest.mark.parametrize("name", ["image", "video", "camera"])
+def test_a_sample_is_another_when_a_file_of_its_request_has_other_content(tmp_path, name):
+    file, other = tmp_path / "a", tmp_path / "b"
+    file.write_text("one")
+    other.write_text("one")
+    origin = Origin(tmp_path / "run", 9, "full", TRAINING)
+    asked = Asked(SampleRequest(prompt="x", **{name: str(file)}), line=1)
+    before = outputs.identity(asked, origin)
+    assert before == outputs.identity(asked, origin)
+    date = file.stat().st_mtime_ns
+    file.write_text("two")  # of the same size and date
+    os.utime(file, ns=(date, date))
+    assert outputs.identity(asked, origin) != before

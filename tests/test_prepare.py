@@ -1,23 +1,30 @@
 """Files become records: right latents, all captions, honest draws, resumable, nothing silent."""
 
+import dataclasses
 import json
+import os
 import shutil
 
 import flax.nnx as nnx
 import jax
 import numpy as np
 import pytest
+from PIL import Image
+from test_sources import ODD, odd
 
 from easyanimate_jax.commands import prepare as command
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget, Shape
+from easyanimate_jax.data.contents import fingerprint
 from easyanimate_jax.data.records import LatentSet, Records, read_texts
+from easyanimate_jax.data.sources import places
 from easyanimate_jax.models.mmdit import patchify
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.prepare import clips
+from easyanimate_jax.prepare import curate as curation
 from easyanimate_jax.prepare import prepare as prepare_module
 from easyanimate_jax.prepare.encode import Encoder
-from easyanimate_jax.prepare.prepare import fingerprint, prepare
+from easyanimate_jax.prepare.prepare import prepare
 
 SET = LatentSet("small", Budget(12, (4, 12), (32,), frames=9), condition_draws=3)
 PROMPTS = ("a prompt",)
@@ -157,7 +164,8 @@ def test_a_second_run_encodes_nothing_and_a_lost_shard_comes_back_equal(source, 
     text = FakeText()
     run(source, vae, text)
     assert text.asked == list(PROMPTS)
-    (source.parent / "out" / "small" / "shard-00001.arrayrecord").unlink()
+    (shard,) = (source.parent / "out" / "small").glob("shard-00001-*.arrayrecord")
+    shard.unlink()
     after = run(source, vae)
     for i, record in enumerate(kept):
         for name in record:
@@ -255,3 +263,191 @@ def test_a_fingerprint_follows_names_and_contents(tmp_path):
     assert fingerprint(tmp_path) == one
     (tmp_path / "config.json").write_text("2")
     assert fingerprint(tmp_path) != one
+
+
+PICTURES = LatentSet("small", Budget(4, (4,), (32,), frames=1), kinds=("image",))
+
+
+def picture(path, seed):
+    """Of the same bytes in number whatever the seed, and of the same date."""
+    rng = np.random.default_rng(seed)
+    Image.fromarray(rng.integers(0, 255, (40, 40, 3), np.uint8)).save(path)
+    os.utime(path, (1e9, 1e9))
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """A source of six pictures; the names that are decoded are noted."""
+    folder, read = tmp_path / "source", prepare_module.read_pixels
+    folder.mkdir()
+    for i in range(6):
+        picture(folder / f"{i}.tif", i)
+    describe_pictures(folder, range(6))
+    decoded = []
+    monkeypatch.setattr(
+        prepare_module,
+        "read_pixels",
+        lambda job, *r: decoded.append(job.clip.name) or read(job, *r),
+    )
+    return folder, decoded
+
+
+def describe_pictures(folder, numbers, **captions):
+    rows = [{"file_path": f"{i}.tif", "text": captions.get(f"p{i}", f"text {i}")} for i in numbers]
+    (folder / "metadata.json").write_text(json.dumps(rows))
+
+
+def contents(records):
+    return {records.index["clip"][i]: records[i] for i in range(len(records))}
+
+
+def check_change(source, vae, decoded, change, made, told=(), **options):
+    """Prepare, change the source, and prepare again: what was decoded, and which texts encoded.
+
+    What is kept has its bits; the whole is what a new folder gets.
+    """
+    before = contents(run(source, vae, **options))
+    change()
+    decoded.clear()
+    text = FakeText()
+    after = run(source, vae, text, **options)
+    assert sorted(decoded) == sorted(made) and set(text.asked) == {*PROMPTS, *told}
+    for name, record in contents(after).items():
+        if name not in made and name in before:
+            for field in ("mean", "logvar"):
+                np.testing.assert_array_equal(record[field], before[name][field])
+    shutil.rmtree(source.parent / "out")
+    fresh = run(source, vae, **options)
+    assert fresh.header == after.header
+    for i in range(len(fresh)):
+        for name, value in fresh[i].items():
+            np.testing.assert_array_equal(after[i][name], value)
+    return before, contents(after)
+
+
+def test_a_film_of_the_same_size_and_date_is_made_again_and_no_other(source, vae, monkeypatch):
+    """The example: found by its content, not by its name, size or date."""
+    decoded, read = [], prepare_module.read_pixels
+    monkeypatch.setattr(
+        prepare_module,
+        "read_pixels",
+        lambda job, *r: decoded.append(job.clip.name) or read(job, *r),
+    )
+    films = dataclasses.replace(SET, kinds=("video",), condition_draws=0)
+    run(source, vae, sets=(films,))
+    film, other = source / "2.mp4", (source / "3.mp4").read_bytes()
+    size, date = film.stat().st_size, film.stat().st_mtime_ns
+    room = size - len(other)
+    if room < 8:  # the larger file stays, and a "free" box fills the smaller one
+        film, other, room = source / "3.mp4", film.read_bytes(), -room
+        date = film.stat().st_mtime_ns
+    film.write_bytes(other + room.to_bytes(4, "big") + b"free" + bytes(max(0, room - 8)))
+    os.utime(film, ns=(date, date))
+    decoded.clear()
+    records = contents(run(source, vae, sets=(films,)))
+    assert decoded == [film.name]
+    mine, twin = (records[name]["mean"].astype(np.float32) for name in ("2.mp4", "3.mp4"))
+    np.testing.assert_allclose(mine, twin, atol=5e-3)  # both hold the same frames now
+
+
+def test_a_picture_that_changed_is_made_again(pictures, vae):
+    folder, decoded = pictures
+    change = lambda: picture(folder / "1.tif", 99)  # noqa: E731
+    before, after = check_change(
+        folder, vae, decoded, change, ["1.tif"], ["text 1"], sets=(PICTURES,)
+    )
+    assert not np.array_equal(before["1.tif"]["mean"], after["1.tif"]["mean"])
+
+
+def test_captions_that_changed_are_encoded_again_and_no_pixel(pictures, vae):
+    folder, decoded = pictures
+    change = lambda: describe_pictures(folder, range(6), p4="a longer text")  # noqa: E731
+    _, after = check_change(folder, vae, decoded, change, [], ["a longer text"], sets=(PICTURES,))
+    assert after["4.tif"]["text0"][0, 0, 0] == len("a longer text")
+
+
+def test_clips_come_and_go_and_the_others_are_copied(pictures, vae):
+    folder, decoded = pictures
+    picture(folder / "00.tif", 7)
+
+    def change():
+        rows = json.loads((folder / "metadata.json").read_text())
+        rows = [{"file_path": "00.tif", "text": "first"}, *rows[:3], *rows[4:]]
+        (folder / "metadata.json").write_text(json.dumps(rows))
+
+    _, after = check_change(folder, vae, decoded, change, ["00.tif"], ["first"], sets=(PICTURES,))
+    assert sorted(after) == ["0.tif", "00.tif", "1.tif", "2.tif", "4.tif", "5.tif"]
+    assert len(list((folder.parent / "out" / "small").glob("shard-*.npz"))) == 3  # none out of date
+
+
+def test_a_bad_copy_that_became_good_is_tried_again(pictures, vae):
+    folder, decoded = pictures
+    whole = (folder / "5.tif").read_bytes()
+    (folder / "5.tif").write_bytes(whole[:300])  # its header is whole
+    quarantine = folder.parent / "out" / "quarantine.jsonl"
+
+    def change():
+        assert "5.tif" in quarantine.read_text()
+        (folder / "5.tif").write_bytes(whole)
+
+    _, after = check_change(folder, vae, decoded, change, ["5.tif"], ["text 5"], sets=(PICTURES,))
+    assert "5.tif" in after and not quarantine.exists()
+
+
+def test_a_control_file_that_changed_is_encoded_again(pictures, vae):
+    folder, decoded = pictures
+    rows = json.loads((folder / "metadata.json").read_text())
+    for i, row in enumerate(rows):
+        row["control_file_path"] = f"c{i}.tif"
+        picture(folder / f"c{i}.tif", 50 + i)
+    (folder / "metadata.json").write_text(json.dumps(rows))
+
+    def change():
+        picture(folder / "c2.tif", 99)
+
+    led = dataclasses.replace(PICTURES, control="file")
+    before, after = check_change(folder, vae, decoded, change, ["2.tif"], ["text 2"], sets=(led,))
+    assert not np.array_equal(before["2.tif"]["control_mean"], after["2.tif"]["control_mean"])
+
+
+def test_a_set_of_an_earlier_version_is_kept_and_named(source, vae):
+    run(source, vae, sets=(PICTURES,))
+    path = source.parent / "out" / "small" / "identity.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"jobs": "0"}))
+    before = sorted(file.name for file in path.parent.iterdir())
+    with pytest.raises(ValueError, match=r"earlier version.*--prepared"):
+        run(source, vae, sets=(PICTURES,))
+    assert sorted(file.name for file in path.parent.iterdir()) == before
+
+
+def test_a_refused_set_leaves_the_other_files_as_they_were(source, vae):
+    run(source, vae, sets=(PICTURES,))
+    out = source.parent / "out"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    others = {"vae": "other", "text": "other"}
+    with pytest.raises(ValueError, match="another weights"):
+        run(source, vae, sets=(PICTURES,), weights=others)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_odd_names_are_prepared_and_one_that_is_no_text_is_left_out_by_name(tmp_path, vae, capsys):
+    """Through the index, the records, the quarantine and the table of `curate`."""
+    folder = odd(tmp_path / "source #1 [a] 100%")
+    out = tmp_path / "out: a%41?[b]#c"
+    sets = PICTURES, dataclasses.replace(PICTURES, name="places: #2 [x]", pixels=True)
+    sets = tuple(dataclasses.replace(s, budget=Budget(1, (1,), (16,), frames=1)) for s in sets)
+    assert prepare(folder, out, sets, vae, FakeText(), PROMPTS, 0, weights={})
+    latents, located = (Records(out / s.name) for s in sets)
+    assert set(latents.index["clip"]) == set(located.index["clip"]) == set(ODD)
+    for i, name in enumerate(located.index["clip"]):
+        clip = places.from_bytes(located[i]["place"], located.folder / located.header["root"])
+        assert (clip.name, clip.path) == (name, folder / name)
+    (line,) = (out / "quarantine.jsonl").read_text("utf-8").split("\n")[:-1]
+    assert json.loads(line)["file"] == r"caf\xe9.png"
+
+    rules = curation.Rules(min_pixels=0)
+    rows = curation.curate(folder, out / "a: b" / "table", rules, (), workers=1)
+    left_out = {row["clip"]: row["left_out"] for row in rows}
+    assert set(ODD) <= set(left_out)
+    kept, _ = prepare_module.read_clips(out / "a: b" / "table" / "clips.parquet")
+    assert {clip.name for clip in kept} == {n for n, why in left_out.items() if not why}

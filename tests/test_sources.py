@@ -1,8 +1,11 @@
 """Every layout becomes clips, and bad rows become a list."""
 
+import csv
 import dataclasses
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -250,4 +253,112 @@ def test_a_mixture_names_its_sources(three, tmp_path):
     }
     (tmp_path / "m.toml").write_text("films = 3")
     with pytest.raises(ValueError, match="films must be a source"):
+        read.read_clips(tmp_path / "m.toml")
+
+
+ODD = (
+    "12:30 a.png", "a#1.png", "100%41.png", "what?.png", "two\nlines.png", "[x]*{y}.png",
+    "~b.png", " c.png", "file:x.png", "C:d.png", "红\u2028.png", "x" * 250 + ".png", "-e.png",
+)  # fmt: skip
+
+
+def odd(folder):
+    """A folder of pictures with odd names; one name is in Latin-1."""
+    folder.mkdir(exist_ok=True)
+    for number, name in enumerate(ODD):
+        media.write_png(folder / name, np.full((20, 20, 3), 10 * number, np.uint8))
+        (folder / name).with_suffix(".txt").write_text(f"text {number}")
+    latin = os.fsencode(folder) + b"/caf\xe9.png"
+    shutil.copy(folder / ODD[0], latin)
+    shutil.copy((folder / ODD[0]).with_suffix(".txt"), latin[:-3] + b"txt")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["side by side", "json", "jsonl", "csv", "parquet"])
+def test_every_name_that_a_file_can_have_is_read(tmp_path, layout):
+    odd(tmp_path)
+    rows = [{"file_path": n, "text": f"text {i}", "type": "image"} for i, n in enumerate(ODD)]
+    latin = {"file_path": "caf\udce9.png", "text": "a", "type": "image"}
+    if layout == "json":
+        (tmp_path / "metadata.json").write_text(json.dumps([*rows, latin]))
+    if layout == "jsonl":
+        (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, [*rows, latin])))
+    if layout == "csv":
+        with open(tmp_path / "metadata.csv", "w", errors="surrogateescape") as file:
+            table = csv.DictWriter(file, latin)
+            table.writeheader()
+            table.writerows([*rows, latin])
+    source = tmp_path
+    if layout == "parquet":
+        source = tmp_path / "t.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    clips, problems = read.read_clips(source)
+    assert {clip.name: clip.captions for clip in clips} == {
+        name: (f"text {i}",) for i, name in enumerate(ODD)
+    }
+    if layout == "parquet":
+        assert problems == []  # its text is always UTF-8
+    else:
+        (problem,) = problems
+        assert problem.file == r"caf\xe9.png" and "is not UTF-8; rename the file" in problem.reason
+
+
+def test_an_absolute_path_inside_the_folder_is_the_file_in_it(folder, tmp_path_factory):
+    alias = tmp_path_factory.mktemp("elsewhere") / "alias"
+    alias.symlink_to(folder)
+    describe(
+        folder,
+        (f"{folder}/a.mp4", "one", "video"),
+        ("a.mp4", "two", "video"),
+        (f"file://{folder}/a.mp4", "three", "video"),
+        (f"{alias}/a.mp4", "four", "video"),
+        (f"{folder}/../{folder.name}/b.png", "five", "image"),
+        (f"{folder}-other/a.mp4", "six", "video"),
+        ("/etc/passwd", "seven", "video"),
+        ("file:///etc/passwd", "eight", "video"),
+        (f"file://elsewhere{folder}/a.mp4", "nine", "video"),
+    )
+    clips, problems = read.read_clips(folder)
+    captions = {clip.name: clip.captions for clip in clips}
+    assert captions == {"a.mp4": ("one", "two", "three", "four"), "b.png": ("five",)}
+    assert [p.row for p in problems] == [5, 6, 7, 8]
+    assert all("file name" in p.reason for p in problems)
+
+
+def hub(place):
+    """A cache of a hub: names are links to files with other names, beside the folder."""
+    (place / "blobs").mkdir(parents=True)
+    (place / "snapshots" / "one").mkdir(parents=True)
+    media.write_png(place / "blobs" / "abc", np.zeros((20, 30, 3), np.uint8))
+    (place / "blobs" / "def").write_text("a caption")
+    for name, blob in (("a.png", "abc"), ("a.txt", "def")):
+        (place / "snapshots" / "one" / name).symlink_to(f"../../blobs/{blob}")
+    return place / "snapshots" / "one"
+
+
+def test_links_lead_only_where_the_user_says(tmp_path):
+    source, secret = hub(tmp_path / "hub"), tmp_path / "secret.png"
+    media.write_png(secret, np.zeros((20, 30, 3), np.uint8))
+    (source / "b.png").symlink_to(secret)
+    (source / "b.txt").write_text("b")
+    (source / "c.png").symlink_to("a.png")
+    (source / "c.txt").symlink_to(secret)
+    with pytest.raises(ValueError, match=r"leaves the data folder .*blobs/.*\(--links\)"):
+        read.read_clips(source)
+    for links in (tmp_path / "hub", f"file://{tmp_path}/hub/blobs"):
+        (clip,), problems = read.read_clips(source, links)
+        assert (clip.name, clip.captions) == ("a.png", ("a caption",))
+        assert clip.path == tmp_path / "hub" / "blobs" / "abc"
+        assert [p.file for p in problems] == ["b.png", "c.png"]
+        assert all("leaves the data folder" in p.reason for p in problems)
+    (source / "metadata.json").symlink_to("../../blobs/table")
+    (tmp_path / "hub" / "blobs" / "table").write_text('[{"file_path": "a.png", "text": "x"}]')
+    assert len(read.read_clips(source, tmp_path / "hub")[0]) == 1
+    shown = report.describe(source, tmp_path / "hub")
+    assert "1 clips" in shown
+
+
+def test_a_mixture_names_the_source_that_is_a_url(tmp_path):
+    (tmp_path / "m.toml").write_text('films = "gs://bucket/films"')
+    with pytest.raises(ValueError, match=r"m.toml: films: .*gs:// is not supported"):
         read.read_clips(tmp_path / "m.toml")

@@ -11,6 +11,7 @@ import transformers
 from flax import nnx
 
 from demos.world import image_prompts, prompts
+from easyanimate_jax.disk.lock import FolderLock
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.text.bert import Bert, load_bert, save_bert
 from easyanimate_jax.text.encode import TextConfig, TextEncoder, clean
@@ -160,6 +161,16 @@ def test_two_encoders_are_made_from_captions_alone(folder):
     for states in encoder.encode(["a red circle", "红色的圆形"]):
         assert states.shape == (2, 20, 32)
         assert 0.7 < states.var(-1).mean() < 1.4
+
+
+def test_two_trainings_of_encoders_do_not_share_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "metadata.json").write_text(json.dumps(rows("a.mp4", ["a", "b"])))
+    out = tmp_path / "out"
+    monkeypatch.setattr("easyanimate_jax.disk.lock.PATIENCE", 0.0)
+    with FolderLock(out, option="OUT"):
+        with pytest.raises(ValueError, match=r"out is in use by process \d+ on .* \(OUT\)"):
+            train(tmp_path, out, TextTrainConfig(width=8, layers=1, heads=1, steps=1, batch=1))
+        assert [path.name for path in out.iterdir()] == ["lock"]
 
 
 def test_a_file_tells_the_words_of_both_captions():

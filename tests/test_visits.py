@@ -14,12 +14,13 @@ from test_sources import three  # noqa: F401
 
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.contents import fingerprint
 from easyanimate_jax.data.loader import Loader
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records
 from easyanimate_jax.data.sources import places, read
 from easyanimate_jax.prepare.encode import Encoder
-from easyanimate_jax.prepare.prepare import fingerprint, prepare
+from easyanimate_jax.prepare.prepare import prepare
 from easyanimate_jax.runs.batches import make_loaders
 from easyanimate_jax.runs.config import load
 from easyanimate_jax.runs.visits import VisitLoader

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from tyro.conf import Positional
 
@@ -17,7 +18,7 @@ in its metadata.json as `control_file_path`. Existing control files are kept."""
 class Options:
     """The arguments of `control`."""
 
-    folder: Positional[str]
+    folder: Positional[Path]
     """Folder with clips and a metadata.json."""
     operator: Positional[str]
     """canny, soft_edge, scribble, lines or line_art."""

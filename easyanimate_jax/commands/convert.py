@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional, UseAppendAction
@@ -32,9 +33,9 @@ Part = Literal[
 class Options:
     """The arguments of `convert`."""
 
-    source: Positional[str]
+    source: Positional[Path]
     """Pipeline folder, folder or file of one model, run folder, or LoRA file or folder."""
-    target: Positional[str]
+    target: Positional[Path]
     """New folder to write; for a LoRA, or the adapters of a run, a new .safetensors file."""
     to: Literal["jax", "diffusers", "original", "comfyui"]
     """Layout to write; comfyui is for LoRA files."""
@@ -70,7 +71,7 @@ def _convert(arguments: Sequence[str]) -> int:
     source, target = own.pop("source"), own.pop("target")
     loras = tuple(named_weight(one) for one in own.pop("lora"))
     jax.config.update("jax_platforms", "cpu")  # keep accelerators free for other processes
-    with tqdm(desc=target, unit="B", unit_scale=True, delay=0.5) as bar:
+    with tqdm(desc=str(target), unit="B", unit_scale=True, delay=0.5) as bar:
 
         def progress(size, total):
             bar.total = total

@@ -33,6 +33,8 @@ class Options:
     """Limits that a clip must meet."""
     captioner: Server | None = None
     """Server that captions clips; by default a clip has the captions of its film."""
+    links: Path | None = None
+    """Folder that links in the source may lead into, such as the cache of a hub."""
     part: str = "0/1"
     """Process only this part of the films: 0/8 to 7/8 share the work between eight hosts."""
 
@@ -48,6 +50,7 @@ def _curate(arguments: Sequence[str]) -> int:
     from easyanimate_jax.prepare import funnel
     from easyanimate_jax.prepare.curate import curate
 
-    rows = curate(own.source, own.out, own.rules, captioner=own.captioner, part=part, parts=parts)
+    options = {"captioner": own.captioner, "part": part, "parts": parts, "links": own.links}
+    rows = curate(own.source, own.out, own.rules, **options)
     print(f"part {part} of {parts} is done" if rows is None else funnel.text(rows))
     return DONE

@@ -1,9 +1,10 @@
 """Argument parsing for every verb: tyro, on a frozen dataclass of options.
 
 The help text of an option is the string below its field. If the first argument of a verb is a
-config, the config's fields are options too: `train CONFIG --stages.0.steps 10`. Wrong arguments
-raise ValueError with one line; `run` prints it and returns exit code 2. `--help` prints to stdout
-and ends the program with exit code 0. Nothing here imports JAX before a config is read.
+config, the config's fields are options too: `train CONFIG --stages.0.steps 10`. An option of type
+Path is a local path (disk/local.py). Wrong arguments raise ValueError with one line; `run` prints
+it and returns exit code 2. `--help` prints to stdout and ends the program with exit code 0. Nothing
+here imports JAX before a config is read.
 """
 
 import dataclasses
@@ -13,17 +14,38 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from easyanimate_jax import processes
+from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.training.safety.exits import BAD_INPUT
 
 HELP = ("-h", "--help")
 MARKERS = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.HelptextFromCommentsOff)
 # Flags are off by default and have no --no- form; the text "None" is an ordinary value.
 OWN = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+
+
+def registry() -> tyro.constructors.ConstructorRegistry:
+    """Return tyro's rules, and the rule that options of type Path are local paths."""
+    rules = tyro.constructors.ConstructorRegistry()
+
+    @rules.primitive_rule
+    def path(info: tyro.constructors.PrimitiveTypeInfo):
+        if info.type is not Path:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda words: local_path(words[0]),
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return rules
 
 
 def run(work: Callable[[], int], prefix: str = "error") -> int:
@@ -115,7 +137,14 @@ def _parse(kind, arguments: Sequence[str], *, prog: str, description: str):
         print(f"{description}\n")  # printed here, as tyro would join its lines
     with nullcontext(io.StringIO()) if asks else _quiet() as written:
         try:
-            return tyro.cli(kind, args=list(arguments), prog=prog, description="", config=MARKERS)
+            return tyro.cli(
+                kind,
+                args=list(arguments),
+                prog=prog,
+                description="",
+                config=MARKERS,
+                registry=registry(),
+            )
         except SystemExit as stop:
             if not stop.code:
                 raise

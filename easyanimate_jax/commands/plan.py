@@ -41,7 +41,7 @@ def _plan(arguments: Sequence[str]) -> int:
     place = own.index or Path(config.prepared)
     began = time.perf_counter()
     prepared = any((place / s.name / "header.json").is_file() for s in config.sets)
-    table = None if prepared else read.table(place)
+    table = None if prepared else read.table(place, config.links)
     if table is not None:
         seconds = time.perf_counter() - began
         print(f"{len(table['clip']):,} clips of {place}, read in {seconds:.1f} s")

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.disk.lock import FolderLock
 from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Encode the clips of a config to records: latents and text states, for every set.
@@ -34,17 +36,19 @@ def main(arguments: Sequence[str]) -> int:
 
 def _prepare(arguments: Sequence[str]) -> int:
     own, config = parse.options_and_config(Options, arguments, "prepare", HELP, ("TrainConfig",))
-    part, parts = parse.part_of(own.part)
+    part = parse.part_of(own.part)
+    FolderLock(Path(config.prepared), option="--prepared", part=part).look()  # no device yet
     import jax
 
-    from easyanimate_jax.prepare.prepare import fingerprint, prepare
+    from easyanimate_jax.data.contents import fingerprint
+    from easyanimate_jax.prepare.prepare import prepare
     from easyanimate_jax.sharding import MeshConfig, make_mesh
     from easyanimate_jax.text.encode import TextEncoder
     from easyanimate_jax.weights.folder import load_vae
 
     with jax.set_mesh(make_mesh(MeshConfig())):  # all local devices, not the training's mesh
         whole = prepare(
-            config.source,
+            (config.source, config.links),
             config.prepared,
             config.sets,
             load_vae(config.vae),
@@ -52,8 +56,8 @@ def _prepare(arguments: Sequence[str]) -> int:
             config.samples.prompts,
             config.seed,
             weights={"vae": fingerprint(config.vae), "text": fingerprint(config.text)},
-            part=(part, parts),
+            part=part,
         )
     if not whole:
-        print(f"part {part}/{parts} is done; other parts are not")
+        print(f"part {own.part} is done; other parts are not")
     return DONE

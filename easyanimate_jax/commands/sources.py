@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from tyro.conf import Positional
 
@@ -17,8 +18,10 @@ problem with its row or line."""
 class Options:
     """The arguments of `sources`."""
 
-    source: Positional[str]
+    source: Positional[Path]
     """Folder with a metadata.json or csv, tar files, TFDS data set, or parquet table."""
+    links: Path | None = None
+    """Folder that links in the source may lead into, such as the cache of a hub."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -30,5 +33,5 @@ def _sources(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "sources", HELP)
     from easyanimate_jax.data.sources.report import describe
 
-    print(describe(own.source))
+    print(describe(own.source, own.links))
     return DONE

@@ -23,7 +23,11 @@ from tqdm import tqdm
 
 from easyanimate_jax.data import media, paths
 from easyanimate_jax.data.buckets import whole_frames
+from easyanimate_jax.data.contents import Contents, key
 from easyanimate_jax.data.times import frames_in
+from easyanimate_jax.disk.local import local_path, shown
+from easyanimate_jax.disk.lock import FolderLock
+from easyanimate_jax.disk.whole import replace_text
 from easyanimate_jax.facts import FPS
 
 logger = logging.getLogger(__name__)
@@ -253,38 +257,55 @@ def trajectory_video(
 
 
 def write_controls(folder: str | Path, operator: str) -> int:
-    """Write control files of all clips to `folder/control_OPERATOR`; existing files are kept.
+    """Write control files of all clips to `folder/control_OPERATOR`; return how many were written.
 
-    Returns the number of written files. A clip that cannot be read is logged, and its row is
-    unchanged. Raises ValueError if the folder has no metadata.json.
+    A control file is kept unless its clip has other content now; `made.jsonl` beside the files has
+    the key of each clip's content. A clip that cannot be read is logged, and its row is unchanged.
+    Raises ValueError if the folder has no metadata.json, or if another process writes in it.
     """
-    table = Path(folder) / "metadata.json"
+    folder = local_path(folder)
+    table = folder / "metadata.json"
     if not table.is_file():
         raise ValueError(f"{folder} holds no metadata.json; write one that lists its clips")
-    rows, written = json.loads(table.read_text(encoding="utf-8-sig")), 0
-    for row in tqdm(rows, unit="clip"):
-        try:
-            path = paths.safe_path(folder, row["file_path"])
-            probe = media.probe(path)
-            name = Path(f"control_{operator}") / Path(row["file_path"]).with_suffix(
-                ".png" if probe.kind == "image" else ".mp4"
-            )
-            target = Path(folder) / name
-            if not target.is_file():
+    with FolderLock(folder, option="FOLDER"):
+        rows, place = json.loads(table.read_text(encoding="utf-8-sig")), f"control_{operator}"
+        made, written = _made(folder / place / "made.jsonl"), 0
+        contents = Contents(folder / place / "contents.jsonl")
+        for row in tqdm(rows, unit="clip"):
+            try:
+                name = paths.relative_name(folder, row["file_path"])
+                path = paths.safe_path(folder, name)
+                probe = media.probe(path)
+                suffix = ".png" if probe.kind == "image" else ".mp4"
+                name = name if name.endswith(suffix) else name + suffix
+                target = local_path(folder / place / name)  # refuses a name that is too long
                 target.parent.mkdir(parents=True, exist_ok=True)
-                part = target.with_suffix(".part")
-                if probe.kind == "image":
-                    picture = media.read_image(path)[None]
-                    media.write_png(part, control_video(picture, operator)[0])
-                else:
-                    frames = media.read_at(path, 0, int(frames_in(probe.seconds)))
-                    media.write_video(part, control_video(frames, operator))
-                part.replace(target)
-                written += 1
-            row["control_file_path"] = str(name)
-        except ValueError as error:
-            logger.warning(f"left out: {error}")
-    part = table.with_suffix(".part")
-    part.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
-    part.replace(table)
+                found = key(operator, contents(path))
+                if not target.is_file() or made.get(name, found) != found:
+                    _write_control(path, probe, operator, target)
+                    with open(folder / place / "made.jsonl", "a") as file:
+                        file.write(json.dumps([name, found]) + "\n")
+                    made[name] = found
+                    written += 1
+                row["control_file_path"] = f"{place}/{name}"
+            except ValueError as error:
+                logger.warning(f"left out: {error}")
+        text = json.dumps(rows, indent=1, ensure_ascii=False)
+        replace_text(table, text if shown(text) == text else json.dumps(rows, indent=1))
     return written
+
+
+def _made(path: Path) -> dict[str, str]:
+    """Return {name of a control file: key of the clip that it was made from}."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return dict(json.loads(line) for line in lines if line.endswith("]"))
+
+
+def _write_control(path: Path, probe: media.Probe, operator: str, target: Path) -> None:
+    part = target.with_name("control.part")  # the name of a clip may have no room for a suffix
+    if probe.kind == "image":
+        media.write_png(part, control_video(media.read_image(path)[None], operator)[0])
+    else:
+        frames = media.read_at(path, 0, int(frames_in(probe.seconds)))
+        media.write_video(part, control_video(frames, operator))
+    part.replace(target)

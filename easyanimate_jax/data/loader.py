@@ -262,7 +262,7 @@ class Loader:
             return  # another thread has reported it
         if self.quarantine:
             entry = {"stage": self.plan.name, "record": record, "reason": reason}
-            with open(self.quarantine, "a") as file:
+            with open(self.quarantine, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         if len(self.bad) > max(FEW_BAD, MAX_BAD * len(self.records)):
             raise ValueError(

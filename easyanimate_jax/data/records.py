@@ -1,32 +1,40 @@
 """Encoded examples on disk: ArrayRecord shards, an index, a header.
 
-    SET/shard-00000.arrayrecord   each record: the safetensors bytes of a dict of arrays
-    SET/shard-00000.npz           the shard's rows of the index, until the set is complete
+    SET/shard-00000-KEY.arrayrecord   each record: the safetensors bytes of a dict of arrays
+    SET/shard-00000-KEY.npz       the shard's rows of the index, with the keys of its records
     SET/index.npz                 one row per record; a record's id is its row
-    SET/header.json               the inputs of the set; records and bytes of every shard
+    SET/header.json               the inputs of the set; key, records and bytes of every shard
 
-Every file is written completely or not at all, so writing resumes at the first missing shard.
+Every file is written completely or not at all, so writing resumes at the first missing shard. KEY
+is the key of a shard's content (data/contents.py): when a file of the source changes, its shard
+gets another name, and the records of files that did not change are copied (`Kept`).
 """
 
 import errno
 import json
 import os
+import re
 import threading
+import zipfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Float
+from safetensors import safe_open
 from safetensors.numpy import load_file, save, save_file
 
 from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.disk.whole import remove_left, replace, replace_text
 from easyanimate_jax.facts import check_fields
 from easyanimate_jax.weights.files import DTYPES
 
 VERSION = 1
+KEYED = re.compile(r"shard-\d{5,}-[0-9a-f]{32}\.(npz|arrayrecord)")
 READERS = 64  # maximum number of open shards
 LOOKED_INTO = 256  # sets of at most this many shards have every shard opened and checked
 INDEX_TYPES = {
@@ -112,65 +120,132 @@ class LatentSet:
             )
 
 
+class Origin(NamedTuple):
+    """The content that a record was made from: keys of its pixels and of its captions."""
+
+    pixels: str
+    captions: str
+
+
+def check_identity(folder: Path, identity: dict) -> None:
+    """Raise ValueError if the set in `folder` was begun with another identity."""
+    path = folder / "identity.json"
+    before = json.loads(path.read_text()) if path.is_file() else identity
+    if "jobs" in before:
+        raise ValueError(
+            f"{folder} was begun by an earlier version, which did not record the content of its "
+            f"files: train on it as it is, or prepare again in another folder (--prepared)"
+        )
+    changed = [k for k in identity | before if identity.get(k) != before.get(k)]
+    if changed:
+        raise ValueError(
+            f"{folder} was begun with another {', '.join(changed)}; remove the folder, or "
+            f"choose another one, to prepare the set again"
+        )
+
+
 class Writer:
     """Write a set shard by shard.
 
-    `identity` holds all inputs that determine the records. Raises ValueError if the folder was
-    begun with another identity.
+    `identity` holds the inputs that all records depend on. Raises ValueError if the folder was
+    begun with another identity. `key` is the key of a shard's content; without it a shard is known
+    by its number alone.
     """
 
     def __init__(self, folder: Path, identity: dict):
+        check_identity(folder, identity)
         self.folder, self.identity = folder, identity
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "identity.json"
-        if path.is_file():
-            before = json.loads(path.read_text())
-            changed = [k for k in identity | before if identity.get(k) != before.get(k)]
-            if changed:
-                raise ValueError(
-                    f"{folder} was begun with another {', '.join(changed)}; remove the folder, or "
-                    f"choose another one, to prepare the set again"
-                )
-        _replace(path, lambda new: new.write_text(json.dumps(identity, indent=1)))
+        remove_left(folder)
+        replace_text(folder / "identity.json", json.dumps(identity, indent=1))
 
-    def has(self, shard: int) -> bool:
+    def has(self, shard: int, key: str = "") -> bool:
         """Return True if the shard has been written."""
-        return _shard_path(self.folder, shard).is_file()
+        return _shard_path(self.folder, shard, key).is_file()
 
-    def write(self, shard: int, records: Sequence[dict[str, np.ndarray]], rows: list[dict]) -> None:
-        """Write one shard: its records, and one row of the index for each."""
-        path = _shard_path(self.folder, shard)
-        for left in self.folder.glob(f"{path.stem}.*.new"):  # from a killed process
-            left.unlink()
+    def write(
+        self,
+        shard: int,
+        records: Sequence[dict[str, np.ndarray]],
+        rows: list[dict],
+        key: str = "",
+        origins: Sequence[Origin] = (),
+        left_out: Sequence[str] = (),
+    ) -> None:
+        """Write one shard: its records, and for each a row of the index and its origin.
+
+        `left_out` are lines for the files that gave no record. The set is unfinished from now on.
+        """
+        path = _shard_path(self.folder, shard, key)
+        (self.folder / "header.json").unlink(missing_ok=True)
         columns = {
             name: np.array([row[name] for row in rows], kind) for name, kind in INDEX_TYPES.items()
         }
-        _replace(path.with_suffix(".npz"), lambda new: _save_columns(new, columns))
-        _replace(path, lambda new: _write_records(new, records))
+        for name in Origin._fields:
+            columns[name] = np.array([getattr(origin, name) for origin in origins], "S32")
+        columns["left_out"] = np.array(left_out, str)
+        replace(path.with_suffix(".npz"), lambda new: _save_columns(new, columns))
+        replace(path, lambda new: _write_records(new, records))
 
-    def finish(self, num_shards: int) -> None:
-        """Join the rows of all shards into the index, then write the header.
+    def finish(self, num_shards: int, keys: Sequence[str] = (), **more) -> list[str]:
+        """Join the rows of all shards into the index, then write the header; `more` goes into it.
 
-        The header is written last: a set without it is not readable.
+        Return the lines for files that were left out. The header is written last: a set without it
+        is not readable. Then shards that are out of date are deleted.
         """
-        parts = [
-            _load_columns(_shard_path(self.folder, s).with_suffix(".npz"))
-            for s in range(num_shards)
+        paths = [
+            _shard_path(self.folder, shard, keys[shard] if keys else "")
+            for shard in range(num_shards)
         ]
+        parts = [_load_columns(path.with_suffix(".npz")) for path in paths]
         for part in parts:  # shards of earlier versions, without mixtures, name no source
             part.setdefault("source", np.full(len(part["clip"]), ""))
         index = {name: np.concatenate([part[name] for part in parts]) for name in INDEX_TYPES}
         header = {
             "version": VERSION,
             **self.identity,
+            **more,
             "records": len(index["clip"]),
             "shards": [len(part["clip"]) for part in parts],
-            "bytes": [_shard_path(self.folder, s).stat().st_size for s in range(num_shards)],
+            "keys": list(keys),
+            "bytes": [path.stat().st_size for path in paths],
         }
-        _replace(self.folder / "index.npz", lambda new: _save_columns(new, index))
-        _replace(
-            self.folder / "header.json", lambda new: new.write_text(json.dumps(header, indent=1))
-        )
+        replace(self.folder / "index.npz", lambda new: _save_columns(new, index))
+        replace_text(self.folder / "header.json", json.dumps(header, indent=1))
+        current = {path.stem for path in paths}
+        for path in self.folder.iterdir():
+            if KEYED.fullmatch(path.name) and path.stem not in current:
+                path.unlink(missing_ok=True)
+        return [line for part in parts for line in part.get("left_out", np.array([])).tolist()]
+
+
+class Kept:
+    """The records in the shards of a set's folder, current or not, by the key of their pixels."""
+
+    def __init__(self, folder: Path):
+        self.places: dict[str, tuple[Path, int, str]] = {}
+        self.open: tuple[Path | None, ArrayRecordReader | None] = (None, None)
+        for path in sorted(folder.glob("shard-*.npz")):
+            try:
+                columns = _load_columns(path)
+            except (OSError, ValueError, zipfile.BadZipFile):  # damaged: its records are made again
+                continue
+            pixels, captions = (columns.get(name, np.array([])) for name in Origin._fields)
+            for row, found in enumerate(zip(pixels.tolist(), captions.tolist(), strict=True)):
+                one, words = (value.decode() for value in found)
+                self.places[one] = path.with_suffix(".arrayrecord"), row, words
+
+    def get(self, pixels: str) -> tuple[dict[str, np.ndarray], str] | None:
+        """Return (record, key of its captions) of some pixels; None if no readable shard has it."""
+        path, row, captions = self.places.get(pixels, (None, 0, ""))
+        if path is None or not path.is_file():
+            return None
+        try:
+            if self.open[0] != path:
+                self.open = path, ArrayRecordReader(str(path), "readahead_buffer_size:0")
+            return _arrays(self.open[1].read([row])[0]), captions
+        except (RuntimeError, ValueError, KeyError, TypeError, IndexError):  # damaged
+            return None
 
 
 class Records:
@@ -237,14 +312,14 @@ class Records:
             return self.readers[shard]
 
     def _look_at(self, shard: int, size: int | None) -> None:
-        path = _shard_path(self.folder, shard)
+        path = self._path(shard)
         if not path.is_file():
             raise ValueError(self._damaged(shard, "the file is missing"))
         if size is not None and path.stat().st_size != size:
             raise ValueError(self._damaged(shard, f"{path.stat().st_size} of {size} bytes"))
 
     def _open(self, shard: int) -> ArrayRecordReader:
-        path, count = _shard_path(self.folder, shard), self.header["shards"][shard]
+        path, count = self._path(shard), self.header["shards"][shard]
         try:
             path.open("rb").close()  # ArrayRecordReader would hide the reason of a failure
         except OSError as error:
@@ -263,9 +338,13 @@ class Records:
 
     def _damaged(self, shard: int, what: str) -> str:
         return (
-            f"{_shard_path(self.folder, shard)} is damaged ({what}); remove it and run "
+            f"{self._path(shard)} is damaged ({what}); remove it and run "
             f"python -m easyanimate_jax prepare again"
         )
+
+    def _path(self, shard: int) -> Path:
+        keys = self.header.get("keys")  # sets of earlier versions have none
+        return _shard_path(self.folder, shard, keys[shard] if keys else "")
 
 
 def _most_files() -> str:
@@ -276,9 +355,16 @@ def _most_files() -> str:
     return str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def write_texts(path: Path, texts: Texts) -> None:
-    """Write text states, one array per encoder."""
-    _replace(path, lambda new: save_file({f"text{i}": t for i, t in enumerate(texts)}, new))
+def write_texts(path: Path, texts: Texts, key: str = "") -> None:
+    """Write text states, one array per encoder, and the key of their prompts."""
+    arrays = {f"text{i}": t for i, t in enumerate(texts)}
+    replace(path, lambda new: save_file(arrays, new, {"key": key}))
+
+
+def texts_key(path: str | os.PathLike) -> str:
+    """Return the key of the prompts of text states; "" for a file of an earlier version."""
+    with safe_open(path, framework="numpy") as file:
+        return (file.metadata() or {}).get("key", "")
 
 
 def read_texts(path: str | os.PathLike) -> Texts:
@@ -291,8 +377,8 @@ def read_texts(path: str | os.PathLike) -> Texts:
     return tuple(text.astype(np.float32) for _, text in sorted(load_file(path).items()))
 
 
-def _shard_path(folder: Path, shard: int) -> Path:
-    return folder / f"shard-{shard:05d}.arrayrecord"
+def _shard_path(folder: Path, shard: int, key: str) -> Path:
+    return folder / f"shard-{shard:05d}{f'-{key}' if key else ''}.arrayrecord"
 
 
 def _write_records(path: Path, records: Sequence[dict[str, np.ndarray]]) -> None:
@@ -322,10 +408,3 @@ def _save_columns(path: Path, columns: dict[str, np.ndarray]) -> None:
 def _load_columns(path: Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as columns:
         return dict(columns)
-
-
-def _replace(path: Path, write) -> None:
-    """Write `path` with `write`, then rename it; other processes may write the same file."""
-    new = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.new")
-    write(new)
-    os.replace(new, path)

@@ -52,8 +52,11 @@ def options_of(request: SampleRequest, origin: Origin) -> dict:
 
 
 def identity(asked: Asked, origin: Origin) -> str:
-    """Return a hash of the request and its checkpoint, which finds samples that already exist."""
-    options = options_of(asked.request, origin)
+    """Return a hash of the request and its checkpoint, which finds samples that already exist.
+
+    Files of the request count by their content.
+    """
+    options = options_of(asked.request, origin) | _hashes(asked.request)
     parts = [str(origin.checkpoint.absolute()), origin.step, asked.line, options]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -84,15 +87,11 @@ def record(asked: Asked, origin: Origin, output: Path, seconds: float) -> dict:
             continue
         several = isinstance(value, list | tuple)
         words += [f"--{name}", *map(str, value)] if several else [f"--{name}={value}"]
-    paths = {n: Path(getattr(asked.request, n)) for n in FILES if given(asked.request, n)}
     return {
         "command": shlex.join(["python", "sample.py", str(origin.checkpoint), *words]),
         "seed": asked.request.seed,
         "options": options,
-        "files_sha256": {
-            option(name): hashlib.sha256(path.read_bytes()).hexdigest()
-            for name, path in paths.items()
-        },
+        "files_sha256": _hashes(asked.request),
         "checkpoint": str(origin.checkpoint.absolute()),
         "identity": identity(asked, origin),
         "step": origin.step,
@@ -136,6 +135,14 @@ def write(
         part.unlink(missing_ok=True)
         lock.unlink()
     return path
+
+
+def _hashes(request: SampleRequest) -> dict[str, str]:
+    """Return the hash of each file of a request, by the name of its option."""
+    paths = {option(name): getattr(request, name) for name in FILES if given(request, name)}
+    return {
+        name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in paths.items()
+    }
 
 
 def _reserve(folder: Path) -> tuple[str, Path]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from easyanimate_jax.data.buckets import check_size
+from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.facts import CELL, MAX_SEED
 
 FILES = ("image", "end_image", "video", "mask", "control", "trajectory", "camera", "reference")
@@ -111,6 +112,14 @@ class SampleRequest:
     seed: int = 43
     """Seed of the noise; the same seed gives the same video."""
 
+    def __post_init__(self):
+        for name in FILES:
+            if given(self, name):
+                try:
+                    object.__setattr__(self, name, str(local_path(getattr(self, name))))
+                except ValueError as error:
+                    raise ValueError(f"--{option(name)}: {error}") from error
+
 
 class Asked(NamedTuple):
     """A request and its place in a prompt file."""
@@ -150,8 +159,10 @@ def read_lines(prompts: Path, common: SampleRequest) -> list[Asked]:
             line = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}not JSON ({error})") from error
+        one = Asked(common, number, where)
         values = _check_line(line, where)
-        found.append(Asked(dataclasses.replace(common, **values), number, where))
+        with one.named():
+            found.append(one._replace(request=dataclasses.replace(common, **values)))
     if not found:
         raise ValueError(f"{prompts} holds no line; write one JSON object per line")
     return found

@@ -5,7 +5,7 @@ import io
 import json
 import os
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import UInt8
@@ -30,7 +30,7 @@ class Server:
     OPENAI_API_KEY holds the key, if the server needs one.
     """
 
-    url: str
+    url: str = field(compare=False)  # where it answers does not change its captions
     """Address of the server, without `/chat/completions`."""
 
     model: str
@@ -39,10 +39,10 @@ class Server:
     instructions: tuple[str, ...] = INSTRUCTIONS
     """Instructions to the model; each gives one caption of a clip."""
 
-    tries: int = 5
+    tries: int = field(default=5, compare=False)
     """Largest number of requests for one caption."""
 
-    seconds: float = 120.0
+    seconds: float = field(default=120.0, compare=False)
     """Timeout of a request in seconds."""
 
     def __post_init__(self):

@@ -5,11 +5,13 @@
 `SOURCE` is any source of data/sources, or a folder of films without captions. No video is
 rewritten: a clip is a span of a file. OUT/clips.parquet has one row per clip with its scores, and
 the reason if it was left out; a config can use it as `source`. OUT/films/ has one file per finished
-film, so that a stopped run can resume. `--part 2/8` shares the films between 8 processes.
+film, so that a stopped run can resume; a film is cut again if its content, its captions or the
+rules are others than those in that file. `--part 2/8` shares the films between 8 processes.
 OUT/funnel.txt and OUT/funnel.html list what was left out at each step.
 """
 
-import hashlib
+import dataclasses
+import inspect
 import itertools
 import json
 import os
@@ -24,10 +26,14 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from easyanimate_jax.data import media, paths
+from easyanimate_jax.data.contents import Contents, key
 from easyanimate_jax.data.decode import Decoders
 from easyanimate_jax.data.sources import clip_table
 from easyanimate_jax.data.sources.layouts import MEDIA
 from easyanimate_jax.data.sources.read import read_clips
+from easyanimate_jax.disk.local import local_path, shown
+from easyanimate_jax.disk.lock import FolderLock
+from easyanimate_jax.disk.whole import replace, replace_text
 from easyanimate_jax.facts import check_fields
 from easyanimate_jax.prepare import funnel
 from easyanimate_jax.prepare.scores import SCORES, Score, picture_hash
@@ -65,46 +71,112 @@ def curate(
     part: int = 0,
     parts: int = 1,
     workers: int | None = None,
+    links: Path | None = None,
 ) -> list[dict] | None:
     """Make the table of clips and return its rows; return None while other parts are not done.
 
     Captions are those of the source, or those that `captioner` writes for stills of a clip. This
     process takes every `parts`-th film from number `part` on, and decodes with `workers` threads
-    (default: one per CPU).
+    (default: one per CPU). Links of the source may lead into the folder `links`. Raises ValueError
+    if another process makes this part.
     """
-    films = _films(source)
-    root = source if source.is_dir() else source.parent
-    (out / "films").mkdir(parents=True, exist_ok=True)
-    told_by = getattr(captioner, "__qualname__", repr(captioner))
-    settings = repr((rules, [(s.name, s.frames) for s in scores], told_by))
-    done = {name: out / "films" / f"{_digest(settings + name)}.json" for name in films}
-    mine = [name for name in list(films)[part::parts] if not done[name].is_file()]
-    workers = workers or os.cpu_count()
-    decoders = Decoders(workers, SECONDS, 4 * 2**30)
+    source, out = local_path(source), local_path(out)
+    with FolderLock(out, option="OUT", part=(part, parts)) as lock:
+        folder = Folder(source, links)
+        lock.begun = True
+        films = Films(out, folder, rules, scores, captioner)
+        mine = list(folder.films)[part::parts]
+        workers = workers or os.cpu_count()
+        decoders = Decoders(workers, SECONDS, 4 * 2**30)
 
-    def work(name: str) -> None:
-        found = _film(decoders, root, name, films[name], rules, scores, captioner)
-        new = done[name].with_suffix(".new")
-        new.write_text(json.dumps(found))
-        os.replace(new, done[name])
+        def work(name: str) -> None:
+            made_of = films.key(name)  # before it is read: it may change meanwhile
+            if films.rows(name) is None:
+                films.keep(name, made_of, _film(decoders, folder, name, rules, scores, captioner))
 
-    with ThreadPoolExecutor(workers) as pool:
-        list(tqdm(pool.map(work, mine), total=len(mine), desc="films", unit="film"))
-    decoders.close()
-    if not all(path.is_file() for path in done.values()):
-        return None
-    rows = [row for path in done.values() for row in json.loads(path.read_text())]
-    _judge(rows, rules, scores)
-    _rate(rows, scores)
-    _write(out / "clips.parquet", rows, os.path.relpath(root, out), scores)
-    funnel.write(out, rows, _thumbnails(root, rows))
-    return rows
+        with ThreadPoolExecutor(workers) as pool:
+            list(tqdm(pool.map(work, mine), total=len(mine), desc="films", unit="film"))
+        decoders.close()
+        rows = films.all_rows()
+        if rows is None:
+            return None
+        _judge(rows, rules, scores)
+        _rate(rows, scores)
+        _write(out / "clips.parquet", rows, os.path.relpath(folder.root, out), scores)
+        funnel.write(out, rows, _thumbnails(folder, rows))
+        return rows
 
 
-def _films(source: Path) -> dict[str, tuple[str, ...]]:
+class Folder:
+    """The films of a source: `films` maps names of files to captions."""
+
+    def __init__(self, source: Path, links: Path | None):
+        self.root, self.links = source if source.is_dir() else source.parent, links
+        self.films = _films(source, links)
+
+    def path(self, name: str) -> Path:
+        """Return the path of a film. Raises ValueError for one that leaves the folder."""
+        return paths.safe_path(self.root, name, self.links)
+
+
+class Films:
+    """The finished films in OUT/films, one JSON file each: the key of its content, and its rows."""
+
+    def __init__(self, out: Path, folder: Folder, rules: Rules, scores, captioner):
+        self.out, self.folder = out / "films", folder
+        self.out.mkdir(exist_ok=True)
+        self.contents = Contents(out / "contents.jsonl")
+        measures = [(s.name, s.frames, _told(s.measure)) for s in scores]
+        self.settings = key(dataclasses.asdict(rules), measures, _told(captioner))
+        self.captioned = captioner is not None
+
+    def rows(self, name: str) -> list[dict] | None:
+        """Return the rows of a film; None if it has other content now, or is not finished."""
+        path = self._path(name)
+        made = json.loads(path.read_text("utf-8")) if path.is_file() else None
+        if not isinstance(made, dict) or made["key"] != self.key(name):
+            return None  # a list was written by an earlier version
+        return made["rows"]
+
+    def keep(self, name: str, made_of: str, rows: list[dict]) -> None:
+        """Write the rows of a film, and the key of what they were made of."""
+        replace_text(self._path(name), json.dumps({"key": made_of, "rows": rows}))
+
+    def all_rows(self) -> list[dict] | None:
+        """Return the rows of all films; None if one is not finished."""
+        if not all(self._path(name).is_file() for name in self.folder.films):
+            return None  # and do not hash the films of other parts
+        found = [self.rows(name) for name in self.folder.films]
+        return None if None in found else list(itertools.chain.from_iterable(found))
+
+    def _path(self, name: str) -> Path:
+        return self.out / f"{key(self.settings, name)}.json"
+
+    def key(self, name: str) -> str:
+        """Return the key of a film's content and captions."""
+        try:
+            content = self.contents(self.folder.path(name))
+        except ValueError as error:  # the name is refused
+            content = str(error)
+        captions = None if self.captioned else self.folder.films[name]
+        return key(content, captions)
+
+
+def _told(maker: object) -> object:
+    """Return what the results of a function or a captioner depend on, as JSON values."""
+    if dataclasses.is_dataclass(maker):
+        fields = [f.name for f in dataclasses.fields(maker) if f.compare]
+        return [type(maker).__qualname__, {f: repr(getattr(maker, f)) for f in fields}]
+    try:
+        return inspect.getsource(maker)
+    except (OSError, TypeError):  # typed at a prompt, or not written in Python
+        return getattr(maker, "__qualname__", type(maker).__qualname__)
+
+
+def _films(source: Path, links: Path | None) -> dict[str, tuple[str, ...]]:
     """Return {file name: captions}; in a folder that is no other source, take all films."""
     try:
-        clips, _ = read_clips(source)
+        clips, _ = read_clips(source, links)
     except ValueError:
         if not source.is_dir():
             raise
@@ -115,15 +187,16 @@ def _films(source: Path) -> dict[str, tuple[str, ...]]:
     return {clip.name: clip.captions for clip in clips if isinstance(clip.path, Path)}
 
 
-def _film(decoders, root: Path, name: str, captions, rules: Rules, scores, captioner) -> list[dict]:
+def _film(decoders, folder: Folder, name: str, rules: Rules, scores, captioner) -> list[dict]:
     """Return a scored row for each span of a film.
 
     A film that does not decode gives a single row with the reason.
     """
-    base = {"clip": name, "file": name, "kind": "video", "first": 0, "frames": 0, "fps": 0.0}
-    base |= {"height": 0, "width": 0, "captions": list(captions), "left_out": "", "hash": 0}
+    captions, text = list(folder.films[name]), shown(name)
+    base = {"clip": text, "file": text, "kind": "video", "first": 0, "frames": 0, "fps": 0.0}
+    base |= {"height": 0, "width": 0, "captions": captions, "left_out": "", "hash": 0}
     try:
-        path = paths.safe_path(root, name)
+        path = folder.path(name)
         kind, num_frames, height, width, fps = decoders.probe(path)
         base |= {"kind": kind, "frames": num_frames, "height": height, "width": width, "fps": fps}
         if kind == "image":
@@ -228,12 +301,12 @@ def _near_duplicates(rows: list[dict]) -> set[str]:
             (row["kind"], a, row["hash"] >> a & ((1 << b - a) - 1))
             for a, b in itertools.pairwise(edges)
         ]
-        near = (other for key in keys for other in bands.get(key, ()))
+        near = (other for band in keys for other in bands.get(band, ()))
         if any((row["hash"] ^ other).bit_count() <= NEAR for other in near):
             repeated.add(row["clip"])
             continue
-        for key in keys:
-            bands.setdefault(key, []).append(row["hash"])
+        for band in keys:
+            bands.setdefault(band, []).append(row["hash"])
     return repeated
 
 
@@ -242,17 +315,21 @@ def _write(path: Path, rows: list[dict], root: str, scores: Sequence[Score]) -> 
     fields |= {"quality": pyarrow.float64(), "left_out": pyarrow.string()}
     columns = {name: [row.get(name) for row in rows] for name in fields}
     schema = pyarrow.schema(fields, metadata={"root": root})
-    new = path.with_suffix(".new")
-    pyarrow.parquet.write_table(pyarrow.table(columns, schema), new)
-    os.replace(new, path)
+    table = pyarrow.table(columns, schema)
+
+    def write(new: Path) -> None:
+        with open(new, "wb") as file:  # Arrow would take some names for URLs
+            pyarrow.parquet.write_table(table, file)
+
+    replace(path, write)
 
 
-def _thumbnails(root: Path, rows: list[dict]) -> dict[str, np.ndarray]:
+def _thumbnails(folder: Folder, rows: list[dict]) -> dict[str, np.ndarray]:
     """Return {clip name: its middle frame} for the rows that the page shows."""
     decoders, found = Decoders(1, SECONDS), {}
     for row in funnel.shown(rows):
         try:
-            path = paths.safe_path(root, row["file"])
+            path = folder.path(row["file"])
             if row["kind"] == "image":
                 size = media.fit_side(row["height"], row["width"], SMALL)
                 found[row["clip"]] = decoders.read_image(path, size)[0]
@@ -263,7 +340,3 @@ def _thumbnails(root: Path, rows: list[dict]) -> dict[str, np.ndarray]:
             continue
     decoders.close()
     return found
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

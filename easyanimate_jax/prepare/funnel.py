@@ -43,7 +43,7 @@ def shown(rows: list[dict]) -> list[dict]:
 
 def write(out: Path, rows: list[dict], thumbnails: dict[str, np.ndarray]) -> None:
     """Write `funnel.txt` and `funnel.html` into the folder `out`."""
-    (out / "funnel.txt").write_text(text(rows) + "\n")
+    (out / "funnel.txt").write_text(text(rows) + "\n", "utf-8")
     found = [*steps(rows), ("", len(rows) - sum(n for _, n, _ in steps(rows)), 0)]
     parts = [
         "<!doctype html><meta charset=utf-8><title>Funnel</title><style>body{font:14px sans-serif;"
@@ -66,7 +66,7 @@ def write(out: Path, rows: list[dict], thumbnails: dict[str, np.ndarray]) -> Non
                 f"<figure>{_picture(thumbnails.get(row['clip']))}<figcaption>"
                 f"{html.escape(title)} {html.escape(why)}</figcaption></figure>"
             )
-    (out / "funnel.html").write_text("\n".join(parts))
+    (out / "funnel.html").write_text("\n".join(parts), "utf-8")
 
 
 def _step(row: dict) -> str:

@@ -9,15 +9,16 @@ noised references (spec 6.1) are drawn per clip. A set with `pixels` has only it
     OUT/empty.safetensors     text states of the empty prompt
     OUT/prompts.safetensors   text states of the config's sample prompts
     OUT/quarantine.jsonl      rows and clips that were left out, with the reason
+    OUT/contents.jsonl        hashes of the files of the source, see data/contents.py
+
+The same command again makes what is missing, and makes again what was made from other content.
 """
 
-import dataclasses
 import hashlib
 import itertools
 import json
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,34 +26,28 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from easyanimate_jax.data.buckets import grid_of
-from easyanimate_jax.data.records import LatentSet, Texts, Writer, write_texts
-from easyanimate_jax.data.sources import places
+from easyanimate_jax.data.contents import Contents, key
+from easyanimate_jax.data.records import LatentSet, Texts, write_texts
 from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.data.sources.rows import Clip
+from easyanimate_jax.disk.local import local_path, shown
+from easyanimate_jax.disk.lock import FolderLock
+from easyanimate_jax.disk.whole import replace_text
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.prepare.clips import Job, Pixels, frames_of, make_job, read_pixels
 from easyanimate_jax.prepare.encode import Encoder, encode_pixels
+from easyanimate_jax.prepare.sets import SetMaker
 
 logger = logging.getLogger(__name__)
 
 SHARD_SIZE = 128  # records
 ROWS = 16  # clips encoded at once, at most
 TEXT_ROWS, TEXT_CACHE = 128, 2**30  # prompts encoded at once; bytes of text states in the cache
-MODEL_FILES = (
-    "*.safetensors",
-    "config.json",
-    "text.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-)
 MAX_BAD = 0.05  # share of a set's clips that may be unreadable
 
 
 def prepare(
-    source: str | Path,
+    source: str | Path | tuple[str | Path, str | Path],
     output: str | Path,
     sets: Sequence[LatentSet],
     vae: CausalVAE,
@@ -66,49 +61,52 @@ def prepare(
 ) -> bool:
     """Encode the clips of `source` for every set; return whether all sets are complete.
 
-    Finished shards are kept.
+    `source` may be a pair: the source, and a folder that its links may lead into. A record is kept
+    if its film, its control and its captions have the content that it was made from.
 
     `part` (k, n) makes every n-th shard from the k-th on, so n processes on any hosts can share the
     work. The last process to finish writes the index.
 
     `text_encoder.encode(prompts)` returns one array of states per encoder. `weights` are the
     fingerprints of the folders of VAE and text encoders; records made with other models are not
-    mixed in. Raises ValueError if more than `MAX_BAD` of the clips of a set or part are unreadable.
+    mixed in. Raises ValueError if another process makes this part, and if more than `MAX_BAD` of
+    the clips of a set or part are unreadable.
     """
-    output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
-    clips, problems = read_clips(source)
-    quarantine = Quarantine(output / "quarantine.jsonl")
-    part, parts = part
-    for problem in problems if part == 0 else ():
-        quarantine.add(problem._asdict())
-    texts = TextStates(text_encoder)
-    encoder = Encoder(vae, jax.local_devices(), most=ROWS, announce=logger.info)
-    write_texts(output / "empty.safetensors", texts([""]))
-    if prompts:
-        write_texts(output / "prompts.safetensors", texts(prompts))
-    whole = []
-    for latent_set in sets:
-        jobs = select(latent_set, clips, seed)
-        root = places.root_of(job.clip for job in jobs)
+    output = local_path(output)
+    with FolderLock(output, option="--prepared", part=part) as lock:
+        clips, problems = read_clips(*source if isinstance(source, tuple) else (source,))
+        contents = Contents(output / "contents.jsonl")
         made_of = {"weights": weights, "seed": seed, "shard_size": shard_size}
-        writer = _writer(output / latent_set.name, latent_set, jobs, root, made_of)
-        shards = [jobs[i : i + shard_size] for i in range(0, len(jobs), shard_size)]
-        todo = [n for n in range(part, len(shards), parts) if not writer.has(n)]
-        own = sum(len(shard) for shard in shards[part::parts])
-        done = own - sum(len(shards[number]) for number in todo)
-        with tqdm(total=own, initial=done, desc=latent_set.name, unit="clip") as progress:
-            read = Reader(latent_set, own, encoder, quarantine, seed, progress)
-            for number in todo:
-                shard = shards[number]
-                made = _located(shard, root, progress) if latent_set.pixels else read(shard)
-                _add_texts(made, texts)
-                records = [record for _, record in made]
-                writer.write(number, records, [_index_row(job) for job, _ in made])
-        whole.append(all(map(writer.has, range(len(shards)))))
-        if whole[-1]:
-            writer.finish(len(shards))
-    return all(whole)
+        makers = [
+            SetMaker(output / s.name, s, select(s, clips, seed), contents, made_of) for s in sets
+        ]
+        lock.begun = True  # all settings are accepted
+        quarantine = Quarantine(output / "quarantine.jsonl")
+        lines = [_line(problem._asdict()) for problem in problems]
+        for line in lines if part[0] == 0 else ():
+            quarantine.add(line)
+        texts = TextStates(text_encoder)
+        encoder = Encoder(vae, jax.local_devices(), most=ROWS, announce=logger.info)
+        write_texts(output / "empty.safetensors", texts([""]))
+        if prompts:
+            about = prompts_key(prompts, weights)
+            write_texts(output / "prompts.safetensors", texts(prompts), about)
+        whole = []
+        for maker in makers:
+            count, name = maker.jobs(part), maker.latent_set.name
+            with tqdm(total=count, desc=name, unit="clip") as progress:
+                read = Reader(maker.latent_set, count, encoder, quarantine, seed, progress)
+                whole.append(maker.make(part, read, texts, progress))
+        if all(whole):
+            lines += [line for maker in makers for line in maker.left_out]
+            files = {clip.name for clip in clips} | {problem.file for problem in problems}
+            quarantine.forget(files, but=lines)
+        return all(whole)
+
+
+def prompts_key(prompts: Sequence[str], weights: dict[str, str]) -> str:
+    """Return the key of the text states of sample prompts."""
+    return key(list(prompts), weights.get("text"))
 
 
 def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]:
@@ -133,31 +131,28 @@ def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]
     return sorted(jobs, key=lambda job: (job.shape, job.clip.name))
 
 
-def fingerprint(folder: str | Path) -> str:
-    """Return a hash of a model folder: of weights, configs and tokenizers, not of other files."""
-    digest = hashlib.blake2b(digest_size=16)
-    found = (path for pattern in MODEL_FILES for path in Path(folder).rglob(pattern))
-    for path in sorted(path for path in found if path.is_file()):
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "blake2b").digest()
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + content)
-    return digest.hexdigest()
-
-
 class Quarantine:
-    """A JSON-lines file of rows and clips that were left out; a resumed run repeats no line."""
+    """A JSON-lines file of rows and clips that were left out; no line stands in it twice."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.lines = set(path.read_text().splitlines()) if path.is_file() else set()
+        text = path.read_text("utf-8") if path.is_file() else ""
+        self.lines = dict.fromkeys(filter(None, text.split("\n")))
 
-    def add(self, entry: dict) -> None:
-        """Append an entry, unless the file already has it."""
-        line = json.dumps(entry, ensure_ascii=False)
+    def add(self, line: str) -> None:
+        """Append a line, unless the file already has it."""
         if line not in self.lines:
-            self.lines.add(line)
-            with open(self.path, "a") as file:
+            self.lines[line] = None
+            with open(self.path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+    def forget(self, files: Collection[str], *, but: Sequence[str]) -> None:
+        """Remove the lines of these files, except the lines `but`, which the file then has."""
+        old = [line for line in self.lines if _file_of(line) not in files]
+        lines = dict.fromkeys([*but, *old])
+        if set(lines) != set(self.lines):
+            replace_text(self.path, "".join(f"{line}\n" for line in lines))
+            self.lines = lines
 
 
 class TextStates:
@@ -191,22 +186,21 @@ class Reader:
         self.latent_set, self.jobs, self.encoder, self.seed = latent_set, jobs, encoder, seed
         self.quarantine, self.progress, self.bad = quarantine, progress, 0
 
-    def __call__(self, jobs: Sequence[Job]) -> list[tuple[Job, dict[str, np.ndarray]]]:
-        """Return (job, record) of each readable job; the others go to the quarantine."""
-        encoded = []
+    def __call__(self, jobs: Sequence[Job]) -> list[dict[str, np.ndarray] | str]:
+        """Return a record of each job, or its line in the quarantine if it is unreadable."""
+        results = []
         with ThreadPoolExecutor() as pool:
             for group in self._groups(jobs):
-                good = []
-                for job, found in zip(group, pool.map(self._read, group), strict=True):
-                    if isinstance(found, ValueError):
-                        self._leave_out(job, str(found))
-                    else:
-                        good.append((job, found))
-                if good:
-                    records = encode_pixels(self.encoder, [pixels for _, pixels in good])
-                    encoded += zip([job for job, _ in good], records, strict=True)
+                found = list(pool.map(self._read, group))
+                found = [
+                    self._leave_out(job, one) if isinstance(one, ValueError) else one
+                    for job, one in zip(group, found, strict=True)
+                ]
+                good = [one for one in found if not isinstance(one, str)]
+                made = iter(encode_pixels(self.encoder, good) if good else ())
+                results += [one if isinstance(one, str) else next(made) for one in found]
                 self.progress.update(len(group))
-        return encoded
+        return results
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
         """Yield groups of neighbouring jobs of one shape, as many as are encoded at once."""
@@ -224,84 +218,29 @@ class Reader:
         except ValueError as error:
             return error
 
-    def _leave_out(self, job: Job, reason: str) -> None:
+    def _leave_out(self, job: Job, error: ValueError) -> str:
         self.bad += 1
-        self.quarantine.add({"file": job.clip.name, "reason": reason})
+        line = _line({"file": job.clip.name, "reason": shown(str(error))})
+        self.quarantine.add(line)
         if self.bad > max(1, MAX_BAD * self.jobs):
             raise ValueError(
                 f"set {self.latent_set.name!r}: {self.bad} of {self.jobs} clips cannot be read; "
                 f"repair or remove them. The reasons are in {self.quarantine.path}"
             )
+        return line
 
 
-def _located(jobs: Sequence[Job], root: Path, progress) -> list[tuple[Job, dict[str, np.ndarray]]]:
-    """Return (job, record) of each job; the record holds the location of its clip."""
-    progress.update(len(jobs))
-    return [(job, {"place": places.to_bytes(job.clip, root)}) for job in jobs]
+def _line(entry: dict) -> str:
+    return json.dumps(entry, ensure_ascii=False)
 
 
-def _add_texts(encoded: list[tuple[Job, dict]], texts: TextStates) -> None:
-    """Add the text states of its captions to every record.
-
-    The captions of a shard are encoded together, so that batches are full.
-    """
-    if not encoded:
-        return
-    states = texts([caption for job, _ in encoded for caption in job.clip.captions])
-    first = 0
-    for job, record in encoded:
-        last = first + len(job.clip.captions)
-        record |= {f"text{i}": s[first:last] for i, s in enumerate(states)}
-        first = last
-
-
-def _writer(
-    folder: Path, latent_set: LatentSet, jobs: Sequence[Job], root: Path, made_of: dict
-) -> Writer:
-    """Return the set's writer; it continues only shards of the same set, jobs and `made_of`."""
-    identity = {
-        "set": _told(latent_set),
-        "jobs": _digest(repr([(j.clip.name, j.clip.captions, *j[1:4]) for j in jobs])),
-        **made_of,
-    }
-    if latent_set.pixels:
-        identity["root"] = os.path.relpath(root, os.path.realpath(folder))
-    return Writer(folder, json.loads(json.dumps(identity)))
-
-
-def _told(latent_set: LatentSet) -> dict:
-    """Return the set's fields without the newer ones that are unset.
-
-    Sets written by older versions do not have these fields.
-    """
-    fields = dataclasses.asdict(latent_set)
-    unknown = () if latent_set.control else ("control", "random_reference")
-    unknown += () if latent_set.min_quality else ("min_quality",)
-    unknown += () if latent_set.pixels else ("pixels",)
-    unknown += () if latent_set.reference_rate else ("reference_rate",)
-    return {name: value for name, value in fields.items() if name not in unknown}
-
-
-def _index_row(job: Job) -> dict:
-    T, gh, gw = grid_of(*job.shape)
-    return {
-        "clip": job.clip.name,
-        "kind": job.clip.kind,
-        **job.shape._asdict(),
-        "T": T,
-        "gh": gh,
-        "gw": gw,
-        "tokens": T * gh * gw,
-        "source_height": job.clip.height,
-        "source_width": job.clip.width,
-        "num_captions": len(job.clip.captions),
-        "source": job.clip.source,
-    }
+def _file_of(line: str) -> str | None:
+    try:
+        return json.loads(line)["file"]
+    except (ValueError, KeyError, TypeError):  # cut short by a kill
+        return None
 
 
 def _rng(seed: int, *names) -> np.random.Generator:
-    return np.random.default_rng([seed, int(_digest(repr(names)), 16)])
-
-
-def _digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(repr(names).encode(), digest_size=8).hexdigest()
+    return np.random.default_rng([seed, int(digest, 16)])

@@ -6,11 +6,12 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from easyanimate_jax.data.contents import fingerprint
 from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.data.plan.plan import Plan
-from easyanimate_jax.data.records import Records
+from easyanimate_jax.data.records import Records, texts_key
 from easyanimate_jax.prepare.encode import Encoder
-from easyanimate_jax.prepare.prepare import fingerprint
+from easyanimate_jax.prepare.prepare import prompts_key
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.runs.visits import VisitLoader
 from easyanimate_jax.sharding import activation_spec
@@ -78,6 +79,7 @@ def _check(config: TrainConfig, records: dict[str, Records]) -> None:
                 f"{not latents.pixels}, and the config says {latents.pixels}; change the set, or "
                 f"prepare it again in another folder"
             )
+        _check_prompts(config, records[latents.name].header.get("weights", {}))
     if jax.process_index():
         return
     for kind, folder in (("vae", config.vae), ("text", config.text)):
@@ -87,6 +89,20 @@ def _check(config: TrainConfig, records: dict[str, Records]) -> None:
                 f"{config.prepared} was prepared with another {kind} than {folder} now holds; "
                 f"restore the model, or prepare again in another folder"
             )
+
+
+def _check_prompts(config: TrainConfig, weights: dict[str, str]) -> None:
+    """Raise ValueError unless `prepare` has encoded the config's sample prompts."""
+    prompts, path = config.samples.prompts, Path(config.prepared) / "prompts.safetensors"
+    if not (prompts and config.samples.every):
+        return
+    have = texts_key(path) if path.is_file() else "none"
+    if have not in ("", prompts_key(prompts, weights)):  # "": by an earlier version
+        raise ValueError(
+            f"{path} {'is missing' if have == 'none' else 'holds other sample prompts'}: the "
+            f"config's samples.prompts are {', '.join(map(repr, prompts))[:200]}; run python -m "
+            f"easyanimate_jax prepare with this config again, which keeps what did not change"
+        )
 
 
 def _loader(config: TrainConfig, stage: Stage, mesh, records: Records, encoder) -> Loader:

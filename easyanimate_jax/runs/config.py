@@ -17,6 +17,7 @@ from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.tasks import TASKS
 from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
+from easyanimate_jax.disk.local import local_path, resolve_fields
 from easyanimate_jax.facts import MAX_STEPS, SEEDS, check_fields
 from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.models.mmdit import MMDiTConfig
@@ -109,6 +110,10 @@ class TrainConfig:
     stages: tuple[Stage, ...]
     """Stages of the schedule in their order; their names must differ."""
 
+    links: str = ""
+    """Folder that links in `source` may lead into, such as the cache of a hub. "" follows no link
+    out of `source`."""
+
     optimizer: OptimizerConfig = OptimizerConfig()
     """Update rule of all stages."""
 
@@ -174,6 +179,7 @@ class TrainConfig:
             hang_seconds="[0, inf)",
             log_every="[0, inf)",
         )
+        resolve_fields(self, "source", "prepared", "vae", "text", "run", "links", "init")
         steps = sum(stage.steps for stage in self.stages)
         if not 1 <= steps <= MAX_STEPS:
             raise ValueError(
@@ -231,6 +237,7 @@ def load(path: str) -> TrainConfig | VAETrainConfig:
 
     Raises ValueError if the file does not exist or defines no config.
     """
+    path = str(local_path(path))
     if not Path(path).is_file():
         raise ValueError(f"there is no config {path!r}; use a file such as those in configs/")
     sys.path.append(str(Path(path).resolve().parent.parent))  # configs import one another

@@ -17,9 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
+from easyanimate_jax.data.contents import fingerprint
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.tasks import numbers, task_of
+from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.generation.arrays import Given, as_rows, size_of
 from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.generation.pipelines import (
@@ -33,7 +35,6 @@ from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.generation.ways import choose
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE
-from easyanimate_jax.prepare.prepare import fingerprint
 from easyanimate_jax.runs.config import SampleConfig, TrainConfig, from_json
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.text.encode import TextEncoder, state_widths
@@ -246,7 +247,7 @@ def load_pipeline(
         mesh = make_mesh(mesh)
     if mesh is None and not jax.sharding.get_mesh().empty:
         mesh = jax.sharding.get_mesh()
-    path = Path(path)
+    path = local_path(path)
     if run_folder.is_run(path):
         if process is not None:
             raise ValueError(f"{path} is a run and has its own noise process: leave out process")

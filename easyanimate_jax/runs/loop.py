@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from easyanimate_jax.data.loader import Batch, Loader
+from easyanimate_jax.disk.lock import FolderLock
+from easyanimate_jax.disk.whole import replace_text
 from easyanimate_jax.runs.batches import make_loaders, place
 from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.journal import Journal
@@ -34,7 +36,6 @@ from easyanimate_jax.training.safety.cloud_goodput import CloudGoodput, open_sin
 from easyanimate_jax.training.safety.divergence import DivergedError
 from easyanimate_jax.training.safety.exits import DIVERGED, DONE, FOUND, PREEMPTED, STORAGE
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
-from easyanimate_jax.training.safety.lock import RunLock
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.safety.preemption import Preemption
 from easyanimate_jax.training.step import TrainState
@@ -59,14 +60,14 @@ def train(config: TrainConfig, faults: Faults = NO_FAULTS) -> int:
     stop = Preemption()
     try:
         with contextlib.ExitStack() as stack:
-            lock = stack.enter_context(RunLock(folder)) if main else None
+            lock = stack.enter_context(run_lock(config)) if main else None
             monitor = stack.enter_context(open_monitor(config, sink))
             stack.enter_context(jax.set_mesh(mesh))
             run = Run(config, mesh, loaders, monitor, faults)
             step, state = run.states.newest() or (0, run.states.first())
             if main:
                 lock.begun = True
-                (folder / "config.json").write_text(to_json(config))
+                replace_text(folder / "config.json", to_json(config))
             finished, step = run.stages(step, state, stop)
             monitor.enter("save")
             run.states.checkpoints.close(step)
@@ -77,6 +78,11 @@ def train(config: TrainConfig, faults: Faults = NO_FAULTS) -> int:
         logger.error("storage: %s", error)
         return STORAGE
     return DONE if finished else PREEMPTED
+
+
+def run_lock(config: TrainConfig) -> FolderLock:
+    """Return the lock of the run folder."""
+    return FolderLock(Path(config.run), option="--run", mode=0o700)
 
 
 def open_monitor(config: TrainConfig, sink: CloudGoodput | None = None) -> Monitor:
@@ -258,7 +264,7 @@ def replay(config: TrainConfig, step: int) -> int:
     logged = next((row for row in lines if row["step"] == step), None)
     if logged is None:
         raise ValueError(f"{folder / 'metrics.jsonl'} has no step {step}; replay one that was made")
-    with RunLock(folder), open_monitor(config) as monitor:
+    with run_lock(config), open_monitor(config) as monitor:
         with jax.set_mesh(mesh):
             run = Run(config, mesh, loaders, monitor)
             first, second = (run.replay(step, run.states.at(step)) for _ in range(2))

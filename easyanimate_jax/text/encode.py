@@ -18,6 +18,7 @@ import numpy as np
 import transformers
 from jaxtyping import Float, Int
 
+from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.sharding import num_parts, shard, shardings
 from easyanimate_jax.text import weights
 from easyanimate_jax.text.bert import Bert, load_bert
@@ -138,7 +139,7 @@ class TextEncoder:
         They compute in `dtype`. The default is bfloat16 if their config.json says so, as for the
         released Qwen2-VL, and float32 otherwise. Raises ValueError for folders that do not fit.
         """
-        folder = Path(folder)
+        folder = local_path(folder)
         suffixes = _suffixes(folder)
         folders = [folder / f"text_encoder{suffix}" for suffix in suffixes]
         kinds = [_kind(one) for one in folders]

@@ -13,7 +13,7 @@ import json
 import logging
 import string
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -26,6 +26,9 @@ from jaxtyping import Array, Float, Int
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
+from easyanimate_jax.disk.local import local_path
+from easyanimate_jax.disk.lock import FolderLock
+from easyanimate_jax.disk.whole import replace_text
 from easyanimate_jax.text.bert import Bert, BertConfig, save_bert
 from easyanimate_jax.text.encode import token_ids
 from easyanimate_jax.text.t5 import T5, T5Config, save_t5
@@ -172,10 +175,26 @@ def train_encoder(
 
 
 def train(source: Path, out: Path, config: TextTrainConfig) -> None:
-    """Write tokenizer, text_encoder, tokenizer_2, text_encoder_2 and text.json into `out`."""
+    """Write tokenizer, text_encoder, tokenizer_2, text_encoder_2 and text.json into `out`.
+
+    Nothing is written before both encoders are trained. Raises ValueError if another process
+    writes there.
+    """
+    source, out = local_path(source), local_path(out)
     files = read_captions(source)
+    with FolderLock(out, option="OUT") as lock:
+        trained = list(_trained(files, config))
+        lock.begun = True
+        for suffix, tokenizer, encoder, save in trained:
+            tokenizer.save_pretrained(out / f"tokenizer{suffix}")
+            save(encoder, out / f"text_encoder{suffix}")
+        lengths = [tokenizer.model_max_length for _, tokenizer, _, _ in trained]
+        replace_text(out / "text.json", json.dumps({"lengths": lengths}))
+
+
+def _trained(files: list[tuple[str, ...]], config: TextTrainConfig) -> Iterator[tuple]:
+    """Yield (suffix of its folders, tokenizer, encoder, function that saves it) for each."""
     captions = [caption for captions in files for caption in captions]
-    lengths = []
     for suffix, make_tokenizer, make_encoder, save in (
         ("", word_tokenizer, bert, save_bert),
         ("_2", piece_tokenizer, t5, save_t5),
@@ -187,10 +206,7 @@ def train(source: Path, out: Path, config: TextTrainConfig) -> None:
         ids = token_ids(tokenizer, [text for file in files for text in (file[0], file[-1])], length)
         encoder = make_encoder(len(tokenizer), length, config)
         encoder = train_encoder(encoder, tokenizer, ids.reshape(-1, 2, length), config)
-        tokenizer.save_pretrained(out / f"tokenizer{suffix}")
-        save(encoder, out / f"text_encoder{suffix}")
-        lengths.append(length)
-    (out / "text.json").write_text(json.dumps({"lengths": lengths}), "utf-8")
+        yield suffix, tokenizer, encoder, save
 
 
 def bert(vocabulary: int, length: int, config: TextTrainConfig) -> Bert:

@@ -97,6 +97,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             remove_leftovers(self.folder)
         _wait_for_all("checkpoints")
+        self.place = without_patterns(self.folder)
 
     def save(self, step: int, state: State, meta: dict) -> None:
         """Start writing `state` as checkpoint `step`; do nothing if that step exists.
@@ -125,7 +126,7 @@ class Checkpoints:
         self.writing = self.latest = step
         try:
             self.checkpointer.save(
-                self.folder / str(step),
+                self.place / str(step),
                 args=ocp.args.Composite(
                     **{item: ocp.args.PyTreeSave(named) for item, named in items.items()},
                     meta=ocp.args.JsonSave(sealed(meta)),
@@ -310,6 +311,20 @@ def damage(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
             if not same:
                 wrong.append(f"{item}.{name} has other bits than were saved")
     return wrong
+
+
+def without_patterns(folder: Path) -> Path:
+    """Return a path of a folder that holds no character of a glob pattern.
+
+    orbax searches below the path of a checkpoint with `glob`, which takes `[`, `*` and `?` in the
+    path itself for a pattern. Raises ValueError for such a path if the system has no /proc.
+    """
+    if not set("[*?") & set(str(folder)):
+        return folder
+    if not os.path.isdir("/proc/self/fd"):
+        raise ValueError(f"{folder}: orbax cannot write below a name with [, * or ?; rename it")
+    # The process keeps the descriptor until it ends, like its run folder.
+    return Path(f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}")
 
 
 def remove_leftovers(folder: Path) -> None:

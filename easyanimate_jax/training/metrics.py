@@ -53,7 +53,7 @@ def _board(folder: Path, first_step: int):
 
     if hide:
         del sys.modules["torch"]
-    return SummaryWriter(str(folder), purge_step=first_step)
+    return SummaryWriter(str(folder.absolute()), purge_step=first_step)
 
 
 def _step(line: str) -> int:

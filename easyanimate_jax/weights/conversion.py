@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from easyanimate_jax.diffusion.tasks import task_of
+from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.facts import DTypes, check_fields
 from easyanimate_jax.weights import files, mmdit_table, run_folder, vae_table
 from easyanimate_jax.weights.adapters import merged, open_loras, summary
@@ -133,7 +134,7 @@ def convert(
     `progress` is called with the bytes just written and the total bytes. Raises ValueError listing
     all problems; `target` does not exist then.
     """
-    began, source, target = time.perf_counter(), Path(source), Path(target)
+    began, source, target = time.perf_counter(), local_path(source), local_path(target)
     problems = []
     if not source.exists():
         problems.append(f"{source} does not exist")

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 from jax.sharding import Mesh
 
+from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.storage import Kernels
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
@@ -61,9 +62,8 @@ def load_mmdit(
     layers (`weights.adapters.open_loras`). Raises ValueError listing all problems.
     """
     problems = []
-    model = open_model(
-        Path(path), "transformer", problems, weights=weights, step=step, allow_pickle=allow_pickle
-    )
+    place, options = local_path(path), {"weights": weights, "step": step}
+    model = open_model(place, "transformer", problems, allow_pickle=allow_pickle, **options)
     files.raise_all(path, problems)
     if in_channels is not None and in_channels != model.config.in_channels:
         config_, tensors, lines = mmdit_table.widen(model.tensors, model.config, in_channels)
@@ -91,7 +91,7 @@ def load_vae(
     The options and errors are those of `load_mmdit`.
     """
     problems = []
-    model = open_model(Path(path), "vae", problems, allow_pickle=allow_pickle)
+    model = open_model(local_path(path), "vae", problems, allow_pickle=allow_pickle)
     files.raise_all(path, problems)
     return _load(CausalVAE, model, problems, dtype, "float32", mesh)
 

@@ -50,10 +50,10 @@ def sizes(path: str | Path) -> dict[str, np.ndarray]:
     return {"quality": np.zeros(len(table))} | columns
 
 
-def clips(path: str | Path) -> list[Clip]:
+def clips(path: str | Path, links: str | Path | None = None) -> list[Clip]:
     """Return the clips of the table that are captioned and not left out, in its order.
 
-    Raises ValueError if there is none.
+    `links` is that of `read_clips`. Raises ValueError if there is none.
     """
     table, found = pyarrow.parquet.read_table(path), []
     # `root` is the folder of the films, relative to the table's folder.
@@ -65,7 +65,7 @@ def clips(path: str | Path) -> list[Clip]:
         found.append(
             Clip(
                 row["clip"],
-                safe_path(root, row["file"]),
+                safe_path(root, row["file"], links),
                 row["kind"],
                 captions,
                 row["frames"],

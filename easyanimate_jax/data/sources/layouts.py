@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from easyanimate_jax.data.paths import open_regular
+from easyanimate_jax.data.paths import open_regular, safe_path
 from easyanimate_jax.data.sources.rows import Problem, Row
 
 NAMES = ("file_path", "path", "video_path", "video", "image_path", "image", "file", "file_name")
@@ -78,7 +78,7 @@ def lists(folder: Path) -> Iterator[Row | Problem]:
             yield Row(number + 1, name, text)
 
 
-def side_by_side(folder: Path) -> Iterator[Row | Problem]:
+def side_by_side(folder: Path, links: str | Path | None) -> Iterator[Row | Problem]:
     """Yield every media file below the folder with the text file of its name, in sorted order.
 
     A row's number is its position in that order. Raises ValueError if there are no media files.
@@ -90,11 +90,12 @@ def side_by_side(folder: Path) -> Iterator[Row | Problem]:
             f"data set, or media files with a .txt beside them; add one of these"
         )
     for number, path in enumerate(files):
-        name, text = str(path.relative_to(folder)), path.with_suffix(".txt")
+        name = path.relative_to(folder)
         try:
-            yield Row(number, name, open_regular(text).read().decode("utf-8-sig").strip())
+            text = safe_path(folder, str(name.with_suffix(".txt")), links)
+            yield Row(number, str(name), open_regular(text).read().decode("utf-8-sig").strip())
         except ValueError as error:
-            yield Problem(number, name, f"no text: {error}")
+            yield Problem(number, str(name), f"no text: {error}")
 
 
 def _csv(path: Path) -> Iterator[Row | Problem]:

@@ -29,6 +29,7 @@ from easyanimate_jax.data.buckets import name_word
 from easyanimate_jax.data.decode import decoders
 from easyanimate_jax.data.sources import clip_table, layouts, tars, tfds
 from easyanimate_jax.data.sources.rows import Clip, Problem, Row, caption_of
+from easyanimate_jax.disk.local import local_path, quoted, shown
 
 KINDS = ("image", "video")
 
@@ -39,17 +40,20 @@ class _Mention(NamedTuple):
     caption: str
 
 
-def read_clips(source: str | Path) -> tuple[list[Clip], list[Problem]]:
+def read_clips(
+    source: str | Path, links: str | Path | None = None
+) -> tuple[list[Clip], list[Problem]]:
     """Return the usable clips in order of first mention, and a `Problem` for each unusable row.
 
-    Raises ValueError for an unknown layout, and for a source without any usable clip.
+    Links may lead out of the source into the folder `links`, such as the cache of a hub. Raises
+    ValueError for an unknown layout, and for a source without any usable clip.
     """
-    source = Path(source)
+    source, links = local_path(source), local_path(links) if links else None
     if source.suffix == ".toml":
-        return _mixture(source)
+        return _mixture(source, links)
     if clip_table.is_table(source):
-        return clip_table.clips(source), []
-    described, rows = _rows(source)
+        return clip_table.clips(source, links), []
+    described, rows = _rows(source, links)
     files: dict[str, media.File | None] = {}
     controls: dict[str, object] = {}
     mentions: dict[str, list[_Mention]] = {}
@@ -62,7 +66,10 @@ def read_clips(source: str | Path) -> tuple[list[Clip], list[Problem]]:
         if reason:
             name = row.name if isinstance(row.name, str) else ""
             problems.append(Problem(row.number, name, reason))
-        elif files.setdefault(row.name, row.file) != row.file:
+            continue
+        if row.file is None:
+            row = row._replace(name=paths.relative_name(described.parent, row.name))
+        if files.setdefault(row.name, row.file) != row.file:
             problems.append(Problem(row.number, row.name, "another file has this name"))
         else:
             mention = _Mention(row.number, row.kind or "", row.text)
@@ -72,32 +79,40 @@ def read_clips(source: str | Path) -> tuple[list[Clip], list[Problem]]:
     clips = []
     with ThreadPoolExecutor() as pool:
         found = pool.map(
-            lambda name: _probe(described.parent, name, files[name], controls[name]), mentions
+            lambda name: _probe(described.parent, name, files[name], controls[name], links),
+            mentions,
         )
         for (name, some), probed in zip(mentions.items(), found, strict=True):
             if isinstance(probed, ValueError):
                 problems += [Problem(mention.row, name, str(probed)) for mention in some]
                 continue
-            path, header, control = probed
-            captions = []
-            for mention in some:
-                if mention.kind and mention.kind != header.kind:
-                    reason = f"type is {mention.kind!r}, but the file holds {header.kind}"
-                    problems.append(Problem(mention.row, name, reason))
-                else:
-                    captions.append(mention.caption)
+            captions = _captions(name, some, probed[1], problems)
             if captions:
-                _, num_frames, height, width, fps = header
+                path, (kind, num_frames, height, width, fps), control = probed
                 size = num_frames, height, width, fps
-                clips.append(Clip(name, path, header.kind, tuple(captions), *size, control=control))
-    problems.sort()
+                clips.append(Clip(name, path, kind, captions, *size, control=control))
+    problems = sorted(Problem(p.row, shown(p.file), shown(p.reason)) for p in problems)
     if not clips:
         listed = "".join(f"\n  row {p.row} {p.file}: {p.reason}" for p in problems[:20])
         raise ValueError(f"{described} describes no usable clip ({len(problems)} bad rows){listed}")
     return clips, problems
 
 
-def _mixture(path: Path) -> tuple[list[Clip], list[Problem]]:
+def _captions(
+    name: str, mentions: list[_Mention], header: media.Probe, problems: list[Problem]
+) -> tuple[str, ...]:
+    """Return the captions of the mentions of a file's own kind; the others are problems."""
+    captions = []
+    for mention in mentions:
+        if mention.kind and mention.kind != header.kind:
+            reason = f"type is {mention.kind!r}, but the file holds {header.kind}"
+            problems.append(Problem(mention.row, name, reason))
+        else:
+            captions.append(mention.caption)
+    return tuple(captions)
+
+
+def _mixture(path: Path, links: str | Path | None) -> tuple[list[Clip], list[Problem]]:
     """Return the clips of several sources; a clip's name begins with that of its source."""
     try:
         named = tomllib.loads(paths.open_regular(path).read().decode())
@@ -107,7 +122,10 @@ def _mixture(path: Path) -> tuple[list[Clip], list[Problem]]:
     for name, source in named.items():
         if not isinstance(source, str) or source.endswith(".toml"):
             raise ValueError(f'{path}: {name} must be a source in quotes, as in {name} = "films"')
-        found, bad = read_clips(path.parent / source)
+        try:
+            found, bad = read_clips(path.parent / local_path(source), links)
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}: {error}") from error
         clips += [replace(clip, name=f"{name}/{clip.name}", source=name) for clip in found]
         problems += [Problem(p.row, f"{name}/{p.file}", p.reason) for p in bad]
     if not clips:
@@ -115,8 +133,8 @@ def _mixture(path: Path) -> tuple[list[Clip], list[Problem]]:
     return clips, problems
 
 
-def table(source: str | Path) -> dict[str, np.ndarray]:
-    """Return the clips of a source as columns.
+def table(source: str | Path, links: str | Path | None = None) -> dict[str, np.ndarray]:
+    """Return the clips of a source as columns; `links` is that of `read_clips`.
 
     They are clip, kind, frames, fps, height, width, quality and word. A parquet table that
     `prepare` wrote is read as it is, without opening any clip's file.
@@ -124,7 +142,7 @@ def table(source: str | Path) -> dict[str, np.ndarray]:
     if clip_table.is_table(source):
         columns = clip_table.sizes(source)
     else:
-        clips, _ = read_clips(source)
+        clips, _ = read_clips(source, links)
         columns = {
             "clip": np.array([clip.name for clip in clips]),
             "kind": np.array([clip.kind for clip in clips]),
@@ -139,7 +157,7 @@ def table(source: str | Path) -> dict[str, np.ndarray]:
     return columns | {"word": np.fromiter(words, np.uint64, len(columns["clip"]))}
 
 
-def _rows(source: Path) -> tuple[Path, Iterator[Row | Problem]]:
+def _rows(source: Path, links: str | Path | None) -> tuple[Path, Iterator[Row | Problem]]:
     """Return the source's description and its rows.
 
     The description is a file; relative names in the rows start in its folder.
@@ -155,7 +173,7 @@ def _rows(source: Path) -> tuple[Path, Iterator[Row | Problem]]:
         archives = sorted(source.glob("*.tar"))
         if archives:
             return archives[0], (row for path in archives for row in tars.rows(path))
-        return source / "*.txt", layouts.side_by_side(source)
+        return source / "*.txt", layouts.side_by_side(source, links)
     suffix = source.suffix.lower()
     if suffix in (".json", ".jsonl", ".csv"):
         return source, layouts.metadata(source)
@@ -172,17 +190,19 @@ def _reason(row: Row) -> str:
     """Return the reason why a row cannot be used, without opening its file; "" if there is none."""
     if not isinstance(row.name, str) or not row.name:
         return "no file_path"
+    if shown(row.name) != row.name:
+        return f"file name {quoted(row.name)} is not UTF-8; rename the file"
     if row.kind and row.kind not in KINDS:
         return f"type {row.kind!r} is neither 'image' nor 'video'"
     return caption_of(row.text)
 
 
 def _probe(
-    folder: Path, name: str, file: media.File | None, control: object
+    folder: Path, name: str, file: media.File | None, control: object, links: str | Path | None
 ) -> tuple[media.File, media.Probe, Path | None] | ValueError:
     try:
-        file = file or paths.safe_path(folder, name)
-        control = paths.safe_path(folder, str(control)) if control else None
+        file = file or paths.safe_path(folder, name, links)
+        control = paths.safe_path(folder, str(control), links) if control else None
         return file, decoders().probe(file), control
     except ValueError as error:
         return error

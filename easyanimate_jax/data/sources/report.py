@@ -1,6 +1,7 @@
 """A source of clips as text: what it holds, and what is wrong with it."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 
@@ -9,9 +10,9 @@ from easyanimate_jax.data.sources import read
 SHOWN = 50  # problems
 
 
-def describe(source: str) -> str:
+def describe(source: str | Path, links: str | Path | None = None) -> str:
     """Return clips, sizes, durations, captions, and every problem with its row or line."""
-    clips, problems = read.read_clips(source)
+    clips, problems = read.read_clips(source, links)
     lines = [f"{source}: {len(clips):,} clips, {sum(len(c.captions) for c in clips):,} captions"]
     for kind in read.KINDS:
         some = [clip for clip in clips if clip.kind == kind]

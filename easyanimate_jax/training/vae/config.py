@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from easyanimate_jax.data.control import OPERATORS
+from easyanimate_jax.disk.local import resolve_fields
 from easyanimate_jax.facts import MAX_STEPS, SEEDS, check_fields
 from easyanimate_jax.models.borders import check_video
 from easyanimate_jax.models.vae import VAEConfig
@@ -92,6 +93,10 @@ class VAETrainConfig:
     matrices: Matrices = "adam"
     """Update rule of the inner convolutions' kernels; use "muon" to train from random weights."""
 
+    links: str = ""
+    """Folder that links in `data` may lead into, such as the cache of a hub. "" follows no link out
+    of `data`."""
+
     controls: tuple[str, ...] = ()
     """Operators of `data/control.py` whose signals replace a quarter of the crops. A control model
     reads such signals as latents, and an autoencoder not trained on thin lines loses them."""
@@ -138,6 +143,7 @@ class VAETrainConfig:
             hang_seconds="[0, inf)",
             **dict.fromkeys(FROM_0, "[0, inf)"),
         )
+        resolve_fields(self, "data", "output", "links", "init")
         if not 1 <= self.steps <= MAX_STEPS:
             raise ValueError(
                 f"VAETrainConfig.stages has {self.steps} steps in all; use 1 to {MAX_STEPS} steps"

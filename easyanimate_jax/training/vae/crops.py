@@ -37,13 +37,13 @@ class Clips(NamedTuple):
     digest: str
 
 
-def split_clips(source: str) -> Clips:
+def split_clips(source: str, links: str = "") -> Clips:
     """Return the clips of a source, with every `HELD_OUT`-th clip held out.
 
-    The digest covers names, spans, shapes and file sizes, in order. Raises ValueError as
-    `read_clips` does.
+    The digest covers names, spans, shapes and file sizes, in order. `links` and errors are those of
+    `read_clips`.
     """
-    clips, _ = read_clips(source)
+    clips, _ = read_clips(source, links)
     held_out = set(range(HELD_OUT - 1, len(clips), HELD_OUT)) or {len(clips) - 1}
     rows = [
         [c.name, c.kind, c.first, c.num_frames, c.height, c.width, _num_bytes(c.path)]

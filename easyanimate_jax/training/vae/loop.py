@@ -23,6 +23,7 @@ from jaxtyping import UInt8
 
 from easyanimate_jax import processes
 from easyanimate_jax.data import media
+from easyanimate_jax.disk.lock import FolderLock
 from easyanimate_jax.facts import SPACE_FACTOR, TIME_FACTOR
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh
@@ -30,7 +31,6 @@ from easyanimate_jax.training.checkpoint import Checkpoints, NotFiniteError, Sto
 from easyanimate_jax.training.metrics import MetricsWriter, Progress, now
 from easyanimate_jax.training.safety.exits import DIVERGED, DONE, PREEMPTED, STORAGE
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
-from easyanimate_jax.training.safety.lock import RunLock
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.safety.preemption import Preemption
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
@@ -52,7 +52,7 @@ def train(config: VAETrainConfig, faults: Faults = NO_FAULTS) -> int:
     anything is written, if data, `init` or checkpoints do not fit the config.
     """
     output, mesh = Path(config.output), make_mesh(MeshConfig())
-    clips = split_clips(config.data)
+    clips = split_clips(config.data, config.links)
     _check_crops(config, clips, mesh)
     start = _load_start(config, mesh)
     position = Position(config, config.vae if start is None else start.config, clips.digest)
@@ -61,7 +61,8 @@ def train(config: VAETrainConfig, faults: Faults = NO_FAULTS) -> int:
     try:
         with contextlib.ExitStack() as stack:
             if _main():
-                stack.enter_context(RunLock(output)).begun = True
+                lock = FolderLock(output, option="--output", mode=0o700)
+                stack.enter_context(lock).begun = True
             output.mkdir(parents=True, exist_ok=True)
             monitor = stack.enter_context(
                 Monitor(output, process=process, hang_seconds=config.hang_seconds)

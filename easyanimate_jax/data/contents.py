@@ -1,0 +1,112 @@
+"""The key of content: whatever is kept is found by its bytes and settings, not by a name or a date.
+
+`key` is the identity of everything that `prepare` and `curate` keep. `Contents` hashes files for
+it, and `fingerprint` hashes folders of models.
+"""
+
+import hashlib
+import json
+import os
+import threading
+from pathlib import Path
+
+from easyanimate_jax.data.media import File, Member
+from easyanimate_jax.data.paths import open_regular
+
+MODEL_FILES = (
+    "*.safetensors",
+    "config.json",
+    "text.json",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+)
+PIECE = 2**22  # bytes read at a time
+
+
+def key(*parts) -> str:
+    """Return a hash of JSON values, 32 hexadecimal digits."""
+    text = json.dumps(parts, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class Contents:
+    """Hashes of files, which the JSON-lines file `path` keeps for processes that come later.
+
+    A file is read again if its size, its times or its inode differ from those in `path`. So a file
+    is read once, and a replaced one is noticed whatever its name, size and date.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.known, self.position = path, {}, 0
+        self.lock = threading.Lock()
+
+    def __call__(self, file: File) -> str:
+        """Return a hash of the file's bytes, or of the reason why it cannot be read."""
+        try:
+            if isinstance(file, Path):
+                return self._hash(file, 0, None)
+            if isinstance(file, Member):
+                return self._hash(file.archive, file.offset, file.size)
+            return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
+        except (OSError, ValueError) as error:
+            return f"unreadable: {error}"
+
+    def _hash(self, path: Path, offset: int, size: int | None) -> str:
+        with open_regular(path) as file:
+            stat = _stat(file)
+            name = json.dumps([os.path.abspath(path), offset, size])
+            with self.lock:
+                if self.known.get(name, [None])[0] != stat:
+                    self._read()  # lines that other processes wrote meanwhile
+                known = self.known.get(name)
+            if known and known[0] == stat:
+                return known[1]
+            digest = hashlib.blake2b(digest_size=16)
+            file.seek(offset)
+            left = stat[0] - offset if size is None else size
+            while left > 0 and (piece := file.read(min(PIECE, left))):
+                digest.update(piece)
+                left -= len(piece)
+            if _stat(file) == stat:  # else it is being written
+                self._add(name, stat, digest.hexdigest())
+        return digest.hexdigest()
+
+    def _read(self) -> None:
+        """Read the lines that the file got since the last call."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self.position)
+            for line in file:
+                if not line.endswith(b"\n"):  # another process is writing it
+                    break
+                self.position += len(line)
+                try:
+                    name, stat, digest = json.loads(line)
+                    self.known[name] = stat, digest
+                except (ValueError, TypeError):  # lines of two hosts, mixed
+                    continue
+
+    def _add(self, name: str, stat: list[int], digest: str) -> None:
+        line = json.dumps([name, stat, digest]).encode() + b"\n"
+        with self.lock, self.path.open("ab", buffering=0) as file:
+            self.known[name] = stat, digest
+            file.write(line)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """Return a hash of a model folder: of weights, configs and tokenizers, not of other files."""
+    digest = hashlib.blake2b(digest_size=16)
+    found = (path for pattern in MODEL_FILES for path in Path(folder).rglob(pattern))
+    for path in sorted(path for path in found if path.is_file()):
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "blake2b").digest()
+        digest.update(os.fsencode(path.relative_to(folder)) + b"\0" + content)
+    return digest.hexdigest()
+
+
+def _stat(file) -> list[int]:
+    found = os.fstat(file.fileno())
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

@@ -1,0 +1,46 @@
+"""Write a file completely or not at all, also if several processes write the same one."""
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+LEFT = re.compile(r".+\..+-(\d+)\.new")  # of `replace`: NAME.HOST-PID.new
+OLD = 86400.0  # seconds after which a temporary file of another host was left by a killed process
+
+
+def replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write `path` by `write(temporary path)`, then rename it; a failed `write` leaves nothing."""
+    new = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.new")
+    try:
+        write(new)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write `path` as UTF-8 text, completely or not at all."""
+    replace(path, lambda new: new.write_text(text, "utf-8"))
+
+
+def remove_left(folder: Path) -> None:
+    """Delete temporary files of killed processes in a folder; living ones keep theirs."""
+    for path in folder.iterdir():
+        if LEFT.fullmatch(path.name):
+            _remove(path)
+
+
+def _remove(left: Path) -> None:
+    pid = LEFT.fullmatch(left.name)[1]
+    try:
+        if left.name.endswith(f".{socket.gethostname()}-{pid}.new") and os.path.isdir("/proc"):
+            dead = not os.path.isdir(f"/proc/{pid}")
+        else:
+            dead = time.time() - left.stat().st_mtime > OLD
+        if dead:
+            left.unlink()
+    except FileNotFoundError:  # its process has just finished
+        pass
