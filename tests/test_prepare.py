@@ -7,7 +7,9 @@ import flax.nnx as nnx
 import jax
 import numpy as np
 import pytest
+from disk import files_of_at_most
 
+from easyanimate_jax.commands import parse
 from easyanimate_jax.commands import prepare as command
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget, Shape
@@ -255,3 +257,18 @@ def test_a_fingerprint_follows_names_and_contents(tmp_path):
     assert fingerprint(tmp_path) == one
     (tmp_path / "config.json").write_text("2")
     assert fingerprint(tmp_path) != one
+
+
+def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(source, vae, capsys):
+    out = source.parent / "out"
+    for size in (200, 12_000):  # for the texts, for a shard
+        with files_of_at_most(size):
+            assert parse.run(lambda: bool(run(source, vae))) == 5
+        *_, error = capsys.readouterr().err.splitlines()
+        assert error.startswith(f"error: {out}") and error.endswith("run the same command again")
+        assert not list(out.rglob("*.new")) and not (out / "small" / "header.json").exists()
+    records = run(source, vae)
+    shutil.rmtree(out)
+    for i, whole in enumerate(run(source, vae)):
+        for name, value in whole.items():
+            np.testing.assert_array_equal(records[i][name], value)

@@ -74,6 +74,8 @@ def _convert(arguments: Sequence[str]) -> int:
         try:
             report = conversion.convert(source, target, conversion.Options(**own), progress)
         except OSError as error:
+            if error.errno in parse.NO_ROOM:
+                raise
             raise ValueError(str(error)) from error
     print(report)
     return DONE

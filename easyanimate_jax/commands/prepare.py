@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from tyro.conf import Positional
 
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str]) -> int:
 def _prepare(arguments: Sequence[str]) -> int:
     own, config = parse.options_and_config(Options, arguments, "prepare", HELP, ("TrainConfig",))
     part, parts = parse.part_of(own.part)
+    for latent_set in config.sets:
+        parse.check_folder("--prepared", Path(config.prepared) / latent_set.name)
     import jax
 
     from easyanimate_jax.prepare.prepare import fingerprint, prepare

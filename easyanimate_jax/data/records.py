@@ -11,6 +11,7 @@ Every file is written completely or not at all, so writing resumes at the first 
 import errno
 import json
 import os
+import socket
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Float
-from safetensors.numpy import load_file, save, save_file
+from safetensors.numpy import load_file, save
 
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.facts import check_fields
@@ -278,7 +279,8 @@ def _most_files() -> str:
 
 def write_texts(path: Path, texts: Texts) -> None:
     """Write text states, one array per encoder."""
-    _replace(path, lambda new: save_file({f"text{i}": t for i, t in enumerate(texts)}, new))
+    content = save({f"text{i}": text for i, text in enumerate(texts)})
+    _replace(path, lambda new: new.write_bytes(content))
 
 
 def read_texts(path: str | os.PathLike) -> Texts:
@@ -296,10 +298,13 @@ def _shard_path(folder: Path, shard: int) -> Path:
 
 
 def _write_records(path: Path, records: Sequence[dict[str, np.ndarray]]) -> None:
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for record in records:
-        writer.write(save(record))
-    writer.close()
+    try:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for record in records:
+            writer.write(save(record))
+        writer.close()
+    except RuntimeError as error:  # of a full disk, too
+        raise OSError(errno.EIO, f"cannot be written ({error})") from error
 
 
 def _arrays(content: bytes) -> dict[str, np.ndarray]:
@@ -325,7 +330,16 @@ def _load_columns(path: Path) -> dict[str, np.ndarray]:
 
 
 def _replace(path: Path, write) -> None:
-    """Write `path` with `write`, then rename it; other processes may write the same file."""
-    new = path.with_name(f"{path.name}.{os.uname().nodename}-{os.getpid()}.new")
-    write(new)
-    os.replace(new, path)
+    """Write `path` with `write`, then rename it; other processes may write the same file.
+
+    If writing fails, nothing of it is left, and OSError names `path`.
+    """
+    new = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.new")
+    try:
+        write(new)
+        os.replace(new, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        new.unlink(missing_ok=True)

@@ -152,12 +152,20 @@ class Quarantine:
         self.lines = set(path.read_text().splitlines()) if path.is_file() else set()
 
     def add(self, entry: dict) -> None:
-        """Append an entry, unless the file already has it."""
+        """Append an entry, unless the file already has it. On a full disk append nothing."""
         line = json.dumps(entry, ensure_ascii=False)
         if line not in self.lines:
             self.lines.add(line)
-            with open(self.path, "a") as file:
-                file.write(line + "\n")
+            content = (line + "\n").encode()
+            with open(self.path, "ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    while content:
+                        content = content[file.write(content) :]
+                except OSError as error:
+                    file.truncate(size)
+                    error.filename = str(self.path)
+                    raise
 
 
 class TextStates:
