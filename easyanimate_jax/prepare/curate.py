@@ -38,7 +38,9 @@ MAX_FRAMES = 20_000  # frames of a film, at most: all are held in memory at the 
 SECONDS = 600.0  # time limit for decoding a film
 NEAR = 5  # hashes of near-duplicates differ in at most this many bits
 
-Captioner = Callable[[np.ndarray], Sequence[str]]  # still frames of a clip -> its captions
+# Still frames of a clip -> its captions. It raises ValueError for a clip that gets none, and
+# ConnectionError if it does not serve any clip now.
+Captioner = Callable[[np.ndarray], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ def curate(
 ) -> list[dict] | None:
     """Make the table of clips and return its rows; return None while other parts are not done.
 
-    Captions are those of the source, or those that `captioner` writes for stills of a clip. This
-    process takes every `parts`-th film from number `part` on, and decodes with `workers` threads
+    Captions are those of the source, or those that `captioner` writes for stills of a clip. Raises
+    ConnectionError if it does not serve; the films that are not finished are left. This process
+    takes every `parts`-th film from number `part` on, and decodes with `workers` threads
     (default: one per CPU).
     """
     films = _films(source)
@@ -81,16 +84,30 @@ def curate(
     mine = [name for name in list(films)[part::parts] if not done[name].is_file()]
     workers = workers or os.cpu_count()
     decoders = Decoders(workers, SECONDS, 4 * 2**30)
+    served = True  # by the captioner
 
     def work(name: str) -> None:
-        found = _film(decoders, root, name, films[name], rules, scores, captioner)
+        nonlocal served
+        if not served:
+            return
+        try:
+            found = _film(decoders, root, name, films[name], rules, scores, captioner)
+        except ConnectionError:
+            served = False
+            raise
         new = done[name].with_suffix(".new")
         new.write_text(json.dumps(found))
         os.replace(new, done[name])
 
-    with ThreadPoolExecutor(workers) as pool:
-        list(tqdm(pool.map(work, mine), total=len(mine), desc="films", unit="film"))
-    decoders.close()
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            list(tqdm(pool.map(work, mine), total=len(mine), desc="films", unit="film"))
+    except ConnectionError as error:
+        left = sum(not done[name].is_file() for name in mine)
+        left = f"{left} of {len(films)} films are not finished: start the server, then run the same"
+        raise ConnectionError(f"{error}; {left} command again") from error
+    finally:
+        decoders.close()
     if not all(path.is_file() for path in done.values()):
         return None
     rows = [row for path in done.values() for row in json.loads(path.read_text())]
