@@ -6,7 +6,6 @@ import io
 import json
 import os
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass
 

@@ -235,7 +235,7 @@ class Training:
         self.state, self.step = state, int(state.step)
         self.held_out = HeldOut(clips, self.config)
         self.log = Log(self.config, self.step)
-        self.save_clock = SaveClock(config.save_minutes)
+        self.save_clock = SaveClock(self.config.save_minutes)
         self.programs = {}  # (rows, frames, size, whether adversarial) -> compiled step
 
     def run(self, stop: Preemption) -> bool:
