@@ -30,21 +30,31 @@ def meeting_point(environment: Mapping[str, str]) -> dict:
     """Return arguments of `jax.distributed.initialize`; JAX asks the cluster for missing ones.
 
     JAX_COORDINATOR_ADDRESS is host:port of the first process, or "auto" on TPU VMs, which find each
-    other through their metadata server. With host:port, also set JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID.
+    other through their metadata server. With an address, also set JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID. XPK on GPUs gives the port as JAX_COORDINATOR_PORT, and the other two as NNODES
+    and NODE_RANK. Raises ValueError for an address without a port, and for words as numbers.
     """
     address = environment.get("JAX_COORDINATOR_ADDRESS", "auto")
     given = {"heartbeat_timeout_seconds": HEARTBEAT}
     if address == "auto":
         return given
+    if ":" not in address:
+        if "JAX_COORDINATOR_PORT" not in environment:
+            raise ValueError(
+                f"JAX_COORDINATOR_ADDRESS is {address!r}, without a port; write {address}:PORT, or "
+                f"set JAX_COORDINATOR_PORT"
+            )
+        address = f"{address}:{environment['JAX_COORDINATOR_PORT']}"
     given["coordinator_address"] = address
     if address.startswith("127."):
         # By default JAX listens on all interfaces, and it does not authenticate clients.
         given["coordinator_bind_address"] = address
-    for name in ("num_processes", "process_id"):
-        value = environment.get(f"JAX_{name.upper()}")
-        if value is not None:
-            given[name] = int(value)
+    for name, of_xpk in (("num_processes", "NNODES"), ("process_id", "NODE_RANK")):
+        variable = next((v for v in (f"JAX_{name.upper()}", of_xpk) if v in environment), None)
+        if variable is not None:
+            if not environment[variable].isdecimal():
+                raise ValueError(f"{variable} is {environment[variable]!r}; use a whole number")
+            given[name] = int(environment[variable])
     return given
 
 

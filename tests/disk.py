@@ -1,6 +1,8 @@
 """What several test files put on disk."""
 
 import json
+import resource
+from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
@@ -20,6 +22,17 @@ def flip_a_bit(folder):
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 4
     largest.write_bytes(data)
+
+
+@contextmanager
+def files_of_at_most(size):
+    """The kernel refuses to write beyond `size` bytes of a file, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def write_run(folder, models, vae="weights/vae", text="weights", process=FLOW, prints=None):

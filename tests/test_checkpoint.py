@@ -203,11 +203,10 @@ def test_kept_are_the_last_the_boundaries_and_the_multiples(tmp_path):
     assert run_folder.complete_steps(tmp_path) == [3, 5, 10, 11]
 
 
-def test_opening_deletes_nothing_and_what_is_protected_stays(tmp_path):
+def test_opening_deletes_nothing_and_what_another_schedule_made_stays(tmp_path):
     write(tmp_path, range(1, 5), keep=4)
-    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints = Checkpoints(tmp_path, keep=2, keep_if=lambda meta: meta["step"] < 5)
     assert run_folder.complete_steps(tmp_path) == [1, 2, 3, 4]
-    checkpoints.protect()
     checkpoints.save(5, make_state(5), META | {"step": 5})
     checkpoints.save(6, make_state(6), META | {"step": 6})
     checkpoints.save(7, make_state(7), META | {"step": 7})

@@ -2,17 +2,20 @@
 
 import ast
 import dataclasses
+import errno
 import importlib
 import inspect
 import re
 import subprocess
 import sys
 import typing
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from easyanimate_jax.__main__ import VERBS, main
+from easyanimate_jax.commands import parse
 from easyanimate_jax.runs.config import TrainConfig, VAETrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -256,3 +259,63 @@ def test_the_scripts_at_the_top_are_two_verbs(verb):
     words = [sys.executable, f"{verb}.py", "--help"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and f"easyanimate_jax {verb} [-h]" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "configs/demo.py", "--run"],
+        ["train", "configs/demo_vae.py", "--output"],
+        ["vae-train", "configs/demo_vae.py", "--output"],
+        ["prepare", "configs/demo.py", "--prepared"],
+        ["text", ".", "OUT"],
+        ["curate", ".", "OUT"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_what_cannot_be_a_folder_is_refused_before_anything_is_read(words, tmp_path, capsys):
+    """None of the data and models of these configs exists here."""
+    *words, name = words
+    file, link = tmp_path / "file", tmp_path / "link"
+    file.write_text("mine")
+    link.symlink_to(tmp_path / "nowhere")
+    part = {"--run": "checkpoints", "--prepared": "image", "--output": "checkpoints"}.get(name)
+    places = {file: file, file / "below" / "it": file, link: link}
+    if part:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / part).write_text("mine")
+        places[tmp_path / "folder"] = tmp_path / "folder" / part
+    for place, wrong in places.items():
+        assert code_of(*words, *([name] if name[0] == "-" else []), str(place)) == 2
+        out, error = capsys.readouterr()
+        assert out == "" and error.startswith(f"error: {name} {place}") and error.count("\n") == 1
+        what = "a link to nothing" if wrong == link else "a file"
+        assert f"{wrong} is {what}; name a folder" in error
+    assert file.read_text() == "mine" and not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a/b"), 5, "a/b: No space left on dev"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 5, "Disk quota exceeded; make room"),
+        (OSError(errno.EIO, "Input/output error", "a"), 5, "a: Input/output error; make room"),
+        (OSError(errno.EROFS, "Read-only file system", "a"), 2, "Read-only file system: 'a'"),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), 2, "Permission denied: 'a'"),
+        (OSError(errno.EMFILE, "a: raise `ulimit -n`"), 2, "a: raise `ulimit -n`"),
+    ],
+)
+def test_a_disk_that_takes_no_more_and_a_wrong_place_are_one_line(error, code, message, capsys):
+    assert parse.run(partial(_raise, error)) == code
+    assert re.fullmatch(rf"error: .*{re.escape(message)}.*\n", capsys.readouterr().err)
+
+
+def test_an_error_of_a_network_is_no_wrong_input():
+    """A scheduler starts the run again, which it does not after exit code 2."""
+    for number in (errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET):
+        with pytest.raises(OSError):
+            parse.run(partial(_raise, OSError(number, "of the network")))
+
+
+def _raise(error):
+    raise error

@@ -232,7 +232,7 @@ def test_the_command_is_typed_by_the_rules(tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(curation, "curate", lambda *args, **more: seen.append((args, more)))
     words = [str(tmp_path), "out", "--min-seconds", "1", "--min-pixels", "0"]
-    words += ["captioner:server", "--captioner.url", "u", "--captioner.model", "m"]
+    words += ["captioner:server", "--captioner.url", "http://u", "--captioner.model", "m"]
     assert command.main(words) == 0
     ((source, out, rules), more) = seen[0]
     assert (source, str(out)) == (tmp_path, "out") and more["captioner"].model == "m"
@@ -311,3 +311,40 @@ def test_real_films_are_cut_scored_encoded_and_trained_on(tmp_path):
     metrics = [json.loads(m) for m in (run / "train" / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == list(range(30))
     assert all(np.isfinite(m["loss"]) and m["bad_records"] == 0 for m in metrics)
+
+
+def test_a_film_whose_captioner_is_down_is_not_finished(films, tmp_path):
+    """The films before it are, and the same call goes on there."""
+    folder, _ = films
+    asked, down = [], True
+
+    def captioner(stills):
+        asked.append(stills)
+        if down and len(asked) > 2:
+            raise ConnectionError("http://h/v1 did not serve 5 requests: refused")
+        return ["told"]
+
+    def films_done():
+        return len(list((tmp_path / "films").glob("*.json")))
+
+    options = {"rules": RULES, "scores": scores.SCORES[:1], "captioner": captioner, "workers": 1}
+    with pytest.raises(
+        ConnectionError, match=r"5 requests: refused; \d of 6 films are not"
+    ) as says:
+        curate(folder, tmp_path, **options)
+    assert f"; {6 - films_done()} of 6 films" in str(says.value) and films_done() < 6
+    assert not (tmp_path / "clips.parquet").exists() and len(asked) == 3
+    down = False
+    rows = curate(folder, tmp_path, **options)
+    assert not any("no caption" in row["left_out"] for row in rows) and len(rows) == 9
+    assert films_done() == 6 and (tmp_path / "clips.parquet").exists()
+
+
+def test_the_command_says_that_films_are_left(tmp_path, monkeypatch, capsys):
+    def down(*_, **__):
+        raise ConnectionError("http://h did not serve 5 requests; 3 of 9 films are not finished")
+
+    monkeypatch.setattr(curation, "curate", down)
+    assert command.main([str(tmp_path), str(tmp_path)]) == 42
+    out, error = capsys.readouterr()
+    assert error.count("\n") == 1 and "3 of 9 films are not finished" in error and not out

@@ -1,14 +1,29 @@
-"""A resumed run compares all that its place depends on, and refuses by name what has changed."""
+"""A resumed run compares all that its place depends on, and refuses by name what has changed.
+
+`tests/plays.py` draws pairs of configs, at the stop and at the restart, and plays them.
+"""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from fast_compiles import FAST_COMPILES
 
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.runs.config import load, to_json
-from easyanimate_jax.runs.position import check_resume, ends_stage, position_at
+from easyanimate_jax.runs.position import (
+    check_resume,
+    check_weights,
+    ends_stage,
+    is_kept,
+    position_at,
+)
 
+ROOT = Path(__file__).parent.parent
 DEMO = load("configs/demo.py")
 STEPS = (3, 4, 3, 4, 2)
 CONFIG = replace(
@@ -88,7 +103,11 @@ REFUSED = {
     "data under way": (8, stage(2, data="large"), "data of stage 'medium_t2v'.*'medium'.*'large'"),
     "fewer steps than were made": (9, stage(2, steps=1), "has made 2 steps of stage 'medium_t2v'"),
     "a stage less before": (9, replace(CONFIG, stages=CONFIG.stages[1:]), "went through stages im"),
-    "another order": (9, replace(CONFIG, stages=CONFIG.stages[::-1]), "went through stages image"),
+    "another order": (
+        9,
+        replace(CONFIG, stages=(*CONFIG.stages[2::-1], *CONFIG.stages[3:])),
+        "went through stages image",
+    ),
     "another seed": (
         9,
         replace(CONFIG, seed=1),
@@ -99,6 +118,26 @@ REFUSED = {
         9,
         replace(CONFIG, model=replace(CONFIG.model, heads=8, head_width=16)),
         "heads of model = 4.*8",
+    ),
+    "other clips of a set under way": (
+        9,
+        replace(
+            CONFIG, sets=(*CONFIG.sets[:2], replace(CONFIG.sets[2], min_side=64), CONFIG.sets[3])
+        ),
+        "min_side of set 'medium'.* = 112.*64",
+    ),
+    "another control of it": (
+        9,
+        replace(
+            CONFIG,
+            sets=(*CONFIG.sets[:2], replace(CONFIG.sets[2], control="canny"), CONFIG.sets[3]),
+        ),
+        "control of set 'medium'",
+    ),
+    "moments of another kind": (
+        9,
+        replace(CONFIG, optimizer=replace(CONFIG.optimizer, matrices="adam")),
+        "matrices of optimizer = 'muon'.*'adam'",
     ),
     "other weights to begin at": (9, replace(CONFIG, init="other"), "init = ''.*'other'"),
 }
@@ -116,3 +155,54 @@ def test_other_data_is_refused():
     with pytest.raises(ValueError, match="made with plan plan of medium_t2v"):
         check_resume(meta_at(9), CONFIG, plans)
     assert check_resume(meta_at(9), CONFIG, PLANS | {"image": "another"}) == []
+
+
+def test_channels_only_grow_and_a_config_that_narrows_them_is_refused():
+    for stages in (CONFIG.stages[::-1], (CONFIG.stages[3], CONFIG.stages[1])):
+        with pytest.raises(
+            ValueError, match=r"stage '(medium|small)_t2v' trains t2v with 16 input"
+        ):
+            replace(CONFIG, stages=stages)
+    control = replace(CONFIG.stages[1], task="control_ref", data="lines")
+    lines = replace(CONFIG.sets[1], name="lines", control="canny")
+    later = replace(CONFIG.stages[3], name="later")
+    with pytest.raises(ValueError, match="33 input channels after 48 of stage 'small_t2v'"):
+        replace(CONFIG, sets=(*CONFIG.sets, lines), stages=(control, later))
+
+
+def test_data_of_other_models_is_refused():
+    meta = meta_at(9) | {"weights": {"vae": "abc", "text": "def"}}
+    for weights in ({"vae": "abc", "text": "def"}, {"vae": "abc"}, {}):
+        check_weights(meta, weights)
+    for weights in ({"vae": "xyz", "text": "def"}, {"text": "xyz"}, {"vae": "", "text": "def"}):
+        with pytest.raises(ValueError, match=r"stage 'medium_t2v', and the prepared data is of"):
+            check_weights(meta, weights)
+    check_weights(meta_at(9), {"vae": "of a version that did not say it"})
+
+
+def test_what_another_schedule_made_is_kept():
+    """Also after the next restart, when the newest checkpoint is of the new schedule."""
+    for config in (CONFIG, replace(CONFIG, save_every=1, keep=9, save_minutes=0.0, run="other")):
+        kept = [made for made in range(1, 17) if is_kept(meta_at(made), config)]
+        assert kept == [3, 7, 10, 14, 16]
+    for config in (stage(4, steps=9), stage(1, learning_rate=1.0), replace(CONFIG, ema_decay=0.5)):
+        assert all(is_kept(meta_at(made), config) for made in range(1, 17))
+
+
+def play(folder, *words: str) -> str:
+    environment = os.environ | {"XLA_FLAGS": FAST_COMPILES, "PYTHONPATH": str(ROOT)}
+    code = [sys.executable, "tests/plays.py", str(folder), *words]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    done = subprocess.run(code, cwd=ROOT, env=environment, text=True, **pipes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_restarts_are_refused_whole_or_end_in_the_bits_of_the_rule(tmp_path):
+    """Of 200 pairs all are judged, and some of either kind are played."""
+    assert "of 200 refused" in play(tmp_path)
+
+
+@pytest.mark.slow
+def test_two_hundred_restarts_are_refused_whole_or_end_in_the_bits_of_the_rule(tmp_path):
+    assert "200 pairs" in play(tmp_path, "all")

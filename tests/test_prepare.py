@@ -9,9 +9,11 @@ import flax.nnx as nnx
 import jax
 import numpy as np
 import pytest
+from disk import files_of_at_most
 from PIL import Image
 from test_sources import ODD, odd
 
+from easyanimate_jax.commands import parse
 from easyanimate_jax.commands import prepare as command
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget, Shape
@@ -451,3 +453,18 @@ def test_odd_names_are_prepared_and_one_that_is_no_text_is_left_out_by_name(tmp_
     assert set(ODD) <= set(left_out)
     kept, _ = prepare_module.read_clips(out / "a: b" / "table" / "clips.parquet")
     assert {clip.name for clip in kept} == {n for n, why in left_out.items() if not why}
+
+
+def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(source, vae, capsys):
+    out = source.parent / "out"
+    for size in (200, 12_000):  # for the texts, for a shard
+        with files_of_at_most(size):
+            assert parse.run(lambda: bool(run(source, vae))) == 5
+        *_, error = capsys.readouterr().err.splitlines()
+        assert error.startswith(f"error: {out}") and error.endswith("run the same command again")
+        assert not list(out.rglob("*.new")) and not (out / "small" / "header.json").exists()
+    records = run(source, vae)
+    shutil.rmtree(out)
+    for i, whole in enumerate(run(source, vae)):
+        for name, value in whole.items():
+            np.testing.assert_array_equal(records[i][name], value)

@@ -1,7 +1,10 @@
 """Processes find each other, and the manifests start what is there, as text."""
 
+import json
 import logging
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +14,6 @@ import yaml
 
 from easyanimate_jax.commands.parse import load_config
 from easyanimate_jax.processes import (
-    join,
     meeting_point,
     own_gpus,
     several_processes,
@@ -109,17 +111,85 @@ def test_gpus_that_tasks_cannot_share_are_refused():
         own_gpus(STEP | three)
 
 
-@pytest.mark.parametrize("task", range(8))
-def test_eight_hosts_of_eight_gpus_are_all_used(task, monkeypatch):
-    """The environment of docs/launch/slurm.sbatch, through `join` to JAX's own initialisation."""
-    told = {}
-    monkeypatch.setattr("jax.distributed.initialize", lambda **given: told.update(given))
-    step = STEP | {"SLURM_JOB_ID": "7", "SLURM_PROCID": str(task), "SLURM_NODEID": str(task)}
-    step |= {"SLURM_GPUS_ON_NODE": "8", "SLURM_STEP_TASKS_PER_NODE": "1(x8)"}
-    for name, value in step.items():
-        monkeypatch.setenv(name, value)
-    join()
-    assert told == {"heartbeat_timeout_seconds": 10, "local_device_ids": list(range(8))}
+# Eight hosts as one machine: each process joins the others, and says who it is and what it sees.
+HOSTS = """
+import json, os, sys
+import jax
+from easyanimate_jax.processes import join
+
+def play(name, hosts):
+    pids = [pid for host in hosts if (pid := os.fork()) or be(name, host)]
+    return any([os.waitpid(pid, 0)[1] for pid in pids])
+
+def be(name, host):
+    try:
+        os.environ.update(host)
+        join()
+        state = jax._src.distributed.global_state
+        gpus = jax._src.xla_bridge.CUDA_VISIBLE_DEVICES.value
+        line = [name, state.process_id, state.num_processes, gpus, state.coordinator_address]
+        os.write(1, (json.dumps(line) + chr(10)).encode())
+        jax.distributed.shutdown()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+sys.exit(any([play(name, hosts) for name, hosts in json.loads(sys.argv[1]).items()]))
+"""
+
+
+def environments(name: str, port: int) -> list[dict[str, str]]:
+    """What a launcher gives the eight processes of eight hosts with eight GPUs each."""
+    if name.startswith("slurm"):
+        job = port - 61440 + 4096 * 3  # JAX makes the port of the job's number
+        step = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost,node[2-8]"}
+        step |= {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_NODES": "8", "SLURM_GPUS_ON_NODE": "8"}
+        step |= {"SLURM_STEP_TASKS_PER_NODE": "1(x8)", "SLURM_LOCALID": "0"}
+        step |= {"CUDA_VISIBLE_DEVICES": ALL} if name == "slurm that shows the GPUs" else {}
+        return [step | {"SLURM_PROCID": str(i), "SLURM_NODEID": str(i)} for i in range(8)]
+    if name == "xpk":
+        told = {"JAX_COORDINATOR_ADDRESS": "localhost", "JAX_COORDINATOR_PORT": str(port)}
+        told |= {"NNODES": "8", "GPUS_PER_NODE": "8", "JOBSET_NAME": "easyanimate"}
+        return [told | {"NODE_RANK": str(i), "JOB_COMPLETION_INDEX": str(i)} for i in range(8)]
+    told = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "8"}
+    return [told | {"JAX_PROCESS_ID": str(i), "JOB_COMPLETION_INDEX": str(i)} for i in range(8)]
+
+
+def test_eight_hosts_of_eight_gpus_are_all_used():
+    """Through `join` and JAX's own initialisation, over the loopback address."""
+    gpus = {"slurm": ALL, "slurm that shows the GPUs": ALL, "xpk": "all", "jobset": "all"}
+    told, port = {}, 61500
+    for name in gpus:
+        with socket.socket() as probe:
+            while probe.connect_ex(("127.0.0.1", port)) == 0:
+                port += 1
+        told[name], port = port, port + 1
+    hosts = {name: environments(name, port) for name, port in told.items()}
+    outer = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "JAX_", "CUDA"))}
+    words = [sys.executable, "-c", HOSTS, json.dumps(hosts)]
+    outer |= {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(words, env=outer, cwd=LAUNCH.parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = list(map(json.loads, done.stdout.splitlines()))
+    for name, seen in gpus.items():
+        mine = sorted(rest for of, *rest in found if of == name)
+        assert mine == [[rank, 8, seen, f"localhost:{told[name]}"] for rank in range(8)]
+
+
+def test_an_address_without_a_port_and_words_as_numbers_are_refused():
+    told = {"JAX_COORDINATOR_ADDRESS": "host-0", "NNODES": "2", "NODE_RANK": "1"}
+    with pytest.raises(ValueError, match="'host-0', without a port; write host-0:PORT"):
+        meeting_point(told)
+    told["JAX_COORDINATOR_PORT"] = "12"
+    assert meeting_point(told) == {
+        "heartbeat_timeout_seconds": 10,
+        "coordinator_address": "host-0:12",
+        "num_processes": 2,
+        "process_id": 1,
+    }
+    for name, value in {"NODE_RANK": "first", "JAX_NUM_PROCESSES": "", "NNODES": "-2"}.items():
+        with pytest.raises(ValueError, match=f"{name} is '{value}'; use a whole number"):
+            meeting_point(told | {name: value})
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -121,6 +122,72 @@ def test_two_processes_of_four_devices_train_like_one_of_eight(folder):
     two, one = ([row["loss"] for row in rows(folder, name)] for name in ("two", "one"))
     assert len(one) == STEPS
     np.testing.assert_allclose(two, one, rtol=1e-6)
+
+
+def on_two_hosts(folder: Path, words: list[str], **variables: str) -> list[subprocess.Popen]:
+    """A supervisor on each of two hosts, with one process of the run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        variables["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{probe.getsockname()[1]}"
+    variables |= {"JAX_NUM_PROCESSES": "2"}
+    words = [*SUPERVISED, "--", *words]
+    return [start(folder, words, 2, **variables, JAX_PROCESS_ID=str(rank)) for rank in (0, 1)]
+
+
+PEER = """
+import os, signal, sys, time
+from pathlib import Path
+
+from easyanimate_jax import processes
+from easyanimate_jax.commands.train import ending
+
+lost, mark, rank = *sys.argv[1:], os.environ["JAX_PROCESS_ID"]
+
+def work():
+    processes.join()
+    import jax
+    from jax.experimental import multihost_utils
+    for step in range(6):
+        if (step, rank) == (3, lost) and not Path(mark).exists():
+            Path(mark).write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        multihost_utils.process_allgather(jax.numpy.ones(4))
+    print("all steps", flush=True)
+    return 0
+
+code = ending(work)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("lost", [1])
+def test_who_loses_a_peer_leaves_with_6_and_is_started_again(tmp_path, lost):
+    (tmp_path / "peer.py").write_text(PEER)
+    words = [sys.executable, str(tmp_path / "peer.py"), str(lost), str(tmp_path / "mark")]
+    supervisors = on_two_hosts(tmp_path, words)
+    seconds = 0.0
+    for line in supervisors[1 - lost].stdout:
+        if "exit code" in line:
+            seconds = time.time() - float((tmp_path / "mark").read_text())
+            assert "exit code 6 " in line
+            break
+    assert 0 < seconds < 15  # JAX counts a process as lost after 10 s, if no collective fails
+    assert "all steps" in end(supervisors[1 - lost]) and "exit code -9" in end(supervisors[lost])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_training_goes_on_after_a_host_lost_its_process(folder, pair, lost):
+    run = f"lost{lost}"
+    words = [*ranks(1, folder, run, "--keep-every", "4")]
+    words = words[words.index("--") + 1 :]
+    once = {"EASYANIMATE_FAULTS": f"step@6/{lost}"}
+    once["EASYANIMATE_FAULTS_ONCE"] = str(folder / f"once-{run}")
+    outputs = [end(process) for process in on_two_hosts(folder, words, **once)]
+    assert "supervisor: exit code -9 at step" in outputs[lost], outputs[lost]
+    assert "supervisor: exit code 6 at step" in outputs[1 - lost], outputs[1 - lost]
+    assert all("resuming at step 4" in output for output in outputs), outputs
+    assert prints(folder, run) == pair
 
 
 MEMORY = """

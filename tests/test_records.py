@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from disk import files_of_at_most
 
+from easyanimate_jax.commands.parse import NO_ROOM
 from easyanimate_jax.data import records
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet, Records, Writer
@@ -128,3 +130,26 @@ def test_shards_from_before_there_were_mixtures_still_join(folder):
         np.savez(path, **old)
     Writer(folder, {"vae": "abc"}).finish(3)
     assert Records(folder).index["source"].tolist() == ["", "", ""]
+
+
+NOISE = np.random.default_rng(0).integers(0, 255, 50_000, np.uint8)
+LONG = [row(i) | {"clip": f"{i:0300}"} for i in range(40)]  # a large index of small records
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: Writer(folder, {}).write(0, [{"x": NOISE}], [row(0)]),
+        lambda folder: Writer(folder, {}).write(0, [{"x": NOISE[:9]}] * 40, LONG),
+        lambda folder: Writer(folder, {"a": "b" * 20_000}),
+        lambda folder: records.write_texts(folder / "empty.safetensors", (NOISE[None, None] / 2,)),
+    ],
+    ids=["records", "index", "identity", "texts"],
+)
+def test_a_full_disk_is_said_and_leaves_no_file_half_written(tmp_path, write):
+    with files_of_at_most(9_000), pytest.raises(OSError) as raised:
+        write(tmp_path)
+    assert raised.value.errno in NO_ROOM
+    whole = {"identity.json", "shard-00000.npz"}  # an index without its shard does not count
+    assert {path.name for path in tmp_path.iterdir()} <= whole
+    write(tmp_path)  # the same again, with room

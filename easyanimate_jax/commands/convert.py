@@ -82,6 +82,8 @@ def _convert(arguments: Sequence[str]) -> int:
                 source, target, conversion.Options(**own, loras=loras), progress
             )
         except OSError as error:
+            if error.errno in parse.NO_ROOM:
+                raise
             raise ValueError(str(error)) from error
     print(report)
     return DONE

@@ -1,5 +1,6 @@
 """Cut and score films into a table of clips."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional
 from easyanimate_jax.commands import parse
 from easyanimate_jax.prepare.captions import Server
 from easyanimate_jax.prepare.curate import Rules
-from easyanimate_jax.training.safety.exits import DONE
+from easyanimate_jax.training.safety.exits import DONE, PREEMPTED
 
 HELP = """Cut and score the films of SOURCE into the table OUT/clips.parquet.
 
@@ -18,7 +19,9 @@ No video is rewritten: a clip is a span of a file. Run the same command to resum
 are kept. OUT/funnel.html shows how many clips each rule removed. To caption clips with a model
 behind an OpenAI-compatible server, end the command with
 
-  captioner:server --captioner.url http://localhost:8000/v1 --captioner.model NAME"""
+  captioner:server --captioner.url http://localhost:8000/v1 --captioner.model NAME
+
+If the server is down for minutes, the exit code is 42: run the same command again later."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,15 @@ def main(arguments: Sequence[str]) -> int:
 def _curate(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "curate", HELP)
     part, parts = parse.part_of(own.part)
+    parse.check_folder("OUT", own.out)
     from easyanimate_jax.prepare import funnel
     from easyanimate_jax.prepare.curate import curate
 
     options = {"captioner": own.captioner, "part": part, "parts": parts, "links": own.links}
-    rows = curate(own.source, own.out, own.rules, **options)
+    try:
+        rows = curate(own.source, own.out, own.rules, **options)
+    except ConnectionError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return PREEMPTED
     print(f"part {part} of {parts} is done" if rows is None else funnel.text(rows))
     return DONE

@@ -3,12 +3,13 @@
 The help text of an option is the string below its field. If the first argument of a verb is a
 config, the config's fields are options too: `train CONFIG --stages.0.steps 10`. An option of type
 Path is a local path (disk/local.py). Wrong arguments raise ValueError with one line; `run` prints
-it and returns exit code 2. `--help` prints to stdout and ends the program with exit code 0. Nothing
-here imports JAX before a config is read.
+it and returns exit code 2. A full disk is one line and exit code 5. `--help` prints to stdout and
+ends the program with exit code 0. Nothing here imports JAX before a config is read.
 """
 
 import dataclasses
 import difflib
+import errno
 import io
 import os
 import sys
@@ -21,12 +22,16 @@ import tyro
 
 from easyanimate_jax import processes
 from easyanimate_jax.disk.local import local_path
-from easyanimate_jax.training.safety.exits import BAD_INPUT
+from easyanimate_jax.training.safety.exits import BAD_INPUT, STORAGE
 
 HELP = ("-h", "--help")
 MARKERS = (tyro.conf.PositionalMetavarFromFieldName, tyro.conf.HelptextFromCommentsOff)
 # Flags are off by default and have no --no- form; the text "None" is an ordinary value.
 OWN = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # a disk that takes no more
+# Paths that cannot be written, and too few open files: a restart does not help.
+OF_SETTINGS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS}
+OF_SETTINGS |= {errno.EMFILE}
 
 
 def registry() -> tyro.constructors.ConstructorRegistry:
@@ -49,7 +54,11 @@ def registry() -> tyro.constructors.ConstructorRegistry:
 
 
 def run(work: Callable[[], int], prefix: str = "error") -> int:
-    """Return the exit code of a verb's work. For a ValueError, print one line and return 2."""
+    """Return the exit code of a verb's work.
+
+    For a ValueError, a path that cannot be written and too few open files, print one line and
+    return 2. If the disk takes no more, print one line and return 5.
+    """
     if not processes.several_processes(os.environ):  # else the verb does so once it knows its rank
         processes.start_logging()
     try:
@@ -57,6 +66,19 @@ def run(work: Callable[[], int], prefix: str = "error") -> int:
     except ValueError as error:
         print(f"{prefix}: {error}", file=sys.stderr)
         return BAD_INPUT
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            where = f"{error.filename}: " if error.filename else ""
+            print(
+                f"{prefix}: {where}{error.strerror}; make room on the disk, then run the same "
+                f"command again",
+                file=sys.stderr,
+            )
+            return STORAGE
+        if error.errno in OF_SETTINGS:
+            print(f"{prefix}: {error}", file=sys.stderr)
+            return BAD_INPUT
+        raise
 
 
 def options(kind: type, arguments: Sequence[str], verb: str, description: str):
@@ -97,6 +119,22 @@ def options_and_config(
     name = f"python -m easyanimate_jax {verb}"
     given = _parse(both, arguments, prog=name, description=description)
     return given.own, given.fields
+
+
+def check_folder(name: str, path: str | Path) -> None:
+    """Raise ValueError unless the option `name` is a folder that can be written, or can become one.
+
+    A folder that does not exist is not made yet.
+    """
+    for place in (Path(path), *Path(path).absolute().parents):
+        if place.is_dir():
+            if not os.access(place, os.W_OK | os.X_OK):
+                raise ValueError(f"{name} {path}: {place} cannot be written; name another folder")
+            return
+        if os.path.lexists(place):
+            where = "" if str(place) == str(path) else f": {place}"
+            what = "a link to nothing" if place.is_symlink() else "a file"
+            raise ValueError(f"{name} {path}{where} is {what}; name a folder")
 
 
 def part_of(text: str) -> tuple[int, int]:

@@ -37,6 +37,8 @@ def main(arguments: Sequence[str]) -> int:
 def _prepare(arguments: Sequence[str]) -> int:
     own, config = parse.options_and_config(Options, arguments, "prepare", HELP, ("TrainConfig",))
     part = parse.part_of(own.part)
+    for latent_set in config.sets:
+        parse.check_folder("--prepared", Path(config.prepared) / latent_set.name)
     FolderLock(Path(config.prepared), option="--prepared", part=part).look()  # no device yet
     import jax
 

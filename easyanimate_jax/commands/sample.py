@@ -127,8 +127,7 @@ def requests(own: Options) -> list[Asked]:
         raise ValueError(
             f"there is no checkpoint folder {own.checkpoint}; give the folder of a run"
         )
-    if own.output.exists() and not own.output.is_dir():
-        raise ValueError(f"--output {own.output} is a file; name a folder")
+    parse.check_folder("--output", own.output)
     return todo
 
 

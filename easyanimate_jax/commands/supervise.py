@@ -14,8 +14,8 @@ Write the command of each rank after `--`. Example:
 
   python -m easyanimate_jax supervise --ranks 2 -- python train.py configs/demo.py
 
-The exit code is that of the ranks: 0 done, 2 wrong input, 3 diverged, 4 hang, 5 storage, 42
-preempted. After 42, run the same command to resume."""
+The exit code is that of the ranks: 0 done, 2 wrong input, 3 diverged, 4 hang, 5 storage, 6 another
+process of the run is gone, 42 preempted. After 42, run the same command to resume."""
 
 
 @dataclass(frozen=True)

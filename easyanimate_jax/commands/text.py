@@ -33,6 +33,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "text", HELP)
+    parse.check_folder("OUT", own.out)
     from easyanimate_jax.text.train import train
 
     train(own.source, own.out, own.training)

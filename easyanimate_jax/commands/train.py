@@ -81,10 +81,13 @@ def run_config(config, replay: int | None = None) -> int:
 
     `replay` is a step whose successor runs twice instead. Raises ValueError for it with a VAE.
     """
+    is_vae = type(config).__name__ == "VAETrainConfig"
+    name, folder = ("--output", config.output) if is_vae else ("--run", config.run)
+    parse.check_folder(name, Path(folder) / "checkpoints")
     processes.join()
     processes.start_logging()
     faults = Faults.from_environment(os.environ)
-    if type(config).__name__ == "VAETrainConfig":
+    if is_vae:
         from easyanimate_jax.training.vae.loop import train
 
         if replay is not None:

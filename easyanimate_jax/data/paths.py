@@ -73,7 +73,10 @@ def open_regular(path: str | os.PathLike) -> BinaryIO:
     """
     try:
         # Links are resolved first; a link that replaces the file afterwards is refused.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        # Windows has no links and pipes of this kind, and reads text unless told otherwise.
+        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
+        for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"):
+            flags |= getattr(os, name, 0)
         handle = os.open(os.path.realpath(path), flags)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error

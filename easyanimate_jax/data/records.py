@@ -26,7 +26,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.numpy import load_file, save, save_file
+from safetensors.numpy import load_file, save
 
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.disk.whole import remove_left, replace, replace_text
@@ -357,8 +357,8 @@ def _most_files() -> str:
 
 def write_texts(path: Path, texts: Texts, key: str = "") -> None:
     """Write text states, one array per encoder, and the key of their prompts."""
-    arrays = {f"text{i}": t for i, t in enumerate(texts)}
-    replace(path, lambda new: save_file(arrays, new, {"key": key}))
+    content = save({f"text{i}": text for i, text in enumerate(texts)}, {"key": key})
+    replace(path, lambda new: new.write_bytes(content))
 
 
 def texts_key(path: str | os.PathLike) -> str:
@@ -382,10 +382,13 @@ def _shard_path(folder: Path, shard: int, key: str) -> Path:
 
 
 def _write_records(path: Path, records: Sequence[dict[str, np.ndarray]]) -> None:
-    writer = ArrayRecordWriter(str(path), "group_size:1")
-    for record in records:
-        writer.write(save(record))
-    writer.close()
+    try:
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for record in records:
+            writer.write(save(record))
+        writer.close()
+    except RuntimeError as error:  # of a full disk, too
+        raise OSError(errno.EIO, f"cannot be written ({error})") from error
 
 
 def _arrays(content: bytes) -> dict[str, np.ndarray]:

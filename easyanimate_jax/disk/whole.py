@@ -12,11 +12,17 @@ OLD = 86400.0  # seconds after which a temporary file of another host was left b
 
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write `path` by `write(temporary path)`, then rename it; a failed `write` leaves nothing."""
+    """Write `path` by `write(temporary path)`, then rename it.
+
+    A failed `write` leaves nothing, and its OSError names `path`.
+    """
     new = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.new")
     try:
         write(new)
         os.replace(new, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         new.unlink(missing_ok=True)
 

@@ -44,7 +44,9 @@ MAX_FRAMES = 20_000  # frames of a film, at most: all are held in memory at the 
 SECONDS = 600.0  # time limit for decoding a film
 NEAR = 5  # hashes of near-duplicates differ in at most this many bits
 
-Captioner = Callable[[np.ndarray], Sequence[str]]  # still frames of a clip -> its captions
+# Still frames of a clip -> its captions. It raises ValueError for a clip that gets none, and
+# ConnectionError if it does not serve any clip now.
+Captioner = Callable[[np.ndarray], Sequence[str]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ def curate(
     Captions are those of the source, or those that `captioner` writes for stills of a clip. This
     process takes every `parts`-th film from number `part` on, and decodes with `workers` threads
     (default: one per CPU). Links of the source may lead into the folder `links`. Raises ValueError
-    if another process makes this part.
+    if another process makes this part, and ConnectionError if the captioner does not serve; the
+    films that are not finished are left.
     """
     source, out = local_path(source), local_path(out)
     with FolderLock(out, option="OUT", part=(part, parts)) as lock:
@@ -88,15 +91,31 @@ def curate(
         mine = list(folder.films)[part::parts]
         workers = workers or os.cpu_count()
         decoders = Decoders(workers, SECONDS, 4 * 2**30)
+        served = True  # by the captioner
 
         def work(name: str) -> None:
+            nonlocal served
             made_of = films.key(name)  # before it is read: it may change meanwhile
-            if films.rows(name) is None:
-                films.keep(name, made_of, _film(decoders, folder, name, rules, scores, captioner))
+            if not served or films.rows(name) is not None:
+                return
+            try:
+                found = _film(decoders, folder, name, rules, scores, captioner)
+            except ConnectionError:
+                served = False
+                raise
+            films.keep(name, made_of, found)
 
-        with ThreadPoolExecutor(workers) as pool:
-            list(tqdm(pool.map(work, mine), total=len(mine), desc="films", unit="film"))
-        decoders.close()
+        try:
+            with ThreadPoolExecutor(workers) as pool:
+                list(tqdm(pool.map(work, mine), total=len(mine), desc="films", unit="film"))
+        except ConnectionError as error:
+            left = sum(films.rows(name) is None for name in mine)
+            raise ConnectionError(
+                f"{error}; {left} of {len(folder.films)} films are not finished: start the server, "
+                f"then run the same command again"
+            ) from error
+        finally:
+            decoders.close()
         rows = films.all_rows()
         if rows is None:
             return None

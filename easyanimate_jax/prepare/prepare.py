@@ -140,11 +140,20 @@ class Quarantine:
         self.lines = dict.fromkeys(filter(None, text.split("\n")))
 
     def add(self, line: str) -> None:
-        """Append a line, unless the file already has it."""
-        if line not in self.lines:
-            self.lines[line] = None
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        """Append a line, unless the file already has it. On a full disk append nothing."""
+        if line in self.lines:
+            return
+        self.lines[line] = None
+        content = (line + "\n").encode()
+        with open(self.path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                while content:
+                    content = content[file.write(content) :]
+            except OSError as error:
+                file.truncate(size)
+                error.filename = str(self.path)
+                raise
 
     def forget(self, files: Collection[str], *, but: Sequence[str]) -> None:
         """Remove the lines of these files, except the lines `but`, which the file then has."""

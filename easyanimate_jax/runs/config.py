@@ -5,6 +5,7 @@ Every run folder holds a JSON copy of its config, from which the run can be rebu
 """
 
 import dataclasses
+import itertools
 import json
 import runpy
 import sys
@@ -145,8 +146,12 @@ class TrainConfig:
     """Checkpoint step to load if `init` is a run. None loads the newest."""
 
     save_every: int = 1000
-    """Steps between checkpoints; the run also saves at the end of each stage. 0 saves only at the
-    ends of stages."""
+    """Steps between checkpoints; the run also saves at the end of each stage and by time. 0 saves
+    none by steps."""
+
+    save_minutes: float = 30.0
+    """Minutes after the last checkpoint until the run saves another, between two steps. 0 saves
+    none by time."""
 
     keep: int = 3
     """Number of newest checkpoints to keep, besides the last of each stage. At least 2 are always
@@ -174,6 +179,7 @@ class TrainConfig:
             seed=SEEDS,
             init_step="[0, inf)",
             save_every="[0, inf)",
+            save_minutes="[0, inf)",
             keep="[1, inf)",
             keep_every="[0, inf)",
             hang_seconds="[0, inf)",
@@ -212,6 +218,13 @@ class TrainConfig:
                 raise ValueError(
                     f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
                     f"holds no control; give the set one: 'file', 'camera' or an operator's name."
+                )
+        for before, stage in itertools.pairwise(self.stages):
+            if stage.in_channels < before.in_channels:
+                raise ValueError(
+                    f"stage {stage.name!r} trains {stage.task} with {stage.in_channels} input "
+                    f"channels after {before.in_channels} of stage {before.name!r}: channels only "
+                    f"grow; put the stage before those of more channels, or give it another task"
                 )
         for group in (names, [s.name for s in self.stages]):
             if len(set(group)) < len(group):

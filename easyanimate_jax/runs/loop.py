@@ -23,7 +23,7 @@ from easyanimate_jax.disk.whole import replace_text
 from easyanimate_jax.runs.batches import make_loaders, place
 from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.journal import Journal
-from easyanimate_jax.runs.position import Position, check_resume, position_at
+from easyanimate_jax.runs.position import Position, check_resume, check_weights, position_at
 from easyanimate_jax.runs.programs import Programs
 from easyanimate_jax.runs.recovery import Recovery
 from easyanimate_jax.runs.samples import Sampler
@@ -38,6 +38,7 @@ from easyanimate_jax.training.safety.exits import DIVERGED, DONE, FOUND, PREEMPT
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.safety.preemption import Preemption
+from easyanimate_jax.training.save_clock import SaveClock
 from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.run_folder import complete_steps, read_step_meta
@@ -92,18 +93,19 @@ def open_monitor(config: TrainConfig, sink: CloudGoodput | None = None) -> Monit
 
 
 def check_newest(config: TrainConfig, loaders: dict[str, Loader]) -> None:
-    """Raise ValueError if the newest checkpoint in the run folder does not belong to the config.
+    """Raise ValueError if the newest readable checkpoint of the run does not belong to the config.
 
-    A damaged checkpoint is left to `Checkpoints.restore`.
+    Damaged checkpoints are left to `Checkpoints.restore`.
     """
     folder = Path(config.run) / "checkpoints"
-    steps = complete_steps(folder)
-    with contextlib.suppress(IndexError):
+    for step in reversed(complete_steps(folder)):
         try:
-            meta = read_step_meta(folder / str(steps[-1]))
+            meta = read_step_meta(folder / str(step))
         except ValueError:
-            return
+            continue
         check_resume(meta, config, plan_hashes(loaders))
+        check_weights(meta, loaders[meta["stage"]].records.header.get("weights", {}))
+        return
 
 
 def plan_hashes(loaders: dict[str, Loader]) -> dict[str, str]:
@@ -136,6 +138,7 @@ class Run:
         self.recovery = Recovery(config, loaders)
         self.journal = Journal(config)
         self.sampler = Sampler(config)
+        self.save_clock = SaveClock(config.save_minutes)
 
     def stages(self, step: int, state: TrainState, stop: Preemption) -> tuple[bool, int]:
         """Make all updates after the first `step`; return (schedule finished, updates made).
@@ -156,6 +159,7 @@ class Run:
                     state = None
                     step, state = self.recovery.go_back(where, event, self.states)
                     self.journal.open(step)
+                    self.save_clock.restart()
                     break
                 step = where.made + 1
                 self._sample(where, state)
@@ -222,12 +226,15 @@ class Run:
         return prints | {name: float(metrics[name]) for name in ("loss", "grad_norm")}
 
     def _save(self, where: Position, state: TrainState, *, due: bool) -> None:
-        """Save at the end of a stage and every `save_every` updates; report a non-finite state."""
-        if not (due or where.last or _every(self.config.save_every, where.made + 1)):
+        """Save if `due`, at the end of a stage, or by steps or time; report a non-finite state."""
+        made = where.made + 1
+        due = due or where.last or _every(self.config.save_every, made)
+        if not (due or self.save_clock.meets(made)):
             return
         self.recovery.see(self.journal.flush())
-        if self.recovery.reason:
+        if self.recovery.reason or not (due or self.save_clock.due(made)):
             return
+        self.save_clock.restart()
         try:
             self.states.save(where, state)
         except NotFiniteError as error:

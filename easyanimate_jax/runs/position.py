@@ -2,7 +2,8 @@
 
 A checkpoint stores the number of updates made, the stage, and the config that made it. Finished
 stages cannot change. The current stage can get more or fewer steps, another learning rate or
-another microbatch. Stages that have not begun can change freely.
+another microbatch. Stages that have not begun can change freely. A checkpoint that another schedule
+made is never deleted.
 """
 
 import dataclasses
@@ -18,6 +19,9 @@ FREE_OF_STAGE = ("steps", "microbatch", "learning_rate", "end_learning_rate", "w
 FREE_OF_STAGE += ("control_drop", "reference_drop")
 FREE_OF_MODEL = ("save", "offload", "dtype", "in_channels")  # how it computes; a stage's channels
 FREE_OF_FINISHED = ("microbatch",)  # changes no number
+# Fields of a config that decide its updates; the others say where and how a run computes and saves.
+OF_SCHEDULE = ("model", "process", "sets", "stages", "optimizer", "ema_decay", "text_drop", "seed")
+OF_SCHEDULE += ("init", "init_step")
 
 
 class Position(NamedTuple):
@@ -46,6 +50,18 @@ def ends_stage(meta: Mapping) -> bool:
         if total == meta.get("step"):
             return True
     return False
+
+
+def is_kept(meta: Mapping, config: TrainConfig) -> bool:
+    """Return whether a checkpoint is never deleted by a run of `config`.
+
+    This holds for the last checkpoint of a stage, and for all that another schedule made. Raises
+    ValueError for a checkpoint of another version.
+    """
+    if ends_stage(meta):
+        return True
+    saved = saved_config(meta)
+    return any(getattr(saved, name) != getattr(config, name) for name in OF_SCHEDULE)
 
 
 def check_resume(meta: Mapping, config: TrainConfig, plans: Mapping[str, str]) -> list[str]:
@@ -77,12 +93,13 @@ def check_resume(meta: Mapping, config: TrainConfig, plans: Mapping[str, str]) -
             f"checkpoint {step} has made {own} steps of stage {stage.name!r}, and the config gives "
             f"it {stage.steps}; use {own} or more, or start in a new run folder."
         )
+    data = [c.set(stage.data) for c in (saved, config)]
+    _compare(step, f"set {stage.data!r}, which stage {stage.name!r} reads", *data, ())
     changed += _compare(step, "model", saved.model, config.model, FREE_OF_MODEL)
-    if type(saved.process) is not type(config.process):
-        _refuse(step, "process", type(saved.process).__name__, type(config.process).__name__)
+    _same(step, "matrices of optimizer", saved.optimizer.matrices, config.optimizer.matrices)
+    _same(step, "process", *(type(c.process).__name__ for c in (saved, config)))
     for name in ("init", "init_step", "lora"):
-        if getattr(saved, name) != getattr(config, name):
-            _refuse(step, name, getattr(saved, name), getattr(config, name))
+        _same(step, name, getattr(saved, name), getattr(config, name))
     for name in ("process", "optimizer", "ema_decay", "text_drop"):
         changed += _differences(name, getattr(saved, name), getattr(config, name))
     if meta["plan"] != plans[stage.name]:
@@ -92,6 +109,20 @@ def check_resume(meta: Mapping, config: TrainConfig, plans: Mapping[str, str]) -
             f"run."
         )
     return changed
+
+
+def check_weights(meta: Mapping, weights: Mapping[str, str]) -> None:
+    """Raise ValueError if the latents of a checkpoint's stage are now those of other models.
+
+    `weights` are the fingerprints of the VAE and the text encoders that made the latents.
+    """
+    for kind, before in meta.get("weights", {}).items():
+        if weights.get(kind, before) != before:
+            raise ValueError(
+                f"checkpoint {meta['step']} was made with data of {kind} {before} in stage "
+                f"{meta['stage']!r}, and the prepared data is of {kind} {weights[kind]}; restore "
+                f"the data, or start in a new run folder (--run)."
+            )
 
 
 def position_at(config: TrainConfig, made: int) -> Position | None:
@@ -114,8 +145,8 @@ def _compare(step: int, what: str, before, now, free: tuple[str, ...]) -> list[s
     changed = []
     for field in dataclasses.fields(now):
         old, new = getattr(before, field.name), getattr(now, field.name)
-        if old != new and field.name not in free:
-            _refuse(step, f"{field.name} of {what}", old, new)
+        if field.name not in free:
+            _same(step, f"{field.name} of {what}", old, new)
         if old != new and field.name != "in_channels":
             changed.append(f"{field.name} of {what}: {old} -> {new}")
     return changed
@@ -131,8 +162,9 @@ def _differences(name: str, before, now) -> list[str]:
     ]
 
 
-def _refuse(step: int, what: str, before, now) -> None:
-    raise ValueError(
-        f"checkpoint {step} was made with {what} = {before!r}, and the config has {now!r}; restore "
-        f"it, or start in a new run folder (--run)."
-    )
+def _same(step: int, what: str, before, now) -> None:
+    if before != now:
+        raise ValueError(
+            f"checkpoint {step} was made with {what} = {before!r}, and the config has {now!r}; "
+            f"restore it, or start in a new run folder (--run)."
+        )

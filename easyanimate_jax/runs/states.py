@@ -14,7 +14,7 @@ from jaxtyping import PRNGKeyArray
 from easyanimate_jax.models.lora import attach
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.runs.config import TrainConfig, to_json
-from easyanimate_jax.runs.position import Position, check_resume, ends_stage, position_at
+from easyanimate_jax.runs.position import Position, check_resume, is_kept, position_at
 from easyanimate_jax.runs.programs import Programs
 from easyanimate_jax.training.checkpoint import Checkpoints
 from easyanimate_jax.training.optimizer import make_optimizer
@@ -96,11 +96,8 @@ class States:
         self.monitor.enter("restore")
 
         def like(meta: dict) -> TrainState:
-            changes = check_resume(meta, self.config, self.plans)
-            for change in changes:
+            for change in check_resume(meta, self.config, self.plans):
                 logger.warning("changed since checkpoint %d: %s", meta["step"], change)
-            if changes:
-                self.checkpoints.protect()
             place = position_at(self.config, meta["step"])
             if place:
                 self.programs.check(place.stage)
@@ -146,20 +143,12 @@ class States:
         return found[1]
 
     def for_stage(self, state: TrainState, stage: Stage) -> TrainState:
-        """Return the state with as many input channels as the stage's task reads.
-
-        Raises ValueError if the state has more channels than the stage.
-        """
+        """Return the state with as many input channels as the stage's task reads."""
         have = input_channels(state)
-        if have > stage.in_channels:
-            raise ValueError(
-                f"stage {stage.name!r} reads {stage.in_channels} input channels, and the model has "
-                f"{have}: channels only grow; put the stage before those of more channels"
-            )
         if have != stage.in_channels:
             _, placed, _ = self._abstract(stage.in_channels)
-            widen = partial(widen_state, in_channels=stage.in_channels)
-            state = jax.jit(widen, out_shardings=placed)(state)
+            widen = jax.jit(widen_state, static_argnums=1, out_shardings=placed)
+            state = widen(state, stage.in_channels)
             logger.info("stage %r: input channels %d -> %d", stage.name, have, stage.in_channels)
         self.programs.check(stage)
         return state
@@ -192,6 +181,7 @@ class States:
 def open_checkpoints(config: TrainConfig, **options) -> Checkpoints:
     """Return the `Checkpoints` of a run folder, with the config's rules for which to keep."""
     folder = Path(config.run) / "checkpoints"
+    keep_if = partial(is_kept, config=config)
     return Checkpoints(
-        folder, keep=config.keep, keep_every=config.keep_every, keep_if=ends_stage, **options
+        folder, keep=config.keep, keep_every=config.keep_every, keep_if=keep_if, **options
     )

@@ -118,7 +118,7 @@ class Checkpoints:
         meta["arrays"] = {item: describe(named) for item, named in items.items()}
         size = sum(leaf.nbytes for named in items.values() for leaf in named.values())
         free = shutil.disk_usage(self.folder).free
-        if not _same_for_all(free >= SPARE_SPACE * size):
+        if not same_for_all(free >= SPARE_SPACE * size):
             self._failed(step, f"{free / 1e9:.2f} GB are free, and {size / 1e9:.2f} GB to write")
             return
         self._clean()
@@ -192,10 +192,6 @@ class Checkpoints:
             )
         return None
 
-    def protect(self) -> None:
-        """Never delete the steps that exist now, because another schedule made them."""
-        self.retention.protected |= set(complete_steps(self.folder))
-
     def drop_after(self, step: int) -> None:
         """Delete all steps after `step`: the run went back and makes these updates again."""
         if self.process == 0:
@@ -246,7 +242,7 @@ class Checkpoints:
     def _newest(self, before: int | None) -> int | None:
         steps = complete_steps(self.folder)
         fitting = [step for step in steps if before is None or step < before]
-        newest = _same_for_all(fitting[-1] if fitting else -1)
+        newest = same_for_all(fitting[-1] if fitting else -1)
         return None if newest < 0 else int(newest)
 
     def _set_aside(self, step: int, reason: str) -> None:
@@ -377,7 +373,7 @@ def _mark(path: Path, process: int, processes: int) -> None:
     (path / f"verified-{process}-of-{processes}").touch()
 
 
-def _same_for_all(value):
+def same_for_all(value):
     """Return the value of process 0 in every process."""
     if jax.process_count() == 1:
         return value

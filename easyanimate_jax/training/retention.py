@@ -12,7 +12,7 @@ from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read
 class Retention:
     """Keeps the last `keep` verified steps, multiples of `keep_every`, and those of `keep_if`.
 
-    `keep_if` looks at a step's metadata. Steps in `protected` are never deleted.
+    `keep_if` looks at a step's metadata.
     """
 
     def __init__(
@@ -25,7 +25,6 @@ class Retention:
     ):
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self.keep_if, self.faults = keep_if, faults
-        self.protected: set[int] = set()
 
     def prune(self) -> None:
         """Delete the steps that need not be kept, if there are at least two verified steps."""
@@ -35,7 +34,7 @@ class Retention:
             return
         last = set(verified[-self.keep :])
         for step in steps:
-            if step < verified[-1] and not (step in last | self.protected or self._kept(step)):
+            if step < verified[-1] and not (step in last or self._kept(step)):
                 self._delete(step)
 
     def drop_after(self, step: int) -> None:

@@ -63,15 +63,17 @@ class Report(NamedTuple):
     parts: list[tuple[str, int, int]]
     notes: list[str]
     seconds: float
-    peak_rss: int  # bytes; the peak memory of the whole process
+    peak_rss: int | None  # bytes; the peak memory of the whole process, None where nobody counts it
 
     def __str__(self) -> str:
         count, size = (sum(part[i] for part in self.parts) for i in (1, 2))
         lines = [f"{name:16}{n:6} tensors {b / 1e6:12.2f} MB" for name, n, b in self.parts]
         total = (
             f"{'total':16}{count:6} tensors {size / 1e6:12.2f} MB in {self.seconds:.1f} s, "
-            f"{size / 1e6 / self.seconds:.0f} MB/s, peak RSS {self.peak_rss / 1e6:.0f} MB"
+            f"{size / 1e6 / self.seconds:.0f} MB/s"
         )
+        if self.peak_rss is not None:
+            total += f", peak RSS {self.peak_rss / 1e6:.0f} MB"
         return "\n".join([*lines, total, *(f"note: {note}" for note in self.notes)])
 
 
@@ -411,12 +413,14 @@ def _appearing(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def peak_rss() -> int:
-    """Return the peak memory of this process, in bytes."""
+def peak_rss() -> int | None:
+    """Return the peak memory of this process, in bytes; None on Windows."""
     status = Path("/proc/self/status")
     if status.is_file():  # unlike getrusage, it excludes the parent's memory before exec
         return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
-    import resource  # Windows has none
-
+    try:
+        import resource
+    except ImportError:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -8,7 +8,8 @@ rank is stopped or stuck in native code; a hang in Python ends the rank, see mon
 restarts the ranks after a growing pause, as long as restarts make progress. If a restart cannot
 help, it exits with the code of the ranks:
 
-    0 done   2 bad input   3 diverged   4 hang   5 storage   42 preempted: run again to resume
+    0 done   2 bad input   3 diverged   4 hang   5 storage   6 another process is gone
+    42 preempted: run again to resume
 
 It forwards SIGTERM to the ranks, which save and exit. On a cluster run one supervisor per host, or
 let the scheduler watch the hosts: docs/reliability.md.

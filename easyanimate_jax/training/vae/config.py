@@ -13,7 +13,7 @@ PYRAMID_LEVELS = 4  # scales of the perceptual term; each halves the crop
 FROM_0 = (
     *("warmup_steps", "weight_decay", "l2_weight", "perceptual_weight", "kl_weight"),
     *("outlier_weight", "gan_weight", "discriminator_start"),
-    *("save_every", "log_every", "picture_every"),
+    *("save_every", "save_minutes", "log_every", "picture_every"),
 )
 
 
@@ -121,7 +121,12 @@ class VAETrainConfig:
     """Seed of weights, crops and noise."""
 
     save_every: int = 1000
-    """Steps between checkpoints; the end also saves one. 0 saves only at the end."""
+    """Steps between checkpoints; the run also saves at its end and by time. 0 saves none by
+    steps."""
+
+    save_minutes: float = 30.0
+    """Minutes after the last checkpoint until the run saves another, between two steps. 0 saves
+    none by time."""
 
     log_every: int = 20
     """Steps between rows of metrics; the end also writes one. 0 writes no others."""

@@ -33,6 +33,7 @@ from easyanimate_jax.training.safety.exits import DIVERGED, DONE, PREEMPTED, STO
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.safety.preemption import Preemption
+from easyanimate_jax.training.save_clock import SaveClock
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
 from easyanimate_jax.training.vae.crops import Clips, Crops, batches, split_clips
 from easyanimate_jax.training.vae.measure import HeldOut, local, with_statistics
@@ -42,6 +43,10 @@ from easyanimate_jax.weights.folder import load_vae
 from easyanimate_jax.weights.module import save_module
 
 logger = logging.getLogger(__name__)
+
+# Fields of a config that say where and when a training writes, and change no update.
+FREE = {"data", "output", "save_every", "save_minutes", "log_every", "picture_every"}
+FREE |= {"hang_seconds"}
 
 
 def train(config: VAETrainConfig, faults: Faults = NO_FAULTS) -> int:
@@ -67,7 +72,9 @@ def train(config: VAETrainConfig, faults: Faults = NO_FAULTS) -> int:
             monitor = stack.enter_context(
                 Monitor(output, process=process, hang_seconds=config.hang_seconds)
             )
-            checkpoints = Checkpoints(output / "checkpoints", keep=2, faults=faults)
+            checkpoints = Checkpoints(
+                output / "checkpoints", keep=2, keep_if=position.is_kept, faults=faults
+            )
             found = _restore(position, mesh, checkpoints, monitor)
             state = found or first_state(config, mesh, start)
             del start  # its arrays are in the state, or not needed
@@ -121,6 +128,11 @@ class Position(NamedTuple):
                 f"checkpoint {step} in {self.config.output} was made with {'; '.join(other)}. "
                 f"Restore the config and the data, or start in a new output folder."
             )
+
+    def is_kept(self, meta: dict) -> bool:
+        """Return whether another schedule made a checkpoint, so that it is never deleted."""
+        here = json.loads(json.dumps(dataclasses.asdict(self.config)))
+        return any(meta["config"].get(n) != here[n] for n in set(here) - FREE)
 
     def check_newest(self, output: Path) -> None:
         """Call `check` on the newest readable checkpoint of a folder; the folder is not changed."""
@@ -224,6 +236,7 @@ class Training:
         self.state, self.step = state, int(state.step)
         self.held_out = HeldOut(clips, self.config)
         self.log = Log(self.config, self.step)
+        self.save_clock = SaveClock(self.config.save_minutes)
         self.programs = {}  # (rows, frames, size, whether adversarial) -> compiled step
 
     def run(self, stop: Preemption) -> bool:
@@ -239,7 +252,11 @@ class Training:
             self._update(frames, now() - began)
             stopping = stop.asked()
             self._tell()
-            if stopping or self.step == config.steps or _due(self.step, config.save_every):
+            due = stopping or self.step == config.steps or _due(self.step, config.save_every)
+            if not due and self.save_clock.meets(self.step):
+                self.log.flush()
+                due = self.save_clock.due(self.step)
+            if due:
                 self._save()
         self.log.close()
         if stopping:
@@ -314,6 +331,7 @@ class Training:
     def _save(self) -> None:
         """Start to write a checkpoint. Raises NotFiniteError if the state is not finite."""
         self.log.flush()
+        self.save_clock.restart()
         self.monitor.enter("save", self.step)
         self.checkpoints.save(self.step, self.state, self.position.meta(self.step))
 
