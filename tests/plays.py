@@ -40,7 +40,7 @@ from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
 from easyanimate_jax.training.program import microbatch_rows
 from easyanimate_jax.training.safety.faults import Faults
 from easyanimate_jax.training.stages import Stage
-from easyanimate_jax.training.step import widen_state
+from easyanimate_jax.training.step import input_channels, widen_state
 from easyanimate_jax.weights.run_folder import complete_steps, read_meta
 
 PAIRS = 200

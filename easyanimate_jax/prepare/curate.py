@@ -109,11 +109,9 @@ def curate(
             with ThreadPoolExecutor(workers) as pool:
                 list(tqdm(pool.map(work, mine), total=len(mine), desc="films", unit="film"))
         except ConnectionError as error:
-            left = sum(films.rows(name) is None for name in mine)
-            raise ConnectionError(
-                f"{error}; {left} of {len(folder.films)} films are not finished: start the server, "
-                f"then run the same command again"
-            ) from error
+            left = f"{sum(films.rows(name) is None for name in mine)} of {len(folder.films)} films"
+            repair = "are not finished: start the server, then run the same command again"
+            raise ConnectionError(f"{error}; {left} {repair}") from error
         finally:
             decoders.close()
         rows = films.all_rows()
