@@ -62,7 +62,7 @@ class Options:
     weights: Literal["full", "int8"] = "full"
     """int8: transformer kernels in 8 bits."""
     lora: UseAppendAction[tuple[str, ...]] = ()
-    """LoRA file to use, as FILE or FILE:WEIGHT such as style.safetensors:0.8; may be repeated."""
+    """LoRA: FILE or FILE:WEIGHT."""
     mesh: str | None = None
     """Several devices, such as data=2,context=4."""
 

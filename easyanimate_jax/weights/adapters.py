@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.models.layers import linears
 from easyanimate_jax.models.lora import Adapter, LoRAConfig
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -58,6 +59,7 @@ def open_loras(wanted: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
     for path, weight in wanted:
         if not math.isfinite(weight):
             raise ValueError(f"{path} has weight {weight}; give a number such as 0.8")
+        path = local_path(path)
         loras.append(Weighted(read(path), weight, str(path)))
     return loras
 
