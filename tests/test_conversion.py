@@ -17,10 +17,12 @@ import torch
 from arrays import flat_weights
 from disk import flip_a_bit, write_run
 from safetensors.numpy import load_file, save_file
+from test_text import BERT, MT5, reference
 
 from easyanimate_jax.commands.convert import main
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.runs.load import load_pipeline
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.weights import files, lora, mmdit_table, vae_table
 from easyanimate_jax.weights.conversion import Options, convert
@@ -34,6 +36,7 @@ from easyanimate_jax.weights.module import (
     save_module,
     shapes_of,
 )
+from easyanimate_jax.weights.schedulers import SCHEDULERS
 
 TINY = MMDiTConfig(
     depth=4,
@@ -851,3 +854,101 @@ def test_a_lora_for_some_layers_only_is_measured_against_the_model(tmp_path):
     save_file(state, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=r"transformer_blocks_3_attn1_to_q.lora_down.weight is m"):
         lora.read(tmp_path / "lora.safetensors", TINY)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (
+            replace(TINY, head_width=32),
+            r"video\.attention\.q: the LoRA changes .* \(64, 64\), .* \(32, 32\)",
+        ),
+        (replace(TINY, text_widths=(40,)), r"texts\.0\.linear: .* \(40, 32\), .* has \(24, 32\)"),
+        (replace(TINY, time_width=24), r"time\.up: .* \(32, 24\), .* has \(32, 16\)"),
+    ],
+)
+def test_a_lora_of_another_width_is_refused(tmp_path, other, message):
+    save_file(lora_state(other, "original"), tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=message):
+        lora.read(tmp_path / "lora.safetensors", TINY)
+
+
+def test_a_lora_of_convolutions_is_refused(tmp_path):
+    state = lora_state(TINY, "original")
+    name = "lora_unet__proj_out.lora_up.weight"
+    save_file(state | {name: state[name][..., None, None]}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=r"proj_out.lora_up.weight has shape .* wanted a matrix"):
+        lora.read(tmp_path / "lora.safetensors", TINY)
+
+
+@pytest.mark.parametrize("scale", [0, float("nan"), -0.7, float("inf"), "0.7", None])
+def test_a_vae_without_a_usable_scale_is_refused(tmp_path, scale):
+    write_original(tmp_path / "vae", TINY_VAE, scaling_factor=scale)
+    with pytest.raises(ValueError, match=r"scaling_factor .*; the released model has 32"):
+        load_vae(tmp_path / "vae")
+    with pytest.raises(ValueError, match="scaling_factor"):
+        convert(tmp_path / "vae", tmp_path / "out", Options("jax"))
+
+
+def test_what_a_vae_config_does_not_say_is_said(tmp_path, caplog):
+    write_original(tmp_path, TINY_VAE)
+    told = json.loads((tmp_path / "config.json").read_text())
+    del told["scaling_factor"]
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    assert load_vae(tmp_path).config.latent_scale == (0.7125,)
+    assert "no config.json gives scaling_factor; the released 0.7125 is used" in caplog.text
+
+
+DDIM, EULER = (SCHEDULERS[name] for name in ("DDPM", "Flow"))
+PAIRS = {  # transformer, attention of the VAE, scheduler, what is said
+    "V5.1's own": (TINY, False, EULER, ()),
+    "V5's own": (VARIANTS["v5"], True, DDIM, ()),
+    "V5's VAE": (TINY, True, EULER, ("has an attention", "as released with V5,")),
+    "V5's scheduler": (TINY, False, DDIM, ("is a DDIMScheduler", "reads 1 text encoder,")),
+    "V5.1's parts": (VARIANTS["v5"], False, EULER, ("has no attention", "is a FlowMatchEuler")),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_parts_of_another_release_are_named(tmp_path, case, capsys):
+    config, attention, scheduler, said = PAIRS[case]
+    write_original(tmp_path / "in" / "transformer", config)
+    write_original(tmp_path / "in" / "vae", replace(TINY_VAE, attention=attention))
+    (tmp_path / "in" / "scheduler").mkdir()
+    (tmp_path / "in" / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--to", "jax"]) == 0
+    out = capsys.readouterr().out
+    assert all(words in out for words in said) and ("will be noise" in out) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("config", "fields", "message"),
+    [
+        (MT5, {"num_layers": 2}, "config.json names 2 layers, and the weights have 3"),
+        (BERT, {"num_hidden_layers": 1}, "names 1 layers, and the weights have 3"),
+        (BERT, {"num_hidden_layers": 4}, "names 4 layers, and the weights have 3"),
+    ],
+)
+def test_a_text_encoder_with_another_config_is_not_converted(
+    tmp_path, config, fields, message, capsys
+):
+    write_original(tmp_path / "in" / "transformer", TINY)
+    folder = tmp_path / "in" / "text_encoder"
+    reference(config).save_pretrained(folder)
+    told = json.loads((folder / "config.json").read_text()) | fields
+    (folder / "config.json").write_text(json.dumps(told))
+    assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--to", "jax"]) == 2
+    assert_matches(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipeline_of_parts_of_two_releases_is_named(tmp_path):
+    write_original(tmp_path / "transformer", TINY)
+    write_original(tmp_path / "vae", replace(TINY_VAE, attention=True))
+    texts = {"model_type": "qwen2", "hidden_size": 24}
+    for name, told in (("text_encoder/config", texts), ("scheduler/scheduler_config", EULER)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.json").write_text(json.dumps(told))
+    (tmp_path / "tokenizer").mkdir()
+    with pytest.warns(UserWarning, match="the VAE has an attention in its middle, as released wit"):
+        load_pipeline(tmp_path)

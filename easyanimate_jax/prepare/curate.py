@@ -2,21 +2,24 @@
 
     python -m easyanimate_jax curate SOURCE OUT
 
-`SOURCE` is any source of data/sources, or a folder of films without captions. No video is
+`SOURCE` is a source of data/sources whose films are files, with or without captions. No video is
 rewritten: a clip is a span of a file. OUT/clips.parquet has one row per clip with its scores, and
-the reason if it was left out; a config can use it as `source`. OUT/films/ has one file per finished
-film, so that a stopped run can resume. `--part 2/8` shares the films between 8 processes.
-OUT/funnel.txt and OUT/funnel.html list what was left out at each step.
+the reason if it was left out; a config can use it as `source`. Rows of the source that name no
+usable film are rows of it too. OUT/films/ has one file per finished film, so that a stopped run can
+resume. `--part 2/8` shares the films between 8 processes. OUT/funnel.txt and OUT/funnel.html list
+what was left out at each step.
 """
 
 import hashlib
 import itertools
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
@@ -26,8 +29,8 @@ from tqdm import tqdm
 from easyanimate_jax.data import media, paths
 from easyanimate_jax.data.decode import Decoders
 from easyanimate_jax.data.sources import clip_table
-from easyanimate_jax.data.sources.layouts import MEDIA
-from easyanimate_jax.data.sources.read import read_clips
+from easyanimate_jax.data.sources.read import row_fault, rows_of
+from easyanimate_jax.data.sources.rows import NO_TEXT, Problem, caption_of
 from easyanimate_jax.facts import check_fields
 from easyanimate_jax.prepare import funnel
 from easyanimate_jax.prepare.scores import SCORES, Score, picture_hash
@@ -39,6 +42,13 @@ SECONDS = 600.0  # time limit for decoding a film
 NEAR = 5  # hashes of near-duplicates differ in at most this many bits
 
 Captioner = Callable[[np.ndarray], Sequence[str]]  # still frames of a clip -> its captions
+
+
+class Film(NamedTuple):
+    """A film of a source: its captions, and the types that the source gives it."""
+
+    captions: tuple[str, ...]
+    kinds: set[str]
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ def curate(
     process takes every `parts`-th film from number `part` on, and decodes with `workers` threads
     (default: one per CPU).
     """
-    films = _films(source)
+    films, unusable = _films(source)
     root = source if source.is_dir() else source.parent
     (out / "films").mkdir(parents=True, exist_ok=True)
     told_by = getattr(captioner, "__qualname__", repr(captioner))
@@ -94,6 +104,7 @@ def curate(
     if not all(path.is_file() for path in done.values()):
         return None
     rows = [row for path in done.values() for row in json.loads(path.read_text())]
+    rows += [_base(p.file) | {"left_out": f"not used: {p.reason}"} for p in unusable]
     _judge(rows, rules, scores)
     _rate(rows, scores)
     _write(out / "clips.parquet", rows, os.path.relpath(root, out), scores)
@@ -101,31 +112,62 @@ def curate(
     return rows
 
 
-def _films(source: Path) -> dict[str, tuple[str, ...]]:
-    """Return {file name: captions}; in a folder that is no other source, take all films."""
-    try:
-        clips, _ = read_clips(source)
-    except ValueError:
-        if not source.is_dir():
-            raise
-        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in MEDIA)
-        if not files:
-            raise
-        return {str(path.relative_to(source)): () for path in files}
-    return {clip.name: clip.captions for clip in clips if isinstance(clip.path, Path)}
+def _films(source: Path) -> tuple[dict[str, Film], list[Problem]]:
+    """Return {file name: film} for the files that a source names, and its other rows.
 
-
-def _film(decoders, root: Path, name: str, captions, rules: Rules, scores, captioner) -> list[dict]:
-    """Return a scored row for each span of a film.
-
-    A film that does not decode gives a single row with the reason.
+    Raises ValueError for a source whose films are not files, or that names none.
     """
+    if source.suffix == ".toml" or clip_table.is_table(source):
+        raise ValueError(
+            f"{source} is a {'mixture' if source.suffix == '.toml' else 'table of clips'}; curate "
+            f"its sources one by one"
+        )
+    captions, kinds, problems = defaultdict(list), defaultdict(set), []
+    for row in rows_of(source)[1]:
+        if isinstance(row, Problem):
+            problems.append(row)
+        elif row.file is not None:
+            raise ValueError(
+                f"{source} holds its films inside other files; extract them and curate their folder"
+            )
+        elif reason := row_fault(row):
+            problems.append(Problem(row.number, str(row.name or ""), reason))
+        else:
+            kinds[row.name] |= {row.kind} - {None}
+            fault = caption_of(row.text)
+            if not fault:
+                captions[row.name].append(row.text)
+            elif fault != NO_TEXT:
+                problems.append(Problem(row.number, row.name, fault))
+    if not kinds:
+        listed = "".join(f"\n  row {p.row} {p.file}: {p.reason}" for p in problems[:20])
+        raise ValueError(f"{source} names no film ({len(problems)} bad rows){listed}")
+    return {name: Film(tuple(captions[name]), kinds[name]) for name in kinds}, problems
+
+
+def _base(name: str, captions: Sequence[str] = ()) -> dict:
+    """Return the row of a film before it is probed."""
     base = {"clip": name, "file": name, "kind": "video", "first": 0, "frames": 0, "fps": 0.0}
     base |= {"height": 0, "width": 0, "captions": list(captions), "left_out": "", "hash": 0}
+    return base
+
+
+def _film(
+    decoders, root: Path, name: str, film: Film, rules: Rules, scores, captioner
+) -> list[dict]:
+    """Return a scored row for each span of a film.
+
+    A film that does not decode, or has another type, gives a single row with the reason.
+    """
+    base = _base(name, film.captions)
     try:
         path = paths.safe_path(root, name)
         kind, num_frames, height, width, fps = decoders.probe(path)
         base |= {"kind": kind, "frames": num_frames, "height": height, "width": width, "fps": fps}
+        base[clip_table.FILM_FRAMES] = num_frames
+        if film.kinds and kind not in film.kinds:
+            told = " and ".join(map(repr, sorted(film.kinds)))
+            return [base | {"left_out": f"not used: type is {told}, but the file holds {kind}"}]
         if kind == "image":
             spans, short, small = [Span(0, 1)], [], None
             stills = decoders.read_image(path, media.fit_side(height, width, LARGE))
@@ -239,7 +281,8 @@ def _near_duplicates(rows: list[dict]) -> set[str]:
 
 def _write(path: Path, rows: list[dict], root: str, scores: Sequence[Score]) -> None:
     fields = dict(clip_table.COLUMNS) | {s.name: pyarrow.float64() for s in scores}
-    fields |= {"quality": pyarrow.float64(), "left_out": pyarrow.string()}
+    fields |= {clip_table.FILM_FRAMES: pyarrow.int64(), "quality": pyarrow.float64()}
+    fields |= {"left_out": pyarrow.string()}
     columns = {name: [row.get(name) for row in rows] for name in fields}
     schema = pyarrow.schema(fields, metadata={"root": root})
     new = path.with_suffix(".new")

@@ -9,6 +9,7 @@ noised references (spec 6.1) are drawn per clip. A set with `pixels` has only it
     OUT/empty.safetensors     text states of the empty prompt
     OUT/prompts.safetensors   text states of the config's sample prompts
     OUT/quarantine.jsonl      rows and clips that were left out, with the reason
+    OUT/cut.jsonl             captions that are too long for a text encoder
 """
 
 import dataclasses
@@ -48,6 +49,7 @@ MODEL_FILES = (
     "merges.txt",
     "*.model",
 )
+SHOWN = 10  # clips that a message names
 MAX_BAD = 0.05  # share of a set's clips that may be unreadable
 
 
@@ -82,11 +84,12 @@ def prepare(
     part, parts = part
     for problem in problems if part == 0 else ():
         quarantine.add(problem._asdict())
-    texts = TextStates(text_encoder)
+    texts = TextStates(text_encoder, Quarantine(output / "cut.jsonl"))
     encoder = Encoder(vae, jax.local_devices(), most=ROWS, announce=logger.info)
     write_texts(output / "empty.safetensors", texts([""]))
     if prompts:
         write_texts(output / "prompts.safetensors", texts(prompts))
+        texts.note_cut([("sample prompt", prompt) for prompt in prompts])
     whole = []
     for latent_set in sets:
         jobs = select(latent_set, clips, seed)
@@ -108,6 +111,7 @@ def prepare(
         whole.append(all(map(writer.has, range(len(shards)))))
         if whole[-1]:
             writer.finish(len(shards))
+    texts.say_cut()
     return all(whole)
 
 
@@ -145,7 +149,7 @@ def fingerprint(folder: str | Path) -> str:
 
 
 class Quarantine:
-    """A JSON-lines file of rows and clips that were left out; a resumed run repeats no line."""
+    """A JSON-lines file of what was left out of rows and clips; a resumed run repeats no line."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -161,10 +165,14 @@ class Quarantine:
 
 
 class TextStates:
-    """Text states as float16, with a cache: each distinct prompt in it is encoded once."""
+    """Text states as float16, with a cache: each distinct prompt in it is encoded once.
 
-    def __init__(self, text_encoder):
+    Captions whose end no encoder reads are noted in the file `cut`.
+    """
+
+    def __init__(self, text_encoder, cut: Quarantine):
         self.text_encoder, self.cache = text_encoder, {}
+        self.cut, self.long, self.number = cut, [], 0
 
     def __call__(self, prompts: Sequence[str]) -> Texts:
         """Return the states of `prompts`, one array per encoder.
@@ -182,6 +190,24 @@ class TextStates:
         if len(self.cache) * sum(s.nbytes for s in rows[0]) > TEXT_CACHE:
             self.cache = {}
         return tuple(np.stack(column) for column in zip(*rows, strict=True))
+
+    def note_cut(self, captions: Sequence[tuple[str, str]]) -> None:
+        """Note which (clip, caption) pairs have captions that are too long for an encoder."""
+        self.number += len(captions)
+        for clip, caption in captions:
+            if self.text_encoder.is_cut(caption):
+                self.long.append(clip)
+                self.cut.add({"file": clip, "caption": caption})
+
+    def say_cut(self) -> None:
+        """Log how many captions were cut, and of which clips."""
+        if self.long:
+            some = ", ".join(dict.fromkeys(self.long[:SHOWN]))
+            logger.warning(
+                f"{len(self.long):,} of {self.number:,} captions are too long for a text encoder, "
+                f"which does not read their end: {some}{', ...' * (len(self.long) > SHOWN)}. "
+                f"{self.cut.path} holds all of them; shorten them, or go on"
+            )
 
 
 class Reader:
@@ -247,7 +273,9 @@ def _add_texts(encoded: list[tuple[Job, dict]], texts: TextStates) -> None:
     """
     if not encoded:
         return
-    states = texts([caption for job, _ in encoded for caption in job.clip.captions])
+    captions = [(job.clip.name, text) for job, _ in encoded for text in job.clip.captions]
+    states = texts([text for _, text in captions])
+    texts.note_cut(captions)
     first = 0
     for job, record in encoded:
         last = first + len(job.clip.captions)

@@ -23,8 +23,14 @@ from easyanimate_jax.weights import files, lora, mmdit_table, run_folder, vae_ta
 from easyanimate_jax.weights.folder import KINDS, Model, Weights, open_model, read_json
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import CONFIG, WEIGHTS, config_text
-from easyanimate_jax.weights.pickles import PICKLES
-from easyanimate_jax.weights.schedulers import INDEX, SCHEDULER, SCHEDULERS, released_process
+from easyanimate_jax.weights.prefixes import parts_of, unwrapped
+from easyanimate_jax.weights.schedulers import (
+    INDEX,
+    SCHEDULER,
+    SCHEDULERS,
+    released_process,
+    strange_parts,
+)
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -33,6 +39,8 @@ LENGTHS = "text.json"  # prompt lengths, present for text encoders other than th
 PARTS = (*KINDS, *TEXTS, "scheduler")
 REQUIRED = ("vae", "text_encoder", "tokenizer")  # by diffusers' pipelines; null if absent
 LORA = "lora"
+# A layer of Bert, T5 or Qwen2, and not of a decoder or a vision tower.
+LAYER = re.compile(r"(?:(?!decoder|visual|vision)\w+\.)*?(?:block|layer|layers)\.(\d+)\.")
 
 
 class Part(NamedTuple):
@@ -159,7 +167,7 @@ class Plan:
             names = self._open(source)
             if lora.is_lora(names):
                 self._add_lora(names)
-            elif names and not self.problems:
+            elif not self.problems:
                 self._add(only or self._kind(source, names), source, "")
         elif only:
             if only not in places:
@@ -194,8 +202,15 @@ class Plan:
     def _open(self, path: Path) -> dict[str, Tensor]:
         return files.open_weights(path, self.problems, self.options.allow_pickle, self.memory)
 
-    def _kind(self, source: Path, names: Iterable[str]) -> str:
+    def _kind(self, source: Path, names: Mapping[str, Tensor]) -> str:
         """Return which part a single model is, from the names of its tensors."""
+        held = sorted(parts_of(names))
+        if len(held) > 1:
+            self.problems.append(
+                f"{source} holds {' and '.join(held)}; choose one with --only {held[0]}"
+            )
+            return ""
+        names = unwrapped(names, self.problems)
         if any(name.startswith(("transformer_blocks.", "blocks.")) for name in names):
             return "transformer"
         if any("coder." in name for name in names):
@@ -259,11 +274,11 @@ class Plan:
         if options.dtype:
             named = [name for name in ("dtype", "torch_dtype") if name in fields]
             fields |= dict.fromkeys(named, options.dtype)
-        weights = (".safetensors", ".safetensors.index.json", *PICKLES)
+        self.problems += _other_depth(place, tensors, fields)
         copies = [
             path
             for path in place.iterdir()
-            if path.is_file() and path.name != CONFIG and not path.name.endswith(weights)
+            if path.is_file() and path.name != CONFIG and not files.is_weights(path)
         ]
         texts = {CONFIG: _json(fields)}
         self.parts.append(Part(folder, tensors, "model", options.shard_bytes, texts, copies))
@@ -276,12 +291,15 @@ class Plan:
         transformer = self.models.get("transformer")
         if not transformer:
             return
+        num_texts = len(transformer.config.text_widths)
         if "scheduler" in places:
             scheduler = read_json(places["scheduler"] / SCHEDULER, self.problems)
         else:
-            released = released_process(len(transformer.config.text_widths))
-            scheduler = SCHEDULERS[self.process or released]
+            scheduler = SCHEDULERS[self.process or released_process(num_texts)]
             self.parts.append(Part("scheduler", texts={SCHEDULER: _json(scheduler)}))
+        if not self.process:  # a run's parts were trained together
+            vae = self.models["vae"].config if "vae" in self.models else None
+            self.notes += strange_parts(num_texts, scheduler.get("_class_name"), vae)
         if self.options.to == "jax":
             return
         if "text_encoder_2" in places and self.options.to == "diffusers":
@@ -326,6 +344,19 @@ class Plan:
         ours = lora.from_torch(theirs, target, self.problems)
         if not self.problems:
             self.parts.append(Part("", lora.to_torch(ours, target, to), LORA, sys.maxsize))
+
+
+def _other_depth(place: Path, names: Iterable[str], fields: Mapping) -> list[str]:
+    """Return a line if the file of a text encoder has more or fewer layers than its config."""
+    fields = {**fields, **(fields.get("text_config") or {})}
+    told = fields.get("num_hidden_layers", fields.get("num_layers"))
+    found = [int(m[1]) for m in map(LAYER.match, names) if m]
+    if told is None or not found or told == 1 + max(found):
+        return []
+    return [
+        f"{place}: config.json names {told} layers, and the weights have {1 + max(found)}; use the "
+        f"config that belongs to them"
+    ]
 
 
 def _json(fields: Mapping) -> str:

@@ -14,10 +14,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from easyanimate_jax.models.mmdit import MMDiTConfig
+from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.weights import files
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.mmdit_table import MODEL, TEXTS, TO_DIFFUSERS, block_modules
+from easyanimate_jax.weights.module import abstract, shapes_of
 from easyanimate_jax.weights.table import Rule, Table, to_ours, to_theirs
 
 Layout = Literal["original", "diffusers"]
@@ -41,8 +42,9 @@ def read(path: str | Path, config: MMDiTConfig) -> dict[str, np.ndarray]:
     Raises ValueError listing all tensors that do not fit.
     """
     problems = []
-    theirs = files.checked(files.open_file(Path(path), problems), problems)
+    theirs = files.checked(files.open_weights(Path(path), problems), problems)
     ours = from_torch(theirs, _target(config), problems)
+    problems += _other_widths(ours, config)
     arrays = {name: tensor.read() for name, tensor in ours.items()}
     files.raise_all(path, problems)
     return arrays
@@ -82,6 +84,10 @@ def from_torch(
         if any(n in theirs for n in rule.names)
     }
     rules = {name: rule for name, rule in rules.items() if name.rsplit(".", 1)[0] in present}
+    flat = [n for n, t in theirs.items() if n.endswith(".weight") and len(t.shape) != 2]
+    problems += [f"{name} has shape {theirs[name].shape}; wanted a matrix" for name in flat]
+    if flat:
+        return {}
     ours = to_ours(theirs, rules, None, problems)
     for name in sorted(present):
         down, up = ours.get(f"{name}.down"), ours.get(f"{name}.up")
@@ -117,6 +123,20 @@ def table(target: Target) -> Table:
 
 def _target(config: MMDiTConfig) -> Target:
     return Target(config.depth, config.mmdit_depth, config.text_norm)
+
+
+def _other_widths(ours: Mapping[str, Tensor], config: MMDiTConfig) -> list[str]:
+    """Return one line for each module whose kernel in a model of `config` has another shape."""
+    kernels, faults = shapes_of(abstract(MMDiT, config)), []
+    for name in sorted({name.rpartition(".")[0] for name in ours}):
+        down, up = ours.get(f"{name}.down"), ours.get(f"{name}.up")
+        wanted = kernels[f"{name}.kernel"][-2:]
+        if down and up and (made := (down.shape[-2], up.shape[-1])) != wanted:
+            faults.append(
+                f"{name}: the LoRA changes a kernel of shape {made}, and the model has {wanted}; "
+                f"use a LoRA that was trained for this model"
+            )
+    return faults
 
 
 def _in_original_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 
 from easyanimate_jax.data.sources import read
+from easyanimate_jax.data.sources.rows import KINDS
 
 SHOWN = 50  # problems
 
@@ -13,7 +14,7 @@ def describe(source: str) -> str:
     """Return clips, sizes, durations, captions, and every problem with its row or line."""
     clips, problems = read.read_clips(source)
     lines = [f"{source}: {len(clips):,} clips, {sum(len(c.captions) for c in clips):,} captions"]
-    for kind in read.KINDS:
+    for kind in KINDS:
         some = [clip for clip in clips if clip.kind == kind]
         if not some:
             continue
