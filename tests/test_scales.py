@@ -5,17 +5,26 @@ import numpy as np
 import pytest
 from arrays import flat_weights
 from safetensors.numpy import load_file, save_file
-from test_conversion import TINY, TINY_VAE, load_folder, random_state, write_original
+from test_conversion import (
+    TINY,
+    TINY_VAE,
+    assert_same_bits,
+    load_folder,
+    random_state,
+    write_original,
+)
 from test_text import BERT, MT5, reference
 
 from easyanimate_jax.commands.convert import main
 from easyanimate_jax.text.bert import load_bert
 from easyanimate_jax.text.t5 import load_t5
-from easyanimate_jax.weights.folder import load_mmdit, load_vae
+from easyanimate_jax.weights.folder import open_model
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.scales import scaled
 
 FP8 = ml_dtypes.float8_e4m3fn
+SHORT = np.ones((4, 6), FP8)
+ONE = np.ones((), np.float32)
 
 
 def by_tensor(weight):
@@ -56,52 +65,64 @@ FORMS = {
 }
 
 
+def read(tensors):
+    return {name: tensor.read() for name, tensor in tensors.items()}
+
+
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("config, load", [(BERT, load_bert), (MT5, load_t5)])
-def test_a_text_encoder_is_read_with_its_scales(tmp_path, config, load, form):
+def test_every_form_of_a_scale_gives_the_values(form):
     options, marker = FORMS[form]
+    rng, shapes = np.random.default_rng(0), {"a.weight": (4, 6), "b.c.weight": (5, 4, 3, 3, 3)}
+    state = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+    stored, plain = quantized(state | {"a.bias": ONE[None]}, **options)
+    problems = []
+    found = scaled({n: Tensor.of(x) for n, x in (stored | marker).items()}, problems)
+    assert not problems
+    assert_same_bits(read(found), plain)
+    part = found["b.c.weight"].read((slice(2, 4), slice(1, 3)))
+    np.testing.assert_array_equal(part, plain["b.c.weight"][2:4, 1:3])
+
+
+@pytest.mark.parametrize(
+    ("config", "load", "ours", "theirs"),
+    [
+        (BERT, load_bert, "blocks.up.kernel", "encoder.layer.{}.intermediate.dense.weight"),
+        (MT5, load_t5, "blocks.down.kernel", "encoder.block.{}.layer.1.DenseReluDense.wo.weight"),
+    ],
+)
+def test_a_text_encoder_is_read_with_its_scales(tmp_path, config, load, ours, theirs):
     reference(config).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
-    stored, plain = quantized(load_file(path), **options)
-    save_file(plain, path)
-    expected = flat_weights(load(tmp_path))
-    save_file(stored | marker, path)
-    found = flat_weights(load(tmp_path))
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    stored, plain = quantized(load_file(path), "scale_weight", inputs="scale_input")
+    save_file(stored | {"scaled_fp8": np.zeros(0, FP8)}, path)
+    kernels = np.stack([plain[theirs.format(i)].T for i in range(3)])
+    np.testing.assert_array_equal(flat_weights(load(tmp_path))[ours], kernels)
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("config, load", [(TINY, load_mmdit), (TINY_VAE, load_vae)])
-def test_a_transformer_and_a_vae_are_read_with_their_scales(tmp_path, config, load, form):
-    options, marker = FORMS[form]
-    stored, plain = quantized(random_state(config), **options)
-    write_original(tmp_path / "plain", config, plain)
-    write_original(tmp_path / "stored", config, stored | marker)
-    expected, found = (flat_weights(load(tmp_path / name)) for name in ("plain", "stored"))
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value, err_msg=name)
+@pytest.mark.parametrize(("config", "name"), [(TINY, "transformer"), (TINY_VAE, "vae")])
+def test_a_transformer_and_a_vae_are_read_with_their_scales(tmp_path, config, name):
+    stored, plain = quantized(random_state(config), "weight_scale", by_row)
+    found, problems = [], []
+    for number, state in enumerate((stored, plain)):
+        write_original(tmp_path / str(number), config, state)
+        found.append(open_model(tmp_path / str(number), name, problems))
+    assert not problems
+    assert_same_bits(*(read(model.tensors) for model in found))
 
 
-@pytest.mark.parametrize("form", ["ComfyUI", "by row"])
-def test_conversions_apply_the_scales(tmp_path, form):
-    options, marker = FORMS[form]
-    stored, plain = quantized(random_state(TINY), **options)
-    write_original(tmp_path / "pipeline" / "transformer", TINY, stored | marker)
-    reference(MT5).save_pretrained(tmp_path / "pipeline" / "text_encoder")
-    path = tmp_path / "pipeline" / "text_encoder" / "model.safetensors"
-    text, plain_text = quantized(load_file(path), **options)
-    save_file(text | marker, path)
-    assert main([str(tmp_path / "pipeline"), str(tmp_path / "out"), "--to", "original"]) == 0
-    for name, expected in (("transformer", plain), ("text_encoder", plain_text)):
-        found = load_folder(tmp_path / "out" / name)
-        assert found.keys() == expected.keys()
-        for key, value in expected.items():
-            np.testing.assert_array_equal(found[key], value, err_msg=key)
+def test_conversions_apply_the_scales(tmp_path):
+    options, marker = FORMS["ComfyUI"]
+    folder = tmp_path / "in" / "text_encoder"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    text = {f"encoder.block.{i}.o.weight": rng.standard_normal((4, 6)) for i in range(2)}
+    stored, plain = quantized(text, **options)
+    save_file(stored | marker, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"num_layers": 2}')
+    assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--to", "original"]) == 0
+    assert_same_bits(load_folder(tmp_path / "out" / "text_encoder"), plain)
 
 
-SHORT = np.ones((4, 6), FP8)
-ONE = np.ones((), np.float32)
 REFUSED = {
     "blocks": (
         {"a.weight": SHORT, "a.weight_scale": np.ones((2, 3), np.float32)},
@@ -158,12 +179,11 @@ def test_what_is_not_quantized_passes_unchanged():
 
 
 def test_a_refused_text_encoder_is_not_converted(tmp_path, capsys):
-    write_original(tmp_path / "in" / "transformer", TINY)
-    reference(BERT).save_pretrained(tmp_path / "in" / "text_encoder")
-    path = tmp_path / "in" / "text_encoder" / "model.safetensors"
-    state = load_file(path)
-    state["encoder.layer.0.output.dense.weight.absmax"] = np.ones(3, np.float32)
-    save_file(state, path)
+    folder = tmp_path / "in" / "text_encoder"
+    folder.mkdir(parents=True)
+    state = {"layer.0.weight": SHORT, "layer.0.weight.absmax": ONE}
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
     assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--to", "jax"]) == 2
-    assert "output.dense.weight.absmax belongs to a quantized" in capsys.readouterr().err
+    assert "layer.0.weight.absmax belongs to a quantized" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
