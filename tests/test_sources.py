@@ -259,12 +259,12 @@ LINES = """{"path": "a.mp4", "Text": "red, fast"}
 {"path": "b.png", "Text": "blau: ü"}
 """
 TABLES = {  # name of the file -> its bytes
-    "semicolons.csv": f"file_path;text\n{ROWS}".encode(),
+    "semicolons.csv": f"path;text\n{ROWS}".encode(),
     "tabs.csv": b"path\ttext\na.mp4\tred, fast\nb.png\tblau: \xc3\xbc\n",
-    "spaces.csv": 'file_path, text\na.mp4, "red, fast"\nb.png , blau: ü \n'.encode(),
-    "capitals.csv": 'File Path,Text\r\na.mp4,"red, fast"\r\nb.png,blau: ü\r\n'.encode("utf-8-sig"),
-    "utf16.csv": f"file_path;Caption\n{ROWS}".encode("utf-16"),
-    "utf16 without a mark.csv": f"file_path;text\n{ROWS}".encode("utf-16-le"),
+    "spaces.csv": 'path, text\na.mp4, "red, fast"\nb.png , blau: ü \n'.encode(),
+    "capitals.csv": 'Video Path,Text\r\na.mp4,"red, fast"\r\nb.png,blau: ü\r\n'.encode("utf-8-sig"),
+    "utf16.csv": f"path;Caption\n{ROWS}".encode("utf-16"),
+    "utf16 without a mark.csv": f"path;text\n{ROWS}".encode("utf-16-le"),
     "quoted.csv": f'"Video";"PROMPT"\n{ROWS}'.encode(),
     "lines.json": LINES.encode(),
     "utf16.json": f"[{LINES.strip()}]".replace("\n\n", ",").encode("utf-16"),

@@ -301,26 +301,33 @@ def test_the_made_folders_are_transformers_folders(folder):
         np.testing.assert_allclose(ours, expected, atol=5e-5)
 
 
-@pytest.mark.parametrize("config", [{"tokenizer_class": "T5Tokenizer"}, {}, None])
-def test_a_tokenizer_that_is_a_spiece_model_alone_is_read(folder, tmp_path, config):
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"tokenizer_class": "T5Tokenizer"},
+        {"tokenizer_class": "T5TokenizerFast"},
+        {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "sp_model_kwargs": {}},
+    ],
+)
+def test_a_tokenizer_that_is_a_spiece_model_alone_is_read(folder, tmp_path, told):
     """As mT5's are released; its pieces are those of the sentencepiece library."""
     import sentencepiece
 
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "tokenizer_2")
     (tmp_path / "tokenizer_2").mkdir()
-    if config is not None:
-        (tmp_path / "tokenizer_2" / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_2" / "tokenizer_config.json").write_text(json.dumps(told))
     sentences = ["a red circle moves left", "two blue squares fall", "红色的圆形 向左"] * 9
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),
         model_writer=model,
-        vocab_size=60,
+        vocab_size=31,
         pad_id=0,
         eos_id=1,
         unk_id=2,
         bos_id=-1,
+        hard_vocab_limit=False,
         minloglevel=2,
     )
     (tmp_path / "tokenizer_2" / "spiece.model").write_bytes(model.getvalue())
@@ -329,6 +336,19 @@ def test_a_tokenizer_that_is_a_spiece_model_alone_is_read(folder, tmp_path, conf
     expected = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).encode(text)
     ids = reader([text])[0][0].tolist()
     assert ids[: len(expected) + 1] == [*expected, 1] and set(ids[len(expected) + 1 :]) == {0}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("spiece.model", b"no model"), ("tokenizer.json", b"{"), ("vocab.json", b"{}")],
+)
+def test_a_folder_without_a_tokenizer_is_refused(folder, tmp_path, name, content):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "tokenizer_2")
+    (tmp_path / "tokenizer_2").mkdir()
+    (tmp_path / "tokenizer_2" / name).write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer_2 holds no tokenizer that transformers can"):
+        TextEncoder.load(tmp_path)
 
 
 def test_batches_do_not_change_a_prompt(folder):
