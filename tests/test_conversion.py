@@ -930,7 +930,7 @@ V51_VAE, V5_VAE = TINY_VAE, replace(TINY_VAE, attention=True)
             2,
             EULER,
             V51_VAE,
-            ("is a FlowMatchEuler", "has no attention .* 2 text encoders, as in V5:"),
+            ("is a FlowMatchEuler", "has no attention .* as in V5:"),
         ),
         (2, {"_class_name": "Other"}, replace(TINY_VAE, norm="rms"), ()),
     ],
