@@ -273,11 +273,6 @@ def test_sample_prompts_and_clips_of_pixel_sets_may_be_cut_too(source, vae, capl
     assert ": sample prompt, " in caplog.text and "p.png" in caplog.text
 
 
-def test_no_line_is_written_where_nothing_is_cut(source, vae, caplog):
-    run(source, vae)
-    assert "too long" not in caplog.text and not (source.parent / "out" / "cut.jsonl").exists()
-
-
 def test_a_set_that_no_clip_fits_is_named(source, vae):
     with pytest.raises(ValueError, match=r"'small'.*none of 6"):
         run(source, vae, sets=(LatentSet("small", SET.budget, min_side=1000),))

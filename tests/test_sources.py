@@ -472,11 +472,3 @@ def test_a_table_that_lost_its_columns_or_its_root_is_refused(folder):
         read.read_clips(write_clips(folder / "table", CLIP, root=None))
     assert len(read.read_clips(write_clips(folder, CLIP, root=None))[0]) == 1
     assert len(read.read_clips(write_clips(folder / "table", CLIP, root=b".."))[0]) == 1
-
-
-def test_a_clip_after_the_end_of_its_film_is_named_when_it_is_read(folder):
-    """In a table that does not say how long its films are."""
-    path = write_clips(folder, CLIP | {"first": 4, "clip": "late", "film_frames": None})
-    ((clip,), _) = read.read_clips(path)
-    with pytest.raises(ValueError, match=r"a\.mp4: has 5 frames, and 4 to 7 are asked for"):
-        media.read_at(clip.path, 0, 1, None, clip.first, clip.first + clip.num_frames)
