@@ -85,7 +85,9 @@ def clips(path: str | Path) -> tuple[list[Clip], list[Problem]]:
     root = path.parent / told.get(b"root", b".").decode()
     texts = zip(*(columns[name].to_pylist() for name in (*TEXTS, "captions")), strict=True)
     numbers = zip(*(columns[name].tolist() for name in (*NUMBERS, "quality")), strict=True)
-    for number, (name, file, kind, captions), sized in zip(rows, texts, numbers, strict=True):
+    for number, (name, file, kind, captions), sized in zip(
+        rows.tolist(), texts, numbers, strict=True
+    ):
         captions = [captions] if isinstance(captions, str) else captions or []
         first, frames, fps, height, width, quality = sized
         reasons = [f"captions: {reason}" for text in captions if (reason := caption_of(text))]
