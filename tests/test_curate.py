@@ -194,6 +194,7 @@ def test_every_film_that_a_table_names_has_a_row(small, tmp_path):
         {"file_path": "a.mp4", "text": " ", "type": "video"},
         {"file_path": "../b.mp4", "text": "a", "type": "video"},
         {"file_path": "image.mp4", "text": "a", "type": "image"},
+        {"file_path": "caf\udce9.mp4", "text": "a", "type": "video"},
         {"text": "no file"},
         "no object",
     ]
@@ -202,11 +203,12 @@ def test_every_film_that_a_table_names_has_a_row(small, tmp_path):
     found = reasons(small, tmp_path / "out")
     assert re.match("does not decode: .*No such file", found.pop("lost.mp4"))
     assert re.match("does not decode: .*html", found.pop("broken.mp4"))
-    assert re.match("does not decode: .*leaves the data folder", found.pop("../b.mp4"))
+    assert re.match("not used: .*leaves the data folder", found.pop("../b.mp4"))
+    assert re.match("not used: .*is not Unicode", found.pop("caf\\udce9.mp4"))
     assert found.pop("image.mp4") == "not used: type is 'image', but the file holds video"
     assert found.pop("a.mp4") == "no caption" and {*found} == {""}
     text = (tmp_path / "out" / "funnel.txt").read_text()
-    assert "3 left out: not used" in text and "3 left out: does not decode" in text
+    assert "5 left out: not used" in text and "2 left out: does not decode" in text
 
 
 def test_every_film_of_a_folder_has_a_row(small, films, tmp_path):

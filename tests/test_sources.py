@@ -317,6 +317,10 @@ def test_a_table_without_captions_names_its_columns(folder, caplog):
             {"video": [{"bytes": b"1", "path": None}], "caption": ["a"]},
             r"column video is of type struct<bytes: binary, path: null>",
         ),
+        (
+            {"path": pyarrow.array([b"a"], pyarrow.large_binary()), "text": ["a"]},
+            "column path is of type large_binary and not a path",
+        ),
         ({"name": ["a.mp4"], "words": ["a"]}, "no column of files: its columns are name, words"),
     ],
 )

@@ -23,6 +23,15 @@ def check_name(name: str) -> None:
         raise ValueError(f"file name {name!r} leaves the data folder; move the file into it")
 
 
+def name_fault(name: str) -> str:
+    """Return why `name` is not a plain relative path, or ""."""
+    try:
+        check_name(name)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def safe_path(root: str | os.PathLike, name: str) -> Path:
     """Return `root/name`. Raises ValueError unless it is inside `root` after links are followed."""
     check_name(name)

@@ -104,7 +104,9 @@ def curate(
     if not all(path.is_file() for path in done.values()):
         return None
     rows = [row for path in done.values() for row in json.loads(path.read_text())]
-    rows += [_base(p.file) | {"left_out": f"not used: {p.reason}"} for p in unusable]
+    for problem in unusable:  # a name may hold bytes that are not text
+        name = problem.file.encode("utf-8", "backslashreplace").decode()
+        rows.append(_base(name) | {"left_out": f"not used: {problem.reason}"})
     _judge(rows, rules, scores)
     _rate(rows, scores)
     _write(out / "clips.parquet", rows, os.path.relpath(root, out), scores)
@@ -130,7 +132,7 @@ def _films(source: Path) -> tuple[dict[str, Film], list[Problem]]:
             raise ValueError(
                 f"{source} holds its films inside other files; extract them and curate their folder"
             )
-        elif reason := row_fault(row):
+        elif reason := row_fault(row) or paths.name_fault(row.name):
             problems.append(Problem(row.number, str(row.name or ""), reason))
         else:
             kinds[row.name] |= {row.kind} - {None}

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from easyanimate_jax.data.media import MAX_BYTES, Member
-from easyanimate_jax.data.paths import check_name, open_regular
+from easyanimate_jax.data.paths import name_fault, open_regular
 from easyanimate_jax.data.sources.layouts import MANY, MEDIA, TEXTS, decoded
 from easyanimate_jax.data.sources.rows import MAX_CAPTION, Problem, Row
 
@@ -92,10 +92,8 @@ def _members(path: Path, file, problems: list[Problem]) -> Iterator[tarfile.TarI
 def _refused(member: tarfile.TarInfo, suffix: str) -> str:
     if not member.isreg() or member.issparse():
         return "the member is a link, a device or a sparse file"
-    try:
-        check_name(member.name)
-    except ValueError as error:
-        return str(error)
+    if reason := name_fault(member.name):
+        return reason
     most = MAX_BYTES if suffix in MEDIA else MAX_TEXT
     return f"has {member.size:,} bytes; use at most {most:,}" if member.size > most else ""
 
