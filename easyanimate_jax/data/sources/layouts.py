@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -173,21 +174,35 @@ def _encoding(start: bytes) -> str:
 
 
 def _csv(path: Path) -> Iterator[Row | Problem]:
-    lines = _lines(path, keep_ends=True)
+    lines, some = _lines(path, keep_ends=True), []  # some: the lines of a row
     delimiter, columns = _header(path, next(lines, ""))
     _check_columns(path, columns)
-    rows = csv.DictReader(lines, columns, delimiter=delimiter, skipinitialspace=True)
+    noted = (some.append(line) or line for line in lines)
+    rows = csv.DictReader(noted, columns, delimiter=delimiter, skipinitialspace=True)
     while True:
         number = rows.line_num + 2  # the header is line 1
+        some.clear()
         try:
             row = next(rows, None)
+            written = next(csv.DictReader(some, columns, delimiter=delimiter), {})
         except csv.Error as error:
             yield Problem(number, "", f"not CSV: {error}")
             continue
         if row is None:
             return
         row = {key: v.strip() if isinstance(v, str) else v for key, v in row.items()}
-        yield _row(rows.line_num + 1, row)
+        yield _row(rows.line_num + 1, row | _spaced(path.parent, row, written))
+
+
+def _spaced(folder: Path, row: dict, written: dict) -> dict:
+    """Return the names in a row, as written, that have spaces around them in the folder too."""
+    found = {key: name for key in KNOWN & {*row} if isinstance(name := written.get(key), str)}
+    return {
+        key: name
+        for key, name in found.items()
+        if key not in TEXTS and name.strip() == row[key] != name
+        if os.path.lexists(folder / name)
+    }
 
 
 def _header(path: Path, line: str) -> tuple[str, list[str]]:
