@@ -159,10 +159,12 @@ PLACES = [
     ["checkpoint", "list", "{}"],
     ["convert", "{}", "out", "--to", "jax"],
     ["convert", "configs", "{}", "--to", "jax"],
+    ["convert", "configs", "out", "--to", "jax", "--lora", "{}"],
     ["sample", "{}", "--prompt", "a"],
     ["sample", "configs", "--prompt", "a", "--output", "{}"],
     ["sample", "configs", "--prompt", "a", "--image", "{}"],
     ["sample", "configs", "--prompts", "{}"],
+    ["sample", "configs", "--prompt", "a", "--lora", "{}"],
 ]
 
 

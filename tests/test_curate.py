@@ -271,6 +271,16 @@ def test_every_film_that_a_table_names_has_a_row(small, tmp_path):
     assert "5 left out: not used" in text and "2 left out: does not decode" in text
 
 
+def test_a_film_whose_type_is_corrected_is_scored(small, tmp_path):
+    """The type is part of a film's key; its name is relative, however the table gives it."""
+    row = {"file_path": str(small / "a.mp4"), "text": "a", "type": "image"}
+    (small / "metadata.json").write_text(json.dumps([row]))
+    wrong = "not used: type is 'image', but the file holds video"
+    assert reasons(small, tmp_path / "out") == {"a.mp4": wrong}
+    (small / "metadata.json").write_text(json.dumps([row | {"type": "video"}]))
+    assert reasons(small, tmp_path / "out") == {"a.mp4": ""}
+
+
 def test_every_film_of_a_folder_has_a_row(small, films, tmp_path):
     """Also those without a caption, beside one that has one, and files that are not read."""
     shutil.copy(films[0] / "grey.mp4", small / "b.mp4")

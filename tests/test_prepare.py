@@ -271,6 +271,11 @@ def test_captions_that_are_cut_are_counted_and_named_once(source, vae, caplog):
     run(source, vae)  # nothing is encoded again
     assert "too long" not in caplog.text
     assert len((source.parent / "out" / "cut.jsonl").read_text().splitlines()) == 2
+    rows[0]["text"] = "short"
+    (source / "metadata.json").write_text(json.dumps(rows))
+    run(source, vae)
+    (line,) = (source.parent / "out" / "cut.jsonl").read_text().splitlines()
+    assert json.loads(line)["file"] == "2.mp4"
 
 
 def test_sample_prompts_and_clips_of_pixel_sets_may_be_cut_too(source, vae, caplog, monkeypatch):
