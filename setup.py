@@ -29,6 +29,7 @@ setup(
         "pyarrow>=17",
         "transformers>=5,<6",
         "tokenizers>=0.22",
+        "sentencepiece>=0.2",  # tokenizers of T5 and mT5 that have a spiece.model alone
         "tensorflow-datasets>=4.9.10",
         "importlib_resources",  # tensorflow-datasets imports it and does not declare it
         "safetensors>=0.6",

@@ -162,10 +162,12 @@ PLACES = [
     ["checkpoint", "list", "{}"],
     ["convert", "{}", "out", "--to", "jax"],
     ["convert", "configs", "{}", "--to", "jax"],
+    ["convert", "configs", "out", "--to", "jax", "--lora", "{}"],
     ["sample", "{}", "--prompt", "a"],
     ["sample", "configs", "--prompt", "a", "--output", "{}"],
     ["sample", "configs", "--prompt", "a", "--image", "{}"],
     ["sample", "configs", "--prompts", "{}"],
+    ["sample", "configs", "--prompt", "a", "--lora", "{}"],
 ]
 
 
@@ -184,7 +186,7 @@ def test_a_url_is_refused_by_every_command_and_leaves_nothing(words, capsys, tmp
 def test_an_option_that_is_a_path_has_the_type_of_one():
     """`parse` makes a local path of it. The file of a config is opened by `runs.config.load`."""
     words = {"config", "operator", "topology", "part", "mesh", "stage", "url", "model"}
-    words |= {"instructions", "lora"}  # FILE:WEIGHT, of which `open_loras` makes a local path
+    words |= {"instructions"}
     for kind in OPTIONS - CONFIGS:
         if kind.__name__ == "SampleRequest":
             continue  # tests/test_local.py

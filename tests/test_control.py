@@ -155,6 +155,55 @@ def test_damaged_pose_files_are_named(tmp_path, text, message):
         read_camera(tmp_path / "pose.txt")
 
 
+def pose(intrinsics="0.5 0.5 0.5 0.5", turn=None):
+    turn = STILL if turn is None else np.concatenate([turn, np.ones((3, 1))], axis=1)
+    return f"0 {intrinsics} 0 0 {' '.join(map(str, turn.ravel()))}"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            pose("532 532 640 360"),
+            "line 3 has the intrinsics .* 532, 532, 640, 360.* divide pixels",
+        ),
+        (pose("0.5 0.5 32 32"), "line 3 has the intrinsics .* fractions of the picture"),
+        (pose("0 0.5 0.5 0.5"), "line 3 has the intrinsics fx, fy, cx, cy 0, 0.5"),
+        (pose("0.5 -0.5 0.5 0.5"), "line 3 has the intrinsics"),
+        (pose("0.5 nan 0.5 0.5"), "line 3 has 19 numbers.* all finite"),
+        (pose(turn=np.zeros((3, 3))), "line 3 has a matrix that does not turn .determinant 0"),
+        (pose(turn=np.ones((3, 3))), "line 3 has a matrix that does not turn"),
+        (pose(turn=2 * np.eye(3)), "line 3 has a matrix that does not turn .determinant 8"),
+        (
+            pose(turn=np.diag([1.0, 1, -1])),
+            "line 3 has a matrix that does not turn .determinant -1",
+        ),
+    ],
+)
+def test_a_camera_that_is_none_is_named_by_its_line(tmp_path, line, message):
+    (tmp_path / "pose.txt").write_text("title\n" + pose() + "\n" + line)
+    with pytest.raises(ValueError, match=message):
+        read_camera(tmp_path / "pose.txt")
+
+
+@pytest.mark.parametrize("title", ["", "https://films/1\n", "42\n", "1280 720\n", "\n"])
+def test_a_pose_file_may_lack_its_title(tmp_path, title):
+    lines = "\n".join(pose_line(x) for x in range(3))
+    (tmp_path / "pose.txt").write_text(title + lines, encoding="utf-8-sig")
+    assert read_camera(tmp_path / "pose.txt").poses[:, 0, 3].tolist() == [0, -1, -2]
+    (tmp_path / "pose.txt").write_text(pose_line(0)[:-4] + "\n" + lines)
+    with pytest.raises(ValueError, match="line 1 has 18 numbers"):
+        read_camera(tmp_path / "pose.txt")
+
+
+def test_poses_that_face_away_from_each_other_have_none_between_them():
+    behind = np.diag([-1.0, 1, -1, 0])[:3]
+    with pytest.raises(ValueError, match="turns by almost 180 degrees"):
+        stretched_camera(camera(STILL, behind), 5)
+    aside = np.array([[0.0, 0, -1, 0], [0, 1, 0, 0], [1, 0, 0, 0]])
+    assert np.isfinite(pluecker_rays(stretched_camera(camera(STILL, aside), 5), 9, 16)).all()
+
+
 def test_a_missing_pose_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"lost\.txt cannot be read"):
         read_camera(tmp_path / "lost.txt")

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from easyanimate_jax.commands.convert import main
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.runs.load import load_pipeline
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.weights import files, mmdit_table, vae_table
 from easyanimate_jax.weights.conversion import Options, convert
@@ -33,6 +34,7 @@ from easyanimate_jax.weights.module import (
     save_module,
     shapes_of,
 )
+from easyanimate_jax.weights.schedulers import SCHEDULERS, strange_parts
 
 TINY = MMDiTConfig(
     depth=4,
@@ -762,3 +764,104 @@ def test_pickles_are_read_on_request_and_only_weights(tmp_path, capsys):
         assert main([*command(name), "--allow-pickle"]) == 2
         out, err = capsys.readouterr()
         assert "is no pickle of weights alone" in err and "this ran" not in out + err
+
+
+VAE_SHAPES = {name: Tensor.of(value) for name, value in random_state(TINY_VAE).items()}
+
+
+@pytest.mark.parametrize("scale", [0, float("nan"), -0.7, float("inf"), "0.7", None])
+def test_a_vae_without_a_usable_scale_is_refused(scale):
+    fields = {"norm_num_groups": 4, "scaling_factor": scale}
+    with pytest.raises(ValueError, match=r"scaling_factor .*; the released model has 32 and 0\.71"):
+        vae_table.config_of(VAE_SHAPES, fields)
+
+
+def test_the_scale_of_a_vae_is_checked_before_it_is_converted(tmp_path, capsys):
+    write_original(tmp_path / "vae", TINY_VAE, scaling_factor=0)
+    assert main([str(tmp_path / "vae"), str(tmp_path / "out"), "--to", "jax"]) == 2
+    assert "scaling_factor 0; the released model" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"norm_num_groups": 4}, "scaling_factor"),
+        ({"scaling_factor": 0.7}, "norm_num_groups"),
+        (None, "scaling_factor"),
+    ],
+)
+def test_what_a_vae_config_does_not_say_is_said(fields, name, caplog):
+    state = random_state(VAEConfig(channels=(32, 32, 32, 32), layers=1))
+    vae_table.config_of(state, fields)
+    released = {"scaling_factor": 0.7125, "norm_num_groups": 32}[name]
+    assert f"no config.json gives {name}; the released {released} is used" in caplog.text
+
+
+DDIM, EULER = (SCHEDULERS[name] for name in ("DDPM", "Flow"))
+V51_VAE, V5_VAE = TINY_VAE, replace(TINY_VAE, attention=True)
+
+
+@pytest.mark.parametrize(
+    ("texts", "scheduler", "vae", "said"),
+    [
+        (1, EULER, V51_VAE, ()),
+        (2, DDIM, V5_VAE, ()),
+        (1, EULER, V5_VAE, ("has an attention .* as released with V5, .* as in V5.1:",)),
+        (1, DDIM, V51_VAE, ("is a DDIMScheduler, .* reads 1 text encoder, ",)),
+        (
+            2,
+            EULER,
+            V51_VAE,
+            ("is a FlowMatchEuler", "has no attention .* as in V5:"),
+        ),
+        (2, {"_class_name": "Other"}, replace(TINY_VAE, norm="rms"), ()),
+    ],
+)
+def test_parts_of_another_release_are_named(texts, scheduler, vae, said):
+    found = strange_parts(texts, scheduler["_class_name"], vae)
+    assert len(found) == len(said)
+    for line, message in zip(found, said, strict=True):
+        assert_matches(message, line)
+
+
+def test_a_conversion_names_parts_of_another_release(tmp_path, capsys):
+    """A VAE and a scheduler of V5 beside V5.1; a pipeline of them warns when it is loaded."""
+    write_original(tmp_path / "in" / "transformer", TINY)
+    write_original(tmp_path / "in" / "vae", V5_VAE)
+    texts = {"model_type": "qwen2", "hidden_size": 24}
+    for name, told in (("text_encoder/config", texts), ("scheduler/scheduler_config", DDIM)):
+        (tmp_path / "in" / name).parent.mkdir()
+        (tmp_path / "in" / f"{name}.json").write_text(json.dumps(told))
+    (tmp_path / "in" / "tokenizer").mkdir()
+    save_file({"layers.0.x": ZEROS}, tmp_path / "in" / "text_encoder" / "model.safetensors")
+    assert main([str(tmp_path / "in"), str(tmp_path / "out"), "--to", "jax"]) == 0
+    out = capsys.readouterr().out
+    assert "note: the VAE has an attention" in out and "note: the scheduler is a DDIM" in out
+    (tmp_path / "in" / "scheduler" / "scheduler_config.json").write_text(json.dumps(EULER))
+    with pytest.warns(UserWarning, match="the VAE has an attention in its middle, as released wit"):
+        load_pipeline(tmp_path / "in")
+
+
+@pytest.mark.parametrize(
+    ("layer", "fields", "message"),
+    [
+        ("encoder.block.{}.x", {"num_layers": 2}, "names 2 layers, and the weights have 3"),
+        ("bert.encoder.layer.{}.x", {"num_hidden_layers": 1}, "names 1 layers, and the weights"),
+        ("model.layers.{}.x", {"text_config": {"num_hidden_layers": 4}}, "names 4 layers, and the"),
+        ("encoder.block.{}.layer.0.x", {"num_layers": 3}, ""),
+        ("model.layers.{}.x", {"num_hidden_layers": 3}, ""),
+    ],
+)
+def test_a_text_encoder_with_another_config_is_not_converted(
+    tmp_path, layer, fields, message, capsys
+):
+    folder = tmp_path / "in" / "text_encoder"
+    folder.mkdir(parents=True)
+    state = {layer.format(i): ZEROS for i in range(3)}
+    state |= {"decoder.block.7.x": ZEROS, "visual.layers.9.x": ZEROS}
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(fields))
+    code = main([str(tmp_path / "in"), str(tmp_path / "out"), "--to", "jax"])
+    assert code == (2 if message else 0) and message in capsys.readouterr().err
+    assert (tmp_path / "out").exists() == (not message)

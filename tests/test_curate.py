@@ -3,12 +3,16 @@
 import dataclasses
 import json
 import os
+import re
 import runpy
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pyarrow.parquet
 import pytest
 from PIL import Image, ImageDraw
@@ -226,6 +230,96 @@ def test_captions_of_a_source_go_to_its_clips(films, tmp_path):
     finally:
         (folder / "metadata.json").unlink()
     assert {tuple(r["captions"]) for r in rows if r["file"] == "four.mp4"} == {("four",)}
+
+
+@pytest.fixture
+def small(tmp_path, films):
+    """A folder with a good film, a broken one, and a tar of the good one."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    shutil.copy(films[0] / "again.mp4", folder / "a.mp4")
+    (folder / "broken.mp4").write_bytes(b"<html>")
+    return folder
+
+
+def reasons(source, out):
+    rows = curate(source, out, RULES, (), workers=1)
+    return {row["file"]: row["left_out"] for row in rows}
+
+
+def test_every_film_that_a_table_names_has_a_row(small, tmp_path):
+    table = [
+        {"file_path": "lost.mp4", "text": "a", "type": "video"},
+        {"file_path": "broken.mp4", "text": "a", "type": "video"},
+        {"file_path": "a.mp4", "text": " ", "type": "video"},
+        {"file_path": "../b.mp4", "text": "a", "type": "video"},
+        {"file_path": "image.mp4", "text": "a", "type": "image"},
+        {"file_path": "caf\udce9.mp4", "text": "a", "type": "video"},
+        {"text": "no file"},
+        "no object",
+    ]
+    shutil.copy(small / "a.mp4", small / "image.mp4")
+    (small / "metadata.json").write_text(json.dumps(table))
+    found = reasons(small, tmp_path / "out")
+    assert re.match("does not decode: .*No such file", found.pop("lost.mp4"))
+    assert re.match("does not decode: .*html", found.pop("broken.mp4"))
+    assert re.match("not used: .*leaves the data folder", found.pop("../b.mp4"))
+    assert re.match("not used: .*is not UTF-8; rename the file", found.pop(r"caf\xe9.mp4"))
+    assert found.pop("image.mp4") == "not used: type is 'image', but the file holds video"
+    assert found.pop("a.mp4") == "no caption" and {*found} == {""}
+    text = (tmp_path / "out" / "funnel.txt").read_text()
+    assert "5 left out: not used" in text and "2 left out: does not decode" in text
+
+
+def test_a_film_whose_type_is_corrected_is_scored(small, tmp_path):
+    """The type is part of a film's key; its name is relative, however the table gives it."""
+    row = {"file_path": str(small / "a.mp4"), "text": "a", "type": "image"}
+    (small / "metadata.json").write_text(json.dumps([row]))
+    wrong = "not used: type is 'image', but the file holds video"
+    assert reasons(small, tmp_path / "out") == {"a.mp4": wrong}
+    (small / "metadata.json").write_text(json.dumps([row | {"type": "video"}]))
+    assert reasons(small, tmp_path / "out") == {"a.mp4": ""}
+
+
+def test_every_film_of_a_folder_has_a_row(small, films, tmp_path):
+    """Also those without a caption, beside one that has one, and files that are not read."""
+    shutil.copy(films[0] / "grey.mp4", small / "b.mp4")
+    (small / "a.txt").write_text("red")
+    (small / "c.wmv").write_bytes(b"film")
+    (small / "d.txt").write_text("lost")
+    found = reasons(small, tmp_path / "out")
+    assert found.pop("a.mp4") == "" and found.pop("b.mp4") == "no caption"
+    assert found.pop("broken.mp4").startswith("does not decode")
+    assert found.pop("c.wmv") == "not used: files of this kind are not read here"
+    assert found == {"d.txt": "not used: no film or picture has its name"}
+
+
+def test_a_source_that_holds_no_files_of_films_is_refused(small, table, tmp_path, capsys):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(small / "a.mp4", "a.mp4")
+    (tmp_path / "mix.toml").write_text('films = "small"')
+    (tmp_path / "empty.json").write_text('[{"text": "a"}]')
+    shutil.copy(table[0] / "clips.parquet", tmp_path / "clips.parquet")
+    for name, message in (
+        ("a.tar", "holds its films inside other files; extract them"),
+        ("mix.toml", "is a mixture; curate its sources one by one"),
+        ("clips.parquet", "is a table of clips; curate"),
+        ("empty.json", "names no film (1 bad rows)"),
+    ):
+        assert command.main([str(tmp_path / name), str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_clip_that_was_moved_after_the_end_of_its_film_is_refused(table, tmp_path):
+    rows = pyarrow.parquet.read_table(table[0] / "clips.parquet")
+    first = pyarrow.array([10_000, *rows["first"].to_pylist()[1:]])
+    kept = pyarrow.array([""] * len(rows))
+    for name, column in (("first", first), ("left_out", kept)):
+        rows = rows.set_column(rows.column_names.index(name), name, column)
+    pyarrow.parquet.write_table(rows, tmp_path / "clips.parquet")
+    _, problems = read_clips(tmp_path / "clips.parquet")
+    assert problems[0].row == 0 and "first and frames end at 1" in problems[0].reason
 
 
 def test_the_command_is_typed_by_the_rules(tmp_path, monkeypatch, capsys):

@@ -44,6 +44,9 @@ class FakeText:
         size = np.array([len(p) for p in prompts], np.float32)[:, None, None]
         return np.tile(size, (1, 3, 4)), np.tile(size, (1, 5, 2))
 
+    def is_cut(self, prompt):
+        return len(prompt) > 100
+
 
 @pytest.fixture(scope="module")
 def vae():
@@ -251,6 +254,37 @@ def test_fast_films_are_read_at_eight_frames_a_second(source, vae):
     (job,) = prepare_module.select(SET, [clip], seed=0)
     assert job.stride == 0 and job.shape.frames == 9
     assert 0 <= job.start <= (40 - 1) / 24 - 8 / 8
+
+
+def test_captions_that_are_cut_are_counted_and_named_once(source, vae, caplog):
+    rows = json.loads((source / "metadata.json").read_text())
+    long = "a long caption " * 20
+    rows[0]["text"] = rows[4]["text"] = long  # of 0.mp4 and 2.mp4
+    (source / "metadata.json").write_text(json.dumps(rows))
+    run(source, vae)
+    told = [record.message for record in caplog.records if "too long" in record.message]
+    assert len(told) == 1 and told[0].startswith("2 of 12 captions are too long for a text encod")
+    assert "read their end: 0.mp4, 2.mp4. " in told[0]
+    lines = (source.parent / "out" / "cut.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"file": name, "caption": long} for name in ("0.mp4", "2.mp4")
+    ]
+    caplog.clear()
+    run(source, vae)  # nothing is encoded again
+    assert "too long" not in caplog.text
+    assert len((source.parent / "out" / "cut.jsonl").read_text().splitlines()) == 2
+    rows[0]["text"] = "short"
+    (source / "metadata.json").write_text(json.dumps(rows))
+    run(source, vae)
+    (line,) = (source.parent / "out" / "cut.jsonl").read_text().splitlines()
+    assert json.loads(line)["file"] == "2.mp4"
+
+
+def test_sample_prompts_and_clips_of_pixel_sets_may_be_cut_too(source, vae, caplog, monkeypatch):
+    monkeypatch.setattr(FakeText, "is_cut", lambda self, prompt: len(prompt) > 5)
+    run(source, vae, sets=(dataclasses.replace(SET, pixels=True, condition_draws=0),))
+    assert "7 of 12 captions are too long" in caplog.text  # a prompt, five clips, a picture
+    assert ": sample prompt, " in caplog.text and "p.png" in caplog.text
 
 
 def test_a_set_that_no_clip_fits_is_named(source, vae):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import shlex
@@ -17,10 +18,13 @@ from flax import nnx
 from easyanimate_jax import memory
 from easyanimate_jax.commands import sample
 from easyanimate_jax.data import media
+from easyanimate_jax.data.control import trajectory_video
 from easyanimate_jax.diffusion import conditioning
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.generation import request
+from easyanimate_jax.generation.inputs import read_trajectory
 from easyanimate_jax.generation.pipelines import LatentDiffusion
+from easyanimate_jax.generation.request import SampleRequest
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.runs import load
@@ -292,6 +296,41 @@ def test_too_little_memory_is_one_line(working, monkeypatch, capsys, tmp_path):
         line = capsys.readouterr().err
         assert line.count("\n") == 1 and "too little memory" in line
     assert not list((tmp_path / "samples").iterdir())
+
+
+def path_video(folder, told, frames=5):
+    (folder / "path.json").write_text(told)
+    request = SampleRequest("x", trajectory=str(folder / "path.json"))
+    return read_trajectory(dataclasses.replace(request, frames=frames, height=64, width=96))
+
+
+@pytest.mark.parametrize(
+    "told", ["[[4, 4], [28, 12]]", "[[[4.0, 4], [28, 12]]]", '[["4", 4], [28, 12]]']
+)
+def test_a_single_path_may_lack_its_outer_brackets(tmp_path, told):
+    paths = [np.array([[4.0, 4], [28, 12]])]
+    expected = trajectory_video(paths, 5, 64, 96)
+    np.testing.assert_array_equal(path_video(tmp_path, told), expected)
+    assert np.abs(expected[0].astype(int) - expected[-1]).max() > 50  # it moves
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ("[[4, 4, 28, 12]]", "is no JSON list of paths"),
+        ("[[[4, 4], [28]]]", "is no JSON list of paths"),
+        ("[[[4, 4]], []]", "is no JSON list of paths"),
+        ("[[[4, NaN]]]", "is no JSON list of paths"),
+        (f"[[[4, {10**400}]]]", "is no JSON list of paths"),
+        ('[{"x": 4, "y": 4}]', "is no JSON list of paths"),
+        ("[4, 4]", "is no JSON list of paths"),
+        ("[[[400, 4], [500, 4]]]", "has no point inside the video, which is 64 pixels high and 96"),
+        ("[[-4, 4], [-9, 4]]", "has no point inside the video"),
+    ],
+)
+def test_paths_that_cannot_be_drawn_are_refused(tmp_path, told, message):
+    with pytest.raises(ValueError, match=message):
+        path_video(tmp_path, told)
 
 
 def test_a_prompt_that_is_cut_is_named(working, capsys):

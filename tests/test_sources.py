@@ -161,7 +161,7 @@ def test_all_three_train_on_the_same_batches(three, tmp_path):
     batches = []
     for number, source in enumerate(three):
         out = tmp_path / str(number)
-        text = types.SimpleNamespace(encode=encode)
+        text = types.SimpleNamespace(encode=encode, is_cut=lambda prompt: False)
         prepare(source, out, [latents], vae, text, (), 0, weights={}, shard_size=8)
         records = Records(out / "small")
         plan = Plan(records.index, lengths=(4, 12), batch_size=3, seed=0, name="s")
@@ -362,3 +362,228 @@ def test_a_mixture_names_the_source_that_is_a_url(tmp_path):
     (tmp_path / "m.toml").write_text('films = "gs://bucket/films"')
     with pytest.raises(ValueError, match=r"m.toml: films: .*gs:// is not supported"):
         read.read_clips(tmp_path / "m.toml")
+
+
+ROWS = "a.mp4;red, fast\nb.png;blau: \u00fc\n"
+LINES = """{"path": "a.mp4", "Text": "red, fast"}
+
+{"path": "b.png", "Text": "blau: ü"}
+"""
+TABLES = {  # name of the file -> its bytes
+    "semicolons.csv": f"path;text\n{ROWS}".encode(),
+    "tabs.csv": b"path\ttext\na.mp4\tred, fast\nb.png\tblau: \xc3\xbc\n",
+    "spaces.csv": 'path, text\na.mp4, "red, fast"\nb.png , blau: ü \n'.encode(),
+    "capitals.csv": 'Video Path,Text\r\na.mp4,"red, fast"\r\nb.png,blau: ü\r\n'.encode("utf-8-sig"),
+    "utf16.csv": f"path;Caption\n{ROWS}".encode("utf-16"),
+    "utf16 without a mark.csv": f"path;text\n{ROWS}".encode("utf-16-le"),
+    "quoted.csv": f'"Video";"PROMPT"\n{ROWS}'.encode(),
+    "lines.json": LINES.encode(),
+    "utf16.json": f"[{LINES.strip()}]".replace("\n\n", ",").encode("utf-16"),
+    "utf16.jsonl": LINES.encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_are_read_as_programs_write_them(folder, name):
+    (folder / name).write_bytes(TABLES[name])
+    clips, problems = read.read_clips(folder / name)
+    found = {clip.name: clip.captions for clip in clips}
+    assert found == {"a.mp4": ("red, fast",), "b.png": ("blau: ü",)} and problems == []
+
+
+def test_a_json_of_one_line_is_a_row(folder):
+    (folder / "one.json").write_text('{"path": "a.mp4", "text": "red"}\n')
+    ((clip,), problems) = read.read_clips(folder / "one.json")
+    assert clip.captions == ("red",) and problems == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"name;words\na.mp4;red\n", "no column of files: its columns are name, words"),
+        ("t.csv", b"a.mp4,red\nb.png,blue\n", "its columns are a.mp4, red"),
+        ("t.csv", b"", "no column of files"),
+        ("t.jsonl", b'{"name": "a.mp4", "words": "red"}\n', "its columns are name, words"),
+        ("t.csv", b"\0" * 300_000, "no column of files|no header"),
+    ],
+)
+def test_a_table_without_a_column_of_files_names_its_columns(folder, name, content, message):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read.read_clips(folder / name)
+
+
+def test_a_table_without_captions_names_its_columns(folder, caplog):
+    (folder / "t.csv").write_text("path,words\na.mp4,red\n")
+    with pytest.raises(ValueError, match=r"a\.mp4: no text"):
+        read.read_clips(folder / "t.csv")
+    assert "no column of captions: its columns are path, words" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ({"image": [b"\x89PNG"], "text": ["a"]}, "column image is of type binary and not a path"),
+        (
+            {"video": [{"bytes": b"1", "path": None}], "caption": ["a"]},
+            r"column video is of type struct<bytes: binary, path: null>",
+        ),
+        (
+            {"path": pyarrow.array([b"a"], pyarrow.large_binary()), "text": ["a"]},
+            "column path is of type large_binary and not a path",
+        ),
+        ({"name": ["a.mp4"], "words": ["a"]}, "no column of files: its columns are name, words"),
+    ],
+)
+def test_a_parquet_that_holds_no_paths_is_refused(folder, cells, message):
+    pyarrow.parquet.write_table(pyarrow.table(cells), folder / "t.parquet")
+    with pytest.raises(ValueError, match=message):
+        read.read_clips(folder / "t.parquet")
+
+
+def test_capital_columns_of_a_parquet_are_read(folder):
+    table = pyarrow.table({"Video Path": ["a.mp4"], "Caption": [["red", "rot"]]})
+    pyarrow.parquet.write_table(table, folder / "t.parquet")
+    ((clip,), problems) = read.read_clips(folder / "t.parquet")
+    assert clip.captions == ("red", "rot") and problems == []
+
+
+def test_every_file_of_a_folder_is_a_clip_or_a_problem(folder):
+    """c.mp4 is a page, d.wmv and e.mpg are not read, b.png has no text, f.txt has no film."""
+    (folder / "a.txt").write_text("red", encoding="utf-16")
+    for name in ("c.txt", "d.txt", "d.wmv", "e.mpg", "f.txt", ".hidden"):
+        (folder / name).write_text("x")
+    (folder / "deep").mkdir()
+    for i in range(30):
+        (folder / "deep" / f"{i}.srt").write_text("x")
+    ((clip,), problems) = read.read_clips(folder)
+    assert (clip.name, clip.captions) == ("a.mp4", ("red",))
+    found = {p.file: p.reason for p in problems}
+    assert found.pop("b.png") == "no text" and "html" in found.pop("c.mp4")
+    assert found.pop("f.txt") == "no film or picture has its name"
+    assert found.pop("*.srt") == "30 files: files of this kind are not read here"
+    assert found == dict.fromkeys(("d.wmv", "e.mpg"), "files of this kind are not read here")
+
+
+def test_every_member_of_a_tar_and_file_beside_it_is_a_clip_or_a_problem(folder):
+    with tarfile.open(folder / "x.tar", "w") as tar:
+        for name in ("a.mp4", "b.wmv", "lost.txt", "a.txt", *(f"{i}.npy" for i in range(30))):
+            if not (folder / name).exists():
+                (folder / name).write_text("x")
+            tar.add(folder / name, name)
+            if name != "a.mp4":
+                (folder / name).unlink()
+    ((clip,), problems) = read.read_clips(folder)
+    assert (clip.name, clip.captions) == ("a.mp4", ("x",))
+    found = {p.file: p.reason for p in problems}
+    assert found["*.npy"].startswith("30 files: ") and "no film" in found["lost.*"]
+    assert {*found} == {"*.npy", "lost.*", "b.wmv", "a.mp4", "b.png", "c.mp4"}  # three lie beside
+
+
+CLIP = {
+    "clip": "a.mp4#1-4",
+    "file": "a.mp4",
+    "kind": "video",
+    "first": 1,
+    "frames": 3,
+    "fps": 8.0,
+    "height": 32,
+    "width": 48,
+    "captions": ["red"],
+    "left_out": "",
+    "quality": 0.5,
+    "film_frames": 5,
+}
+
+
+def write_clips(folder, *rows, schema=None, root=b"."):
+    """A table of clips as other programs write it: types follow from the values."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    table = pyarrow.table({n: pyarrow.array(v, from_pandas=True) for n, v in columns.items()})
+    table = table.replace_schema_metadata({b"root": root} if root else None)
+    pyarrow.parquet.write_table(table, folder / "clips.parquet")
+    return folder / "clips.parquet"
+
+
+NAN = float("nan")
+EDITS = [  # of the second of three rows
+    ({"first": None}, "first is None; use a whole number of 0 or more"),
+    ({"first": -1}, "first is -1; use a whole number of 0 or more"),
+    ({"first": 1.5}, "first is 1.5; use a whole"),
+    ({"frames": 0}, "frames is 0; use a whole number of 1 or more"),
+    ({"fps": NAN}, "fps is None; use a number of 0 or more"),
+    ({"fps": 0.0}, "fps is 0; give the rate"),
+    ({"fps": float("inf")}, "fps is inf"),
+    ({"height": None}, "height is None"),
+    ({"clip": None}, "clip is None; write a text"),
+    ({"clip": "a.mp4#1-4"}, "clip has the name of row 0; give it a name of its own"),
+    ({"kind": "Video"}, "kind is 'Video'; use one of image, video"),
+    ({"file": "../a.mp4"}, "file: file name '../a.mp4' leaves the data folder"),
+    ({"quality": 7.0}, "quality is 7.0; use 0 to 1"),
+    ({"first": 3}, "first and frames end at 6; the film has 5 frames"),
+    ({"captions": [None]}, "captions: no text"),
+    ({"captions": ["a", " "]}, "captions: no text"),
+]
+
+
+@pytest.mark.parametrize(("edit", "reason"), EDITS)
+def test_a_clip_that_was_edited_badly_is_named_by_row_and_column(folder, edit, reason):
+    rows = [CLIP, CLIP | {"clip": "second"} | edit, CLIP | {"clip": "third"}]
+    path = write_clips(folder, *rows)
+    found, problems = read.read_clips(path)
+    assert [clip.name for clip in found] == ["a.mp4#1-4", "third"]
+    assert found[1].first == 1 and type(found[1].first) is int
+    ((row, _, told),) = problems
+    assert row == 1 and type(row) is int and told.startswith(reason)  # it is written as JSON
+    if not {"file", "captions"} & {*edit}:  # nor does the plan read `first`
+        kept = [b"a.mp4#1-4", *([b"second"] if "first" in edit else []), b"third"]
+        assert read.table(path)["clip"].tolist() == kept
+
+
+@pytest.mark.parametrize(
+    ("edit", "reason"),
+    [
+        ({"frames": "3"}, "frames is '3'; write a number, not string"),
+        ({"fps": True}, "fps is True; write a number, not bool"),
+        ({"captions": [1]}, "captions is .*; write a list of texts, not list<"),
+        ({"kind": 1}, "kind is 1; write a text, not int64"),
+    ],
+)
+def test_a_column_of_another_type_is_named(folder, edit, reason):
+    with pytest.raises(ValueError, match=f"no clip that is captioned[^$]*row 0 .*{reason}"):
+        read.read_clips(write_clips(folder, CLIP | edit))
+
+
+def test_what_pandas_makes_of_a_table_is_read_right(folder):
+    """Whole numbers as floats, one text as the captions, categories, a reason that is NaN."""
+    added = {"clip": "b", "captions": "blau", "first": 2.0, "quality": NAN, "left_out": None}
+    whole = CLIP | {"captions": "red", "first": 1.0}
+    path = write_clips(folder, whole, CLIP | added, whole | {"clip": "c", "left_out": "dark"})
+    table = pyarrow.parquet.read_table(path)
+    kinds = table["kind"].dictionary_encode()
+    table = table.set_column(table.column_names.index("kind"), "kind", kinds)
+    pyarrow.parquet.write_table(table, path)
+    (a, b), problems = read.read_clips(path)
+    assert problems == [] and (a.first, b.first, a.captions, b.captions) == (
+        1,
+        2,
+        ("red",),
+        ("blau",),
+    )
+    assert (a.kind, a.quality, b.quality) == ("video", 0.5, 0.0)
+    nothing = CLIP | {"left_out": NAN}
+    assert len(read.read_clips(write_clips(folder, nothing))[0]) == 1
+
+
+def test_a_table_that_lost_its_columns_or_its_root_is_refused(folder):
+    lacking = {name: value for name, value in CLIP.items() if name != "fps"}
+    with pytest.raises(ValueError, match="a table of clips without the columns fps"):
+        read.read_clips(write_clips(folder, lacking))
+    with pytest.raises(ValueError, match="left_out is of type int64; write the reason"):
+        read.read_clips(write_clips(folder, CLIP | {"left_out": 1}))
+    (folder / "table").mkdir()
+    with pytest.raises(ValueError, match=r"has lost its metadata `root`.* move the table"):
+        read.read_clips(write_clips(folder / "table", CLIP, root=None))
+    assert len(read.read_clips(write_clips(folder, CLIP, root=None))[0]) == 1
+    assert len(read.read_clips(write_clips(folder / "table", CLIP, root=b".."))[0]) == 1

@@ -1,6 +1,8 @@
 """Our Bert and T5 equal transformers'; prompts become states that the demo can learn from."""
 
+import io
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from arrays import flat_weights
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 from demos.world import image_prompts, prompts
 from easyanimate_jax.disk.lock import FolderLock
@@ -141,6 +145,66 @@ def test_weights_that_do_not_fit_are_all_named(tmp_path):
         load_bert(tmp_path / "nothing")
 
 
+def rewrite(folder, change=None, **fields):
+    """Change the tensors and the config of a saved encoder."""
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    if change:
+        change(state)
+    save_file(state, path)
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | fields))
+
+
+UNUSED = [
+    (
+        MT5,
+        load_t5,
+        None,
+        {"num_layers": 2},
+        r"holds 9 tensors that are not T5's .*encoder\.block\.2",
+    ),
+    (BERT, load_bert, None, {"num_hidden_layers": 1}, "holds 32 tensors that are not Bert's"),
+    (
+        BERT,
+        load_bert,
+        lambda state: state.update({"adapter.weight": np.ones((2, 2), np.float32)}),
+        {},
+        r"1 tensors that are not Bert's \(the first is adapter.weight\)",
+    ),
+    (
+        T5,
+        load_t5,
+        lambda state: state.update({"encoder.block.0.gate": np.ones(2, np.float32)}),
+        {},
+        r"the first is encoder\.block\.0\.gate",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "load", "change", "fields", "message"), UNUSED)
+def test_tensors_that_an_encoder_does_not_use_are_refused(
+    tmp_path, config, load, change, fields, message
+):
+    reference(config).save_pretrained(tmp_path)
+    rewrite(tmp_path, change, **fields)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_heads_and_prefixes_of_programs_are_no_faults(tmp_path):
+    reference(BERT).save_pretrained(tmp_path)
+    plain = flat_weights(load_bert(tmp_path))
+    state = load_file(tmp_path / "model.safetensors")
+    more = {"cls.bias": np.ones(3, np.float32), "embeddings.position_ids": np.ones((1, 48), int)}
+    wrapped = {f"module._orig_mod.bert.{name}": value for name, value in (state | more).items()}
+    wrapped["module._orig_mod.cls.bias"] = wrapped.pop("module._orig_mod.bert.cls.bias")
+    save_file(wrapped, tmp_path / "model.safetensors")
+    found = flat_weights(load_bert(tmp_path))
+    for name, value in plain.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
 def rows(path, texts):
     return [{"file_path": path, "text": text, "type": "video"} for text in texts]
 
@@ -246,6 +310,56 @@ def test_the_made_folders_are_transformers_folders(folder):
         with torch.no_grad():
             expected = model(ids).last_hidden_state
         np.testing.assert_allclose(ours, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"tokenizer_class": "T5Tokenizer"},
+        {"tokenizer_class": "T5TokenizerFast"},
+        {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "sp_model_kwargs": {}},
+    ],
+)
+def test_a_tokenizer_that_is_a_spiece_model_alone_is_read(folder, tmp_path, told):
+    """As mT5's are released; its pieces are those of the sentencepiece library."""
+    import sentencepiece
+
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "tokenizer_2")
+    (tmp_path / "tokenizer_2").mkdir()
+    (tmp_path / "tokenizer_2" / "tokenizer_config.json").write_text(json.dumps(told))
+    sentences = ["a red circle moves left", "two blue squares fall", "红色的圆形 向左"] * 9
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=31,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer_2" / "spiece.model").write_bytes(model.getvalue())
+    (_, reader) = TextEncoder.load(tmp_path)._readers
+    text = "a red square 红色"
+    expected = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).encode(text)
+    ids = reader([text])[0][0].tolist()
+    assert ids[: len(expected) + 1] == [*expected, 1] and set(ids[len(expected) + 1 :]) == {0}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("spiece.model", b"no model"), ("tokenizer.json", b"{"), ("vocab.json", b"{}")],
+)
+def test_a_folder_without_a_tokenizer_is_refused(folder, tmp_path, name, content):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "tokenizer_2")
+    (tmp_path / "tokenizer_2").mkdir()
+    (tmp_path / "tokenizer_2" / name).write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer_2 holds no tokenizer that transformers can"):
+        TextEncoder.load(tmp_path)
 
 
 def test_batches_do_not_change_a_prompt(folder):

@@ -39,7 +39,7 @@ class Options:
     """New folder to write; for a LoRA, or the adapters of a run, a new .safetensors file."""
     to: Literal["jax", "diffusers", "original", "comfyui"]
     """Layout to write; comfyui is for LoRA files."""
-    lora: UseAppendAction[tuple[str, ...]] = ()
+    lora: UseAppendAction[tuple[Path, ...]] = ()
     """LoRA file to add to the transformer's weights, as FILE or FILE:WEIGHT; may be repeated."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Cast all weights to this dtype; by default each tensor keeps its own."""
@@ -69,7 +69,7 @@ def _convert(arguments: Sequence[str]) -> int:
     from easyanimate_jax.weights.adapters import named_weight
 
     source, target = own.pop("source"), own.pop("target")
-    loras = tuple(named_weight(one) for one in own.pop("lora"))
+    loras = tuple(named_weight(str(one)) for one in own.pop("lora"))
     jax.config.update("jax_platforms", "cpu")  # keep accelerators free for other processes
     with tqdm(desc=str(target), unit="B", unit_scale=True, delay=0.5) as bar:
 

@@ -61,7 +61,7 @@ class Options:
     """low: text encoders, transformer, VAE take turns."""
     weights: Literal["full", "int8"] = "full"
     """int8: transformer kernels in 8 bits."""
-    lora: UseAppendAction[tuple[str, ...]] = ()
+    lora: UseAppendAction[tuple[Path, ...]] = ()
     """LoRA: FILE or FILE:WEIGHT."""
     mesh: str | None = None
     """Several devices, such as data=2,context=4."""
@@ -92,9 +92,10 @@ def _sample(arguments: Sequence[str]) -> int:
     from easyanimate_jax.weights.run_folder import read_meta
 
     step, meta = read_meta(own.checkpoint)
-    origin = Origin(own.checkpoint, step, own.weights, meta, own.lora)
+    names = tuple(map(str, own.lora))
+    origin = Origin(own.checkpoint, step, own.weights, meta, names)
     todo = examine(todo, origin)
-    loras = open_loras(map(named_weight, own.lora))
+    loras = open_loras(map(named_weight, names))
     own.output.mkdir(parents=True, exist_ok=True)
     for sentence in dict.fromkeys(s for one in todo for s in without_effect(one.request)):
         say(sentence)

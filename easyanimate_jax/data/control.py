@@ -37,6 +37,10 @@ Operator = Callable[[Video], Video]
 
 SOURCE_ASPECT = 1280 / 720  # aspect of the videos that the intrinsics of pose files refer to
 CAMERA_FPS = 24  # rows of a pose file per second
+COLUMNS = 19  # numbers in a row of a pose file
+LONGEST = 50.0  # focal length in widths of the picture; a pixel size is larger
+NEAREST = 0.1  # least determinant between two poses; a turn by 140 degrees has it
+SQUARE = 0.05  # largest error of a rotation times its transpose, from rounded files
 HEAT_SIDE, HEAT_SIGMA = 200, 40  # pixels of a trajectory's Gaussian, before it is resized
 HEAT_HALF = 50  # pixels; half the side of the Gaussian in a 1280 x 720 video
 
@@ -152,30 +156,51 @@ class Camera(NamedTuple):
 def read_camera(path: str | Path) -> Camera:
     """Read a pose file (spec 7.1): a title line, then one row of 19 numbers per frame.
 
-    Raises ValueError, naming the line, for anything else.
+    The title may be missing. Raises ValueError, naming the line, for anything else.
     """
     rows = []
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as a pose file: {error}") from error
-    for number, line in enumerate(text.splitlines()[1:], start=2):
-        if not line.strip():
-            continue
+    for number, line in enumerate(text.splitlines(), start=1):
         try:
             row = [float(word) for word in line.split()]
         except ValueError as error:
+            if number == 1:  # the title
+                continue
             raise ValueError(f"{path}, line {number}: {error}") from error
-        if len(row) != 19 or not np.isfinite(row).all():
-            raise ValueError(
-                f"{path}, line {number} has {len(row)} numbers: a pose is a time, four intrinsics, "
-                f"two zeros and twelve numbers of a 3x4 matrix, all finite"
-            )
-        rows.append(row)
+        if row and (number > 1 or len(row) > 4):  # a title may be a number or two
+            fault = _pose_fault(row)
+            if fault:
+                raise ValueError(f"{path}, line {number} {fault}")
+            rows.append(row)
     if not rows:
         raise ValueError(f"{path} holds no poses: write one row per frame after the title line")
     rows = np.array(rows)
     return Camera(rows[:, 1:5], rows[:, 7:].reshape(-1, 3, 4))
+
+
+def _pose_fault(row: list[float]) -> str:
+    """Return what is wrong with a row of a pose file, or ""."""
+    if len(row) != COLUMNS or not np.isfinite(row).all():
+        return (
+            f"has {len(row)} numbers: a pose is a time, four intrinsics, two zeros and twelve "
+            f"numbers of a 3x4 matrix, all finite"
+        )
+    fx, fy, cx, cy = row[1:5]
+    if not (all(0 < f <= LONGEST for f in (fx, fy)) and all(-1 <= c <= 2 for c in (cx, cy))):
+        return (
+            f"has the intrinsics fx, fy, cx, cy {fx:g}, {fy:g}, {cx:g}, {cy:g}: they are fractions "
+            f"of the picture; divide pixels by its width (fx, cx) and height (fy, cy)"
+        )
+    turn = np.array(row[7:]).reshape(3, 4)[:, :3]
+    if np.abs(turn @ turn.T - np.eye(3)).max() > SQUARE or np.linalg.det(turn) < 0:
+        return (
+            f"has a matrix that does not turn (determinant {np.linalg.det(turn):.3g}): give the "
+            f"rotation and the translation from world to camera, without a scale"
+        )
+    return ""
 
 
 def sampled_camera(camera: Camera, frames: int, fps: int = FPS) -> Camera:
@@ -203,7 +228,13 @@ def stretched_camera(camera: Camera, frames: int) -> Camera:
         share = (place - low).reshape(-1, *[1] * (x.ndim - 1))
         return x[low] * (1 - share) + x[high] * share
 
-    return Camera(*(between(x) for x in camera))
+    between_rows = Camera(*(between(x) for x in camera))
+    if np.linalg.det(between_rows.poses[..., :3]).min() < NEAREST:
+        raise ValueError(
+            "the camera turns by almost 180 degrees from one pose to the next, and the poses "
+            "between them are unknown; give more poses"
+        )
+    return between_rows
 
 
 def pluecker_rays(camera: Camera, height: int, width: int) -> Float[np.ndarray, "F H W 6"]:

@@ -23,6 +23,15 @@ def check_name(name: str) -> None:
         raise ValueError(f"file name {name!r} leaves the data folder; move the file into it")
 
 
+def name_fault(name: str) -> str:
+    """Return why `name` is not a plain relative path, or ""."""
+    try:
+        check_name(name)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def relative_name(root: str | os.PathLike, name: str) -> str:
     """Return the name relative to `root` of an absolute path or `file:` URL below it.
 

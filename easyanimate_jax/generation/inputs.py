@@ -140,15 +140,21 @@ def read_trajectory(request: SampleRequest) -> np.ndarray:
     from easyanimate_jax.data.control import trajectory_video
 
     try:
-        paths = [
-            np.array(path, float).reshape(-1, 2)
-            for path in json.loads(Path(request.trajectory).read_text())
-        ]
-        usable = bool(paths) and all(len(p) and np.isfinite(p).all() for p in paths)
-    except (ValueError, TypeError, RecursionError):
+        told = json.loads(Path(request.trajectory).read_bytes())
+        # The brackets around a single path are easily forgotten.
+        paths = [np.array(path, float) for path in ([told] if np.ndim(told[0][0]) == 0 else told)]
+        usable = all(p.ndim == 2 and p.shape[1] == 2 and np.isfinite(p).all() for p in paths)
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
         usable = False
     if not usable:
         raise ValueError(
             f"{request.trajectory} is no JSON list of paths; write it as [[[10, 20], [50, 20]]]"
         )
-    return trajectory_video(paths, request.frames, request.height, request.width, request.spot)
+    size = request.frames, request.height, request.width
+    video = trajectory_video(paths, *size, request.spot)
+    if not video.any():
+        raise ValueError(
+            f"{request.trajectory} has no point inside the video, which is {request.height} pixels "
+            f"high and {request.width} wide; give [x, y] in its pixels"
+        )
+    return video

@@ -2,12 +2,13 @@
 
     python -m easyanimate_jax curate SOURCE OUT
 
-`SOURCE` is any source of data/sources, or a folder of films without captions. No video is
+`SOURCE` is a source of data/sources whose films are files, with or without captions. No video is
 rewritten: a clip is a span of a file. OUT/clips.parquet has one row per clip with its scores, and
-the reason if it was left out; a config can use it as `source`. OUT/films/ has one file per finished
-film, so that a stopped run can resume; a film is cut again if its content, its captions or the
-rules are others than those in that file. `--part 2/8` shares the films between 8 processes.
-OUT/funnel.txt and OUT/funnel.html list what was left out at each step.
+the reason if it was left out; a config can use it as `source`. Rows of the source that name no
+usable film are rows of it too. OUT/films/ has one file per finished film, so that a stopped run can
+resume; a film is cut again if its content, its captions or types, or the rules are others than
+those in that file. `--part 2/8` shares the films between 8 processes. OUT/funnel.txt and
+OUT/funnel.html list what was left out at each step.
 """
 
 import dataclasses
@@ -15,10 +16,12 @@ import inspect
 import itertools
 import json
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
@@ -29,8 +32,8 @@ from easyanimate_jax.data import media, paths
 from easyanimate_jax.data.contents import Contents, key
 from easyanimate_jax.data.decode import Decoders
 from easyanimate_jax.data.sources import clip_table
-from easyanimate_jax.data.sources.layouts import MEDIA
-from easyanimate_jax.data.sources.read import read_clips
+from easyanimate_jax.data.sources.read import row_fault, rows_of
+from easyanimate_jax.data.sources.rows import NO_TEXT, Problem, caption_of
 from easyanimate_jax.disk.local import local_path, shown
 from easyanimate_jax.disk.lock import FolderLock
 from easyanimate_jax.disk.whole import replace, replace_text
@@ -47,6 +50,13 @@ NEAR = 5  # hashes of near-duplicates differ in at most this many bits
 # Still frames of a clip -> its captions. It raises ValueError for a clip that gets none, and
 # ConnectionError if it does not serve any clip now.
 Captioner = Callable[[np.ndarray], Sequence[str]]
+
+
+class Film(NamedTuple):
+    """A film of a source: its captions, and the types that the source gives it."""
+
+    captions: tuple[str, ...]
+    kinds: set[str]
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,9 @@ def curate(
         rows = films.all_rows()
         if rows is None:
             return None
+        for problem in folder.unusable:
+            left_out = f"not used: {shown(problem.reason)}"
+            rows.append(_base(problem.file) | {"left_out": left_out})
         _judge(rows, rules, scores)
         _rate(rows, scores)
         _write(out / "clips.parquet", rows, os.path.relpath(folder.root, out), scores)
@@ -125,11 +138,11 @@ def curate(
 
 
 class Folder:
-    """The films of a source: `films` maps names of files to captions."""
+    """The films of a source by the names of their files; `unusable` are its other rows."""
 
     def __init__(self, source: Path, links: Path | None):
         self.root, self.links = source if source.is_dir() else source.parent, links
-        self.films = _films(source, links)
+        self.films, self.unusable = _films(source, links)
 
     def path(self, name: str) -> Path:
         """Return the path of a film. Raises ValueError for one that leaves the folder."""
@@ -170,13 +183,14 @@ class Films:
         return self.out / f"{key(self.settings, name)}.json"
 
     def key(self, name: str) -> str:
-        """Return the key of a film's content and captions."""
+        """Return the key of a film's content, captions and types."""
         try:
             content = self.contents(self.folder.path(name))
         except ValueError as error:  # the name is refused
             content = str(error)
-        captions = None if self.captioned else self.folder.films[name]
-        return key(content, captions)
+        film = self.folder.films[name]
+        captions = None if self.captioned else film.captions
+        return key(content, captions, sorted(film.kinds))
 
 
 def _told(maker: object) -> object:
@@ -190,32 +204,68 @@ def _told(maker: object) -> object:
         return getattr(maker, "__qualname__", type(maker).__qualname__)
 
 
-def _films(source: Path, links: Path | None) -> dict[str, tuple[str, ...]]:
-    """Return {file name: captions}; in a folder that is no other source, take all films."""
-    try:
-        clips, _ = read_clips(source, links)
-    except ValueError:
-        if not source.is_dir():
-            raise
-        files = sorted(p for p in source.rglob("*") if p.suffix.lower() in MEDIA)
-        if not files:
-            raise
-        return {str(path.relative_to(source)): () for path in files}
-    return {clip.name: clip.captions for clip in clips if isinstance(clip.path, Path)}
+def _films(source: Path, links: Path | None) -> tuple[dict[str, Film], list[Problem]]:
+    """Return {file name: film} for the files that a source names, and its other rows.
+
+    Raises ValueError for a source whose films are not files, or that names none.
+    """
+    if source.suffix == ".toml" or clip_table.is_table(source):
+        raise ValueError(
+            f"{source} is a {'mixture' if source.suffix == '.toml' else 'table of clips'}; curate "
+            f"its sources one by one"
+        )
+    captions, kinds, problems = defaultdict(list), defaultdict(set), []
+    described, rows = rows_of(source, links)
+    for row in rows:
+        if isinstance(row, Problem):
+            problems.append(row)
+            continue
+        if row.file is not None:
+            raise ValueError(
+                f"{source} holds its films inside other files; extract them and curate their folder"
+            )
+        name, reason = row.name, row_fault(row)
+        if not reason:
+            name = paths.relative_name(described.parent, name)
+            reason = paths.name_fault(name)
+        if reason:
+            problems.append(Problem(row.number, str(name or ""), reason))
+            continue
+        kinds[name] |= {row.kind} - {None}
+        fault = caption_of(row.text)
+        if not fault:
+            captions[name].append(row.text)
+        elif fault != NO_TEXT:
+            problems.append(Problem(row.number, name, fault))
+    if not kinds:
+        listed = "".join(f"\n  row {p.row} {p.file}: {p.reason}" for p in problems[:20])
+        raise ValueError(f"{source} names no film ({len(problems)} bad rows){listed}")
+    return {name: Film(tuple(captions[name]), kinds[name]) for name in kinds}, problems
+
+
+def _base(name: str, captions: Sequence[str] = ()) -> dict:
+    """Return the row of a film before it is probed."""
+    name = shown(name)  # it may hold bytes that are not text
+    base = {"clip": name, "file": name, "kind": "video", "first": 0, "frames": 0, "fps": 0.0}
+    base |= {"height": 0, "width": 0, "captions": list(captions), "left_out": "", "hash": 0}
+    return base
 
 
 def _film(decoders, folder: Folder, name: str, rules: Rules, scores, captioner) -> list[dict]:
     """Return a scored row for each span of a film.
 
-    A film that does not decode gives a single row with the reason.
+    A film that does not decode, or has another type, gives a single row with the reason.
     """
-    captions, text = list(folder.films[name]), shown(name)
-    base = {"clip": text, "file": text, "kind": "video", "first": 0, "frames": 0, "fps": 0.0}
-    base |= {"height": 0, "width": 0, "captions": captions, "left_out": "", "hash": 0}
+    film = folder.films[name]
+    base = _base(name, film.captions)
     try:
         path = folder.path(name)
         kind, num_frames, height, width, fps = decoders.probe(path)
         base |= {"kind": kind, "frames": num_frames, "height": height, "width": width, "fps": fps}
+        base[clip_table.FILM_FRAMES] = num_frames
+        if film.kinds and kind not in film.kinds:
+            told = " and ".join(map(repr, sorted(film.kinds)))
+            return [base | {"left_out": f"not used: type is {told}, but the file holds {kind}"}]
         if kind == "image":
             spans, short, small = [Span(0, 1)], [], None
             stills = decoders.read_image(path, media.fit_side(height, width, LARGE))
@@ -329,7 +379,8 @@ def _near_duplicates(rows: list[dict]) -> set[str]:
 
 def _write(path: Path, rows: list[dict], root: str, scores: Sequence[Score]) -> None:
     fields = dict(clip_table.COLUMNS) | {s.name: pyarrow.float64() for s in scores}
-    fields |= {"quality": pyarrow.float64(), "left_out": pyarrow.string()}
+    fields |= {clip_table.FILM_FRAMES: pyarrow.int64(), "quality": pyarrow.float64()}
+    fields |= {"left_out": pyarrow.string()}
     columns = {name: [row.get(name) for row in rows] for name in fields}
     schema = pyarrow.schema(fields, metadata={"root": root})
     table = pyarrow.table(columns, schema)

@@ -22,7 +22,7 @@ def steps(rows: list[dict]) -> list[tuple[str, int, int]]:
     return found
 
 
-_ORDER = {"does": 0, "shorter": 1, "fewer": 2, "near-duplicate": 3, "no": 9}
+_ORDER = {"not": 0, "does": 0, "shorter": 1, "fewer": 2, "near-duplicate": 3, "no": 9}
 
 
 def text(rows: list[dict]) -> str:

@@ -9,6 +9,7 @@ noised references (spec 6.1) are drawn per clip. A set with `pixels` has only it
     OUT/empty.safetensors     text states of the empty prompt
     OUT/prompts.safetensors   text states of the config's sample prompts
     OUT/quarantine.jsonl      rows and clips that were left out, with the reason
+    OUT/cut.jsonl             captions that are too long for a text encoder
     OUT/contents.jsonl        hashes of the files of the source, see data/contents.py
 
 The same command again makes what is missing, and makes again what was made from other content.
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 SHARD_SIZE = 128  # records
 ROWS = 16  # clips encoded at once, at most
 TEXT_ROWS, TEXT_CACHE = 128, 2**30  # prompts encoded at once; bytes of text states in the cache
+SHOWN = 10  # clips that a message names
 MAX_BAD = 0.05  # share of a set's clips that may be unreadable
 
 
@@ -85,12 +87,13 @@ def prepare(
         lines = [_line(problem._asdict()) for problem in problems]
         for line in lines if part[0] == 0 else ():
             quarantine.add(line)
-        texts = TextStates(text_encoder)
+        texts = TextStates(text_encoder, Quarantine(output / "cut.jsonl"))
         encoder = Encoder(vae, jax.local_devices(), most=ROWS, announce=logger.info)
         write_texts(output / "empty.safetensors", texts([""]))
         if prompts:
             about = prompts_key(prompts, weights)
             write_texts(output / "prompts.safetensors", texts(prompts), about)
+            texts.note_cut([("sample prompt", prompt) for prompt in prompts])
         whole = []
         for maker in makers:
             count, name = maker.jobs(part), maker.latent_set.name
@@ -101,6 +104,8 @@ def prepare(
             lines += [line for maker in makers for line in maker.left_out]
             files = {clip.name for clip in clips} | {problem.file for problem in problems}
             quarantine.forget(files, but=lines)
+            texts.forget_cut(clips)
+        texts.say_cut()
         return all(whole)
 
 
@@ -132,7 +137,7 @@ def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]
 
 
 class Quarantine:
-    """A JSON-lines file of rows and clips that were left out; no line stands in it twice."""
+    """A JSON-lines file of what was left out of rows and clips; no line stands in it twice."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -165,10 +170,14 @@ class Quarantine:
 
 
 class TextStates:
-    """Text states as float16, with a cache: each distinct prompt in it is encoded once."""
+    """Text states as float16, with a cache: each distinct prompt in it is encoded once.
 
-    def __init__(self, text_encoder):
+    Captions whose end no encoder reads are noted in the file `cut`.
+    """
+
+    def __init__(self, text_encoder, cut: Quarantine):
         self.text_encoder, self.cache = text_encoder, {}
+        self.cut, self.long, self.number = cut, [], 0
 
     def __call__(self, prompts: Sequence[str]) -> Texts:
         """Return the states of `prompts`, one array per encoder.
@@ -186,6 +195,32 @@ class TextStates:
         if len(self.cache) * sum(s.nbytes for s in rows[0]) > TEXT_CACHE:
             self.cache = {}
         return tuple(np.stack(column) for column in zip(*rows, strict=True))
+
+    def note_cut(self, captions: Sequence[tuple[str, str]]) -> None:
+        """Note which (clip, caption) pairs have captions that are too long for an encoder."""
+        self.number += len(captions)
+        for clip, caption in captions:
+            if self.text_encoder.is_cut(caption):
+                self.long.append(clip)
+                self.cut.add(_line({"file": clip, "caption": caption}))
+
+    def forget_cut(self, clips: Sequence[Clip]) -> None:
+        """Remove the lines of captions that these clips do not have any more."""
+        self.cut = Quarantine(self.cut.path)  # other processes have added lines
+        pairs = ({"file": clip.name, "caption": text} for clip in clips for text in clip.captions)
+        now = set(map(_line, pairs))
+        kept = [line for line in self.cut.lines if line in now]
+        self.cut.forget({clip.name for clip in clips}, but=kept)
+
+    def say_cut(self) -> None:
+        """Log how many captions were cut, and of which clips."""
+        if self.long:
+            some = ", ".join(dict.fromkeys(self.long[:SHOWN]))
+            logger.warning(
+                f"{len(self.long):,} of {self.number:,} captions are too long for a text encoder, "
+                f"which does not read their end: {some}{', ...' * (len(self.long) > SHOWN)}. "
+                f"{self.cut.path} holds all of them; shorten them, or go on"
+            )
 
 
 class Reader:

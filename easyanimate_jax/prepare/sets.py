@@ -129,7 +129,9 @@ def _add_texts(records: list[tuple[Job, Record]], texts: Callable) -> None:
     """
     if not records:
         return
-    states = texts([caption for job, _ in records for caption in job.clip.captions])
+    captions = [(job.clip.name, text) for job, _ in records for text in job.clip.captions]
+    states = texts([text for _, text in captions])
+    texts.note_cut(captions)
     first = 0
     for job, record in records:
         last = first + len(job.clip.captions)

@@ -42,7 +42,12 @@ from easyanimate_jax.weights import files, run_folder
 from easyanimate_jax.weights.adapters import Weighted, check
 from easyanimate_jax.weights.folder import Weights, load_mmdit, load_vae, open_model, read_json
 from easyanimate_jax.weights.module import CONFIG, with_weights
-from easyanimate_jax.weights.schedulers import SCHEDULER, process_of, released_process
+from easyanimate_jax.weights.schedulers import (
+    SCHEDULER,
+    process_of,
+    released_process,
+    strange_parts,
+)
 
 Films = UInt8[np.ndarray, "F H W 3"] | UInt8[np.ndarray, "B F H W 3"]
 
@@ -338,8 +343,10 @@ def _open_folder(folder: Path, process: DDPM | Flow | None) -> Opened:
         )
     problems: list[str] = []
     model = open_model(folder, "transformer", problems)
-    open_model(folder, "vae", problems)
+    vae = open_model(folder, "vae", problems)
     files.raise_all(folder, problems)
+    for line in strange_parts(len(model.config.text_widths), vae=vae.config):
+        warnings.warn(f"{folder}: {line}", stacklevel=3)
     if process is None:
         process = _process_of(folder, model.config, problems)
     files.raise_all(folder, problems)

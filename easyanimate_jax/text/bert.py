@@ -155,6 +155,8 @@ def _names() -> dict[str, str]:
 
 
 NAMES = _names()
+# The pooler, the heads of pretraining and of classifiers, and a table that old files store.
+UNUSED = ("pooler.", "cls.", "classifier.", "embeddings.position_ids")
 
 
 def load_bert(folder: Path, *, dtype: str = "float32") -> Bert:
@@ -164,7 +166,7 @@ def load_bert(folder: Path, *, dtype: str = "float32") -> Bert:
     """
     config = weights.config_from(BertConfig, weights.read_config(folder))
     abstract = jax.eval_shape(lambda: Bert(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    return weights.load(abstract, folder, NAMES, prefixes=("bert.",))
+    return weights.load(abstract, folder, NAMES, prefixes=("bert.",), unused=UNUSED)
 
 
 def save_bert(model: Bert, folder: Path) -> None:

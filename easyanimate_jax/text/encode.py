@@ -151,12 +151,7 @@ class TextEncoder:
                 f"{folder}/text.json gives lengths {lengths} to {len(folders)} encoders; give one "
                 f"length per encoder"
             )
-        tokenizers = [
-            transformers.AutoTokenizer.from_pretrained(
-                folder / f"tokenizer{suffix}", local_files_only=True
-            )
-            for suffix in suffixes
-        ]
+        tokenizers = [_tokenizer(folder / f"tokenizer{suffix}") for suffix in suffixes]
         readers = [
             kind.reader(tokenizer, length)
             for kind, tokenizer, length in zip(kinds, tokenizers, lengths, strict=True)
@@ -247,6 +242,18 @@ def _kind(folder: Path) -> Kind:
             f"{', '.join(KINDS)}"
         )
     return KINDS[name]
+
+
+def _tokenizer(folder: Path) -> transformers.PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder. Raises ValueError if transformers cannot read it."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{folder} holds no tokenizer that transformers can read; give it the files of its "
+            f"release, such as tokenizer.json, vocab.txt or spiece.model ({reason})"
+        ) from error
 
 
 def _stored_dtype(folder: Path) -> str:

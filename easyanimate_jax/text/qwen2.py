@@ -15,7 +15,6 @@ import numpy as np
 from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from safetensors import safe_open
 
 from easyanimate_jax.facts import check_fields
 from easyanimate_jax.models.layers import axes, linear, rms_norm, scan_blocks, spread, stack
@@ -26,8 +25,7 @@ States = Float[Array, "B L D"]
 Angles = tuple[Float[Array, "B L half"], Float[Array, "B L half"]]  # cosines, sines; half: K / 2
 
 PAD_POSITION = 1  # of padded tokens, as in transformers before 5, which V5.1 was trained with
-# The longest first. transformers up to 4.5x wrote `model.`, and version 5 still writes it to files.
-PREFIXES = ("model.language_model.", "language_model.", "model.")
+PREFIXES = ("language_model.",)  # after `model.`, which all versions of transformers may write
 UNUSED = ("visual.", "lm_head.", "norm.")  # vision tower; head and norm follow the last layer
 
 
@@ -215,9 +213,9 @@ def load_qwen2(folder: Path, *, dtype: str = "float32") -> Qwen2:
     Weights are float32; it computes in `dtype`. Raises ValueError that names what does not fit.
     """
     config = read_qwen2_config(folder)
-    _refuse_unknown_weights(folder, config.num_hidden_layers)
     abstract = jax.eval_shape(lambda: Qwen2(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    return weights.load(abstract, folder, NAMES, prefixes=PREFIXES)
+    unused = (*UNUSED, f"layers.{config.num_hidden_layers - 1}.")
+    return weights.load(abstract, folder, NAMES, prefixes=PREFIXES, unused=unused)
 
 
 def read_qwen2_config(folder: Path) -> Qwen2Config:
@@ -243,21 +241,3 @@ def read_qwen2_config(folder: Path) -> Qwen2Config:
             f"Qwen2 model"
         )
     return weights.config_from(Qwen2Config, values)
-
-
-def _refuse_unknown_weights(folder: Path, num_layers: int) -> None:
-    """Raise ValueError if the files hold tensors that Qwen2-VL and Qwen2 do not have."""
-    known = {name.format(layer) for name in NAMES.values() for layer in range(num_layers)}
-    unknown = []
-    for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, framework="np") as file:
-            for key in file.keys():  # noqa: SIM118  not a mapping
-                name = next((key.removeprefix(p) for p in PREFIXES if key.startswith(p)), key)
-                if name not in known and not name.startswith(UNUSED):
-                    unknown.append(key)
-    if unknown:
-        raise ValueError(
-            f"{folder} holds {len(unknown)} tensors that are not Qwen2's (the first is "
-            f"{unknown[0]}), and its config.json has {num_layers} layers; give the folder "
-            f"of a Qwen2-VL or Qwen2 model"
-        )

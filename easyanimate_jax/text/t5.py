@@ -190,6 +190,7 @@ def _names() -> dict[str, str]:
 
 
 NAMES = _names()
+UNUSED = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last is `shared` again
 
 
 def load_t5(folder: Path, *, dtype: str = "float32") -> T5:
@@ -199,7 +200,7 @@ def load_t5(folder: Path, *, dtype: str = "float32") -> T5:
     """
     config = weights.config_from(T5Config, weights.read_config(folder))
     abstract = jax.eval_shape(lambda: T5(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    return weights.load(abstract, folder, NAMES)
+    return weights.load(abstract, folder, NAMES, unused=UNUSED)
 
 
 def save_t5(model: T5, folder: Path) -> None:

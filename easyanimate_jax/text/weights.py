@@ -14,6 +14,7 @@ from flax import nnx
 from easyanimate_jax.weights import files
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import named_weights, shapes_of, with_weights
+from easyanimate_jax.weights.prefixes import unwrapped
 from easyanimate_jax.weights.table import Rule, Table, to_ours, to_theirs
 
 
@@ -34,21 +35,35 @@ def config_from(cls, values: Mapping):
     return cls(**{name: value for name, value in values.items() if name in names})
 
 
-def load(abstract: nnx.Module, folder: Path, names: Mapping[str, str], prefixes=("",)):
+def load(
+    abstract: nnx.Module,
+    folder: Path,
+    names: Mapping[str, str],
+    prefixes: tuple[str, ...] = (),
+    unused: tuple[str, ...] = (),
+):
     """Return a module like `abstract` with the weights of `folder`, as float32 NumPy arrays.
 
     Some files put a prefix such as `bert.` before every name; `prefixes` lists those to strip.
-    Tensors that `names` lacks (heads, poolers, other towers) are ignored. Raises one ValueError
-    that names all tensors that are missing or do not fit.
+    `unused` are the beginnings of the names of tensors that the encoder does not need: heads,
+    poolers, other towers. Raises one ValueError that names all tensors that are missing, that do
+    not fit, or that are not known.
     """
     problems, tensors = [], {}
-    for name, tensor in files.open_weights(folder, problems).items():
+    for name, tensor in unwrapped(files.open_weights(folder, problems), problems).items():
         prefix = next(p for p in (*prefixes, "") if name.startswith(p))
         tensors[name.removeprefix(prefix)] = tensor
     shapes = shapes_of(abstract)
     rules = table(shapes, names)
     wanted = {name for rule in rules.values() for name in rule.names}
     theirs = {name: tensor for name, tensor in tensors.items() if name in wanted}
+    unknown = [n for n in tensors if n not in wanted and not n.startswith(unused)]
+    if unknown:
+        kind = type(abstract).__name__
+        problems.append(
+            f"it holds {len(unknown)} tensors that are not {kind}'s (the first is {unknown[0]}): "
+            f"give the folder of a {kind}, with the config.json that names all of its layers"
+        )
     ours = to_ours(files.checked(theirs, problems, "float32"), rules, shapes, problems)
     files.raise_all(f"{folder}: weights do not fit", problems)
     model = with_weights(abstract, lambda name, _: ours[name].read())

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 from easyanimate_jax.diffusion.tasks import task_of
 from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.facts import DTypes, check_fields
-from easyanimate_jax.weights import files, mmdit_table, run_folder, vae_table
+from easyanimate_jax.weights import files, mmdit_table, run_folder, schedulers, vae_table
 from easyanimate_jax.weights.adapters import merged, open_loras, summary
 from easyanimate_jax.weights.folder import KINDS, Model, Weights, open_model, read_json
 from easyanimate_jax.weights.lazy import Tensor
@@ -28,8 +28,8 @@ from easyanimate_jax.weights.lora import CONFIG as PEFT_CONFIG
 from easyanimate_jax.weights.lora import LoRA, Pair, is_lora, metadata_for, to_tensors
 from easyanimate_jax.weights.lora import read as read_lora
 from easyanimate_jax.weights.module import CONFIG, WEIGHTS, config_text
-from easyanimate_jax.weights.pickles import PICKLES
-from easyanimate_jax.weights.schedulers import INDEX, SCHEDULER, SCHEDULERS, released_process
+from easyanimate_jax.weights.prefixes import parts_of, unwrapped
+from easyanimate_jax.weights.schedulers import INDEX, SCHEDULER, SCHEDULERS
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -38,6 +38,8 @@ LENGTHS = "text.json"  # prompt lengths, present for text encoders other than th
 PARTS = (*KINDS, *TEXTS, "scheduler")
 REQUIRED = ("vae", "text_encoder", "tokenizer")  # by diffusers' pipelines; null if absent
 LORA_FILE = "lora"
+# A layer of Bert, T5 or Qwen2, and not of a decoder or a vision tower.
+LAYER = re.compile(r"(?:(?!decoder|visual|vision)\w+\.)*?(?:block|layer|layers)\.(\d+)\.")
 
 
 class Part(NamedTuple):
@@ -180,7 +182,7 @@ class Plan:
         only = self.options.only
         places = self._places(source)
         if alone and run_folder.is_run(source):
-            self._add_adapters(source)
+            self.parts += _adapters_part(source, self.options, self.problems)
         elif not places:
             if (source / PEFT_CONFIG).is_file():
                 self.parts += _lora_part(read_lora(source), self.options, self.problems)
@@ -190,7 +192,7 @@ class Plan:
                 self.parts += _lora_part(read_lora(source), self.options, self.problems)
             elif self.options.to == "comfyui":
                 self.problems.append("--to comfyui is for LoRA files; use diffusers or original")
-            elif names and not self.problems:
+            elif not self.problems:
                 self._add(only or self._kind(source, names), source, "")
         elif only:
             if only not in places:
@@ -202,16 +204,6 @@ class Plan:
                 self._add(name, place, name)
             if not self.problems:
                 self._add_pipeline_files(places)
-
-    def _add_adapters(self, source: Path) -> None:
-        which = {"weights": self.options.weights, "step": self.options.step}
-        model = open_model(source, "transformer", self.problems, **which)
-        if model and model.loras:
-            self.parts += _lora_part(model.loras[-1].lora, self.options, self.problems)
-        elif model:
-            self.problems.append(
-                f"{source} trained all weights and has no adapters: name a folder, not a file"
-            )
 
     def _places(self, source: Path) -> dict[str, Path]:
         """Return the path of each part of a pipeline; {} for a single model."""
@@ -235,8 +227,15 @@ class Plan:
     def _open(self, path: Path) -> dict[str, Tensor]:
         return files.open_weights(path, self.problems, self.options.allow_pickle, self.memory)
 
-    def _kind(self, source: Path, names: Iterable[str]) -> str:
+    def _kind(self, source: Path, names: Mapping[str, Tensor]) -> str:
         """Return which part a single model is, from the names of its tensors."""
+        held = sorted(parts_of(names))
+        if len(held) > 1:
+            self.problems.append(
+                f"{source} holds {' and '.join(held)}; choose one with --only {held[0]}"
+            )
+            return ""
+        names = unwrapped(names, self.problems)
         if any(name.startswith(("transformer_blocks.", "blocks.")) for name in names):
             return "transformer"
         if any("coder." in name for name in names):
@@ -304,11 +303,11 @@ class Plan:
         if options.dtype:
             named = [name for name in ("dtype", "torch_dtype") if name in fields]
             fields |= dict.fromkeys(named, options.dtype)
-        weights = (".safetensors", ".safetensors.index.json", *PICKLES)
+        self.problems += _other_depth(place, tensors, fields)
         copies = [
             path
             for path in place.iterdir()
-            if path.is_file() and path.name != CONFIG and not path.name.endswith(weights)
+            if path.is_file() and path.name != CONFIG and not files.is_weights(path)
         ]
         texts = {CONFIG: _json(fields)}
         self.parts.append(Part(folder, tensors, "model", options.shard_bytes, texts, copies))
@@ -321,12 +320,15 @@ class Plan:
         transformer = self.models.get("transformer")
         if not transformer:
             return
+        num_texts = len(transformer.config.text_widths)
         if "scheduler" in places:
             scheduler = read_json(places["scheduler"] / SCHEDULER, self.problems)
         else:
-            released = released_process(len(transformer.config.text_widths))
-            scheduler = SCHEDULERS[self.process or released]
+            scheduler = SCHEDULERS[self.process or schedulers.released_process(num_texts)]
             self.parts.append(Part("scheduler", texts={SCHEDULER: _json(scheduler)}))
+        if not self.process:  # a run's parts were trained together
+            vae = self.models["vae"].config if "vae" in self.models else None
+            self.notes += schedulers.strange_parts(num_texts, scheduler.get("_class_name"), vae)
         if self.options.to == "jax":
             return
         if "text_encoder_2" in places and self.options.to == "diffusers":
@@ -359,6 +361,18 @@ class Plan:
         return ["transformers", fields.get("tokenizer_class")]
 
 
+def _adapters_part(source: Path, options: Options, problems: list[str]) -> list[Part]:
+    """Return the file of the adapters of a run; [] after a problem."""
+    model = open_model(source, "transformer", problems, weights=options.weights, step=options.step)
+    if model and model.loras:
+        return _lora_part(model.loras[-1].lora, options, problems)
+    if model:
+        problems.append(
+            f"{source} trained all weights and has no adapters: name a folder, not a file"
+        )
+    return []
+
+
 def _lora_part(lora: LoRA, options: Options, problems: list[str]) -> list[Part]:
     """Return the file of a LoRA; a dtype is that of its matrices. [] after a problem."""
     if options.to == "jax":
@@ -375,6 +389,19 @@ def _lora_part(lora: LoRA, options: Options, problems: list[str]) -> list[Part]:
         lora = LoRA(pairs, lora.metadata)
     tensors, told = to_tensors(lora, options.to), metadata_for(lora, options.to)
     return [Part("", tensors, LORA_FILE, sys.maxsize, metadata=told)]
+
+
+def _other_depth(place: Path, names: Iterable[str], fields: Mapping) -> list[str]:
+    """Return a line if the file of a text encoder has more or fewer layers than its config."""
+    fields = {**fields, **(fields.get("text_config") or {})}
+    told = fields.get("num_hidden_layers", fields.get("num_layers"))
+    found = [int(m[1]) for m in map(LAYER.match, names) if m]
+    if told is None or not found or told == 1 + max(found):
+        return []
+    return [
+        f"{place}: config.json names {told} layers, and the weights have {1 + max(found)}; use the "
+        f"config that belongs to them"
+    ]
 
 
 def _json(fields: Mapping) -> str:

@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+import re
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ import numpy as np
 
 from easyanimate_jax.weights.lazy import Box, Tensor, all_finite, dense
 from easyanimate_jax.weights.pickles import PICKLES, open_pickle
+from easyanimate_jax.weights.scales import scaled
 
 DTYPES = {
     "F64": np.float64,
@@ -46,6 +48,9 @@ LONGEST_HEADER = 100_000_000  # the format's own limit
 PIECE, MATRIX = 2**22, 2**28
 STRIP = 2**22  # bytes that are transposed and written at a time; malloc then reuses its pages
 SHARD = 5 * 10**9  # bytes of a file, the default of transformers and diffusers
+# An index names its variant, such as fp16, before or after its kind: diffusers writes both.
+INDEX = re.compile(r"(\.safetensors|\.bin)\.index(\.[\w-]+)?\.json$")
+NUMBERS = re.compile(r"-\d+-of-\d+")  # of a shard
 
 
 class Memory:
@@ -191,8 +196,10 @@ def _from_file(
     return Tensor(shape, dtype, read)
 
 
-def open_index(path: Path, problems: list[str], memory: Memory | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a sharded model, from its `*.safetensors.index.json`.
+def open_index(
+    path: Path, problems: list[str], allow_pickle: bool = False, memory: Memory | None = None
+) -> dict[str, Tensor]:
+    """Return the tensors of a sharded model, from its index, such as `*.safetensors.index.json`.
 
     Values are read into `memory`. Faults are added to `problems`, one line each.
     """
@@ -212,7 +219,7 @@ def open_index(path: Path, problems: list[str], memory: Memory | None = None) ->
         if not (folder / file).is_file():
             problems.append(f"{path} names {file}, which is not there; download it")
             continue
-        found = open_file(folder / file, problems, memory)
+        found = _open_single(folder / file, problems, allow_pickle, memory)
         for name in found:
             if name in owner:
                 problems.append(f"{name} is in {owner[name]} and in {file}")
@@ -225,8 +232,13 @@ def open_index(path: Path, problems: list[str], memory: Memory | None = None) ->
             if place == file and name not in found
         ]
         tensors |= found
-    stray = {p.name for p in folder.glob("*-of-*.safetensors")} - {str(p) for p in places.values()}
-    problems += [f"{folder / name} is a shard that {path.name} does not name" for name in stray]
+    named = {str(place) for place in places.values()}
+    families = {NUMBERS.sub("", name) for name in named}  # of other variants there may be others
+    problems += [
+        f"{folder / name} is a shard that {path.name} does not name"
+        for name in sorted({p.name for p in folder.glob("*-of-*")} - named)
+        if NUMBERS.sub("", name) in families
+    ]
     return tensors
 
 
@@ -237,38 +249,61 @@ def metadata_of(path: Path) -> dict[str, str]:
     return {str(name): str(value) for name, value in (header.get("__metadata__") or {}).items()}
 
 
+def is_weights(path: Path) -> bool:
+    """Return True if the name of a file is one of weights or of their index."""
+    return path.suffix in (".safetensors", *PICKLES) or bool(INDEX.search(path.name))
+
+
 def open_weights(
     path: Path, problems: list[str], allow_pickle: bool = False, memory: Memory | None = None
 ) -> dict[str, Tensor]:
     """Return the tensors of a file, or of the only model in a folder; values go to `memory`.
 
-    Faults are added to `problems`, one line each.
+    Weights in 8 bits have their scales applied. Faults are added to `problems`, one line each; a
+    file without tensors is one.
     """
-    if path.is_file():
-        if path.suffix == ".safetensors":
-            return open_file(path, problems, memory)
-        if path.name.endswith(".safetensors.index.json"):
-            return open_index(path, problems, memory)
-        if path.suffix in PICKLES:
-            return open_pickle(path, problems, allow_pickle)
-        problems.append(f"{path} is no file of weights; known are .safetensors and {PICKLES}")
+    found = len(problems)
+    place = _only_model(path, problems) if path.is_dir() else path
+    if place is None:
         return {}
-    files = sorted(path.iterdir()) if path.is_dir() else []
-    indices = [p for p in files if p.name.endswith(".safetensors.index.json")]
-    shards = [p for p in files if "-of-" in p.name] if indices else []
-    wholes = [p for p in files if p.suffix == ".safetensors" and p not in shards]
-    candidates = indices + wholes or [p for p in files if p.suffix in PICKLES]
-    if len(candidates) == 1:
-        return open_weights(candidates[0], problems, allow_pickle, memory)
-    if not candidates:
-        problems.append(f"{path} holds no weights: it has no .safetensors file")
+    if INDEX.search(place.name):
+        tensors = open_index(place, problems, allow_pickle, memory)
     else:
-        names = ", ".join(p.name for p in candidates)
-        problems.append(
-            f"{path} holds more than one model ({names}) and no index of them; keep one of them, "
-            f"or add the index"
-        )
+        tensors = _open_single(place, problems, allow_pickle, memory)
+    if not tensors and len(problems) == found:
+        problems.append(f"{place} holds no tensors; give a file of weights")
+    return scaled(tensors, problems)
+
+
+def _open_single(
+    path: Path, problems: list[str], allow_pickle: bool, memory: Memory | None
+) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return open_file(path, problems, memory)
+    if path.suffix in PICKLES:
+        return open_pickle(path, problems, allow_pickle)
+    problems.append(f"{path} is no file of weights; known are .safetensors and {PICKLES}")
     return {}
+
+
+def _only_model(folder: Path, problems: list[str]) -> Path | None:
+    """Return the index or the file of the only model in a folder; safetensors come first."""
+    files = sorted(path for path in folder.iterdir() if is_weights(path))
+    for kinds in ((".safetensors",), PICKLES):
+        own = [p for p in files if p.suffix in kinds]
+        indices = [p for p in files if p.suffix == ".json" and INDEX.search(p.name)[1] in kinds]
+        candidates = indices + [p for p in own if not (indices and NUMBERS.search(p.name))]
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            names = ", ".join(p.name for p in candidates)
+            problems.append(
+                f"{folder} holds more than one model ({names}) and no index of them; keep one of "
+                f"them, or add the index"
+            )
+            return None
+    problems.append(f"{folder} holds no weights: it has no .safetensors file")
+    return None
 
 
 def checked(tensors: Mapping[str, Tensor], problems: list[str], dtype=None) -> dict[str, Tensor]:

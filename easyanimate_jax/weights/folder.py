@@ -22,6 +22,7 @@ from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.weights import adapters, files, mmdit_table, run_folder, vae_table
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import CONFIG, WEIGHTS, abstract, fill, misfits, without_removed
+from easyanimate_jax.weights.prefixes import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +139,8 @@ def open_model(
     own = "class" in fields
     place = path / WEIGHTS if own and (path / WEIGHTS).is_file() else path
     tensors = files.open_weights(place, problems, allow_pickle, memory)
-    if not tensors or len(problems) > found:
+    tensors = tensors if own else unwrapped(tensors, problems, name)
+    if len(problems) > found:
         return None
     tensors = files.checked(tensors, problems, dtype)
     kind = KINDS[name]

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.weights import files
 from easyanimate_jax.weights.lazy import Tensor, all_finite, is_float
 from easyanimate_jax.weights.mmdit_table import MMDIT_BLOCK, MODEL, TEXTS, TO_DIFFUSERS
@@ -69,7 +70,7 @@ def read(path: str | Path) -> LoRA:
     their other half, ranks that differ, values that are not finite, adapters of text encoders, and
     the kinds DoRA, LoHa and LoKr.
     """
-    path, problems = Path(path), []
+    path, problems = local_path(path), []
     config: Mapping = {}
     if path.is_dir():
         config = _json_of((path / CONFIG).read_text("utf-8")) if (path / CONFIG).is_file() else {}

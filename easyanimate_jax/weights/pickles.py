@@ -13,10 +13,16 @@ import numpy as np
 from easyanimate_jax.weights.lazy import SHORT_FLOATS, Tensor
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+# Keys under which training programs (Lightning, DeepSpeed, Accelerate, EMA trackers) save weights.
+WRAPPERS = (
+    *("state_dict", "model_state_dict", "module", "model", "model_state", "state", "weights"),
+    *("ema", "ema_state_dict", "model_ema", "ema_model", "params", "params_ema"),
+    *("network", "net", "generator", "transformer", "vae", "text_encoder"),
+)
 
 
 def open_pickle(path: Path, problems: list[str], allow: bool) -> dict[str, Tensor]:
-    """Return the tensors of a pickled state dict, or of the one under its key `state_dict`.
+    """Return the tensors of a pickled state dict, also of one inside the usual wrappers.
 
     Faults are added to `problems`, one line each.
     """
@@ -37,12 +43,48 @@ def open_pickle(path: Path, problems: list[str], allow: bool) -> dict[str, Tenso
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problems.append(f"{path} is no pickle of weights alone: {reason}")
         return {}
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+    return {name: _tensor(x) for name, x in _state_of(path, state, problems).items()}
+
+
+def _state_of(path: Path, state: object, problems: list[str]) -> dict:
+    """Return the state dict in what a file holds: the innermost one of nested wrappers."""
     if not isinstance(state, Mapping):
         problems.append(f"{path} holds a {type(state).__name__}, not a state dict")
         return {}
-    return {name: _tensor(x) for name, x in state.items() if isinstance(x, torch.Tensor)}
+    own = {name: value for name, value in state.items() if _is_tensor(value)}
+    inner = [key for key, value in state.items() if isinstance(value, Mapping) and _holds(value)]
+    wrappers = [key for key in inner if key in WRAPPERS]
+    if len(wrappers) == 1 and not any("." in str(name) for name in own):  # a random state may be
+        return _state_of(path, state[wrappers[0]], problems)
+    if wrappers:
+        told = ", ".join([*wrappers, *(["tensors beside them"] if own else [])])
+        problems.append(
+            f"{path} holds several state dicts ({told}); save the one that you want in a file of "
+            f"its own"
+        )
+    elif own:
+        odd = [key for key in (*own, *inner) if not isinstance(key, str) or key in inner]
+        problems += [f"{path}: {key!r} is no name of a tensor; remove it" for key in odd]
+        return {} if odd else own
+    else:
+        keys = ", ".join(map(str, list(state)[:10])) or "none"
+        problems.append(
+            f"{path} holds no tensors; its keys are {keys}. Give a state dict, alone or under one "
+            f"of {', '.join(WRAPPERS)}"
+        )
+    return {}
+
+
+def _is_tensor(value: object) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor)
+
+
+def _holds(state: Mapping) -> bool:
+    """Return True if a tensor is in a mapping, at any depth."""
+    values = state.values()
+    return any(_is_tensor(v) or (isinstance(v, Mapping) and _holds(v)) for v in values)
 
 
 def _tensor(x) -> Tensor:

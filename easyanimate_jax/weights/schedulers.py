@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.models.vae import VAEConfig
 
 INDEX, SCHEDULER = "model_index.json", "scheduler_config.json"
 SCHEDULERS = {  # the released files, by the class of the process
@@ -111,3 +112,26 @@ def process_of(fields: Mapping) -> DDPM | Flow:
 def released_process(num_text_encoders: int) -> str:
     """Return the `SCHEDULERS` key of the released models: "DDPM" for V5 (two text encoders)."""
     return "DDPM" if num_text_encoders == 2 else "Flow"
+
+
+def strange_parts(
+    num_text_encoders: int, scheduler: str | None = None, vae: VAEConfig | None = None
+) -> list[str]:
+    """Return one line for each part that was released with another version than the transformer.
+
+    `num_text_encoders` tells its version. `scheduler` is the class name in a scheduler's file. A
+    `vae` that PyTorch's classes do not have belongs to no version.
+    """
+    released, told = released_process(num_text_encoders), []
+    version, other = ("V5", "V5.1") if released == "DDPM" else ("V5.1", "V5")
+    if scheduler in KINDS and type(KINDS[scheduler].process).__name__ != released:
+        told.append(f"the scheduler is a {scheduler}")
+    theirs = vae is not None and vae.unshuffle == 1 and vae.norm == "group"
+    if theirs and vae.attention != (version == "V5"):
+        told.append(f"the VAE has {'an' if vae.attention else 'no'} attention in its middle")
+    return [
+        f"{part}, as released with {other}, and the transformer reads {num_text_encoders} text "
+        f"encoder{'s' * (num_text_encoders > 1)}, as in {version}: unless they were trained "
+        f"together, videos will be noise; use the parts of one release"
+        for part in told
+    ]

@@ -1,10 +1,11 @@
 """Convert VAE weights between PyTorch's layout (spec 3.7) and ours.
 
 The original and diffusers use the same layout, and only the last part of a name differs from ours.
-Checkpoints of VAE training contain `loss.*` tensors, which are ignored, and may prefix every name
-with `state_dict.`.
+Checkpoints of VAE training contain `loss.*` tensors, which are ignored.
 """
 
+import logging
+import math
 import re
 from collections.abc import Mapping
 from typing import Literal
@@ -15,12 +16,13 @@ from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import abstract, shapes_of
 from easyanimate_jax.weights.table import Rule, Table, contradictions, to_ours, to_theirs
 
+logger = logging.getLogger(__name__)
+
 Layout = Literal["original", "diffusers"]
 
 MODEL_CLASS, CONFIG_CLASS = CausalVAE, VAEConfig
 FOREIGN_CLASS = "AutoencoderKLMagvit"
 STEM = "diffusion_pytorch_model"
-WRAPPER = "state_dict."
 ENCODER_CONV = re.compile(r"encoder\.down_blocks\.(\d+)\.convs\.(\d+)\.conv2\.weight")
 CONV = (2, 3, 4, 1, 0)  # (out, in, time, y, x) -> our (time, y, x, in, out)
 DOWN = ("SpatialDownBlock3D", *["SpatialTemporalDownBlock3D"] * 3)
@@ -37,6 +39,7 @@ SUPPORTED = {
     "slice_compression_vae": (False,),
     "cache_compression_vae": (False,),
 }
+RELEASED = {"norm_num_groups": 32, "scaling_factor": 0.7125}  # in no tensor
 COMPARED = (  # fields that follow from the tensors
     "block_out_channels",
     "layers_per_block",
@@ -52,8 +55,6 @@ def from_torch(
 
     `fields` is the folder's config.json. Raises ValueError if the tensors are not a whole VAE.
     """
-    if tensors and all(name.startswith(WRAPPER) for name in tensors):
-        tensors = {name.removeprefix(WRAPPER): tensor for name, tensor in tensors.items()}
     weights = {name: t for name, t in tensors.items() if not name.startswith("loss.")}
     config = config_of(weights, fields)
     problems += _contradictions(config, fields or {})
@@ -86,9 +87,8 @@ def config_of(weights: Mapping, fields: Mapping | None = None) -> VAEConfig:
             f"encoder.down_blocks 0 to 3, and quant_conv.weight of shape {quant}. Give all files "
             f"of one model."
         )
-    fields = fields or {}
-    groups, scale = fields.get("norm_num_groups", 32), fields.get("scaling_factor", 0.7125)
-    if type(groups) is not int or type(scale) not in (int, float):
+    groups, scale = (_released(fields or {}, name) for name in RELEASED)
+    if type(groups) is not int or type(scale) not in (int, float) or not 0 < scale < math.inf:
         raise ValueError(
             f"config.json: norm_num_groups is {groups!r} and scaling_factor {scale!r}; the "
             f"released model has 32 and 0.7125"
@@ -101,6 +101,13 @@ def config_of(weights: Mapping, fields: Mapping | None = None) -> VAEConfig:
         attention="encoder.mid_block.attentions.0.to_q.weight" in shapes,
         latent_scale=(float(scale),),
     )
+
+
+def _released(fields: Mapping, name: str):
+    """Return a field of a config.json; if it is missing, log the released value and return it."""
+    if name not in fields:
+        logger.warning(f"VAE: no config.json gives {name}; the released {RELEASED[name]} is used")
+    return fields.get(name, RELEASED[name])
 
 
 def config_json(config: VAEConfig, layout: Layout) -> dict:

@@ -1,17 +1,20 @@
 """Read the parquet table of clips: one row per clip, with all its known properties.
 
 `prepare.curate` writes it; training sources and the plan's report read it. A clip is a span of a
-file; no video is encoded again.
+file; no video is encoded again. Other programs may have edited the table, so each value is checked,
+a column at a time.
 """
 
 from pathlib import Path
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import pyarrow.parquet
+from pyarrow import types
 
 from easyanimate_jax.data.paths import safe_path
-from easyanimate_jax.data.sources.rows import Clip
+from easyanimate_jax.data.sources.rows import KINDS, Clip, Problem, caption_of
 
 COLUMNS = {
     "clip": pyarrow.string(),  # the clip's name: its file, and its span if it is not the whole
@@ -24,58 +27,188 @@ COLUMNS = {
     "width": pyarrow.int32(),
     "captions": pyarrow.list_(pyarrow.string()),
 }
+FILM_FRAMES = "film_frames"  # a column that may be missing: frames of the whole file
+TEXTS = ("clip", "file", "kind")
+NUMBERS = {  # column -> (least value, whether it is a whole number)
+    "first": (0, True),
+    "frames": (1, True),
+    "fps": (0, False),
+    "height": (1, True),
+    "width": (1, True),
+}
 
 
 def is_table(path: str | Path) -> bool:
-    """Return True if `path` is a parquet file with the columns of a table of clips."""
+    """Return True if `path` is a parquet file with the columns of spans of films.
+
+    Raises ValueError if it has these and lacks others of a table of clips.
+    """
     if Path(path).suffix.lower() != ".parquet" or not Path(path).is_file():
         return False
     try:
-        return set(COLUMNS) <= set(pyarrow.parquet.read_schema(path).names)
+        have = set(pyarrow.parquet.read_schema(path).names)
     except (OSError, pyarrow.ArrowException):
         return False
+    if not {"clip", "first"} <= have:
+        return False
+    missing = sorted(set(COLUMNS) - have)
+    if missing:
+        raise ValueError(
+            f"{path} is a table of clips without the columns {', '.join(missing)}; write them back"
+        )
+    return True
 
 
-def sizes(path: str | Path) -> dict[str, np.ndarray]:
-    """Return the columns clip, kind, frames, fps, height, width, quality of the kept clips."""
+def sizes(path: str | Path) -> tuple[dict[str, np.ndarray], list[Problem]]:
+    """Return columns of the kept clips, and a `Problem` for each row that cannot be used.
+
+    The columns are clip, kind, frames, fps, height, width and quality.
+    """
     names = ["clip", "kind", "frames", "fps", "height", "width"]
-    have = pyarrow.parquet.read_schema(path).names
-    names += ["quality"] if "quality" in have else []
-    keep = [("left_out", "=", "")] if "left_out" in have else None
-    table = pyarrow.parquet.read_table(path, columns=names, filters=keep)
-    columns = {name: table[name].to_numpy() for name in names[2:]}
+    columns, _, problems = _read(Path(path), names)
     for name in ("clip", "kind"):
-        parts = [np.array([t.encode() for t in p.to_pylist()]) for p in table[name].chunks]
-        columns[name] = np.concatenate(parts) if parts else np.zeros(0, "S1")
-    return {"quality": np.zeros(len(table))} | columns
+        texts = [text.encode() for text in columns[name].to_pylist()]
+        columns[name] = np.array(texts) if texts else np.zeros(0, "S1")
+    return columns, problems
 
 
-def clips(path: str | Path, links: str | Path | None = None) -> list[Clip]:
+def clips(path: str | Path, links: str | Path | None = None) -> tuple[list[Clip], list[Problem]]:
     """Return the clips of the table that are captioned and not left out, in its order.
 
-    `links` is that of `read_clips`. Raises ValueError if there is none.
+    The second result has a `Problem` for each row that cannot be used. `links` is that of
+    `read_clips`. Raises ValueError if there is no clip.
     """
-    table, found = pyarrow.parquet.read_table(path), []
+    path, found = Path(path), []
+    columns, rows, problems = _read(path, [*TEXTS, *NUMBERS, "captions"])
+    told = pyarrow.parquet.read_schema(path).metadata or {}
     # `root` is the folder of the films, relative to the table's folder.
-    root = Path(path).parent / (table.schema.metadata or {}).get(b"root", b".").decode()
-    for row in table.to_pylist():
-        captions = tuple(row["captions"] or ())
-        if row.get("left_out") or not captions:
-            continue
-        found.append(
-            Clip(
-                row["clip"],
-                safe_path(root, row["file"], links),
-                row["kind"],
-                captions,
-                row["frames"],
-                row["height"],
-                row["width"],
-                row["fps"],
-                row["first"],
-                quality=row.get("quality", 0.0),
-            )
-        )
+    root = path.parent / told.get(b"root", b".").decode()
+    texts = zip(*(columns[name].to_pylist() for name in (*TEXTS, "captions")), strict=True)
+    numbers = zip(*(columns[name].tolist() for name in (*NUMBERS, "quality")), strict=True)
+    for number, (name, file, kind, captions), sized in zip(
+        rows.tolist(), texts, numbers, strict=True
+    ):
+        captions = [captions] if isinstance(captions, str) else captions or []
+        first, frames, fps, height, width, quality = sized
+        reasons = [f"captions: {reason}" for text in captions if (reason := caption_of(text))]
+        try:
+            place = safe_path(root, file, links)
+        except ValueError as error:
+            reasons.append(f"file: {error}")
+        if reasons:
+            problems.append(Problem(number, name, reasons[0]))
+        elif captions:
+            size = frames, height, width, fps
+            captions = tuple(captions)
+            found.append(Clip(name, place, kind, captions, *size, first, quality=quality))
+    problems.sort()
     if not found:
-        raise ValueError(f"{path} holds no clip that is captioned and kept; curate it again")
-    return found
+        listed = "".join(f"\n  row {p.row} {p.file}: {p.reason}" for p in problems[:20])
+        raise ValueError(
+            f"{path} holds no clip that is captioned and kept ({len(problems)} bad rows); curate "
+            f"it again{listed}"
+        )
+    if b"root" not in told and not found[0].path.is_file():
+        raise ValueError(
+            f"{path} has lost its metadata `root`, the folder of the films, as pandas does when it "
+            f"writes a table, and {found[0].path} is not there; move the table into that folder"
+        )
+    return found, problems
+
+
+def _read(path: Path, names: list[str]) -> tuple[dict, np.ndarray, list[Problem]]:
+    """Return columns of the usable kept rows, the numbers of these rows, and the other kept rows.
+
+    Rows are numbered from 0. Numbers are NumPy arrays, and texts and captions pyarrow's. A table
+    without `quality` gives zeros.
+    """
+    have = pyarrow.parquet.read_schema(path).names
+    more = [name for name in ("quality", FILM_FRAMES, "left_out") if name in have]
+    table = pyarrow.parquet.read_table(path, columns=[*names, *more])
+    rows = np.flatnonzero(_kept(table, path))
+    table, faults, columns = table.take(rows), {}, {"quality": np.zeros(len(rows))}
+    for name in [*names, *(["quality"] if "quality" in have else [])]:
+        columns[name], bad, repair = _checked(name, table[name])
+        for place in np.flatnonzero(bad).tolist():
+            faults.setdefault(place, f"{name} is {table[name][place].as_py()!r}; {repair}")
+    for place in np.flatnonzero((columns["fps"] == 0) & (columns["frames"] > 1)).tolist():
+        faults.setdefault(place, "fps is 0; give the rate of these frames")
+    if "first" in names and FILM_FRAMES in have and _is_number(table[FILM_FRAMES].type):
+        whole, ends = _floats(table[FILM_FRAMES]), columns["first"] + columns["frames"]
+        for place in np.flatnonzero(ends > whole).tolist():
+            told = f"{ends[place]:g}; the film has {whole[place]:g} frames"
+            faults.setdefault(place, f"first and frames end at {told}")
+    good = np.setdiff1d(np.arange(len(rows)), list(faults))
+    codes = columns["clip"].take(good).combine_chunks().dictionary_encode().indices.to_numpy()
+    _, firsts, of = np.unique(codes, return_index=True, return_inverse=True)
+    for place in np.setdiff1d(np.arange(len(good)), firsts).tolist():
+        first = rows[good[firsts[of[place]]]]
+        faults[int(good[place])] = f"clip has the name of row {first}; give it a name of its own"
+    good = good[np.sort(firsts)]
+    for name, values in columns.items():
+        columns[name] = values.take(good)
+        if name in NUMBERS and NUMBERS[name][1]:
+            columns[name] = columns[name].astype(np.int64)
+    problems = [
+        Problem(int(rows[place]), str(table["clip"][place].as_py()), reason)
+        for place, reason in sorted(faults.items())
+    ]
+    return columns, rows[good], problems
+
+
+def _kept(table: pyarrow.Table, path: Path) -> np.ndarray:
+    """Return a mask of the rows that are not left out. Raises ValueError if it is not a text."""
+    if "left_out" not in table.column_names:
+        return np.ones(len(table), bool)
+    column = table["left_out"]
+    if _is_number(column.type) and not np.isfinite(_floats(column)).any():
+        return np.ones(len(table), bool)  # pandas writes NaN for a text that is missing
+    if not _is_text(column.type) and not types.is_null(column.type):
+        raise ValueError(
+            f"{path}: left_out is of type {column.type}; write the reason, or an empty text"
+        )
+    texts = pyarrow.compute.fill_null(column.cast(pyarrow.string()), "")
+    return pyarrow.compute.equal(texts, "").to_numpy()
+
+
+def _checked(name: str, column: pyarrow.ChunkedArray) -> tuple:
+    """Return the values of a column, a mask of the unusable ones, and what to use instead."""
+    every = np.ones(len(column), bool)
+    if name in NUMBERS or name == "quality":
+        if not _is_number(column.type):
+            return np.zeros(len(column)), every, f"write a number, not {column.type}"
+        values = _floats(column)
+        if name == "quality":  # rows that others added have none
+            values = np.where(np.isnan(values), 0.0, values)
+            return values, (values < 0) | (values > 1), "use 0 to 1"
+        least, whole = NUMBERS[name]
+        bad = ~((values >= least) & (values < 2**53))  # NaN is neither
+        if whole:
+            bad |= values != np.floor(values)
+        return values, bad, f"use a {'whole ' * whole}number of {least} or more"
+    if name == "captions":
+        inner = column.type.value_type if hasattr(column.type, "value_type") else column.type
+        bad = ~every if _is_text(inner) or types.is_null(inner) else every
+        return column, bad, f"write a list of texts, not {column.type}"
+    if not _is_text(column.type):
+        empty = pyarrow.chunked_array([pyarrow.nulls(len(column), pyarrow.string())])
+        return empty, every, f"write a text, not {column.type}"
+    texts = pyarrow.compute.fill_null(column.cast(pyarrow.string()), "")
+    if name == "kind":
+        known = pyarrow.compute.is_in(texts, pyarrow.array(KINDS)).to_numpy()
+        return texts, ~known, f"use one of {', '.join(KINDS)}"
+    return texts, pyarrow.compute.equal(texts, "").to_numpy(), "write a text"
+
+
+def _is_number(kind: pyarrow.DataType) -> bool:
+    return types.is_integer(kind) or types.is_floating(kind)
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def _floats(column: pyarrow.ChunkedArray) -> np.ndarray:
+    """Return numbers as float64; null becomes NaN."""
+    return column.cast(pyarrow.float64(), safe=False).to_numpy()

@@ -1,8 +1,13 @@
 """Read folders and tables: metadata.json, .jsonl, .csv, parquet, videos.txt, files side by side."""
 
+import codecs
 import csv
+import io
 import json
-from collections.abc import Iterator
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow
@@ -11,12 +16,20 @@ import pyarrow.parquet
 from easyanimate_jax.data.paths import open_regular, safe_path
 from easyanimate_jax.data.sources.rows import Problem, Row
 
-NAMES = ("file_path", "path", "video_path", "video", "image_path", "image", "file", "file_name")
+logger = logging.getLogger(__name__)
+
+NAMES = (
+    *("file_path", "path", "video_path", "video", "image_path", "image", "file", "file_name"),
+    *("filename", "filepath"),
+)
 TEXTS = ("text", "caption", "prompt", "captions")
+KNOWN = {*NAMES, *TEXTS, "type", "control_file_path"}
 MEDIA = (
     *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".flv", ".mjpeg"),
     *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".apng", ".avif", ".heic", ".tif", ".tiff"),
 )
+DELIMITERS = ",;\t|"
+MANY = 20  # files of one ending; more are counted, not listed
 
 
 def metadata(path: Path) -> Iterator[Row | Problem]:
@@ -27,14 +40,17 @@ def metadata(path: Path) -> Iterator[Row | Problem]:
     if path.suffix.lower() == ".csv":
         yield from _csv(path)
     elif path.suffix.lower() == ".jsonl":
-        for number, line in enumerate(_lines(path), start=1):
-            if line.strip():
-                yield _json_row(number, line)
+        yield from _json_lines(path)
     else:
         try:
-            table = json.loads(open_regular(path).read().decode("utf-8-sig"))
+            table = json.loads(open_regular(path).read())  # finds UTF-16 and marks of byte order
         except (ValueError, RecursionError) as error:
+            if isinstance(_first_object(path), dict):
+                yield from _json_lines(path)
+                return
             raise ValueError(f"{path} is not JSON: {error}") from error
+        if isinstance(table, dict) and {*NAMES} & {*map(_key, table)}:
+            table = [table]  # JSON lines with a single line
         if not isinstance(table, list):
             raise ValueError(f"{path} must be a list of objects with file_path, text and type")
         for number, row in enumerate(table):
@@ -44,15 +60,25 @@ def metadata(path: Path) -> Iterator[Row | Problem]:
 def parquet(path: Path) -> Iterator[Row | Problem]:
     """Yield the rows of a table with a path column and a column of one or several captions.
 
-    Raises ValueError for an unreadable table.
+    Raises ValueError for an unreadable table, and for one whose files are in its cells.
     """
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        have = file.schema_arrow.names
-        columns = [name for name in (*NAMES, *TEXTS, "type") if name in have]
+        schema = file.schema_arrow
+        have = {_key(name): name for name in schema.names}
+        _check_columns(path, list(have))
+        columns = [name for key, name in have.items() if key in KNOWN]
+        for name in columns:
+            kind = schema.field(name).type
+            if pyarrow.types.is_struct(kind) or "binary" in str(kind):
+                raise ValueError(
+                    f"{path}: column {name} is of type {kind} and not a path; write its files to a "
+                    f"folder or a tar"
+                )
         number = 0
         for batch in file.iter_batches(columns=columns):
             for row in batch.to_pylist():
+                row = {_key(name): value for name, value in row.items()}
                 for text in _captions(row):
                     yield _row(number, row | {"text": text})
                 number += 1
@@ -81,43 +107,147 @@ def lists(folder: Path) -> Iterator[Row | Problem]:
 def side_by_side(folder: Path, links: str | Path | None) -> Iterator[Row | Problem]:
     """Yield every media file below the folder with the text file of its name, in sorted order.
 
-    A row's number is its position in that order. Raises ValueError if there are no media files.
+    A row's number is its position in that order, and its text is None without a text file. Other
+    files yield a `Problem`. Raises ValueError if there are no media files.
     """
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in MEDIA)
-    if not files:
+    files = sorted(folder.rglob("*"))
+    media = [path for path in files if path.suffix.lower() in MEDIA]
+    others = [path for path in files if path.suffix.lower() not in MEDIA and path.is_file()]
+    if not media:
+        endings = ", ".join(sorted({path.suffix for path in others})) or "nothing"
         raise ValueError(
             f"{folder} holds neither metadata.json, .jsonl or .csv, nor videos.txt, tars, a TFDS "
-            f"data set, or media files with a .txt beside them; add one of these"
+            f"data set, or media files with a .txt beside them (endings found: {endings}); add one "
+            f"of these"
         )
-    for number, path in enumerate(files):
-        name = path.relative_to(folder)
+    for number, path in enumerate(media):
+        name, text = str(path.relative_to(folder)), path.with_suffix(".txt")
         try:
-            text = safe_path(folder, str(name.with_suffix(".txt")), links)
-            yield Row(number, str(name), open_regular(text).read().decode("utf-8-sig").strip())
+            caption = None
+            if text.exists():
+                text = safe_path(folder, str(text.relative_to(folder)), links)
+                caption = decoded(open_regular(text).read()).strip()
+            yield Row(number, name, caption)
         except ValueError as error:
-            yield Problem(number, str(name), f"no text: {error}")
+            yield Problem(number, name, f"no text: {error}")
+    texts = [path for path in others if path.suffix.lower() == ".txt"]
+    known = {path.with_suffix("") for path in files if path not in texts}
+    lost = [path for path in texts if path.with_suffix("") not in known]
+    yield from unread(folder, lost, "no film or picture has its name")
+    yield from unread(folder, [path for path in others if path not in texts])
+
+
+def unread(
+    folder: Path, files: Iterable[Path], why: str = "files of this kind are not read here"
+) -> Iterator[Problem]:
+    """Yield a `Problem` for each file, or one for each ending that more than `MANY` of them have.
+
+    Hidden files are left out.
+    """
+    by_ending = defaultdict(list)
+    for path in files:
+        if path.is_file() and not path.name.startswith("."):
+            by_ending[path.suffix].append(str(path.relative_to(folder)))
+    for ending, names in sorted(by_ending.items()):
+        if len(names) > MANY:
+            yield Problem(0, f"*{ending}", f"{len(names):,} files: {why}")
+        else:
+            yield from (Problem(0, name, why) for name in sorted(names))
+
+
+def decoded(content: bytes) -> str:
+    """Return the text of a file in UTF-8, UTF-16 or UTF-32. Raises ValueError for other bytes."""
+    return content.decode(_encoding(content[:4]))
+
+
+def _encoding(start: bytes) -> str:
+    """Return the encoding of a text that begins with these four bytes."""
+    if start in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
+        return "utf-32"
+    if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    zeros = [byte == 0 for byte in start]  # of Latin letters without a mark of byte order
+    for odd, encoding in ((True, "utf-16-le"), (False, "utf-16-be")):
+        if zeros == [not odd, odd] * 2:
+            return encoding
+    return "utf-8-sig"
 
 
 def _csv(path: Path) -> Iterator[Row | Problem]:
-    # Bytes that are not UTF-8 become surrogates: only their row is refused, not the file.
-    lines = csv.DictReader(_lines(path, "surrogateescape", keep_ends=True))
+    lines, some = _lines(path, keep_ends=True), []  # some: the lines of a row
+    delimiter, columns = _header(path, next(lines, ""))
+    _check_columns(path, columns)
+    noted = (some.append(line) or line for line in lines)
+    rows = csv.DictReader(noted, columns, delimiter=delimiter, skipinitialspace=True)
     while True:
-        number = lines.line_num + 1
+        number = rows.line_num + 2  # the header is line 1
+        some.clear()
         try:
-            row = next(lines, None)
+            row = next(rows, None)
+            written = next(csv.DictReader(some, columns, delimiter=delimiter), {})
         except csv.Error as error:
             yield Problem(number, "", f"not CSV: {error}")
             continue
         if row is None:
             return
-        yield _row(lines.line_num, row)
+        row = {key: v.strip() if isinstance(v, str) else v for key, v in row.items()}
+        yield _row(rows.line_num + 1, row | _spaced(path.parent, row, written))
 
 
-def _lines(path: Path, errors: str = "surrogateescape", keep_ends: bool = False) -> Iterator[str]:
+def _spaced(folder: Path, row: dict, written: dict) -> dict:
+    """Return the names in a row, as written, that have spaces around them in the folder too."""
+    found = {key: name for key in KNOWN & {*row} if isinstance(name := written.get(key), str)}
+    return {
+        key: name
+        for key, name in found.items()
+        if key not in TEXTS and name.strip() == row[key] != name
+        if os.path.lexists(folder / name)
+    }
+
+
+def _header(path: Path, line: str) -> tuple[str, list[str]]:
+    """Return the delimiter and the columns of a header: those with most known names."""
+    found = []
+    for delimiter in DELIMITERS:
+        try:
+            cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
+        except csv.Error as error:
+            raise ValueError(f"{path}: its first line is no header: {error}") from error
+        columns = [_key(cell) for cell in cells]
+        found.append((len(KNOWN & {*columns}), len(columns), delimiter, columns))
+    return max(found, key=lambda one: one[:2])[2:]
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    """Log a table that has no column of captions. Raises ValueError if it has none of files."""
+    told = f"its columns are {', '.join(column[:40] for column in columns[:20])}"
+    if not {*NAMES} & {*columns}:
+        raise ValueError(f"{path} has no column of files: {told}; name one {', '.join(NAMES)}")
+    if not {*TEXTS} & {*columns}:
+        logger.warning(f"{path} has no column of captions: {told}; name one {', '.join(TEXTS)}")
+
+
+def _lines(path: Path, keep_ends: bool = False) -> Iterator[str]:
+    # Bytes that are not UTF-8 become surrogates: only their row is refused, not the file.
     with open_regular(path) as file:
-        for number, line in enumerate(file):
-            text = line.decode("utf-8-sig" if number == 0 else "utf-8", errors)
-            yield text if keep_ends else text.rstrip("\r\n")
+        encoding = _encoding(file.peek(4)[:4])
+        errors = "surrogateescape" if encoding == "utf-8-sig" else "replace"
+        for line in io.TextIOWrapper(file, encoding, errors, newline="\n"):
+            yield line if keep_ends else line.rstrip("\r\n")
+
+
+def _json_lines(path: Path) -> Iterator[Row | Problem]:
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            yield _json_row(number, line)
+
+
+def _first_object(path: Path) -> object:
+    """Return the first line of a file that is not empty, as JSON; None if it is none."""
+    try:
+        return json.loads(next((line for line in _lines(path) if line.strip()), ""))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _json_row(number: int, line: str) -> Row | Problem:
@@ -134,10 +264,19 @@ def _row(number: int, row: object) -> Row | Problem:
     """
     if not isinstance(row, dict):
         return Problem(number, "", f"the row is of type {type(row).__name__}, not an object")
+    row = {_key(name): value for name, value in row.items()}
+    if not {*NAMES} & {*row}:
+        told = ", ".join(name[:40] for name in list(row)[:20])
+        return Problem(number, "", f"no file_path: its columns are {told}")
     name = next((row[key] for key in NAMES if row.get(key) is not None), None)
     text = next((row[key] for key in TEXTS if row.get(key) is not None), None)
     kind = row.get("type") or ("image" if "file_path" in row else None)
     return Row(number, name, text, kind, control=row.get("control_file_path") or None)
+
+
+def _key(name: object) -> str:
+    """Return the name of a column as our tables write it: `file_path` for ` File Path`."""
+    return str(name).strip().lower().replace(" ", "_").replace("-", "_")
 
 
 def _captions(row: dict) -> list:

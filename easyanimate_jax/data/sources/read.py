@@ -15,6 +15,8 @@ captions, for example an English and a Chinese one. A row that cannot be used gi
 its reason; it never raises an exception and is never dropped silently.
 """
 
+import itertools
+import logging
 import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,10 +30,10 @@ from easyanimate_jax.data import media, paths
 from easyanimate_jax.data.buckets import name_word
 from easyanimate_jax.data.decode import decoders
 from easyanimate_jax.data.sources import clip_table, layouts, tars, tfds
-from easyanimate_jax.data.sources.rows import Clip, Problem, Row, caption_of
+from easyanimate_jax.data.sources.rows import KINDS, Clip, Problem, Row, caption_of
 from easyanimate_jax.disk.local import local_path, quoted, shown
 
-KINDS = ("image", "video")
+logger = logging.getLogger(__name__)
 
 
 class _Mention(NamedTuple):
@@ -52,8 +54,8 @@ def read_clips(
     if source.suffix == ".toml":
         return _mixture(source, links)
     if clip_table.is_table(source):
-        return clip_table.clips(source, links), []
-    described, rows = _rows(source, links)
+        return clip_table.clips(source, links)
+    described, rows = rows_of(source, links)
     files: dict[str, media.File | None] = {}
     controls: dict[str, object] = {}
     mentions: dict[str, list[_Mention]] = {}
@@ -62,7 +64,7 @@ def read_clips(
         if isinstance(row, Problem):
             problems.append(row)
             continue
-        reason = _reason(row)
+        reason = row_fault(row) or caption_of(row.text)
         if reason:
             name = row.name if isinstance(row.name, str) else ""
             problems.append(Problem(row.number, name, reason))
@@ -140,9 +142,9 @@ def table(source: str | Path, links: str | Path | None = None) -> dict[str, np.n
     `prepare` wrote is read as it is, without opening any clip's file.
     """
     if clip_table.is_table(source):
-        columns = clip_table.sizes(source)
+        columns, problems = clip_table.sizes(source)
     else:
-        clips, _ = read_clips(source, links)
+        clips, problems = read_clips(source, links)
         columns = {
             "clip": np.array([clip.name for clip in clips]),
             "kind": np.array([clip.kind for clip in clips]),
@@ -152,15 +154,20 @@ def table(source: str | Path, links: str | Path | None = None) -> dict[str, np.n
             "width": np.array([clip.width for clip in clips], np.int64),
             "quality": np.array([clip.quality for clip in clips]),
         }
+    if problems:
+        logger.warning(
+            f"{len(problems):,} rows of {source} cannot be used; `sources {source}` shows them"
+        )
     names = (n.decode() if isinstance(n, bytes) else str(n) for n in columns["clip"])
     words = (name_word(name) for name in names)
     return columns | {"word": np.fromiter(words, np.uint64, len(columns["clip"]))}
 
 
-def _rows(source: Path, links: str | Path | None) -> tuple[Path, Iterator[Row | Problem]]:
+def rows_of(source: Path, links: str | Path | None) -> tuple[Path, Iterator[Row | Problem]]:
     """Return the source's description and its rows.
 
-    The description is a file; relative names in the rows start in its folder.
+    The description is a file; relative names in the rows start in its folder. Raises ValueError
+    for an unknown layout.
     """
     if source.is_dir():
         for name in ("metadata.json", "metadata.jsonl", "metadata.csv"):
@@ -172,7 +179,9 @@ def _rows(source: Path, links: str | Path | None) -> tuple[Path, Iterator[Row | 
             return source / "videos.txt", layouts.lists(source)
         archives = sorted(source.glob("*.tar"))
         if archives:
-            return archives[0], (row for path in archives for row in tars.rows(path))
+            others = layouts.unread(source, [p for p in source.iterdir() if p not in archives])
+            rows = (row for path in archives for row in tars.rows(path))
+            return archives[0], itertools.chain(others, rows)
         return source / "*.txt", layouts.side_by_side(source, links)
     suffix = source.suffix.lower()
     if suffix in (".json", ".jsonl", ".csv"):
@@ -186,15 +195,15 @@ def _rows(source: Path, links: str | Path | None) -> tuple[Path, Iterator[Row | 
     )
 
 
-def _reason(row: Row) -> str:
-    """Return the reason why a row cannot be used, without opening its file; "" if there is none."""
+def row_fault(row: Row) -> str:
+    """Return the reason why a row names no file of a known kind; "" if there is none."""
     if not isinstance(row.name, str) or not row.name:
         return "no file_path"
     if shown(row.name) != row.name:
         return f"file name {quoted(row.name)} is not UTF-8; rename the file"
     if row.kind and row.kind not in KINDS:
         return f"type {row.kind!r} is neither 'image' nor 'video'"
-    return caption_of(row.text)
+    return ""
 
 
 def _probe(

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from easyanimate_jax.data.sources import read
+from easyanimate_jax.data.sources.rows import KINDS
 
 SHOWN = 50  # problems
 
@@ -14,7 +15,7 @@ def describe(source: str | Path, links: str | Path | None = None) -> str:
     """Return clips, sizes, durations, captions, and every problem with its row or line."""
     clips, problems = read.read_clips(source, links)
     lines = [f"{source}: {len(clips):,} clips, {sum(len(c.captions) for c in clips):,} captions"]
-    for kind in read.KINDS:
+    for kind in KINDS:
         some = [clip for clip in clips if clip.kind == kind]
         if not some:
             continue

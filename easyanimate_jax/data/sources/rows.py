@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from easyanimate_jax.data.media import File
 
+NO_TEXT = "no text"
+KINDS = ("image", "video")
 MAX_CAPTION = 20_000  # characters; an encoder reads a few hundred tokens
 
 
@@ -49,7 +51,7 @@ class Problem(NamedTuple):
 def caption_of(text: object) -> str:
     """Return the reason why `text` cannot be a caption, or "" if it can."""
     if text is None or (isinstance(text, str) and not text.strip()):
-        return "no text"
+        return NO_TEXT
     if not isinstance(text, str):
         return f"text is of type {type(text).__name__}"
     if len(text) > MAX_CAPTION:

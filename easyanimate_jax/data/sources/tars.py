@@ -5,12 +5,13 @@ Nothing is extracted: the tar's headers are read once, and a clip is a range of 
 
 import json
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 from easyanimate_jax.data.media import MAX_BYTES, Member
-from easyanimate_jax.data.paths import check_name, open_regular
-from easyanimate_jax.data.sources.layouts import MEDIA, TEXTS
+from easyanimate_jax.data.paths import name_fault, open_regular
+from easyanimate_jax.data.sources.layouts import MANY, MEDIA, TEXTS, decoded
 from easyanimate_jax.data.sources.rows import MAX_CAPTION, Problem, Row
 
 MAX_TEXT = 8 * MAX_CAPTION  # bytes of a .txt or .json
@@ -22,12 +23,17 @@ def rows(path: Path) -> Iterator[Row | Problem]:
     A damaged tar or sample yields a `Problem`.
     """
     media, texts, problems = {}, {}, []  # by stem
+    others, named = defaultdict(list), set()  # by ending: (number, name); stems of media
     with open_regular(path) as file:
         for number, member in enumerate(_members(path, file, problems)):
             stem, _, suffix = member.name.rpartition(".")
             suffix = "." + suffix.lower()
             if suffix not in (*MEDIA, ".txt", ".json"):
+                if not member.isdir():
+                    others[Path(member.name).suffix].append((number, member.name))
                 continue
+            if suffix in MEDIA:
+                named.add(stem)
             reason = _refused(member, suffix)
             if reason:
                 problems.append(Problem(number, member.name, reason))
@@ -41,6 +47,14 @@ def rows(path: Path) -> Iterator[Row | Problem]:
                 file.seek(member.offset_data)
                 texts.setdefault(stem, {})[suffix] = file.read(member.size)
     yield from problems
+    for ending, some in sorted(others.items()):
+        why = "files of this kind are not read here"
+        if len(some) > MANY:
+            yield Problem(some[0][0], f"*{ending}", f"{len(some):,} files: {why}")
+        else:
+            yield from (Problem(number, name, why) for number, name in some)
+    for stem in sorted(texts.keys() - named):
+        yield Problem(0, f"{stem}.*", "a caption, and no film or picture has its name")
     for stem, (number, found) in media.items():
         try:
             captions = _captions(texts.get(stem, {}))
@@ -78,10 +92,8 @@ def _members(path: Path, file, problems: list[Problem]) -> Iterator[tarfile.TarI
 def _refused(member: tarfile.TarInfo, suffix: str) -> str:
     if not member.isreg() or member.issparse():
         return "the member is a link, a device or a sparse file"
-    try:
-        check_name(member.name)
-    except ValueError as error:
-        return str(error)
+    if reason := name_fault(member.name):
+        return reason
     most = MAX_BYTES if suffix in MEDIA else MAX_TEXT
     return f"has {member.size:,} bytes; use at most {most:,}" if member.size > most else ""
 
@@ -94,4 +106,4 @@ def _captions(texts: dict[str, bytes]) -> list:
             found = next((described[key] for key in TEXTS if described.get(key)), None)
             if found is not None:
                 return found if isinstance(found, list) else [found]
-    return [texts[".txt"].decode("utf-8-sig").strip()] if ".txt" in texts else [None]
+    return [decoded(texts[".txt"]).strip()] if ".txt" in texts else [None]
