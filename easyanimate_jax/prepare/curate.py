@@ -127,9 +127,7 @@ def curate(
         rows = films.all_rows()
         if rows is None:
             return None
-        for problem in folder.unusable:
-            left_out = f"not used: {shown(problem.reason)}"
-            rows.append(_base(problem.file) | {"left_out": left_out})
+        rows += folder.unusable_rows()
         _judge(rows, rules, scores)
         _rate(rows, scores)
         _write(out / "clips.parquet", rows, os.path.relpath(folder.root, out), scores)
@@ -147,6 +145,11 @@ class Folder:
     def path(self, name: str) -> Path:
         """Return the path of a film. Raises ValueError for one that leaves the folder."""
         return paths.safe_path(self.root, name, self.links)
+
+    def unusable_rows(self) -> list[dict]:
+        """Return a row of the table for each row of the source that cannot be used."""
+        told = ((problem.file, f"not used: {shown(problem.reason)}") for problem in self.unusable)
+        return [_base(name) | {"left_out": reason} for name, reason in told]
 
 
 class Films:

@@ -20,13 +20,10 @@ from typing import Literal, NamedTuple
 from easyanimate_jax.diffusion.tasks import task_of
 from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.facts import DTypes, check_fields
-from easyanimate_jax.weights import files, mmdit_table, run_folder, schedulers, vae_table
+from easyanimate_jax.weights import files, lora, mmdit_table, run_folder, schedulers, vae_table
 from easyanimate_jax.weights.adapters import merged, open_loras, summary
 from easyanimate_jax.weights.folder import KINDS, Model, Weights, open_model, read_json
 from easyanimate_jax.weights.lazy import Tensor
-from easyanimate_jax.weights.lora import CONFIG as PEFT_CONFIG
-from easyanimate_jax.weights.lora import LoRA, Pair, is_lora, metadata_for, to_tensors
-from easyanimate_jax.weights.lora import read as read_lora
 from easyanimate_jax.weights.module import CONFIG, WEIGHTS, config_text
 from easyanimate_jax.weights.prefixes import parts_of, unwrapped
 from easyanimate_jax.weights.schedulers import INDEX, SCHEDULER, SCHEDULERS
@@ -184,12 +181,12 @@ class Plan:
         if alone and run_folder.is_run(source):
             self.parts += _adapters_part(source, self.options, self.problems)
         elif not places:
-            if (source / PEFT_CONFIG).is_file():
-                self.parts += _lora_part(read_lora(source), self.options, self.problems)
+            if (source / lora.CONFIG).is_file():
+                self.parts += _lora_part(lora.read(source), self.options, self.problems)
                 return
             names = self._open(source)
-            if is_lora(names):
-                self.parts += _lora_part(read_lora(source), self.options, self.problems)
+            if lora.is_lora(names):
+                self.parts += _lora_part(lora.read(source), self.options, self.problems)
             elif self.options.to == "comfyui":
                 self.problems.append("--to comfyui is for LoRA files; use diffusers or original")
             elif not self.problems:
@@ -373,7 +370,7 @@ def _adapters_part(source: Path, options: Options, problems: list[str]) -> list[
     return []
 
 
-def _lora_part(lora: LoRA, options: Options, problems: list[str]) -> list[Part]:
+def _lora_part(given: lora.LoRA, options: Options, problems: list[str]) -> list[Part]:
     """Return the file of a LoRA; a dtype is that of its matrices. [] after a problem."""
     if options.to == "jax":
         problems.append(
@@ -381,13 +378,8 @@ def _lora_part(lora: LoRA, options: Options, problems: list[str]) -> list[Part]:
             "comfyui, or load it with sample.py --lora"
         )
         return []
-    if options.dtype:
-        pairs = {
-            name: Pair(pair.down.astype(options.dtype), pair.up.astype(options.dtype), pair.alpha)
-            for name, pair in lora.pairs.items()
-        }
-        lora = LoRA(pairs, lora.metadata)
-    tensors, told = to_tensors(lora, options.to), metadata_for(lora, options.to)
+    given = lora.cast(given, options.dtype)
+    tensors, told = lora.to_tensors(given, options.to), lora.metadata_for(given, options.to)
     return [Part("", tensors, LORA_FILE, sys.maxsize, metadata=told)]
 
 

@@ -154,6 +154,17 @@ def layer_name(module: str) -> str | None:
     return f"transformer_blocks.{int(block[1])}.{_IN_BLOCKS[block[2]]}"
 
 
+def cast(lora: LoRA, dtype: str | None) -> LoRA:
+    """Return a LoRA with its matrices in another dtype; None changes nothing."""
+    if dtype is None:
+        return lora
+    pairs = {
+        name: Pair(pair.down.astype(dtype), pair.up.astype(dtype), pair.alpha)
+        for name, pair in lora.pairs.items()
+    }
+    return LoRA(pairs, lora.metadata)
+
+
 def write(path: str | Path, lora: LoRA, form: Format) -> None:
     """Write a LoRA file; its metadata is kept, with the keys that other tools show."""
     files.write_file(Path(path), to_tensors(lora, form), metadata_for(lora, form))
