@@ -292,7 +292,10 @@ RUNS = {
 
 
 @pytest.mark.reliability  # R4
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * ("processes" in name)) for name in RUNS],
+)
 def test_hosts_and_workers_change_at_resumes_and_nothing_is_lost_or_repeated(many, name):
     state, batches = json.dumps({"step": 0, "plan": None}), []
     for hosts, workers, steps in RUNS[name]:
