@@ -149,6 +149,7 @@ def test_the_command_imports_nothing_heavy():
     ran = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    ours = ["", ".commands", ".commands.parse", ".commands.supervise", ".processes", ".training"]
+    ours = ["", ".commands", ".commands.parse", ".commands.supervise", ".disk", ".disk.local"]
+    ours += [".processes", ".training"]
     ours += [f".training.safety{name}" for name in ("", ".exits", ".supervisor")]
     assert sorted(json.loads(ran.stdout)) == [f"easyanimate_jax{name}" for name in ours]
