@@ -108,6 +108,8 @@ def test_a_run_that_went_on_has_the_bits_of_one_that_was_never_stopped(whole, tm
         train(part)
     with pytest.raises(ValueError, match=r"made with lora = .*rank=2.* has .*rank=4"):
         train(replace(part, lora=replace(LORA, rank=4)))
+    with pytest.raises(ValueError, match="holds other weights than those beside which"):
+        load_mmdit(part.run)
     assert sorted(map(str, (tmp_path / "run").rglob("*"))) == before
 
     save_module(base, random_model(whole.model, 0))
@@ -148,7 +150,9 @@ def test_the_exported_file_and_the_merged_weights_make_the_runs_prediction(whole
         load_mmdit(whole.init, in_channels=33, loras=open_loras([(file, 1.0)])),
         load_mmdit(tmp_path / "merged"),
         load_mmdit(tmp_path / "again"),
+        load_mmdit(whole.run, config=replace(whole.model, in_channels=33)),  # `init` of another run
     ]
+    assert not any("adapter" in name for name in flat_weights(models[-1]))
     rng = np.random.default_rng(0)
     inputs = (
         rng.standard_normal((1, 16, 132), np.float32),

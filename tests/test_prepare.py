@@ -17,7 +17,6 @@ from easyanimate_jax.commands import parse
 from easyanimate_jax.commands import prepare as command
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget, Shape
-from easyanimate_jax.data.contents import fingerprint
 from easyanimate_jax.data.records import LatentSet, Records, read_texts
 from easyanimate_jax.data.sources import places
 from easyanimate_jax.models.mmdit import patchify
@@ -27,6 +26,7 @@ from easyanimate_jax.prepare import curate as curation
 from easyanimate_jax.prepare import prepare as prepare_module
 from easyanimate_jax.prepare.encode import Encoder
 from easyanimate_jax.prepare.prepare import prepare
+from easyanimate_jax.weights.identity import fingerprint
 
 SET = LatentSet("small", Budget(12, (4, 12), (32,), frames=9), condition_draws=3)
 PROMPTS = ("a prompt",)

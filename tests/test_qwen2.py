@@ -14,7 +14,6 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
 
 from easyanimate_jax.commands import prepare as command
-from easyanimate_jax.data.contents import fingerprint
 from easyanimate_jax.data.media import write_png
 from easyanimate_jax.data.records import Records, read_texts
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
@@ -22,6 +21,7 @@ from easyanimate_jax.sharding import MeshConfig, make_mesh, shardings
 from easyanimate_jax.text.encode import CHAT, Chat, TextConfig, TextEncoder
 from easyanimate_jax.text.qwen2 import Qwen2, Qwen2Config, load_qwen2, read_qwen2_config
 from easyanimate_jax.weights import folder as folders
+from easyanimate_jax.weights.identity import fingerprint
 
 SIZES = dict(
     vocab_size=270,

@@ -32,8 +32,8 @@ from test_export import parts as parts  # a fixture: VAE, text encoder and token
 from test_old_runs import SAVED
 
 import easyanimate_jax as ea
-from easyanimate_jax.data.contents import fingerprint
 from easyanimate_jax.text.encode import TextEncoder, state_widths
+from easyanimate_jax.weights.identity import fingerprint
 from easyanimate_jax.weights.module import save_module
 
 CHANNELS = {"control": 48, "camera": 38}

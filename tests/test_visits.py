@@ -14,7 +14,6 @@ from test_sources import three  # noqa: F401
 
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget
-from easyanimate_jax.data.contents import fingerprint
 from easyanimate_jax.data.loader import Loader
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records
@@ -25,6 +24,7 @@ from easyanimate_jax.runs.batches import make_loaders
 from easyanimate_jax.runs.config import load
 from easyanimate_jax.runs.visits import VisitLoader
 from easyanimate_jax.sharding import make_mesh
+from easyanimate_jax.weights.identity import fingerprint
 from easyanimate_jax.weights.module import save_module
 
 SIZES = Budget(72, (72,), (48, 96), frames=29)

@@ -42,11 +42,11 @@ def _prepare(arguments: Sequence[str]) -> int:
     FolderLock(Path(config.prepared), option="--prepared", part=part).look()  # no device yet
     import jax
 
-    from easyanimate_jax.data.contents import fingerprint
     from easyanimate_jax.prepare.prepare import prepare
     from easyanimate_jax.sharding import MeshConfig, make_mesh
     from easyanimate_jax.text.encode import TextEncoder
     from easyanimate_jax.weights.folder import load_vae
+    from easyanimate_jax.weights.identity import fingerprint
 
     with jax.set_mesh(make_mesh(MeshConfig())):  # all local devices, not the training's mesh
         whole = prepare(

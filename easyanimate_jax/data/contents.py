@@ -1,7 +1,7 @@
 """The key of content: whatever is kept is found by its bytes and settings, not by a name or a date.
 
 `key` is the identity of everything that `prepare` and `curate` keep. `Contents` hashes files for
-it, and `fingerprint` hashes folders of models.
+it.
 """
 
 import hashlib
@@ -13,15 +13,6 @@ from pathlib import Path
 from easyanimate_jax.data.media import File, Member
 from easyanimate_jax.data.paths import open_regular
 
-MODEL_FILES = (
-    "*.safetensors",
-    "config.json",
-    "text.json",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-)
 PIECE = 2**22  # bytes read at a time
 
 
@@ -94,17 +85,6 @@ class Contents:
         with self.lock, self.path.open("ab", buffering=0) as file:
             self.known[name] = stat, digest
             file.write(line)
-
-
-def fingerprint(folder: str | Path) -> str:
-    """Return a hash of a model folder: of weights, configs and tokenizers, not of other files."""
-    digest = hashlib.blake2b(digest_size=16)
-    found = (path for pattern in MODEL_FILES for path in Path(folder).rglob(pattern))
-    for path in sorted(path for path in found if path.is_file()):
-        with open(path, "rb") as file:
-            content = hashlib.file_digest(file, "blake2b").digest()
-        digest.update(os.fsencode(path.relative_to(folder)) + b"\0" + content)
-    return digest.hexdigest()
 
 
 def _stat(file) -> list[int]:

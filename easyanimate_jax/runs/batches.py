@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from easyanimate_jax.data.contents import fingerprint
 from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records, texts_key
@@ -18,6 +17,7 @@ from easyanimate_jax.sharding import activation_spec
 from easyanimate_jax.training.program import batch_shardings, microbatch_rows
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.folder import load_vae
+from easyanimate_jax.weights.identity import fingerprint
 
 logger = logging.getLogger(__name__)
 

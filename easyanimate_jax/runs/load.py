@@ -17,7 +17,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
 
-from easyanimate_jax.data.contents import fingerprint
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.tasks import numbers, task_of
@@ -41,6 +40,7 @@ from easyanimate_jax.text.encode import TextEncoder, state_widths
 from easyanimate_jax.weights import files, run_folder
 from easyanimate_jax.weights.adapters import Weighted, check
 from easyanimate_jax.weights.folder import Weights, load_mmdit, load_vae, open_model, read_json
+from easyanimate_jax.weights.identity import fingerprint
 from easyanimate_jax.weights.module import CONFIG, with_weights
 from easyanimate_jax.weights.schedulers import (
     SCHEDULER,

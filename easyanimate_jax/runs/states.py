@@ -29,7 +29,7 @@ from easyanimate_jax.training.step import (
     widen_state,
 )
 from easyanimate_jax.weights.folder import load_mmdit
-from easyanimate_jax.weights.module import fingerprint_of
+from easyanimate_jax.weights.identity import weights_print
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,8 @@ class States:
         self.config, self.mesh, self.key, self.plans = config, mesh, key, plans
         self.programs, self.checkpoints, self.monitor = programs, checkpoints, monitor
         self.optimizer = make_optimizer(config.optimizer)
-        self.base: str | None = None  # fingerprint of the frozen weights, once they are loaded
+        # The identity of the frozen weights, which no checkpoint holds.
+        self.base = weights_print(config.init, config.init_step) if config.adapters else None
 
     def first(self) -> TrainState:
         """Return the first state, with new weights or those of `config.init`, sharded."""
@@ -83,9 +84,7 @@ class States:
                 attach(model, lora, key=key)
             return init_state(lambda _: model, self.optimizer, key)
 
-        state = jax.jit(around, out_shardings=placed, donate_argnums=0)(model, key)
-        self.base = fingerprint_of(state.frozen) if lora else None
-        return state
+        return jax.jit(around, out_shardings=placed, donate_argnums=0)(model, key)
 
     def newest(self, *, before: int | None = None) -> tuple[int, TrainState] | None:
         """Return (updates made, state) of the newest good checkpoint; None if there is none.
@@ -98,6 +97,12 @@ class States:
         def like(meta: dict) -> TrainState:
             for change in check_resume(meta, self.config, self.plans):
                 logger.warning("changed since checkpoint %d: %s", meta["step"], change)
+            if meta.get("base") != self.base:
+                raise ValueError(
+                    f"checkpoint {meta['step']} has adapters of weights with fingerprint "
+                    f"{meta['base']}, and those of {self.config.init} have {self.base}; put the "
+                    f"same weights there, or start in a new run folder"
+                )
             place = position_at(self.config, meta["step"])
             if place:
                 self.programs.check(place.stage)
@@ -108,27 +113,19 @@ class States:
             return None
         step, state, meta = found
         if self.config.adapters:
-            state = self._with_base(state, meta)
+            state = state._replace(frozen=self._frozen(meta["in_channels"]))
         logger.info("resuming at step %d (stage %r)", step, meta["stage"])
         return step, state
 
-    def _with_base(self, state: TrainState, meta: dict) -> TrainState:
-        """Return a restored state with its frozen weights, which no checkpoint holds.
-
-        Raises ValueError if `config.init` holds other weights than before.
-        """
+    def _frozen(self, in_channels: int):
+        """Return the frozen weights with so many input channels."""
         frozen = self._start().frozen
-        if self.base != meta["base"]:
-            raise ValueError(
-                f"checkpoint {meta['step']} has adapters of weights with fingerprint "
-                f"{meta['base']}, and those of {self.config.init} have {self.base}; put the same "
-                f"weights there, or start in a new run folder"
+        if in_channels != self.config.stages[0].in_channels:
+            placed = self._abstract(in_channels)[1].frozen
+            frozen = jax.jit(widen_state, static_argnums=1, out_shardings=placed)(
+                frozen, in_channels
             )
-        if meta["in_channels"] != self.config.stages[0].in_channels:
-            placed = self._abstract(meta["in_channels"])[1].frozen
-            widen = partial(widen_state, in_channels=meta["in_channels"])
-            frozen = jax.jit(widen, out_shardings=placed)(frozen)
-        return state._replace(frozen=frozen)
+        return frozen
 
     def whole(self, state: TrainState) -> MMDiT:
         """Return the averaged model of a state."""

@@ -20,6 +20,7 @@ from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.storage import Kernels
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.weights import adapters, files, mmdit_table, run_folder, vae_table
+from easyanimate_jax.weights.identity import weights_print
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import CONFIG, WEIGHTS, abstract, fill, misfits, without_removed
 from easyanimate_jax.weights.prefixes import unwrapped
@@ -57,10 +58,11 @@ def load_mmdit(
     `dtype` is the compute dtype; None keeps the config's, which is bfloat16 for foreign weights.
     `kernels` is the dtype in which kernels are stored; "int8" stores those of the blocks, which
     cannot be trained then. With a mesh, each device reads only its own shard. `in_channels` adapts
-    the patch embedding to another task (spec 2.9) and logs the changes. `config` replaces the
-    config found with the weights, and the weights must fit it. `weights` and `step` select a
-    checkpoint of a run. `allow_pickle` permits torch's own files. `loras` are put beside the
-    layers (`weights.adapters.open_loras`). Raises ValueError listing all problems.
+    the patch embedding to another task (spec 2.9) and logs the changes. `config` is that of a
+    training which starts here: it replaces the config found with the weights, which must fit it,
+    and adapters of the path are added to the kernels. `weights` and `step` select a checkpoint of a
+    run. `allow_pickle` permits torch's own files. `loras` are put beside the layers
+    (`weights.adapters.open_loras`). Raises ValueError listing all problems.
     """
     problems = []
     place, options = local_path(path), {"weights": weights, "step": step}
@@ -74,7 +76,8 @@ def load_mmdit(
     if config is not None:
         faults = misfits(model.tensors, abstract(MMDiT, config))
         files.raise_all(f"{path} does not fit {config}", faults)
-        model = model._replace(config=config)
+        merged = adapters.merged(model.tensors, model.config, model.loras)
+        model = Model(config, merged)
     loaded = _load(MMDiT, model, problems, dtype, kernels, mesh)
     adapters.add(loaded, (*model.loras, *loras), mesh=mesh)
     return loaded
@@ -166,6 +169,12 @@ def _open_lora_run(
     base = open_model(place, "transformer", problems, dtype=dtype, step=meta["config"]["init_step"])
     if base is None:
         problems.append(f"{path} has adapters of the weights of {place}: put them there")
+        return None
+    if weights_print(place, meta["config"]["init_step"]) != meta["base"]:
+        problems.append(
+            f"{place} holds other weights than those beside which {path} trained its adapters; "
+            f"their fingerprint is not {meta['base']}: put the right ones there"
+        )
         return None
     config, weights = base.config, base.tensors
     if config.in_channels != meta["in_channels"]:

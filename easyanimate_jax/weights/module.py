@@ -5,7 +5,6 @@ tensors are named by their path in the module, for example `encoder.conv_in.kern
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -22,7 +21,6 @@ from easyanimate_jax.facts import LATENT_CHANNELS, PATCH
 from easyanimate_jax.models.storage import Kernels, quantized, store, stored_type
 from easyanimate_jax.sharding import shardings
 from easyanimate_jax.weights import files
-from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.lazy import Tensor
 
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
@@ -56,13 +54,6 @@ def named_weights(module) -> dict:
     """Return dotted path -> array (or shape) for every weight of a real or abstract module."""
     leaves = jax.tree_util.tree_leaves_with_path(module)
     return {_name(path): leaf for path, leaf in leaves}
-
-
-def fingerprint_of(weights) -> str:
-    """Return one fingerprint of the names and bits of all weights of a tree, on any mesh."""
-    prints = jax.jit(lambda tree: jax.tree.map(fingerprint, tree))(weights)
-    lines = [f"{name} {int(value):08x}" for name, value in sorted(named_weights(prints).items())]
-    return hashlib.blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 
 @cache
