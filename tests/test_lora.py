@@ -11,7 +11,12 @@ import pytest
 import torch
 from fakes import TINY
 from flax import nnx
-from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors.numpy import load_file, save_file
 from test_mmdit import converted, normal, numpy_state, reference, run
 
@@ -267,6 +272,7 @@ REFUSED = {
     "LoKr in parts": (put("lora_unet__proj_out.lokr_w2_b"), "it is LoKr"),
     "whole weights": (put("diffusion_model.proj_out.diff"), "a change of whole weights"),
     "biases": (put("diffusion_model.proj_out.diff_b", ONE), "a change of whole weights"),
+    "biases of PEFT": (put("x.proj_out.lora_B.bias", ONE), "lora_B.bias is not understood"),
     "unknown": (put("something", ONE), "something is not understood"),
     "same layer twice": (put("diffusion_model.proj_out.lora_B.weight"), "are the same part"),
     "two adapters": (
@@ -372,15 +378,36 @@ def test_pefts_adapters_in_diffusers_transformer_give_our_output(tmp_path):
     inject_adapter_in_model(LoraConfig(**told), theirs)
     state = {n.removeprefix("transformer."): torch.from_numpy(x) for n, x in state.items()}
     assert not set_peft_model_state_dict(theirs, state).unexpected_keys
-    latents, time, (text,) = inputs
-    with torch.no_grad():
-        out = theirs(
-            torch.from_numpy(np.asarray(latents)),
-            torch.from_numpy(time),
-            encoder_hidden_states=torch.from_numpy(np.asarray(text)),
-        )[0].numpy()
+    out = predict_torch(theirs, *inputs)
     assert np.abs(out - plain).max() > 0.1
     np.testing.assert_allclose(run(ours, *inputs), out, atol=2e-5)
+
+
+def test_a_folder_that_peft_saved_gives_its_output(tmp_path):
+    theirs = reference(add_norm_text_encoder=True, text_embed_dim_t5=None)
+    ours = converted(numpy_state(theirs))
+    patterns = {"rank_pattern": {"ff.net.2": 8}, "alpha_pattern": {"proj_out": 7}}
+    settings = LoraConfig(
+        r=4, lora_alpha=3, use_rslora=True, target_modules="all-linear", **patterns
+    )
+    theirs = get_peft_model(theirs, settings)
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            weight += 0.1 * torch.randn_like(weight) * ("lora_" in name)
+    theirs.save_pretrained(tmp_path)
+    inputs = normal(1, 2, 16, 2, 6, 10), np.array([0.0, 500.0], np.float32), (normal(2, 2, 5, 24),)
+    plain = run(ours, *inputs)
+    adapters.add(ours, adapters.open_loras([(tmp_path, 1.0)]))
+    out = predict_torch(theirs, *inputs)
+    assert np.abs(out - plain).max() > 0.1
+    np.testing.assert_allclose(run(ours, *inputs), out, atol=2e-5)
+
+
+def predict_torch(model, latents, time, texts):
+    arrays = (torch.from_numpy(np.array(x)) for x in (latents, time, *texts))
+    latents, time, text = arrays
+    with torch.no_grad():
+        return model(latents, time, encoder_hidden_states=text)[0].numpy()
 
 
 def test_convert_writes_each_format_and_merges(tmp_path, model):

@@ -30,7 +30,7 @@ DOWN = (".lora_down", ".lora_A", ".lora.down", "_lora.down", ".lora_linear_layer
 UP = (".lora_up", ".lora_B", ".lora.up", "_lora.up", ".lora_linear_layer.up")
 PART = re.compile(
     rf"(?P<module>.+?)(?:(?P<down>{'|'.join(map(re.escape, DOWN))})|"
-    rf"(?P<up>{'|'.join(map(re.escape, UP))}))(?P<adapter>\.(?!weight$)\w+)?(\.weight)?"
+    rf"(?P<up>{'|'.join(map(re.escape, UP))}))(?P<adapter>\.(?!weight$|bias$)\w+)?(\.weight)?"
 )
 OTHER_KINDS = {
     "DoRA": (".lora_magnitude_vector", ".magnitude", ".dora_scale"),
