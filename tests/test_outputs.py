@@ -106,6 +106,16 @@ def test_a_sidecar_holds_the_samples_own_seed_options_and_versions(tmp_path):
     assert sidecar["training"] == TRAINING and "config" not in sidecar
 
 
+def test_a_sample_is_another_with_another_lora_or_the_same_one_of_other_content():
+    asked = Asked(SampleRequest(prompt="x"), line=1)
+
+    def of(loras):
+        return outputs.identity(asked, Origin(Path("run"), 9, "full", TRAINING, loras))
+
+    every = [{}, {"a:0.5": "1"}, {"a:0.5": "2"}, {"a:0.7": "1"}, {"a:0.5": "1", "b": "1"}]
+    assert len({of(loras) for loras in every}) == len(every) and of(every[1]) == of({"a:0.5": "1"})
+
+
 @pytest.mark.parametrize("name", ["image", "video", "camera"])
 def test_a_sample_is_another_when_a_file_of_its_request_has_other_content(tmp_path, name):
     file, other = tmp_path / "a", tmp_path / "b"

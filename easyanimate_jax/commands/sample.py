@@ -89,13 +89,15 @@ def _sample(arguments: Sequence[str]) -> int:
     # JAX is imported here, and no device is touched before `on_mesh`.
     from easyanimate_jax.runs.sample import examine, make
     from easyanimate_jax.weights.adapters import named_weight, open_loras
+    from easyanimate_jax.weights.identity import weights_print
     from easyanimate_jax.weights.run_folder import read_meta
 
     step, meta = read_meta(own.checkpoint)
-    names = tuple(map(str, own.lora))
-    origin = Origin(own.checkpoint, step, own.weights, meta, names)
+    words = [str(word) for word in own.lora]
+    loras = open_loras(map(named_weight, words))
+    prints = {word: weights_print(named_weight(word)[0]) for word in words}
+    origin = Origin(own.checkpoint, step, own.weights, meta, prints)
     todo = examine(todo, origin)
-    loras = open_loras(map(named_weight, names))
     own.output.mkdir(parents=True, exist_ok=True)
     for sentence in dict.fromkeys(s for one in todo for s in without_effect(one.request)):
         say(sentence)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +40,7 @@ class Origin(NamedTuple):
     step: int
     weights: str  # "full" or "int8"
     training: dict  # the checkpoint's record of its training
-    loras: tuple[str, ...] = ()  # each as FILE or FILE:WEIGHT
+    loras: Mapping[str, str] = {}  # FILE or FILE:WEIGHT -> a hash of the file
 
 
 def options_of(request: SampleRequest, origin: Origin) -> dict:
@@ -56,7 +56,7 @@ def identity(asked: Asked, origin: Origin) -> str:
 
     Files of the request count by their content.
     """
-    options = options_of(asked.request, origin) | _hashes(asked.request)
+    options = options_of(asked.request, origin) | _hashes(asked.request) | dict(origin.loras)
     parts = [str(origin.checkpoint.absolute()), origin.step, asked.line, options]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -92,6 +92,7 @@ def record(asked: Asked, origin: Origin, output: Path, seconds: float) -> dict:
         "seed": asked.request.seed,
         "options": options,
         "files_sha256": _hashes(asked.request),
+        "loras": dict(origin.loras),
         "checkpoint": str(origin.checkpoint.absolute()),
         "identity": identity(asked, origin),
         "step": origin.step,

@@ -13,6 +13,7 @@ from easyanimate_jax.weights import run_folder
 MODEL_FILES = (
     "*.safetensors",
     "config.json",
+    "adapter_config.json",
     "text.json",
     "tokenizer*",
     "vocab*",
