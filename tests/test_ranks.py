@@ -124,14 +124,14 @@ def test_two_processes_of_four_devices_train_like_one_of_eight(folder):
     np.testing.assert_allclose(two, one, rtol=1e-6)
 
 
-def on_two_hosts(folder: Path, words: list[str], **variables: str) -> list[subprocess.Popen]:
+def on_two_hosts(words: list[str], **variables: str) -> list[subprocess.Popen]:
     """A supervisor on each of two hosts, with one process of the run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         variables["JAX_COORDINATOR_ADDRESS"] = f"127.0.0.1:{probe.getsockname()[1]}"
     variables |= {"JAX_NUM_PROCESSES": "2"}
     words = [*SUPERVISED, "--", *words]
-    return [start(folder, words, 2, **variables, JAX_PROCESS_ID=str(rank)) for rank in (0, 1)]
+    return [start(words, 2, **variables, JAX_PROCESS_ID=str(rank)) for rank in (0, 1)]
 
 
 PEER = """
@@ -164,7 +164,7 @@ sys.exit(code)
 def test_who_loses_a_peer_leaves_with_6_and_is_started_again(tmp_path, lost):
     (tmp_path / "peer.py").write_text(PEER)
     words = [sys.executable, str(tmp_path / "peer.py"), str(lost), str(tmp_path / "mark")]
-    supervisors = on_two_hosts(tmp_path, words)
+    supervisors = on_two_hosts(words)
     seconds = 0.0
     for line in supervisors[1 - lost].stdout:
         if "exit code" in line:
@@ -183,7 +183,7 @@ def test_a_training_goes_on_after_a_host_lost_its_process(folder, pair, lost):
     words = words[words.index("--") + 1 :]
     once = {"EASYANIMATE_FAULTS": f"step@6/{lost}"}
     once["EASYANIMATE_FAULTS_ONCE"] = str(folder / f"once-{run}")
-    outputs = [end(process) for process in on_two_hosts(folder, words, **once)]
+    outputs = [end(process) for process in on_two_hosts(words, **once)]
     assert "supervisor: exit code -9 at step" in outputs[lost], outputs[lost]
     assert "supervisor: exit code 6 at step" in outputs[1 - lost], outputs[1 - lost]
     assert all("resuming at step 4" in output for output in outputs), outputs
