@@ -92,7 +92,7 @@ test: setup
 
 # Only the tests R1 to R15 of docs/reliability.md.
 reliability: setup
-	$(CPU) $(BIN)/pytest -m reliability
+	$(CPU) $(BIN)/pytest -m reliability  # with those that are slow
 
 slow: setup
 	$(CPU) $(BIN)/pytest -m slow

@@ -75,7 +75,6 @@ def measure(blocks: int, heads: int, tokens: int, batch: int, microbatch: int) -
     from easyanimate_jax.runs.config import load
     from easyanimate_jax.sharding import MeshConfig, make_mesh
     from easyanimate_jax.training.compile import compile_stage
-    from easyanimate_jax.training.optimizer import make_optimizer
     from easyanimate_jax.training.program import abstract_batch, abstract_state
 
     config = load(str(ROOT / "configs" / "v5_12b.py"))
@@ -86,10 +85,12 @@ def measure(blocks: int, heads: int, tokens: int, batch: int, microbatch: int) -
     mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
     sizes = longest(config, stage) | {"tokens": tokens}
     report, program = compile_stage(config.step, stage, mesh, memory=sys.maxsize, **sizes)
-    model = dataclasses.replace(model, in_channels=stage.in_channels)
+    settings = config.step.with_channels(stage.in_channels)
     with jax.set_mesh(mesh):
-        make, placed, _ = abstract_state(model, make_optimizer(config.optimizer), mesh)
-        shapes = abstract_batch(model, mesh, batch_size=batch, microbatch=microbatch, **sizes)
+        make, placed, _ = abstract_state(settings, mesh)
+        shapes = abstract_batch(
+            settings.model, mesh, batch_size=batch, microbatch=microbatch, **sizes
+        )
 
         def fill(x):
             value = tokens if x.dtype == jnp.int32 else 0.5

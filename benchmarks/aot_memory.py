@@ -11,7 +11,6 @@ benchmarks/results/aot_memory.md.
 """
 
 import ctypes
-import dataclasses
 import gc
 import json
 import os
@@ -94,18 +93,19 @@ def measure(path: str, name: str, *mesh: str) -> None:
     from easyanimate_jax.runs.config import load
     from easyanimate_jax.sharding import MeshConfig, make_mesh
     from easyanimate_jax.training.compile import compile_stage
-    from easyanimate_jax.training.optimizer import make_optimizer
     from easyanimate_jax.training.program import abstract_batch, abstract_state, microbatch_rows
 
     config, mesh = load(path), make_mesh(MeshConfig(*map(int, mesh)))
     stage = next(s for s in config.stages if s.name == name)
     sizes = longest(config, stage)
     report, program = compile_stage(config.step, stage, mesh, memory=sys.maxsize, **sizes)
-    model = dataclasses.replace(config.model, in_channels=stage.in_channels)
+    settings = config.step.with_channels(stage.in_channels)
     with jax.set_mesh(mesh):
-        make, placed, _ = abstract_state(model, make_optimizer(config.optimizer), mesh)
+        make, placed, _ = abstract_state(settings, mesh)
         rows = microbatch_rows(stage, mesh)
-        batch = abstract_batch(model, mesh, batch_size=stage.batch_size, microbatch=rows, **sizes)
+        batch = abstract_batch(
+            settings.model, mesh, batch_size=stage.batch_size, microbatch=rows, **sizes
+        )
         batch = jax.tree.map(lambda x: jax.device_put(np.ones(x.shape, x.dtype), x.sharding), batch)
         state = jax.jit(make, out_shardings=placed)(jax.random.key(0))
 

@@ -1,7 +1,7 @@
 """A LoRA of the released V5.1 12B text-to-video weights, on one GPU of 80 GB (docs/finetune.md).
 
 `python -m easyanimate_jax convert EasyAnimateV5.1-12b-zh weights --to jax` writes `weights`. On a
-smaller card: `--lora.base int8`. On four v6e chips: `--mesh.fsdp 4`.
+smaller card: `--frozen int8`. On four v6e chips: `--mesh.fsdp 4`.
 """
 
 from dataclasses import replace

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from easyanimate_jax.models.vae import VAEConfig as VAEConfig
     from easyanimate_jax.runs.config import SampleConfig as SampleConfig
     from easyanimate_jax.runs.config import TrainConfig as TrainConfig
+    from easyanimate_jax.runs.config import ValidationConfig as ValidationConfig
     from easyanimate_jax.runs.load import Pipeline as Pipeline
     from easyanimate_jax.runs.load import load_pipeline as load_pipeline
     from easyanimate_jax.runs.loop import train as train
@@ -71,7 +72,7 @@ _HOMES = {
     "models.lora": ("LoRAConfig",),
     "models.mmdit": ("MMDiT", "MMDiTConfig"),
     "models.vae": ("CausalVAE", "VAEConfig"),
-    "runs.config": ("SampleConfig", "TrainConfig"),
+    "runs.config": ("SampleConfig", "TrainConfig", "ValidationConfig"),
     "runs.load": ("Pipeline", "load_pipeline"),
     "runs.loop": ("train",),
     "sharding": ("MeshConfig",),

@@ -18,11 +18,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # JAX makes so many objects that the collector, by default, takes a tenth of the time.
 gc.set_threshold(100_000, 50, 50)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The programs of this process's trainings go to the cache of the commands, too."""
+    jax.config.update("jax_compilation_cache_dir", os.environ["TESTS_COMPILED"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
 
 
 def pytest_unconfigure(config):

@@ -36,8 +36,8 @@ from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.position import check_resume, position_at
 from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.training.checkpoint import describe, named_leaves
-from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
-from easyanimate_jax.training.program import microbatch_rows
+from easyanimate_jax.training.optimizer import OptimizerConfig
+from easyanimate_jax.training.program import StepConfig, microbatch_rows
 from easyanimate_jax.training.safety.faults import Faults
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import input_channels, widen_state
@@ -229,13 +229,12 @@ class Plays:
         stage, own = old[-1][1].name, old[-1][2]
         new = [(after, s, n) for s in after.stages for n in range(s.steps)]
         at = [(s.name, n) for _, s, n in new].index((stage, own))
-        state = jax.tree.map(jnp.array, self.first(before.model, before.optimizer, before.seed))
+        settings = StepConfig(before.model, before.optimizer, Flow(), ema_decay=0.5)
+        state = jax.tree.map(jnp.array, self.first(settings, before.seed))
         for config, stage, step in [*old, *new[at + 1 :]]:
             if input_channels(state) != stage.in_channels:
-                model = replace(config.model, in_channels=stage.in_channels)
-                placed = states.abstract_state(model, make_optimizer(config.optimizer), self.mesh)[
-                    1
-                ]
+                settings = config.step.with_channels(stage.in_channels)
+                placed = states.abstract_state(settings, self.mesh)[1]
                 widen = jax.jit(widen_state, static_argnums=1, out_shardings=placed)
                 state = widen(state, stage.in_channels)
             loader = self.loaders(self.place(config, "x"))[stage.name]
@@ -253,10 +252,8 @@ class Plays:
             "ema": describe(named_leaves(state.ema)),
         }
 
-    def _first(self, model, optimizer, seed):
-        make, placed, _ = states.abstract_state(
-            replace(model, in_channels=16), make_optimizer(optimizer), self.mesh
-        )
+    def _first(self, settings, seed):
+        make, placed, _ = states.abstract_state(settings.with_channels(16), self.mesh)
         with jax.set_mesh(self.mesh):
             key = jax.random.fold_in(jax.random.key(seed), 1)
             return jax.jit(make, out_shardings=placed)(key)

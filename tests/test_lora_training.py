@@ -2,61 +2,36 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import flat_weights
-from latents import random_latents
+from small_runs import DEMO, losses, small_run
 
-from easyanimate_jax import load_config
 from easyanimate_jax.commands.convert import main as convert
 from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.models.mmdit import MMDiT
-from easyanimate_jax.runs.config import SampleConfig
 from easyanimate_jax.runs.describe import describe_run
 from easyanimate_jax.runs.loop import train
-from easyanimate_jax.sharding import MeshConfig
+from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.weights import lora
 from easyanimate_jax.weights.adapters import open_loras
-from easyanimate_jax.weights.folder import load_mmdit
+from easyanimate_jax.weights.folder import load_mmdit, load_start
 from easyanimate_jax.weights.module import abstract, save_module, with_weights
 
-DEMO = load_config("configs/demo.py")
 LAYERS = "blocks.*.attention.q", "blocks.*.mlp.up"
-LORA = LoRAConfig(rank=2, alpha=1.0, targets=LAYERS, dropout=0.5, base="float32")
+LORA = LoRAConfig(rank=2, alpha=1.0, targets=LAYERS, dropout=0.5)
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
+def config(tmp_path_factory, compiled):
     """Two updates without and two with a start picture, beside a model of text to video."""
     folder = tmp_path_factory.mktemp("lora")
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    random_latents(folder / "latents", {"small": (3, 4, 4), "medium": (3, 8, 8)}, (8, 12))
-    model = replace(DEMO.model, depth=1, mmdit_depth=1, heads=2, head_width=16, text_widths=(8, 12))
-    save_module(folder / "base", random_model(model, 0))
-    stages = {stage.name: stage for stage in DEMO.stages}
-    yield replace(
-        DEMO,
-        prepared=f"{folder}/latents",
-        run=f"{folder}/run",
-        vae=f"{folder}/vae",
-        text=f"{folder}/text",
-        init=f"{folder}/base",
-        lora=LORA,
-        model=model,
-        stages=tuple(
-            replace(stages[name], steps=2, batch_size=8, learning_rate=1e-2, warmup=0)
-            for name in ("small_t2v", "medium_i2v")
-        ),
-        optimizer=replace(DEMO.optimizer, matrices="adam"),
-        samples=SampleConfig(),
-        mesh=MeshConfig(data=8, fsdp=1),
-    )
-    jax.config.update("jax_compilation_cache_dir", None)
+    run = small_run(folder)
+    save_module(folder / "base", random_model(run.model, 0))
+    return replace(run, init=f"{folder}/base", lora=LORA, frozen="float32")
 
 
 def random_model(config, seed):
@@ -71,11 +46,6 @@ def random_model(config, seed):
 def whole(config):
     assert train(config) == 0
     return config
-
-
-def losses(config):
-    lines = (Path(config.run) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
 
 
 def test_a_checkpoint_holds_adapters_alone_and_the_base_keeps_its_bits(whole):
@@ -104,7 +74,7 @@ def test_a_run_that_went_on_has_the_bits_of_one_that_was_never_stopped(whole, tm
 
     save_module(base, random_model(whole.model, 1))
     before = sorted(map(str, (tmp_path / "run").rglob("*")))
-    with pytest.raises(ValueError, match=r"has adapters of weights with fingerprint .* put the sa"):
+    with pytest.raises(ValueError, match=r"was trained beside weights with fingerprint .* put the"):
         train(part)
     with pytest.raises(ValueError, match=r"made with lora = .*rank=2.* has .*rank=4"):
         train(replace(part, lora=replace(LORA, rank=4)))
@@ -125,7 +95,7 @@ def test_another_mesh_and_a_base_of_eight_bits_give_almost_the_same_losses(whole
         whole,
         run=str(tmp_path),
         mesh=MeshConfig(fsdp=2, context=2, tensor=2),
-        lora=replace(LORA, base="int8"),
+        frozen="int8",
     )
     assert train(other) == 0
     np.testing.assert_allclose(losses(other), losses(whole), rtol=1e-2)
@@ -150,7 +120,7 @@ def test_the_exported_file_and_the_merged_weights_make_the_runs_prediction(whole
         load_mmdit(whole.init, in_channels=33, loras=open_loras([(file, 1.0)])),
         load_mmdit(tmp_path / "merged"),
         load_mmdit(tmp_path / "again"),
-        load_mmdit(whole.run, config=replace(whole.model, in_channels=33)),  # `init` of another run
+        load_start(whole.run, replace(whole.model, in_channels=33), mesh=make_mesh(MeshConfig())),
     ]
     assert not any("adapter" in name for name in flat_weights(models[-1]))
     rng = np.random.default_rng(0)
@@ -171,7 +141,7 @@ def test_the_exported_file_and_the_merged_weights_make_the_runs_prediction(whole
 def test_describe_says_what_is_trained_and_what_it_takes(config):
     text = describe_run(replace(config, mesh=MeshConfig(fsdp=1)))
     assert "lora     rank 2, alpha 1, beside blocks.*.attention.q, blocks.*.mlp.up: " in text
-    assert "the kernels of the model are frozen in float32" in text and "frozen weights" in text
+    assert "frozen   all others in float32" in text and "frozen weights" in text
 
 
 def test_a_config_of_adapters_needs_weights_and_adam(config):

@@ -9,9 +9,12 @@ from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.training.optimizer import (
     OptimizerConfig,
     clip_abnormal,
+    in_bfloat16,
     labels,
     make_optimizer,
+    round_at_random,
 )
+from easyanimate_jax.weights.module import named_weights
 
 
 def clipped_norm(norm: float, count: int) -> float:
@@ -69,15 +72,15 @@ def test_muon_takes_the_projections_of_all_blocks_and_nothing_else():
 
 
 def test_an_update_of_muon_is_orthogonal_and_as_large_as_adams():
-    weights = {".blocks": {".mlp": {".kernel": jnp.zeros((2, 24, 96))}}, "bias": jnp.zeros(5)}
+    weights = {"blocks": {"mlp": {"kernel": jnp.zeros((2, 24, 96))}}, "bias": jnp.zeros(5)}
     rng = np.random.default_rng(0)
     left, right = (np.linalg.qr(rng.standard_normal((2, n, 24)))[0] for n in (24, 96))
     kernel = (left * np.geomspace(1, 30, 24)) @ right.transpose(0, 2, 1)
-    grads = {".blocks": {".mlp": {".kernel": jnp.float32(kernel)}}, "bias": jnp.arange(5.0)}
+    grads = {"blocks": {"mlp": {"kernel": jnp.float32(kernel)}}, "bias": jnp.arange(5.0)}
     adam, muon = (make_optimizer(OptimizerConfig(name)) for name in ("adam", "muon"))
     state = muon.init(weights)
     updates, _ = muon.update(grads, state, weights)
-    update = updates[".blocks"][".mlp"][".kernel"]
+    update = updates["blocks"]["mlp"]["kernel"]
     singular = np.linalg.svd(update, compute_uv=False)
     assert singular.max() / singular.min() < 2  # of the gradient itself 30
     assert float(jnp.sqrt(jnp.mean(update**2))) == pytest.approx(0.2, rel=0.2)
@@ -85,3 +88,68 @@ def test_an_update_of_muon_is_orthogonal_and_as_large_as_adams():
     np.testing.assert_allclose(updates["bias"], by_adam["bias"], rtol=1e-6)
     large = [x for x in jax.tree.leaves(state) if x.size == 2 * 24 * 96]
     assert len(large) == 1  # one moment, where Adam has two
+
+
+def test_random_rounding_keeps_the_expected_value():
+    for value in (1.0, 1.001, -3.3e-5, 7e4):
+        drawn = round_at_random(jnp.full(40_000, value), jax.random.key(0))
+        assert drawn.dtype == jnp.bfloat16 and len(set(np.asarray(drawn, np.float32))) <= 2
+        assert float(jnp.mean(drawn.astype(jnp.float32))) == pytest.approx(value, rel=1e-4)
+
+
+def test_a_second_moment_in_bfloat16_follows_changes_below_its_steps():
+    """It falls by a thousandth per update; nearest rounding would keep its first value forever."""
+    exact = optax.scale_by_adam(0.9, 0.999, 1e-10)
+    rounded = in_bfloat16(exact)
+    states = [x.init(jnp.zeros(1000)) for x in (exact, rounded)]
+    rng = np.random.default_rng(0)
+
+    @jax.jit
+    def update(grads, states):
+        return [x.update(grads, s)[1] for x, s in zip((exact, rounded), states, strict=True)]
+
+    for size in (10.0,) * 5 + (0.1,) * 1500:
+        states = update(jnp.float32(size * rng.standard_normal(1000)), states)
+    moments = [states[0].nu, states[1].rounded.nu.astype(jnp.float32)]
+    assert states[1].rounded.nu.dtype == jnp.bfloat16 and states[1].count == 1505
+    wanted, found = (float(jnp.mean(x)) for x in moments)
+    assert wanted < 0.3 * 5e-3 * 100 and found == pytest.approx(wanted, rel=0.05)
+
+
+def test_adafactor_updates_each_layer_of_a_stack_as_optax_does_alone():
+    rng = np.random.default_rng(0)
+    grads = jnp.float32(rng.standard_normal((2, 130, 140)) * rng.random((2, 130, 1)))
+    weights = {"blocks": {"mlp": {"kernel": jnp.zeros_like(grads)}}, "bias": jnp.zeros(5)}
+    config = OptimizerConfig("adafactor", b1=0.0, max_grad_norm=0.0, weight_decay=0.0)
+    optimizer = make_optimizer(config)
+    state = optimizer.init(weights)
+    alone = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    theirs = [alone.init(x) for x in grads]
+    for factor in (1.0, 3.0, 0.5):
+        tree = {"blocks": {"mlp": {"kernel": factor * grads}}, "bias": jnp.arange(5.0)}
+        updates, state = optimizer.update(tree, state, weights)
+        for layer in range(2):
+            expected, theirs[layer] = alone.update(
+                factor * grads[layer], theirs[layer], jnp.zeros((130, 140))
+            )
+            ours = updates["blocks"]["mlp"]["kernel"][layer]
+            np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    assert max(x.size for x in jax.tree.leaves(state)) <= 2 * 140
+    kept = make_optimizer(OptimizerConfig("adafactor", moments="bfloat16")).init(weights)
+    large = [x for x in jax.tree.leaves(kept) if x.size == grads.size]
+    assert [x.dtype for x in large] == [jnp.bfloat16]
+
+
+def test_the_first_pattern_that_matches_gives_the_factor_of_the_rate():
+    config = MMDiTConfig(2, 1, 2, (8, 8), False, False, head_width=16, time_width=16)
+    weights = nnx.state(MMDiT(config, rngs=nnx.Rngs(0)))
+    rates = (("blocks.*.attention.q.*", 0.0), ("blocks.*", 0.5))
+    updates = [
+        optimizer.update(weights, optimizer.init(weights), weights)[0]
+        for optimizer in (make_optimizer(OptimizerConfig(), r) for r in ((), rates))
+    ]
+    whole, scaled = (dict(named_weights(tree)) for tree in updates)
+    for name, value in whole.items():
+        factor = 0.5 if name.startswith("blocks.") else 1.0
+        factor = 0.0 if ".attention.q." in name else factor
+        np.testing.assert_array_equal(scaled[name], factor * value, err_msg=name)

@@ -29,7 +29,7 @@ from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.prepare.captions import Server
 from easyanimate_jax.prepare.curate import Rules
 from easyanimate_jax.prepare.shots import Splitting, split
-from easyanimate_jax.runs.config import SampleConfig, TrainConfig
+from easyanimate_jax.runs.config import SampleConfig, TrainConfig, ValidationConfig
 from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.text.bert import BertConfig
 from easyanimate_jax.text.qwen2 import Qwen2Config
@@ -82,8 +82,9 @@ LORAS = ((("a", -2.0),),), ((("a", math.nan),),)
 # Class -> what it needs, and the ends of each number: accepted, refused.
 CLASSES = {
     TrainConfig: (
-        TRAIN,
+        TRAIN | {"init": "weights"},
         {
+            "train": (((("*", 0.0),),), ((("*", -1.0),),)),
             "ema_decay": PART,
             "text_drop": SHARE,
             "seed": SEED,
@@ -108,6 +109,16 @@ CLASSES = {
             "seed": SEED,
         },
     ),
+    ValidationConfig: (
+        {},
+        {
+            "share": PART,
+            "every": FROM_0,
+            "clips": COUNT,
+            "times": ((1, 1000), (0, 1001)),
+            "seed": SEED,
+        },
+    ),
     Stage: (
         STAGE,
         {
@@ -116,6 +127,7 @@ CLASSES = {
             "microbatch": COUNT,
             "learning_rate": RATE,
             "end_learning_rate": RATE,
+            "decay_power": ABOVE,
             "warmup": FROM_0,
             "weights": (((("video", 0.0),),), ((("video", -ABOVE_0),),)),
             "control_drop": SHARE,
@@ -203,7 +215,15 @@ CLASSES = {
         },
     ),
     DDPM: ({}, {}),
-    Flow: ({}, {"train_shift": ABOVE}),
+    Flow: (
+        {},
+        {
+            "logit_std": ABOVE,
+            "mode_scale": ((-1.0, 1.75), (-1.01, 1.76)),
+            "train_shift": ABOVE,
+            "shift_tokens": FROM_0,
+        },
+    ),
     TextTrainConfig: (
         {"heads": 1},
         {
@@ -381,9 +401,12 @@ def test_a_number_without_a_range_and_a_range_without_a_number_are_mistakes():
     ("cls", "name", "value", "choices"),
     [
         (Stage, "task", "v2v", "'t2v', 'i2v'"),
-        (OptimizerConfig, "matrices", "lion", "'adam', 'muon'"),
+        (OptimizerConfig, "matrices", "lion", "'adam', 'muon', 'adafactor'"),
+        (OptimizerConfig, "moments", "float16", "'float32', 'bfloat16'"),
+        (Flow, "time", "cosmap", "'uniform', 'logit_normal', 'mode'"),
+        (Stage, "decay", "linear", "'polynomial', 'cosine'"),
         (VAETrainConfig, "matrices", "lion", "'adam', 'muon'"),
-        (LoRAConfig, "base", "float8", "'float32', 'bfloat16', 'int8'"),
+        (TrainConfig, "frozen", "float8", "'float32', 'bfloat16', 'int8'"),
         (MMDiTConfig, "dtype", "float8", "'bfloat16', 'float16', 'float32'"),
         (VAEConfig, "dtype", "float64", "'bfloat16', 'float16', 'float32'"),
         (VAEConfig, "norm", "batch", "'group', 'rms'"),

@@ -51,6 +51,7 @@ def test_r5_a_signal_to_one_of_two_stops_both_at_one_step(folder, pair):
     assert prints(folder, "asked") == pair
 
 
+@pytest.mark.slow
 def test_r1_kills_in_the_worst_places_change_no_bit(folder, pair):
     """Each rank dies while a checkpoint is written, as it gets its name, and while one goes.
 
@@ -85,6 +86,7 @@ def test_r1_kills_in_the_worst_places_change_no_bit(folder, pair):
     assert prints(folder, "killed") == pair
 
 
+@pytest.mark.slow
 def test_r8_a_rank_that_hangs_or_is_stopped_costs_a_restart(folder, pair):
     once = {
         "EASYANIMATE_FAULTS": "hang@3/1,stopped@7/0",
@@ -101,7 +103,14 @@ def test_r8_a_rank_that_hangs_or_is_stopped_costs_a_restart(folder, pair):
     assert prints(folder, "still") == pair
 
 
-@pytest.mark.parametrize("processes, devices", [(1, 1), (1, 8), (4, 1)])
+@pytest.mark.parametrize(
+    "processes, devices",
+    [
+        (1, 1),
+        pytest.param(1, 8, marks=pytest.mark.slow),
+        pytest.param(4, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_r2_a_checkpoint_is_restored_whole_on_any_mesh(folder, pair, processes, devices):
     """What is restored has the fingerprints that two processes saved, or it would be set aside."""
     run = f"{processes}x{devices}"
@@ -114,6 +123,7 @@ def test_r2_a_checkpoint_is_restored_whole_on_any_mesh(folder, pair, processes, 
     np.testing.assert_allclose(ours, theirs[4:], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_of_four_devices_train_like_one_of_eight(folder):
     """Each process has one of the two rows of a batch, its tokens split over four devices."""
     mesh = ("--mesh.fsdp", "2", "--mesh.context", "4")

@@ -68,6 +68,7 @@ def whole(folder):
     return prints(folder, "whole1")
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_r3_a_run_goes_on_from_any_step_to_the_same_bits(folder, whole):
     """Weights, moments, average, schedule, dropped captions and batches all follow the step."""
@@ -82,6 +83,7 @@ def test_r3_a_run_goes_on_from_any_step_to_the_same_bits(folder, whole):
     assert [[row[k] for k in same] for row in made] == [[row[k] for k in same] for row in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_r5_a_signal_saves_and_no_step_is_lost(folder, whole):
     beats = {"EASYANIMATE_HEARTBEATS": str(folder / "beats-asked")}
@@ -105,6 +107,7 @@ def test_r7_a_full_disk_costs_two_checkpoints_and_nothing_else(folder, whole):
     assert prints(folder, "full") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_r12_a_batch_that_is_not_finite_changes_nothing_but_two_counters(folder):
     more = ("--save-every", "1", "--keep-every", "1", "--stages.0.steps", "8")
@@ -129,6 +132,7 @@ def test_r12_many_nans_bring_the_run_back_and_past_them(folder):
     assert prints(folder, "back")
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_r12_a_loss_that_jumps_brings_the_run_back(folder):
     words = command(folder, "spiked", "--stages.0.steps", "30")
@@ -139,6 +143,7 @@ def test_r12_a_loss_that_jumps_brings_the_run_back(folder):
     assert prints(folder, "spiked", 30)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_r12_a_run_that_cannot_be_mended_leaves_with_its_own_code(folder):
     output = end(start(command(folder, "lost"), EASYANIMATE_FAULTS="nan"), 3)
@@ -154,6 +159,7 @@ def test_r8_a_hang_prints_the_stacks_and_leaves(folder, whole):
     assert lasted < limit + 3
 
 
+@pytest.mark.slow
 def test_goodput_adds_up_over_a_kill(folder, whole):
     end(start(command(folder, "killed"), EASYANIMATE_FAULTS="step@7"), -9)
     end(start(command(folder, "killed")))

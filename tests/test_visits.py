@@ -220,6 +220,7 @@ def test_sets_of_another_kind_or_of_other_models_are_refused(folder):
         make_loaders(config, mesh)
 
 
+@pytest.mark.slow
 def test_a_run_trains_from_clips_stops_and_goes_on_to_the_same_bits(folder):
     def launch(run):
         return start([sys.executable, "train.py", str(folder / f"{run}.py")], 2)

@@ -80,14 +80,17 @@ def _verify(folder: Path) -> int:
 
 
 def _diff(folder: Path, first: int, second: int) -> int:
-    from easyanimate_jax.training.checkpoint import ITEMS
     from easyanimate_jax.weights.run_folder import read_step_meta
 
     metas = [read_step_meta(folder / str(step)) for step in (first, second)]
     if not all("arrays" in meta for meta in metas):
         raise ValueError(f"checkpoint {first} or {second} has no fingerprints; choose newer steps")
     one, two = (
-        {f"{item}.{n}": array for item in ITEMS for n, array in meta["arrays"][item].items()}
+        {
+            f"{item}.{n}": array
+            for item, named in meta["arrays"].items()
+            for n, array in named.items()
+        }
         for meta in metas
     )
     differ = [name for name in one | two if one.get(name) != two.get(name)]

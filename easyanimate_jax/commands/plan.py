@@ -48,5 +48,6 @@ def _plan(arguments: Sequence[str]) -> int:
     for stage in config.stages:
         index = Records(place / stage.data).index if prepared else {}
         print()
-        print(describe_stage(stage, config.set(stage.data), table, index, config.seed))
+        latents, share = config.set(stage.data), config.validation.share
+        print(describe_stage(stage, latents, table, index, config.seed, share))
     return DONE

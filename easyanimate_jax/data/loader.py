@@ -24,6 +24,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from easyanimate_jax.data.held_out import HeldOut
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records, read_texts
 from easyanimate_jax.diffusion.tasks import TASKS, TaskName
@@ -88,12 +89,15 @@ class Loader:
     An unreadable record is replaced by the next of its bucket, and is logged in the file
     `quarantine`. Raises ValueError if the set does not fit the task, or if too many records are
     unreadable.
+
+    `draw_by` gives each record a number; the draws of a row then depend on it alone, not on the
+    step and the row.
     """
 
     def __init__(
         self,
         records: Records,
-        plan: Plan,
+        plan: Plan | HeldOut,
         *,
         task: TaskName,
         microbatch: int,
@@ -101,6 +105,7 @@ class Loader:
         rows: Collection[int] | None = None,
         quarantine: Path | None = None,
         drops: tuple[float, float] = (0.0, 0.0),
+        draw_by: dict[int, int] | None = None,
     ):
         made = records.header["set"]
         if task == "i2v" and not (made["condition_draws"] or made.get("pixels")):
@@ -118,7 +123,7 @@ class Loader:
             )
         self.records, self.plan, self.task = records, plan, task
         self.microbatch, self.text_drop, self.rows = microbatch, text_drop, rows
-        self.drops = drops
+        self.drops, self.draw_by = drops, draw_by
         empty = read_texts(records.folder.parent / "empty.safetensors")
         self.empty = [text[0].astype(np.float16) for text in empty]
         self.name_word = int.from_bytes(hashlib.blake2b(plan.name.encode()).digest()[:8], "little")
@@ -216,7 +221,7 @@ class Loader:
 
     def _fields(self, step: int, row: int, record: int, arrays: dict[str, np.ndarray]) -> dict:
         """Return the record's arrays that the row uses, chosen by the row's own random draws."""
-        rng = np.random.default_rng(self._words(step, row))
+        rng = np.random.default_rng(self._words(step, row, record))
         caption = rng.integers(self.records.index["num_captions"][record])
         dropped = rng.random() < self.text_drop
         texts = [
@@ -230,8 +235,10 @@ class Loader:
             fields["condition"] = _control(rng, arrays, self.task, self.drops)
         return fields
 
-    def _words(self, step: int, row: int) -> list[int]:
+    def _words(self, step: int, row: int, record: int) -> list[int]:
         """Return the seed of a row's random draws."""
+        if self.draw_by is not None:
+            return [self.plan.seed, self.draw_by[record]]
         return [self.plan.seed, self.name_word, step, row]
 
     def _instead(self, record: int, read: Callable[[int], object]) -> tuple:

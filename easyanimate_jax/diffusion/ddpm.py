@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES, align, to_index, uniform
 
@@ -35,9 +35,21 @@ class DDPM:
     stratified: bool = False
     """Draw the times of a batch from equal intervals, one row in each (spec 4.3)."""
 
-    def sample_time(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """Return random training times of `shape`: float32 integers from 0 to 999."""
-        return to_index(uniform(key, shape, self.stratified))
+    def sample_time(
+        self, key: PRNGKeyArray, shape: tuple[int, ...], tokens: Int[Array, "..."] | None = None
+    ) -> Float[Array, "..."]:
+        """Return random training times of `shape`: float32 integers from 0 to 999.
+
+        They do not depend on `tokens`, the lengths of the clips.
+        """
+        return self.time_of(uniform(key, shape, self.stratified), tokens)
+
+    def time_of(
+        self, u: Float[Array, "..."], tokens: Int[Array, "..."] | None = None
+    ) -> Float[Array, "..."]:
+        """Return the training time below which the share `u` of them lies, as `sample_time`."""
+        del tokens
+        return to_index(u)
 
     def add_noise(self, latents, noise, time):
         """Return the noisy latents at `time`."""

@@ -7,15 +7,18 @@ same methods.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES, align, to_index, uniform
 from easyanimate_jax.facts import check_fields
 
 SHIFT = math.e  # the released pipelines use the dynamic shift with mu = 1
+TimeLaw = Literal["uniform", "logit_normal", "mode"]
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,57 @@ class Flow:
     stratified: bool = False
     """Draw the times of a batch from equal intervals, one row in each (spec 4.3)."""
 
+    time: TimeLaw = "uniform"
+    """Law of the training times before their shift. "logit_normal" and "mode" draw more from the
+    middle (Esser et al. 2024, arXiv 2403.03206, section 3.1); the released value is "uniform"."""
+
+    logit_std: float = 1.0
+    """Standard deviation of log(t / (1 - t)) under "logit_normal"."""
+
+    mode_scale: float = 1.29
+    """Scale s of "mode": the larger, the fewer times at the two ends; -1 to 2 / (pi - 2) = 1.75."""
+
     train_shift: float = 1.0
     """Shift s of training times toward noise: t -> s t / (1 + (s - 1) t), as sampling does. The
     model decides motion at high noise: from scratch, 3 learns it in half the steps of 1, the
     released value."""
 
-    def __post_init__(self):
-        check_fields(self, train_shift="(0, inf)")
+    shift_tokens: int = 0
+    """Tokens at which `train_shift` holds: a clip of n tokens has the shift `train_shift` x
+    sqrt(n / `shift_tokens`), because more tokens hide less behind the same noise (the same paper,
+    equation 23). 0 gives all clips the same shift."""
 
-    def sample_time(self, key: PRNGKeyArray, shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """Return random training times of `shape`: float32 integers from 1 to 1000."""
-        u = uniform(key, shape, self.stratified)  # 1 - t
-        return NUM_TRAIN_TIMES - to_index(u / (self.train_shift - (self.train_shift - 1) * u))
+    def __post_init__(self):
+        check_fields(
+            self,
+            logit_std="(0, inf)",
+            mode_scale="[-1, 1.75]",
+            train_shift="(0, inf)",
+            shift_tokens="[0, inf)",
+        )
+
+    def sample_time(
+        self, key: PRNGKeyArray, shape: tuple[int, ...], tokens: Int[Array, "..."] | None = None
+    ) -> Float[Array, "..."]:
+        """Return random training times of `shape`: float32 integers from 1 to 1000.
+
+        `tokens` are the lengths of the clips, which broadcast with `shape`; without them
+        `shift_tokens` is not used.
+        """
+        return self.time_of(uniform(key, shape, self.stratified), tokens)
+
+    def time_of(
+        self, u: Float[Array, "..."], tokens: Int[Array, "..."] | None = None
+    ) -> Float[Array, "..."]:
+        """Return the training time above which the share `u` of them lies, as `sample_time`."""
+        if self.time == "logit_normal":
+            u = jax.nn.sigmoid(self.logit_std * jax.scipy.special.ndtri(u))
+        elif self.time == "mode":
+            u = u + self.mode_scale * (jnp.cos(jnp.pi / 2 * u) ** 2 - 1 + u)
+        shift = self.train_shift
+        if self.shift_tokens and tokens is not None:
+            shift = shift * jnp.sqrt(tokens / self.shift_tokens)
+        return NUM_TRAIN_TIMES - to_index(u / (shift - (shift - 1) * u))
 
     def add_noise(self, latents, noise, time):
         """Return the noisy latents at `time`."""

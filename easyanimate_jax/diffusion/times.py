@@ -24,8 +24,8 @@ def uniform(key: PRNGKeyArray, shape: tuple[int, ...], stratified: bool) -> Floa
 
 
 def to_index(u: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return floor(1000 u), at most 999 even if u was rounded to 1."""
-    return jnp.minimum(jnp.floor(u * NUM_TRAIN_TIMES), NUM_TRAIN_TIMES - 1)
+    """Return floor(1000 u), 0 to 999 even if u was rounded to 1 or a little below 0."""
+    return jnp.clip(jnp.floor(u * NUM_TRAIN_TIMES), 0, NUM_TRAIN_TIMES - 1)
 
 
 def align(time: Float[Array, "..."], x) -> Float[Array, "..."]:

@@ -3,7 +3,8 @@
 `dtype` is always the dtype of the computation; weights are stored in float32.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,11 @@ def linears(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
     for path, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
             yield ".".join(map(str, path)), module
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Return whether a dotted name matches one of the patterns, such as `blocks.*.attention.*`."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def layer_norm(width: int, *, eps: float, rngs: nnx.Rngs, name: str | None = None) -> nnx.LayerNorm:

@@ -10,7 +10,6 @@ import fnmatch
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +18,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from easyanimate_jax.facts import check_fields
 from easyanimate_jax.models.layers import Linear, axes, linears
-
-Base = Literal["float32", "bfloat16", "int8"]
 
 # The layer of the input channels is left out, as in the reference, where it is a convolution. So
 # one adapter fits the text-to-video, inpainting and control models of the same size.
@@ -51,9 +48,6 @@ class LoRAConfig:
 
     dropout: float = 0.0
     """Share of each adapter's rank that is left out of an update, drawn anew for every update."""
-
-    base: Base = "bfloat16"
-    """Type in which the frozen kernels are stored; "int8" stores those of the blocks in 8 bits."""
 
     def __post_init__(self):
         check_fields(self, rank="[0, 4096]", alpha="(0, inf)", dropout="[0, 1)")

@@ -5,6 +5,7 @@ scale. A layer multiplies the integers, in the model's dtype, and then its outpu
 factor of an output channel leaves the sum over the inputs. Activations keep the model's dtype.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -12,14 +13,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
-from easyanimate_jax.models.layers import axes, linears
+from easyanimate_jax.models.layers import axes, linears, matches
 
 Kernels = Literal["float32", "bfloat16", "float16", "int8"]
 
 
-def stored_type(name: str, kernels: Kernels) -> str:
-    """Return the dtype in which the weight of this dotted name is stored."""
-    if not name.endswith(".kernel"):
+def stored_type(name: str, kernels: Kernels, exact: Sequence[str] = ()) -> str:
+    """Return the dtype in which the weight of this dotted name is stored.
+
+    Weights that a pattern of `exact` matches are stored in float32.
+    """
+    if not name.endswith(".kernel") or matches(name, exact):
         return "float32"
     if kernels == "int8" and not name.startswith("blocks."):
         return "float32"
@@ -36,10 +40,13 @@ def quantized(
     return jnp.rint(kernel / scale[:, None]).astype(jnp.int8), scale
 
 
-def store(model: nnx.Module, kernels: Kernels) -> None:
-    """Change the kernels of a transformer's dense layers, real or abstract, to another storage."""
+def store(model: nnx.Module, kernels: Kernels, exact: Sequence[str] = ()) -> None:
+    """Change the kernels of a transformer's dense layers, real or abstract, to another storage.
+
+    Kernels that a pattern of `exact` matches stay in float32.
+    """
     for name, layer in linears(model):
-        stored = stored_type(f"{name}.kernel", kernels)
+        stored = stored_type(f"{name}.kernel", kernels, exact)
         if stored != "int8":
             layer.kernel.set_value(layer.kernel.get_value().astype(stored))
             continue

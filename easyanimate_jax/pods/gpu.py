@@ -131,9 +131,9 @@ def _seconds(
     """Return the predicted seconds of a step; `exchanged` if tokens are sharded over devices."""
     times, tensor = report.accumulate, report.mesh["tensor"]
     stream = _stream(report, model)
-    frozen = "frozen weights" in report.memory
-    flops, share = model_flops(model, report.tokens, report.text_tokens, frozen=frozen)
-    passes = (2 if frozen else 3) * BLOCK_MATRICES  # of the blocks' matrices in a step
+    trained = report.trained_part
+    flops, share = model_flops(model, report.tokens, report.text_tokens, trained=trained)
+    passes = (2 + trained) * BLOCK_MATRICES  # of the blocks' matrices in a step
     # Padding rows of a microbatch are computed too.
     flops *= report.microbatch * times / _devices(report)
     again = BLOCK_MATRICES - sum(ACTIVATIONS[name].matrices for name in model.save)

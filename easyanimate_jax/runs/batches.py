@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from easyanimate_jax.data.held_out import HeldOut
 from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records, texts_key
@@ -34,6 +35,31 @@ def make_loaders(config: TrainConfig, mesh) -> dict[str, Loader]:
         own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
         encoder = Encoder(load_vae(config.vae), own, most=1, announce=logger.info)
     return {s.name: _loader(config, s, mesh, records[s.data], encoder) for s in config.stages}
+
+
+def held_out_loaders(config: TrainConfig, mesh, loaders: dict[str, Loader]) -> dict[str, Loader]:
+    """Return {stage name: loader of its held-out clips} beside the loaders of the training clips.
+
+    Nothing of a row is dropped, and its draws follow from its clip. Empty without a share to hold
+    out. Raises ValueError for a stage without a held-out clip.
+    """
+    made, settings = {}, config.validation
+    for stage in config.stages if settings.share else ():
+        training = loaders[stage.name]
+        plan = HeldOut(
+            training.records.index,
+            lengths=config.set(stage.data).budget.lengths,
+            batch_size=microbatch_rows(stage, mesh),
+            seed=settings.seed,
+            name=stage.name,
+            share=settings.share,
+            most=settings.clips,
+        )
+        encoder = getattr(training, "encoder", None)
+        options = {"text_drop": 0.0, "draw_by": plan.keys}
+        records = training.records
+        made[stage.name] = _reader(config, stage, mesh, records, plan, encoder, options)
+    return made
 
 
 def place(batch: Batch, mesh) -> Batch:
@@ -114,15 +140,23 @@ def _loader(config: TrainConfig, stage: Stage, mesh, records: Records, encoder) 
         seed=config.seed,
         name=stage.name,
         weights=stage.weights,
+        held_out=config.validation.share,
     )
     options = {
-        "task": stage.task,
-        "microbatch": microbatch_rows(stage, mesh),
         "text_drop": config.text_drop,
-        "rows": held_rows(stage, mesh, jax.process_index()),
-        "quarantine": Path(config.run) / "quarantine.jsonl",
         "drops": (stage.control_drop, stage.reference_drop),
     }
+    return _reader(config, stage, mesh, records, plan, encoder, options)
+
+
+def _reader(config: TrainConfig, stage: Stage, mesh, records, plan, encoder, options) -> Loader:
+    options |= {
+        "task": stage.task,
+        "microbatch": microbatch_rows(stage, mesh),
+        "rows": held_rows(stage, mesh, jax.process_index()),
+        "quarantine": Path(config.run) / "quarantine.jsonl",
+    }
+    latents = config.set(stage.data)
     if latents.pixels:
         return VisitLoader(records, plan, latents, encoder, **options)
     return Loader(records, plan, **options)

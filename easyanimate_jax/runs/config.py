@@ -11,6 +11,7 @@ import runpy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from easyanimate_jax.data.buckets import Budget, check_size
 from easyanimate_jax.data.records import LatentSet
@@ -24,11 +25,13 @@ from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.sharding import MeshConfig
-from easyanimate_jax.training.optimizer import OptimizerConfig
+from easyanimate_jax.training.optimizer import OptimizerConfig, Rates
 from easyanimate_jax.training.program import StepConfig
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
 from easyanimate_jax.weights.module import without_removed
+
+Frozen = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,39 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """Clips that are held out of training, and the loss that the run computes on them."""
+
+    share: float = 0.0
+    """Share of the files that are held out, chosen by a hash of their name; all clips of a film are
+    on one side. 0 holds none out and makes no validation."""
+
+    every: int = 1000
+    """Steps between validations; the run also validates before the first and after the last step of
+    each stage. 0 makes none, and the clips are still held out."""
+
+    clips: int = 64
+    """Most held-out clips of a stage to use, always the same."""
+
+    times: int = 10
+    """Times at which the loss of each clip is computed: the middles of as many equal shares of the
+    training times."""
+
+    seed: int = 44
+    """Seed of the noise, captions and masks, which follow from it and the name of a clip."""
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            share="[0, 1)",
+            every="[0, inf)",
+            clips="[1, inf)",
+            times=f"[1, {NUM_TRAIN_TIMES}]",
+            seed=SEEDS,
+        )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One run through the staged schedule."""
 
@@ -121,14 +157,27 @@ class TrainConfig:
     lora: LoRAConfig = LoRAConfig()
     """Adapters to train beside the frozen weights of `init`."""
 
+    train: Rates = ()
+    """Weights of `init` to train: pairs of a pattern such as "blocks.*.attention.*" and a factor of
+    the learning rate; the first pattern that a weight matches counts. All other weights are frozen.
+    () trains all weights, or with `lora` the adapters alone."""
+
+    frozen: Frozen = "bfloat16"
+    """Type in which kernels that are not trained are stored; "int8" stores those of the blocks in 8
+    bits."""
+
     mesh: MeshConfig = MeshConfig()
     """Devices along each mesh axis."""
 
     samples: SampleConfig = SampleConfig()
     """Samples that the run makes while it trains."""
 
+    validation: ValidationConfig = ValidationConfig()
+    """Clips that are held out, and the loss on them while the run trains."""
+
     ema_decay: float = 0.9999
-    """Decay of the averaged weights per step (spec 9.3); 0 keeps no average."""
+    """Decay of the averaged weights per step (spec 9.3). 0 keeps no average, and samples and
+    exports then have the trained weights."""
 
     text_drop: float = 0.1
     """Share of captions that are replaced by the empty caption, for guidance (spec 5.3); 0 replaces
@@ -174,6 +223,7 @@ class TrainConfig:
     def __post_init__(self):
         check_fields(
             self,
+            train="[0, inf)",
             ema_decay="[0, 1)",
             text_drop="[0, 1]",
             seed=SEEDS,
@@ -191,10 +241,11 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig.stages has {steps} steps in all; use 1 to {MAX_STEPS} steps"
             )
-        if self.adapters and not self.init:
+        if self.step.partial and not self.init:
+            what = "lora.rank asks for adapters" if self.adapters else "train asks for a part"
             raise ValueError(
-                "TrainConfig: lora.rank asks for adapters of existing weights, and init is empty; "
-                "give the path of the weights, such as --init EasyAnimateV5.1-12b-zh-InP"
+                f"TrainConfig: {what} of existing weights, and init is empty; give the path of the "
+                f"weights, such as --init EasyAnimateV5.1-12b-zh-InP"
             )
         if self.adapters and self.optimizer.matrices != "adam":
             raise ValueError(
@@ -233,11 +284,19 @@ class TrainConfig:
     @property
     def step(self) -> StepConfig:
         """Return the settings that the train step of every stage depends on."""
-        return StepConfig(self.model, self.optimizer, self.process, self.ema_decay, self.adapters)
+        return StepConfig(
+            self.model,
+            self.optimizer,
+            self.process,
+            self.ema_decay,
+            self.adapters,
+            self.train,
+            self.frozen,
+        )
 
     @property
     def adapters(self) -> LoRAConfig | None:
-        """Return the adapters that the run trains; None if it trains all weights."""
+        """Return the adapters that the run trains; None without any."""
         return self.lora if self.lora.rank else None
 
     def set(self, name: str) -> LatentSet:
@@ -266,7 +325,15 @@ def load(path: str) -> TrainConfig | VAETrainConfig:
 _ROOMS = (VAETrainConfig, VAEStage, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)
 _CLASSES = {
     c.__name__: c
-    for c in (TrainConfig, SampleConfig, OptimizerConfig, MeshConfig, LoRAConfig, *_ROOMS)
+    for c in (
+        TrainConfig,
+        SampleConfig,
+        ValidationConfig,
+        OptimizerConfig,
+        MeshConfig,
+        LoRAConfig,
+        *_ROOMS,
+    )
 }
 
 

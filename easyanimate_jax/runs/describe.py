@@ -1,36 +1,42 @@
 """A summary of a config's schedule in numbers; it uses no device (the verb `describe`)."""
 
 import dataclasses
+import fnmatch
 import math
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
 from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import RULES, MeshConfig, is_variable
-from easyanimate_jax.training.optimizer import make_optimizer
-from easyanimate_jax.training.program import make_model
-from easyanimate_jax.training.step import TrainState, init_state
+from easyanimate_jax.training.program import make_state
+from easyanimate_jax.training.step import TrainState
+from easyanimate_jax.weights.module import named_weights
+
+DRAWN_TIMES = 100_000  # of a histogram of training times
 
 
 def describe_run(config: TrainConfig) -> str:
     """Return a config's stages, buckets, parameter count and state bytes per device, as text."""
-    model = dataclasses.replace(config.model, in_channels=config.stages[-1].in_channels)
-    make = partial(
-        init_state, partial(make_model, model, config.adapters), make_optimizer(config.optimizer)
-    )
-    state = jax.eval_shape(make, jax.random.key(0))
-    trained, frozen = (
-        sum(x.size for x in jax.tree.leaves(part)) for part in (state.model, state.frozen)
-    )
-    parameters = frozen or trained
+    settings = config.step.with_channels(config.stages[-1].in_channels)
+    model = settings.model
+    state = jax.eval_shape(partial(make_state, settings), jax.random.key(0))
+    sizes = {name: x.size for name, x in named_weights(state.model).items()}
+    adapters = sum(size for name, size in sizes.items() if "adapter" in name.split("."))
+    trained = sum(sizes.values()) - adapters
+    parameters = trained + sum(x.size for x in jax.tree.leaves(state.frozen))
     lines = [
         f"model    {model.depth} blocks ({model.mmdit_depth} with their own text weights), width "
         f"{model.width} = {model.heads} heads x {model.head_width}, {parameters:,} parameters",
-        *_lora_lines(config.adapters, trained),
+        *_lora_lines(config.adapters, adapters),
+        *_part_lines(config, sizes, trained),
+        *_optimizer_lines(config),
         f"process  {config.process}",
+        *_time_lines(config),
         *_mesh_lines(config.mesh, state),
         "",
         f"{'stage':<16}{'task':<12}{'set':<12}{'batch':>7}{'steps':>9}{'samples':>14}"
@@ -62,14 +68,56 @@ def describe_run(config: TrainConfig) -> str:
     return "\n".join(lines)
 
 
+def _time_lines(config: TrainConfig) -> list[str]:
+    """Return a histogram of the training times: by tenths of the noise, for each token length."""
+    lengths = sorted({n for latents in config.sets for n in latents.budget.lengths})
+    columns = {}
+    for length in lengths:
+        tokens = jnp.full(DRAWN_TIMES, length)
+        times = config.process.sample_time(jax.random.key(0), (DRAWN_TIMES,), tokens)
+        shares, _ = np.histogram(times, np.linspace(0, NUM_TRAIN_TIMES, 11))
+        columns.setdefault(tuple(shares / DRAWN_TIMES), []).append(f"{length:,}")
+    lines = []
+    for shares, names in columns.items():
+        whom = "all lengths" if len(columns) == 1 else f"{', '.join(names)} tokens"
+        lines += [f"times    drawn in training, of {whom}; by noise, from clean to noise:"]
+        for tenth, share in enumerate(shares):
+            bar = "#" * round(share * 200)
+            lines += [f"         {tenth / 10:.1f} to {tenth / 10 + 0.1:.1f} {share:>6.1%} {bar}"]
+    return lines
+
+
 def _lora_lines(lora: LoRAConfig | None, parameters: int) -> list[str]:
     """Return a line about the adapters, if there are any, and the size of an exported file."""
     if lora is None:
         return []
     return [
         f"lora     rank {lora.rank}, alpha {lora.alpha:g}, beside {', '.join(lora.targets)}: "
-        f"{parameters:,} parameters, {2 * parameters / 1e9:.2f} GB as a file in bfloat16; the "
-        f"kernels of the model are frozen in {lora.base}"
+        f"{parameters:,} parameters, {2 * parameters / 1e9:.2f} GB as a file in bfloat16"
+    ]
+
+
+def _part_lines(config: TrainConfig, sizes: dict[str, int], trained: int) -> list[str]:
+    """Return lines about the weights that are trained and the type of the frozen ones."""
+    if not config.step.partial:
+        return []
+    lines, left = [], dict(sizes)
+    for pattern, factor in config.train:
+        found = fnmatch.filter(left, pattern)
+        count = sum(left.pop(name) for name in found)
+        lines += [f"train    {pattern}: {count:,} parameters at {factor:g} x the learning rate"]
+    own = f"{trained:,} weights of the model" if trained else "none of the model's own weights"
+    return [*lines, f"frozen   all others in {config.frozen}; trained are {own}"]
+
+
+def _optimizer_lines(config: TrainConfig) -> list[str]:
+    """Return a line about the update rules and what is kept for them."""
+    rule = {"adam": "Adam", "muon": "Adam; Muon for the blocks' matrices"}
+    rule["adafactor"] = "Adam; Adafactor for the blocks' matrices"
+    average = f"averaged with decay {config.ema_decay:g}" if config.ema_decay else "not averaged"
+    return [
+        f"updates  {rule[config.optimizer.matrices]}, moments in {config.optimizer.moments}; the "
+        f"weights are {average}"
     ]
 
 

@@ -6,7 +6,6 @@ that the state fits memory and disk, and that all processes see the same files. 
 table. The exit code is 0 if all checks pass, 1 if one fails, and 2 for invalid arguments.
 """
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -28,7 +27,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from easyanimate_jax.memory import device_memory
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import make_mesh
-from easyanimate_jax.training.optimizer import make_optimizer
 from easyanimate_jax.training.program import abstract_state
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")
@@ -156,8 +154,7 @@ def fits(config: TrainConfig) -> list[Finding]:
     try:
         mesh = make_mesh(config.mesh)
         channels = max(stage.in_channels for stage in config.stages)
-        model = dataclasses.replace(config.model, in_channels=channels)
-        _, _, state = abstract_state(model, make_optimizer(config.optimizer), mesh, config.adapters)
+        _, _, state = abstract_state(config.step.with_channels(channels), mesh)
     except ValueError as error:
         return [Finding("mesh", False, str(error))]
     leaves = jax.tree.leaves(state)

@@ -38,6 +38,11 @@ class Journal:
         if self.main:
             self.writer = MetricsWriter(Path(self.config.run), step)
 
+    @property
+    def board(self):
+        """Return the TensorBoard writer; None in a process that writes no files."""
+        return self.writer.board if self.writer else None
+
     def add(
         self, place: Position, length: int, batch: Batch, rate: float, bad: int, metrics: dict
     ) -> None:

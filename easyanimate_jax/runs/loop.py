@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.disk.lock import FolderLock
 from easyanimate_jax.disk.whole import replace_text
-from easyanimate_jax.runs.batches import make_loaders, place
+from easyanimate_jax.runs.batches import held_out_loaders, make_loaders, place
 from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.journal import Journal
 from easyanimate_jax.runs.position import Position, check_resume, check_weights, position_at
@@ -28,6 +28,7 @@ from easyanimate_jax.runs.programs import Programs
 from easyanimate_jax.runs.recovery import Recovery
 from easyanimate_jax.runs.samples import Sampler
 from easyanimate_jax.runs.states import States, open_checkpoints
+from easyanimate_jax.runs.validation import Validator
 from easyanimate_jax.runs.visits import VisitLoader
 from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.training.checkpoint import NotFiniteError, StorageError, named_leaves
@@ -56,6 +57,7 @@ def train(config: TrainConfig, faults: Faults = NO_FAULTS) -> int:
     folder, main = Path(config.run), jax.process_index() == 0
     mesh = make_mesh(config.mesh)
     loaders = make_loaders(config, mesh)
+    held_out = held_out_loaders(config, mesh, loaders)
     check_newest(config, loaders)
     sink = open_sink(config.goodput_job, process=jax.process_index())
     stop = Preemption()
@@ -64,7 +66,7 @@ def train(config: TrainConfig, faults: Faults = NO_FAULTS) -> int:
             lock = stack.enter_context(run_lock(config)) if main else None
             monitor = stack.enter_context(open_monitor(config, sink))
             stack.enter_context(jax.set_mesh(mesh))
-            run = Run(config, mesh, loaders, monitor, faults)
+            run = Run(config, mesh, loaders, monitor, faults, held_out=held_out)
             step, state = run.states.newest() or (0, run.states.first())
             if main:
                 lock.begun = True
@@ -123,6 +125,7 @@ class Run:
         loaders: dict[str, Loader],
         monitor: Monitor,
         faults: Faults = NO_FAULTS,
+        held_out: dict[str, Loader] | None = None,
     ):
         self.config, self.mesh, self.loaders = config, mesh, loaders
         self.monitor, self.faults = monitor, faults
@@ -138,6 +141,7 @@ class Run:
         self.recovery = Recovery(config, loaders)
         self.journal = Journal(config)
         self.sampler = Sampler(config)
+        self.validator = Validator(config, mesh, held_out or {})
         self.save_clock = SaveClock(config.save_minutes)
 
     def stages(self, step: int, state: TrainState, stop: Preemption) -> tuple[bool, int]:
@@ -145,9 +149,13 @@ class Run:
 
         After a stop request the state is saved and the schedule is not finished.
         """
-        self.journal.open(step)
+        self._open(step)
+        if step:  # the run may have ended between this checkpoint and its validation
+            before = position_at(self.config, step - 1)
+            self._validate(before, state, step, border=before.last)
         while where := position_at(self.config, step):
             state = self.states.for_stage(state, where.stage)
+            self._validate(where, state, step, border=where.step == 0)
             self.recovery.enter()
             for length, batch, waited in self.batches(where):
                 where = position_at(self.config, step)
@@ -158,11 +166,12 @@ class Run:
                     event = self.recovery.evidence(where, self.journal.row["step"], state)
                     state = None
                     step, state = self.recovery.go_back(where, event, self.states)
-                    self.journal.open(step)
+                    self._open(step)
                     self.save_clock.restart()
                     break
                 step = where.made + 1
                 self._sample(where, state)
+                self._validate(where, state, step, border=where.last)
                 if stopping:
                     self._close(step)
                     logger.warning("asked to stop: saved at step %d", step)
@@ -246,6 +255,17 @@ class Run:
             self.recovery.see(self.journal.flush())
             self.monitor.enter("sample")
             self.sampler(self.states.whole(state), where.made + 1)
+
+    def _open(self, step: int) -> None:
+        self.journal.open(step)
+        self.validator.open(step, self.journal.board)
+
+    def _validate(self, where: Position, state: TrainState, made: int, *, border: bool) -> None:
+        """Validate a state of `made` updates with the clips of a stage, if that is due."""
+        if self.validator.due(where.stage, made, border=border):
+            self.recovery.see(self.journal.flush())
+            self.monitor.enter("validate")
+            self.validator(where.stage, state, made)
 
     def _close(self, step: int) -> None:
         encode_programs = sum(len(encoder.programs) for encoder in self.encoders)

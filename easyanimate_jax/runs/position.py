@@ -15,8 +15,8 @@ from easyanimate_jax.runs.config import TrainConfig, from_json
 from easyanimate_jax.training.stages import Stage, stage_at
 
 # Fields that may change in a stage that has begun: they concern only its later steps.
-FREE_OF_STAGE = ("steps", "microbatch", "learning_rate", "end_learning_rate", "warmup")
-FREE_OF_STAGE += ("control_drop", "reference_drop")
+FREE_OF_STAGE = ("steps", "microbatch", "learning_rate", "end_learning_rate", "warmup", "decay")
+FREE_OF_STAGE += ("decay_power", "control_drop", "reference_drop")
 FREE_OF_MODEL = ("save", "offload", "dtype", "in_channels")  # how it computes; a stage's channels
 FREE_OF_FINISHED = ("microbatch",)  # changes no number
 # Fields of a config that decide its updates; the others say where and how a run computes and saves.
@@ -96,10 +96,13 @@ def check_resume(meta: Mapping, config: TrainConfig, plans: Mapping[str, str]) -
     data = [c.set(stage.data) for c in (saved, config)]
     _compare(step, f"set {stage.data!r}, which stage {stage.name!r} reads", *data, ())
     changed += _compare(step, "model", saved.model, config.model, FREE_OF_MODEL)
-    _same(step, "matrices of optimizer", saved.optimizer.matrices, config.optimizer.matrices)
+    for name in ("matrices", "moments"):
+        _same(step, f"{name} of optimizer", *(getattr(c.optimizer, name) for c in (saved, config)))
     _same(step, "process", *(type(c.process).__name__ for c in (saved, config)))
-    for name in ("init", "init_step", "lora"):
+    for name in ("init", "init_step", "lora", "train", *(["frozen"] if saved.step.partial else [])):
         _same(step, name, getattr(saved, name), getattr(config, name))
+    _same(step, "validation.share", saved.validation.share, config.validation.share)
+    _same(step, "an average (ema_decay above 0)", saved.ema_decay > 0, config.ema_decay > 0)
     for name in ("process", "optimizer", "ema_decay", "text_drop"):
         changed += _differences(name, getattr(saved, name), getattr(config, name))
     if meta["plan"] != plans[stage.name]:

@@ -1,6 +1,5 @@
 """The training state of a run: initialise, restore, widen for a stage, and save it."""
 
-import dataclasses
 import json
 import logging
 from collections.abc import Mapping
@@ -11,24 +10,16 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
-from easyanimate_jax.models.lora import attach
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.position import Position, check_resume, is_kept, position_at
 from easyanimate_jax.runs.programs import Programs
 from easyanimate_jax.training.checkpoint import Checkpoints
-from easyanimate_jax.training.optimizer import make_optimizer
-from easyanimate_jax.training.program import abstract_state, graph_of
+from easyanimate_jax.training.program import abstract_state, graph_of, make_state, with_adapters
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.stages import Stage
-from easyanimate_jax.training.step import (
-    TrainState,
-    init_state,
-    input_channels,
-    whole,
-    widen_state,
-)
-from easyanimate_jax.weights.folder import load_mmdit
+from easyanimate_jax.training.step import TrainState, input_channels, whole, widen_state
+from easyanimate_jax.weights.folder import load_start
 from easyanimate_jax.weights.identity import weights_print
 
 logger = logging.getLogger(__name__)
@@ -53,9 +44,8 @@ class States:
     ):
         self.config, self.mesh, self.key, self.plans = config, mesh, key, plans
         self.programs, self.checkpoints, self.monitor = programs, checkpoints, monitor
-        self.optimizer = make_optimizer(config.optimizer)
         # The identity of the frozen weights, which no checkpoint holds.
-        self.base = weights_print(config.init, config.init_step) if config.adapters else None
+        self.base = weights_print(config.init, config.init_step) if config.step.partial else None
 
     def first(self) -> TrainState:
         """Return the first state, with new weights or those of `config.init`, sharded."""
@@ -64,25 +54,23 @@ class States:
         return self._start()
 
     def _start(self) -> TrainState:
-        stage, lora = self.config.stages[0], self.config.adapters
+        stage, settings = self.config.stages[0], self.config.step
         make, placed, _ = self._abstract(stage.in_channels)
         key = jax.random.fold_in(self.key, 1)
         if not self.config.init:
             return jax.jit(make, out_shardings=placed)(key)
         logger.info("starting from the weights of %s", self.config.init)
-        model = load_mmdit(
+        model = load_start(
             self.config.init,
+            settings.with_channels(stage.in_channels).model,
             mesh=self.mesh,
-            in_channels=stage.in_channels,
-            config=dataclasses.replace(self.config.model, in_channels=stage.in_channels),
             step=self.config.init_step,
-            kernels=lora.base if lora else "float32",
+            kernels=settings.frozen if settings.partial else "float32",
+            exact=settings.exact,
         )
 
         def around(model, key):
-            if lora:
-                attach(model, lora, key=key)
-            return init_state(lambda _: model, self.optimizer, key)
+            return make_state(settings, key, lambda config, key: with_adapters(model, config, key))
 
         return jax.jit(around, out_shardings=placed, donate_argnums=0)(model, key)
 
@@ -99,7 +87,7 @@ class States:
                 logger.warning("changed since checkpoint %d: %s", meta["step"], change)
             if meta.get("base") != self.base:
                 raise ValueError(
-                    f"checkpoint {meta['step']} has adapters of weights with fingerprint "
+                    f"checkpoint {meta['step']} was trained beside weights with fingerprint "
                     f"{meta['base']}, and those of {self.config.init} have {self.base}; put the "
                     f"same weights there, or start in a new run folder"
                 )
@@ -112,7 +100,7 @@ class States:
         if found is None:
             return None
         step, state, meta = found
-        if self.config.adapters:
+        if self.config.step.partial:
             state = state._replace(frozen=self._frozen(meta["in_channels"]))
         logger.info("resuming at step %d (stage %r)", step, meta["stage"])
         return step, state
@@ -128,9 +116,9 @@ class States:
         return frozen
 
     def whole(self, state: TrainState) -> MMDiT:
-        """Return the averaged model of a state."""
-        model = dataclasses.replace(self.config.model, in_channels=input_channels(state))
-        return whole(graph_of(model, self.config.adapters), state.ema, state.frozen)
+        """Return the averaged model of a state; the trained one if the run keeps no average."""
+        graph = graph_of(self.config.step.with_channels(input_channels(state)))
+        return whole(graph, state.model if state.ema is None else state.ema, state.frozen)
 
     def at(self, step: int) -> TrainState:
         """Return the state of checkpoint `step`. Raises ValueError if it is missing or damaged."""
@@ -171,8 +159,7 @@ class States:
 
     def _abstract(self, in_channels: int):
         """Return (function key -> state, the state's shardings, the state as shapes)."""
-        model = dataclasses.replace(self.config.model, in_channels=in_channels)
-        return abstract_state(model, self.optimizer, self.mesh, self.config.adapters)
+        return abstract_state(self.config.step.with_channels(in_channels), self.mesh)
 
 
 def open_checkpoints(config: TrainConfig, **options) -> Checkpoints:

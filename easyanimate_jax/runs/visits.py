@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from easyanimate_jax.data.buckets import Shape, grid_of
+from easyanimate_jax.data.held_out import HeldOut
 from easyanimate_jax.data.loader import Batch, Loader, Pages
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import LatentSet, Records
@@ -39,7 +40,12 @@ class VisitLoader(Loader):
     """A `Loader` for a set of pixels. `encoder` runs in the thread that reads the batches."""
 
     def __init__(
-        self, records: Records, plan: Plan, latent_set: LatentSet, encoder: Encoder, **options
+        self,
+        records: Records,
+        plan: Plan | HeldOut,
+        latent_set: LatentSet,
+        encoder: Encoder,
+        **options,
     ):
         super().__init__(records, plan, **options)
         self.latent_set, self.encoder = latent_set, encoder
@@ -81,7 +87,8 @@ class VisitLoader(Loader):
 
     def _visit(self, step: int, row: int, record: int) -> Visit:
         def read(candidate: int) -> tuple:
-            rng = np.random.default_rng([*self._words(step, row), 1])  # 1: _fields has other draws
+            words = self._words(step, row, candidate)
+            rng = np.random.default_rng([*words, 1])  # 1: _fields has other draws
             arrays = self.records[candidate]
             clip = places.from_bytes(arrays.pop("place"), self.root)
             frames = frames_of(self.latent_set, clip)

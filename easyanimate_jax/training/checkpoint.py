@@ -110,10 +110,7 @@ class Checkpoints:
             raise StorageError(f"{self.failures} saves in a row failed; see the lines above")
         if step in complete_steps(self.folder):
             return
-        items = {
-            "state": named_leaves(state._replace(ema=None)),
-            "ema": named_leaves(state.ema),
-        }
+        items = {item: named_leaves(part) for item, part in items_of(state).items()}
         meta = meta | {"versions": {name: version(name) for name in PACKAGES}}
         meta["arrays"] = {item: describe(named) for item, named in items.items()}
         size = sum(leaf.nbytes for named in items.values() for leaf in named.values())
@@ -291,8 +288,7 @@ def damage(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     if "arrays" not in meta:
         return ["it is from before fingerprints: nothing to compare its arrays with"]
     wrong = []
-    for item in ITEMS:
-        expected = meta["arrays"][item]
+    for item, expected in meta["arrays"].items():
         try:
             missing = sorted(set(expected) ^ set(names(path / item)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -342,6 +338,12 @@ def set_aside(path: Path, reason: str) -> None:
         return
     (target / "reason").write_text(reason + "\n")
     logger.error("checkpoint %s is damaged, set aside as %s: %s", path.name, target.name, reason)
+
+
+def items_of(state: State) -> dict:
+    """Return {item: part of the state}; a state without averaged weights has no item "ema"."""
+    items = {"state": state._replace(ema=None)}
+    return items if state.ema is None else items | {"ema": state.ema}
 
 
 def named_leaves(tree) -> dict:
@@ -406,7 +408,7 @@ def _load(path: Path, like: Callable[[dict], State]) -> tuple[State, dict]:
     except ValueError as error:
         raise DamagedError(str(error)) from error
     abstract = like(meta)
-    wanted = {"state": abstract._replace(ema=None), "ema": abstract.ema}
+    wanted = items_of(abstract)
     _check_fit(int(path.name), meta, wanted)
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -416,7 +418,7 @@ def _load(path: Path, like: Callable[[dict], State]) -> tuple[State, dict]:
     wrong = differing(meta, parts)
     if wrong:
         raise DamagedError(f"other bits than were saved, in {', '.join(wrong)}")
-    return parts["state"]._replace(ema=parts["ema"]), meta
+    return parts["state"]._replace(ema=parts.get("ema")), meta
 
 
 def _read(checkpointer, path: Path, like):

@@ -4,7 +4,6 @@ A run compiles its own step here, and `pods` the step that a pod would run: both
 function, state, batch, mesh and donated buffers.
 """
 
-import dataclasses
 import math
 import re
 import time
@@ -19,7 +18,6 @@ from easyanimate_jax.facts import BLOCK_MATRICES, LATENT_CHANNELS, PATCH
 from easyanimate_jax.memory import peak_bytes
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.sharding import AnyMesh
-from easyanimate_jax.training.optimizer import make_optimizer
 from easyanimate_jax.training.program import (
     StepConfig,
     abstract_batch,
@@ -29,6 +27,7 @@ from easyanimate_jax.training.program import (
 )
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import TrainState
+from easyanimate_jax.weights.module import named_weights
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class StageReport:
     model_flops: float
     attention_share: float
     steps: int
+    trained_part: float = 1.0  # of the weights, adapters left out
     chips: int = 0  # 0 for the devices of this process
     modelled: bool = False  # estimated by pods/gpu.py, not compiled
     collective_bytes: dict[str, int] = field(default_factory=dict)  # sent in a step, by kind
@@ -120,18 +120,19 @@ def describe_stage(
     memory: int,
 ) -> tuple[StageReport, TrainState, tuple[TrainState, Batch]]:
     """Return (report, the state's shardings, (state, batch) as placed shapes) before compiling."""
-    model = dataclasses.replace(config.model, in_channels=stage.in_channels)
+    config = config.with_channels(stage.in_channels)
     rows = microbatch_rows(stage, mesh)
-    _, placed, state = abstract_state(model, make_optimizer(config.optimizer), mesh, config.lora)
+    _, placed, state = abstract_state(config, mesh)
     batch = abstract_batch(
-        model,
+        config.model,
         mesh,
         batch_size=stage.batch_size,
         microbatch=rows,
         tokens=tokens,
         text_lengths=text_lengths,
     )
-    flops, share = model_flops(model, tokens, sum(text_lengths), frozen=config.lora is not None)
+    trained = _trained_part(state)
+    flops, share = model_flops(config.model, tokens, sum(text_lengths), trained=trained)
     report = StageReport(
         name=stage.name,
         task=stage.task,
@@ -147,13 +148,14 @@ def describe_stage(
         peak_bytes_per_chip=None,
         memory={
             "weights": _bytes(state.model),
-            **({"frozen weights": _bytes(state.frozen)} if config.lora else {}),
+            **({"frozen weights": _bytes(state.frozen)} if config.partial else {}),
             "average": _bytes(state.ema),
             "optimizer": _bytes(state.opt_state),
             "batch": _bytes(batch),
         },
         model_flops=flops * stage.batch_size,
         attention_share=share,
+        trained_part=trained,
         steps=stage.steps,
     )
     return report, placed, (state, batch)
@@ -179,13 +181,13 @@ def _compile(lowered, mesh: Mesh, report: StageReport) -> jax.stages.Compiled | 
 
 
 def model_flops(
-    config: MMDiTConfig, tokens: int, text_tokens: int, *, frozen: bool = False
+    config: MMDiTConfig, tokens: int, text_tokens: int, *, trained: float = 1.0
 ) -> tuple[float, float]:
     """Return (FLOPs of one sample's forward and backward pass, the share of them in attention).
 
     These are the FLOPs that the model needs. They include no recomputation and no padding beyond
-    the bucket's, and count the backward pass as twice the forward pass. With `frozen` weights the
-    backward pass has no gradients of them, so their layers count once; adapters count nothing.
+    the bucket's, and count the backward pass as twice the forward pass. Only the part `trained` of
+    the weights has gradients of its own; adapters count nothing.
     """
     S, D = tokens + text_tokens, config.width
     linear = config.depth * S * 2 * BLOCK_MATRICES * D * D
@@ -194,8 +196,15 @@ def model_flops(
     ends += 2 * text_tokens * D * max(config.text_widths)
     attention = config.depth * 4 * S * S * D
     layers = linear + modulation + ends
-    needed = (2.0 if frozen else 3.0) * layers + 3.0 * attention
+    needed = (2.0 + trained) * layers + 3.0 * attention
     return needed, 3.0 * attention / needed
+
+
+def _trained_part(state: TrainState) -> float:
+    """Return which part of the model's own weights, adapters left out, a state trains."""
+    sizes = {name: x.size for name, x in named_weights(state.model).items()}
+    own = sum(size for name, size in sizes.items() if "adapter" not in name.split("."))
+    return own / (own + sum(x.size for x in jax.tree.leaves(state.frozen)))
 
 
 def _bytes(tree) -> int:

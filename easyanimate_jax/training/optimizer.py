@@ -1,22 +1,26 @@
-"""AdamW with the reference's clipping rule (spec 9.1, 9.2), and Muon for the blocks' matrices.
+"""AdamW with the reference's clipping rule (spec 9.1, 9.2); Muon or Adafactor for the matrices.
 
 The learning rate is an argument of the train step, not part of the optimizer: it belongs to the
 stage, and a change of stage must not recompile the step.
 """
 
+import fnmatch
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, PRNGKeyArray
 from optax import contrib
 
 from easyanimate_jax.facts import check_fields
 
-Matrices = Literal["adam", "muon"]
+Matrices = Literal["adam", "muon", "adafactor"]
+Moments = Literal["float32", "bfloat16"]
+Rates = tuple[tuple[str, float], ...]  # patterns of weights, and factors of the learning rate
 
 MUON_STEPS = 4  # Newton-Schulz iterations
 MUON_RMS = 0.2  # RMS of an update's entries, about Adam's (Liu et al. 2025, arXiv 2502.16982)
@@ -29,10 +33,15 @@ class OptimizerConfig:
     matrices: Matrices = "adam"
     """Update rule of the projections in the blocks' attention and MLP; Adam updates all others.
     "muon" makes the momentum orthogonal (Jordan 2024), keeps one moment instead of two, and uses
-    Adam's learning rates. Use it to train from random weights."""
+    Adam's learning rates. Use it to train from random weights. "adafactor" keeps of the second
+    moment only the means of its rows and columns (Shazeer and Stern 2018, arXiv 1804.04235)."""
+
+    moments: Moments = "float32"
+    """Type in which moments are kept. "bfloat16" takes half the memory and rounds at random, so
+    that changes smaller than its steps are kept on average."""
 
     b1: float = 0.9
-    """Decay of Adam's first moment per step."""
+    """Decay of the first moment of Adam and Adafactor per step. With 0, Adafactor keeps none."""
 
     b2: float = 0.999
     """Decay of Adam's second moment per step."""
@@ -118,32 +127,134 @@ def scale_by_muon(*, stacked: bool) -> optax.GradientTransformation:
     )
 
 
-def labels(weights):
-    """Return the update rule of each weight: "muon" or "adam", in the tree of `weights`.
+class RoundedState(NamedTuple):
+    """The state of `in_bfloat16`: the number of updates, () int32, and the rounded state."""
 
-    Muon updates the kernels of the blocks' attention and MLP.
+    count: jax.Array
+    rounded: optax.OptState
+
+
+def in_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Return the transformation with the floats of its state kept as bfloat16 between updates.
+
+    A value is rounded up or down at random, with the chances that make the expected value exact:
+    Adam's second moment changes by a thousandth per step, which nearest rounding would lose. The
+    draws depend on the number of the update and of the array, not on the mesh.
+    """
+
+    def init(params):
+        state = jax.tree.map(
+            lambda x: x.astype(jnp.bfloat16) if _wide(x) else x, inner.init(params)
+        )
+        return RoundedState(jnp.zeros((), jnp.int32), state)
+
+    def update(updates, state, params=None):
+        exact = jax.tree.map(
+            lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, state.rounded
+        )
+        updates, exact = inner.update(updates, exact, params)
+        key = jax.random.fold_in(jax.random.key(0), state.count)
+        leaves, structure = jax.tree.flatten(exact)
+        leaves = [
+            round_at_random(x, jax.random.fold_in(key, number)) if _wide(x) else x
+            for number, x in enumerate(leaves)
+        ]
+        return updates, RoundedState(state.count + 1, jax.tree.unflatten(structure, leaves))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _wide(x) -> bool:
+    return x.dtype == jnp.float32
+
+
+def round_at_random(x: Float[Array, "..."], key: PRNGKeyArray) -> Float[Array, "..."]:
+    """Return float32 values as bfloat16, rounded up or down so that the expected value is exact."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    drawn = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    rounded = (bits + drawn) & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(rounded, jnp.float32).astype(jnp.bfloat16)
+
+
+def scale_by_adafactor() -> optax.GradientTransformation:
+    """Return Adafactor's scaling of stacked kernels: each layer by its own factored RMS.
+
+    The update of a layer has an RMS of at most 1, about Adam's. The statistics are plain arrays, a
+    mean for each row and column, and every device keeps them all.
+    """
+    inner = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+    def init(params):
+        leaves = jax.tree.leaves(params)
+        return jax.vmap(inner.init)(leaves) if leaves else ()
+
+    def update(updates, state, params=None):
+        leaves, structure = jax.tree.flatten(updates)
+        if not leaves:
+            return updates, ()
+        leaves, state = jax.vmap(inner.update)(leaves, state, jax.tree.leaves(params))
+        return jax.tree.unflatten(structure, leaves), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def labels(weights, matrices: Matrices = "muon"):
+    """Return the update rule of each weight: `matrices` or "adam", in the tree of `weights`.
+
+    The kernels of the blocks' attention and MLP are updated by the rule `matrices`.
     """
 
     def label(path, _):
-        name = jax.tree_util.keystr(path)
-        block = ".blocks" in name and (".attention" in name or ".mlp" in name)
-        return "muon" if block and ".kernel" in name else "adam"
+        parts = name_of(path).split(".")
+        block = parts[0] == "blocks" and ("attention" in parts or "mlp" in parts)
+        return matrices if block and parts[-1] == "kernel" else "adam"
 
     return jax.tree_util.tree_map_with_path(label, weights)
 
 
+def scale_rates(rates: Rates) -> optax.GradientTransformation:
+    """Multiply the update of each weight by the factor of the first pattern that its name matches.
+
+    Weights that match none keep their update.
+    """
+
+    def scale(path, x):
+        name = name_of(path)
+        matching = (factor for pattern, factor in rates if fnmatch.fnmatch(name, pattern))
+        factor = next(matching, 1.0)
+        return x if factor == 1 else factor * x
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
+def name_of(path: tuple) -> str:
+    """Return the dotted name of a weight by its path in a tree, such as `patches.kernel`."""
+    keys = [next(getattr(k, a) for a in ("name", "key", "idx") if hasattr(k, a)) for k in path]
+    return ".".join(map(str, keys)).removesuffix(".value")  # of the variable
+
+
 @cache
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Return the chain of clipping, Adam or Muon, and decoupled weight decay.
+def make_optimizer(config: OptimizerConfig, rates: Rates = ()) -> optax.GradientTransformation:
+    """Return the chain of clipping, the update rules, decoupled weight decay, and `rates`.
 
     The caller multiplies the updates by -learning rate. Equal configs give the same object, because
     JAX compares it when it looks up a traced program.
     """
-    update = optax.scale_by_adam(config.b1, config.b2, config.eps)
-    if config.matrices == "muon":
-        update = optax.partition({"adam": update, "muon": scale_by_muon(stacked=True)}, labels)
+    kept = in_bfloat16 if config.moments == "bfloat16" else lambda inner: inner
+    update = kept(optax.scale_by_adam(config.b1, config.b2, config.eps))
+    if config.matrices != "adam":
+        rules = {"adam": update, config.matrices: kept(_matrix_rule(config))}
+        update = optax.partition(rules, partial(labels, matrices=config.matrices))
     return optax.chain(
         clip_abnormal(config.max_grad_norm, config.clip_start),
         update,
         optax.add_decayed_weights(config.weight_decay),
+        *([scale_rates(rates)] if rates else []),
     )
+
+
+def _matrix_rule(config: OptimizerConfig) -> optax.GradientTransformation:
+    if config.matrices == "muon":
+        return scale_by_muon(stacked=True)
+    average = [optax.ema(config.b1, debias=False)] if config.b1 else []
+    return optax.chain(scale_by_adafactor(), *average)

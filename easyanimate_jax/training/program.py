@@ -4,12 +4,12 @@
 """
 
 import dataclasses
+import fnmatch
 from functools import cache, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 from jaxtyping import PRNGKeyArray
@@ -18,13 +18,15 @@ from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.facts import LATENT_CHANNELS, PATCH
-from easyanimate_jax.models.lora import LoRAConfig, attach
+from easyanimate_jax.models.layers import matches
+from easyanimate_jax.models.lora import LoRAConfig, attach, is_adapter
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
-from easyanimate_jax.models.storage import store
+from easyanimate_jax.models.storage import Kernels, store
 from easyanimate_jax.sharding import AnyMesh, activation_spec, shardings
-from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
+from easyanimate_jax.training.optimizer import OptimizerConfig, Rates, make_optimizer
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import TrainState, init_state, train_step
+from easyanimate_jax.weights.module import named_weights
 
 # Vector memory that one operation may use, by device kind; the default is 16 MiB. v5p has 64 MiB
 # per core, v6e has 128 MiB; other trainers for these chips use the same limits. Larger tiles make
@@ -42,35 +44,84 @@ class StepConfig(NamedTuple):
     model: MMDiTConfig
     optimizer: OptimizerConfig
     process: DDPM | Flow
-    ema_decay: float
-    lora: LoRAConfig | None = None  # the adapters, which are then all that is trained
+    ema_decay: float  # 0: no average
+    lora: LoRAConfig | None = None  # the adapters to train
+    train: Rates = ()  # patterns of the weights to train, and factors of their learning rate
+    frozen: Kernels = "float32"  # storage of the kernels that are not trained
+
+    @property
+    def exact(self) -> tuple[str, ...]:
+        """Return the patterns of the weights of the model itself that are trained."""
+        return tuple(pattern for pattern, _ in self.train)
+
+    @property
+    def partial(self) -> bool:
+        """Return whether only a part of the weights is trained."""
+        return bool(self.lora or self.train)
+
+    def with_channels(self, in_channels: int) -> "StepConfig":
+        """Return the settings of a model with so many input channels."""
+        return self._replace(model=dataclasses.replace(self.model, in_channels=in_channels))
 
 
-def make_model(model: MMDiTConfig, lora: LoRAConfig | None, key: PRNGKeyArray) -> MMDiT:
-    """Return a new model; with `lora` its kernels are stored as there, with adapters beside."""
-    made = MMDiT(model, rngs=nnx.Rngs(params=key))
-    if lora is not None:
-        store(made, lora.base)
-        attach(made, lora, key=jax.random.fold_in(key, 1))
-    return made
+def make_model(config: StepConfig, key: PRNGKeyArray) -> MMDiT:
+    """Return a new model; its frozen kernels are stored as `config` says, with adapters beside.
+
+    Raises ValueError for a pattern of `config.train` that no weight matches.
+    """
+    made = MMDiT(config.model, rngs=nnx.Rngs(params=key))
+    if config.partial:
+        _check_patterns(config, made)
+        store(made, config.frozen, config.exact)
+    return with_adapters(made, config, jax.random.fold_in(key, 1))
+
+
+def with_adapters(model: MMDiT, config: StepConfig, key: PRNGKeyArray) -> MMDiT:
+    """Return the model, after new adapters were put beside its layers if `config` has any."""
+    if config.lora is not None:
+        attach(model, config.lora, key=key)
+    return model
 
 
 @cache
-def graph_of(model: MMDiTConfig, lora: LoRAConfig | None) -> nnx.GraphDef:
+def graph_of(config: StepConfig) -> nnx.GraphDef:
     """Return the structure of the model that `make_model` returns."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return nnx.graphdef(jax.eval_shape(partial(make_model, model, lora), key))
+    return nnx.graphdef(jax.eval_shape(partial(make_model, config), key))
+
+
+def make_state(config: StepConfig, key: PRNGKeyArray, make=make_model) -> TrainState:
+    """Return the state before the first update; `make(config, key)` returns its model.
+
+    Raises ValueError for a pattern of `config.train` that no weight matches.
+    """
+    return init_state(
+        partial(make, config),
+        make_optimizer(config.optimizer, config.train),
+        key,
+        trained=partial(_is_trained, config) if config.partial else None,
+        average=config.ema_decay > 0,
+    )
+
+
+def _is_trained(config: StepConfig, path: tuple, _) -> bool:
+    return is_adapter(path, None) or matches(".".join(map(str, path)), config.exact)
+
+
+def _check_patterns(config: StepConfig, model: MMDiT) -> None:
+    names = sorted(named_weights(model))
+    unknown = [repr(pattern) for pattern in config.exact if not fnmatch.filter(names, pattern)]
+    if unknown:
+        raise ValueError(
+            f"TrainConfig.train: {', '.join(unknown)} matches no weight; the weights are "
+            f"{', '.join(names)}"
+        )
 
 
 @cache
-def abstract_state(
-    model: MMDiTConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: AnyMesh,
-    lora: LoRAConfig | None = None,
-):
+def abstract_state(config: StepConfig, mesh: AnyMesh):
     """Return (function key -> state, the state's shardings, the state as placed shapes)."""
-    make = partial(init_state, partial(make_model, model, lora), optimizer)
+    make = partial(make_state, config)
     shapes = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
     placed = shardings(mesh, shapes)
     return make, placed, _place(shapes, placed)
@@ -140,14 +191,14 @@ def step_program(config: StepConfig, placed: TrainState, stage: Stage):
     """Return the jitted train step of a stage; it donates the state and keeps its shardings."""
     step = partial(
         train_step,
-        optimizer=make_optimizer(config.optimizer),
+        optimizer=make_optimizer(config.optimizer, config.train),
         process=config.process,
         ema_decay=config.ema_decay,
         batch_size=stage.batch_size,
     )
-    if config.lora is not None:
-        model = dataclasses.replace(config.model, in_channels=stage.in_channels)
-        step = partial(step, graph=graph_of(model, config.lora), dropout=config.lora.dropout)
+    if config.partial:
+        graph = graph_of(config.with_channels(stage.in_channels))
+        step = partial(step, graph=graph, dropout=config.lora.dropout if config.lora else 0.0)
     device = placed.step.mesh.devices.flat[0]
     return jax.jit(
         step,

@@ -1,10 +1,14 @@
 """The staged schedule: latents, task, batch size and learning rate of each step (spec 9.4)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from easyanimate_jax.diffusion.tasks import TASKS, TaskName
 from easyanimate_jax.facts import MAX_STEPS, check_fields
+
+Decay = Literal["polynomial", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,14 @@ class Stage:
     """Learning rate after warm-up; the default is that of the released scripts (spec 9.1)."""
 
     end_learning_rate: float | None = None
-    """Learning rate that the stage falls to linearly at its end. None keeps it constant."""
+    """Learning rate that the stage falls to at its end. None keeps it constant."""
+
+    decay: Decay = "polynomial"
+    """Curve from `learning_rate` to `end_learning_rate`: "polynomial" falls by (1 - step / steps)
+    to the power `decay_power`, "cosine" by half a cosine wave."""
+
+    decay_power: float = 1.0
+    """Power of the polynomial decay; 1 is a straight line."""
 
     warmup: int = 100
     """Steps of the stage over which the learning rate rises linearly; 0 is no warm-up. The
@@ -60,6 +71,7 @@ class Stage:
             microbatch="[1, inf)",
             learning_rate="[0, inf)",
             end_learning_rate="[0, inf)",
+            decay_power="(0, inf)",
             warmup="[0, inf)",
             weights="[0, inf)",
             control_drop="[0, 1]",
@@ -74,7 +86,12 @@ class Stage:
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of the stage's own step `step`, counted from 0."""
         end = self.learning_rate if self.end_learning_rate is None else self.end_learning_rate
-        rate = self.learning_rate + (end - self.learning_rate) * step / self.steps
+        part = step / self.steps
+        if self.decay == "cosine":
+            fallen = (1 - math.cos(math.pi * part)) / 2
+        else:
+            fallen = 1 - (1 - part) ** self.decay_power if self.decay_power != 1 else part
+        rate = self.learning_rate + (end - self.learning_rate) * fallen
         return rate * min(1.0, (step + 1) / max(1, self.warmup))
 
 

@@ -6,49 +6,55 @@ so neither the mesh nor the microbatch size changes the numbers.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.diffusion.losses import masked_squared_error
 from easyanimate_jax.facts import PATCH
-from easyanimate_jax.models.lora import is_adapter, without_some
+from easyanimate_jax.models.lora import without_some
 from easyanimate_jax.models.mmdit import MMDiT
 
 
 class TrainState(NamedTuple):
     """The training state: counters, weights, averaged weights and optimizer state.
 
-    A model with adapters is in two parts: `model` holds the adapters, `frozen` all other weights,
-    and `whole` joins them.
+    A run that trains only a part of the weights has them in two: `model` holds the trained ones,
+    such as adapters, `frozen` all others, and `whole` joins them.
     """
 
     step: jax.Array  # () int32, updates made so far
     skipped: jax.Array  # () int32, updates skipped because loss or gradient was not finite
     model: MMDiT | nnx.State
-    ema: MMDiT | nnx.State
+    ema: MMDiT | nnx.State | None  # None: the run keeps no average
     opt_state: optax.OptState
     frozen: nnx.State | None = None  # not in checkpoints
 
 
 def init_state(
-    make_model, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+    make_model,
+    optimizer: optax.GradientTransformation,
+    key: PRNGKeyArray,
+    *,
+    trained: Callable[[tuple, object], bool] | None = None,
+    average: bool = True,
 ) -> TrainState:
     """Return the state before the first update: new weights, their average, and zero moments.
 
-    `make_model(key)` builds the network. If it has adapters, all its other weights are frozen.
+    `make_model(key)` builds the network. `trained(path, variable)` selects the weights to train;
+    the others are frozen. None trains all. Without `average` there are no averaged weights.
     """
     model, frozen = make_model(key), None
-    _, adapters, others = nnx.split(model, is_adapter, ...)
-    if adapters:
-        model, frozen = adapters, others
+    if trained is not None:
+        _, model, frozen = nnx.split(model, trained, ...)
     zero = jnp.zeros((), jnp.int32)
-    ema = jax.tree.map(jnp.copy, model)
+    ema = jax.tree.map(jnp.copy, model) if average else None
     return TrainState(zero, zero, model, ema, optimizer.init(model), frozen)
 
 
@@ -62,8 +68,18 @@ def whole(graph, weights, frozen) -> MMDiT:
 
 def input_channels(state: TrainState) -> int:
     """Return the number of input channels of the state's model."""
-    weights = state.model if state.frozen is None else state.frozen
-    return weights.patches.kernel.get_value().shape[0] // PATCH**2
+    kernels = (_patch_kernel(part) for part in (state.model, state.frozen))
+    kernel = next(kernel for kernel in kernels if kernel is not None)
+    return kernel.get_value().shape[0] // PATCH**2
+
+
+def _patch_kernel(tree) -> nnx.Variable | None:
+    """Return the kernel of the input layer, if a module or a part of its weights has it."""
+    if isinstance(tree, MMDiT):
+        return tree.patches.kernel
+    if isinstance(tree, nnx.State) and "kernel" in tree.get("patches", ()):
+        return tree.patches.kernel
+    return None
 
 
 def widen_state(state, in_channels: int):
@@ -84,7 +100,7 @@ def widen_state(state, in_channels: int):
             return model
         model = jax.tree.map(lambda x: x, model)  # a copy of the module, not of the arrays
         # By tree map: a moment that the optimizer keeps for other weights has no kernel here.
-        kernel = model.patches.kernel
+        kernel = _patch_kernel(model)
         kernel.set_value(jax.tree.map(resize, kernel.get_value()))
         if isinstance(model, MMDiT):
             model.patches.in_features = rows
@@ -92,7 +108,7 @@ def widen_state(state, in_channels: int):
         return model
 
     def has_patches(x):
-        return isinstance(x, MMDiT) or (isinstance(x, nnx.State) and "patches" in x)
+        return _patch_kernel(x) is not None
 
     return jax.tree.map(widen, state, is_leaf=has_patches)
 
@@ -106,9 +122,24 @@ def denoising_loss(
     *,
     process,
 ) -> Float[Array, ""]:
-    """Return the weighted sum over rows of each row's mean squared error over its real tokens.
+    """Return the weighted sum over rows of the losses that `row_losses` returns."""
+    losses = row_losses(model, batch, time, rows, key, process=process)
+    return jnp.sum(losses * process.weight(time) * batch.weight)
 
-    Every visit draws new latents from the VAE's posterior, `mean + std * eps` (spec 3.4).
+
+def row_losses(
+    model: MMDiT,
+    batch: Batch,
+    time: Float[Array, "B"],
+    rows: Integer[Array, "B"],
+    key: PRNGKeyArray,
+    *,
+    process,
+) -> Float[Array, "B"]:
+    """Return each row's mean squared error over its real tokens.
+
+    The draws of a row depend on `key` and its number in `rows`. Every visit draws new latents from
+    the VAE's posterior, `mean + std * eps` (spec 3.4).
     """
 
     # Latents and texts are stored as float16; computation is in float32.
@@ -128,8 +159,7 @@ def denoising_loss(
     prediction = model(inputs, batch.grid, batch.lengths, time, batch.texts)
     errors = masked_squared_error(prediction, process.target(tokens, noise, time)).mean(axis=-1)
     real = jnp.arange(errors.shape[1])[None] < batch.lengths[:, None]
-    row_loss = jnp.sum(errors * real, axis=1) / jnp.maximum(batch.lengths, 1)
-    return jnp.sum(row_loss * process.weight(time) * batch.weight)
+    return jnp.sum(errors * real, axis=1) / jnp.maximum(batch.lengths, 1)
 
 
 def train_step(
@@ -159,7 +189,8 @@ def train_step(
     time_key, noise_key = jax.random.split(step_key)
     num_micro, num_rows = batch.weight.shape
     rows = jnp.arange(num_micro * num_rows).reshape(num_micro, num_rows)
-    time = process.sample_time(time_key, (batch_size or rows.size,))
+    real = batch_size or rows.size
+    time = process.sample_time(time_key, (real,), batch.lengths.reshape(-1)[:real])
     time = jnp.pad(time, (0, rows.size - time.size), constant_values=1).reshape(rows.shape)
     batch = batch._replace(weight=batch.weight / batch.weight.sum())
 
@@ -180,7 +211,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
     model = optax.apply_updates(state.model, jax.tree.map(lambda u: -learning_rate * u, updates))
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
-    ema = optax.incremental_update(model, state.ema, 1 - decay)
+    ema = None if state.ema is None else optax.incremental_update(model, state.ema, 1 - decay)
 
     # The loss is exactly 0 if all errors are outliers, which count as zero (spec 4.4).
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss > 0)

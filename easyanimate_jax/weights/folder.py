@@ -47,7 +47,6 @@ def load_mmdit(
     kernels: Kernels = "float32",
     mesh: Mesh | None = None,
     in_channels: int | None = None,
-    config: MMDiTConfig | None = None,
     weights: Weights = "ema",
     step: int | None = None,
     allow_pickle: bool = False,
@@ -58,29 +57,55 @@ def load_mmdit(
     `dtype` is the compute dtype; None keeps the config's, which is bfloat16 for foreign weights.
     `kernels` is the dtype in which kernels are stored; "int8" stores those of the blocks, which
     cannot be trained then. With a mesh, each device reads only its own shard. `in_channels` adapts
-    the patch embedding to another task (spec 2.9) and logs the changes. `config` is that of a
-    training which starts here: it replaces the config found with the weights, which must fit it,
-    and adapters of the path are added to the kernels. `weights` and `step` select a checkpoint of a
-    run. `allow_pickle` permits torch's own files. `loras` are put beside the layers
-    (`weights.adapters.open_loras`). Raises ValueError listing all problems.
+    the patch embedding to another task (spec 2.9) and logs the changes. `weights` and `step` select
+    a checkpoint of a run. `allow_pickle` permits torch's own files. `loras` are put beside the
+    layers (`weights.adapters.open_loras`). Raises ValueError listing all problems.
     """
     problems = []
     place, options = local_path(path), {"weights": weights, "step": step}
     model = open_model(place, "transformer", problems, allow_pickle=allow_pickle, **options)
     files.raise_all(path, problems)
-    if in_channels is not None and in_channels != model.config.in_channels:
-        config_, tensors, lines = mmdit_table.widen(model.tensors, model.config, in_channels)
-        model = model._replace(config=config_, tensors=tensors)
-        for line in lines:
-            logger.info(line)
-    if config is not None:
-        faults = misfits(model.tensors, abstract(MMDiT, config))
-        files.raise_all(f"{path} does not fit {config}", faults)
-        merged = adapters.merged(model.tensors, model.config, model.loras)
-        model = Model(config, merged)
+    model = _widened(model, in_channels)
     loaded = _load(MMDiT, model, problems, dtype, kernels, mesh)
     adapters.add(loaded, (*model.loras, *loras), mesh=mesh)
     return loaded
+
+
+def load_start(
+    path: str | Path,
+    config: MMDiTConfig,
+    *,
+    mesh: Mesh,
+    step: int | None = None,
+    kernels: Kernels = "float32",
+    exact: Sequence[str] = (),
+) -> MMDiT:
+    """Return the transformer of `path` for a training of `config` that starts from it.
+
+    `config` replaces the one that is found with the weights, which must fit it; the input channels
+    are adapted (spec 2.9), and adapters of the path are added to its kernels. `kernels` is the
+    storage of the kernels, except of those that a pattern of `exact` matches. Raises ValueError as
+    `load_mmdit` does.
+    """
+    problems = []
+    model = open_model(local_path(path), "transformer", problems, step=step)
+    files.raise_all(path, problems)
+    model = _widened(model, config.in_channels)
+    faults = misfits(model.tensors, abstract(MMDiT, config))
+    files.raise_all(f"{path} does not fit {config}", faults)
+    merged = adapters.merged(model.tensors, model.config, model.loras)
+    empty = abstract(MMDiT, config)
+    return fill(empty, merged, problems, kernels=kernels, exact=exact, mesh=mesh)
+
+
+def _widened(model: Model, in_channels: int | None) -> Model:
+    """Return the model with so many input channels, and log what changed."""
+    if in_channels is None or in_channels == model.config.in_channels:
+        return model
+    config, tensors, lines = mmdit_table.widen(model.tensors, model.config, in_channels)
+    for line in lines:
+        logger.info(line)
+    return model._replace(config=config, tensors=tensors)
 
 
 def load_vae(
@@ -127,8 +152,8 @@ def open_model(
             vae = run_folder.frozen_model(path, meta["config"], "vae")
             return open_model(vae, name, problems, dtype=dtype)
         meta, tensors = run_folder.open_transformer(path, weights, step)
-        if meta["config"].get("lora", {}).get("rank"):
-            return _open_lora_run(path, meta, tensors, problems, dtype)
+        if meta.get("base"):
+            return _open_partial_run(path, meta, tensors, problems, dtype)
         fields = meta["config"]["model"] | {"in_channels": meta["in_channels"]}
         tensors = files.checked(tensors, problems, dtype)
         return _ours(MMDiT, _config(MMDiTConfig, fields), tensors, problems)
@@ -161,27 +186,31 @@ def open_model(
         return None
 
 
-def _open_lora_run(
+def _open_partial_run(
     path: Path, meta: Mapping, tensors: Mapping[str, Tensor], problems: list[str], dtype
 ) -> Model | None:
-    """Return the model that a run of adapters started from, with the adapters."""
+    """Return the model that a run started from, with its trained weights and its adapters."""
     place = run_folder.frozen_model(path, meta["config"], "init")
     base = open_model(place, "transformer", problems, dtype=dtype, step=meta["config"]["init_step"])
     if base is None:
-        problems.append(f"{path} has adapters of the weights of {place}: put them there")
+        problems.append(f"{path} was trained beside the weights of {place}: put them there")
         return None
     if weights_print(place, meta["config"]["init_step"]) != meta["base"]:
         problems.append(
-            f"{place} holds other weights than those beside which {path} trained its adapters; "
-            f"their fingerprint is not {meta['base']}: put the right ones there"
+            f"{place} holds other weights than those beside which {path} was trained; their "
+            f"fingerprint is not {meta['base']}: put the right ones there"
         )
         return None
     config, weights = base.config, base.tensors
     if config.in_channels != meta["in_channels"]:
         config, weights, _ = mmdit_table.widen(weights, config, meta["in_channels"])
+    weights = adapters.merged(weights, config, base.loras)  # as at the start of the run
+    own = {name: x for name, x in tensors.items() if "adapter" not in name.split(".")}
+    weights |= files.checked(own, problems, dtype)
+    if len(own) == len(tensors):
+        return Model(config, weights)
     lora = adapters.of_training(tensors, config, meta)
-    found = adapters.Weighted(lora, 1.0, str(path))
-    return Model(config, weights, (*base.loras, found))
+    return Model(config, weights, (adapters.Weighted(lora, 1.0, str(path)),))
 
 
 def read_json(path: Path, problems: list[str]) -> dict:

@@ -7,8 +7,8 @@ tensors are named by their path in the module, for example `encoder.conv_in.kern
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -106,13 +106,15 @@ def fill(
     problems: list[str],
     *,
     kernels: Kernels = "float32",
+    exact: Sequence[str] = (),
     mesh: Mesh | None = None,
 ):
     """Return the abstract module with these weights, on the first device or sharded over a mesh.
 
     With a mesh, each device reads only its own shard from the files, so no host holds more than its
-    share. `kernels` is the storage of the kernels; each becomes small before the next one is read.
-    Reading may add to the list `problems`. Raises ValueError if that list is not empty at the end.
+    share. `kernels` is the storage of the kernels, except of those that a pattern of `exact`
+    matches; each becomes small before the next one is read. Reading may add to the list `problems`.
+    Raises ValueError if that list is not empty at the end.
     """
     placed = iter(jax.tree.leaves(shardings(mesh, module)) if mesh is not None else ())
 
@@ -124,14 +126,14 @@ def fill(
 
     values = {}
     for name, leaf in named_weights(module).items():
-        stored = stored_type(name, kernels)
+        stored = stored_type(name, kernels, exact)
         if stored == "int8":
             layer = name.removesuffix("kernel")
             values[name], values[f"{layer}scale"] = quantized(read(leaf, tensors[name]))
         else:
             values[name] = read(leaf, tensors[name].astype(stored))
     if kernels == "int8":
-        module = jax.eval_shape(_stored, module)
+        module = jax.eval_shape(partial(_stored, exact=exact), module)
     filled = with_weights(module, lambda name, _: values.pop(name))
     files.raise_all("the weights cannot be used", problems)
     if mesh is not None and kernels == "int8":
@@ -139,8 +141,8 @@ def fill(
     return filled
 
 
-def _stored(module):
-    store(module, "int8")
+def _stored(module, exact: Sequence[str]):
+    store(module, "int8", exact)
     return module
 
 

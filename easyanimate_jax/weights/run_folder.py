@@ -133,12 +133,14 @@ def open_transformer(
 ) -> tuple[dict, dict[str, Tensor]]:
     """Return (metadata, weights by our names) of a checkpoint.
 
-    `weights` selects the averaged ("ema") or the trained ("raw") weights; `step` None is the newest
-    checkpoint. Every file is read once, a chunk at a time, to compare its fingerprint with the
-    saved one. Raises ValueError if there is no such checkpoint, or if its files are damaged.
+    `weights` selects the averaged ("ema") or the trained ("raw") weights, which are also those of a
+    run without an average; `step` None is the newest checkpoint. Every file is read once, a chunk
+    at a time, to compare its fingerprint with the saved one. Raises ValueError if there is no such
+    checkpoint, or if its files are damaged.
     """
     step, meta = read_meta(folder, step)
-    item, prefix = ("ema", "") if weights == "ema" else ("state", "model.")
+    averaged = weights == "ema" and "ema" in meta.get("arrays", {"ema": {}})
+    item, prefix = ("ema", "") if averaged else ("state", "model.")
     place = folder / "checkpoints" / str(step) / item
     names = [name for name in orbax_item.names(place) if name.startswith(prefix)]
     wrong = [

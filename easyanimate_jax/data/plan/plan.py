@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from easyanimate_jax.data.held_out import places
+
 CYCLE = 1000  # steps after which the order of the buckets repeats
 CHUNK = 2**18  # rows of the index processed at a time; ten million rows then need little memory
 
@@ -19,8 +21,9 @@ class Plan:
     """Batches of `batch_size` records of one token length each, for the stage `name`.
 
     `weights` multiply how often some records come: those of a kind, or of a value of the index
-    column `source`. ("video", 2.0) shows every video twice per picture. Raises ValueError if the
-    weights are invalid or no record fits.
+    column `source`. ("video", 2.0) shows every video twice per picture. The share `held_out` of the
+    files comes never (data/held_out.py). Raises ValueError if the weights are invalid or no record
+    fits.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class Plan:
         kinds: Sequence[str] = ("image", "video"),
         min_side: int = 0,
         weights: Sequence[tuple[str, float]] = (),
+        held_out: float = 0.0,
     ):
         self.batch_size, self.seed, self.name = batch_size, seed, name
         self.weights = tuple(weights)
@@ -42,12 +46,15 @@ class Plan:
                 f"stage {name!r}: weights {weights} must be at most eight numbers of 0 or more"
             )
         bucket, group = _sort(index, lengths, kinds, min_side, self.weights)
+        if held_out:
+            bucket[places(index["clip"]) < held_out] = -1
         used = [b for b in range(len(lengths)) if np.any(bucket == b)]
         if not used:
             raise ValueError(
                 f"stage {name!r}: none of {len(bucket)} records is of kind {'/'.join(kinds)}, at "
                 f"least {min_side} pixels on its shorter side and at most {lengths[-1]} tokens "
-                f"long; prepare such clips, or change the stage's filter"
+                f"long{' and not held out' if held_out else ''}; prepare such clips, or change "
+                f"the stage's filter"
             )
         self.lengths = [lengths[b] for b in used]
         self.buckets = [

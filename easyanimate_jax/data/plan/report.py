@@ -72,7 +72,9 @@ def _fitted(budget: Budget, clips: Clips) -> tuple[int, ...]:
         return ()
 
 
-def describe_stage(stage, latent_set: LatentSet, table: dict | None, index: dict, seed: int) -> str:
+def describe_stage(
+    stage, latent_set: LatentSet, table: dict | None, index: dict, seed: int, held_out: float = 0.0
+) -> str:
     """Return the report of one stage.
 
     `table` holds the source clips; if it is None, `index` holds the rows of a prepared set.
@@ -92,10 +94,13 @@ def describe_stage(stage, latent_set: LatentSet, table: dict | None, index: dict
         seed=seed,
         name=stage.name,
         weights=stage.weights,
+        held_out=held_out,
     )
     used = sum(len(group) for bucket in plan.buckets for group in bucket.groups)
     if used < len(index["clip"]):
-        reasons.append(f"  left out {len(index['clip']) - used:>12,}  weight 0, or too long")
+        reasons.append(
+            f"  left out {len(index['clip']) - used:>12,}  weight 0, held out, or too long"
+        )
     lines = [
         head,
         f"  used     {used:>12,}  clips, {_share(index['kind'], b'video')} of them videos",

@@ -30,7 +30,8 @@ BEAT = 0.5  # seconds between heartbeats
 WRITE = 10.0  # seconds between lines of goodput.jsonl
 
 # "step" is productive; "rework" repeats an earlier step; "down" is the time between processes.
-SECTIONS = ["start", "restore", "compile", "step", "rework", "data", "save", "sample", "down"]
+SECTIONS = ["start", "restore", "compile", "step", "rework", "data", "save", "sample", "validate"]
+SECTIONS += ["down"]
 
 
 class Monitor:

@@ -1,0 +1,167 @@
+"""The loss on held-out clips while a run trains, with the same noise, times and captions each time.
+
+    RUN/validation.jsonl   a line for each validation, and each of trained and averaged weights
+
+A clip's noise, caption, mask and control follow from its name, so that the loss depends on neither
+the mesh, the batch, the step nor a resume, and changes only with the weights.
+"""
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from easyanimate_jax.data.loader import Loader
+from easyanimate_jax.disk.whole import replace_text
+from easyanimate_jax.runs.batches import place
+from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.training.checkpoint import same_for_all
+from easyanimate_jax.training.metrics import now
+from easyanimate_jax.training.program import graph_of
+from easyanimate_jax.training.stages import Stage
+from easyanimate_jax.training.step import TrainState, row_losses, whole
+
+logger = logging.getLogger(__name__)
+
+
+class Validator:
+    """Computes the loss on the held-out clips of a stage; `loaders` has one for each stage.
+
+    Without loaders it does nothing.
+    """
+
+    def __init__(self, config: TrainConfig, mesh: Mesh, loaders: dict[str, Loader]):
+        self.config, self.mesh, self.loaders = config, mesh, loaders
+        self.programs = {}  # number of input channels -> jitted function
+        self.path = Path(config.run) / "validation.jsonl"
+        self.done: set[tuple[int, str]] = set()  # (updates made, stage) of the file's lines
+        self.board = None
+
+    def open(self, step: int, board) -> None:
+        """Drop the lines after `step` updates, which a resumed run makes again.
+
+        `board` is the TensorBoard writer of the run's metrics; it is None in all processes but the
+        first, which write nothing.
+        """
+        self.board, lines = board, []
+        if board is not None and self.path.is_file():
+            lines = self.path.read_text().splitlines()
+            lines = [line for line in lines if _is_row(line) and json.loads(line)["step"] <= step]
+            replace_text(self.path, "".join(line + "\n" for line in lines))
+        self.done = {(row["step"], row["stage"]) for row in map(json.loads, lines)}
+
+    def due(self, stage: Stage, made: int, *, border: bool) -> bool:
+        """Return whether to validate after `made` updates, at a `border` of the stage or between.
+
+        A validation that the file already has is not made again.
+        """
+        every = self.config.validation.every
+        if not self.loaders or not every or not (border or made % every == 0):
+            return False
+        return bool(same_for_all((made, stage.name) not in self.done))
+
+    def __call__(self, stage: Stage, state: TrainState, made: int) -> None:
+        """Write and log the losses of a state after `made` updates."""
+        began, loader = now(), self.loaders[stage.name]
+        weights = {"trained": state.model}
+        if state.ema is not None:
+            weights["averaged"] = state.ema
+        losses, lengths = {name: [] for name in weights}, []
+        for number in range(len(loader.plan)):
+            length, batch = loader.batch(number)
+            ids = loader.plan(number)[1].tolist()
+            keys = np.zeros(batch.weight.size, np.uint32)
+            keys[: len(ids)] = [loader.plan.keys[i] for i in ids]
+            arrays = place(batch, self.mesh)
+            lengths += [length] * len(ids)
+            for name, part in weights.items():
+                found = self._program(stage)(part, state.frozen, arrays, keys)
+                losses[name].append(np.asarray(found)[:, : len(ids)])
+        rows = [
+            self._row(stage, made, name, np.concatenate(parts, axis=1), np.array(lengths))
+            for name, parts in losses.items()
+        ]
+        self.done.add((made, stage.name))
+        if self.board is not None:
+            seconds = round(now() - began, 3)
+            text = "".join(json.dumps(row | {"seconds": seconds}) + "\n" for row in rows)
+            with self.path.open("a") as file:
+                file.write(text)
+            for row in rows:
+                self._show(row)
+
+    def _program(self, stage: Stage):
+        if stage.in_channels not in self.programs:
+            config = self.config.step.with_channels(stage.in_channels)
+            self.programs[stage.in_channels] = jax.jit(
+                partial(
+                    validation_losses,
+                    graph=graph_of(config) if config.partial else None,
+                    process=self.config.process,
+                    times=self.config.validation.times,
+                    key=jax.random.key(self.config.validation.seed),
+                ),
+                out_shardings=NamedSharding(self.mesh, PartitionSpec()),
+            )
+        return self.programs[stage.in_channels]
+
+    def _row(self, stage: Stage, made: int, name: str, losses, lengths) -> dict:
+        """Return the line of the losses (times, clips) of one kind of weights."""
+        clips = losses.mean(axis=0)
+        return {
+            "step": made,
+            "stage": stage.name,
+            "task": stage.task,
+            "weights": name,
+            "clips": len(clips),
+            "loss": float(clips.mean()),
+            "error": float(clips.std() / max(1, len(clips) - 1) ** 0.5),  # standard error
+            "by_time": [float(x) for x in losses.mean(axis=1)],
+            "by_length": {str(n): float(clips[lengths == n].mean()) for n in np.unique(lengths)},
+        }
+
+    def _show(self, row: dict) -> None:
+        name, made = f"validation {row['weights']}", row["step"]
+        self.board.add_scalar(f"{name}/loss", row["loss"], made)
+        for number, value in enumerate(row["by_time"]):
+            share = (number + 0.5) / len(row["by_time"])
+            self.board.add_scalar(f"{name}/time {share:.2f}", value, made)
+        for length, value in row["by_length"].items():
+            self.board.add_scalar(f"{name}/{length} tokens", value, made)
+        logger.info(
+            "validation at step %d (stage %r): loss %.5f of the %s weights on %d held-out clips",
+            made,
+            row["stage"],
+            row["loss"],
+            row["weights"],
+            row["clips"],
+        )
+
+
+def _is_row(line: str) -> bool:
+    try:
+        return "step" in json.loads(line)
+    except ValueError:  # cut short by a kill
+        return False
+
+
+def validation_losses(weights, frozen, batch, keys, *, graph, process, times: int, key):
+    """Return the losses of the rows of a batch, (times, rows), at fixed times and noise.
+
+    The times are those below which (k + 1/2) / `times` of the training times lie.
+    """
+    batch = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)  # one microbatch
+
+    def at(number):
+        u = (number + 0.5) / times
+        time = process.time_of(jnp.full(keys.shape, u), batch.lengths)
+        noise = jax.random.fold_in(key, number)
+        model = whole(graph, weights, frozen)
+        return row_losses(model, batch, time, keys, noise, process=process)
+
+    return jax.lax.map(at, jnp.arange(times))
