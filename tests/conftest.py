@@ -26,6 +26,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 gc.set_threshold(100_000, 50, 50)
 
 
+# The files that take longest, so that no process is left alone with one of them at the end.
+LONGEST = ("test_ranks", "test_reliability", "test_vae_training", "test_step", "test_loop")
+LONGEST += ("test_vae", "test_validation", "test_pipelines", "test_conversion", "test_position")
+
+
+def pytest_collection_modifyitems(items):
+    """Put the longest files first."""
+    place = {f"{name}.py": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="module")
 def compiled():
     """The programs of this process's trainings go to the cache of the commands, too."""

@@ -144,7 +144,10 @@ def test_the_learning_rate_warms_up_in_every_stage(folder, whole):
     assert all(rates[step] < rates[step - 1] for step in first)
 
 
-@pytest.mark.parametrize("how, code", [(signal.SIGTERM, 42), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    "how, code",
+    [pytest.param(signal.SIGTERM, 42, marks=pytest.mark.slow), (signal.SIGKILL, -9)],
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(folder, whole, how, code):
     run = how.name
     first = launch(folder, run)
@@ -159,6 +162,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(folder, whole, how, code):
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_schedule_on_eight_devices_gives_the_same_losses(folder, whole):
     mesh = ("--mesh.data", "1", "--mesh.fsdp", "2", "--mesh.context", "2", "--mesh.tensor", "2")
     finish(launch(folder, "sharded", 8, *mesh))
