@@ -3,5 +3,7 @@
 from importlib.metadata import version
 
 FAST_COMPILES = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-if version("jaxlib").startswith("0.10."):  # a flag that XLA does not know ends the process
-    FAST_COMPILES += " --xla_cpu_use_fusion_emitters=false"
+METADATA = ("invariant_load", "alias_scope", "noalias")
+if version("jaxlib").startswith("0.10."):  # flags that XLA does not know end the process
+    FAST_COMPILES += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    FAST_COMPILES += "".join(f" --xla_llvm_enable_{name}_metadata=false" for name in METADATA)

@@ -177,6 +177,7 @@ def test_the_names_of_operators_are_those_of_sets():
     assert ("file", "camera", *control.OPERATORS) == records.CONTROLS
 
 
+@pytest.mark.slow
 def test_a_text_to_video_state_learns_to_be_led(make_loader):
     """The new channels are zero at first, so that the model is the old one; then they are used."""
     config = MMDiTConfig(

@@ -176,6 +176,7 @@ def test_diffusers_makes_our_video_from_an_exported_run(tmp_path, parts):
     np.testing.assert_array_equal(loaded(tmp_path / "theirs")(), ours)
 
 
+@pytest.mark.slow
 def test_diffusers_makes_our_video_from_a_picture(tmp_path, parts, monkeypatch):
     """Side-stepped: the noise on the given picture comes from two generators, so there is none; and
     diffusers' prepare_latents fails on given latents with a flow scheduler (it returns a `noise`

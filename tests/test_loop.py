@@ -174,6 +174,7 @@ def test_changed_data_is_refused(folder, whole):
     assert "error: checkpoint 16 belongs to stage 'large_i2v' and seed 42" in output
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_named_step_of_another(folder, whole):
     """At a learning rate of 0 the weights that it saves are those that it was given."""
     options = ["--init", str(folder / "whole"), "--init-step", "7"]

@@ -90,6 +90,7 @@ def test_a_run_that_went_on_has_the_bits_of_one_that_was_never_stopped(whole, tm
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_another_mesh_and_a_base_of_eight_bits_give_almost_the_same_losses(whole, tmp_path):
     other = replace(
         whole,

@@ -106,7 +106,7 @@ def test_r8_a_rank_that_hangs_or_is_stopped_costs_a_restart(folder, pair):
 @pytest.mark.parametrize(
     "processes, devices",
     [
-        (1, 1),
+        pytest.param(1, 1, marks=pytest.mark.slow),
         pytest.param(1, 8, marks=pytest.mark.slow),
         pytest.param(4, 1, marks=pytest.mark.slow),
     ],

@@ -96,6 +96,7 @@ def test_r5_a_signal_saves_and_no_step_is_lost(folder, whole):
     assert prints(folder, "asked") == whole
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_r7_a_full_disk_costs_two_checkpoints_and_nothing_else(folder, whole):
     """The kernel refuses to write for two saves in a row, and then no more."""
@@ -170,6 +171,7 @@ def test_goodput_adds_up_over_a_kill(folder, whole):
     assert prints(folder, "killed") == whole
 
 
+@pytest.mark.slow
 def test_a_replayed_step_has_the_same_bits(folder, whole):
     output = end(start(command(folder, "whole1", "--replay", "8")))
     assert "step 8 made twice: nothing differs" in output

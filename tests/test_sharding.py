@@ -55,6 +55,7 @@ def loss_and_gradient(mesh):
         return step(jax.device_put(model, placed), *args)
 
 
+@pytest.mark.slow
 def test_eight_devices_differentiate_like_one(capfd):
     value, gradient = loss_and_gradient(make_mesh(MESH))
     assert "rematerialization" not in capfd.readouterr().err  # XLA's word for a bad resharding

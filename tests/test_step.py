@@ -127,9 +127,9 @@ def test_rows_that_fill_up_take_no_share_of_the_times():
 @pytest.mark.parametrize(
     ("mesh", "num_micro"),
     [
-        ((1, 2, 2, 2), 4),
+        pytest.param((1, 2, 2, 2), 4, marks=pytest.mark.slow),
         ((2, 2, 2, 1), 2),
-        ((1, 8, 1, 1), 1),
+        pytest.param((1, 8, 1, 1), 1, marks=pytest.mark.slow),
         pytest.param((1, 2, 2, 2), 1, marks=pytest.mark.slow),
         pytest.param((1, 1, 8, 1), 2, marks=pytest.mark.slow),
     ],
@@ -227,6 +227,7 @@ def test_a_widened_state_goes_on_with_zero_weights_for_the_new_channels(one_devi
     assert np.isfinite(metrics["loss"])
 
 
+@pytest.mark.slow
 def test_a_widened_state_goes_on_with_muon():
     state = widen_state(start(MUON), 33)
     batch, key = make_batch(1, 8, channels=33), jax.random.key(7)
@@ -238,6 +239,7 @@ def test_a_widened_state_goes_on_with_muon():
     assert np.any(later.model.patches.kernel.get_value()[64:])
 
 
+@pytest.mark.slow
 def test_a_state_of_muon_comes_back_from_a_checkpoint(tmp_path):
     state = jax.tree.map(jnp.asarray, steps(ONE, make_batch(1, 8), optimizer=MUON)[0])
     like = jax.tree.map(

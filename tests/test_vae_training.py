@@ -299,6 +299,7 @@ def test_statistics_normalise_the_latents(config, trained):
     np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=0.1)
 
 
+@pytest.mark.slow
 def test_a_decoder_trained_on_leaves_latents_as_they_were(config, trained, tmp_path):
     more = replace(config, init=config.output, decoder_only=True, output=str(tmp_path))
     assert train(more) == DONE
@@ -308,6 +309,7 @@ def test_a_decoder_trained_on_leaves_latents_as_they_were(config, trained, tmp_p
     assert load_vae(more.output).config == trained.config
 
 
+@pytest.mark.slow
 def test_an_autoencoder_is_trained_on_from_its_weights(config, trained, tmp_path):
     """The whole of it: the first step's loss is that of what it begins with."""
     more = replace(config, init=config.output, output=str(tmp_path))
