@@ -11,14 +11,15 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count=8 {FAST_COMPILES}"
 )
-# One compilation cache for the commands that all tests start. The workers inherit its path.
+# One compilation cache for all tests and the commands that they start. The workers inherit it.
 if "TESTS_COMPILED" not in os.environ:
     os.environ["TESTS_COMPILED"] = tempfile.mkdtemp(prefix="compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["TESTS_COMPILED"]
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import jax
-import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -35,15 +36,6 @@ def pytest_collection_modifyitems(items):
     """Put the longest files first."""
     place = {f"{name}.py": number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
-
-
-@pytest.fixture(scope="module")
-def compiled():
-    """The programs of this process's trainings go to the cache of the commands, too."""
-    jax.config.update("jax_compilation_cache_dir", os.environ["TESTS_COMPILED"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 def pytest_unconfigure(config):

@@ -1,5 +1,6 @@
 """A run's parts: all in memory, one at a time, and the transformer's in eight bits."""
 
+import json
 import weakref
 
 import jax
@@ -9,7 +10,9 @@ import pytest
 from disk import write_run
 from test_export import MODEL, PROMPT, SIZE, random_module
 from test_export import parts as parts  # a fixture: VAE, text encoder and tokenizer
+from test_lora import random_lora
 
+from easyanimate_jax.commands.sample import main
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.generation.pipelines import Request, text_to_video, video_to_video
@@ -19,6 +22,7 @@ from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.runs.load import Resident, as_computed, load_pipeline
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.text.encode import TextEncoder
+from easyanimate_jax.weights import lora
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +137,33 @@ def test_a_run_on_a_mesh_makes_the_same_video(folder, whole):
         assert len(kernel.sharding.device_set) == 8
         video = text_to_video(run.diffusion, request(run))
     assert np.abs(video.astype(int) - whole).max() <= 2
+
+
+def test_lora_files_reach_the_sample_and_its_sidecar(folder, tmp_path, capsys):
+    def sample(name, *loras):
+        words = [f"--lora={one}" for one in loras]
+        size = ["--frames", "5", "--height", "32", "--width", "48", "--steps", "2"]
+        output = tmp_path / name
+        assert main([str(folder), "--prompt", PROMPT, *size, *words, "--output", str(output)]) == 0
+        (clip,) = output.glob("*.mp4")
+        return clip.read_bytes(), json.loads(clip.with_suffix(".json").read_text())
+
+    file = tmp_path / "style.safetensors"
+    lora.write(file, random_lora(MODEL), "original")
+    plain, strong, weak, none = (
+        sample(name, *loras)
+        for name, loras in (
+            ("plain", ()),
+            ("strong", (file, file)),
+            ("weak", (f"{file}:0.5",)),
+            ("none", (f"{file}:0",)),
+        )
+    )
+    assert none[0] == plain[0] and len({plain[0], strong[0], weak[0]}) == 3
+    assert plain[1]["loras"] == {} and f"--lora={file}:0.5" in weak[1]["command"]
+    digest = next(iter(weak[1]["loras"].values()))
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    assert sample("other", f"{file}:0.5")[1]["loras"][f"{file}:0.5"] != digest
+    capsys.readouterr()
+    assert main([str(folder), "--prompt", PROMPT, "--lora=gs://bucket/style.safetensors"]) == 2
+    assert "gs://bucket/style.safetensors" in capsys.readouterr().err

@@ -71,7 +71,6 @@ def start(words: list[str], devices: int = 1, **variables: str) -> subprocess.Po
         | {
             "XLA_FLAGS": flags,
             "PYTHONPATH": str(ROOT),
-            "JAX_COMPILATION_CACHE_DIR": os.environ["TESTS_COMPILED"],
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         | variables,

@@ -26,7 +26,7 @@ LORA = LoRAConfig(rank=2, alpha=1.0, targets=LAYERS, dropout=0.5)
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory, compiled):
+def config(tmp_path_factory):
     """Two updates without and two with a start picture, beside a model of text to video."""
     folder = tmp_path_factory.mktemp("lora")
     run = small_run(folder)

@@ -228,7 +228,8 @@ def test_a_span_of_a_table_is_not_left(films):
 def test_the_limit_of_a_decoder_is_its_own_processor_time_and_grows_with_the_work(tmp_path):
     still = np.random.default_rng(0).integers(0, 255, (240, 320, 3), np.uint8)
     long = encode(tmp_path / "long.mp4", steady(200, 24), frames=[still] * 200)
-    Image.new("1", (4000, 4000)).save(tmp_path / "big.png")
+    noise = np.random.default_rng(0).integers(0, 2, (4000, 4000), np.uint8)
+    Image.fromarray(255 * noise).convert("1").save(tmp_path / "big.png")
     workers = Decoders(1, seconds=0.05)
     try:
         with pytest.raises(ValueError, match=r"big.png: not decoded within 0.05 seconds of proc"):

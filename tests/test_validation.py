@@ -28,7 +28,7 @@ MESHES = (
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory, compiled):
+def config(tmp_path_factory):
     """Four updates with a start picture, and three of five clips held out."""
     run = small_run(tmp_path_factory.mktemp("validation"))
     stage = replace(run.stages[1], steps=4, end_learning_rate=None)

@@ -88,10 +88,7 @@ class Loader:
     rows are not read, and their memory is never touched. The rows of a batch are read in parallel.
     An unreadable record is replaced by the next of its bucket, and is logged in the file
     `quarantine`. Raises ValueError if the set does not fit the task, or if too many records are
-    unreadable.
-
-    `draw_by` gives each record a number; the draws of a row then depend on it alone, not on the
-    step and the row.
+    unreadable. If `draw_by` gives each record a number, the draws of a row depend on that alone.
     """
 
     def __init__(

@@ -187,10 +187,9 @@ def train_step(
     """
     step_key = jax.random.fold_in(key, state.step)
     time_key, noise_key = jax.random.split(step_key)
-    num_micro, num_rows = batch.weight.shape
-    rows = jnp.arange(num_micro * num_rows).reshape(num_micro, num_rows)
-    real = batch_size or rows.size
-    time = process.sample_time(time_key, (real,), batch.lengths.reshape(-1)[:real])
+    rows = jnp.arange(batch.weight.size).reshape(batch.weight.shape)
+    tokens = batch.lengths.reshape(-1)[: batch_size or rows.size]
+    time = process.sample_time(time_key, tokens.shape, tokens)
     time = jnp.pad(time, (0, rows.size - time.size), constant_values=1).reshape(rows.shape)
     batch = batch._replace(weight=batch.weight / batch.weight.sum())
 
