@@ -130,6 +130,7 @@ def test_kernels_of_eight_bits_are_split_over_a_mesh(folder):
     assert kernel.addressable_shards[0].data.size == kernel.size // 8
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_makes_the_same_video(folder, whole):
     with jax.set_mesh(make_mesh(MeshConfig(data=2, fsdp=2, context=2))):
         run = load_pipeline(folder)

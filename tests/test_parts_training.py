@@ -60,6 +60,7 @@ def test_a_checkpoint_holds_the_parts_and_no_average(whole):
     assert {dtype for _, dtype, _ in moments} == {"bfloat16", "int32"}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path):
     again = replace(whole, run=str(tmp_path / "run"))
     assert train(replace(again, stages=(replace(whole.stages[0], steps=1),))) == 0

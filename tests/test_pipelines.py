@@ -98,7 +98,7 @@ def test_videos_are_the_same_on_a_mesh_that_divides_neither_rows_nor_tokens(samp
     assert np.abs(on_mesh.astype(int) - alone).max() <= 1
 
 
-@pytest.mark.parametrize("attention", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("attention", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_video_spread_over_eight_devices_is_encoded_and_decoded_the_same(attention):
     """Rows of pixels on each: latents to 1e-5, pixels to the last bit of eight."""
     config = VAEConfig(channels=(8, 8, 16, 16), groups=4, attention=attention, dtype="float32")

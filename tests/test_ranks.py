@@ -237,6 +237,7 @@ MEMORY = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_r2_restoring_takes_no_second_copy(tmp_path):
     code = [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path / "checkpoints")]

@@ -151,6 +151,7 @@ def test_r12_a_run_that_cannot_be_mended_leaves_with_its_own_code(folder):
     assert "after 3 returns to earlier checkpoints" in output
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_r8_a_hang_prints_the_stacks_and_leaves(folder, whole):
     words = command(folder, "hang", "--hang-seconds", "4")

@@ -237,6 +237,7 @@ def reference_tiles(network, x, size, overlap, extent, limit):
     return np.concatenate(result, axis=2)
 
 
+@pytest.mark.slow
 def test_tiles_are_the_reference_s():
     """Tiles of 32 pixels every 24, uneven at both borders: 6 latents wide, 5 high."""
     vae = make(SMALL)

@@ -229,6 +229,7 @@ def test_a_training_whose_checkpoints_are_all_damaged_does_not_begin_anew(config
     assert "storage: no good checkpoint is left" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_ends_the_training_unsaved(config, tmp_path, caplog):
     wrong = replace(config, matrices="adam", kl_weight=3e38, output=str(tmp_path))
     assert train(replace(wrong, save_every=1)) == DIVERGED
@@ -273,6 +274,7 @@ def test_the_psnr_is_that_of_the_averaged_model_on_held_out_clips(config, traine
     assert rows[-1]["held_out_psnr"] == report["psnr"] and "held_out_psnr" not in rows[0]
 
 
+@pytest.mark.slow
 def test_the_average_is_taken_after_the_update(adversarial):
     """Its decay warms up as (1 + n) / (10 + n): the first step moves it by nine tenths."""
     ema = flat_weights(adversarial[0][0].ema)

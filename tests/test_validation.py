@@ -90,6 +90,7 @@ def test_training_has_the_same_bits_without_validation(whole, tmp_path):
     assert losses(other) == losses(whole) and not (tmp_path / "validation.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_each_validation_once(whole, tmp_path):
     """It was killed after the checkpoint at the end of a stage, before its validation was whole."""
     again = replace(whole, run=str(tmp_path / "run"))
