@@ -5,6 +5,7 @@ the others are compared with.
 """
 # ruff: noqa: F401, F811 (pytest finds fixtures by name)
 
+import json
 import os
 import re
 import shutil
@@ -132,6 +133,22 @@ def test_two_processes_of_four_devices_train_like_one_of_eight(folder):
     two, one = ([row["loss"] for row in rows(folder, name)] for name in ("two", "one"))
     assert len(one) == STEPS
     np.testing.assert_allclose(two, one, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_validate_like_one(folder):
+    """Each reads the held-out clips of its own rows; the losses are those of one process."""
+    held = ("--validation.share", "0.77", "--validation.every", "8", "--validation.times", "3")
+    found = []
+    for run, processes, devices in (("held2", 2, 2), ("held1", 1, 4)):
+        end(start(ranks(processes, folder, run, *held), devices))
+        lines = (folder / run / "validation.jsonl").read_text().splitlines()
+        found.append([json.loads(line) for line in lines])
+    two, one = ([row.pop("by_time") for row in rows] for rows in found)
+    places = [[(row["step"], row["stage"], row["weights"]) for row in rows] for rows in found]
+    assert places[0] == places[1] and {0, 8, STEPS} <= {step for step, *_ in places[0]}
+    np.testing.assert_allclose(two[:2], one[:2], rtol=1e-6)  # of equal weights
+    np.testing.assert_allclose(two, one, rtol=1e-5)
 
 
 def on_two_hosts(words: list[str], **variables: str) -> list[subprocess.Popen]:

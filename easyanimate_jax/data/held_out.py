@@ -15,10 +15,8 @@ SPAN = re.compile(rb"#\d+-\d+$")  # of a clip in a curated film, as `curate` nam
 
 def places(clips: np.ndarray) -> np.ndarray:
     """Return a number from 0 to 1 for each clip name, float64; clips below a share are held out."""
-    return (
-        np.array([_hash(SPAN.sub(b"", _bytes(name))) for name in clips.tolist()], np.uint64)
-        / 2.0**64
-    )
+    files = (SPAN.sub(b"", _bytes(name)) for name in clips.tolist())
+    return np.array([_hash(file) for file in files], np.uint64) / 2.0**64
 
 
 def draw_keys(clips: np.ndarray) -> np.ndarray:

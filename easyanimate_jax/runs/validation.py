@@ -90,8 +90,11 @@ class Validator:
         if self.board is not None:
             seconds = round(now() - began, 3)
             text = "".join(json.dumps(row | {"seconds": seconds}) + "\n" for row in rows)
-            with self.path.open("a") as file:
-                file.write(text)
+            try:
+                with self.path.open("a") as file:
+                    file.write(text)
+            except OSError as error:  # a full disk costs the lines, not the run
+                logger.warning("the validation of step %d was not written: %s", made, error)
             for row in rows:
                 self._show(row)
 
