@@ -55,6 +55,17 @@ def test_the_12b_describes_its_parameters_bytes_and_sizes():
         assert re.search(rf"{frames} frames of .*\b{size}\b", text)
 
 
+def test_training_times_are_described_by_a_histogram_for_each_length():
+    text = describe_run(load("v51_12b"))
+    shares = [float(share) for share in re.findall(r"([\d.]+)% #", text)]
+    assert shares == pytest.approx([10] * 10, abs=0.11) and "of all lengths" in text
+    text = describe_run(load("v51_12b", "--process.train-shift", "3"))
+    last = re.search(r"0\.9 to 1\.0 +([\d.]+)% #", text)
+    assert float(last[1]) == pytest.approx(25, abs=0.11)  # t > 0.75 becomes 3 t / (1 + 2 t) > 0.9
+    text = describe_run(load("v51_12b", "--process.shift-tokens", "3328"))
+    assert text.count("times    drawn in training, of ") > 2 and "of 13,824 tokens;" in text
+
+
 def test_overrides_reach_nested_fields():
     config = load("v5_12b", "--stages.0.steps", "7", "--mesh.fsdp", "8", "--seed", "3")
     assert (config.stages[0].steps, config.mesh.fsdp, config.seed) == (7, 8, 3)

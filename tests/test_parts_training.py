@@ -9,6 +9,7 @@ from arrays import flat_weights
 from small_runs import losses
 from test_lora_training import LORA, config
 
+from easyanimate_jax.commands.convert import main as convert
 from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.runs.describe import describe_run
 from easyanimate_jax.runs.loop import train
@@ -80,7 +81,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_parts_and_adapters_train_together_beside_eight_bits_on_any_mesh(config, tmp_path):
+def test_parts_and_adapters_train_together_beside_eight_bits_on_any_mesh(config, tmp_path, capsys):
     both = replace(
         config,
         run=str(tmp_path / "run"),
@@ -95,6 +96,9 @@ def test_parts_and_adapters_train_together_beside_eight_bits_on_any_mesh(config,
     changed = {n for n, x in ours.items() if n not in theirs or (x != theirs[n]).any()}
     assert {n for n in changed if "adapter" not in n} == {"patches.kernel", "patches.bias"}
     assert any(n.startswith("blocks.0.video.attention.q.adapter") for n in changed)
+    file = tmp_path / "a.safetensors"
+    assert convert([both.run, str(file), "--to", "comfyui"]) == 2 and not file.exists()
+    assert "trained patches.* of the model itself too" in capsys.readouterr().err
 
 
 def test_describe_names_the_parts_and_a_pattern_that_matches_none_is_refused(part):

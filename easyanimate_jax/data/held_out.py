@@ -51,7 +51,7 @@ class HeldOut:
         share: float,
         most: int,
     ):
-        self.seed, self.name, self.batch_size = seed, name, batch_size
+        self.seed, self.name = seed, name
         place, tokens = places(index["clip"]), index["tokens"]
         held = np.flatnonzero((place < share) & (tokens <= lengths[-1]))
         if not len(held):
@@ -64,7 +64,6 @@ class HeldOut:
         keys = draw_keys(index["clip"][self.ids])
         self.keys = dict(zip(self.ids.tolist(), keys.tolist(), strict=True))
         bucket = np.searchsorted(lengths, tokens[self.ids])
-        self.lengths = [lengths[b] for b in np.unique(bucket)]
         self.batches = [
             (lengths[b], part)
             for b in np.unique(bucket)

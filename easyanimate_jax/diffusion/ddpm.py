@@ -47,7 +47,7 @@ class DDPM:
     def time_of(
         self, u: Float[Array, "..."], tokens: Int[Array, "..."] | None = None
     ) -> Float[Array, "..."]:
-        """Return the training time below which the share `u` of them lies, as `sample_time`."""
+        """Return the time below which the share `u` of the training times lies (`sample_time`)."""
         del tokens
         return to_index(u)
 

@@ -70,7 +70,7 @@ class Flow:
     def time_of(
         self, u: Float[Array, "..."], tokens: Int[Array, "..."] | None = None
     ) -> Float[Array, "..."]:
-        """Return the training time above which the share `u` of them lies, as `sample_time`."""
+        """Return the time above which the share `u` of the training times lies (`sample_time`)."""
         if self.time == "logit_normal":
             u = jax.nn.sigmoid(self.logit_std * jax.scipy.special.ndtri(u))
         elif self.time == "mode":

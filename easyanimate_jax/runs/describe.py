@@ -1,7 +1,6 @@
 """A summary of a config's schedule in numbers; it uses no device (the verb `describe`)."""
 
 import dataclasses
-import fnmatch
 import math
 from functools import partial
 
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
+from easyanimate_jax.models.layers import matches
 from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import RULES, MeshConfig, is_variable
@@ -17,7 +17,7 @@ from easyanimate_jax.training.program import make_state
 from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.weights.module import named_weights
 
-DRAWN_TIMES = 100_000  # of a histogram of training times
+GRID = 10_000  # equal shares of the training times, of which a histogram shows the middles
 
 
 def describe_run(config: TrainConfig) -> str:
@@ -73,10 +73,10 @@ def _time_lines(config: TrainConfig) -> list[str]:
     lengths = sorted({n for latents in config.sets for n in latents.budget.lengths})
     columns = {}
     for length in lengths:
-        tokens = jnp.full(DRAWN_TIMES, length)
-        times = config.process.sample_time(jax.random.key(0), (DRAWN_TIMES,), tokens)
+        u = (jnp.arange(GRID) + 0.5) / GRID
+        times = config.process.time_of(u, jnp.full(GRID, length))
         shares, _ = np.histogram(times, np.linspace(0, NUM_TRAIN_TIMES, 11))
-        columns.setdefault(tuple(shares / DRAWN_TIMES), []).append(f"{length:,}")
+        columns.setdefault(tuple(shares / GRID), []).append(f"{length:,}")
     lines = []
     for shares, names in columns.items():
         whom = "all lengths" if len(columns) == 1 else f"{', '.join(names)} tokens"
@@ -101,9 +101,10 @@ def _part_lines(config: TrainConfig, sizes: dict[str, int], trained: int) -> lis
     """Return lines about the weights that are trained and the type of the frozen ones."""
     if not config.step.partial:
         return []
-    lines, left = [], dict(sizes)
+    lines = []
+    left = {name: size for name, size in sizes.items() if "adapter" not in name.split(".")}
     for pattern, factor in config.train:
-        found = fnmatch.filter(left, pattern)
+        found = [name for name in left if matches(name, [pattern])]
         count = sum(left.pop(name) for name in found)
         lines += [f"train    {pattern}: {count:,} parameters at {factor:g} x the learning rate"]
     own = f"{trained:,} weights of the model" if trained else "none of the model's own weights"

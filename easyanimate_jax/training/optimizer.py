@@ -4,7 +4,6 @@ The learning rate is an argument of the train step, not part of the optimizer: i
 stage, and a change of stage must not recompile the step.
 """
 
-import fnmatch
 import math
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from optax import contrib
 
 from easyanimate_jax.facts import check_fields
+from easyanimate_jax.models.layers import matches
 
 Matrices = Literal["adam", "muon", "adafactor"]
 Moments = Literal["float32", "bfloat16"]
@@ -215,13 +215,13 @@ def labels(weights, matrices: Matrices = "muon"):
 def scale_rates(rates: Rates) -> optax.GradientTransformation:
     """Multiply the update of each weight by the factor of the first pattern that its name matches.
 
-    Weights that match none keep their update.
+    Weights that match none, and adapters, keep their update.
     """
 
     def scale(path, x):
         name = name_of(path)
-        matching = (factor for pattern, factor in rates if fnmatch.fnmatch(name, pattern))
-        factor = next(matching, 1.0)
+        matching = (factor for pattern, factor in rates if matches(name, [pattern]))
+        factor = 1.0 if "adapter" in name.split(".") else next(matching, 1.0)
         return x if factor == 1 else factor * x
 
     return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))

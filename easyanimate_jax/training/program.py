@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import fnmatch
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -110,12 +109,12 @@ def _is_trained(config: StepConfig, path: tuple, _) -> bool:
 
 def _check_patterns(config: StepConfig, model: MMDiT) -> None:
     names = sorted(named_weights(model))
-    unknown = [repr(pattern) for pattern in config.exact if not fnmatch.filter(names, pattern)]
-    if unknown:
-        raise ValueError(
-            f"TrainConfig.train: {', '.join(unknown)} matches no weight; the weights are "
-            f"{', '.join(names)}"
-        )
+    for pattern in config.exact:
+        if not any(matches(name, [pattern]) for name in names):
+            raise ValueError(
+                f"TrainConfig.train: {pattern!r} matches no weight; the weights are "
+                f"{', '.join(names)}"
+            )
 
 
 @cache

@@ -361,12 +361,13 @@ class Plan:
 def _adapters_part(source: Path, options: Options, problems: list[str]) -> list[Part]:
     """Return the file of the adapters of a run; [] after a problem."""
     model = open_model(source, "transformer", problems, weights=options.weights, step=options.step)
-    if model and model.loras:
+    _, meta = run_folder.read_meta(source, options.step)
+    parts = ", ".join(pattern for pattern, _ in meta["config"].get("train", ()))
+    if model and model.loras and not parts:
         return _lora_part(model.loras[-1].lora, options, problems)
     if model:
-        problems.append(
-            f"{source} trained all weights and has no adapters: name a folder, not a file"
-        )
+        other = f"trained {parts} of the model itself too" if model.loras else "has no adapters"
+        problems.append(f"{source} {other}: name a folder for the whole model, not a LoRA file")
     return []
 
 

@@ -21,9 +21,9 @@ class Plan:
     """Batches of `batch_size` records of one token length each, for the stage `name`.
 
     `weights` multiply how often some records come: those of a kind, or of a value of the index
-    column `source`. ("video", 2.0) shows every video twice per picture. The share `held_out` of the
-    files comes never (data/held_out.py). Raises ValueError if the weights are invalid or no record
-    fits.
+    column `source`. ("video", 2.0) shows every video twice per picture. Clips of the share
+    `held_out` of the files never come (data/held_out.py). Raises ValueError if the weights are
+    invalid or no record fits.
     """
 
     def __init__(
