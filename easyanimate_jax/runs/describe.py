@@ -69,10 +69,13 @@ def describe_run(config: TrainConfig) -> str:
 
 
 def _time_lines(config: TrainConfig) -> list[str]:
-    """Return a histogram of the training times: by tenths of the noise, for each token length."""
-    lengths = sorted({n for latents in config.sets for n in latents.budget.lengths})
+    """Return a histogram of the training times, by tenths of the noise.
+
+    Times that depend on the tokens have two: for the shortest and for the longest clips.
+    """
+    lengths = {n for latents in config.sets for n in latents.budget.lengths}
     columns = {}
-    for length in lengths:
+    for length in sorted({min(lengths), max(lengths)}):
         u = (jnp.arange(GRID) + 0.5) / GRID
         times = config.process.time_of(u, jnp.full(GRID, length))
         shares, _ = np.histogram(times, np.linspace(0, NUM_TRAIN_TIMES, 11))
