@@ -228,12 +228,13 @@ def test_a_span_of_a_table_is_not_left(films):
 def test_the_limit_of_a_decoder_is_its_own_processor_time_and_grows_with_the_work(tmp_path):
     still = np.random.default_rng(0).integers(0, 255, (240, 320, 3), np.uint8)
     long = encode(tmp_path / "long.mp4", steady(200, 24), frames=[still] * 200)
-    noise = np.random.default_rng(0).integers(0, 2, (4000, 4000), np.uint8)
-    Image.fromarray(255 * noise).convert("1").save(tmp_path / "big.png")
+    noise = np.random.default_rng(0).integers(0, 255, (2000, 2000, 3), np.uint8)
+    slow = {"quality": 95, "progressive": True}  # about six times the limit below
+    Image.fromarray(noise).save(tmp_path / "big.jpg", **slow)
     workers = Decoders(1, seconds=0.05)
     try:
-        with pytest.raises(ValueError, match=r"big.png: not decoded within 0.05 seconds of proc"):
-            workers.read_image(tmp_path / "big.png", None)
+        with pytest.raises(ValueError, match=r"big.jpg: not decoded within 0.05 seconds of proc"):
+            workers.read_image(tmp_path / "big.jpg", None)
         assert workers.read_clip(long, 0, 200, 1, (32, 32)).shape == (200, 32, 32, 3)
         worker = workers.free.queue[-1]
         os.kill(worker.pid, signal.SIGSTOP)  # for longer than its processor time
