@@ -1,8 +1,9 @@
 """Score a finished run and write `report.json` and `report.html` beside it:
 
-python -m demos world|films|ways CONFIG [--field value ...]
+python -m demos world|films|ways|concept CONFIG [--field value ...]
 
 `ways` needs a control model of the world whose `init` is a run that ends as an inpaint model.
+`concept` needs a LoRA whose `init` is a run of the world.
 """
 
 import json
@@ -10,10 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-from demos import facts, films_report, ways_report, world_report
+from demos import concept_report, facts, films_report, ways_report, world_report
 from easyanimate_jax import TextEncoder, load_config, load_pipeline
 
 KINDS = {"world": world_report, "films": films_report, "ways": ways_report}
+KINDS |= {"concept": concept_report}
 
 
 def main(args: list[str]) -> int:
@@ -23,8 +25,9 @@ def main(args: list[str]) -> int:
         return 2
     kind, config = KINDS[args[0]], load_config(args[1], args[2:])
     began, rows = time.time(), facts.read_metrics(config)
-    folders = [config.run, config.init] if kind is ways_report else [config.run]
-    runs = [load_pipeline(folder) for folder in folders]
+    runs = [load_pipeline(config.run)]
+    if kind in (ways_report, concept_report):
+        runs.append(load_pipeline(config.init, step=config.init_step))
     results, shown = kind.evaluate(TextEncoder.load(config.text), *runs)
     results |= facts.training_facts(config, rows)
     results["evaluation_seconds"] = round(time.time() - began, 1)

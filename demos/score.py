@@ -7,7 +7,8 @@ of the palette, its motion the least-squares line through its centres, and its s
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -47,10 +48,14 @@ CHANCE = {
 }
 
 Video = UInt8[np.ndarray, "F H W 3"]
+Palette = Mapping[str, tuple[int, int, int]]
 
 
-def attributes(video: Video) -> Attributes:
-    """Return what `video` shows; None for what it does not (no object, no motion, one frame)."""
+def attributes(video: Video, palette: Palette = MappingProxyType(COLOURS)) -> Attributes:
+    """Return what `video` shows; None for what it does not (no object, no motion, one frame).
+
+    The object has one of the colours of `palette`, name -> RGB.
+    """
     ground, colour, frames, seen = _segmented(video)
     background = _nearest(ground, BACKGROUNDS)
     if 2 * seen.sum() < len(seen):
@@ -58,7 +63,7 @@ def attributes(video: Video) -> Attributes:
     centres = np.array([ndimage.center_of_mass(frame) for frame in frames[seen]])
     direction, speed = _motion(np.flatnonzero(seen), centres / min(video.shape[1:3]))
     shape = _shape(np.stack([_boxed(frame) for frame in frames[seen]]))
-    return Attributes(_nearest(colour, COLOURS), background, shape, direction, speed)
+    return Attributes(_nearest(colour, palette), background, shape, direction, speed)
 
 
 def object_path(video: Video) -> Float[np.ndarray, "F 2"]:
@@ -129,14 +134,18 @@ def _segmented(
     return ground, ground + object_colour, frames, frames.sum((1, 2)) > area
 
 
-def score(videos: Iterable[Video], prompts: Sequence[Prompt]) -> dict:
+def score(
+    videos: Iterable[Video],
+    prompts: Sequence[Prompt],
+    palette: Palette = MappingProxyType(COLOURS),
+) -> dict:
     """Return the share of videos that match their prompt, per attribute, and the chance levels.
 
     `joint` counts videos whose colour, background and direction all match.
     """
     hits = {name: [] for name in CHANCE}
     for video, prompt in zip(videos, prompts, strict=True):
-        shown, wanted = attributes(video), prompt.attributes
+        shown, wanted = attributes(video, palette), prompt.attributes
         for name in Attributes._fields:
             hits[name].append(getattr(shown, name) == getattr(wanted, name))
         hits["joint"].append(shown[:2] == wanted[:2] and shown.direction == wanted.direction)
@@ -165,7 +174,7 @@ def motion(video: Video) -> float:
     return float(np.abs(np.diff(np.float32(video), axis=0)).mean() / 255)
 
 
-def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
+def _nearest(colour: np.ndarray, palette: Palette) -> str:
     return min(palette, key=lambda name: np.linalg.norm(colour - palette[name]))
 
 

@@ -41,6 +41,7 @@ COLOURS = {
     "purple": (175, 35, 205),
     "cyan": (40, 215, 225),
 }
+NEW_COLOURS = {"pink": (250, 130, 185)}  # no file of the world shows them; see `concept.py`
 # Not quite black and white: -1 exactly would mean "unknown" to the noised references (spec 6.4).
 BACKGROUNDS = {"black": (16, 16, 16), "white": (240, 240, 240), "grey": (128, 128, 128)}
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
@@ -51,7 +52,7 @@ SHAPES = FORMS + DIGITS
 
 CHINESE = {
     **{"red": "红色", "green": "绿色", "blue": "蓝色"},
-    **{"yellow": "黄色", "purple": "紫色", "cyan": "青色"},
+    **{"yellow": "黄色", "purple": "紫色", "cyan": "青色", "pink": "粉色"},
     **{"black": "黑色", "white": "白色", "grey": "灰色"},
     **{"left": "左", "right": "右", "up": "上", "down": "下", "slowly": "慢慢", "quickly": "快速"},
     **{"circle": "圆形", "square": "正方形", "triangle": "三角形", "cross": "十字形"},
@@ -165,11 +166,17 @@ def prompts(split: str, count: int, seed: int) -> list[Prompt]:
         if (triple in held_out()) == (split == "heldout")
     ]
     rng = np.random.default_rng((seed, split == "heldout"))
-    triples, shapes, speeds = _cycle(triples, rng), _shapes(rng), _cycle(tuple(SPEEDS), rng)
-    return [
-        caption(Attributes(colour, background, next(shapes), direction, next(speeds)))
-        for colour, background, direction in itertools.islice(triples, count)
-    ]
+    return list(itertools.islice(moving(triples, rng), count))
+
+
+def moving(triples: Sequence[tuple[str, str, str]], rng: np.random.Generator) -> Iterator[Prompt]:
+    """Yield prompts of (colour, background, direction) triples, values equally often, without end.
+
+    One object in four is a digit, the others are drawn forms.
+    """
+    shapes, speeds = _shapes(rng), _cycle(tuple(SPEEDS), rng)
+    for colour, background, direction in _cycle(triples, rng):
+        yield caption(Attributes(colour, background, next(shapes), direction, next(speeds)))
 
 
 def image_prompts(count: int, seed: int) -> list[Prompt]:
@@ -243,7 +250,8 @@ def render(
 ) -> UInt8[np.ndarray, "F H W 3"]:
     """Draw a clip (or, without a direction, an image) with random size, start and handwriting."""
     alpha = _coverage(a, num_frames, height, width, rng)
-    colour, background = np.float32(COLOURS[a.colour]), np.float32(BACKGROUNDS[a.background])
+    colours = COLOURS | NEW_COLOURS
+    colour, background = np.float32(colours[a.colour]), np.float32(BACKGROUNDS[a.background])
     return (background + alpha * (colour - background) + 0.5).astype(np.uint8)
 
 
@@ -361,14 +369,15 @@ def write_world(out: Path, config: WorldConfig) -> None:
     moving = prompts("seen", config.clips + config.large_clips, config.seed)
     sides = [SHORT_SIDES] * config.clips + [LARGE_SHORT_SIDES] * config.large_clips
     items = stills + list(zip(moving, sides, strict=True))
-    _write_folder(out, items, config.seed, config.control)
+    write_folder(out, items, config.seed, config.control)
     unseen = [(p, SHORT_SIDES) for p in prompts("heldout", config.heldout, config.seed)]
-    _write_folder(out / "heldout", unseen, config.seed + 1, config.control)
+    write_folder(out / "heldout", unseen, config.seed + 1, config.control)
 
 
-def _write_folder(
-    out: Path, items: list[tuple[Prompt, tuple[int, ...]]], seed: int, control: str
+def write_folder(
+    out: Path, items: list[tuple[Prompt, tuple[int, ...]]], seed: int, control: str = "path"
 ) -> None:
+    """Write one file, with its control file and two captions, for each (prompt, short sides)."""
     folder = f"{control}s"
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / "clips").mkdir(exist_ok=True)

@@ -114,6 +114,7 @@ def _groups(results: dict) -> dict[str, dict]:
 def _over_time(config) -> tuple[str, str]:
     """Return HTML of the score of the run's own samples over steps, and of their middle frames."""
     files = sorted((Path(config.run) / "samples").glob("*.npz"))
+    files = [path for path in files if path.stem.isdigit()]  # of prompts, not of held-out clips
     if not files:
         return web.note("the run wrote no samples"), ""
     known = {text: prompt for prompt in world.every_prompt() for text in (prompt.en, prompt.zh)}

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from easyanimate_jax.runs.load import Pipeline as Pipeline
     from easyanimate_jax.runs.load import load_pipeline as load_pipeline
     from easyanimate_jax.runs.loop import train as train
+    from easyanimate_jax.runs.parts import Parts as Parts
     from easyanimate_jax.sharding import MeshConfig as MeshConfig
     from easyanimate_jax.text.encode import TextEncoder as TextEncoder
     from easyanimate_jax.training.optimizer import OptimizerConfig as OptimizerConfig
@@ -75,6 +76,7 @@ _HOMES = {
     "runs.config": ("SampleConfig", "TrainConfig", "ValidationConfig"),
     "runs.load": ("Pipeline", "load_pipeline"),
     "runs.loop": ("train",),
+    "runs.parts": ("Parts",),
     "sharding": ("MeshConfig",),
     "text.encode": ("TextEncoder",),
     "training.optimizer": ("OptimizerConfig",),

@@ -30,7 +30,7 @@ def small_run(folder: Path) -> TrainConfig:
             for name in ("small_t2v", "medium_i2v")
         ),
         optimizer=replace(DEMO.optimizer, matrices="adam"),  # which compiles faster
-        samples=SampleConfig(),
+        samples=SampleConfig(every=0),
         mesh=MeshConfig(data=8, fsdp=1),
     )
 

@@ -126,7 +126,7 @@ def test_help_of_train_names_the_configs_and_shows_two_examples(capsys):
         (["supervise", "--ranks", "2"], "behind --"),
         (["supervise", "--ranks", "0", "--", "true"], "--ranks 0"),
         (["convert", "a"], "missing: .*TARGET"),
-        (["sample"], "missing: CHECKPOINT"),
+        (["sample"], "missing: MODEL"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(words, message, capsys, monkeypatch):

@@ -1,5 +1,8 @@
 """One loop: guidance, its thrift, starting from a video and putting parts of it back."""
 
+import os
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,24 +97,64 @@ def test_both_halves_of_the_guidance_are_one_batch_uncond_first():
 
 
 def test_steps_strength_guidance_and_sampler_compile_nothing_new():
-    denoising._denoise.clear_cache()
-    for sampling in (Sampling(10), Sampling(20, guidance=3.0), Sampling(10, sampler="adams")):
+    denoising._evaluate.clear_cache()
+    for sampling in (
+        Sampling(10),
+        Sampling(20, guidance=3.0, shift=3.0),
+        Sampling(10, sampler="adams"),
+    ):
         run(sampling=sampling)
-    assert denoising._denoise._cache_size() == 2  # Adams carries one register more
-    run(process=DDPM(), sampling=Sampling(7))
-    run(process=DDPM(), sampling=Sampling(9, sampler="dpm++"))
-    assert denoising._denoise._cache_size() == 2
+    assert denoising._evaluate._cache_size() == 2  # Adams carries one register more
+    run(process=DDPM(), sampling=Sampling(7), progress=lambda number: None)
+    run(process=DDPM(), sampling=Sampling(9, sampler="dpm++"), progress=lambda number: None)
+    assert denoising._evaluate._cache_size() == 2
+
+
+def test_the_program_is_kept_for_the_next_start(model):
+    """JAX keeps no program that calls a function of Python."""
+    kept = Path(os.environ["JAX_COMPILATION_CACHE_DIR"])
+    before = len(list(kept.glob("jit__evaluate-*-cache")))
+    rows = 3 + before  # a shape that no other test has
+    run(model, rows=rows, sampling=Sampling(2), progress=lambda number: None)
+    assert len(list(kept.glob("jit__evaluate-*-cache"))) == before + 1
+
+
+def test_an_exception_in_progress_ends_a_request_at_that_step():
+    evaluated = []
+
+    def network(tokens, time, texts):
+        jax.debug.callback(lambda time: evaluated.append(float(time[0])), time)
+        return fake_network(tokens, time, texts)
+
+    def stop(number):
+        if number == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Network(network), progress=stop)
+    jax.effects_barrier()
+    assert len(evaluated) == 3
+
+
+def test_a_shift_moves_the_times_of_a_flow():
+    """By diffusers' formula of a static shift, at the times of the released pipelines."""
+    sigma = np.linspace(1, 1e-3, 6)
+    for shift in (1.0, 3.0, 7.5):
+        times = FLOW.timesteps(6, shift)
+        np.testing.assert_allclose(times, 1000 * shift * sigma / (1 + (shift - 1) * sigma))
+    few, many = (run(sampling=Sampling(4, shift=shift)) for shift in (None, np.e))
+    np.testing.assert_array_equal(few, many)
+    assert np.abs(run(sampling=Sampling(4, shift=8.0)) - few).mean() > 0.01
 
 
 def test_progress_counts_every_evaluation():
     numbers = []
-    run(sampling=Sampling(4), progress=lambda number: numbers.append(int(number)))
+    run(sampling=Sampling(4), progress=numbers.append)
     run(
         process=DDPM(),
         sampling=Sampling(5, sampler="pndm"),
-        progress=lambda number: numbers.append(-int(number)),
+        progress=lambda number: numbers.append(-number),
     )
-    jax.effects_barrier()
     assert numbers == [1, 2, 3, 4, *range(-1, -15, -1)]
 
 
@@ -176,7 +219,7 @@ def test_teacache_leaves_steps_out(model, monkeypatch):
         return features(self, *arguments)
 
     monkeypatch.setattr(MMDiT, "features", counted)
-    denoising._denoise.clear_cache()
+    denoising._evaluate.clear_cache()
     plain, counts, errors = run(model, sampling=Sampling(20, teacache=1e-30)), [], []
     jax.effects_barrier()
     assert len(ran) == 20
@@ -194,7 +237,7 @@ def test_teacache_leaves_steps_out(model, monkeypatch):
     jax.effects_barrier()
     assert len(ran) == 2  # the last of a shorter walk too
     monkeypatch.undo()
-    denoising._denoise.clear_cache()
+    denoising._evaluate.clear_cache()
 
 
 def test_teacache_polynomials_are_those_of_v51_alone():

@@ -69,7 +69,7 @@ def pipeline():
     frames, height, width = SIZE
     samples = ea.SampleConfig(frames=frames, height=height, width=width)
     nowhere = Path("nowhere")
-    opened = Opened(nowhere, nowhere, nowhere, TINY, ea.Flow(), samples)
+    opened = Opened(nowhere, nowhere, nowhere, nowhere, TINY, ea.Flow(), samples)
     return Pipeline(opened, Resident(TINY, ea.Flow(), read), None)
 
 

@@ -161,10 +161,10 @@ def test_lora_files_reach_the_sample_and_its_sidecar(folder, tmp_path, capsys):
         )
     )
     assert none[0] == plain[0] and len({plain[0], strong[0], weak[0]}) == 3
-    assert plain[1]["loras"] == {} and f"--lora={file}:0.5" in weak[1]["command"]
-    digest = next(iter(weak[1]["loras"].values()))
+    assert plain[1]["weights_blake2b"] == {} and f"--lora={file}:0.5" in weak[1]["command"]
+    digest = next(iter(weak[1]["weights_blake2b"].values()))
     file.write_bytes(file.read_bytes()[:-1] + b"\1")
-    assert sample("other", f"{file}:0.5")[1]["loras"][f"{file}:0.5"] != digest
+    assert sample("other", f"{file}:0.5")[1]["weights_blake2b"][f"{file}:0.5"] != digest
     capsys.readouterr()
     assert main([str(folder), "--prompt", PROMPT, "--lora=gs://bucket/style.safetensors"]) == 2
     assert "gs://bucket/style.safetensors" in capsys.readouterr().err

@@ -99,18 +99,19 @@ def test_commands_at_once_take_numbers_of_their_own(tmp_path):
 
 def test_a_sidecar_holds_the_samples_own_seed_options_and_versions(tmp_path):
     asked = Asked(SampleRequest(prompt="x", seed=5, height=16, width=32, frames=5))
-    origin = Origin(tmp_path / "run", 9, "full", TRAINING)
+    origin = Origin(tmp_path / "run", {"step": 9, "lora": ["a", "b:0.5"]}, training=TRAINING)
     sidecar = record(asked, origin, tmp_path, 1.0)
     assert sidecar["seed"] == sidecar["options"]["seed"] == 5
     assert set(sidecar["versions"]) == set(outputs.VERSIONS)
     assert sidecar["training"] == TRAINING and "config" not in sidecar
+    assert "--step=9 --lora=a --lora=b:0.5" in sidecar["command"]
 
 
 def test_a_sample_is_another_with_another_lora_or_the_same_one_of_other_content():
     asked = Asked(SampleRequest(prompt="x"), line=1)
 
     def of(loras):
-        return outputs.identity(asked, Origin(Path("run"), 9, "full", TRAINING, loras))
+        return outputs.identity(asked, Origin(Path("run"), {"step": 9}, loras))
 
     every = [{}, {"a:0.5": "1"}, {"a:0.5": "2"}, {"a:0.7": "1"}, {"a:0.5": "1", "b": "1"}]
     assert len({of(loras) for loras in every}) == len(every) and of(every[1]) == of({"a:0.5": "1"})
@@ -121,7 +122,7 @@ def test_a_sample_is_another_when_a_file_of_its_request_has_other_content(tmp_pa
     file, other = tmp_path / "a", tmp_path / "b"
     file.write_text("one")
     other.write_text("one")
-    origin = Origin(tmp_path / "run", 9, "full", TRAINING)
+    origin = Origin(tmp_path / "run", {"step": 9})
     asked = Asked(SampleRequest(prompt="x", **{name: str(file)}), line=1)
     before = outputs.identity(asked, origin)
     assert before == outputs.identity(asked, origin)

@@ -100,6 +100,7 @@ CLASSES = {
     SampleConfig: (
         {},
         {
+            "clips": FROM_0,
             "every": FROM_0,
             "frames": COUNT,
             "height": SIDE,
@@ -250,6 +251,7 @@ CLASSES = {
             "guidance": ((0.0, 100.0), (-ABOVE_0, 100.1)),
             "rescale": SHARE,
             "eta": SHARE,
+            "shift": ((ABOVE_0, 100.0), (0.0, 100.1)),
             "guided": (((0.0, 1.0),), ((-ABOVE_0, 1.0), (0.0, math.nextafter(1, 2)))),
             "guidance_every": COUNT,
             "teacache": RATE,

@@ -19,8 +19,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes import TINY_VAE
+from flax import nnx
 from test_loop import ROOT, folder, start
 from test_reliability import STEPS, SUPERVISED, await_section, command, end, prints, rows
+
+from easyanimate_jax.models.vae import CausalVAE
+from easyanimate_jax.weights.module import save_module
 
 pytestmark = pytest.mark.reliability
 HANG = r"hang: ([\d.]+) s in .*limit ([\d.]+) s"
@@ -137,8 +142,10 @@ def test_two_processes_of_four_devices_train_like_one_of_eight(folder):
 
 @pytest.mark.slow
 def test_two_processes_validate_like_one(folder):
-    """Each reads the held-out clips of its own rows; the losses are those of one process."""
-    held = ("--validation.share", "0.77", "--validation.every", "8", "--validation.times", "3")
+    """Each reads the held-out clips of its own rows; losses and videos are those of one process."""
+    held = ["--validation.share", "0.77", "--validation.every", "8", "--validation.times", "3"]
+    held += ["--samples.steps", "2", "--vae", str(folder / "vae")]
+    save_module(folder / "vae", CausalVAE(TINY_VAE, rngs=nnx.Rngs(0)))
     found = []
     for run, processes, devices in (("held2", 2, 2), ("held1", 1, 4)):
         end(start(ranks(processes, folder, run, *held), devices))
@@ -149,6 +156,12 @@ def test_two_processes_validate_like_one(folder):
     assert places[0] == places[1] and {0, 8, STEPS} <= {step for step, *_ in places[0]}
     np.testing.assert_allclose(two[:2], one[:2], rtol=1e-6)  # of equal weights
     np.testing.assert_allclose(two, one, rtol=1e-5)
+    clips = [
+        np.load(folder / run / "samples" / f"{STEPS:07d}_clips.npz") for run in ("held2", "held1")
+    ]
+    for name in ("true", "videos"):
+        both = [file[name].astype(int) for file in clips]
+        assert both[0].shape[0] >= 1 and np.abs(both[0] - both[1]).max() <= 2
 
 
 def on_two_hosts(words: list[str], **variables: str) -> list[subprocess.Popen]:

@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -18,18 +19,24 @@ from flax import nnx
 from easyanimate_jax import memory
 from easyanimate_jax.commands import sample
 from easyanimate_jax.data import media
+from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.control import trajectory_video
+from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.diffusion import conditioning
+from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.generation import request
-from easyanimate_jax.generation.inputs import read_trajectory
+from easyanimate_jax.generation.inputs import read_inputs, read_trajectory
 from easyanimate_jax.generation.pipelines import LatentDiffusion
 from easyanimate_jax.generation.request import SampleRequest
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.runs import load
 from easyanimate_jax.runs import sample as samples
+from easyanimate_jax.runs.config import SampleConfig, TrainConfig, to_json
+from easyanimate_jax.training.stages import Stage
 
+FLOW = Flow()
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
 FILM = np.random.default_rng(1).integers(0, 256, (9, 24, 40, 3), np.uint8)
 HOLE = np.zeros((24, 40, 3), np.uint8)
@@ -53,7 +60,11 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, channels in CHECKPOINTS.items():
         add_checkpoint(name, in_channels=channels)
-    add_checkpoint("v5", in_channels=16, process="DDPM")
+    add_checkpoint("v5", in_channels=16, process=DDPM())
+    Path("vae").mkdir()
+    Path("text/text_encoder").mkdir(parents=True)
+    encoder = {"model_type": "qwen2", "hidden_size": 8}
+    Path("text/text_encoder/config.json").write_text(json.dumps(encoder))
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("text")
     media.write_png(tmp_path / "start.png", PICTURE)
@@ -76,12 +87,23 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-def add_checkpoint(folder, in_channels, process="Flow"):
+def add_checkpoint(folder, in_channels, process=FLOW):
+    """All that is read of a run before its weights are."""
     meta = Path(folder) / "checkpoints" / "7" / "meta" / "metadata"
     meta.parent.mkdir(parents=True)
-    samples = {"height": 16, "width": 32, "frames": 5}
-    config = {"samples": samples, "process": {"class": process}}
-    meta.write_text(json.dumps({"in_channels": in_channels, "config": config}))
+    config = TrainConfig(
+        source="clips",
+        prepared="latents",
+        vae="vae",
+        text="text",
+        run=folder,
+        model=replace(TINY, in_channels=16),
+        process=process,
+        samples=SampleConfig(height=16, width=32, frames=5),
+        sets=(LatentSet("one", Budget(48, (48,), (64,))),),
+        stages=(Stage("one", "one", batch_size=1, steps=7),),
+    )
+    meta.write_text(json.dumps({"in_channels": in_channels, "config": json.loads(to_json(config))}))
 
 
 X = ("--prompt", "x")
@@ -89,7 +111,7 @@ FILM_OF = ("run", *X, "--video", "film.mp4")
 REFUSED = [
     (["run"], "--prompt"),
     (["run", *X, "--prompts", "tall.jsonl"], "either --prompt or --prompts"),
-    ([*X], "checkpoint"),
+    ([*X], "missing: MODEL"),
     (["run", *X, "--height", "100"], "height 100.*use 96 or 112"),
     (["run", *X, "--width", "7"], "width 7.*use 16"),
     (["run", *X, "--width", "-16"], "width -16.*use 16"),
@@ -98,7 +120,27 @@ REFUSED = [
     (["run", *X, "--width", "wide"], "wide"),
     (["run", *X, "--frames", "48"], "48 frames.*use 45 or 49"),
     (["run", *X, "--frames", "0"], "0 frames.*use 1"),
-    (["run", *X, "--segment", "5"], "--segment 5.*9 or more"),
+    (["run", *X, "--segment", "5"], "--segment 5: segments share 4 .*more than 8"),
+    (["run", *X, "--segment", "13", "--overlap", "7"], "--segment 13: .*share 7 .*more than 14"),
+    (["run", *X, "--overlap", "2"], "--overlap says nothing without --segment"),
+    (["run", *X, "--overlap", "0", "--segment", "9"], "--overlap 0 is not between 1"),
+    (["run", *X, "--fps", "0"], "--fps 0 is not between 1 and 120"),
+    (["run", *X, "--size", "like"], "--size like needs a picture"),
+    (
+        ["run", *X, "--size", "like", "--height", "32", "--width", "16", "--image", "start.png"],
+        "--size like says nothing beside --height and --width",
+    ),
+    (["run", *X, "--size", "this"], "--size.*'model', 'like'"),
+    (["run", *X, "--fit", "pad"], "--fit.*'crop', 'stretch'"),
+    (["v5", *X, "--shift", "3"], "shift is 3, and only V5.1's flow has one"),
+    (["run", *X, "--shift", "0"], "shift is 0.0; use a number above 0"),
+    (["run", *X, "--step", "8"], "run holds no checkpoint 8; complete ones in .* .7."),
+    (["run", *X, "--tile", "40"], "tile is 40: use a multiple of 16 pixels, 64 or more"),
+    (["run", *X, "--text", "lost"], "there is no lost; give --text a file or a folder"),
+    (["run", *X, "--transformer", "lost"], "there is no lost; give --transformer a file"),
+    (["run", *X, "--vae", "lost"], "there is no lost; give --vae a file or a folder"),
+    (["vae", *X], "vae is no run, and no whole pipeline: it has no transformer, vae"),
+    (["vae", *X, "--step", "7"], "vae is no run: step and weights choose from a run"),
     (["run", *X, "--segment", "10"], "10 frames.*use 9 or 13"),
     (["run", *X, "--steps", "0"], "--steps 0"),
     (["run", *X, "--steps", "1001"], "--steps 1001"),
@@ -117,9 +159,9 @@ REFUSED = [
     (["run", *X, "--seed", str(2**32)], "--seed 4294967296"),
     (["run", "--prompt", "caf\udce9"], "--prompt is not UTF-8"),
     (["run", *X, "--negative-prompt", "\udcff"], "--negative-prompt is not UTF-8"),
-    (["nowhere", *X], "no checkpoint folder nowhere"),
-    (["file", *X], "no checkpoint folder file"),
-    (["empty", *X], "empty holds no checkpoint"),
+    (["nowhere", *X], "no folder nowhere"),
+    (["file", *X], "no folder file"),
+    (["empty", *X], "empty is no run, and no whole pipeline"),
     (["run", *X, "--image", "lost.png"], "no file lost.png"),
     (["run", *X, "--image", "file"], "file starts with"),
     (["run", *X, "--image", "film.mp4"], "film.mp4 is a video"),
@@ -173,7 +215,7 @@ REFUSED = [
 @pytest.mark.parametrize(("arguments", "message"), REFUSED)
 def test_what_cannot_work_is_refused_in_one_line(run, arguments, message, capfd, monkeypatch):
     loaded = []
-    monkeypatch.setattr(load, "load_pipeline", loaded.append)
+    monkeypatch.setattr(load, "load_opened", loaded.append)
     assert run(*arguments) == 2
     line = capfd.readouterr().err
     assert line.startswith("sample.py: ") and line.count("\n") == 1
@@ -187,6 +229,9 @@ WITHOUT_EFFECT = [
     (["--frames", "9", "--segment", "9"], "--segment 9 has no effect on a video of 9 frames"),
     (["--segment", "9"], "--segment 9 has no effect on a video of 5 frames"),  # the run's
     (["--batch", "4"], "--batch 4 has no effect without --prompts"),
+    (["--frames", "1", "--fps", "4"], "--fps 4 has no effect on a picture"),
+    (["--fit", "stretch"], "--fit stretch has no effect without a picture or a film"),
+    (["--tile", "64"], "--tile 64 has no effect on videos that are not larger"),
 ]
 
 
@@ -194,14 +239,14 @@ WITHOUT_EFFECT = [
 def test_options_without_effect_are_named_before_the_run_is_loaded(
     run, arguments, message, capfd, monkeypatch
 ):
-    monkeypatch.setattr(load, "load_pipeline", Mock(side_effect=ValueError("the run is loaded")))
+    monkeypatch.setattr(load, "load_opened", Mock(side_effect=ValueError("the run is loaded")))
     assert run("run", *X, *arguments) == 2
     said, loaded = capfd.readouterr().err.splitlines()
     assert said.startswith(f"sample.py: {message}") and loaded == "sample.py: the run is loaded"
 
 
 def test_options_with_effect_are_not_named(run, capfd, monkeypatch):
-    monkeypatch.setattr(load, "load_pipeline", Mock(side_effect=ValueError("the run is loaded")))
+    monkeypatch.setattr(load, "load_opened", Mock(side_effect=ValueError("the run is loaded")))
     (Path("lines.jsonl")).write_text('{"prompt": "x", "negative_prompt": "y", "frames": 13}')
     many = ("--prompts", "lines.jsonl", "--batch", 4, "--segment", 9)
     for arguments in (("--prompt", "x", "--image", "start.png", "--picture-noise", 0.5), many):
@@ -223,7 +268,7 @@ def test_wrong_arguments_are_refused_before_jax_is_imported(run):
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("sample.py: there is no checkpoint folder nowhere")
+    assert done.stderr.startswith("sample.py: there is no folder nowhere")
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +291,7 @@ class Encoder:
 @pytest.fixture
 def working(run, loaded, monkeypatch):
     """`run`, with a tiny model in the checkpoint and a stub for the text encoders."""
-    monkeypatch.setattr(load, "load_pipeline", lambda folder, **options: loaded)
+    monkeypatch.setattr(load, "load_opened", lambda opened, **options: loaded)
     return lambda *arguments: run("run", "--steps", 2, *arguments)
 
 
@@ -254,7 +299,7 @@ def test_samples_are_numbered_and_can_be_made_again(working, tmp_path, capsys):
     assert working("--prompt", "一个红色的圆", "--output", "out") == 0
     assert capsys.readouterr().out.strip() == "out/00000001.mp4"
     sidecar = json.loads((tmp_path / "out" / "00000001.json").read_text())
-    assert sidecar["step"] == 7 and sidecar["training"]["in_channels"] == 33
+    assert sidecar["options"]["step"] == 7 and sidecar["training"]["in_channels"] == 33
     assert sidecar["options"]["prompt"] == "一个红色的圆"
     assert sidecar["options"]["frames"] == 5  # the run's own
     with av.open(str(tmp_path / "out" / "00000001.mp4")) as container:
@@ -418,7 +463,7 @@ def test_every_kind_of_request_finds_its_pipeline(run, tmp_path, monkeypatch):
         note(f"{name}_to_video")
     note("long_video")
     loaded = SimpleNamespace(step=7, encoder=Encoder(), diffusion=SimpleNamespace(model=0, vae=0))
-    monkeypatch.setattr(load, "load_pipeline", lambda folder, **options: loaded)
+    monkeypatch.setattr(load, "load_opened", lambda opened, **options: loaded)
     requests = [
         ("run", [], ("text_to_video", set())),
         ("run", ["--image", "start.png"], ("image_to_video", {"start"})),
@@ -446,6 +491,38 @@ def test_a_mesh_makes_the_same_video(working, tmp_path):
     assert working(*X, "--mesh", "data=2,context=4") == 0
     clips = [media.read_clip(tmp_path / "samples" / f"0000000{n}.mp4", 0, 5) for n in (1, 2)]
     assert np.abs(clips[0].astype(int) - clips[1]).max() <= 4  # of an mp4
+
+
+def test_a_size_follows_the_given_picture_and_nothing_is_stretched_unless_told(working, tmp_path):
+    """The films show a square: white where it is red, on black."""
+    square = np.zeros((60, 120, 3), np.uint8)
+    square[20:40, 50:70] = 255
+    media.write_png(tmp_path / "wide.png", square)
+
+    def shape_of(number):
+        info = media.probe(tmp_path / "samples" / f"{number:08d}.mp4")
+        return info.height, info.width, info.fps
+
+    like = ("--image", "wide.png", "--size", "like", "--fps", 4)
+    assert working(*X, *like, "--frames", 5) == 0 and shape_of(1) == (16, 32, 4)
+    assert working(*X, *like, "--height", 48) == 0 and shape_of(2) == (48, 96, 4)
+    assert working(*X, *like, "--width", 64) == 0 and shape_of(3) == (32, 64, 4)
+    for fit, expected in (("crop", (16, 16)), ("stretch", (16, 8))):
+        request = SampleRequest("x", image="wide.png", height=48, width=48, frames=5, fit=fit)
+        start = read_inputs(request)["start"]
+        rows, columns = (int((start.mean((axis, 2)) > 20).sum()) for axis in (1, 0))
+        assert start.shape == (48, 48, 3)
+        assert abs(rows - expected[0]) <= 2 and abs(columns - expected[1]) <= 2
+
+
+def test_a_film_is_read_at_the_rate_that_is_asked_for(run, tmp_path):
+    grey = np.repeat(np.arange(0, 240, 10, dtype=np.uint8)[:, None, None, None], 3, axis=3)
+    film = np.broadcast_to(grey, (24, 16, 32, 3))
+    media.write_video(tmp_path / "grey.mp4", film, fps=24)
+    for fps, step in ((24, 1), (12, 2), (8, 3)):
+        request = SampleRequest("x", video="grey.mp4", height=16, width=32, frames=5, fps=fps)
+        shown = read_inputs(request)["video"].mean((1, 2, 3))
+        np.testing.assert_allclose(shown, 10 * step * np.arange(5), atol=3)
 
 
 def test_what_is_visibly_wrong_is_named(working, monkeypatch, capsys):

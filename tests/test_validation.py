@@ -1,22 +1,32 @@
 """Held-out clips: never trained on, and a loss that depends on the weights alone."""
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
+from fakes import TINY_VAE
+from flax import nnx
 from small_runs import DEMO, losses, rows, small_run
 
 from easyanimate_jax.data.held_out import HeldOut, places
+from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.runs.batches import held_out_loaders, make_loaders
-from easyanimate_jax.runs.config import ValidationConfig
+from easyanimate_jax.runs.config import SampleConfig, ValidationConfig
 from easyanimate_jax.runs.loop import train
+from easyanimate_jax.runs.samples import Sampler
 from easyanimate_jax.runs.validation import Validator
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.training.program import abstract_state
+from easyanimate_jax.weights.module import save_module
 
+CLIPS = SampleConfig(clips=2, every=2, steps=2, guidance=2.0)
 HELD = ValidationConfig(share=0.77, every=2, clips=3, times=4)
 MESHES = (
     MeshConfig(data=8, fsdp=1),
@@ -32,7 +42,8 @@ def config(tmp_path_factory):
     """Four updates with a start picture, and three of five clips held out."""
     run = small_run(tmp_path_factory.mktemp("validation"))
     stage = replace(run.stages[1], steps=4, end_learning_rate=None)
-    return replace(run, validation=HELD, stages=(stage,))
+    save_module(run.vae, jax.jit(lambda: CausalVAE(TINY_VAE, rngs=nnx.Rngs(0)))())
+    return replace(run, validation=HELD, stages=(stage,), samples=CLIPS)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +99,66 @@ def test_training_has_the_same_bits_without_validation(whole, tmp_path):
     other = replace(whole, run=str(tmp_path), validation=none)
     assert train(other) == 0
     assert losses(other) == losses(whole) and not (tmp_path / "validation.jsonl").exists()
+
+
+def test_held_out_clips_are_made_again_beside_the_true_ones(whole):
+    folder = Path(whole.run) / "samples"
+    names = {f"{step:07d}_clips.{end}" for step in (2, 4) for end in ("npz", "png")}
+    assert {path.name for path in folder.iterdir()} == names
+    first, second = (np.load(folder / f"{step:07d}_clips.npz") for step in (2, 4))
+    np.testing.assert_array_equal(first["true"], second["true"])
+    assert first["true"].shape == first["videos"].shape == (2, 9, 128, 128, 3)
+    assert (first["videos"] != second["videos"]).any()  # by other weights
+    for videos in (first["true"], second["videos"]):
+        assert (videos[0] != videos[1]).any()
+    (events,) = (Path(whole.run) / "tensorboard").iterdir()
+    assert b"held-out i2v/1" in events.read_bytes() and b"GIF89a" in events.read_bytes()
+
+
+@pytest.mark.parametrize("mesh", MESHES[:2])
+@pytest.mark.parametrize("task", ["t2v", pytest.param("control", marks=pytest.mark.slow)])
+def test_what_a_task_gives_reaches_the_samples_on_any_mesh(config, task, mesh, tmp_path):
+    """Videos of the same weights, noise and condition are equal on two meshes."""
+    stage, mesh = replace(config.stages[0], task=task), make_mesh(mesh)
+    rng, extra = np.random.default_rng(0), 64 * (task == "control")
+
+    def draw(*shape):
+        return rng.standard_normal(shape).astype(np.float16)
+
+    batch = Batch(
+        mean=draw(1, 8, 16, 64),
+        logvar=draw(1, 8, 16, 64),
+        grid=np.full((1, 8, 3), (1, 4, 4), np.int32),
+        lengths=np.full((1, 8), 16, np.int32),
+        texts=(draw(1, 8, 4, 8), draw(1, 8, 3, 12)),
+        condition=draw(1, 8, 16, extra) if extra else None,
+        weight=np.ones((1, 8)),
+    )
+    plan = HeldOut(
+        index(8) | {"tokens": np.full(8, 16)},
+        lengths=(16,),
+        batch_size=8,
+        seed=0,
+        name="s",
+        share=0.99,
+        most=5,
+    )
+    loader = Mock(spec=Loader, plan=plan)
+    loader.batch.return_value = 16, batch
+    with jax.set_mesh(mesh):
+        step = config.step.with_channels(stage.in_channels)
+        make, placed, _ = abstract_state(step, mesh)
+        model = jax.jit(make, out_shardings=placed)(jax.random.key(3)).model
+        sampler = Sampler(replace(config, run=str(tmp_path)), mesh, {stage.name: loader})
+        sampler.writer = SimpleNamespace(film=lambda *args: None)
+        sampler(stage, model, 4)
+    found = np.load(tmp_path / "samples" / "0000004_clips.npz")
+    assert found["videos"].shape == (2, 1, 64, 64, 3)
+    first = SAMPLES.setdefault(task, found["videos"].astype(int))
+    assert np.abs(found["videos"] - first).max() <= 2
+
+
+SAMPLES: dict[str, np.ndarray] = {}  # of each task, on the first mesh
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Generate videos and pictures from a run."""
+"""Generate videos and pictures with a run, or with weights in a folder."""
 
 import os
 import sys
@@ -19,23 +19,25 @@ from easyanimate_jax.generation.request import (
     SampleRequest,
     check,
     check_range,
+    check_tile,
     read_lines,
     without_effect,
 )
 from easyanimate_jax.training.safety.exits import BAD_INPUT, DONE
 
 NAME = "sample.py"
-HELP = """Generate videos and pictures from a run.
+CACHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+HELP = """Generate videos and pictures with a run, or with weights in a folder.
 
   text to video    sample.py runs/demo/train --prompt "a red circle moves to the left"
-  text to picture  sample.py RUN --prompt "..." --frames 1
-  image to video   sample.py RUN --prompt "..." --image start.png --end-image end.png
-  longer           sample.py RUN --prompt "..." --frames 97 --segment 49
-  video to video   sample.py RUN --prompt "..." --video film.mp4 --strength 0.7
-  inpainting       sample.py RUN --prompt "..." --video film.mp4 --mask hole.png
-  control          sample.py RUN --prompt "..." --control film.mp4 --operator canny
-  camera           sample.py RUN --prompt "..." --camera poses.txt --reference look.png
-  many             sample.py RUN --prompts lines.jsonl
+  text to picture  sample.py MODEL --prompt "..." --frames 1
+  image to video   sample.py MODEL --prompt "..." --image start.png --end-image end.png
+  longer           sample.py MODEL --prompt "..." --frames 97 --segment 49
+  video to video   sample.py MODEL --prompt "..." --video film.mp4 --strength 0.7
+  inpainting       sample.py MODEL --prompt "..." --video film.mp4 --mask hole.png
+  control          sample.py MODEL --prompt "..." --control film.mp4 --operator canny
+  camera           sample.py MODEL --prompt "..." --camera poses.txt --reference look.png
+  many             sample.py MODEL --prompts lines.jsonl
 
 Each sample is NUMBER.mp4 (or .png), a contact sheet, and NUMBER.json, which holds the command that
 reproduces it. A wrong request ends with one line and exit code 2 before a device starts."""
@@ -45,12 +47,12 @@ reproduces it. A wrong request ends with one line and exit code 2 before a devic
 class Options:
     """The arguments of `sample`."""
 
-    checkpoint: Positional[Path]
-    """Run folder, which holds the checkpoints."""
+    model: Positional[Path]
+    """Run, converted folder or released folder."""
     request: Annotated[SampleRequest, arg(name="")] = SampleRequest()
     """Options of each sample."""
     prompts: Path | None = None
-    """File of JSON lines; keys are options with _ for -."""
+    """JSON lines; keys: options with _."""
     batch: int = 1
     """Lines of --prompts generated at once."""
     output: Path = Path("samples")
@@ -58,19 +60,32 @@ class Options:
     gif: bool = False
     """Write a GIF beside each video."""
     memory: Literal["all", "low"] = "all"
-    """low: text encoders, transformer, VAE take turns."""
+    """low: the parts take turns."""
+    tile: int | None = None
+    """Decode tiles of N pixels a side."""
     weights: Literal["full", "int8"] = "full"
     """int8: transformer kernels in 8 bits."""
+    step: int | None = None
+    """A checkpoint, not the newest one."""
+    weights_of: Literal["ema", "raw"] = "ema"
+    """A run's averaged or last weights."""
+    transformer: Path | None = None
+    """Another one: file, folder or run."""
+    vae: Path | None = None
+    """Another one: file, folder or run."""
+    text: Path | None = None
+    """Folder of other text encoders."""
     lora: UseAppendAction[tuple[Path, ...]] = ()
     """LoRA: FILE or FILE:WEIGHT."""
     mesh: str | None = None
-    """Several devices, such as data=2,context=4."""
+    """Devices, such as data=2,context=4."""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the verb `sample`; return the exit code."""
     # JAX reserves 75 % of GPU memory by default.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHES / "easyanimate_jax"))
     try:
         return parse.run(partial(_sample, arguments), prefix=NAME)
     except OSError as error:
@@ -87,29 +102,55 @@ def _sample(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "sample", HELP)
     todo = requests(own)
     # JAX is imported here, and no device is touched before `on_mesh`.
+    from easyanimate_jax.runs import load
+    from easyanimate_jax.runs.parts import Parts, open_parts
     from easyanimate_jax.runs.sample import examine, make
     from easyanimate_jax.weights.adapters import named_weight, open_loras
-    from easyanimate_jax.weights.identity import weights_print
-    from easyanimate_jax.weights.run_folder import read_meta
 
-    step, meta = read_meta(own.checkpoint)
-    words = [str(word) for word in own.lora]
-    loras = open_loras(map(named_weight, words))
-    prints = {word: weights_print(named_weight(word)[0]) for word in words}
-    origin = Origin(own.checkpoint, step, own.weights, meta, prints)
-    todo = examine(todo, origin)
+    parts = Parts(own.transformer, own.vae, own.text)
+    opened = open_parts(own.model, parts, step=own.step, weights=own.weights_of)
+    loras = open_loras(named_weight(str(word)) for word in own.lora)
+    origin = origin_of(own, opened)
+    todo = examine(todo, opened)
     own.output.mkdir(parents=True, exist_ok=True)
     for sentence in dict.fromkeys(s for one in todo for s in without_effect(one.request)):
         say(sentence)
     if own.batch > 1 and own.prompts is None:
         say(f"--batch {own.batch} has no effect without --prompts")
+    if own.tile and all(own.tile >= max(one.request.height, one.request.width) for one in todo):
+        say(f"--tile {own.tile} has no effect on videos that are not larger")
     done = finished(own.output)
     todo = [one for one in todo if one.line is None or identity(one, origin) not in done]
     with on_mesh(own.mesh):
-        how = {"memory": own.memory, "batch": own.batch, "gif": own.gif, "loras": loras}
-        for path in make(todo, origin, own.output, **how, say=say):
+        low, int8 = own.memory == "low", own.weights == "int8"
+        run = load.load_opened(opened, low_memory=low, int8=int8, loras=loras)
+        if not low:  # load now, so that a check of free memory counts them
+            _ = run.diffusion.model, run.diffusion.vae
+        how = {"batch": own.batch, "tile": own.tile, "gif": own.gif}
+        for path in make(todo, run, origin, own.output, **how, say=say):
             print(path)
     return DONE
+
+
+def origin_of(own: Options, opened) -> Origin:
+    """Return the model of `runs.parts.open_parts` as it is written beside each sample."""
+    from easyanimate_jax.weights.adapters import named_weight
+    from easyanimate_jax.weights.identity import weights_print
+
+    names = ("transformer", "vae", "text")
+    options = {"weights": own.weights, "weights-of": own.weights_of}
+    options |= {name: str(getattr(own, name)) for name in names if getattr(own, name)}
+    options |= {"tile": own.tile} if own.tile else {}
+    prints = {word: weights_print(named_weight(word)[0]) for word in map(str, own.lora)}
+    if own.lora:
+        options["lora"] = [str(word) for word in own.lora]
+    if opened.step is not None:
+        options["step"] = opened.step
+    elif own.prompts:  # reads every byte, and only lines of a file are looked for later
+        prints["transformer"] = weights_print(opened.model)
+    if own.prompts:
+        prints |= {name: weights_print(options[name]) for name in names[1:] if name in options}
+    return Origin(own.model, options, prints, opened.meta)
 
 
 def requests(own: Options) -> list[Asked]:
@@ -121,14 +162,15 @@ def requests(own: Options) -> list[Asked]:
         raise ValueError("give either --prompt or --prompts")
     todo = [Asked(own.request)] if own.prompts is None else read_lines(own.prompts, own.request)
     check_range("batch", own.batch, 1, 1024)
+    check_tile(own.tile)
     if own.mesh is not None:
         read_mesh(own.mesh)
     for one in todo:
         with one.named():
             check(one.request)
-    if not own.checkpoint.is_dir():
+    if not own.model.is_dir():
         raise ValueError(
-            f"there is no checkpoint folder {own.checkpoint}; give the folder of a run"
+            f"there is no folder {own.model}; give a run, a converted folder or a released one"
         )
     parse.check_folder("--output", own.output)
     return todo

@@ -191,13 +191,14 @@ def read_at(
     first: int = 0,
     end: int | None = None,
     allow: Allow = free,
+    fps: float | int = FPS,
 ) -> Frames:
-    """Return `count` frames at `FPS` per second, from `start` seconds after frame `first` on.
+    """Return `count` frames at `fps` per second, from `start` seconds after frame `first` on.
 
     Raises ValueError if a frame would be shown later than frame `end` - 1. `size` and `allow` are
     those of `read_clip`.
     """
-    return _read(path, lambda line: line.at(start, count, first, end), size, None, allow)
+    return _read(path, lambda line: line.at(start, count, first, end, fps), size, None, allow)
 
 
 def read_frames(
@@ -327,7 +328,7 @@ def write_png(path: Path, picture: Picture) -> None:
     Image.fromarray(picture).save(path, format="PNG")
 
 
-def write_gif(path: Path, frames: Frames, fps: float | int = FPS) -> None:
+def write_gif(path: Path | io.BytesIO, frames: Frames, fps: float | int = FPS) -> None:
     """Write an endless animation; GIF supports 256 colours and stamps in units of 10 ms."""
     first, *rest = (Image.fromarray(frame) for frame in frames)
     stamps = np.rint(np.arange(len(frames) + 1) * 100 / fps) * 10

@@ -33,12 +33,12 @@ def shown_at(stamps: Seconds, targets: Float[np.ndarray, " n"], tolerance: float
     return np.searchsorted(stamps, targets + (tolerance + 1e-9), side="right") - 1
 
 
-def frames_in(seconds: float | np.ndarray) -> np.ndarray | np.int64:
-    """Return the number of frames, at `FPS` per second, of a film that lasts `seconds`.
+def frames_in(seconds: float | np.ndarray, fps: float | int = FPS) -> np.ndarray | np.int64:
+    """Return the number of frames, at `fps` per second, of a film that lasts `seconds`.
 
     `seconds` is the time from its first to its last stamp.
     """
-    return np.floor(np.asarray(seconds) * FPS + FPS * MARGIN).astype(np.int64) + 1
+    return np.floor(np.asarray(seconds) * fps + fps * MARGIN).astype(np.int64) + 1
 
 
 def clip_frames(
@@ -84,9 +84,14 @@ class Timeline(NamedTuple):
         return min(max(float(self.unit) / 2, MARGIN), COARSE)
 
     def at(
-        self, start: float | int, count: int, first: int = 0, end: int | None = None
+        self,
+        start: float | int,
+        count: int,
+        first: int = 0,
+        end: int | None = None,
+        fps: float | int = FPS,
     ) -> np.ndarray:
-        """Return the numbers of `count` frames at `FPS` per second.
+        """Return the numbers of `count` frames at `fps` per second.
 
         The first is shown `start` seconds after frame `first`. Raises ValueError if the film from
         there to frame `end` is too short.
@@ -94,11 +99,11 @@ class Timeline(NamedTuple):
         seconds, end = self.seconds, len(self.stamps) if end is None else end
         if not 0 <= first < end <= len(seconds):
             raise ValueError(f"has {len(seconds)} frames, and {first} to {end} are asked for")
-        targets = seconds[first] + start + np.arange(count) / FPS
+        targets = seconds[first] + start + np.arange(count) / fps
         if targets[-1] > seconds[end - 1] + self.tolerance + 1e-9:
-            have = max(0, int(frames_in(seconds[end - 1] - seconds[first] - start)))
+            have = max(0, int(frames_in(seconds[end - 1] - seconds[first] - start, fps)))
             raise ValueError(
-                f"has {have} frames at {FPS} a second from second {start:g} on, and {count} are "
+                f"has {have} frames at {fps:g} a second from second {start:g} on, and {count} are "
                 f"asked for; ask for fewer, or give a longer film"
             )
         return shown_at(seconds, targets, self.tolerance)

@@ -65,8 +65,13 @@ class DDPM:
         """Return the weight of the loss at `time`: 1 everywhere."""
         return jnp.ones_like(time)
 
-    def timesteps(self, num_steps: int) -> Float[np.ndarray, "steps"]:
-        """Return the times at which a sampler evaluates the network: trailing spacing."""
+    def timesteps(self, num_steps: int, shift: float | None = None) -> Float[np.ndarray, "steps"]:
+        """Return the times at which a sampler evaluates the network: trailing spacing.
+
+        Raises ValueError for a `shift`, which only a flow has.
+        """
+        if shift is not None:
+            raise ValueError(f"shift is {shift:g}, and only V5.1's flow has one: leave it out")
         k = np.arange(num_steps)
         return np.round(NUM_TRAIN_TIMES - k * NUM_TRAIN_TIMES / num_steps) - 1
 

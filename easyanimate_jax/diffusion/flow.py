@@ -93,10 +93,13 @@ class Flow:
         """Return the weight of the loss at `time`: 1 everywhere."""
         return jnp.ones_like(time)
 
-    def timesteps(self, num_steps: int) -> Float[np.ndarray, "steps"]:
-        """Return the shifted times at which a sampler evaluates the network, 1000 first."""
-        sigma = np.linspace(1, 1 / NUM_TRAIN_TIMES, num_steps)
-        return NUM_TRAIN_TIMES * (SHIFT / (SHIFT + (1 / sigma - 1)))  # the first is exactly 1000
+    def timesteps(self, num_steps: int, shift: float | None = None) -> Float[np.ndarray, "steps"]:
+        """Return the times at which a sampler evaluates the network, 1000 first.
+
+        A larger `shift` puts more of them at high noise; None is `SHIFT`.
+        """
+        shift, sigma = shift or SHIFT, np.linspace(1, 1 / NUM_TRAIN_TIMES, num_steps)
+        return NUM_TRAIN_TIMES * (shift / (shift + (1 / sigma - 1)))  # the first is exactly 1000
 
     clean_time = 0
 

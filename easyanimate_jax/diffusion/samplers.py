@@ -47,11 +47,13 @@ def walk(
     steps: int = 50,
     strength: float = 1.0,
     eta: float = 0.0,
+    shift: float | None = None,
 ) -> Walk:
     """Return the walk of a sampler of `process`; "" is the first sampler of the process.
 
     A `strength` below 1 runs only the last steps. `eta` is DDIM's share of fresh noise, 0 to 1.
-    Raises ValueError for a sampler that the process does not have, and for numbers out of range.
+    `shift` replaces the shift of a flow's times. Raises ValueError for a sampler that the process
+    does not have, and for numbers out of range.
     """
     samplers = SAMPLERS[type(process)]
     sampler = sampler or next(iter(samplers))
@@ -64,7 +66,7 @@ def walk(
             f"eta is {eta} with {sampler!r}: it is DDIM's share of fresh noise; use 0 to 1 with "
             f"'ddim', and 0 with other samplers"
         )
-    times = process.timesteps(steps)[first_step(steps, strength) :]
+    times = process.timesteps(steps, shift)[first_step(steps, strength) :]
     stride = NUM_TRAIN_TIMES // steps
     if sampler == "ddim":
         return _one_step(process, times, times - stride, eta)

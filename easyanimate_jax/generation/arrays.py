@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from easyanimate_jax.data.buckets import check_size, whole_frames
+from easyanimate_jax.data.pictures import cover
 
 NEW = 240  # a mask pixel of at least this grey marks video to generate (spec 6.6)
 Picture = UInt8[np.ndarray, "H W 3"] | UInt8[np.ndarray, "B H W 3"]
@@ -17,8 +18,9 @@ Film = UInt8[np.ndarray, "F H W 3"] | UInt8[np.ndarray, "B F H W 3"]
 class Given(TypedDict, total=False):
     """The optional inputs beside a prompt. With several prompts: one for all, or one for each.
 
-    Pixels are uint8. Pictures, films and masks are resized to the output size; only the first
-    frames of a film are used. Rays must already have the output size.
+    Pixels are uint8. Pictures, films and masks are scaled to cover the output size and cropped to
+    its centre, or stretched; only the first frames of a film are used. Rays must already have the
+    output size.
     """
 
     image: Picture  # the first frame
@@ -31,6 +33,10 @@ class Given(TypedDict, total=False):
     camera: Float[np.ndarray, "F H W 6"] | Float[np.ndarray, "B F H W 6"]  # Pluecker rays
     reference: Picture  # what a controlled video looks like
     segment: int  # 4n+1; a longer video is generated in segments of so many frames
+    overlap: int  # frames that segments share (4)
+    fit: str  # "crop" or "stretch": how pixels take the output size ("crop")
+    tile: int  # pixels of a side: decode in tiles, which needs less memory
+    shift: float  # of V5.1's sampling times; larger means more steps at high noise (e)
     sampler: str  # "" is the default sampler of the noise process
     eta: float  # share of fresh noise in DDIM, 0 to 1 (0)
     rescale: float  # rescaling of the guided prediction, 0 to 1 (0)
@@ -86,10 +92,12 @@ def as_rows(given: Mapping, rows: int, size: tuple[int, int, int]) -> dict[str, 
 
     Raises ValueError for arrays of wrong dtypes or shapes.
     """
-    found = {}
+    found, fit = {}, given.get("fit", "crop")
+    if fit not in ("crop", "stretch"):
+        raise ValueError(f'fit is {fit!r}: use "crop" or "stretch"')
     for name, form in FORMS.items():
         if name in given:
-            each = [_fit(name, one, size) for one in _each(name, form, given[name], rows)]
+            each = [_fit(name, one, size, fit) for one in _each(name, form, given[name], rows)]
             found[form.argument] = np.stack(each)
     return found
 
@@ -114,11 +122,11 @@ def _each(name: str, form: Form, value, rows: int) -> list[np.ndarray]:
     raise ValueError(f"{name} has shape {value.shape}: {wanted}")
 
 
-def _fit(name: str, value: np.ndarray, size: tuple[int, int, int]) -> np.ndarray:
-    """Return one input, resized to the output size."""
+def _fit(name: str, value: np.ndarray, size: tuple[int, int, int], fit: str) -> np.ndarray:
+    """Return one input in the output size."""
     frames, height, width = size
     if name in ("image", "end_image", "reference"):
-        return resized(value[None], height, width, Image.Resampling.BICUBIC)[0]
+        return fitted(value[None], height, width, Image.Resampling.BICUBIC, fit)[0]
     if name == "mask" and value.ndim == 2:
         value = np.repeat(value[None, ..., None], frames, axis=0)
     if len(value) < frames:
@@ -135,13 +143,24 @@ def _fit(name: str, value: np.ndarray, size: tuple[int, int, int]) -> np.ndarray
             )
         return value.astype(np.float32)
     if name != "mask":
-        return resized(value, height, width, Image.Resampling.BILINEAR)
+        return fitted(value, height, width, Image.Resampling.BILINEAR, fit)
     if value.max() > 1:
         raise ValueError(f"mask holds {value.max()}: use 1 where the video is new, and 0 elsewhere")
-    grey = resized(value[..., 0].astype(np.uint8) * 255, height, width, Image.Resampling.BILINEAR)
+    grey = value[..., 0].astype(np.uint8) * 255
+    grey = fitted(grey, height, width, Image.Resampling.BILINEAR, fit)
     return (grey >= NEW).astype(np.uint8)[..., None]
 
 
-def resized(frames: np.ndarray, height: int, width: int, how: Image.Resampling) -> np.ndarray:
-    """Return uint8 frames stretched to another size; the reference ignores the aspect ratio too."""
-    return np.stack([np.asarray(Image.fromarray(x).resize((width, height), how)) for x in frames])
+def fitted(
+    frames: np.ndarray, height: int, width: int, how: Image.Resampling, fit: str
+) -> np.ndarray:
+    """Return uint8 frames, (F, h, w, 3) or (F, h, w), in another size.
+
+    "crop" scales them to cover the size and cuts off what is outside, the same on both sides;
+    "stretch" ignores their shape, as the reference does.
+    """
+    rows, columns, top, left = height, width, 0, 0
+    if fit == "crop":
+        rows, columns, top, left = cover(*frames.shape[1:3], height, width)
+    scaled = (np.asarray(Image.fromarray(x).resize((columns, rows), how)) for x in frames)
+    return np.stack([x[top : top + height, left : left + width] for x in scaled])

@@ -1,8 +1,9 @@
-"""The compiled loop that turns noise into latents: one network evaluation per iteration.
+"""The loop that turns noise into latents: a compiled program for one network evaluation.
 
-The sampler's coefficients, the guidance of each step and the thresholds are data, padded to a fixed
-size. So a change of step count, strength or guidance, or a sampler with as many registers, does not
-recompile. Input and output are tokens; `pipelines` turns them into videos.
+Python calls the program once per evaluation. The sampler's coefficients, the guidance of a step and
+the thresholds are its arguments. So a change of step count, strength or guidance, or a sampler with
+as many registers, does not recompile. The program calls nothing in Python, so JAX can keep it in
+its compilation cache. Input and output are tokens; `pipelines` turns them into videos.
 
 Letters beyond the legend: P is the width of a token, 4 x channels; R is the number of registers,
 the tensors that a sampler keeps between evaluations.
@@ -32,7 +33,6 @@ from easyanimate_jax.sharding import shard
 Texts = tuple[Float[Array, "_ _ _"] | Float[np.ndarray, "_ _ _"], ...]
 Tokens = Float[Array, "B N P"]
 
-TABLE = 1024  # rows of the padded tables; PNDM needs 1000 steps + 9 evaluations
 _SAMPLER_NAMES = tuple(dict.fromkeys(name for names in SAMPLERS.values() for name in names))
 FRESH = 2  # folded into a seed's key for the noise of stochastic samplers
 
@@ -57,6 +57,10 @@ class Sampling:
     eta: float = 0.0
     """Share of fresh noise in DDIM; 0 is none."""
 
+    shift: float | None = None
+    """Shift of the times of V5.1: the larger, the more steps at high noise. None is e, as released;
+    V5 has none (spec 4.2)."""
+
     guided: tuple[float, float] = (0.0, 1.0)
     """First and last share of the steps with guidance."""
 
@@ -79,6 +83,7 @@ class Sampling:
             guidance="[0, 100]",
             rescale="[0, 1]",
             eta="[0, 1]",
+            shift="(0, 100]",
             guided="[0, 1]",
             guidance_every="[1, inf)",
             teacache="[0, inf)",
@@ -125,16 +130,23 @@ class Given(NamedTuple):
         return jnp.arange(self.noise.shape[1])[None, :, None] < self.lengths[:, None, None]
 
 
-class Tables(NamedTuple):
-    """The coefficients of a sampler and the guidance of each step, padded to `TABLE` rows."""
+class Step(NamedTuple):
+    """The numbers of one network evaluation."""
 
-    count: np.ndarray  # (), evaluations
+    number: np.int32  # 0 is the first evaluation
+    time: np.float32
+    move: np.ndarray  # (R, R + 1 or R + 2), the sampler's coefficients
+    level: np.ndarray  # (2,), signal and sigma of x after the evaluation
+    guidance: np.float32
+    both: np.bool_  # True where the unconditional prediction is computed
+    whole: np.bool_  # True at the first and the last evaluation, which TeaCache never skips
+
+
+class Plan(NamedTuple):
+    """All evaluations of a request."""
+
     start: np.ndarray  # (2,), signal and sigma of x before the first evaluation
-    times: np.ndarray  # (TABLE,)
-    moves: np.ndarray  # (TABLE, R, R + 1 or R + 2)
-    levels: np.ndarray  # (TABLE, 2), signal and sigma of x after each evaluation
-    guidance: np.ndarray  # (TABLE,)
-    both: np.ndarray  # (TABLE,), True where the unconditional prediction is computed
+    steps: list[Step]
 
 
 class Teacache(NamedTuple):
@@ -143,6 +155,14 @@ class Teacache(NamedTuple):
     modulated: Float[Array, "B N D"]  # input of the first block's attention
     residual: Float[Array, "B N D"]  # last layer's input minus the embedded tokens
     distance: Float[Array, ""]  # change summed since the blocks last ran
+
+
+class Carry(NamedTuple):
+    """The state between two evaluations."""
+
+    registers: Float[Array, "R B N P"]  # the first register is x
+    difference: Tokens  # the last conditional minus the unconditional prediction
+    cache: Teacache | None
 
 
 # Degree-4 polynomials, highest power first. They estimate the change of the output from the change
@@ -173,151 +193,180 @@ def denoise(
 
     One network call evaluates both halves of the guidance, in the order [uncond, cond]. With a
     `strength` below 1 the loop starts at a later step, from the noised source. `progress` is called
-    with the number of each finished evaluation. Raises ValueError for a strength below 1 without a
-    source, and, before the first step, if a device has too little memory.
+    with the number of each finished evaluation; an exception that it raises ends the loop. Raises
+    ValueError for a strength below 1 without a source, and, before the first step, if a device has
+    too little memory.
     """
-    tables = make_tables(process, sampling, strength)
+    plan = make_plan(process, sampling, strength)
     if strength < 1 and given.source is None:
         raise ValueError(f"strength is {strength} without a video to start from: use 1")
-    thrifty = given.negative_texts is not None and not tables.both[: tables.count].all()
-    threshold = jnp.float32(sampling.teacache) if sampling.teacache else None
-    arguments = model, tables, given, threshold
-    options = {
-        "rescale": sampling.rescale,
-        "thrifty": thrifty and not sampling.teacache,
-        "progress": progress,
-    }
+    guided = given.negative_texts is not None
+    thrifty = guided and not sampling.teacache and not all(step.both for step in plan.steps)
+    threshold = np.float32(sampling.teacache) if sampling.teacache else None
+    options = {"rescale": sampling.rescale, "thrifty": thrifty}
+    registers = len(plan.steps[0].move)
+    given, carry = _start(model, plan.start, given, threshold, registers=registers)
     rows, tokens, _ = given.noise.shape
-    check_fit(f"denoising {rows} x {tokens:,} tokens", _denoise, *arguments, **options)
-    return _denoise(*arguments, **options)
+    what = f"denoising {rows} x {tokens:,} tokens"
+    check_fit(what, _evaluate, carry, plan.steps[0], model, given, threshold, **options)
+    for step in plan.steps:
+        carry = _evaluate(carry, step, model, given, threshold, **options)
+        if progress is not None:
+            jax.block_until_ready(carry)
+            progress(int(step.number) + 1)
+    return _latents(carry)
 
 
-def make_tables(process: DDPM | Flow, sampling: Sampling, strength: float = 1.0) -> Tables:
+def make_plan(process: DDPM | Flow, sampling: Sampling, strength: float = 1.0) -> Plan:
     """Return the coefficients of the sampler of `sampling`, and the guidance of each step."""
-    times, moves, levels = walk(process, sampling.sampler, sampling.steps, strength, sampling.eta)
+    times, moves, levels = walk(
+        process, sampling.sampler, sampling.steps, strength, sampling.eta, sampling.shift
+    )
     count = len(times)
     share = np.arange(count) / count
     guided = (sampling.guided[0] <= share) & (share < sampling.guided[1])
     number = np.cumsum(guided) - 1  # index among the guided steps
-
-    def fill(x):
-        return np.concatenate([x, np.zeros((TABLE - count, *x.shape[1:]), x.dtype)])
-
-    return Tables(
-        count=np.int32(count),
-        start=levels[0] if strength < 1 else np.float32([0, 1]),
-        times=fill(times),
-        moves=fill(moves),
-        levels=fill(levels[1:]),
-        guidance=fill(np.where(guided, np.float32(sampling.guidance), np.float32(1))),
-        both=fill(guided & (number % sampling.guidance_every == 0)),
+    place = np.arange(count, dtype=np.int32)
+    rows = zip(
+        place,
+        times,
+        moves,
+        levels[1:],
+        np.where(guided, np.float32(sampling.guidance), np.float32(1)),
+        guided & (number % sampling.guidance_every == 0),
+        (place == 0) | (place == count - 1),
+        strict=True,
     )
+    start = levels[0] if strength < 1 else np.float32([0, 1])
+    return Plan(start, [Step(*row) for row in rows])
 
 
-@partial(jax.jit, static_argnames=("rescale", "thrifty", "progress"))
-def _denoise(model, tables: Tables, given: Given, threshold, *, rescale, thrifty, progress):
-    tables = jax.tree.map(jnp.asarray, tables)
-    predict = Predictor(model, tables, given, threshold, rescale, thrifty)
-    num_registers, columns = tables.moves.shape[1:]
-    noise, source = given.noise, given.source
+@partial(jax.jit, static_argnames="registers")
+def _start(model, start, given: Given, threshold, *, registers: int) -> tuple[Given, Carry]:
+    """Return the inputs on the devices, and the state before the first evaluation."""
+    given = jax.tree.map(_spread, given)
+    x = given.noise
+    if given.source is not None:
+        x = start[0] * given.source.tokens + start[1] * x
+    filled = jnp.zeros((registers, *x.shape)).at[0].set(x)
+    cache = None if threshold is None else _empty_cache(model.config, given)
+    return given, _placed(Carry(filled, jnp.zeros_like(x), cache))
 
-    def fresh(number):
-        def draw(seed):
-            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), FRESH), number)
-            return jax.random.normal(key, noise.shape[1:])
 
-        return jax.vmap(draw)(given.seeds)
+@partial(jax.jit, static_argnames=("rescale", "thrifty"), donate_argnames="carry")
+def _evaluate(
+    carry: Carry, step: Step, model, given: Given, threshold, *, rescale, thrifty
+) -> Carry:
+    """Return the state after one evaluation of the network."""
+    registers, difference, cache = carry
+    predict = Predictor(model, step, given, threshold, rescale, thrifty)
+    prediction, difference, cache = predict(registers[0], difference, cache)
+    num_registers, columns = step.move.shape
+    inputs = [_fresh(given, step.number)] if columns == num_registers + 2 else []
+    registers = advance(step.move, registers, prediction, *inputs)
+    source = given.source
+    if source is not None and source.keep is not None:
+        signal, sigma = step.level
+        known = signal * source.tokens + sigma * given.noise
+        x = source.keep * known + (1 - source.keep) * registers[0]
+        registers = registers.at[0].set(x)
+    return _placed(Carry(registers, difference, cache))
 
-    def body(number, carry):
-        registers, difference, cache = carry
-        prediction, difference, cache = predict(registers[0], number, difference, cache)
-        inputs = [fresh(number)] if columns == num_registers + 2 else []
-        registers = advance(tables.moves[number], registers, prediction, *inputs)
-        if source is not None and source.keep is not None:
-            signal, sigma = tables.levels[number]
-            known = signal * source.tokens + sigma * noise
-            x = source.keep * known + (1 - source.keep) * registers[0]
-            registers = registers.at[0].set(x)
-        if progress is not None:
-            jax.debug.callback(progress, number + 1)
-        return registers, difference, cache
 
-    x = noise
-    if source is not None:
-        x = tables.start[0] * source.tokens + tables.start[1] * noise
-    registers = jnp.zeros((num_registers, *x.shape)).at[0].set(x)
-    carry = registers, jnp.zeros_like(x), predict.empty_cache()
-    registers, *_ = jax.lax.fori_loop(0, tables.count, body, carry)
-    return shard(registers[0], None, None, None)  # replicated: any host can decode
+@jax.jit
+def _latents(carry: Carry) -> Tokens:
+    return shard(carry.registers[0], None, None, None)  # replicated: any host can decode
+
+
+def _placed(carry: Carry) -> Carry:
+    """Constrain the sharding, which must be the same before and after an evaluation."""
+    registers, *rest = jax.tree.leaves(carry)
+    registers = shard(registers, None, "batch", "tokens", None)
+    placed = [registers, *(shard(x, "batch", "tokens", None) if x.ndim else x for x in rest)]
+    return jax.tree.unflatten(jax.tree.structure(carry), placed)
+
+
+def _spread(x: Array) -> Array:
+    """Constrain the sharding of an input: its rows are split."""
+    return shard(x, "batch", *[None] * (x.ndim - 1))
+
+
+def _fresh(given: Given, number) -> Tokens:
+    """Return the noise of evaluation `number`, each row's from its own seed."""
+
+    def draw(seed):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), FRESH), number)
+        return jax.random.normal(key, given.noise.shape[1:])
+
+    return jax.vmap(draw)(given.seeds)
+
+
+def _empty_cache(config: MMDiTConfig, given: Given) -> Teacache:
+    """Return a TeaCache state of zeros."""
+    rows, length, _ = given.noise.shape
+    zeros = jnp.zeros((given.halves * rows, length, config.width), config.dtype)
+    return Teacache(zeros, zeros, jnp.float32(0))
 
 
 class Predictor:
-    """The guided network.
+    """The guided network at one step.
 
     It can reuse the last difference between the conditional and the unconditional prediction, and
     TeaCache's residual.
     """
 
-    def __init__(self, model, tables: Tables, given: Given, threshold, rescale, thrifty: bool):
-        self.model, self.tables, self.given = model, tables, given
+    def __init__(self, model, step: Step, given: Given, threshold, rescale, thrifty: bool):
+        self.model, self.step, self.given = model, step, given
         self.threshold, self.rescale, self.thrifty = threshold, rescale, thrifty
         self.texts = given.texts
         if given.halves == 2:
             both = given.negative_texts, given.texts
             self.texts = jax.tree.map(lambda *x: jnp.concatenate(x), *both)
 
-    def __call__(self, x: Tokens, number, difference: Tokens, cache: Teacache | None):
-        """Return (guided prediction, difference, cache) of evaluation `number`."""
-        arguments = (x, number, difference, cache)
+    def __call__(self, x: Tokens, difference: Tokens, cache: Teacache | None):
+        """Return (guided prediction, difference, cache)."""
+        arguments = (x, difference, cache)
         if self.thrifty:
-            both = self.tables.both[number]
+            both = self.step.both
             cond, difference, cache = jax.lax.cond(both, self._full, self._half, *arguments)
         else:
             cond, difference, cache = self._full(*arguments)
         if self.given.halves == 2:
             where = jnp.broadcast_to(self.given.real, cond.shape)
-            scale = self.tables.guidance[number]
+            scale = self.step.guidance
             cond = guide(cond - difference, cond, scale, self.rescale, where=where)
         return cond, difference, cache
 
-    def empty_cache(self) -> Teacache | None:
-        """Return a TeaCache state of zeros, or None without TeaCache."""
-        if self.threshold is None:
-            return None
-        rows, length, _ = self.given.noise.shape
-        config = self.model.config
-        zeros = jnp.zeros((self.given.halves * rows, length, config.width), config.dtype)
-        return Teacache(zeros, zeros, jnp.float32(0))
-
-    def _full(self, x, number, difference, cache):
+    def _full(self, x, difference, cache):
         """Return (conditional prediction, its difference from the unconditional one, cache)."""
-        both, cache = self._network(x, number, cache)
+        both, cache = self._network(x, cache)
         if self.given.halves == 1:
             return both, difference, cache
         uncond, cond = jnp.split(both, 2)
         return cond, cond - uncond, cache
 
-    def _half(self, x, number, difference, cache):
-        inputs = self._inputs(x, number, self.given.texts, 1)
+    def _half(self, x, difference, cache):
+        inputs = self._inputs(x, self.given.texts, 1)
         return self.model(*inputs).astype(jnp.float32), difference, cache
 
-    def _network(self, x, number, cache):
+    def _network(self, x, cache):
         """Return the predictions of all halves, [uncond, cond], and the cache."""
         halves = self.given.halves
-        inputs = self._inputs(x, number, self.texts, halves)
+        inputs = self._inputs(x, self.texts, halves)
         if self.threshold is None:
             return self.model(*inputs).astype(jnp.float32), cache
         real = jnp.concatenate([self.given.real] * halves)
-        last = (number == 0) | (number == self.tables.count - 1)
-        features, cache = _features(self.model, cache, last, self.threshold, real, *inputs)
+        features, cache = _features(
+            self.model, cache, self.step.whole, self.threshold, real, *inputs
+        )
         return self.model.output.linear(features).astype(jnp.float32), cache
 
-    def _inputs(self, x, number, texts, copies):
+    def _inputs(self, x, texts, copies):
         """Return the network's arguments for `copies` copies of each row."""
         given = self.given
         if given.condition is not None:
             x = jnp.concatenate([x, given.condition], axis=-1)
-        time = jnp.full(copies * len(given.lengths), self.tables.times[number])
+        time = jnp.full(copies * len(given.lengths), self.step.time)
         x, grid, lengths = (jnp.concatenate([a] * copies) for a in (x, given.grid, given.lengths))
         return x, grid, lengths, time, texts
 

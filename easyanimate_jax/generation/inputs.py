@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -11,47 +12,75 @@ from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import check_size, whole_frames
 from easyanimate_jax.data.times import frames_in
 from easyanimate_jax.diffusion.tasks import TASKS, numbers, task_of
-from easyanimate_jax.facts import FPS
-from easyanimate_jax.generation.arrays import NEW, resized
-from easyanimate_jax.generation.request import STARTS, SampleRequest, given, option
+from easyanimate_jax.facts import CELL, FPS
+from easyanimate_jax.generation.arrays import NEW, fitted
+from easyanimate_jax.generation.request import PIXELS, STARTS, SampleRequest, given, option
 
 INPUTS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.inputs))
 
 
-def complete(request: SampleRequest, meta: dict, checkpoint: Path) -> SampleRequest:
-    """Return the request with its open fields filled: the size from the run, and the strength.
+class Model(NamedTuple):
+    """What the checks of a request must know about a model."""
 
-    `meta` is the checkpoint's record of its training. Raises ValueError for a request that this
-    checkpoint cannot serve.
+    name: str  # as you named it
+    in_channels: int
+    frames: int  # this and the next two: the size that it makes by default
+    height: int
+    width: int
+
+
+def complete(request: SampleRequest, model: Model) -> SampleRequest:
+    """Return the request with its open fields filled: size, rate and strength.
+
+    Raises ValueError for a request that this model cannot serve.
     """
-    samples, task = meta["config"]["samples"], task_of(meta["in_channels"])
+    task = task_of(model.in_channels)
     for name in INPUTS:
         if given(request, name) and name not in task.inputs:
             raise ValueError(
-                f"{checkpoint} was trained for {task.title} ({task.in_channels} input channels), "
+                f"{model.name} was trained for {task.title} ({task.in_channels} input channels), "
                 f"and --{option(name)} needs {numbers(name)}; leave it out"
             )
     if task.is_control and not any(given(request, name) for name in STARTS):
         wanted = "--camera" if "camera" in task.holds else "--control or --trajectory"
-        raise ValueError(f"{checkpoint} was trained for {task.title}: give {wanted}")
-    filled = {n: samples[n] for n in ("height", "width", "frames") if not given(request, n)}
+        raise ValueError(f"{model.name} was trained for {task.title}: give {wanted}")
+    filled = {"fps": request.fps or FPS, "frames": request.frames or model.frames}
+    filled |= dict(zip(("height", "width"), _sides(request, model), strict=True))
     film = request.video or request.control
     if film and request.frames is None:
-        filled["frames"] = whole_frames(min(samples["frames"], film_frames(film)))
+        filled["frames"] = whole_frames(min(model.frames, film_frames(film, filled["fps"])))
     if request.strength is None and request.video:
         filled["strength"] = 1.0 if request.mask else 0.7
     request = dataclasses.replace(request, **filled)
     check_size(request.frames, request.height, request.width)
     if (request.image or request.end_image) and request.frames == 1:
-        raise ValueError("the run makes pictures (1 frame), and pictures are given; add --frames 5")
+        raise ValueError(
+            "the model makes pictures (1 frame), and pictures are given; add --frames 5"
+        )
     if request.strength == 1 and request.video and not request.mask:
         raise ValueError("--strength 1 without --mask keeps nothing of the video; use less")
     return request
 
 
-def film_frames(path: str) -> int:
-    """Return the number of frames of a film at 8 frames a second."""
-    return int(frames_in(media.probe(Path(path)).seconds))
+def _sides(request: SampleRequest, model: Model) -> tuple[int, int]:
+    """Return height and width: those asked for, of the given picture's shape, or the model's."""
+    height, width = request.height, request.width
+    if request.size == "model" or (height and width):
+        return height or model.height, width or model.width
+    shown = next((getattr(request, name) for name in PIXELS if given(request, name)), None)
+    if shown is None:
+        raise ValueError("--size like needs a picture or a film; give one, or leave it out")
+    like = media.probe(Path(shown))
+    scale = (model.height * model.width / (like.height * like.width)) ** 0.5
+    if height or width:
+        scale = height / like.height if height else width / like.width
+    rows, columns = (max(1, round(side * scale / CELL)) for side in (like.height, like.width))
+    return height or rows * CELL, width or columns * CELL
+
+
+def film_frames(path: str, fps: int = FPS) -> int:
+    """Return the number of frames of a film at `fps` frames a second."""
+    return int(frames_in(media.probe(Path(path)).seconds, fps))
 
 
 def read_inputs(request: SampleRequest) -> dict[str, np.ndarray]:
@@ -63,7 +92,7 @@ def read_inputs(request: SampleRequest) -> dict[str, np.ndarray]:
     for name, argument in (("image", "start"), ("end_image", "end"), ("reference", "reference")):
         if given(request, name):
             picture = media.read_image(Path(getattr(request, name)))
-            inputs[argument] = stretch(picture[None], request, Image.Resampling.BICUBIC)[0]
+            inputs[argument] = sized(picture[None], request, Image.Resampling.BICUBIC)[0]
     if request.video:
         inputs["video"] = read_film(request.video, request)
     if request.mask:
@@ -79,29 +108,29 @@ def read_inputs(request: SampleRequest) -> dict[str, np.ndarray]:
     if request.camera:
         from easyanimate_jax.data.control import pluecker_rays, read_camera, sampled_camera
 
-        camera = sampled_camera(read_camera(request.camera), request.frames)
+        camera = sampled_camera(read_camera(request.camera), request.frames, request.fps)
         inputs["camera"] = pluecker_rays(camera, request.height, request.width)
     return inputs
 
 
-def stretch(frames: np.ndarray, request: SampleRequest, how) -> np.ndarray:
-    """Return uint8 frames stretched to the request's size, as in the reference."""
-    return resized(frames, request.height, request.width, how)
+def sized(frames: np.ndarray, request: SampleRequest, how) -> np.ndarray:
+    """Return uint8 frames in the request's size, by its `fit`."""
+    return fitted(frames, request.height, request.width, how, request.fit)
 
 
 def read_film(path: str, request: SampleRequest) -> np.ndarray:
-    """Return the first frames of a film at 8 frames a second, uint8 (F, H, W, 3).
+    """Return the first frames of a film at the request's rate, uint8 (F, H, W, 3).
 
     Raises ValueError for a film with too few frames.
     """
-    have = film_frames(path)
+    have = film_frames(path, request.fps)
     if have < request.frames:
         raise ValueError(
-            f"{path} has {have} frames at {FPS} a second, and --frames is {request.frames}; use "
-            f"--frames {whole_frames(have)}"
+            f"{path} has {have} frames at {request.fps} a second, and --frames is "
+            f"{request.frames}; use --frames {whole_frames(have)}"
         )
-    frames = media.read_at(Path(path), 0, request.frames)
-    return stretch(frames, request, Image.Resampling.BILINEAR)
+    frames = media.read_at(Path(path), 0, request.frames, fps=request.fps)
+    return sized(frames, request, Image.Resampling.BILINEAR)
 
 
 def read_mask(request: SampleRequest) -> np.ndarray:
@@ -124,7 +153,7 @@ def read_mask(request: SampleRequest) -> np.ndarray:
     else:
         picture = media.read_image(Path(request.mask), mask=True)[None]
         frames = np.repeat(
-            stretch(picture, request, Image.Resampling.BILINEAR), request.frames, axis=0
+            sized(picture, request, Image.Resampling.BILINEAR), request.frames, axis=0
         )
     new = (frames.mean(axis=-1, keepdims=True) >= NEW).astype(np.uint8)
     if not new.any():

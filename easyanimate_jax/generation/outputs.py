@@ -34,30 +34,28 @@ VERSIONS = ("jax", "flax", "numpy", "easyanimate_jax")
 
 
 class Origin(NamedTuple):
-    """The checkpoint that a sample comes from."""
+    """The model that a sample comes from."""
 
-    checkpoint: Path  # the run folder, as you named it
-    step: int
-    weights: str  # "full" or "int8"
-    training: dict  # the checkpoint's record of its training
-    loras: Mapping[str, str] = {}  # FILE or FILE:WEIGHT -> a hash of the file
+    path: Path  # a run or a folder, as you named it
+    options: Mapping[str, object]  # options that choose the weights, by their names
+    prints: Mapping[str, str] = {}  # hashes of the weights: of a LoRA by its name, of parts by path
+    training: Mapping | None = None  # a run's record of its training
 
 
 def options_of(request: SampleRequest, origin: Origin) -> dict:
     """Return the set options of a request, by their names on the command line."""
-    names = (*LINE_KEYS, *SAMPLING, "picture_noise")
+    names = (*LINE_KEYS, *SAMPLING, "picture_noise", "fit")
     options = {option(name): getattr(request, name) for name in names if given(request, name)}
-    loras = {"lora": list(origin.loras)} if origin.loras else {}
-    return options | {"weights": origin.weights} | loras
+    return options | dict(origin.options)
 
 
 def identity(asked: Asked, origin: Origin) -> str:
-    """Return a hash of the request and its checkpoint, which finds samples that already exist.
+    """Return a hash of the request and its model, which finds samples that already exist.
 
-    Files of the request count by their content.
+    Files of the request and weights count by their content.
     """
-    options = options_of(asked.request, origin) | _hashes(asked.request) | dict(origin.loras)
-    parts = [str(origin.checkpoint.absolute()), origin.step, asked.line, options]
+    options = options_of(asked.request, origin) | _hashes(asked.request) | dict(origin.prints)
+    parts = [str(origin.path.absolute()), asked.line, options]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -77,38 +75,43 @@ def finished(folder: Path) -> set[str]:
 
 
 def record(asked: Asked, origin: Origin, output: Path, seconds: float) -> dict:
-    """Return the sidecar of a sample: its command, seed, options, checkpoint and versions."""
+    """Return the sidecar of a sample: its command, seed, options, model and versions."""
     import jax
 
     options, words = options_of(asked.request, origin), []
     for name, value in (options | {"output": str(output)}).items():
-        if name == "lora":
-            words += [f"--lora={one}" for one in value]
+        if isinstance(value, list):  # an option that is repeated
+            words += [f"--{name}={one}" for one in value]
             continue
-        several = isinstance(value, list | tuple)
+        several = isinstance(value, tuple)
         words += [f"--{name}", *map(str, value)] if several else [f"--{name}={value}"]
     return {
-        "command": shlex.join(["python", "sample.py", str(origin.checkpoint), *words]),
+        "command": shlex.join(["python", "sample.py", str(origin.path), *words]),
         "seed": asked.request.seed,
         "options": options,
         "files_sha256": _hashes(asked.request),
-        "loras": dict(origin.loras),
-        "checkpoint": str(origin.checkpoint.absolute()),
+        "weights_blake2b": dict(origin.prints),
+        "model": str(origin.path.absolute()),
         "identity": identity(asked, origin),
-        "step": origin.step,
         "seconds": round(seconds, 2),
         "device": jax.devices()[0].device_kind,
         "versions": {name: version(name) for name in VERSIONS},
-        "training": origin.training,
+        "training": origin.training and dict(origin.training),
     }
 
 
 def write(
-    folder: Path, frames: UInt8[np.ndarray, "F H W 3"], sidecar: dict, *, gif: bool = False
+    folder: Path,
+    frames: UInt8[np.ndarray, "F H W 3"],
+    sidecar: dict,
+    *,
+    fps: int = FPS,
+    gif: bool = False,
 ) -> Path:
     """Write a video, contact sheet and sidecar under the next free number; return the video's path.
 
-    A single frame becomes a picture without a contact sheet. `gif` adds a GIF of a video.
+    The video has `fps` frames a second. A single frame becomes a picture without a contact sheet.
+    `gif` adds a GIF of a video.
     """
     stem, lock = _reserve(folder)
     part = lock.with_suffix(".part")
@@ -126,11 +129,11 @@ def write(
         if len(frames) == 1:
             path = place(name, lambda p: media.write_png(p, frames[0]))
         else:
-            path = place(name, lambda p: media.write_video(p, frames, fps=FPS, comment=comment))
+            path = place(name, lambda p: media.write_video(p, frames, fps=fps, comment=comment))
             sheet = media.contact_sheet(frames[None])
             place(f"{stem}_sheet.png", lambda p: media.write_png(p, sheet))
             if gif:
-                place(f"{stem}.gif", lambda p: media.write_gif(p, frames, fps=FPS))
+                place(f"{stem}.gif", lambda p: media.write_gif(p, frames, fps=fps))
         place(f"{stem}.json", lambda p: p.write_text(text, encoding="utf-8"))
     finally:
         part.unlink(missing_ok=True)

@@ -39,16 +39,15 @@ from easyanimate_jax.generation.pixels import (
     rows_at_once,
 )
 from easyanimate_jax.generation.protocols import Diffusion
+from easyanimate_jax.generation.request import OVERLAP
 from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.memory import check_fit
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig, unpatchify
 from easyanimate_jax.models.vae import CausalVAE
-from easyanimate_jax.sharding import num_parts
+from easyanimate_jax.sharding import num_parts, shard
 
 Rays = Float[np.ndarray, "B F H W 6"]
 Pictures = UInt8[np.ndarray, "B _ _ 3"] | UInt8[np.ndarray, "B _ _ _ 3"]  # one or several per row
-
-OVERLAP = 4  # frames that neighbouring segments of a long video share
 
 
 class LatentDiffusion(NamedTuple):
@@ -233,23 +232,27 @@ def long_video(
     request: Request,
     *,
     segment: int = 49,
+    overlap: int = OVERLAP,
     start: Pictures | None = None,
     end: Pictures | None = None,
 ) -> Videos:
     """Return videos of any length, generated in segments of `segment` frames (spec 6.7).
 
-    Each segment begins with the last 4 frames of the previous one, and the shared frames are
-    blended. The last segment shares up to 3 more, so that the length fits the request. `start` and
-    `end` are those of `image_to_video`. Raises ValueError for a model that takes no pictures.
+    Each segment begins with the last `overlap` frames of the previous one, and the shared frames
+    are blended. The last segment shares up to 3 more, so that the length fits the request. `start`
+    and `end` are those of `image_to_video`. Raises ValueError for a model that takes no pictures.
     """
     frames, *sides = request.size
     request.check(diffusion.config)
     check_size(segment, *sides)
     _want_inpaint(diffusion, "the last frames of a segment")
-    if segment <= 2 * OVERLAP:
-        raise ValueError(f"segments of {segment} frames share {OVERLAP}: use 9 frames or more")
+    if overlap < 1 or segment <= 2 * overlap:
+        raise ValueError(
+            f"segments of {segment} frames share {overlap}: share 1 frame or more, and use more "
+            f"than {2 * overlap} frames"
+        )
     videos = None
-    for number, (first, stop) in enumerate(segments(frames, segment)):
+    for number, (first, stop) in enumerate(segments(frames, segment, overlap)):
         seeds = [_segment_seed(seed, number) for seed in request.seeds]
         part = request._replace(size=(stop - first, *sides), seeds=seeds)
         ends = {"start": start, "end": end if stop == frames else None}
@@ -271,11 +274,11 @@ def _joined(videos: Clips, made: Clips, first: int) -> Clips:
     return np.concatenate([videos[:, :first], mixed.astype(np.uint8), made[:, shared:]], axis=1)
 
 
-def segments(frames: int, segment: int) -> list[tuple[int, int]]:
+def segments(frames: int, segment: int, overlap: int = OVERLAP) -> list[tuple[int, int]]:
     """Return (first frame, stop) of each segment of a long video; each has 4n+1 frames."""
     parts = [(0, min(segment, frames))]
     while parts[-1][1] < frames:
-        first = parts[-1][1] - OVERLAP
+        first = parts[-1][1] - overlap
         if frames - first <= segment:
             length = (frames - first + 2) // TIME_FACTOR * TIME_FACTOR + 1
             parts.append((frames - length, frames))
@@ -316,6 +319,13 @@ def _no_tokens(request: Request, channels: int) -> np.ndarray:
     return np.zeros((len(request.seeds), num_tokens, channels * PATCH**2), np.float32)
 
 
+def condition_to_video(
+    diffusion: Diffusion, request: Request, *, condition: Tokens | None = None
+) -> Videos:
+    """Return the videos of a condition that is already encoded, as `denoise_latents` takes it."""
+    return _generate(diffusion, request, condition)
+
+
 def _generate(
     diffusion: Diffusion,
     request: Request,
@@ -332,6 +342,7 @@ def _generate(
         pixels_of,
         diffusion.vae,
         jax.ShapeDtypeStruct((*shape, LATENT_CHANNELS), jnp.float32),
+        tile=request.tile,
     )
     latents = denoise_latents(
         diffusion, request, condition=condition, source=source, strength=strength
@@ -344,7 +355,7 @@ def _generate(
                 RuntimeWarning,
                 stacklevel=3,
             )
-    return decode(diffusion.vae, latents)
+    return decode(diffusion.vae, latents, request.tile)
 
 
 def denoise_latents(
@@ -375,19 +386,19 @@ def denoise_latents(
 
     def fill(x, size):
         padding = (0, all_rows - rows), (0, size - x.shape[1]), (0, 0)
-        return jnp.pad(jnp.asarray(x), padding)
+        return np.pad(np.asarray(x), padding)
 
     def fill_texts(texts):
-        repeated = (jnp.broadcast_to(text, (rows, *text.shape[1:])) for text in texts)
+        repeated = (np.broadcast_to(text, (rows, *text.shape[1:])) for text in texts)
         return tuple(fill(text, text.shape[1]) for text in repeated)
 
     seeds, width = np.asarray(request.seeds, np.uint32), PATCH**2 * LATENT_CHANNELS
     guided = request.sampling.guidance > 1
     given = Given(
         noise=fill(_noise(seeds, (num_tokens, width)), length),
-        seeds=jnp.pad(jnp.asarray(seeds), (0, all_rows - rows)),
-        grid=jnp.tile(jnp.asarray(grid, jnp.int32), (all_rows, 1)),
-        lengths=jnp.full(all_rows, num_tokens, jnp.int32),
+        seeds=np.pad(seeds, (0, all_rows - rows)),
+        grid=np.tile(np.asarray(grid, np.int32), (all_rows, 1)),
+        lengths=np.full(all_rows, num_tokens, np.int32),
         texts=fill_texts(request.texts),
         negative_texts=fill_texts(request.negative_texts) if guided else None,
         condition=None if condition is None else fill(condition, length),
@@ -401,7 +412,7 @@ def denoise_latents(
         strength=strength,
         progress=request.progress,
     )
-    return np.asarray(unpatchify(latents[:rows, :num_tokens], grid))
+    return unpatchify(np.asarray(latents)[:rows, :num_tokens], grid)
 
 
 def _condition(diffusion: Diffusion, request: Request, given: Tokens | None) -> Tokens | None:
@@ -426,4 +437,4 @@ def _noise(seeds, shape):
     def draw(seed):
         return jax.random.normal(jax.random.fold_in(jax.random.key(seed), 0), shape)
 
-    return jax.vmap(draw)(seeds)
+    return shard(jax.vmap(draw)(seeds), None, None, None)

@@ -34,9 +34,16 @@ Tokens = Float[np.ndarray, "B N _"]
 PIXELS_AT_ONCE = 2**18  # per frame in the VAE: 1 row of 512 x 512, or 64 rows of 64 x 64
 
 
-def decode(vae: Autoencoder, latents: Float[np.ndarray, "B T h w C"]) -> Videos:
-    """Return the videos of normalised latents, uint8, truncated and not rounded (spec 10.1)."""
-    return by_rows(partial(pixels_of, vae), latents, pixels_per_cell=SPACE_FACTOR**2)
+def decode(
+    vae: Autoencoder, latents: Float[np.ndarray, "B T h w C"], tile: int | None = None
+) -> Videos:
+    """Return the videos of normalised latents, uint8, truncated and not rounded (spec 10.1).
+
+    With a `tile`, in pixels of a side, overlapping tiles of that size are decoded and blended. This
+    needs less memory, and changes pixels near the seams slightly (spec 3.6).
+    """
+    decoded = partial(pixels_of, vae, tile=tile)
+    return by_rows(decoded, latents, pixels_per_cell=SPACE_FACTOR**2)
 
 
 def inpaint_tokens(
@@ -102,10 +109,12 @@ def keep_tokens(mask):
     return patchify(jnp.repeat(keep, LATENT_CHANNELS, axis=-1))
 
 
-@jax.jit
-def pixels_of(vae, latents):
+@partial(jax.jit, static_argnames="tile")
+def pixels_of(vae, latents, *, tile: int | None = None):
     """Return the pixels of normalised latents for one group of rows, uint8 (B, F, H, W, 3)."""
-    video = vae.chunked_decode(_spread(vae.denormalize(latents), 1))
+    latents = vae.denormalize(latents)
+    whole = tile is None or tile >= SPACE_FACTOR * max(latents.shape[2:4])
+    video = vae.chunked_decode(_spread(latents, 1)) if whole else vae.tiled_decode(latents, tile)
     return _whole(to_bytes(video))
 
 

@@ -43,6 +43,10 @@ if TYPE_CHECKING:
             """Return the pixels of raw latents."""
             ...
 
+        def tiled_decode(self, z: Float[Array, "B T h w C"], tile: int) -> Float[Array, "..."]:
+            """Return the pixels of raw latents, from tiles of `tile` x `tile` pixels."""
+            ...
+
         def normalize(self, z: Float[Array, "B T h w C"]) -> Float[Array, "B T h w C"]:
             """Return normalised latents, which the transformer reads."""
             ...

@@ -11,16 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from easyanimate_jax.data.buckets import check_size
 from easyanimate_jax.disk.local import local_path
-from easyanimate_jax.facts import CELL, MAX_SEED
+from easyanimate_jax.facts import CELL, FPS, MAX_SEED
 
 FILES = ("image", "end_image", "video", "mask", "control", "trajectory", "camera", "reference")
 WORDS = ("prompt", "negative_prompt", "operator")
-NUMBERS = ("height", "width", "frames", "segment", "spot", "seed")
+NUMBERS = ("height", "width", "frames", "segment", "overlap", "fps", "spot", "seed")
 LINE_KEYS = (*WORDS, *FILES, *NUMBERS, "strength")
+PIXELS = ("image", "end_image", "video", "control", "reference")
 STARTS = ("control", "camera", "trajectory", "reference")
 ALONE = (  # pairs that exclude each other
     ("image", "video"),
@@ -36,6 +37,7 @@ NEEDS = (  # the first needs the second
     ("strength", "video"),
     ("operator", "control"),
     ("spot", "trajectory"),
+    ("overlap", "segment"),
 )
 RANGES = (
     ("steps", 1, 1000),
@@ -46,10 +48,15 @@ RANGES = (
     ("strength", 0, 1),
     ("frames", 1, 100_001),  # 3.5 hours at 8 frames a second
     ("spot", 1, 1344),
+    ("fps", 1, 120),
+    ("overlap", 1, 100),
 )
 SAMPLING = (  # the same for all lines of a prompt file
-    *("steps", "sampler", "eta", "guidance", "rescale", "guided", "guidance_every", "teacache"),
+    *("steps", "sampler", "eta", "shift", "guidance", "rescale", "guided", "guidance_every"),
+    "teacache",
 )
+OVERLAP = 4  # frames that neighbouring segments of a long video share
+LEAST_TILE = 64  # pixels; a quarter of a tile is blended with its neighbour
 PICTURE_NOISE = 0.0563  # SAMPLING_NOISE of diffusion/conditioning.py, which imports JAX
 
 
@@ -70,47 +77,57 @@ class SampleRequest:
     mask: str | None = None
     """File, white where the video is new."""
     strength: float | None = None
-    """How much --video changes, 0 to 1: 0.7, or 1 with a mask."""
+    """Change of --video: 0.7, 1 with mask."""
     control: str | None = None
-    """Control video, or any video with --operator."""
+    """Control video; any with --operator."""
     operator: str | None = None
     """canny, soft_edge, scribble, lines or line_art."""
     trajectory: str | None = None
     """JSON list of paths of [x, y] pixels."""
     spot: int | None = None
-    """Radius of a path in pixels: 50 at 1280x720."""
+    """A path's radius: 50 at 1280x720."""
     camera: str | None = None
     """File of camera poses."""
     reference: str | None = None
-    """Picture: the look of a controlled video."""
+    """Picture: the look of the video."""
     height: int | None = None
-    """Multiple of 16; by default the run's."""
+    """Multiple of 16, or the model's."""
     width: int | None = None
-    """Multiple of 16; by default the run's."""
+    """Multiple of 16, or the model's."""
+    size: Literal["model", "like"] = "model"
+    """like: the shape of what is given."""
+    fit: Literal["crop", "stretch"] = "crop"
+    """How pictures and films are fitted."""
     frames: int | None = None
-    """4n+1, or 1 for a picture; or the run's."""
+    """4n+1, or 1 for a picture."""
+    fps: int | None = None
+    """Frames a second, also of films: 8."""
     segment: int | None = None
-    """Frames per segment of a long video, 4n+1."""
+    """Of a long video's segments, 4n+1."""
+    overlap: int | None = None
+    """Frames that segments share: 4."""
     steps: int = 50
     """Number of denoising steps."""
     sampler: str = ""
     """V5: ddim (default), euler, euler_a, dpm++, pndm; V5.1: euler (default), adams."""
     eta: float = 0.0
     """Share of fresh noise in ddim, 0 to 1."""
+    shift: float | None = None
+    """V5.1: more steps at high noise."""
     guidance: float = 6.0
-    """Scale of classifier-free guidance; 1 is none."""
+    """Classifier-free guidance; 1 is none."""
     rescale: float = 0.0
     """Rescaling of the guidance, 0 to 1."""
     guided: tuple[float, float] = (0.0, 1.0)
-    """Share of the steps with guidance, from and to."""
+    """Share of steps with guidance."""
     guidance_every: int = 1
-    """Steps between two unconditional predictions."""
+    """Steps per unconditional prediction."""
     teacache: float = 0.0
     """TeaCache threshold; 0 is off."""
     picture_noise: float = PICTURE_NOISE
-    """Noise on given pictures; more noise, more motion."""
+    """On given pictures: more motion."""
     seed: int = 43
-    """Seed of the noise; the same seed gives the same video."""
+    """Equal seeds give equal videos."""
 
     def __post_init__(self):
         for name in FILES:
@@ -191,8 +208,14 @@ def check(request: SampleRequest) -> None:
             raise ValueError(f"--{name} 0: use {CELL} or more")
     if request.segment is not None:
         check_size(request.segment, CELL, CELL)
-        if request.segment < 9:
-            raise ValueError(f"--segment {request.segment}: segments share 4 frames; use 9 or more")
+        shared = OVERLAP if request.overlap is None else request.overlap
+        if request.segment <= 2 * shared:
+            raise ValueError(
+                f"--segment {request.segment}: segments share {shared} frames; use more than "
+                f"{2 * shared}"
+            )
+    if request.size == "like" and request.height and request.width:
+        raise ValueError("--size like says nothing beside --height and --width: leave it out")
     for name, low, high in RANGES:
         check_range(name, getattr(request, name), low, high)
     for name in WORDS[:2]:
@@ -216,6 +239,12 @@ def check(request: SampleRequest) -> None:
             raise ValueError(f"--{option(name)}: there is no file {getattr(request, name)}")
 
 
+def check_tile(tile: int | None) -> None:
+    """Raise ValueError for tiles of a size that the VAE cannot decode; None is no tiles."""
+    if tile is not None and (tile < LEAST_TILE or tile % CELL):
+        raise ValueError(f"tile is {tile}: use a multiple of {CELL} pixels, {LEAST_TILE} or more")
+
+
 def check_range(name: str, value: int | float | None, low: int, high: int) -> None:
     """Raise ValueError for a number outside its range; None is allowed."""
     if value is not None and not (math.isfinite(value) and low <= value <= high):
@@ -230,6 +259,10 @@ def without_effect(request: SampleRequest) -> list[str]:
     pictures = any(given(request, name) for name in ("image", "end_image", "video"))
     if request.picture_noise != PICTURE_NOISE and not pictures:
         found.append("--picture-noise has no effect without --image, --end-image or --video")
+    if request.fps != FPS and request.frames == 1:
+        found.append(f"--fps {request.fps} has no effect on a picture")
+    if request.fit == "stretch" and not any(given(request, name) for name in PIXELS):
+        found.append("--fit stretch has no effect without a picture or a film")
     if request.segment is not None and request.frames <= request.segment:
         found.append(
             f"--segment {request.segment} has no effect on a video of {request.frames} frames"

@@ -8,6 +8,7 @@ import numpy as np
 from easyanimate_jax.data.buckets import check_size
 from easyanimate_jax.facts import MAX_SEED
 from easyanimate_jax.generation.denoising import Sampling, Texts
+from easyanimate_jax.generation.request import check_tile
 from easyanimate_jax.models.mmdit import MMDiTConfig
 
 
@@ -17,7 +18,7 @@ class Request(NamedTuple):
     `texts` are encoder states, one (B, L, width) float32 array for each text encoder of the model.
     `negative_texts` are states of the same L and width; a single row applies to all videos. `seeds`
     holds one whole number from 0 to 2^32 - 1 per row. `progress` is called with the number of each
-    finished network evaluation.
+    finished network evaluation; an exception that it raises ends the request there.
     """
 
     texts: Texts
@@ -25,6 +26,7 @@ class Request(NamedTuple):
     size: tuple[int, int, int]  # frames, height, width in pixels; one frame is a picture
     seeds: Sequence[int]
     sampling: Sampling = Sampling()
+    tile: int | None = None  # pixels of a side: decode tiles of this size, which needs less memory
     progress: Callable[[int], None] | None = None
 
     @property
@@ -35,6 +37,7 @@ class Request(NamedTuple):
     def check(self, config: MMDiTConfig) -> None:
         """Raise ValueError if a model of `config` cannot serve this request."""
         check_size(*self.size)
+        check_tile(self.tile)
         rows = len(self.seeds)
         wrong = [seed for seed in self.seeds if not 0 <= seed <= MAX_SEED or seed != int(seed)]
         if not rows or wrong:

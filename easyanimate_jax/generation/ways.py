@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 
 from easyanimate_jax.generation import pipelines
 from easyanimate_jax.generation.pixels import Videos
-from easyanimate_jax.generation.request import STARTS, SampleRequest
+from easyanimate_jax.generation.request import OVERLAP, STARTS, SampleRequest
 
 
 def choose(given: Collection[str], frames: int, segment: int | None = None) -> Callable:
@@ -32,8 +32,8 @@ def way_of(request: SampleRequest) -> tuple[Callable[..., Videos], dict, int]:
     given = [field.name for field in dataclasses.fields(request) if getattr(request, field.name)]
     way = choose(given, request.frames, request.segment)
     if way is pipelines.long_video:
-        count = len(pipelines.segments(request.frames, request.segment))
-        return way, {"segment": request.segment}, count
+        options = {"segment": request.segment, "overlap": request.overlap or OVERLAP}
+        return way, options, len(pipelines.segments(request.frames, **options))
     options = {"picture_noise": request.picture_noise}
     if way is pipelines.video_to_video:
         return way, options | {"strength": request.strength}, 1

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as name
@@ -439,9 +440,9 @@ def patchify(latents: Float[Array, "B T h w C"]) -> Float[Array, "B N patch_C"]:
 
 
 def unpatchify(
-    tokens: Float[Array, "B N patch_C"], grid: tuple[int, int, int]
-) -> Float[Array, "B T h w C"]:
-    """Return the latents of tokens without padding: the inverse of `patchify`."""
+    tokens: Float[Array | np.ndarray, "B N patch_C"], grid: tuple[int, int, int]
+) -> Float[Array | np.ndarray, "B T h w C"]:
+    """Return the latents of tokens without padding: the inverse of `patchify`, of JAX or NumPy."""
     T, gh, gw = grid
     split = "B (T gh gw) (C ph pw) -> B T (gh ph) (gw pw) C"
     return rearrange(tokens, split, T=T, gh=gh, gw=gw, ph=PATCH, pw=PATCH)

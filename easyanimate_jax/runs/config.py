@@ -42,7 +42,11 @@ class SampleConfig:
     """
 
     prompts: tuple[str, ...] = ()
-    """Prompts to sample; with no prompts the run makes no samples."""
+    """Prompts to sample. Control models cannot show them."""
+
+    clips: int = 4
+    """Held-out clips of the stage to make again, from their captions and their own start picture,
+    control or camera; `validation.share` holds clips out."""
 
     every: int = 1000
     """Steps between samplings; the run also samples at the end of each stage. 0 makes no samples at
@@ -69,6 +73,7 @@ class SampleConfig:
     def __post_init__(self):
         check_fields(
             self,
+            clips="[0, inf)",
             every="[0, inf)",
             frames="[1, inf)",
             height="[16, 1344]",

@@ -1,16 +1,11 @@
-"""Load a model from disk for sampling: `load_pipeline(path)`, then `pipeline(prompt)`.
-
-A path is a run folder, or a folder with one subfolder for each part of the model. `convert` writes
-such folders. Released folders of V5 and V5.1 have one too, in the original layout or diffusers'.
-"""
+"""Load a model from disk for sampling: `load_pipeline(path)`, then `pipeline(prompt)`."""
 
 import dataclasses
-import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Unpack
 
 import jax
 import numpy as np
@@ -20,7 +15,6 @@ from jaxtyping import UInt8
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.tasks import numbers, task_of
-from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.generation.arrays import Given, as_rows, size_of
 from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.generation.pipelines import (
@@ -34,20 +28,12 @@ from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.generation.ways import choose
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE
-from easyanimate_jax.runs.config import SampleConfig, TrainConfig, from_json
+from easyanimate_jax.runs.parts import OWN, Opened, Parts, open_parts
 from easyanimate_jax.sharding import MeshConfig, make_mesh
-from easyanimate_jax.text.encode import TextEncoder, state_widths
-from easyanimate_jax.weights import files, run_folder
+from easyanimate_jax.text.encode import TextEncoder
 from easyanimate_jax.weights.adapters import Weighted, check
-from easyanimate_jax.weights.folder import Weights, load_mmdit, load_vae, open_model, read_json
-from easyanimate_jax.weights.identity import fingerprint
-from easyanimate_jax.weights.module import CONFIG, with_weights
-from easyanimate_jax.weights.schedulers import (
-    SCHEDULER,
-    process_of,
-    released_process,
-    strange_parts,
-)
+from easyanimate_jax.weights.folder import Weights, load_mmdit, load_vae
+from easyanimate_jax.weights.module import with_weights
 
 Films = UInt8[np.ndarray, "F H W 3"] | UInt8[np.ndarray, "B F H W 3"]
 
@@ -94,19 +80,6 @@ class Resident:
                 self._parts.clear()
             self._parts[name] = self._read[name]()
         return self._parts[name]
-
-
-class Opened(NamedTuple):
-    """The paths and configs of a model, as its folder gives them before any weight is read."""
-
-    model: Path
-    vae: Path
-    text: Path
-    config: MMDiTConfig
-    process: DDPM | Flow
-    samples: SampleConfig = SampleConfig()  # default: the released models'
-    step: int | None = None
-    training: TrainConfig | None = None
 
 
 class Pipeline:
@@ -180,6 +153,7 @@ class Pipeline:
                 size=size,
                 seeds=seeds,
                 sampling=sampling,
+                tile=given.get("tile"),
                 progress=given.get("progress"),
             )
             videos = way(self.diffusion, request, **arrays, **options)
@@ -214,7 +188,7 @@ def _way(given: Mapping, frames: int) -> tuple[Callable, dict]:
     """Return the pipeline function for the inputs in `given`, and its options besides arrays."""
     way = choose(given, frames, given.get("segment"))
     if way is long_video:
-        return way, {"segment": given["segment"]}
+        return way, {name: given[name] for name in ("segment", "overlap") if name in given}
     options = {}
     if way is video_to_video:
         options["strength"] = given.get("strength", 1.0 if "mask" in given else 0.7)
@@ -234,6 +208,7 @@ def load_pipeline(
     low_memory: bool = False,
     int8: bool = False,
     loras: Sequence[Weighted] = (),
+    parts: Parts = OWN,
 ) -> Pipeline:
     """Return a callable Pipeline of a run, a converted folder or a released folder.
 
@@ -243,39 +218,41 @@ def load_pipeline(
     averaged weights of the newest. `process` replaces a folder's scheduler_config.json. With
     `low_memory` only one of text encoders, transformer and VAE is in memory at a time. With `int8`
     the kernels of the transformer's blocks are stored in 8 bits. `loras` change the transformer:
-    `open_loras([("style.safetensors", 0.8)])`.
+    `open_loras([("style.safetensors", 0.8)])`. `parts` are paths of single parts that
+    replace those of `path`.
 
     Weights are read when they are first used. Raises ValueError before that, and names all parts
     that are missing or do not fit together.
     """
+    opened = open_parts(path, parts, step=step, weights=weights, process=process)
+    return load_opened(
+        opened, dtype=dtype, mesh=mesh, low_memory=low_memory, int8=int8, loras=loras
+    )
+
+
+def load_opened(
+    opened: Opened,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | MeshConfig | None = None,
+    low_memory: bool = False,
+    int8: bool = False,
+    loras: Sequence[Weighted] = (),
+) -> Pipeline:
+    """Return the callable Pipeline of a model from `open_parts`, as `load_pipeline` does."""
     if isinstance(mesh, MeshConfig):
         mesh = make_mesh(mesh)
     if mesh is None and not jax.sharding.get_mesh().empty:
         mesh = jax.sharding.get_mesh()
-    path = local_path(path)
-    if run_folder.is_run(path):
-        if process is not None:
-            raise ValueError(f"{path} is a run and has its own noise process: leave out process")
-        opened = _open_run(path, step)
-    else:
-        if step is not None or weights != "ema":
-            raise ValueError(f"{path} is no run: step and weights choose from a run's checkpoints")
-        opened = _open_folder(path, process)
     if dtype is not None:
         opened = opened._replace(config=dataclasses.replace(opened.config, dtype=dtype))
     check(loras, opened.config)
-    widths = state_widths(opened.text)
-    if widths != opened.config.text_widths:
-        raise ValueError(
-            f"the text encoders of {opened.text} give states of widths {widths}, and the "
-            f"transformer reads {opened.config.text_widths}: put its own text encoders there"
-        )
-    read = _readers(opened, mesh, dtype, weights, int8, loras)
+    read = _readers(opened, mesh, dtype, int8, loras)
     return Pipeline(opened, Resident(opened.config, opened.process, read, alone=low_memory), mesh)
 
 
 def _readers(
-    opened: Opened, mesh, dtype, weights: Weights, int8: bool, loras: Sequence[Weighted]
+    opened: Opened, mesh, dtype, int8: bool, loras: Sequence[Weighted]
 ) -> dict[str, Callable]:
     """Return {part: function that loads it} for the three parts of a model."""
 
@@ -289,7 +266,7 @@ def _readers(
         return load_mmdit(
             opened.model,
             dtype=dtype,
-            weights=weights,
+            weights=opened.weights,
             step=opened.step,
             mesh=mesh,
             kernels=kernels,
@@ -300,84 +277,6 @@ def _readers(
         return as_computed(load_vae(opened.vae, dtype=dtype))
 
     return {"encoder": read_encoder, "model": read_model, "vae": read_vae}
-
-
-def _open_run(folder: Path, step: int | None) -> Opened:
-    """Return the model of a run's checkpoint.
-
-    Raises ValueError if the run has no such checkpoint, or if its VAE or text encoders are missing
-    or are not those that it was trained with.
-    """
-    step, meta = run_folder.read_meta(folder, step)
-    training = from_json(json.dumps(meta["config"]))
-    places = {}
-    for name, what in (("vae", "VAE"), ("text", "text encoders")):
-        place = places[name] = run_folder.frozen_model(folder, meta["config"], name)
-        if not place.exists():
-            tried = ", ".join(map(str, run_folder.frozen_places(folder, meta["config"], name)))
-            raise ValueError(f"the {what} of {folder} are in none of {tried}: copy them there")
-        recorded = meta.get("weights", {}).get(name)
-        if recorded and fingerprint(place) != recorded:
-            raise ValueError(
-                f"{place} holds other {what} than {folder} was trained with: their fingerprint is "
-                f"not {recorded}; put the right ones there"
-            )
-    config = dataclasses.replace(training.model, in_channels=meta["in_channels"])
-    samples, process = training.samples, training.process
-    return Opened(folder, places["vae"], places["text"], config, process, samples, step, training)
-
-
-def _open_folder(folder: Path, process: DDPM | Flow | None) -> Opened:
-    """Return the model of a folder with one subfolder for each part.
-
-    Raises ValueError if a part is missing or does not belong to the others.
-    """
-    wanted = ("transformer", "vae", "text_encoder", "tokenizer")
-    missing = [name for name in wanted if not (folder / name).is_dir()]
-    if process is None and not (folder / "scheduler" / SCHEDULER).is_file():
-        missing.append(f"scheduler/{SCHEDULER}")
-    if missing:
-        raise ValueError(
-            f"{folder} is no run, and no whole pipeline: it has no {', '.join(missing)}; give a "
-            f"run folder, or one with {', '.join(wanted)} and scheduler"
-        )
-    problems: list[str] = []
-    model = open_model(folder, "transformer", problems)
-    vae = open_model(folder, "vae", problems)
-    files.raise_all(folder, problems)
-    for line in strange_parts(len(model.config.text_widths), vae=vae.config):
-        warnings.warn(f"{folder}: {line}", stacklevel=3)
-    if process is None:
-        process = _process_of(folder, model.config, problems)
-    files.raise_all(folder, problems)
-    return Opened(folder, folder, folder, model.config, process)
-
-
-def _process_of(folder: Path, config: MMDiTConfig, problems: list[str]) -> DDPM | Flow | None:
-    """Return the noise process of a folder's scheduler, or None after adding to `problems`.
-
-    In PyTorch's layouts it must be the process of the released model with these text encoders. In
-    our layout `convert` wrote the process of the run, which may be another.
-    """
-    place = folder / "scheduler" / SCHEDULER
-    fields = read_json(place, problems)
-    own = "class" in read_json(folder / "transformer" / CONFIG, problems)
-    if problems:
-        return None
-    try:
-        process = process_of(fields)
-    except ValueError as error:
-        problems.append(f"{place}: {error}")
-        return None
-    released = released_process(len(config.text_widths))
-    if not own and type(process).__name__ != released:
-        version = {"DDPM": "V5, two text encoders", "Flow": "V5.1, one text encoder"}[released]
-        problems.append(
-            f"{place} is a {fields['_class_name']}, and the transformer is of {version}, which was "
-            f"released with the process {released}: put its own scheduler there, or give process= "
-            f"if the weights were trained otherwise"
-        )
-    return process
 
 
 def as_computed(vae: CausalVAE) -> CausalVAE:

@@ -140,7 +140,7 @@ class Run:
         )
         self.recovery = Recovery(config, loaders)
         self.journal = Journal(config)
-        self.sampler = Sampler(config)
+        self.sampler = Sampler(config, mesh, held_out or {})
         self.validator = Validator(config, mesh, held_out or {})
         self.save_clock = SaveClock(config.save_minutes)
 
@@ -254,11 +254,12 @@ class Run:
         if every and (where.last or _every(every, where.made + 1)):
             self.recovery.see(self.journal.flush())
             self.monitor.enter("sample")
-            self.sampler(self.states.whole(state), where.made + 1)
+            self.sampler(where.stage, self.states.whole(state), where.made + 1)
 
     def _open(self, step: int) -> None:
         self.journal.open(step)
         self.validator.open(step, self.journal.board)
+        self.sampler.writer = self.journal.writer
 
     def _validate(self, where: Position, state: TrainState, made: int, *, border: bool) -> None:
         """Validate a state of `made` updates with the clips of a stage, if that is due."""

@@ -1,20 +1,18 @@
-"""Sample a checkpoint: process requests in batches and write numbered files."""
+"""Sample a model: process requests in batches and write numbered files."""
 
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 
-import jax
 import numpy as np
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from easyanimate_jax.generation.denoising import Sampling, make_tables
+from easyanimate_jax.generation.denoising import Sampling, make_plan
 from easyanimate_jax.generation.guard import suspicion
-from easyanimate_jax.generation.inputs import complete, read_inputs
+from easyanimate_jax.generation.inputs import Model, complete, read_inputs
 from easyanimate_jax.generation.outputs import Origin, record, write
 from easyanimate_jax.generation.request import (
     FILES,
@@ -26,28 +24,27 @@ from easyanimate_jax.generation.request import (
 )
 from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.generation.ways import way_of
-from easyanimate_jax.runs import load
-from easyanimate_jax.runs.config import from_json
-from easyanimate_jax.weights.adapters import Weighted
+from easyanimate_jax.runs.parts import Opened
 
 Say = Callable[[str], None]  # takes warnings: of requests that work, but perhaps not as expected
 
 
-def examine(asked: Sequence[Asked], origin: Origin) -> list[Asked]:
+def examine(asked: Sequence[Asked], opened: Opened) -> list[Asked]:
     """Return the requests with defaults filled in and the number of model evaluations of each.
 
     Uses no device. Raises ValueError, with the line of the prompt file, for a request that the
-    checkpoint does not support or a file that cannot be read.
+    model does not support or a file that cannot be read.
     """
-    process = from_json(json.dumps(origin.training["config"]["process"]))
-    found = []
+    process, samples, found = opened.process, opened.samples, []
+    size = samples.frames, samples.height, samples.width
+    model = Model(str(opened.path), opened.config.in_channels, *size)
     for one in asked:
         with one.named():
-            request = complete(one.request, origin.training, origin.checkpoint)
+            request = complete(one.request, model)
             strength = 1.0 if request.strength is None else request.strength
-            tables = make_tables(process, sampling_of(request), strength)
+            plan = make_plan(process, sampling_of(request), strength)
             read_inputs(request)  # only a check: films are too large to keep, so read again later
-        found.append(one._replace(request=request, evaluations=int(tables.count)))
+        found.append(one._replace(request=request, evaluations=len(plan.steps)))
     return found
 
 
@@ -58,36 +55,35 @@ def sampling_of(request: SampleRequest) -> Sampling:
 
 def make(
     asked: Sequence[Asked],
+    run,
     origin: Origin,
     output: Path,
     *,
-    memory: str,
     batch: int,
+    tile: int | None,
     gif: bool,
-    loras: Sequence[Weighted],
     say: Say,
 ) -> Iterator[Path]:
-    """Load the model, sample the requests and write them; yield the path of each output file.
+    """Sample the requests with a `runs.load.Pipeline`; yield the path of each output file.
 
-    `memory` "low" keeps one part of the model in memory at a time. `batch` is the number of
-    requests that are sampled at once. `loras` are put beside the transformer's layers.
+    `batch` is the number of requests that are sampled at once. With a `tile`, videos are decoded in
+    tiles of so many pixels.
     """
-    alone, int8 = memory == "low", origin.weights == "int8"
-    run = load.load_pipeline(origin.checkpoint, low_memory=alone, int8=int8, loras=loras)
-    if not alone:  # load now, so that a check of free memory counts them
-        _ = run.diffusion.model, run.diffusion.vae
     _warn(asked, run.encoder, say)
     for rows in _batches(asked, batch):
         began = time.perf_counter()
-        videos = generate(rows, run, say)
+        videos = generate(rows, run, tile, say)
         seconds = (time.perf_counter() - began) / len(rows)
         for one, frames in zip(rows, videos, strict=True):
-            yield write(output, frames, record(one, origin, output, seconds), gif=gif)
+            sidecar = record(one, origin, output, seconds)
+            yield write(output, frames, sidecar, fps=one.request.fps, gif=gif)
             if problem := suspicion(frames):
                 say(f"{one.where}{problem}")
 
 
-def generate(rows: Sequence[Asked], run, say: Say) -> UInt8[np.ndarray, "B F H W 3"]:
+def generate(
+    rows: Sequence[Asked], run, tile: int | None, say: Say
+) -> UInt8[np.ndarray, "B F H W 3"]:
     """Return the videos of requests of one shape, sampled as one batch."""
     requests = [one.request for one in rows]
     first = requests[0]
@@ -103,12 +99,12 @@ def generate(rows: Sequence[Asked], run, say: Say) -> UInt8[np.ndarray, "B F H W
         size=(first.frames, first.height, first.width),
         seeds=[request.seed for request in requests],
         sampling=sampling_of(first),
+        tile=tile,
         progress=lambda number: bar.update(),
     )
     with bar, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always", RuntimeWarning)
         videos = way(run.diffusion, request, **inputs, **options)
-        jax.effects_barrier()
     for warning in told:
         say(str(warning.message))
     return videos
@@ -129,7 +125,7 @@ def _batches(asked: Sequence[Asked], size: int) -> Iterator[list[Asked]]:
     def shape_of(one: Asked):
         r = one.request
         names = tuple(name for name in (*FILES, "segment") if given(r, name))
-        return names, r.frames, r.height, r.width, r.strength, r.segment
+        return names, r.frames, r.height, r.width, r.strength, r.segment, r.overlap
 
     for _, alike in groupby(asked, key=shape_of):
         alike = list(alike)

@@ -1,47 +1,125 @@
-"""The samples that a run makes while it trains, always with the same seed."""
+"""The samples that a run makes while it trains, always with the same seeds.
+
+    RUN/samples/STEP.npz, .png          the config's prompts
+    RUN/samples/STEP_clips.npz, .png    held-out clips, made again, below the true ones
+
+A held-out clip is made again from its caption and from what its task gives beside it: its own
+first picture, or its own control video or camera. All processes take part, and the first one
+writes.
+"""
 
 from pathlib import Path
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import UInt8
 
 from easyanimate_jax.data import media, records
+from easyanimate_jax.data.loader import Batch, Loader
+from easyanimate_jax.diffusion.tasks import TASKS
+from easyanimate_jax.facts import FPS, SPACE_FACTOR, TIME_FACTOR
 from easyanimate_jax.generation.denoising import Sampling
-from easyanimate_jax.generation.pipelines import LatentDiffusion, Request, text_to_video
-from easyanimate_jax.models.mmdit import MMDiT
+from easyanimate_jax.generation.pipelines import (
+    LatentDiffusion,
+    Request,
+    condition_to_video,
+    image_to_video,
+    text_to_video,
+)
+from easyanimate_jax.generation.pixels import decode
+from easyanimate_jax.models.mmdit import MMDiT, unpatchify
+from easyanimate_jax.runs.batches import place
 from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.training.metrics import MetricsWriter
+from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.folder import load_vae
 
 
 class Sampler:
-    """Samples the config's prompts with the averaged weights; writes an array and a picture."""
+    """Samples the config's prompts and held-out clips with the averaged weights.
 
-    def __init__(self, config: TrainConfig):
-        self.config = config
+    `held_out` has a loader for each stage, or none. `writer` is None in all processes but the
+    first, which write nothing.
+    """
+
+    def __init__(self, config: TrainConfig, mesh: Mesh, held_out: dict[str, Loader]):
+        self.config, self.mesh = config, mesh
+        self.held_out = held_out if config.samples.clips else {}
         self.folder = Path(config.run) / "samples"
-        # Sampling has its own programs, which do not support arrays of several processes.
-        self.prompts = config.samples.prompts if jax.process_count() == 1 else ()
-        if self.prompts:
-            self.vae = load_vae(config.vae)
-            self.texts = records.read_texts(Path(config.prepared) / "prompts.safetensors")
+        self.writer: MetricsWriter | None = None
+        self.wanted = bool(config.samples.every and (config.samples.prompts or self.held_out))
+        if self.wanted:
+            self.vae = load_vae(config.vae, mesh=mesh)
             self.empty = records.read_texts(Path(config.prepared) / "empty.safetensors")
+        if self.wanted and config.samples.prompts:
+            self.texts = records.read_texts(Path(config.prepared) / "prompts.safetensors")
 
-    def __call__(self, model: MMDiT, step: int) -> None:
-        """Sample the prompts, if there are any, and write `samples/STEP.npz` and `.png`.
-
-        The array `videos` is uint8 of shape (prompts, F, H, W, 3).
-        """
-        samples = self.config.samples
-        if not self.prompts:
+    def __call__(self, stage: Stage, model: MMDiT, step: int) -> None:
+        """Sample what the model of a stage can show, after `step` updates."""
+        if not self.wanted:
             return
-        request = Request(
-            self.texts,
-            self.empty,
-            size=(samples.frames, samples.height, samples.width),
-            seeds=[samples.seed] * len(self.prompts),
-            sampling=Sampling(steps=samples.steps, guidance=samples.guidance),
-        )
-        videos = text_to_video(LatentDiffusion(model, self.vae, self.config.process), request)
+        diffusion = LatentDiffusion(model, self.vae, self.config.process)
+        if self.config.samples.prompts and not TASKS[stage.task].is_control:
+            self._write(f"{step:07d}", videos=self._prompts(diffusion))
+        if stage.name in self.held_out:
+            true, made = self._clips(stage, diffusion)
+            self._write(f"{step:07d}_clips", true=true, videos=made)
+            if self.writer is not None:
+                for number, pair in enumerate(zip(true, made, strict=True)):
+                    film = np.concatenate(pair, axis=2)  # side by side, the true one on the left
+                    self.writer.film(f"held-out {stage.task}/{number}", step, film, FPS)
+
+    def _prompts(self, diffusion: LatentDiffusion) -> UInt8[np.ndarray, "B F H W 3"]:
+        samples = self.config.samples
+        size = samples.frames, samples.height, samples.width
+        seeds = [samples.seed] * len(samples.prompts)
+        return text_to_video(diffusion, self._request(self.texts, size, seeds))
+
+    def _clips(self, stage: Stage, diffusion: LatentDiffusion) -> tuple[np.ndarray, np.ndarray]:
+        """Return the true and the new videos of held-out clips, uint8 (B, F, H, W, 3) each."""
+        loader = self.held_out[stage.name]
+        batch, ids = self._batch(loader)
+        grids = [tuple(grid.tolist()) for grid in batch.grid]
+        grid = max(dict.fromkeys(grids), key=grids.count)  # one size, so one program
+        rows = [i for i, one in enumerate(grids) if one == grid][: self.config.samples.clips]
+        batch = jax.tree.map(lambda x: x[rows], batch)
+        tokens = slice(int(np.prod(grid)))
+        true = decode(self.vae, unpatchify(batch.mean[:, tokens].astype(np.float32), grid))
+        size = (grid[0] - 1) * TIME_FACTOR + 1, *(2 * SPACE_FACTOR * side for side in grid[1:])
+        texts = tuple(text.astype(np.float32) for text in batch.texts)
+        request = self._request(texts, size, [loader.plan.keys[ids[row]] for row in rows])
+        if TASKS[stage.task].is_control:
+            condition = batch.condition[:, tokens].astype(np.float32)
+            return true, condition_to_video(diffusion, request, condition=condition)
+        if stage.task == "i2v" and size[0] > 1:
+            return true, image_to_video(diffusion, request, start=true[:, 0])
+        return true, text_to_video(diffusion, request)
+
+    def _batch(self, loader: Loader) -> tuple[Batch, list[int]]:
+        """Return the largest held-out batch on the host, without padding rows, and its records."""
+        number = max(range(len(loader.plan)), key=lambda i: len(loader.plan(i)[1]))
+        ids = loader.plan(number)[1].tolist()
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        arrays = place(loader.batch(number)[1], self.mesh)
+        arrays = jax.jit(lambda batch: batch, out_shardings=whole)(arrays)
+        rows = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[: len(ids)], arrays)
+        return rows, ids
+
+    def _request(self, texts, size: tuple[int, int, int], seeds) -> Request:
+        samples = self.config.samples
+        sampling = Sampling(steps=samples.steps, guidance=samples.guidance)
+        return Request(texts, self.empty, size=size, seeds=seeds, sampling=sampling)
+
+    def _write(self, name: str, **videos: UInt8[np.ndarray, "B F H W 3"]) -> None:
+        """Write arrays of videos, and a picture with a row for each video of each array."""
+        if self.writer is None:
+            return
         self.folder.mkdir(exist_ok=True)
-        np.savez_compressed(self.folder / f"{step:07d}.npz", videos=videos)
-        media.write_png(self.folder / f"{step:07d}.png", media.contact_sheet(videos))
+        np.savez_compressed(self.folder / f"{name}.npz", **videos)
+        sheets = [
+            media.contact_sheet(one[None])
+            for row in zip(*videos.values(), strict=True)
+            for one in row
+        ]
+        media.write_png(self.folder / f"{name}.png", np.concatenate(sheets))

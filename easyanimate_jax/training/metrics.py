@@ -1,5 +1,6 @@
 """The output of a run while it trains: `metrics.jsonl`, TensorBoard, and one progress line."""
 
+import io
 import json
 import logging
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
+
+from easyanimate_jax.data.media import write_gif
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,21 @@ class MetricsWriter:
     def picture(self, name: str, step: int, picture: UInt8[np.ndarray, "H W 3"]) -> None:
         """Add a picture to TensorBoard."""
         self.board.add_image(name, picture, step, dataformats="HWC")
+
+    def film(
+        self, name: str, step: int, frames: UInt8[np.ndarray, "F H W 3"], fps: float | int
+    ) -> None:
+        """Add a film to TensorBoard, which shows it among the pictures."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        _, height, width, _ = frames.shape
+        gif = io.BytesIO()
+        write_gif(gif, frames, fps)
+        picture = Summary.Image(
+            height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue()
+        )
+        summary = Summary(value=[Summary.Value(tag=name, image=picture)])
+        self.board.file_writer.add_summary(summary, step)
 
     def close(self) -> None:
         """Close the file and TensorBoard."""
