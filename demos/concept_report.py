@@ -30,7 +30,8 @@ def evaluate(encoder: TextEncoder, run: Pipeline, base: Pipeline) -> tuple[dict,
         for kind, prompts in tests.items():
             for language in ("en", "zh"):
                 texts = [getattr(prompt, language) for prompt in prompts]
-                videos = made[name, kind, language] = generate(model, encoder, texts)
+                videos = generate(model, encoder, texts, size=run.config.samples)
+                made[name, kind, language] = videos
                 found = score(videos, prompts, PALETTE)
                 results.setdefault(kind, {}).setdefault(name, {})[language] = found
                 shown[f"{kind} colours, {language}, {name}"] = list(
@@ -49,15 +50,13 @@ def _spoiled(videos: Videos) -> float:
 
 def _file_facts(encoder: TextEncoder, run: Pipeline, prompts, made: dict) -> dict:
     """Return figures of the exported file: its size, and whether it makes the run's videos."""
-    folder, base = Path(run.config.run).parent, run.config.init
-    texts = [prompt.en for prompt in prompts]
-    videos = {
-        weight: generate(
-            load_pipeline(base, loras=open_loras([(folder / FILE, weight)])), encoder, texts
-        )
-        for weight in (0.0, 1.0)
-    }
-    merged = generate(load_pipeline(folder / "merged"), encoder, texts)
+    folder, texts = Path(run.config.run).parent, [prompt.en for prompt in prompts]
+    videos = {}
+    for weight in (0.0, 1.0):
+        loras = open_loras([(folder / FILE, weight)])
+        model = load_pipeline(run.config.init, step=run.config.init_step, loras=loras)
+        videos[weight] = generate(model, encoder, texts, size=run.config.samples)
+    merged = generate(load_pipeline(folder / "merged"), encoder, texts, size=run.config.samples)
     size = lambda path: sum(p.stat().st_size for p in path.rglob("*.safetensors"))  # noqa: E731
     levels = lambda one, other: int(np.abs(one.astype(int) - other).max())  # noqa: E731
     whole = size(folder / "merged" / "transformer")

@@ -11,7 +11,15 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from easyanimate_jax import CausalVAE, Pipeline, Request, Sampling, TextEncoder, text_to_video
+from easyanimate_jax import (
+    CausalVAE,
+    Pipeline,
+    Request,
+    SampleConfig,
+    Sampling,
+    TextEncoder,
+    text_to_video,
+)
 
 ROWS = 32  # videos at once
 FOLLOWING = 1.0  # guidance with pictures or controls; more pulls the video away from them
@@ -27,13 +35,14 @@ def generate(
     pipeline: Callable = text_to_video,
     inputs: Mapping[str, np.ndarray] = MappingProxyType({}),
     guidance: float | None = None,
+    size: SampleConfig | None = None,
 ) -> Videos:
-    """Return one video per text at the config's sample size, with consecutive seeds.
+    """Return one video per text with consecutive seeds, at the sample size and steps of `size`.
 
-    `inputs` are further arrays of the pipeline such as `start` or `video`, one row per text. If
-    `guidance` is None, the config's value is used.
+    `inputs` are further arrays of the pipeline such as `start` or `video`, one row per text. What
+    is None is that of the run's config.
     """
-    samples, videos = run.samples, []
+    samples, videos = size or run.samples, []
     empty = encoder.encode([""])
     for first in range(0, len(texts), ROWS):
         rows = slice(first, first + ROWS)

@@ -19,6 +19,7 @@ LATENT_CHANNELS = 16  # channels of the VAE's latents and of the transformer's p
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 DTypes = Literal["bfloat16", "float16", "float32"]  # dtypes of the computation
+TrackerName = Literal["tensorboard", "wandb", "trackio"]  # where a run's numbers are shown
 MAX_STEPS = 2**31 - 1  # the largest 32-bit step counter
 MAX_SEED = 2**32 - 1
 SEEDS = f"[0, {MAX_SEED}]"  # the range of a seed, for `check_fields`

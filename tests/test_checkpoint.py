@@ -23,6 +23,7 @@ from easyanimate_jax.training.checkpoint import (
 )
 from easyanimate_jax.training.metrics import MetricsWriter
 from easyanimate_jax.training.step import TrainState
+from easyanimate_jax.training.trackers import open_trackers
 from easyanimate_jax.weights import orbax_item, run_folder
 
 META = {"step": 0, "stage": "only", "seed": 42}
@@ -82,7 +83,8 @@ def test_a_run_may_have_any_name_that_a_folder_can_have(tmp_path, monkeypatch, n
     assert_is(read(Path(name) / "checkpoints"), 2)
     assert main(["verify", name]) == 0
     assert run_folder.read_meta(name)[0] == 2
-    writer = MetricsWriter(Path(name), 0)
+    board = open_trackers(["tensorboard"], Path(name), 0, {})
+    writer = MetricsWriter(Path(name), 0, board)
     writer.write({"step": 0, "loss": 1.0})
     writer.close()
     assert [path.name for path in tmp_path.iterdir()] == [name]

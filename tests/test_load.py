@@ -67,6 +67,7 @@ def test_alone_memory_holds_the_part_that_was_asked_for_last():
     assert together.vae is together.vae and together.model is not None and together.vae
 
 
+@pytest.mark.slow
 def test_a_vae_of_half_size_kernels_makes_the_same_bits():
     config = VAEConfig(channels=(8, 8, 8, 8), layers=1, groups=4, attention=True)
     vae = random_module(CausalVAE, config)

@@ -294,7 +294,7 @@ RUNS = {
 @pytest.mark.reliability  # R4
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * ("processes" in name)) for name in RUNS],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "elastic")) for name in RUNS],
 )
 def test_hosts_and_workers_change_at_resumes_and_nothing_is_lost_or_repeated(many, name):
     state, batches = json.dumps({"step": 0, "plan": None}), []

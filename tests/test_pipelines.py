@@ -1,3 +1,4 @@
+import itertools
 from contextlib import contextmanager, nullcontext
 
 import jax
@@ -98,7 +99,8 @@ def test_videos_are_the_same_on_a_mesh_that_divides_neither_rows_nor_tokens(samp
     assert np.abs(on_mesh.astype(int) - alone).max() <= 1
 
 
-@pytest.mark.parametrize("attention", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", [False, True])
 def test_a_video_spread_over_eight_devices_is_encoded_and_decoded_the_same(attention):
     """Rows of pixels on each: latents to 1e-5, pixels to the last bit of eight."""
     config = VAEConfig(channels=(8, 8, 16, 16), groups=4, attention=attention, dtype="float32")
@@ -130,7 +132,7 @@ def test_what_does_not_fit_is_refused_before_it_begins(vae, monkeypatch):
     clip = np.zeros((1, *SIZE, 3), np.uint8)
     with pytest.raises(ValueError, match=r"encoding 1 x 5x48x48 takes .* ask for fewer frames"):
         video_to_video(LatentDiffusion(network, vae, Flow()), ask(1), video=clip)
-    monkeypatch.setattr(pipelines, "check_fit", lambda *_: None)
+    monkeypatch.setattr(pipelines, "check_fit", lambda *_, **options: None)
     with pytest.raises(ValueError, match=r"denoising 1 x 18 tokens takes"):
         text_to_video(LatentDiffusion(network, vae, Flow()), ask(1, sampling=Sampling(1000)))
 
@@ -141,6 +143,26 @@ def test_large_batches_are_decoded_in_equal_groups(monkeypatch):
     count = lambda x: (groups.append(len(x)), x)[1]  # noqa: E731
     np.testing.assert_array_equal(pixels.by_rows(count, latents, pixels_per_cell=64), latents)
     assert groups == [2, 2, 2]
+
+
+@pytest.mark.slow
+def test_tiles_are_those_of_the_vae_and_a_large_tile_is_none(vae):
+    latents = random(1, 2, 10, 8, 16)
+    whole = pixels.decode(vae, latents)
+    tiled = jax.jit(lambda vae, z: vae.tiled_decode(vae.denormalize(z), 64))(vae, latents)
+    expected = np.clip((np.asarray(tiled) / 2 + 0.5), 0, 1) * 255
+    assert np.abs(pixels.decode(vae, latents, tile=64) - expected).max() <= 1
+    np.testing.assert_array_equal(pixels.decode(vae, latents, tile=80), whole)
+
+
+@pytest.mark.parametrize(("overlap", "segment"), [(1, 5), (2, 9), (4, 9), (5, 13), (8, 17)])
+def test_segments_share_what_is_asked_for(overlap, segment):
+    for frames in range(segment + 4, 80, 4):
+        parts = segments(frames, segment, overlap)
+        assert parts[0] == (0, segment) and parts[-1][1] == frames
+        assert all((stop - first) % 4 == 1 and stop - first <= segment for first, stop in parts)
+        shared = [one[1] - next[0] for one, next in itertools.pairwise(parts)]
+        assert set(shared[:-1]) <= {overlap} and overlap <= shared[-1] <= overlap + 3
 
 
 def test_pixels_are_clipped_and_truncated():
@@ -215,7 +237,7 @@ def test_the_condition_shows_the_given_pictures(animate, vae, places, monkeypatc
     ("places", "mask"), [(("start",), 0.7125), (("start", "end"), 0.7125), (("end",), 0)]
 )
 def test_the_mask_marks_the_start_and_is_blind_to_the_end(animate, places, mask, monkeypatch):
-    def look(vae, latents):
+    def look(vae, latents, tile):
         np.testing.assert_allclose(latents[:, 0], mask, atol=1e-5)
         np.testing.assert_allclose(latents[:, 1], 0, atol=1e-5)
         return np.zeros((3, 5, 48, 48, 3), np.uint8)
@@ -273,7 +295,7 @@ def catch_latents(monkeypatch):
     """The list that gets the latents which would be decoded."""
     seen = []
 
-    def look(vae, latents):
+    def look(vae, latents, tile):
         seen.append(latents)
         B, T, h, w, _ = latents.shape
         return np.zeros((B, 4 * T - 3, 8 * h, 8 * w, 3), np.uint8)
@@ -378,7 +400,7 @@ def test_inpainting_shows_what_is_given(latents_of, encode, monkeypatch):
         (control_to_video, 32, {"reference": videos()[:, 0]}, "reference is given"),
         (control_to_video, 48, {"control": videos(), "size": (9, 48, 48)}, "control of shape"),
         (control_to_video, 48, {"reference": videos(1)[:, 0]}, "reference of shape"),
-        (long_video, 33, {"segment": 5}, "9 frames or more"),
+        (long_video, 33, {"segment": 5}, "use more than 8 frames"),
         (long_video, 16, {}, "inpaint checkpoint"),
     ],
 )

@@ -104,7 +104,7 @@ def _crosses_slices(collective: hlo.Collective, num_slices: int) -> bool:
 @pytest.mark.parametrize(
     ("topology", "num_keys"),
     [
-        ("v5p:2x2x1", 4096),
+        pytest.param("v5p:2x2x1", 4096, marks=pytest.mark.slow),
         pytest.param("v5p:2x2x1", 14336, marks=pytest.mark.slow),
         pytest.param("v5p:2x2x1", 53760, marks=pytest.mark.slow),
         pytest.param("v6e:2x2", 53760, marks=pytest.mark.slow),

@@ -44,6 +44,12 @@ def pair(folder):
     return prints(folder, "pair")
 
 
+def test_two_processes_train_and_save_together(folder, pair):
+    """Rank 0 wrote the metrics of all steps; `pair` compared the checkpoint with its files."""
+    assert [row["step"] for row in rows(folder, "pair")] == list(range(STEPS)) and pair
+
+
+@pytest.mark.slow
 def test_r5_a_signal_to_one_of_two_stops_both_at_one_step(folder, pair):
     beats = {"EASYANIMATE_HEARTBEATS": str(folder / "beats-asked")}
     process = start(ranks(2, folder, "asked"), 2, **beats)

@@ -122,6 +122,7 @@ def test_r12_a_batch_that_is_not_finite_changes_nothing_but_two_counters(folder)
     assert prints(folder, "nan", 8) == prints(folder, "inf", 8)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_r12_many_nans_bring_the_run_back_and_past_them(folder):
     output = end(start(command(folder, "back"), EASYANIMATE_FAULTS="nan@1-12"))

@@ -72,22 +72,25 @@ def steps(mesh_config: MeshConfig, batch: Batch, count: int = 2, num_devices: in
     """The state and losses after `count` steps on a mesh."""
     mesh = make_mesh(mesh_config, jax.devices()[:num_devices])
     settings = {"optimizer": OPTIMIZER, "process": DDPM(), "ema_decay": 0.9} | settings
-    state = start(settings["optimizer"])
+    program, placed = compiled(mesh, **settings)
     with jax.set_mesh(mesh):
-        placed = shardings(mesh, state)
-        state = jax.device_put(state, placed)
-        program = jax.jit(
-            lambda *a: train_step(*a, **settings),
-            out_shardings=(placed, None),
-        )
+        before = program._cache_size()
+        state = jax.device_put(start(settings["optimizer"]), placed)
         losses = []
         for _ in range(count):
             state, metrics = program(
                 state, place(batch, mesh), jax.random.key(7), jnp.float32(1e-2)
             )
             losses.append(float(metrics["loss"]))
-        assert program._cache_size() == 1
+        assert program._cache_size() <= before + 1
     return jax.device_get(state), losses
+
+
+@functools.cache
+def compiled(mesh, **settings):
+    """The jitted step on a mesh, and where its state is; batches of one shape share a program."""
+    placed = shardings(mesh, start(settings["optimizer"]))
+    return jax.jit(lambda *a: train_step(*a, **settings), out_shardings=(placed, None)), placed
 
 
 def assert_same_weights(a, b, **tolerance):
@@ -113,6 +116,7 @@ def test_rows_of_weight_zero_change_nothing(one_device):
     assert_same_weights(state, one_device[0], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_rows_that_fill_up_take_no_share_of_the_times():
     padded = jax.tree.map(lambda x: np.concatenate([x, x[:, :2]], axis=1), make_batch(1, 8))
     padded.weight[:, 8:] = 0

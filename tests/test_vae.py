@@ -134,7 +134,10 @@ def pair():
     return converted(state, TINY), theirs
 
 
-@pytest.mark.parametrize("frames", [1, 5, 9, 49])
+@pytest.mark.parametrize(
+    "frames",
+    [pytest.param(n, marks=pytest.mark.slow) if n in (1, 5, 49) else n for n in (1, 5, 9, 49)],
+)
 def test_one_pass_equals_chunks_equals_diffusers(pair, frames):
     import torch
 

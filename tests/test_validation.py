@@ -115,8 +115,9 @@ def test_held_out_clips_are_made_again_beside_the_true_ones(whole):
     assert b"held-out i2v/1" in events.read_bytes() and b"GIF89a" in events.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES[:2])
-@pytest.mark.parametrize("task", ["t2v", pytest.param("control", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("task", ["t2v", "control"])
 def test_what_a_task_gives_reaches_the_samples_on_any_mesh(config, task, mesh, tmp_path):
     """Videos of the same weights, noise and condition are equal on two meshes."""
     stage, mesh = replace(config.stages[0], task=task), make_mesh(mesh)

@@ -20,7 +20,7 @@ from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.tasks import TASKS
 from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
 from easyanimate_jax.disk.local import local_path, resolve_fields
-from easyanimate_jax.facts import MAX_STEPS, SEEDS, check_fields
+from easyanimate_jax.facts import MAX_STEPS, SEEDS, TrackerName, check_fields
 from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.models.vae import VAEConfig
@@ -224,6 +224,10 @@ class TrainConfig:
     log_every: int = 10
     """Steps between progress lines; the first step of each stage also prints one. 0 prints no
     others. The metrics file has every step."""
+
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where numbers, pictures and films are shown beside the metrics file: "tensorboard", "wandb",
+    "trackio", each in the run's folder."""
 
     def __post_init__(self):
         check_fields(

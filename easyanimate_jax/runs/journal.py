@@ -8,10 +8,11 @@ import jax
 import numpy as np
 
 from easyanimate_jax.data.loader import Batch
-from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.position import Position
 from easyanimate_jax.training.metrics import MetricsWriter, Progress, clock, now
 from easyanimate_jax.training.stages import Stage, boundaries
+from easyanimate_jax.training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +37,9 @@ class Journal:
         if self.writer:
             self.writer.close()
         if self.main:
-            self.writer = MetricsWriter(Path(self.config.run), step)
-
-    @property
-    def board(self):
-        """Return the TensorBoard writer; None in a process that writes no files."""
-        return self.writer.board if self.writer else None
+            folder, config = Path(self.config.run), json.loads(to_json(self.config))
+            trackers = open_trackers(self.config.trackers, folder, step, config)
+            self.writer = MetricsWriter(folder, step, trackers)
 
     def add(
         self, place: Position, length: int, batch: Batch, rate: float, bad: int, metrics: dict

@@ -41,6 +41,7 @@ from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.safety.preemption import Preemption
 from easyanimate_jax.training.save_clock import SaveClock
 from easyanimate_jax.training.step import TrainState
+from easyanimate_jax.training.trackers import check_trackers
 from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.run_folder import complete_steps, read_step_meta
 
@@ -55,6 +56,7 @@ def train(config: TrainConfig, faults: Faults = NO_FAULTS) -> int:
     run folder in use, and for a step that does not fit the devices' memory.
     """
     folder, main = Path(config.run), jax.process_index() == 0
+    check_trackers(config.trackers)
     mesh = make_mesh(config.mesh)
     loaders = make_loaders(config, mesh)
     held_out = held_out_loaders(config, mesh, loaders)
@@ -258,7 +260,7 @@ class Run:
 
     def _open(self, step: int) -> None:
         self.journal.open(step)
-        self.validator.open(step, self.journal.board)
+        self.validator.open(step, self.journal.writer)
         self.sampler.writer = self.journal.writer
 
     def _validate(self, where: Position, state: TrainState, made: int, *, border: bool) -> None:

@@ -21,7 +21,7 @@ from easyanimate_jax.disk.whole import replace_text
 from easyanimate_jax.runs.batches import place
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.training.checkpoint import same_for_all
-from easyanimate_jax.training.metrics import now
+from easyanimate_jax.training.metrics import MetricsWriter, now
 from easyanimate_jax.training.program import graph_of
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import TrainState, row_losses, whole
@@ -40,16 +40,16 @@ class Validator:
         self.programs = {}  # number of input channels -> jitted function
         self.path = Path(config.run) / "validation.jsonl"
         self.done: set[tuple[int, str]] = set()  # (updates made, stage) of the file's lines
-        self.board = None
+        self.writer: MetricsWriter | None = None
 
-    def open(self, step: int, board) -> None:
+    def open(self, step: int, writer: MetricsWriter | None) -> None:
         """Drop the lines after `step` updates, which a resumed run makes again.
 
-        `board` is the TensorBoard writer of the run's metrics; it is None in all processes but the
-        first, which write nothing.
+        `writer` is that of the run's metrics; it is None in all processes but the first, which
+        write nothing.
         """
-        self.board, lines = board, []
-        if board is not None and self.path.is_file():
+        self.writer, lines = writer, []
+        if writer is not None and self.path.is_file():
             lines = self.path.read_text().splitlines()
             lines = [line for line in lines if _is_row(line) and json.loads(line)["step"] <= step]
             replace_text(self.path, "".join(line + "\n" for line in lines))
@@ -87,7 +87,7 @@ class Validator:
             for name, parts in losses.items()
         ]
         self.done.add((made, stage.name))
-        if self.board is not None:
+        if self.writer is not None:
             seconds = round(now() - began, 3)
             text = "".join(json.dumps(row | {"seconds": seconds}) + "\n" for row in rows)
             try:
@@ -130,12 +130,11 @@ class Validator:
 
     def _show(self, row: dict) -> None:
         name, made = f"validation {row['weights']}", row["step"]
-        self.board.add_scalar(f"{name}/loss", row["loss"], made)
+        numbers = {f"{name}/loss": row["loss"]}
         for number, value in enumerate(row["by_time"]):
-            share = (number + 0.5) / len(row["by_time"])
-            self.board.add_scalar(f"{name}/time {share:.2f}", value, made)
-        for length, value in row["by_length"].items():
-            self.board.add_scalar(f"{name}/{length} tokens", value, made)
+            numbers[f"{name}/time {(number + 0.5) / len(row['by_time']):.2f}"] = value
+        numbers |= {f"{name}/{n} tokens": value for n, value in row["by_length"].items()}
+        self.writer.numbers(made, numbers)
         logger.info(
             "validation at step %d (stage %r): loss %.5f of the %s weights on %d held-out clips",
             made,

@@ -35,6 +35,7 @@ from easyanimate_jax.weights.run_folder import complete_steps, read_step_meta, s
 logger = logging.getLogger(__name__)
 
 ITEMS = ("state", "ema")
+SLICE = 2**20  # bytes of a replicated array that a device writes at least
 LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 SPARE_SPACE = 1.2  # required free disk space, as a multiple of the state's bytes
@@ -84,7 +85,7 @@ class Checkpoints:
         self.writing: int | None = None  # the step whose save is not yet settled
         self.latest = 0  # the step that orbax writes, or wrote last
         self.checkpointer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(*ITEMS, "meta"),
+            _handler(),
             timeout_secs=600,
             # At this callback all files are written, but the step does not have its name yet.
             async_options=ocp.options.AsyncOptions(
@@ -399,6 +400,18 @@ def _check_fit(step: int, meta: dict, wanted: dict) -> None:
                 f"checkpoint {step} does not fit the config's model: {', '.join(other[:8])} differ "
                 f"in shape or exist in only one of them; restore the config, or start a new run"
             )
+
+
+def _handler() -> ocp.CompositeCheckpointHandler:
+    """Return orbax's handler of our items.
+
+    By default orbax splits every replicated array over its replicas, with a program for each shape.
+    With small arrays these programs would hold the first save up for seconds.
+    """
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    items = {item: ocp.PyTreeCheckpointHandler(type_handler_registry=registry) for item in ITEMS}
+    return ocp.CompositeCheckpointHandler(**items, meta=ocp.JsonCheckpointHandler())
 
 
 def _load(path: Path, like: Callable[[dict], State]) -> tuple[State, dict]:

@@ -1,17 +1,17 @@
-"""The output of a run while it trains: `metrics.jsonl`, TensorBoard, and one progress line."""
+"""The output of a run while it trains: `metrics.jsonl`, trackers, and one progress line."""
 
-import io
 import json
 import logging
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
-from easyanimate_jax.data.media import write_gif
+from easyanimate_jax.training.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -19,13 +19,13 @@ logger = logging.getLogger(__name__)
 class MetricsWriter:
     """Appends one JSON line per step; a resumed run first drops the lines of steps it repeats."""
 
-    def __init__(self, folder: Path, first_step: int):
+    def __init__(self, folder: Path, first_step: int, trackers: Sequence[Tracker] = ()):
         path = Path(folder) / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _step(line) < first_step]
             path.write_text("".join(line + "\n" for line in kept))
         self.file = path.open("a", buffering=1)
-        self.board = _board(Path(folder) / "tensorboard", first_step)
+        self.trackers = trackers
 
     def write(self, row: dict) -> None:
         """Append a row, which holds "step" and plain numbers or strings."""
@@ -33,45 +33,29 @@ class MetricsWriter:
             self.file.write(json.dumps(row) + "\n")
         except OSError as error:  # a full disk costs the row, not the run
             logger.warning(f"the metrics of step {row['step']} were not written: {error}")
-        for name, value in row.items():
-            if name != "step" and isinstance(value, int | float):
-                self.board.add_scalar(name, value, row["step"])
+        numbers = {n: v for n, v in row.items() if n != "step" and isinstance(v, int | float)}
+        self.numbers(row["step"], numbers)
+
+    def numbers(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Add numbers to the trackers alone."""
+        for tracker in self.trackers:
+            tracker.numbers(step, values)
 
     def picture(self, name: str, step: int, picture: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Add a picture to TensorBoard."""
-        self.board.add_image(name, picture, step, dataformats="HWC")
+        """Add a picture to the trackers."""
+        for tracker in self.trackers:
+            tracker.picture(name, step, picture)
 
-    def film(
-        self, name: str, step: int, frames: UInt8[np.ndarray, "F H W 3"], fps: float | int
-    ) -> None:
-        """Add a film to TensorBoard, which shows it among the pictures."""
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        _, height, width, _ = frames.shape
-        gif = io.BytesIO()
-        write_gif(gif, frames, fps)
-        picture = Summary.Image(
-            height=height, width=width, colorspace=3, encoded_image_string=gif.getvalue()
-        )
-        summary = Summary(value=[Summary.Value(tag=name, image=picture)])
-        self.board.file_writer.add_summary(summary, step)
+    def film(self, name: str, step: int, frames: UInt8[np.ndarray, "F H W 3"], fps: int) -> None:
+        """Add a film of `fps` frames a second to the trackers."""
+        for tracker in self.trackers:
+            tracker.film(name, step, frames, fps)
 
     def close(self) -> None:
-        """Close the file and TensorBoard."""
+        """Close the file and the trackers."""
         self.file.close()
-        self.board.close()
-
-
-def _board(folder: Path, first_step: int):
-    """Return a TensorBoard writer. Its package would import torch, so torch is hidden from it."""
-    hide = "torch" not in sys.modules
-    if hide:
-        sys.modules["torch"] = None
-    from tensorboardX import SummaryWriter
-
-    if hide:
-        del sys.modules["torch"]
-    return SummaryWriter(str(folder.absolute()), purge_step=first_step)
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def _step(line: str) -> int:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from easyanimate_jax.data.control import OPERATORS
 from easyanimate_jax.disk.local import resolve_fields
-from easyanimate_jax.facts import MAX_STEPS, SEEDS, check_fields
+from easyanimate_jax.facts import MAX_STEPS, SEEDS, TrackerName, check_fields
 from easyanimate_jax.models.borders import check_video
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.training.optimizer import Matrices
@@ -133,6 +133,10 @@ class VAETrainConfig:
 
     picture_every: int = 1000
     """Steps between pictures of held-out clips; the end also makes one. 0 makes no others."""
+
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where numbers and pictures are shown beside the metrics file: "tensorboard", "wandb",
+    "trackio", each in the output folder."""
 
     hang_seconds: float = 120.0
     """Seconds that a step or a wait for data may take before the process exits. Five times the

@@ -34,6 +34,7 @@ from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.safety.preemption import Preemption
 from easyanimate_jax.training.save_clock import SaveClock
+from easyanimate_jax.training.trackers import check_trackers, open_trackers
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
 from easyanimate_jax.training.vae.crops import Clips, Crops, batches, split_clips
 from easyanimate_jax.training.vae.measure import HeldOut, local, with_statistics
@@ -45,7 +46,7 @@ from easyanimate_jax.weights.module import save_module
 logger = logging.getLogger(__name__)
 
 # Fields of a config that say where and when a training writes, and change no update.
-FREE = {"data", "output", "save_every", "save_minutes", "log_every", "picture_every"}
+FREE = {"data", "output", "save_every", "save_minutes", "log_every", "picture_every", "trackers"}
 FREE |= {"hang_seconds"}
 
 
@@ -56,6 +57,7 @@ def train(config: VAETrainConfig, faults: Faults = NO_FAULTS) -> int:
     the finished model, its latent statistics and `vae_report.json` there. Raises ValueError, before
     anything is written, if data, `init` or checkpoints do not fit the config.
     """
+    check_trackers(config.trackers)
     output, mesh = Path(config.output), make_mesh(MeshConfig())
     clips = split_clips(config.data, config.links)
     _check_crops(config, clips, mesh)
@@ -342,7 +344,11 @@ class Log:
     def __init__(self, config: VAETrainConfig, first_step: int):
         self.config, self.progress = config, Progress()
         self.folder = Path(config.output)
-        self.writer = MetricsWriter(self.folder, first_step + 1) if _main() else None
+        self.writer = None
+        if _main():
+            fields = json.loads(json.dumps(dataclasses.asdict(config)))
+            trackers = open_trackers(config.trackers, self.folder, first_step + 1, fields)
+            self.writer = MetricsWriter(self.folder, first_step + 1, trackers)
         self.pending = None  # (step, metrics) of the running update, fetched one update later
         self.row = {}
 
@@ -366,7 +372,7 @@ class Log:
         return dict(self.row)
 
     def picture(self, step: int, sheet: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Write a picture of held-out clips to `pictures/STEP.png` and TensorBoard."""
+        """Write a picture of held-out clips to `pictures/STEP.png` and the trackers."""
         if self.writer is None:
             return
         self.writer.picture("held out", step, sheet)
@@ -400,7 +406,7 @@ class Log:
         )
 
     def close(self) -> None:
-        """Close the metrics file and TensorBoard."""
+        """Close the metrics file and the trackers."""
         if self.writer is not None:
             self.writer.close()
 
