@@ -38,7 +38,7 @@ def test_every_picture_of_the_guide_is_there_and_all_are_small(commands):
 
 
 def test_the_commands_of_the_guide_name_files_that_come_with_it(commands):
-    assert {str(a.checkpoint) for a in commands.values()} == RUNS
+    assert {str(a.model) for a in commands.values()} == RUNS
     requests = [a.request for a in commands.values()]
     files = [getattr(r, name) for r in requests for name in FILES if getattr(r, name)]
     assert len(files) >= 8 and all((ROOT / file).is_file() for file in files)
@@ -58,7 +58,7 @@ def test_the_commands_of_the_guide_make_what_they_ask_for(commands, tmp_path):
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     for name, a in commands.items():
-        if str(a.checkpoint) not in made:
+        if str(a.model) not in made:
             continue
         sheet = media.read_image(tmp_path / f"{name}.png")
         frames = np.stack(np.split(sheet, sheet.shape[1] // sheet.shape[0], axis=1))

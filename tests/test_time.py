@@ -165,7 +165,7 @@ def test_a_film_to_generate_from_plays_at_its_speed_and_its_mask_with_it(tmp_pat
     white = [np.full((32, 64, 3), 255 if n < 48 else 0, np.uint8) for n in range(100)]
     encode(tmp_path / "mask.mp4", steady(100, 24), frames=white, options={"crf": "0"})
     film, mask = str(film), str(tmp_path / "mask.mp4")
-    asked = SampleRequest(video=film, mask=mask, frames=33, height=32, width=64)
+    asked = SampleRequest(video=film, mask=mask, frames=33, height=32, width=64, fps=8)
     assert inputs.film_frames(film) == 33
     times = np.array(numbers_of(inputs.read_film(film, asked))) / float(rate)
     late = np.arange(33) / 8 - times

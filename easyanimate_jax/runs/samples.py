@@ -8,6 +8,7 @@ first picture, or its own control video or camera. All processes take part, and 
 writes.
 """
 
+import logging
 from pathlib import Path
 
 import jax
@@ -34,6 +35,8 @@ from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.training.metrics import MetricsWriter
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.folder import load_vae
+
+logger = logging.getLogger(__name__)
 
 
 class Sampler:
@@ -115,11 +118,11 @@ class Sampler:
         """Write arrays of videos, and a picture with a row for each video of each array."""
         if self.writer is None:
             return
-        self.folder.mkdir(exist_ok=True)
-        np.savez_compressed(self.folder / f"{name}.npz", **videos)
-        sheets = [
-            media.contact_sheet(one[None])
-            for row in zip(*videos.values(), strict=True)
-            for one in row
-        ]
-        media.write_png(self.folder / f"{name}.png", np.concatenate(sheets))
+        pairs = (one[None] for row in zip(*videos.values(), strict=True) for one in row)
+        sheet = np.concatenate([media.contact_sheet(one) for one in pairs])
+        try:
+            self.folder.mkdir(exist_ok=True)
+            np.savez_compressed(self.folder / f"{name}.npz", **videos)
+            media.write_png(self.folder / f"{name}.png", sheet)
+        except OSError as error:  # a full disk costs the samples, not the run
+            logger.warning("the samples %s were not written: %s", name, error)
