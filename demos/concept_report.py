@@ -75,7 +75,7 @@ def _brief(scores: dict) -> str:
 
 def summary(results: dict) -> str:
     """Return the scores as a table for a terminal."""
-    lines = [f"{name:<36}{_brief(scores)}" for name, scores in _groups(results).items()]
+    lines = [f"{name:<44}{_brief(scores)}" for name, scores in _groups(results).items()]
     lines += [f"{name}: {value:.4g}" for name, value in results["file"].items()]
     return "\n".join(
         [*lines, f"old colours that turned into the new one: {results['spoiled']:.2f}"]
