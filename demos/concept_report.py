@@ -30,7 +30,7 @@ def evaluate(encoder: TextEncoder, run: Pipeline, base: Pipeline) -> tuple[dict,
         for kind, prompts in tests.items():
             for language in ("en", "zh"):
                 texts = [getattr(prompt, language) for prompt in prompts]
-                videos = generate(model, encoder, texts, size=run.config.samples)
+                videos = generate(model, encoder, texts, samples=run.config.samples)
                 made[name, kind, language] = videos
                 found = score(videos, prompts, PALETTE)
                 results.setdefault(kind, {}).setdefault(name, {})[language] = found
@@ -55,8 +55,8 @@ def _file_facts(encoder: TextEncoder, run: Pipeline, prompts, made: dict) -> dic
     for weight in (0.0, 1.0):
         loras = open_loras([(folder / FILE, weight)])
         model = load_pipeline(run.config.init, step=run.config.init_step, loras=loras)
-        videos[weight] = generate(model, encoder, texts, size=run.config.samples)
-    merged = generate(load_pipeline(folder / "merged"), encoder, texts, size=run.config.samples)
+        videos[weight] = generate(model, encoder, texts, samples=run.config.samples)
+    merged = generate(load_pipeline(folder / "merged"), encoder, texts, samples=run.config.samples)
     size = lambda path: sum(p.stat().st_size for p in path.rglob("*.safetensors"))  # noqa: E731
     levels = lambda one, other: int(np.abs(one.astype(int) - other).max())  # noqa: E731
     whole = size(folder / "merged" / "transformer")

@@ -35,14 +35,14 @@ def generate(
     pipeline: Callable = text_to_video,
     inputs: Mapping[str, np.ndarray] = MappingProxyType({}),
     guidance: float | None = None,
-    size: SampleConfig | None = None,
+    samples: SampleConfig | None = None,
 ) -> Videos:
-    """Return one video per text with consecutive seeds, at the sample size and steps of `size`.
+    """Return one video per text with consecutive seeds, at the size and steps of `samples`.
 
-    `inputs` are further arrays of the pipeline such as `start` or `video`, one row per text. What
-    is None is that of the run's config.
+    `inputs` are further arrays of the pipeline such as `start` or `video`, one row per text. The
+    default of `samples` and `guidance` is the run's.
     """
-    samples, videos = size or run.samples, []
+    samples, videos = samples or run.samples, []
     empty = encoder.encode([""])
     for first in range(0, len(texts), ROWS):
         rows = slice(first, first + ROWS)

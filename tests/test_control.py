@@ -140,6 +140,19 @@ def test_pose_files_are_read_and_thinned(tmp_path):
         sampled_camera(whole, 13)
 
 
+@pytest.mark.parametrize("fps", [6, 8, 10, 16, 24, 30])
+def test_poses_are_taken_by_their_time(fps):
+    """Of a file with 24 a second that lasts 4 seconds; the rates need not divide 24."""
+    poses = np.tile(np.eye(4)[:3], (96, 1, 1))
+    poses[:, 0, 3] = np.arange(96) / 24
+    whole = Camera(np.ones((96, 4)), poses)
+    count = 4 * fps // 4 * 4 - 3
+    late = np.arange(count) / fps - sampled_camera(whole, count, fps).poses[:, 0, 3]
+    assert late.min() > -1e-9 and late.max() < 1 / 24
+    with pytest.raises(ValueError, match=f"{4 * fps} frames at {fps} a second"):
+        sampled_camera(whole, 4 * fps + 5, fps)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

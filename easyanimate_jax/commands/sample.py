@@ -26,7 +26,6 @@ from easyanimate_jax.generation.request import (
 from easyanimate_jax.training.safety.exits import BAD_INPUT, DONE
 
 NAME = "sample.py"
-CACHES = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 HELP = """Generate videos and pictures with a run, or with weights in a folder.
 
   text to video    sample.py runs/demo/train --prompt "a red circle moves to the left"
@@ -85,7 +84,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run the verb `sample`; return the exit code."""
     # JAX reserves 75 % of GPU memory by default.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHES / "easyanimate_jax"))
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(caches):  # else the user has no home
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{caches}/easyanimate_jax")
     try:
         return parse.run(partial(_sample, arguments), prefix=NAME)
     except OSError as error:

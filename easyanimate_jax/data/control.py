@@ -206,16 +206,16 @@ def _pose_fault(row: list[float]) -> str:
 def sampled_camera(camera: Camera, frames: int, fps: int = FPS) -> Camera:
     """Return the first `frames` poses at `fps` from a file with 24 per second, for inference.
 
-    Raises ValueError if there are too few poses.
+    A frame has the last pose that is not later. Raises ValueError if there are too few poses.
     """
-    stride = max(1, CAMERA_FPS // fps)
-    taken = Camera(*(x[::stride][:frames] for x in camera))
-    if len(taken.poses) < frames:
+    rows = np.arange(frames) * CAMERA_FPS // fps
+    have = int((rows < len(camera.poses)).sum())
+    if have < frames:
         raise ValueError(
-            f"{len(camera.poses)} poses are {len(taken.poses)} frames at {fps} a second, and "
-            f"{frames} are wanted: use {whole_frames(len(taken.poses))} frames or more poses"
+            f"{len(camera.poses)} poses are {have} frames at {fps} a second, and "
+            f"{frames} are wanted: use {whole_frames(have)} frames or more poses"
         )
-    return taken
+    return Camera(*(x[rows] for x in camera))
 
 
 def stretched_camera(camera: Camera, frames: int) -> Camera:

@@ -1,4 +1,4 @@
-"""Check a request against its checkpoint, and read its files as arrays of the output size."""
+"""Check a request against its model, and read its files as arrays of the output size."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ INPUTS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.in
 
 
 class Model(NamedTuple):
-    """What the checks of a request must know about a model."""
+    """The facts about a model by which a request is checked."""
 
     name: str  # as you named it
     in_channels: int

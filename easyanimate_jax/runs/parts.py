@@ -76,18 +76,20 @@ def open_parts(
     parts = Parts(*(part and local_path(part) for part in parts))
     for name, part in parts._asdict().items():
         if part and not part.exists():
-            raise ValueError(f"there is no {part}; give --{name} a file or a folder")
+            raise ValueError(f"{name}: there is no {part}; give a file or a folder")
     source = parts.transformer or path
     if not run_folder.is_run(source) and (step is not None or weights != "ema"):
         raise ValueError(f"{source} is no run: step and weights choose from a run's checkpoints")
-    if run_folder.is_run(path):
-        if process is not None:
-            raise ValueError(f"{path} is a run and has its own noise process: leave out process")
-        opened = _open_run(path, parts, None if parts.transformer else step)
+    if not run_folder.is_run(path):
+        opened = _open_folder(path, parts, process, step)
+    elif process is not None:
+        raise ValueError(f"{path} is a run and has its own noise process: leave out process")
+    elif parts.transformer:
+        opened = _open_run(path, parts, None)
+        config = _config_of(source, step)
+        opened = opened._replace(model=source, step=step, config=config)
     else:
-        opened = _open_folder(path, parts, process)
-    if parts.transformer:
-        opened = opened._replace(model=source, step=step, config=_config_of(source, step))
+        opened = _open_run(path, parts, step)
     widths = state_widths(opened.text)
     if widths != opened.config.text_widths:
         raise ValueError(
@@ -97,10 +99,11 @@ def open_parts(
     return opened._replace(weights=weights)
 
 
-def _config_of(transformer: Path, step: int | None) -> MMDiTConfig:
+def _config_of(path: Path, step: int | None) -> MMDiTConfig:
+    """Return the config of a transformer. Raises ValueError, listing all faults of its files."""
     problems: list[str] = []
-    model = open_model(transformer, "transformer", problems, step=step)
-    files.raise_all(transformer, problems)
+    model = open_model(path, "transformer", problems, step=step)
+    files.raise_all(path, problems)
     return model.config
 
 
@@ -114,7 +117,8 @@ def _open_run(folder: Path, parts: Parts, step: int | None) -> Opened:
     training = from_json(json.dumps(meta["config"]))
     places = {}
     for name, what in (("vae", "VAE"), ("text", "text encoders")):
-        if places.setdefault(name, getattr(parts, name)):
+        places[name] = getattr(parts, name)
+        if places[name]:
             continue
         place = places[name] = run_folder.frozen_model(folder, meta["config"], name)
         if not place.exists():
@@ -140,10 +144,13 @@ def _open_run(folder: Path, parts: Parts, step: int | None) -> Opened:
     )
 
 
-def _open_folder(folder: Path, parts: Parts, process: DDPM | Flow | None) -> Opened:
+def _open_folder(
+    folder: Path, parts: Parts, process: DDPM | Flow | None, step: int | None
+) -> Opened:
     """Return the model of a folder with one subfolder for each part that is not in `parts`.
 
-    Raises ValueError if a part is missing or does not belong to the others.
+    `step` is a checkpoint of `parts.transformer` if that is a run. Raises ValueError if a part is
+    missing or does not belong to the others.
     """
     wanted = ["transformer"] * (not parts.transformer) + ["vae"] * (not parts.vae)
     wanted += ["text_encoder", "tokenizer"] * (not parts.text)
@@ -157,7 +164,7 @@ def _open_folder(folder: Path, parts: Parts, process: DDPM | Flow | None) -> Ope
         )
     problems: list[str] = []
     source = parts.transformer or folder
-    model = open_model(source, "transformer", problems)
+    model = open_model(source, "transformer", problems, step=step)
     vae = open_model(parts.vae or folder, "vae", problems)
     files.raise_all(folder, problems)
     for line in strange_parts(len(model.config.text_widths), vae=vae.config):
@@ -166,7 +173,7 @@ def _open_folder(folder: Path, parts: Parts, process: DDPM | Flow | None) -> Ope
         process = _process_of(folder, model.config, problems)
     files.raise_all(folder, problems)
     places = folder, source, parts.vae or folder, parts.text or folder
-    return Opened(*places, model.config, process)
+    return Opened(*places, model.config, process, step=step)
 
 
 def _process_of(folder: Path, config: MMDiTConfig, problems: list[str]) -> DDPM | Flow | None:
