@@ -1,6 +1,7 @@
 """Trackers beside the metrics file, with their real packages where these are installed."""
 
 import json
+import sqlite3
 import subprocess
 import sys
 from dataclasses import replace
@@ -37,17 +38,42 @@ for first, last in ((0, 3), (2, 5)):
 """
 
 
+# The records of a .wandb file, by its own messages: a log of LevelDB's form after 7 bytes.
+READ_WANDB = """
+import json, struct, sys
+from pathlib import Path
+from wandb.proto.wandb_internal_pb2 import Record
+
+for path in sorted(Path(sys.argv[1]).glob("wandb/offline-run-*/*.wandb")):
+    data, at, part = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        part += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):
+            record, part = Record.FromString(part), b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                row = {"/".join(x.nested_key) or x.key: json.loads(x.value_json) for x in items}
+                print(json.dumps(row))
+"""
+
+
 def install(site: Path, *words: str) -> None:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(site), *words]
     subprocess.run(command, check=True, capture_output=True)
 
 
-def play(name: str, folder: Path, site: Path) -> None:
-    folder.mkdir()
-    code = [sys.executable, "-c", PLAY, name, str(folder)]
+def start(code: str, site: Path, *words: str) -> str:
+    """What a program prints that finds the packages of `site`."""
     path = {"PYTHONPATH": f"{ROOT}:{site}", "PATH": "/usr/bin:/bin", "HOME": str(site)}
-    done = subprocess.run(code, env=path, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, env=path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 class Noted:
@@ -94,19 +120,39 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+# What `PLAY` logs, step by step; the second start repeats step 2.
+LOSSES = [(0, 1.5), (1, 0.5), (2, -0.5), (2, -0.5), (3, -1.5), (4, -2.5)]
+
+
 @pytest.mark.slow
-def test_wandb_keeps_an_offline_run_that_its_own_reader_reads(tmp_path):
-    install(tmp_path / "site", "wandb")
-    play("wandb", tmp_path / "run", tmp_path / "site")
-    folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
+def test_wandb_keeps_an_offline_run_that_its_own_messages_read(tmp_path):
+    site, run = tmp_path / "site", tmp_path / "run"
+    install(site, "wandb")
+    run.mkdir()
+    start(PLAY, site, "wandb", str(run))
+    folders = sorted((run / "wandb").glob("offline-run-*"))
     assert len(folders) == 2 and len({path.name.split("-")[-1] for path in folders}) == 1  # one id
-    (films,) = (folders[1].rglob("*.mp4"),)
-    assert len(list(films)) == 1 and list(folders[1].rglob("*.png"))
+    rows = [json.loads(line) for line in start(READ_WANDB, site, str(run)).splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows if "loss" in row] == LOSSES
+    assert [row["step"] for row in rows if row.get("validation/loss") == 0.25] == [3, 5]
+    for row in rows:
+        for name in ("held out/path", "held-out i2v/0/path"):
+            assert name not in row or any((f / "files" / row[name]).is_file() for f in folders)
+    assert sum("held-out i2v/0/path" in row for row in rows) == 2
 
 
 @pytest.mark.slow
 def test_trackio_keeps_a_run_in_the_runs_folder(tmp_path):
-    install(tmp_path / "site", "trackio")
-    play("trackio", tmp_path / "run", tmp_path / "site")
-    assert list((tmp_path / "run" / "trackio").rglob("*.db"))
-    assert list((tmp_path / "run" / "trackio").rglob("*.mp4"))
+    site, run = tmp_path / "site", tmp_path / "run"
+    install(site, "trackio")
+    run.mkdir()
+    start(PLAY, site, "trackio", str(run))
+    (store,) = (run / "trackio").glob("*.db")
+    with sqlite3.connect(store) as connection:
+        found = connection.execute("select step, metrics, run_name from metrics order by id")
+        rows = [(step, json.loads(text), name) for step, text, name in found]
+    assert len({name for *_, name in rows}) == 1
+    assert [(step, row["loss"]) for step, row, _ in rows if "loss" in row] == LOSSES
+    films = [row["held-out i2v/0"] for _, row, _ in rows if "held-out i2v/0" in row]
+    assert len(films) == 2
+    assert all((run / "trackio" / "media" / film["file_path"]).is_file() for film in films)
