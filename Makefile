@@ -99,7 +99,7 @@ demo-films: setup
 	$(BIN)/python train.py configs/demo_films.py
 
 test: setup
-	$(CPU) $(BIN)/pytest
+	$(CPU) $(BIN)/pytest -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true
 
 # Only the tests R1 to R15 of docs/reliability.md.
 reliability: setup

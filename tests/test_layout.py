@@ -17,7 +17,7 @@ ROWS = [
     {"data", "text"},
     {"training", "generation", "prepare"},
     {"runs", "evaluation"},
-    {"pods"},
+    {"pods", "serving"},
     {"commands"},
     {"__main__"},
 ]

@@ -60,8 +60,9 @@ def starts(folder: Path, rank: int = 0) -> int:
 
 
 def await_pid(folder: Path, rank: int) -> int:
-    file = folder / f"pid-{rank}"
+    file, deadline = folder / f"pid-{rank}", time.monotonic() + 60
     while not (file.is_file() and file.read_text()):
+        assert time.monotonic() < deadline, f"rank {rank} has not started"
         time.sleep(0.02)
     return int(file.read_text())
 

@@ -82,11 +82,7 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the verb `sample`; return the exit code."""
-    # JAX reserves 75 % of GPU memory by default.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if os.path.isabs(caches):  # else the user has no home
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{caches}/easyanimate_jax")
+    set_up_jax()
     try:
         return parse.run(partial(_sample, arguments), prefix=NAME)
     except OSError as error:
@@ -97,6 +93,15 @@ def main(arguments: Sequence[str]) -> int:
         why = str(error).partition("\n")[0]
         say(f"there is too little memory; use fewer frames, or a smaller size ({why})")
     return BAD_INPUT
+
+
+def set_up_jax() -> None:
+    """Have JAX use more of a GPU's memory, and keep compiled programs, unless the user says how."""
+    # JAX reserves 75 % of GPU memory by default.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(caches):  # else the user has no home
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{caches}/easyanimate_jax")
 
 
 def _sample(arguments: Sequence[str]) -> int:

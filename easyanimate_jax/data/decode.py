@@ -23,7 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from easyanimate_jax.data import media
-from easyanimate_jax.data.media import Content, File, Frames, Probe
+from easyanimate_jax.data.media import Content, File, Frames, Picture, Probe
+from easyanimate_jax.facts import FPS
 
 SECONDS = 10.0  # processor time for one file, plus 1 s for every
 PIXELS = 5e6  # pixels to decode; H.264 on one core decodes 20 to 60 times as many in 1 s
@@ -66,9 +67,10 @@ class Decoders:
         size,
         first: int = 0,
         end: int | None = None,
+        fps: float | int = FPS,
     ) -> Frames:
         """Return `media.read_at(...)`, run in a worker."""
-        return self._ask(path, "at", start, count, size, first, end)["frames"]
+        return self._ask(path, "at", start, count, size, first, end, fps)["frames"]
 
     def read_seconds(self, path: File) -> list[float]:
         """Return `media.read_seconds(path)`, run in a worker."""
@@ -78,8 +80,12 @@ class Decoders:
         """Return `media.read_frames(...)`, run in a worker."""
         return self._ask(path, "frames", indices, side)["frames"]
 
-    def read_image(self, path: File, size: tuple[int, int] | None) -> Frames:
-        """Return `media.read_image(path)` as one frame, cropped to `size`, run in a worker."""
+    def read_image(self, path: File, mask: bool = False) -> Picture:
+        """Return `media.read_image(path, mask)`, run in a worker."""
+        return self._ask(path, "image", None, mask)["frames"][0]
+
+    def read_still(self, path: File, size: tuple[int, int] | None) -> Frames:
+        """Return a picture as one frame, cropped to `size`, read in a worker."""
         return self._ask(path, "image", size)["frames"]
 
     def close(self) -> None:
@@ -227,13 +233,15 @@ def _answer(path: File, kind: str, *arguments, allow) -> tuple[dict, np.ndarray 
         start, count, stride, size = arguments
         frames = media.read_clip(path, start, count, stride, size and tuple(size), allow)
     elif kind == "at":
-        start, count, size, *span = arguments
-        frames = media.read_at(path, start, count, size and tuple(size), *span, allow)
+        start, count, size, first, end, fps = arguments
+        size = size and tuple(size)
+        frames = media.read_at(path, start, count, size, first, end, allow, fps)
     elif kind == "frames":
         frames = media.read_frames(path, *arguments, allow)
     else:
-        frames = media.read_image(path)[None]
-        frames = media.resize_crop(frames, *arguments[0]) if arguments[0] else frames
+        size, *mask = arguments
+        frames = media.read_image(path, *mask)[None]
+        frames = media.resize_crop(frames, *size) if size else frames
     return {"shape": frames.shape}, np.ascontiguousarray(frames)
 
 

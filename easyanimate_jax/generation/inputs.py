@@ -14,6 +14,7 @@ from easyanimate_jax.data.times import frames_in
 from easyanimate_jax.diffusion.tasks import TASKS, numbers, task_of
 from easyanimate_jax.facts import CELL, FPS
 from easyanimate_jax.generation.arrays import NEW, fitted
+from easyanimate_jax.generation.protocols import Files
 from easyanimate_jax.generation.request import PIXELS, STARTS, SampleRequest, given, option
 
 INPUTS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.inputs))
@@ -29,9 +30,10 @@ class Model(NamedTuple):
     width: int
 
 
-def complete(request: SampleRequest, model: Model) -> SampleRequest:
+def complete(request: SampleRequest, model: Model, files: Files = media) -> SampleRequest:
     """Return the request with its open fields filled: size, rate and strength.
 
+    `files` reads the given pictures and films: `media` in this process, `Decoders` in others.
     Raises ValueError for a request that this model cannot serve.
     """
     task = task_of(model.in_channels)
@@ -45,10 +47,11 @@ def complete(request: SampleRequest, model: Model) -> SampleRequest:
         wanted = "--camera" if "camera" in task.holds else "--control or --trajectory"
         raise ValueError(f"{model.name} was trained for {task.title}: give {wanted}")
     filled = {"fps": request.fps or FPS, "frames": request.frames or model.frames}
-    filled |= dict(zip(("height", "width"), _sides(request, model), strict=True))
+    filled |= dict(zip(("height", "width"), _sides(request, model, files), strict=True))
     film = request.video or request.control
     if film and request.frames is None:
-        filled["frames"] = whole_frames(min(model.frames, film_frames(film, filled["fps"])))
+        have = film_frames(film, filled["fps"], files)
+        filled["frames"] = whole_frames(min(model.frames, have))
     if request.strength is None and request.video:
         filled["strength"] = 1.0 if request.mask else 0.7
     request = dataclasses.replace(request, **filled)
@@ -62,7 +65,7 @@ def complete(request: SampleRequest, model: Model) -> SampleRequest:
     return request
 
 
-def _sides(request: SampleRequest, model: Model) -> tuple[int, int]:
+def _sides(request: SampleRequest, model: Model, files: Files) -> tuple[int, int]:
     """Return height and width: those asked for, of the given picture's shape, or the model's."""
     height, width = request.height, request.width
     if request.size == "model" or (height and width):
@@ -70,7 +73,7 @@ def _sides(request: SampleRequest, model: Model) -> tuple[int, int]:
     shown = next((getattr(request, name) for name in PIXELS if given(request, name)), None)
     if shown is None:
         raise ValueError("--size like needs a picture or a film; give one, or leave it out")
-    like = media.probe(Path(shown))
+    like = files.probe(Path(shown))
     scale = (model.height * model.width / (like.height * like.width)) ** 0.5
     if height or width:
         scale = height / like.height if height else width / like.width
@@ -78,27 +81,27 @@ def _sides(request: SampleRequest, model: Model) -> tuple[int, int]:
     return height or rows * CELL, width or columns * CELL
 
 
-def film_frames(path: str, fps: int = FPS) -> int:
+def film_frames(path: str, fps: int = FPS, files: Files = media) -> int:
     """Return the number of frames of a film at `fps` frames a second."""
-    return int(frames_in(media.probe(Path(path)).seconds, fps))
+    return int(frames_in(files.probe(Path(path)).seconds, fps))
 
 
-def read_inputs(request: SampleRequest) -> dict[str, np.ndarray]:
+def read_inputs(request: SampleRequest, files: Files = media) -> dict[str, np.ndarray]:
     """Return the pipeline's arrays for one request, (F, H, W, C) or (H, W, C), at its size.
 
-    Raises ValueError for files that do not fit the request.
+    `files` is that of `complete`. Raises ValueError for files that do not fit the request.
     """
     inputs = {}
     for name, argument in (("image", "start"), ("end_image", "end"), ("reference", "reference")):
         if given(request, name):
-            picture = media.read_image(Path(getattr(request, name)))
+            picture = files.read_image(Path(getattr(request, name)))
             inputs[argument] = sized(picture[None], request, Image.Resampling.BICUBIC)[0]
     if request.video:
-        inputs["video"] = read_film(request.video, request)
+        inputs["video"] = read_film(request.video, request, files)
     if request.mask:
-        inputs["mask"] = read_mask(request)
+        inputs["mask"] = read_mask(request, files)
     if request.control:
-        inputs["control"] = read_film(request.control, request)
+        inputs["control"] = read_film(request.control, request, files)
         if request.operator:
             from easyanimate_jax.data.control import control_video
 
@@ -118,28 +121,28 @@ def sized(frames: np.ndarray, request: SampleRequest, how) -> np.ndarray:
     return fitted(frames, request.height, request.width, how, request.fit)
 
 
-def read_film(path: str, request: SampleRequest) -> np.ndarray:
+def read_film(path: str, request: SampleRequest, files: Files = media) -> np.ndarray:
     """Return the first frames of a film at the request's rate, uint8 (F, H, W, 3).
 
     Raises ValueError for a film with too few frames.
     """
-    have = film_frames(path, request.fps)
+    have = film_frames(path, request.fps, files)
     if have < request.frames:
         raise ValueError(
             f"{path} has {have} frames at {request.fps} a second, and --frames is "
             f"{request.frames}; use --frames {whole_frames(have)}"
         )
-    frames = media.read_at(Path(path), 0, request.frames, fps=request.fps)
+    frames = files.read_at(Path(path), 0, request.frames, None, fps=request.fps)
     return sized(frames, request, Image.Resampling.BILINEAR)
 
 
-def read_mask(request: SampleRequest) -> np.ndarray:
+def read_mask(request: SampleRequest, files: Files = media) -> np.ndarray:
     """Return the mask, uint8 (F, H, W, 1): 1 where its file is white or opaque, else 0.
 
     A picture applies to all frames. Raises ValueError for a mask of another size than the video, or
     without white.
     """
-    mask, video = (media.probe(Path(path)) for path in (request.mask, request.video))
+    mask, video = (files.probe(Path(path)) for path in (request.mask, request.video))
     if (mask.height, mask.width) not in (
         (video.height, video.width),
         (request.height, request.width),
@@ -149,9 +152,9 @@ def read_mask(request: SampleRequest) -> np.ndarray:
             f"{video.height}x{video.width}; draw the mask on a frame of the video"
         )
     if mask.kind == "video":
-        frames = read_film(request.mask, request)
+        frames = read_film(request.mask, request, files)
     else:
-        picture = media.read_image(Path(request.mask), mask=True)[None]
+        picture = files.read_image(Path(request.mask), mask=True)[None]
         frames = np.repeat(
             sized(picture, request, Image.Resampling.BILINEAR), request.frames, axis=0
         )

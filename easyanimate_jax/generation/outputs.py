@@ -114,7 +114,26 @@ def write(
     `gif` adds a GIF of a video.
     """
     stem, lock = _reserve(folder)
-    part = lock.with_suffix(".part")
+    try:
+        return write_as(stem, folder, frames, sidecar, fps=fps, gif=gif)
+    finally:
+        lock.unlink()
+
+
+def write_as(
+    stem: str,
+    folder: Path,
+    frames: UInt8[np.ndarray, "F H W 3"],
+    sidecar: dict,
+    *,
+    fps: int = FPS,
+    gif: bool = False,
+) -> Path:
+    """Write the files of `write` under names that begin with `stem`; return the video's path.
+
+    The sidecar comes last. If a file cannot be written, those before it stay.
+    """
+    part = folder / f".{stem}.part"
 
     def place(name: str, fill: Callable[[Path], None]) -> Path:
         fill(part)
@@ -137,7 +156,6 @@ def write(
         place(f"{stem}.json", lambda p: p.write_text(text, encoding="utf-8"))
     finally:
         part.unlink(missing_ok=True)
-        lock.unlink()
     return path
 
 

@@ -1,10 +1,11 @@
-"""The protocols of the models that generation uses; any object with these attributes works.
+"""The protocols of what generation uses; any object with these attributes works.
 
 They are types for readers and type checkers only, and `Any` at run time. The reason: `isinstance`
 on a protocol reads all attributes, and reading one of `runs.load.Resident` loads a model from disk.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from jax import Array
     from jaxtyping import Float, Int
 
+    from easyanimate_jax.data.media import Frames, Picture, Probe
     from easyanimate_jax.diffusion.ddpm import DDPM
     from easyanimate_jax.diffusion.flow import Flow
     from easyanimate_jax.models.mmdit import MMDiTConfig
@@ -89,5 +91,22 @@ if TYPE_CHECKING:
             """Return the noise process."""
             ...
 
+    class Files(Protocol):
+        """A reader of pictures and films: `data.media`, or `data.decode.Decoders`."""
+
+        def probe(self, path: Path) -> Probe:
+            """Return kind, frame count, size and rate."""
+            ...
+
+        def read_at(
+            self, path: Path, start: float, count: int, size: None, *, fps: float
+        ) -> Frames:
+            """Return `count` frames of a film, from `start` seconds on, at `fps` a second."""
+            ...
+
+        def read_image(self, path: Path, mask: bool = False) -> Picture:
+            """Return a picture as RGB; for a mask, its alpha channel as grey."""
+            ...
+
 else:
-    Autoencoder = Denoiser = Diffusion = PromptEncoder = Any
+    Autoencoder = Denoiser = Diffusion = Files = PromptEncoder = Any

@@ -121,7 +121,7 @@ def _seconds(clip: Clip) -> float:
 def _read_frames(job: Job) -> UInt8[np.ndarray, "F H W 3"]:
     clip, count, size = job.clip, job.shape[0], job.shape[1:]
     if clip.kind == "image":
-        return decoders().read_image(clip.path, size)
+        return decoders().read_still(clip.path, size)
     if job.stride:
         return decoders().read_clip(clip.path, _number(job), count, job.stride, size)
     return decoders().read_at(
@@ -156,7 +156,7 @@ def _read_control(job: Job, control: str, frames: UInt8[np.ndarray, "F H W 3"]) 
             f"the control has another aspect; make it from the uncropped clip"
         )
     if probe.kind == "image":
-        return np.repeat(decoders().read_image(path, size), count, axis=0)
+        return np.repeat(decoders().read_still(path, size), count, axis=0)
     before = decoders().read_seconds(clip.path)[clip.first] if clip.first else 0.0
     longer = probe.seconds - before - _seconds(clip)
     if longer < -1 / FPS - MARGIN or (longer > 1 / FPS + MARGIN and not clip.first):

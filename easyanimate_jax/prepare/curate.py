@@ -271,7 +271,7 @@ def _film(decoders, folder: Folder, name: str, rules: Rules, scores, captioner) 
             return [base | {"left_out": f"not used: type is {told}, but the file holds {kind}"}]
         if kind == "image":
             spans, short, small = [Span(0, 1)], [], None
-            stills = decoders.read_image(path, media.fit_side(height, width, LARGE))
+            stills = decoders.read_still(path, media.fit_side(height, width, LARGE))
         else:
             if num_frames > MAX_FRAMES:
                 raise ValueError(f"{num_frames:,} frames; cut films into at most {MAX_FRAMES:,}")
@@ -403,7 +403,7 @@ def _thumbnails(folder: Folder, rows: list[dict]) -> dict[str, np.ndarray]:
             path = folder.path(row["file"])
             if row["kind"] == "image":
                 size = media.fit_side(row["height"], row["width"], SMALL)
-                found[row["clip"]] = decoders.read_image(path, size)[0]
+                found[row["clip"]] = decoders.read_still(path, size)[0]
             else:
                 middle = row["first"] + row["frames"] // 2
                 found[row["clip"]] = decoders.read_frames(path, [middle], SMALL)[0]

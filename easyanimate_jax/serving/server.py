@@ -1,0 +1,74 @@
+"""Start and end a server: its queue, its dispatcher and uvicorn."""
+
+import logging
+import socket
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import uvicorn
+
+from easyanimate_jax.runs.parts import Opened
+from easyanimate_jax.serving.app import Api, Limits, create_app
+from easyanimate_jax.serving.dispatcher import Dispatcher
+from easyanimate_jax.serving.engine import Settings
+from easyanimate_jax.serving.store import Store
+
+LOG = logging.getLogger(__name__)
+HOUR = 3600.0  # seconds between two looks for videos that are too old
+GRACE = 3  # seconds that open requests have to end when the server is stopped
+LOCAL = ("127.0.0.1", "localhost", "[::1]")
+
+
+def serve(
+    own,
+    settings: Settings,
+    models: Mapping[str, Opened],
+    token: str | None,
+    say: Callable[[str], object],
+) -> None:
+    """Serve until SIGTERM or Ctrl-C. `own` are the options of the verb `serve`.
+
+    `say` is called with the server's address as soon as it listens. Raises OSError if the
+    address cannot be used.
+    """
+    host = own.host.strip("[]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, own.port), family=family, backlog=2048)
+    store = Store(own.folder)
+    count = store.recover()
+    if count:
+        LOG.warning("%d job(s) of a server that was killed are queued again", count)
+    dispatcher = Dispatcher(store, settings, batch=own.batch, limit=own.most_seconds)
+    limits = Limits(own.most_jobs, own.most_pixels, own.most_steps, own.most_megabytes)
+    api = Api(store, dispatcher, models, limits=limits, token=token)
+    app = create_app(api, [*LOCAL, own.host, *own.allow_host])
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=GRACE,
+        )
+    )
+    threading.Thread(target=_clean, args=(store, own), daemon=True).start()
+    dispatcher.start()
+    say(f"serving at http://{own.host}:{listening.getsockname()[1]}")
+    try:
+        server.run(sockets=[listening])
+    finally:
+        dispatcher.close()
+
+
+def _clean(store: Store, own) -> None:
+    """Delete what is too old, or too much, once an hour."""
+    while True:
+        try:
+            if count := store.expire(own.keep_days, int(own.keep_gigabytes * 1e9)):
+                LOG.warning("%d finished job(s) deleted: too old, or too much", count)
+        except (OSError, sqlite3.Error):
+            LOG.exception("old videos cannot be deleted")
+        time.sleep(HOUR)
