@@ -12,12 +12,16 @@ export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,c
 
 setup: .venv/ready
 
-# Install every package at its locked release and hash. The tests use the CPU build of torch if pip
-# finds it, else that of PyPI; then the last pip line installs its CUDA libraries.
-LOCKED := $(BIN)/pip install --quiet --no-compile --require-hashes --no-deps
+# Install every package at its locked release and hash, by uv if it reaches an index (it is faster
+# and does not read pip's settings), else by pip. The tests use the CPU build of torch if pip finds
+# it, else that of PyPI; then the last pip line installs its CUDA libraries.
+HASHED := --quiet --require-hashes --no-deps
+LOCKED := $(BIN)/pip install --no-compile $(HASHED)
 .venv/ready: setup.py requirements.lock requirements-torch.lock requirements-torch-cpu.lock
 	$(PYTHON) -m venv .venv
-	$(LOCKED) -r requirements.lock
+	$(BIN)/pip install --quiet --no-compile uv
+	$(BIN)/uv pip install --python $(BIN)/python $(HASHED) -r requirements.lock || \
+		$(LOCKED) -r requirements.lock
 	$(LOCKED) -r requirements-torch-cpu.lock 2>/dev/null || $(LOCKED) -r requirements-torch.lock
 	$(BIN)/pip install --quiet -e '.[dev]'
 	touch $@
@@ -27,7 +31,6 @@ CUDA := cuda-bindings cuda-pathfinder cuda-toolkit triton $(addprefix nvidia-,cu
 	cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse cusparselt-cu13 \
 	nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
 lock: setup
-	$(BIN)/pip install --quiet uv
 	$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.11 --upgrade \
 		--generate-hashes --no-annotate --custom-compile-command 'make lock' --quiet \
 		$(addprefix --no-emit-package ,torch $(CUDA)) --output-file requirements.lock

@@ -114,7 +114,7 @@ def test_new_adapters_change_nothing_and_trained_ones_equal_merged_weights(model
     np.testing.assert_allclose(predict(whole), after, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernels", ["float32", "int8"])
+@pytest.mark.parametrize("kernels", [pytest.param("float32", marks=pytest.mark.slow), "int8"])
 def test_adapters_beside_any_storage_are_split_over_a_mesh(model, kernels):
     whole = copy(model)
     store(whole, kernels)

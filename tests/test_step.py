@@ -102,6 +102,7 @@ def one_device():
     return steps(ONE, make_batch(1, 8))
 
 
+@pytest.mark.slow  # the next test accumulates too
 def test_a_batch_may_be_accumulated(one_device):
     state, losses = steps(ONE, regroup(make_batch(1, 8), 4))
     np.testing.assert_allclose(losses, one_device[1], rtol=1e-5)
