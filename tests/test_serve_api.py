@@ -4,6 +4,8 @@ import base64
 import contextlib
 import io
 import json
+import threading
+import time
 import zipfile
 
 import numpy as np
@@ -74,6 +76,32 @@ def videos(client):
     """The routes by OpenAI's own client."""
     options = {"api_key": TOKEN, "http_client": client, "max_retries": 0}
     return openai.OpenAI(base_url="http://127.0.0.1:8000/v1", **options).videos
+
+
+@pytest.fixture
+def reference(api):
+    """A client of EasyAnimate's own routes, of a server whose engine is at once done or fails."""
+
+    class Engine(threading.Thread):
+        def run(self):
+            while not api.ended.is_set():
+                for job in api.store.claim(1):
+                    if job.request["prompt"] == "fail":
+                        api.store.fail(job.id, "out_of_memory", "too little memory")
+                    else:
+                        (api.store.videos / f"{job.id}.mp4").write_bytes(b"film")
+                        api.store.complete(job.id, f"{job.id}.mp4", 1.5)
+                time.sleep(0.02)
+
+    app = create_app(api, ["127.0.0.1"], easyanimate_routes=True)
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    with TestClient(app, base_url="http://127.0.0.1:8000", headers=headers) as client:
+        engine = Engine(daemon=True)
+        engine.start()
+        yield lambda **fields: client.post(
+            "/easyanimate/infer_forward", json={"generation_method": "Video Generation"} | fields
+        )
+    engine.join()
 
 
 def finish(api, *ids, content=b"film"):
@@ -174,6 +202,55 @@ def test_every_way_of_generating_is_a_request(client, api, tmp_path):
     assert client.post("/v1/videos", data=form).status_code == 200
     stored = [job.request for job in api.store.page(None, 99, "asc")[0]]
     assert stored[-1]["guided"] == [0.1, 0.9] and stored[-1]["steps"] == 3
+
+
+def test_easyanimates_clients_get_the_video_in_the_answer(reference, api, files):
+    whole = {
+        "base_model_path": "none",
+        "motion_module_path": "none",
+        "lora_model_path": "none",
+        "lora_alpha_slider": 0.55,
+        "prompt_textbox": "a red circle",
+        "negative_prompt_textbox": "blur",
+        "sampler_dropdown": "Flow",
+        "sample_step_slider": 30,
+        "resize_method": "Generate by",
+        "width_slider": 32,
+        "height_slider": 16,
+        "is_image": False,
+        "length_slider": 5,
+        "cfg_scale_slider": 6,
+        "start_image": base64.b64encode(files["start.png"]).decode(),
+        "seed_textbox": 43,
+    }
+    answer = reference(**whole).json()
+    assert answer["message"] == "Success" and answer["save_sample_path"] == ""
+    assert base64.b64decode(answer["base64_encoding"]) == b"film"
+    (job,) = api.store.page(None, 9, "asc")[0]
+    assert job.request["image"] == "image" and job.request["negative_prompt"] == "blur"
+    assert [job.request[name] for name in ("frames", "steps", "sampler")] == [5, 30, "euler"]
+    reference(
+        generation_method="Image Generation", prompt_textbox="x", width_slider=32, height_slider=16
+    )
+    assert api.store.page(None, 1, "desc")[0][0].request["frames"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt_textbox": "fail"}, "too little memory"),
+        ({"lora_model_path": "/etc/passwd"}, "chosen when the server starts"),
+        ({"sampler_dropdown": "magic"}, "sampler_dropdown is 'magic'"),
+        ({"width_slider": 33, "height_slider": 16}, "width 33"),
+        ({"generation_method": "x"}, "generation_method is 'x'"),
+        ({"start_image": "@@"}, "not base64"),
+    ],
+)
+def test_easyanimates_clients_find_errors_in_the_message(reference, fields, message):
+    answer = reference(**fields)
+    assert answer.status_code == 200 and answer.json()["base64_encoding"] is None
+    assert answer.json()["message"].startswith("Error. error information is ")
+    assert message in answer.json()["message"]
 
 
 def test_like_requests_share_a_batch_and_others_do_not(client, api):

@@ -46,6 +46,8 @@ class Options:
     """Token that requests carry; by default that of FOLDER/token, which is made."""
     no_token: bool = False
     """Admit every program of this machine."""
+    easyanimate_routes: bool = False
+    """Offer EasyAnimate's own route, too."""
     batch: int = 4
     """Most jobs of one shape that are sampled at once."""
     memory: Literal["all", "low"] = "all"

@@ -14,6 +14,7 @@ import secrets
 import shutil
 import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -30,7 +31,7 @@ from easyanimate_jax.facts import FPS
 from easyanimate_jax.generation.request import Asked
 from easyanimate_jax.runs.parts import Opened
 from easyanimate_jax.runs.sample import examine
-from easyanimate_jax.serving import fields
+from easyanimate_jax.serving import easyanimate, fields
 from easyanimate_jax.serving.dispatcher import Dispatcher
 from easyanimate_jax.serving.engine import FIRST, NO_ROOM, SHEET, likeness
 from easyanimate_jax.serving.fields import Fault
@@ -206,8 +207,11 @@ class Api:
 FILLED = ("frames", "height", "width", "fps", "strength")  # open fields that the model decides
 
 
-def create_app(api: Api, hosts: Sequence[str]) -> FastAPI:
-    """Return the application; `hosts` are the names by which it may be called."""
+def create_app(api: Api, hosts: Sequence[str], *, easyanimate_routes: bool = False) -> FastAPI:
+    """Return the application; `hosts` are the names by which it may be called.
+
+    `easyanimate_routes` adds those of `serving.easyanimate`.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -218,6 +222,8 @@ def create_app(api: Api, hosts: Sequence[str]) -> FastAPI:
     _errors(app)
     _open_routes(app, api)
     _video_routes(app, api)
+    if easyanimate_routes:
+        easyanimate.add_routes(app, api.store, partial(api.create, key=None, source=None), _given)
     app.add_middleware(
         Guard, admits=api.admits, hosts=hosts, most=api.limits.megabytes * 10**6, cookie=COOKIE
     )

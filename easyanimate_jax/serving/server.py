@@ -43,7 +43,9 @@ def serve(
     dispatcher = Dispatcher(store, settings, batch=own.batch, limit=own.most_seconds)
     limits = Limits(own.most_jobs, own.most_pixels, own.most_steps, own.most_megabytes)
     api = Api(store, dispatcher, models, limits=limits, token=token)
-    app = create_app(api, [*LOCAL, own.host, *own.allow_host])
+    app = create_app(
+        api, [*LOCAL, own.host, *own.allow_host], easyanimate_routes=own.easyanimate_routes
+    )
     server = uvicorn.Server(
         uvicorn.Config(
             app,
