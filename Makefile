@@ -7,8 +7,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # Without an accelerator, the installed TPU compiler would make JAX look for a TPU and warn.
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: setup lock demo demo-long demo-lora demo-control demo-real demo-films test reliability slow bench chaos lint \
-	clean
+.PHONY: setup lock demo demo-long demo-lora demo-control demo-real demo-films test reliability slow browser \
+	bench chaos lint clean
 
 setup: .venv/ready
 
@@ -110,6 +110,11 @@ reliability: setup
 
 slow: setup
 	$(CPU) $(BIN)/pytest -m slow
+
+# The server's page in a real browser, which must be installed as `chromium`.
+browser: setup
+	$(BIN)/pip install --quiet playwright
+	$(CPU) $(BIN)/pytest -n 0 -m "slow or not slow" tests/test_page.py
 
 bench: setup
 	for script in $(filter-out %/setting.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -141,3 +142,50 @@ def test_jobs_are_made_and_cancelled_and_outlive_kills(folder, served):
     assert not subprocess.run(
         ["pgrep", "-f", f"serving.engine {served}"], capture_output=True
     ).stdout
+
+
+@pytest.mark.slow
+def test_two_hundred_jobs_outlive_fifty_kills(folder, served):
+    """Kills in the queue, in denoising and in writing; of the server, and of its engine alone."""
+    rng, ids, kills = np.random.default_rng(0), [], {"server": 0, "engine": 0}
+    server = Server(folder, served, "--batch", "2", "--most-jobs", "1000")
+    while kills["server"] < 40:
+        ids += [server.create(seed=int(rng.integers(5)), steps=10) for _ in range(5)]
+        where = rng.integers(4)
+        if where == 1:  # while one is denoised
+            server.wait(ids[0 if len(ids) < 6 else -5], "in_progress", "completed")
+        elif where == 2:  # while a file is written, if the moment is hit
+            end = time.monotonic() + 20
+            while not list((served / "videos").glob(".*.part")) and time.monotonic() < end:
+                pass
+        elif where == 3:
+            time.sleep(rng.uniform(0, 12))
+        if kills["engine"] < 10 and rng.random() < 0.3:
+            engine = subprocess.run(
+                ["pgrep", "-P", str(server.process.pid), "-f", "serving.engine"],
+                capture_output=True,
+                text=True,
+            )
+            for pid in engine.stdout.split():
+                os.kill(int(pid), signal.SIGKILL)
+                kills["engine"] += 1
+            continue
+        server.end(signal.SIGKILL)
+        kills["server"] += 1
+        server = Server(folder, served, "--batch", "2", "--most-jobs", "1000")
+    ids = ids[:200] if len(ids) > 200 else ids
+    ends = [server.wait(id, "completed", "failed", seconds=600) for id in ids]
+    failed = [shown for shown in ends if shown["status"] == "failed"]
+    assert all(shown["error"]["code"] == "interrupted" for shown in failed)
+    assert len(failed) <= 2, failed  # two engines were killed during one job
+    films = {}
+    for shown in ends:
+        film = served / "videos" / f"{shown['id']}.mp4"
+        if shown["status"] == "completed":
+            frames = media.read_clip(film, 0, 5)
+            np.testing.assert_array_equal(frames, films.setdefault(shown["seed"], frames))
+    counts = Counter(path.name[:38] for path in (served / "videos").iterdir())
+    assert all(counts[shown["id"]] == 4 for shown in ends if shown["status"] == "completed")
+    assert not list((served / "videos").glob(".*"))
+    print(f"{len(ids)} jobs, {kills} kills, {len(failed)} interrupted")
+    server.end()

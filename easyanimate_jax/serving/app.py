@@ -31,7 +31,7 @@ from easyanimate_jax.facts import FPS
 from easyanimate_jax.generation.request import Asked
 from easyanimate_jax.runs.parts import Opened
 from easyanimate_jax.runs.sample import examine
-from easyanimate_jax.serving import easyanimate, fields
+from easyanimate_jax.serving import easyanimate, fields, site
 from easyanimate_jax.serving.dispatcher import Dispatcher
 from easyanimate_jax.serving.engine import FIRST, NO_ROOM, SHEET, likeness
 from easyanimate_jax.serving.fields import Fault
@@ -138,6 +138,7 @@ class Api:
             "prompt": request["prompt"],
             "remixed_from_video_id": job.source,
             "error": error,
+            "request": request,
             "seed": request.get("seed", fields.FIELDS["seed"].default),
             "num_frames": request["frames"],
             "queue_position": self.store.ahead(job) if job.status == "queued" else None,
@@ -222,10 +223,16 @@ def create_app(api: Api, hosts: Sequence[str], *, easyanimate_routes: bool = Fal
     _errors(app)
     _open_routes(app, api)
     _video_routes(app, api)
+    site.add_page(app, api.models, api.admits, COOKIE)
     if easyanimate_routes:
         easyanimate.add_routes(app, api.store, partial(api.create, key=None, source=None), _given)
     app.add_middleware(
-        Guard, admits=api.admits, hosts=hosts, most=api.limits.megabytes * 10**6, cookie=COOKIE
+        Guard,
+        admits=api.admits,
+        hosts=hosts,
+        most=api.limits.megabytes * 10**6,
+        cookie=COOKIE,
+        open_paths=("/healthz", *site.PATHS),
     )
     return app
 

@@ -12,7 +12,6 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-OPEN = ("/healthz",)  # paths without a token
 SAFE = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
@@ -29,7 +28,8 @@ class Guard:
     """ASGI middleware: refuses foreign hosts and origins, missing tokens and large bodies.
 
     `hosts` are the allowed names, without port. `most` is the largest body in bytes. The token
-    comes as `Authorization: Bearer TOKEN`, or in the cookie that the page received for it.
+    comes as `Authorization: Bearer TOKEN`, or in the cookie that the page received for it;
+    `open_paths` need none.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Guard:
         hosts: Sequence[str],
         most: int,
         cookie: str,
-        open_paths: Sequence[str] = OPEN,
+        open_paths: Sequence[str],
     ):
         self.app, self.admits, self.hosts = app, admits, set(hosts)
         self.most, self.cookie, self.open_paths = most, cookie, set(open_paths)
