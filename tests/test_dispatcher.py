@@ -1,12 +1,15 @@
 """The thread between queue and engine, with an engine that follows orders written in prompts."""
 
+import json
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_export import parts as parts  # a fixture: VAE, text encoder and tokenizer
 from test_load import folder as folder  # a fixture: a run
+from test_lora import random_lora
 
 from easyanimate_jax.data import media
 from easyanimate_jax.generation.request import Asked
@@ -15,6 +18,7 @@ from easyanimate_jax.serving import dispatcher
 from easyanimate_jax.serving.dispatcher import Dispatcher
 from easyanimate_jax.serving.engine import Engine, Settings, likeness, open_model, request_of
 from easyanimate_jax.serving.store import Store
+from easyanimate_jax.weights import lora
 
 FAKE = """
 import json, os, select, signal, sys, time
@@ -255,6 +259,26 @@ def test_a_wrong_file_and_a_full_disk_fail_the_job_and_not_the_engine(engine, mo
     assert events[-1]["code"] == "disk_full" and not list(store.videos.iterdir())
 
 
+def test_a_lora_is_in_its_own_videos_alone(engine, folder, tmp_path):
+    working, store, _ = engine
+    config = open_model(working.settings, "tiny").config
+    lora.write(tmp_path / "style.safetensors", random_lora(config), "original")
+    working.settings = working.settings._replace(
+        loras={"style": str(tmp_path / "style.safetensors")}
+    )
+
+    def frames(**fields):
+        (id,) = make(engine, fields)
+        sidecar = json.loads((store.videos / f"{id}.json").read_text())
+        return media.read_clip(store.videos / f"{id}.mp4", 0, 5), sidecar["options"].get("lora")
+
+    before, none = frames()
+    changed, named = frames(lora=[["style", 1.0]])
+    again, _ = frames()
+    assert none is None and named == [f"{tmp_path}/style.safetensors:1.0"]
+    assert not np.array_equal(before, changed) and np.array_equal(before, again)
+
+
 def test_a_fault_of_ours_ends_the_engine(engine, monkeypatch):
     monkeypatch.setattr("easyanimate_jax.serving.engine.generate", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -271,5 +295,5 @@ def test_teacache_shares_no_batch(folder):
         ("d", {"teacache": 0.1}),
     ):
         request = request_of({"prompt": "x"} | fields, Path("."), id)
-        found.append(likeness("tiny", examine([Asked(request)], opened)[0].request, id))
+        found.append(likeness("tiny", [], examine([Asked(request)], opened)[0].request, id))
     assert found[0] == found[1] and len(set(found)) == 3

@@ -32,6 +32,10 @@ from test_export import parts as parts  # a fixture: VAE, text encoder and token
 from test_old_runs import SAVED
 
 import easyanimate_jax as ea
+from easyanimate_jax.commands.sample import main as sample
+from easyanimate_jax.data import media
+from easyanimate_jax.generation.inputs import read_inputs
+from easyanimate_jax.generation.request import SampleRequest
 from easyanimate_jax.text.encode import TextEncoder, state_widths
 from easyanimate_jax.weights.identity import fingerprint
 from easyanimate_jax.weights.module import save_module
@@ -83,6 +87,78 @@ def test_a_folder_of_any_layout_makes_the_frames_of_its_run(run, tmp_path):
         pipeline = ea.load_pipeline(tmp_path / layout, dtype="float32", low_memory=True)
         assert pipeline.step is None and pipeline.samples == ea.SampleConfig()
         np.testing.assert_array_equal(pipeline(PROMPT, **ASKED), expected, err_msg=layout)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Files of the video's own size: a picture, a film and camera poses."""
+    folder, rng = tmp_path_factory.mktemp("given"), np.random.default_rng(1)
+    media.write_png(folder / "picture.png", rng.integers(0, 256, (*SIZE[1:], 3), np.uint8))
+    media.write_video(folder / "film.mp4", rng.integers(0, 256, (*SIZE, 3), np.uint8))
+    turns = [
+        np.array([[np.cos(a), 0, -np.sin(a)], [0, 1, 0], [np.sin(a), 0, np.cos(a)]])
+        for a in np.arange(40) / 40
+    ]
+    rows = [
+        [0, 0.5, 0.9, 0.5, 0.5, 0, 0, *np.c_[turn, [0, 0, i / 20]].ravel()]
+        for i, turn in enumerate(turns)
+    ]
+    (folder / "poses.txt").write_text(
+        "title\n" + "\n".join(" ".join(map(str, row)) for row in rows)
+    )
+    return folder
+
+
+RELEASED = {  # input channels, and the files that the command is given
+    "t2v": (16, {}),
+    "inp": (33, {"image": "picture.png"}),
+    "control": (48, {"control": "film.mp4", "reference": "picture.png"}),
+    "camera": (38, {"camera": "poses.txt", "reference": "picture.png"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RELEASED)
+@pytest.mark.parametrize("version", ["V5", "V5.1"])
+def test_one_command_samples_a_released_folder(version, kind, parts, v5_parts, given, tmp_path):
+    """Both layouts; the film in the file is that of `load_pipeline` with the same arrays."""
+    channels, names = RELEASED[kind]
+    texts = {"V5": v5_parts, "V5.1": parts}[version]
+    config = with_fields(
+        MODEL,
+        depth=1,
+        mmdit_depth=1,
+        in_channels=channels,
+        text_widths=state_widths(texts),
+        text_norm=texts is parts,
+    )
+    model = random_module(ea.MMDiT, config)
+    process = {"V5": ea.DDPM(), "V5.1": ea.Flow()}[version]
+    write_run(tmp_path / "run", [model, model], vae=texts / "vae", text=texts, process=process)
+    options = [word for name, file in names.items() for word in (f"--{name}", given / file)]
+    options += [f"--{name}={ASKED[name]}" for name in ASKED]
+    arrays = {}
+    for layout in ("diffusers", "original"):
+        ea.convert(tmp_path / "run", tmp_path / layout, ea.ConvertOptions(to=layout))
+        out = tmp_path / f"{layout}_out"
+        command = [tmp_path / layout, "--prompt", PROMPT, "--output", out, *options]
+        assert sample(list(map(str, command))) == 0
+        if not arrays:
+            sidecar = json.loads((out / "00000001.json").read_text())
+            asked = SampleRequest(
+                **{
+                    name.replace("-", "_"): value
+                    for name, value in sidecar["options"].items()
+                    if name not in ("weights", "weights-of")
+                }
+            )
+            arrays = read_inputs(asked)
+            if "start" in arrays:
+                arrays = {"image": arrays["start"]}
+        frames = ea.load_pipeline(tmp_path / layout)(PROMPT, **ASKED, **arrays)
+        assert frames.std() > 20
+        media.write_video(tmp_path / "expected.mp4", frames, comment="settings: 00000001.json")
+        assert (out / "00000001.mp4").read_bytes() == (tmp_path / "expected.mp4").read_bytes()
 
 
 def test_a_run_that_was_moved_finds_its_models_and_refuses_others(parts, tmp_path):

@@ -204,6 +204,35 @@ def test_every_way_of_generating_is_a_request(client, api, tmp_path):
     assert stored[-1]["guided"] == [0.1, 0.9] and stored[-1]["steps"] == 3
 
 
+def test_a_request_names_the_loras_of_its_model(client, api):
+    api.loras = {"t2v": ["style", "face"]}
+
+    def post(lora):
+        return client.post("/v1/videos", json={"prompt": "x", "model": "t2v", "lora": lora})
+
+    for lora in ("style:0.8, face", ["style:0.8", "face:1"], "style:0.8,face,style:0"):
+        assert api.store.get(post(lora).json()["id"]).request["lora"] == [
+            ["style", 0.8],
+            ["face", 1],
+        ]
+    other = post("style:0.5").json()["id"]
+    assert [len(api.store.claim(9)) for _ in range(3)] == [3, 1, 0]  # one batch, one memory
+    assert api.store.get(other).request["lora"] == [["style", 0.5]]
+    for lora, words in (
+        ("gone", "its LoRAs are style, face"),
+        ("style:much", "give a weight"),
+        ("style:1e9", "give a weight"),
+        ("style:nan", "give a weight"),
+        ({"style": 1}, "give names and weights"),
+        ([1], "give names and weights"),
+        ("../style", "has no LoRA"),
+    ):
+        answer = post(lora)
+        assert answer.status_code in (400, 404) and words in answer.json()["error"]["message"]
+        assert answer.json()["error"]["param"] == "lora"
+    assert client.post("/v1/videos", json={"prompt": "x", "lora": "style"}).status_code == 404
+
+
 def test_easyanimates_clients_get_the_video_in_the_answer(reference, api, files):
     whole = {
         "base_model_path": "none",

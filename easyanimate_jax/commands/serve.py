@@ -1,20 +1,25 @@
 """Serve models over HTTP."""
 
 import os
+import re
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.facts import CELL
 from easyanimate_jax.generation.request import check_range, check_tile
 from easyanimate_jax.training.safety.exits import DONE
+
+if TYPE_CHECKING:
+    from easyanimate_jax.runs.parts import Opened
 
 HELP = """Serve models over HTTP, by the routes that OpenAI's clients know.
 
@@ -25,6 +30,7 @@ HELP = """Serve models over HTTP, by the routes that OpenAI's clients know.
 MODEL is a run, a converted folder or a released folder, or NAME=FOLDER; requests name one by its
 folder's name, and the first is the default. One model is in memory at a time. All jobs are kept in
 a folder, and those of a server that was killed go on when the next one starts."""
+NAME = re.compile(r"[\w.-]+")
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -34,6 +40,8 @@ class Options:
 
     models: Positional[tuple[str, ...]]
     """Models: FOLDER or NAME=FOLDER."""
+    lora: UseAppendAction[tuple[str, ...]] = ()
+    """LoRA that requests may name: FILE or NAME=FILE."""
     folder: Path = Path("served")
     """Folder of the queue and the videos."""
     host: str = "127.0.0.1"
@@ -82,7 +90,8 @@ def main(arguments: Sequence[str]) -> int:
 def _serve(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "serve", HELP)
     check(own)
-    models = named(own.models)
+    models = named(own.models, "folder", Path.is_dir)
+    files = named(own.lora, "file", Path.is_file)
     parse.check_folder("--folder", own.folder)
     try:
         import fastapi  # noqa: F401 the first of the extra's packages
@@ -96,11 +105,13 @@ def _serve(arguments: Sequence[str]) -> int:
     from easyanimate_jax.serving.server import serve
 
     set_up_jax()
-    settings = Settings(models, own.weights, own.weights_of, own.memory == "low", own.tile)
+    low = own.memory == "low"
+    settings = Settings(models, files, own.weights, own.weights_of, low, own.tile)
     opened = {name: open_model(settings, name) for name in models}
+    loras = fitting(opened, files)
     with FolderLock(own.folder, option="--folder", mode=0o700):
         say = partial(print, flush=True)  # a program may wait for the line
-        serve(own, settings, opened, token_of(own), say)
+        serve(own, settings, opened, loras, token_of(own), say)
     return DONE
 
 
@@ -130,23 +141,45 @@ def check(own: Options) -> None:
         raise ValueError("--token is too easy to guess: use 16 ASCII characters or more")
 
 
-def named(words: Sequence[str]) -> dict[str, str]:
-    """Return the folder of each model by its name. Raises ValueError."""
-    from easyanimate_jax.disk.local import local_path
+def named(words: Sequence[str], kind: str, is_kind: Callable[[Path], bool]) -> dict[str, str]:
+    """Return the path of each model or LoRA by its name. Raises ValueError.
 
-    models = {}
+    A word is PATH, whose name is that of the file or folder, or NAME=PATH.
+    """
+    found = {}
     for word in words:
-        name, sign, folder = word.partition("=")
-        path = local_path(folder if sign else word)
-        name = name if sign else path.resolve().name
-        if not path.is_dir():
-            raise ValueError(f"there is no folder {path}; give a run, or a folder with weights")
-        if name in models:
-            raise ValueError(f"two models are called {name!r}: name one of them, as other={path}")
-        models[name] = str(path)
-    if not models:
-        raise ValueError("give a model: a run, or a folder with weights")
-    return models
+        name, sign, place = word.partition("=")
+        path = local_path(place if sign else word)
+        name = name if sign else path.resolve().name.removesuffix(".safetensors")
+        if not is_kind(path):
+            raise ValueError(f"there is no {kind} {path}")
+        if name in found:
+            raise ValueError(f"two are called {name!r}: name one of them, as other={path}")
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name: use letters, digits, - _ and ., as good={path}")
+        found[name] = str(path)
+    return found
+
+
+def fitting(models: Mapping[str, "Opened"], loras: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the names of the LoRAs that fit each model.
+
+    Raises ValueError for a file that is no LoRA, and for one that fits no model.
+    """
+    from easyanimate_jax.weights.adapters import check, open_loras
+
+    found, problems = {name: [] for name in models}, {}
+    for lora, path in loras.items():
+        opened = open_loras([(path, 1.0)])
+        for name, model in models.items():
+            try:
+                check(opened, model.config)
+                found[name].append(lora)
+            except ValueError as error:
+                problems[lora] = str(error)
+        if not any(lora in names for names in found.values()):
+            raise ValueError(problems[lora])
+    return found
 
 
 def token_of(own: Options) -> str | None:

@@ -33,7 +33,7 @@ from easyanimate_jax.runs.parts import Opened
 from easyanimate_jax.runs.sample import examine
 from easyanimate_jax.serving import easyanimate, fields, site
 from easyanimate_jax.serving.dispatcher import Dispatcher
-from easyanimate_jax.serving.engine import FIRST, NO_ROOM, SHEET, likeness
+from easyanimate_jax.serving.engine import FIRST, LORA, NO_ROOM, SHEET, likeness
 from easyanimate_jax.serving.fields import Fault
 from easyanimate_jax.serving.guard import Guard, problem
 from easyanimate_jax.serving.metrics import Metrics
@@ -61,7 +61,10 @@ class Limits:
 
 
 class Api:
-    """What the routes share: the queue, its dispatcher, the models, the limits and the token."""
+    """What the routes share: the queue, its dispatcher, the models, the limits and the token.
+
+    `loras` are the names of the LoRAs that fit a model, by its name.
+    """
 
     def __init__(
         self,
@@ -69,11 +72,12 @@ class Api:
         dispatcher: Dispatcher,
         models: Mapping[str, Opened],
         *,
+        loras: Mapping[str, Sequence[str]] = {},
         limits: Limits = Limits(),
         token: str | None = None,
     ):
         self.store, self.dispatcher, self.models = store, dispatcher, models
-        self.limits, self.token = limits, token
+        self.loras, self.limits, self.token = loras, limits, token
         self.ended = asyncio.Event()  # of the server: event streams end then
 
     def create(self, given: Mapping[str, object], key: str | None, source: Job | None) -> Job:
@@ -100,7 +104,8 @@ class Api:
             opened = self.models[model]
             asked = examine([Asked(request)], opened, decoders())[0]
             self._limit(asked.request, opened)
-            alike = likeness(model, asked.request, id)
+            loras = self._loras(model, wanted.get(LORA, []))
+            alike = likeness(model, loras, asked.request, id)
             source_id = source and source.id
             most = self.limits.queue
             filled = wanted | {name: getattr(asked.request, name) for name in FILLED}
@@ -185,6 +190,15 @@ class Api:
             raise Fault(404, message, "model", "model_not_found")
         return name
 
+    def _loras(self, model: str, wanted: list) -> list:
+        known = self.loras.get(model, ())
+        for name, _ in wanted:
+            if name not in known:
+                which = f"its LoRAs are {', '.join(known)}" if known else "it has none here"
+                message = f"{model} has no LoRA {name[:80]!r}: {which}"
+                raise Fault(404, message, LORA, "lora_not_found")
+        return wanted
+
     def _limit(self, request, opened: Opened) -> None:
         samples = opened.samples
         most = self.limits.pixels or samples.frames * samples.height * samples.width
@@ -223,7 +237,7 @@ def create_app(api: Api, hosts: Sequence[str], *, easyanimate_routes: bool = Fal
     _errors(app)
     _open_routes(app, api)
     _video_routes(app, api)
-    site.add_page(app, api.models, api.admits, COOKIE)
+    site.add_page(app, api.models, api.loras, api.admits, COOKIE)
     if easyanimate_routes:
         easyanimate.add_routes(app, api.store, partial(api.create, key=None, source=None), _given)
     app.add_middleware(

@@ -83,7 +83,7 @@ class Dispatcher(threading.Thread):
 
     def _start(self) -> None:
         """Start the engine, and load the first model."""
-        settings = json.dumps(self.settings._asdict())
+        settings = json.dumps(self.settings._asdict() | {"loras": dict(self.settings.loras)})
         self._engine = subprocess.Popen(
             [*ENGINE, str(self.store.folder), settings],
             stdin=subprocess.PIPE,

@@ -14,8 +14,9 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from easyanimate_jax.data import media
@@ -27,10 +28,12 @@ from easyanimate_jax.runs import load
 from easyanimate_jax.runs.parts import Opened, open_parts
 from easyanimate_jax.runs.sample import evaluations, examine, generate, shape_of, warn
 from easyanimate_jax.training.safety.supervisor import die_with_parent
+from easyanimate_jax.weights.adapters import open_loras
 from easyanimate_jax.weights.folder import Weights
 
 FIRST = "_first.png"  # the first frame of ID.mp4 is ID_first.png
 SHEET = "_sheet.png"
+LORA = "lora"  # the field of a request with [name, weight] of each LoRA
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk takes no more
 
 
@@ -38,6 +41,9 @@ class Settings(NamedTuple):
     """How an engine loads and samples all its models."""
 
     models: dict[str, str]  # the folder of each model, by its name in requests
+    loras: Mapping[str, str] = MappingProxyType(
+        {}
+    )  # the file of each LoRA, by its name in requests
     weights: str = "full"  # or int8
     weights_of: Weights = "ema"
     low_memory: bool = False
@@ -60,6 +66,7 @@ class Engine:
         self.cancelled: set[str] = set()
         self.files = Decoders(1)
         self.name: str | None = None  # of the model in memory
+        self.loras: list = []  # [name, weight] of those in it
         self.opened: Opened | None = None
         self.run: load.Pipeline | None = None
 
@@ -67,7 +74,7 @@ class Engine:
         """Sample a batch of jobs, {"id", "request"}, and tell how each ended."""
         ids = [job["id"] for job in jobs]
         try:
-            self._use(model)
+            self._use(model, jobs[0]["request"].get(LORA, []))
             asked = [Asked(request_of(job["request"], self.folder, job["id"])) for job in jobs]
             asked = examine(asked, self.opened, self.files)
             self._sample(ids, asked)
@@ -83,20 +90,24 @@ class Engine:
 
     def load(self, model: str) -> None:
         """Read the weights of a model now."""
-        self._use(model)
+        self._use(model, [])
         if not self.settings.low_memory:
             _ = self.run.diffusion.model, self.run.diffusion.vae, self.run.encoder
 
-    def _use(self, model: str) -> None:
-        if self.name == model:
+    def _use(self, model: str, loras: list) -> None:
+        if (self.name, self.loras) == (model, loras):
             return
         self.run = self.opened = self.name = None  # its memory is free before the next is read
         how = self.settings
         self.opened = open_model(how, model)
+        weighted = open_loras((how.loras[name], weight) for name, weight in loras)
         self.run = load.load_opened(
-            self.opened, low_memory=how.low_memory, int8=how.weights == "int8"
+            self.opened,
+            low_memory=how.low_memory,
+            int8=how.weights == "int8",
+            loras=weighted,
         )
-        self.name = model
+        self.name, self.loras = model, loras
 
     def _sample(self, ids: Sequence[str], asked: Sequence[Asked]) -> None:
         total, began = evaluations(asked[0]), time.perf_counter()
@@ -129,6 +140,8 @@ class Engine:
         options |= {"tile": settings.tile} if settings.tile else {}
         if self.opened.step is not None:
             options["step"] = self.opened.step
+        if self.loras:
+            options["lora"] = [f"{settings.loras[name]}:{weight}" for name, weight in self.loras]
         origin = Origin(Path(settings.models[self.name]), options, {}, self.opened.meta)
         sidecar = record(one, origin, videos, seconds)
         try:
@@ -154,7 +167,7 @@ def open_model(settings: Settings, name: str) -> Opened:
 
 def request_of(fields: dict, folder: Path, id: str) -> SampleRequest:
     """Return a job's request, with the paths of its files."""
-    fields = dict(fields)
+    fields = {name: value for name, value in fields.items() if name != LORA}
     for name in set(FILES) & set(fields):
         fields[name] = str(folder / "uploads" / id / fields[name])
     if "guided" in fields:
@@ -162,13 +175,14 @@ def request_of(fields: dict, folder: Path, id: str) -> SampleRequest:
     return SampleRequest(**fields)
 
 
-def likeness(model: str, request: SampleRequest, id: str) -> str:
+def likeness(model: str, loras: list, request: SampleRequest, id: str) -> str:
     """Return a text that is equal for jobs that one batch may sample; `request` is examined.
 
     With TeaCache a video depends on the others of its batch, so such a job is like no other.
     """
     same = [getattr(request, name) for name in (*SAMPLING, "picture_noise")]
-    return json.dumps([model, shape_of(request), same, id if request.teacache else None])
+    alone = id if request.teacache else None
+    return json.dumps([model, loras, shape_of(request), same, alone])
 
 
 def cause_of(error: Exception) -> tuple[str, str]:

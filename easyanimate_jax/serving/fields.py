@@ -11,6 +11,7 @@ import binascii
 import dataclasses
 import inspect
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from easyanimate_jax.data.buckets import whole_frames
 from easyanimate_jax.data.decode import decoders
 from easyanimate_jax.facts import FPS
 from easyanimate_jax.generation.request import FILES, SampleRequest, check
-from easyanimate_jax.serving.engine import Settings, request_of
+from easyanimate_jax.serving.engine import LORA, Settings, request_of
 from easyanimate_jax.serving.store import Store
 
 ALIASES = {
@@ -29,12 +30,20 @@ ALIASES = {
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
 }
-OTHERS = ("model", "seconds", "size", "input_reference", "user")  # of OpenAI, with rules below
+OTHERS = (
+    "model",
+    LORA,
+    "seconds",
+    "size",
+    "input_reference",
+    "user",
+)  # of OpenAI, with rules below
 WRITTEN = ("trajectory", "camera")  # files that may also be given as text
 TYPES = get_type_hints(SampleRequest)
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
 DATA_URL = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[\w.+=-]+)*?;base64,", re.ASCII)
 MOST_CHARACTERS = 10_000  # of a text
+MOST_WEIGHT = 100.0  # of a LoRA
 NAMES = {Path: "file", str: "text", int: "whole number", float: "number"}
 
 
@@ -105,6 +114,8 @@ def parse(given: Mapping[str, object], store: Store, id: str) -> dict:
             put("height", int(match[2]), said)
         elif said == "seconds":
             put("seconds", read(Field(said, float, (), None, ""), value), said)
+        elif said == LORA:
+            put(said, read_loras(value), said)
         elif said == "input_reference":
             put("input_reference", content(value, said), said)
         elif name not in FIELDS:
@@ -167,6 +178,28 @@ def read(field: Field, value):
     except (ValueError, TypeError, RecursionError):
         wanted = "two numbers" if field.kind is tuple else f"a {NAMES[field.kind]}"
         raise Fault(400, f"{name} is {str(value)[:80]!r}: give {wanted}", name) from None
+
+
+def read_loras(value) -> list[list]:
+    """Return [name, weight] of each LoRA in a text such as "style:0.8, face", or in a list of such.
+
+    The weight is 1 if it is left out; a LoRA of weight 0 is left out. Raises Fault.
+    """
+    words = value.split(",") if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise Fault(400, 'lora: give names and weights, such as "style:0.8, face"', LORA)
+    found = []
+    for word in filter(None, map(str.strip, words)):
+        name, colon, weight = word.rpartition(":")
+        try:
+            weight = float(weight) if colon else 1.0
+        except ValueError:
+            weight = math.nan
+        if not abs(weight) <= MOST_WEIGHT:
+            raise Fault(400, f"lora {word[:80]!r}: give a weight such as 0.8 behind the name", LORA)
+        if weight:
+            found.append([name if colon else word, weight])
+    return found
 
 
 def number(value, kind: type) -> int | float:

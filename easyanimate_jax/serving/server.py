@@ -5,7 +5,7 @@ import socket
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import uvicorn
 
@@ -25,13 +25,14 @@ def serve(
     own,
     settings: Settings,
     models: Mapping[str, Opened],
+    loras: Mapping[str, Sequence[str]],
     token: str | None,
     say: Callable[[str], object],
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. `own` are the options of the verb `serve`.
 
-    `say` is called with the server's address as soon as it listens. Raises OSError if the
-    address cannot be used.
+    `loras` are the names of the LoRAs that fit each model. `say` is called with the server's
+    address as soon as it listens. Raises OSError if the address cannot be used.
     """
     host = own.host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -42,7 +43,7 @@ def serve(
         LOG.warning("%d job(s) of a server that was killed are queued again", count)
     dispatcher = Dispatcher(store, settings, batch=own.batch, limit=own.most_seconds)
     limits = Limits(own.most_jobs, own.most_pixels, own.most_steps, own.most_megabytes)
-    api = Api(store, dispatcher, models, limits=limits, token=token)
+    api = Api(store, dispatcher, models, loras=loras, limits=limits, token=token)
     app = create_app(
         api, [*LOCAL, own.host, *own.allow_host], easyanimate_routes=own.easyanimate_routes
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -39,7 +39,7 @@ WAYS = {  # what a way of the page needs of a model's inputs
 }
 
 
-def options(models: Mapping[str, Opened]) -> dict:
+def options(models: Mapping[str, Opened], loras: Mapping[str, Sequence[str]]) -> dict:
     """Return what the page offers: the models with their ways, and the fields with their ranges."""
     ranges = {name: (low, high) for name, low, high in RANGES}
     fields = []
@@ -47,7 +47,11 @@ def options(models: Mapping[str, Opened]) -> dict:
         low, high = ranges.get(field.name, (None, None))
         one = field._asdict() | {"kind": KIND_NAMES[field.kind], "low": low, "high": high}
         fields.append(one)
-    return {"models": [_model(name, opened) for name, opened in models.items()], "fields": fields}
+    offered = [
+        _model(name, opened) | {"loras": list(loras.get(name, ()))}
+        for name, opened in models.items()
+    ]
+    return {"models": offered, "fields": fields}
 
 
 def _model(name: str, opened: Opened) -> dict:
@@ -66,6 +70,7 @@ def _model(name: str, opened: Opened) -> dict:
 def add_page(
     app: FastAPI,
     models: Mapping[str, Opened],
+    loras: Mapping[str, Sequence[str]],
     admits: Callable[[str | None], bool],
     cookie: str,
 ) -> None:
@@ -73,7 +78,7 @@ def add_page(
 
     @app.get("/v1/options")
     async def offered() -> dict:
-        return options(models)
+        return options(models, loras)
 
     @app.post("/login")
     async def login(request: Request) -> JSONResponse:

@@ -170,6 +170,14 @@ function showWay() {
   );
   $("main_options").replaceChildren(...MAIN.map((name) => control(fieldOf(name), false)));
   $("options").replaceChildren(...rest.map((field) => control(field, false)));
+  $("lora_row").hidden = model().loras.length === 0;
+  $("loras").replaceChildren(
+    ...model().loras.map((name) => {
+      const input = element("input", { type: "number", step: 0.1, id: `lora_${name}`, placeholder: "0" });
+      input.dataset.lora = name;
+      return element("div", {}, element("label", { htmlFor: input.id, textContent: name }), input);
+    }),
+  );
   $("camera_moves").hidden = way() !== "camera";
   showPainter();
 }
@@ -242,6 +250,8 @@ async function form() {
   const found = values();
   delete found.way;
   for (const [name, value] of Object.entries(found)) body.append(name, value);
+  const loras = [...document.querySelectorAll("#loras input")].filter((input) => Number(input.value));
+  if (loras.length) body.append("lora", loras.map((input) => `${input.dataset.lora}:${input.value}`).join(","));
   for (const input of document.querySelectorAll("#request input[type=file]"))
     if (input.files[0]) body.append(input.name, input.files[0]);
   if (way() === "inpaint" && !body.has("mask") && painter.touched) body.append("mask", await painter.mask());
@@ -370,7 +380,11 @@ async function again(job) {
   if ($(`way_${name}`)) $(`way_${name}`).checked = true;
   showWay();
   const files = new Set(offer.fields.filter((field) => field.kind === "file").map((field) => field.name));
-  fill(Object.fromEntries(Object.entries(settings).filter(([key]) => !files.has(key))));
+  fill(Object.fromEntries(Object.entries(settings).filter(([key]) => !files.has(key) && key !== "lora")));
+  for (const [name, weight] of settings.lora ?? []) {
+    const input = document.querySelector(`#loras input[data-lora="${CSS.escape(name)}"]`);
+    if (input) input.value = weight;
+  }
   $("message").textContent = Object.keys(settings).some((key) => files.has(key)) ? say("files_again") : "";
   $("prompt").focus();
 }
