@@ -13,7 +13,7 @@ import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 from test_sample import FILM
-from test_serve_api import LIMITS, TOKEN
+from test_serve_api import TOKEN
 from test_serve_api import api as api  # fixtures: a server's state, models without weights, files
 from test_serve_api import client as client
 from test_serve_api import files as files
@@ -21,7 +21,7 @@ from test_serve_api import models as models
 
 from easyanimate_jax.data import media
 from easyanimate_jax.serving import site
-from easyanimate_jax.serving.app import create_app
+from easyanimate_jax.serving.app import Limits, create_app
 from easyanimate_jax.serving.fields import FIELDS
 
 TEXTS = json.loads(site.PAGE["texts.json"].read_text("utf-8"))
@@ -197,7 +197,7 @@ def browser():
 @pytest.mark.slow
 @pytest.mark.parametrize(("language", "width"), [("en-US", 1280), ("zh-CN", 390), ("en-US", 390)])
 def test_every_way_is_filled_in_and_its_video_plays(language, width, api, browser, tmp_path):
-    object.__setattr__(api, "limits", type(LIMITS)(queue=50))
+    api.limits = Limits(queue=50)
     page = Page(api, browser, tmp_path, language, width)
     try:
         page.enter()
