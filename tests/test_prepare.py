@@ -256,6 +256,33 @@ def test_fast_films_are_read_at_eight_frames_a_second(source, vae):
     assert 0 <= job.start <= (40 - 1) / 24 - 8 / 8
 
 
+def test_clips_that_a_set_leaves_out_are_counted_by_reason(source, caplog):
+    clips, _ = prepare_module.read_clips(source)
+    clips = [dataclasses.replace(c, quality=1.0) for c in clips if c.kind == "video"]
+    caplog.set_level("INFO")
+    prepare_module.select(SET, clips, seed=0)
+    assert not caplog.records
+    clip = clips[0]
+    odd = [
+        dataclasses.replace(clip, num_frames=6),
+        dataclasses.replace(clip, height=4, width=4),
+    ]
+    wanted = dataclasses.replace(SET, min_quality=0.5, kinds=("video",))
+    given = [
+        *clips,
+        *odd,
+        dataclasses.replace(clip, kind="image"),
+        dataclasses.replace(clip, quality=0.1),
+    ]
+    jobs = prepare_module.select(wanted, given, seed=0)
+    assert [record.message for record in caplog.records] == [
+        f"set 'small': {len(jobs)} of {len(given)} clips; left out: "
+        "1 that fills no token length to 0.8 (min_fill); "
+        "1 that is smaller than every size of the stage, even enlarged by 1.25; "
+        "1 of kind image; 1 of quality below 0.5"
+    ]
+
+
 def test_captions_that_are_cut_are_counted_and_named_once(source, vae, caplog):
     rows = json.loads((source / "metadata.json").read_text())
     long = "a long caption " * 20

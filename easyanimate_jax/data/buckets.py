@@ -247,14 +247,14 @@ def _admissible(
         }
         shapes += budget._shapes(sorted(beside - set(true)), frames, height, width)
     if not shapes:
-        return (), f"smaller than every size of the stage, even enlarged by {MAX_UPSCALE}"
+        return (), f"is smaller than every size of the stage, even enlarged by {MAX_UPSCALE}"
     if frames > TIME_FACTOR:
         shapes = [shape for shape in shapes if shape.frames > 1]
     good = tuple(shape for shape in shapes if budget.fill(shape) >= GOOD_FILL)
     best = max(shapes, key=budget.fill, default=None)
     if good or (best and budget.fill(best) >= budget.min_fill):
         return good or (best,), ""
-    return (), f"fills no token length to {budget.min_fill}"
+    return (), f"fills no token length to {budget.min_fill} (min_fill)"
 
 
 class Clips(NamedTuple):

@@ -19,6 +19,7 @@ import hashlib
 import itertools
 import json
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,17 +116,30 @@ def prompts_key(prompts: Sequence[str], weights: dict[str, str]) -> str:
 
 
 def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]:
-    """Return the set's clips as jobs, sorted by shape. Raises ValueError if no clip fits."""
-    jobs = []
+    """Return the set's clips as jobs, sorted by shape; log how many are left out, and why.
+
+    Raises ValueError if no clip fits.
+    """
+    jobs, left_out = [], Counter()
     for clip in clips:
-        if clip.kind not in latent_set.kinds or clip.quality < latent_set.min_quality:
-            continue
-        if min(clip.height, clip.width) < latent_set.min_side:
-            continue
-        frames = frames_of(latent_set, clip)
-        shape = latent_set.budget.choose(frames, clip.height, clip.width, clip.name)
-        if shape is not None:
+        if clip.kind not in latent_set.kinds:
+            left_out[f"of kind {clip.kind}"] += 1
+        elif clip.quality < latent_set.min_quality:
+            left_out[f"of quality below {latent_set.min_quality:g}"] += 1
+        elif min(clip.height, clip.width) < latent_set.min_side:
+            left_out[f"narrower than {latent_set.min_side} pixels"] += 1
+        else:
+            seen = frames_of(latent_set, clip), clip.height, clip.width
+            shape = latent_set.budget.choose(*seen, clip.name)
+            if shape is None:
+                left_out[f"that {latent_set.budget.admissible(*seen)[1]}"] += 1
+                continue
             jobs.append(make_job(latent_set, clip, shape, _rng(seed, latent_set.name, clip.name)))
+    if left_out:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.most_common())
+        logger.info(
+            f"set {latent_set.name!r}: {len(jobs)} of {len(clips)} clips; left out: {reasons}"
+        )
     if not jobs:
         raise ValueError(
             f"set {latent_set.name!r}: none of {len(clips)} clips is of kind "
