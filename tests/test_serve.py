@@ -18,6 +18,7 @@ from test_export import parts as parts  # a fixture: VAE, text encoder and token
 from test_load import folder as folder  # a fixture: a run
 
 from easyanimate_jax.data import media
+from easyanimate_jax.serving.store import Store
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"size": "32x16", "num_frames": 5, "steps": 2, "seed": 1}
@@ -138,10 +139,14 @@ def test_jobs_are_made_and_cancelled_and_outlive_kills(folder, served):
     assert second.returncode == 2 and re.fullmatch(
         "error: .* is in use by process .*\n", second.stderr
     )
+    stopped = server.create(steps=100)
+    server.wait(stopped, "in_progress")
     server.end()
-    assert not subprocess.run(
-        ["pgrep", "-f", f"serving.engine {served}"], capture_output=True
-    ).stdout
+    assert server.process.returncode == 0
+    job = Store(served).get(stopped)
+    assert (job.status, job.stops) == ("queued", 0)  # it was put back, and is no fault of its own
+    left = subprocess.run(["pgrep", "-f", f"serving.engine {served}"], capture_output=True)
+    assert not left.stdout
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
@@ -42,6 +42,7 @@ from easyanimate_jax.serving.store import ID, Full, Job, Store
 COOKIE = "easyanimate"
 POLL = 0.25  # seconds between two looks of an event stream
 COMMENT = 15.0  # seconds of silence after which an event stream says that it lives
+AT_ONCE = 4  # requests whose files are in memory
 KEY = 200  # most characters of an Idempotency-Key
 VARIANTS = {"thumbnail": FIRST, "spritesheet": SHEET}
 
@@ -279,15 +280,15 @@ def _video_routes(app: FastAPI, api: Api) -> None:
         key = request.headers.get("idempotency-key")
         if key is not None and len(key) > KEY:
             raise Fault(400, f"Idempotency-Key: use at most {KEY} characters")
-        given = await _given(request)
-        return api.shown(await run_in_threadpool(api.create, given, key, None))
+        async with _given(request) as given:
+            return api.shown(await run_in_threadpool(api.create, given, key, None))
 
     @app.post("/v1/videos/{id}/remix")
     async def remix(id: str, request: Request) -> dict:
-        given = await _given(request)
-        if set(given) != {"prompt"}:
-            raise Fault(400, "a remix takes a prompt and nothing else", "prompt")
-        return api.shown(await run_in_threadpool(api.create, given, None, api.find(id)))
+        async with _given(request) as given:
+            if set(given) != {"prompt"}:
+                raise Fault(400, "a remix takes a prompt and nothing else", "prompt")
+            return api.shown(await run_in_threadpool(api.create, given, None, api.find(id)))
 
     @app.get("/v1/videos")
     async def page(
@@ -342,8 +343,12 @@ async def _follow(api: Api, id: str) -> AsyncIterator[str]:
         await asyncio.sleep(POLL)
 
 
-async def _given(request: Request) -> dict[str, object]:
-    """Return the fields of a request with JSON or a form; files as bytes. Raises Fault."""
+@contextlib.asynccontextmanager
+async def _given(request: Request) -> AsyncIterator[dict[str, object]]:
+    """Yield the fields of a request with JSON or a form; files as bytes. Raises Fault.
+
+    Only `AT_ONCE` requests have their files in memory; the others wait, with theirs on disk.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         try:
@@ -352,23 +357,43 @@ async def _given(request: Request) -> dict[str, object]:
             raise Fault(400, "the body is not JSON") from None
         if not isinstance(body, dict):
             raise Fault(400, "the body is not a JSON object")
-        return body
+        async with _few(request):
+            yield body
+        return
     if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
         raise Fault(415, "send JSON or a form (multipart/form-data)", code="unsupported")
+    async with _form(request) as form, _few(request):
+        yield {
+            name: await value.read() if isinstance(value, UploadFile) else value
+            for name, value in form.items()
+        }
+
+
+def _few(request: Request) -> asyncio.Semaphore:
+    """Return the semaphore of the application that lets `AT_ONCE` requests through."""
+    if not hasattr(request.app.state, "few"):
+        request.app.state.few = asyncio.Semaphore(AT_ONCE)
+    return request.app.state.few
+
+
+@contextlib.asynccontextmanager
+async def _form(request: Request) -> AsyncIterator[FormData]:
+    """Yield the parsed form of a request; its files are on disk. Raises Fault."""
+    limits = {"max_files": 20, "max_fields": 100, "max_part_size": 10**6}
     try:
-        async with request.form(max_files=20, max_fields=100, max_part_size=10**6) as form:
-            names = [name for name, _ in form.multi_items()]
-            if len(set(names)) < len(names):
-                twice = next(name for name in names if names.count(name) > 1)
-                raise Fault(400, f"{twice[:80]} is given twice", twice[:80])
-            return {
-                name: await value.read() if isinstance(value, UploadFile) else value
-                for name, value in form.items()
-            }
+        form = await request.form(**limits)
     except MultiPartException as error:
         raise Fault(400, f"the form cannot be read: {error.message}") from error
     except HTTPException as error:  # Starlette's own form of it inside an application
         raise Fault(400, f"the form cannot be read: {error.detail}") from error
+    try:
+        names = [name for name, _ in form.multi_items()]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise Fault(400, f"{twice[:80]} is given twice", twice[:80])
+        yield form
+    finally:
+        await form.close()
 
 
 def _body() -> dict:

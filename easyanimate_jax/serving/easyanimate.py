@@ -8,6 +8,7 @@ server starts.
 import asyncio
 import base64
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 
 from fastapi import FastAPI, Request
 from starlette.concurrency import run_in_threadpool
@@ -79,14 +80,15 @@ def add_routes(
     app: FastAPI,
     store: Store,
     create: Callable[[Mapping[str, object]], Job],
-    given: Callable[[Request], object],
+    given: Callable[[Request], AbstractAsyncContextManager],
 ) -> None:
     """Add the route to an application; `create` queues a job, `given` reads a request's fields."""
 
     @app.post(PATH)
     async def infer_forward(request: Request) -> dict:
         try:
-            job = await run_in_threadpool(create, translate(await given(request)))
+            async with given(request) as body:
+                job = await run_in_threadpool(create, translate(body))
         except Fault as fault:
             return _answer(f"Error. error information is {fault.message}")
         for _ in range(int(WAIT / POLL)):

@@ -1,11 +1,13 @@
 """Start and end a server: its queue, its dispatcher and uvicorn."""
 
 import logging
+import signal
 import socket
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
 
 import uvicorn
 
@@ -14,6 +16,7 @@ from easyanimate_jax.serving.app import Api, Limits, create_app
 from easyanimate_jax.serving.dispatcher import Dispatcher
 from easyanimate_jax.serving.engine import Settings
 from easyanimate_jax.serving.store import Store
+from easyanimate_jax.training.safety.exits import DONE
 
 LOG = logging.getLogger(__name__)
 HOUR = 3600.0  # seconds between two looks for videos that are too old
@@ -60,10 +63,17 @@ def serve(
     threading.Thread(target=_clean, args=(store, own), daemon=True).start()
     dispatcher.start()
     say(f"serving at http://{own.host}:{listening.getsockname()[1]}")
+    # uvicorn sends the signals that it received once more when it has closed all requests.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
     try:
         server.run(sockets=[listening])
     finally:
         dispatcher.close()
+
+
+def _stop(number: int, frame) -> NoReturn:
+    raise SystemExit(DONE)
 
 
 def _clean(store: Store, own) -> None:
