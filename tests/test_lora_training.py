@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,36 @@ def test_the_exported_file_and_the_merged_weights_make_the_runs_prediction(whole
     assert np.abs(made[0] - base).max() > 1e-3
     for other in made[1:]:
         np.testing.assert_allclose(other, made[0], atol=1e-5)
+
+
+def test_a_run_continues_a_lora_of_a_smaller_rank(whole, tmp_path):
+    """At rate 0 the product is the file's, whatever its alpha; the rest of the rank is new."""
+    file = tmp_path / "style.safetensors"
+    assert convert([whole.run, str(file), "--to", "original"]) == 0
+    wider = replace(LORA, rank=5, alpha=3.0)
+    still = replace(whole.stages[1], steps=1, learning_rate=0.0, end_learning_rate=None)
+    config = replace(
+        whole, run=str(tmp_path / "run"), lora=wider, init_lora=str(file), stages=(still,)
+    )
+    for change, message in (
+        ({"lora": replace(wider, rank=1)}, "has rank 2, and lora.rank is 1: use 2 or more"),
+        ({"lora": replace(wider, targets=LAYERS[:1])}, r"also changes blocks\.0\.text\.mlp\.up"),
+        ({"init_lora": str(tmp_path / "gone.safetensors")}, "gone.safetensors"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(replace(config, **change))
+        assert not Path(config.run).exists()
+    assert train(config) == 0
+    ours, theirs = (flat_weights(load_mmdit(run)) for run in (config.run, whole.run))
+    downs = [name for name in theirs if name.endswith("adapter.down")]
+    for name in downs:
+        up = name.replace("down", "up")
+        # `load_mmdit` multiplies the factor of the product into `up`.
+        np.testing.assert_allclose(ours[name] @ ours[up], theirs[name] @ theirs[up], atol=1e-7)
+        assert ours[name][..., 2:].any() and not ours[up][..., 2:, :].any()
+    assert len(downs) == 4
+    file.unlink()
+    assert train(replace(config, stages=(still, replace(still, name="more")))) == 0  # goes on
 
 
 def test_describe_says_what_is_trained_and_what_it_takes(config):

@@ -97,6 +97,19 @@ def attach(model: nnx.Module, config: LoRAConfig, *, key: PRNGKeyArray) -> None:
         layers[name].adapter = Adapter(layers[name], down, up, config.scale)
 
 
+def fill(model: nnx.Module, start: Mapping[str, tuple[Array, Array]]) -> None:
+    """Give new adapters the product of others, {layer: (down, up)} of a rank that is not larger.
+
+    The rest of each rank stays new, so it is trained too. The factor of the product is in `up`.
+    """
+    layers = dict(linears(model))
+    for name, (down, up) in start.items():
+        adapter, rank = layers[name].adapter, down.shape[-1]
+        values = adapter.down.get_value(), adapter.up.get_value()
+        adapter.down.set_value(values[0].at[..., :rank].set(down))
+        adapter.up.set_value(values[1].at[..., :rank, :].set(up / adapter.scale))
+
+
 def chosen(names: Mapping, config: LoRAConfig) -> list[str]:
     """Return the names of the layers that get an adapter, sorted.
 

@@ -199,6 +199,10 @@ class TrainConfig:
     init_step: int | None = None
     """Checkpoint step to load if `init` is a run. None loads the newest."""
 
+    init_lora: str = ""
+    """LoRA file whose product the adapters start with, of a rank up to `lora.rank`. It counts when
+    the run begins; to go on, the run needs it no more."""
+
     save_every: int = 1000
     """Steps between checkpoints; the run also saves at the end of each stage and by time. 0 saves
     none by steps."""

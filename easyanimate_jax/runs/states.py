@@ -19,6 +19,7 @@ from easyanimate_jax.training.program import abstract_state, graph_of, make_stat
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import TrainState, input_channels, whole, widen_state
+from easyanimate_jax.weights.adapters import to_continue
 from easyanimate_jax.weights.folder import load_start
 from easyanimate_jax.weights.identity import weights_print
 
@@ -48,12 +49,18 @@ class States:
         self.base = weights_print(config.init, config.init_step) if config.step.partial else None
 
     def first(self) -> TrainState:
-        """Return the first state, with new weights or those of `config.init`, sharded."""
+        """Return the first state, with new weights or those of `config.init`, sharded.
+
+        Adapters begin with the product of `config.init_lora`. Raises ValueError if it does not fit.
+        """
+        start = {}
+        if path := self.config.init_lora:
+            start = to_continue(path, self.config.step.model, self.config.lora)
         self.programs.check(self.config.stages[0])
         self.monitor.enter("start")
-        return self._start()
+        return self._start(start)
 
-    def _start(self) -> TrainState:
+    def _start(self, start: Mapping) -> TrainState:
         stage, settings = self.config.stages[0], self.config.step
         make, placed, _ = self._abstract(stage.in_channels)
         key = jax.random.fold_in(self.key, 1)
@@ -69,10 +76,13 @@ class States:
             exact=settings.exact,
         )
 
-        def around(model, key):
-            return make_state(settings, key, lambda config, key: with_adapters(model, config, key))
+        def around(model, key, start):
+            def make(config, key):
+                return with_adapters(model, config, key, start)
 
-        return jax.jit(around, out_shardings=placed, donate_argnums=0)(model, key)
+            return make_state(settings, key, make)
+
+        return jax.jit(around, out_shardings=placed, donate_argnums=0)(model, key, start)
 
     def newest(self, *, before: int | None = None) -> tuple[int, TrainState] | None:
         """Return (updates made, state) of the newest good checkpoint; None if there is none.
@@ -107,7 +117,7 @@ class States:
 
     def _frozen(self, in_channels: int):
         """Return the frozen weights with so many input channels."""
-        frozen = self._start().frozen
+        frozen = self._start({}).frozen
         if in_channels != self.config.stages[0].in_channels:
             placed = self._abstract(in_channels)[1].frozen
             frozen = jax.jit(widen_state, static_argnums=1, out_shardings=placed)(

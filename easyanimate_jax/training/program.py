@@ -18,7 +18,7 @@ from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.facts import LATENT_CHANNELS, PATCH
 from easyanimate_jax.models.layers import matches
-from easyanimate_jax.models.lora import LoRAConfig, attach, is_adapter
+from easyanimate_jax.models.lora import LoRAConfig, attach, fill, is_adapter
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.storage import Kernels, store
 from easyanimate_jax.sharding import AnyMesh, activation_spec, shardings
@@ -75,10 +75,14 @@ def make_model(config: StepConfig, key: PRNGKeyArray) -> MMDiT:
     return with_adapters(made, config, jax.random.fold_in(key, 1))
 
 
-def with_adapters(model: MMDiT, config: StepConfig, key: PRNGKeyArray) -> MMDiT:
-    """Return the model, after new adapters were put beside its layers if `config` has any."""
+def with_adapters(model: MMDiT, config: StepConfig, key: PRNGKeyArray, start=None) -> MMDiT:
+    """Return the model, after new adapters were put beside its layers if `config` has any.
+
+    `start` holds the product that they begin with, as `models.lora.fill` takes it.
+    """
     if config.lora is not None:
         attach(model, config.lora, key=key)
+        fill(model, start or {})
     return model
 
 

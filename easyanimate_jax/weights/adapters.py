@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.models.layers import linears
-from easyanimate_jax.models.lora import Adapter, LoRAConfig
+from easyanimate_jax.models.lora import Adapter, LoRAConfig, chosen
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.sharding import shardings
 from easyanimate_jax.weights import files
@@ -157,6 +157,29 @@ def add(model: MMDiT, loras: Sequence[Weighted], *, mesh: Mesh | None = None) ->
         layers[name].adapter = adapter
     for one in loras:
         logger.info("%s", summary(one))
+
+
+def to_continue(
+    path: str | Path, config: MMDiTConfig, lora: LoRAConfig
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return {our layer: (down, up)} of a LoRA file from which a run trains on.
+
+    Raises ValueError for a file that does not fit the model, that changes a layer without an
+    adapter, or whose rank is above that of `lora`.
+    """
+    (one,) = open_loras([(path, 1.0)])
+    arrays = stacked([one], config)
+    most = max(pair.rank for pair in one.lora.pairs.values())
+    if most > lora.rank:
+        raise ValueError(
+            f"init_lora: {path} has rank {most}, and lora.rank is {lora.rank}: use {most} or more"
+        )
+    trained = chosen(dict(linears(abstract(MMDiT, config))), lora)
+    if others := sorted(set(arrays) - set(trained)):
+        raise ValueError(
+            f"init_lora: {path} also changes {', '.join(others)}: name these layers in lora.targets"
+        )
+    return {name: (down[..., :most], up[..., :most, :]) for name, (down, up) in arrays.items()}
 
 
 def summary(one: Weighted) -> str:
