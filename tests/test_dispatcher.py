@@ -282,7 +282,11 @@ def test_a_lora_is_in_its_own_videos_alone(engine, folder, tmp_path):
 def test_a_fault_of_ours_ends_the_engine(engine, monkeypatch):
     monkeypatch.setattr("easyanimate_jax.serving.engine.generate", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
+        make(engine, {}, {})
+    assert engine[2] == []  # each will be tried alone
+    with pytest.raises(ZeroDivisionError):
         make(engine, {})
+    assert [(event["event"], event["code"]) for event in engine[2]] == [("failed", "internal")]
 
 
 def test_teacache_shares_no_batch(folder):

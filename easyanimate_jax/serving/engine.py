@@ -83,10 +83,11 @@ class Engine:
                 self._fail(id, "cancelled", "the job was cancelled")
         except Exception as error:
             code, message = cause_of(error)
+            if code != "internal" or len(ids) == 1:  # else each is tried alone
+                for id in ids:
+                    self._fail(id, code, message)
             if code == "internal":
-                raise  # the engine ends with a traceback in the log, and its jobs are tried alone
-            for id in ids:
-                self._fail(id, code, message)
+                raise  # the engine ends, with a traceback in the log
 
     def load(self, model: str) -> None:
         """Read the weights of a model now."""
@@ -186,7 +187,7 @@ def likeness(model: str, loras: list, request: SampleRequest, id: str) -> str:
 
 
 def cause_of(error: Exception) -> tuple[str, str]:
-    """Return the code and the message of a failed job; the code "internal" is a fault of ours."""
+    """Return the code and the message of a failed job; "internal" is a fault of this program."""
     text = str(error).partition("\n")[0]
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "out_of_memory", "there is too little memory; use fewer frames or a smaller size"
@@ -196,7 +197,7 @@ def cause_of(error: Exception) -> tuple[str, str]:
         return "not_finite", text
     if isinstance(error, ValueError):
         return "invalid_input", text
-    return "internal", f"{type(error).__name__}: {text}"
+    return "internal", "this is a fault of the server; its log says more"
 
 
 def main(arguments: Sequence[str]) -> None:
