@@ -127,6 +127,17 @@ def test_help_of_train_names_the_configs_and_shows_two_examples(capsys):
         (["supervise", "--ranks", "0", "--", "true"], "--ranks 0"),
         (["convert", "a"], "missing: .*TARGET"),
         (["sample"], "missing: MODEL"),
+        (["serve"], "give a model"),
+        (["serve", "nowhere"], "there is no folder nowhere"),
+        (["serve", "configs", "--lora", "nowhere"], "there is no file nowhere"),
+        (["serve", "configs", "configs"], "two are called 'configs': name one of them"),
+        (["serve", "a b=configs"], "'a b' is no name"),
+        (["serve", "configs", "--no-token", "--host", "0.0.0.0"], "--no-token opens the server"),
+        (["serve", "configs", "--token", "guess"], "--token is too easy to guess"),
+        (["serve", "configs", "--no-token", "--token", "0123456789abcdef"], "cannot both be given"),
+        (["serve", "configs", "--port", "70000"], "--port 70000 is not between 0 and 65535"),
+        (["serve", "configs", "--folder", "setup.py"], "--folder setup.py is a file"),
+        (["serve", "configs"], "configs is no run, and no whole pipeline"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(words, message, capsys, monkeypatch):
@@ -140,6 +151,7 @@ def test_what_is_wrong_is_said_in_one_line(words, message, capsys, monkeypatch):
 PLACES = [
     ["train", "configs/demo.py", "--run", "{}"],
     ["train", "configs/demo.py", "--init", "{}"],
+    ["train", "configs/demo.py", "--init-lora", "{}"],
     ["train", "{}"],
     ["vae-train", "configs/demo_vae.py", "--output", "{}"],
     ["vae-train", "configs/demo_vae.py", "--data", "{}"],
@@ -163,6 +175,10 @@ PLACES = [
     ["convert", "{}", "out", "--to", "jax"],
     ["convert", "configs", "{}", "--to", "jax"],
     ["convert", "configs", "out", "--to", "jax", "--lora", "{}"],
+    ["serve", "{}"],
+    ["serve", "name={}"],
+    ["serve", "configs", "--lora", "{}"],
+    ["serve", "configs", "--folder", "{}"],
     ["sample", "{}", "--prompt", "a"],
     ["sample", "configs", "--prompt", "a", "--output", "{}"],
     ["sample", "configs", "--prompt", "a", "--image", "{}"],
@@ -187,6 +203,7 @@ def test_an_option_that_is_a_path_has_the_type_of_one():
     """`parse` makes a local path of it. The file of a config is opened by `runs.config.load`."""
     words = {"config", "operator", "topology", "part", "mesh", "stage", "url", "model"}
     words |= {"instructions"}
+    words |= {"models", "lora", "token", "host", "allow_host"}  # of serve; two are NAME=PATH
     for kind in OPTIONS - CONFIGS:
         if kind.__name__ == "SampleRequest":
             continue  # tests/test_local.py

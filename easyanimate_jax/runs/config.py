@@ -248,7 +248,9 @@ class TrainConfig:
             hang_seconds="[0, inf)",
             log_every="[0, inf)",
         )
-        resolve_fields(self, "source", "prepared", "vae", "text", "run", "links", "init")
+        resolve_fields(
+            self, "source", "prepared", "vae", "text", "run", "links", "init", "init_lora"
+        )
         steps = sum(stage.steps for stage in self.stages)
         if not 1 <= steps <= MAX_STEPS:
             raise ValueError(
