@@ -78,7 +78,7 @@ def files(a, folder: Path) -> None:
 def start_server(a, folder: Path):
     """Return (process, address) of a server without a token."""
     command = [sys.executable, "-m", "easyanimate_jax", "serve", a.run, "--port", "0"]
-    command += ["--no-token", "--folder", str(folder / "served")]
+    command += ["--no-token", "--most-steps", "1000", "--folder", str(folder / "served")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     return process, process.stdout.readline().split()[-1]
 
@@ -144,7 +144,7 @@ def workflow(a, server, path: Path) -> tuple[str, str, float]:
 def interrupted(a, server) -> tuple[str, str, float]:
     """Return how a workflow ended that was interrupted, and its job."""
     nodes = json.loads((PACK / "workflows" / "text_to_video.json").read_text())
-    SMALL["steps"] = 100
+    SMALL["steps"] = 1000
     began = time.monotonic()
     id = queued(a, server, nodes)
     time.sleep(5)

@@ -242,7 +242,7 @@ def test_a_cancelled_batch_ends_at_a_step_and_a_row_at_the_end(engine):
     _, store, events = engine
     assert [event["event"] for event in events] == ["failed", "failed"]
     make(engine, {}, {}, cancelled=all_of_them[:1])
-    assert [event["event"] for event in events[-2:]] == ["failed", "made"]
+    assert {event["event"] for event in events[-2:]} == {"failed", "made"}
     assert {path.name[:38] for path in store.videos.iterdir()} == {all_of_them[1]}
 
 

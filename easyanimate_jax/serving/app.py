@@ -42,6 +42,7 @@ from easyanimate_jax.serving.store import ID, Full, Job, Store
 COOKIE = "easyanimate"
 POLL = 0.25  # seconds between two looks of an event stream
 COMMENT = 15.0  # seconds of silence after which an event stream says that it lives
+SHORTEST_WAIT, LONGEST_WAIT = 500, 5000  # ms until a client should look at its job again
 AT_ONCE = 4  # requests whose files are in memory
 KEY = 200  # most characters of an Idempotency-Key
 VARIANTS = {"thumbnail": FIRST, "spritesheet": SHEET}
@@ -302,7 +303,10 @@ def _video_routes(app: FastAPI, api: Api) -> None:
 
     @app.get("/v1/videos/{id}")
     async def status(id: str) -> JSONResponse:
-        return JSONResponse(api.shown(api.find(id)), headers={"openai-poll-after-ms": "500"})
+        shown = api.shown(api.find(id))
+        ahead = shown["queue_position"] or 0
+        wait = min(LONGEST_WAIT, SHORTEST_WAIT * (1 + ahead))  # so that waiting costs little
+        return JSONResponse(shown, headers={"openai-poll-after-ms": str(wait)})
 
     @app.api_route("/v1/videos/{id}/content", methods=["GET", "HEAD"])
     async def content(

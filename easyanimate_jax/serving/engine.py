@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from easyanimate_jax.weights.folder import Weights
 
 FIRST = "_first.png"  # the first frame of ID.mp4 is ID_first.png
 SHEET = "_sheet.png"
+WRITERS = 4  # threads that write the videos of a batch
 LORA = "lora"  # the field of a request with [name, weight] of each LoRA
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk takes no more
 
@@ -126,13 +128,17 @@ class Engine:
         how = {"progress": progress, "files": self.files}
         videos = generate(asked, self.run, self.settings.tile, said.append, **how)
         seconds = (time.perf_counter() - began) / len(ids)
-        for id, one, frames in zip(ids, asked, videos, strict=True):
+
+        def finish(id: str, one: Asked, frames) -> None:
             if id in self.cancelled:
                 self._fail(id, "cancelled", "the job was cancelled")
-                continue
+                return
             file = self._write(id, one, frames, seconds)
             notes = [*said, *filter(None, [suspicion(frames)])]
             self.tell({"event": "made", "id": id, "file": file, "seconds": seconds, "notes": notes})
+
+        with ThreadPoolExecutor(WRITERS) as pool:  # encoders and the disk work side by side
+            list(pool.map(finish, ids, asked, videos))
 
     def _write(self, id: str, one: Asked, frames, seconds: float) -> str:
         """Write the files of a job to disk, and return the name of the video."""
