@@ -132,9 +132,8 @@ def test_a_running_job_is_cancelled_at_its_next_step(start):
     thread = start()
     (id,) = add(thread, "slow")
     until(lambda: thread.store.get(id).progress > 1)
-    began = time.monotonic()
     assert thread.cancel(id).status == "in_progress"
-    assert ends(thread, id) == ["cancelled"] and time.monotonic() - began < 0.5
+    assert ends(thread, id) == ["cancelled"] and thread.store.get(id).progress < 90
     assert ends(thread, *add(thread, "next")) == [None]
 
 
