@@ -143,6 +143,8 @@ def test_openais_client_sends_pictures_and_films(videos, api, tmp_path):
     with open(tmp_path / "film.mp4", "rb") as file:
         made = videos.create(prompt="x", input_reference=file, extra_body={"strength": 0.5})
     assert api.store.get(made.id).request["video"] == "video"
+    first = videos.create(prompt="x", model="t2v")
+    assert videos.remix(first.id, prompt="y").model == "t2v"  # not the default
     again = videos.remix(made.id, prompt="another one")
     assert again.remixed_from_video_id == made.id and again.prompt == "another one"
     assert (api.store.uploads / again.id / "video").is_file()
@@ -404,6 +406,12 @@ BAD_BODIES = {
     "seconds of words": {"seconds": "soon"},
     "more than the limit": {"size": "64x64", "num_frames": 9},
     "many steps": {"steps": 61},
+    "a path of an endless video": {
+        "trajectory": [[[4, 4], [28, 12]]],
+        "model": "control",
+        "size": "1344x1344",
+        "num_frames": 100_001,
+    },
     "a negative seed": {"seed": -1},
     "a large seed": {"seed": 2**32},
     "an unknown sampler": {"sampler": "magic"},

@@ -121,6 +121,9 @@ class ValidationConfig:
         )
 
 
+PLACES = ("source", "prepared", "vae", "text", "run", "links", "init", "init_lora")  # of files
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One run through the staged schedule."""
@@ -200,8 +203,7 @@ class TrainConfig:
     """Checkpoint step to load if `init` is a run. None loads the newest."""
 
     init_lora: str = ""
-    """LoRA file whose product the adapters start with, of a rank up to `lora.rank`. It counts when
-    the run begins; to go on, the run needs it no more."""
+    """LoRA file that the adapters begin with, of a rank up to `lora.rank`; a resume ignores it."""
 
     save_every: int = 1000
     """Steps between checkpoints; the run also saves at the end of each stage and by time. 0 saves
@@ -248,9 +250,7 @@ class TrainConfig:
             hang_seconds="[0, inf)",
             log_every="[0, inf)",
         )
-        resolve_fields(
-            self, "source", "prepared", "vae", "text", "run", "links", "init", "init_lora"
-        )
+        resolve_fields(self, *PLACES)
         steps = sum(stage.steps for stage in self.stages)
         if not 1 <= steps <= MAX_STEPS:
             raise ValueError(

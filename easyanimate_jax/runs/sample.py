@@ -31,10 +31,16 @@ from easyanimate_jax.runs.parts import Opened
 Say = Callable[[str], None]  # takes warnings: of requests that work, but perhaps not as expected
 
 
-def examine(asked: Sequence[Asked], opened: Opened, files: Files = media) -> list[Asked]:
+def examine(
+    asked: Sequence[Asked],
+    opened: Opened,
+    files: Files = media,
+    allow: Callable[[SampleRequest], None] = lambda request: None,
+) -> list[Asked]:
     """Return the requests with defaults filled in and the number of model evaluations of each.
 
-    Uses no device. `files` is that of `inputs.complete`. Raises ValueError, with the line of the
+    Uses no device. `files` is that of `inputs.complete`. `allow` is called with each completed
+    request before its files are read, and may raise. Raises ValueError, with the line of the
     prompt file, for a request that the model does not support or a file that cannot be read.
     """
     process, samples, found = opened.process, opened.samples, []
@@ -43,6 +49,7 @@ def examine(asked: Sequence[Asked], opened: Opened, files: Files = media) -> lis
     for one in asked:
         with one.named():
             request = complete(one.request, model, files)
+            allow(request)
             strength = 1.0 if request.strength is None else request.strength
             plan = make_plan(process, sampling_of(request), strength)
             read_inputs(

@@ -28,7 +28,7 @@ from starlette.formparsers import MultiPartException
 
 from easyanimate_jax.data.decode import decoders
 from easyanimate_jax.facts import FPS
-from easyanimate_jax.generation.request import Asked
+from easyanimate_jax.generation.request import Asked, SampleRequest
 from easyanimate_jax.runs.parts import Opened
 from easyanimate_jax.runs.sample import examine
 from easyanimate_jax.serving import easyanimate, fields, site
@@ -89,7 +89,7 @@ class Api:
         counts = self.store.counts()
         if counts["queued"] + counts["in_progress"] >= self.limits.queue:
             raise self._full()  # before its files are written and decoded
-        model = self._model(given.get("model"))
+        model = self._model(source.model if source else given.get("model"))
         id = f"video_{secrets.token_hex(16)}"
         settings = self.dispatcher.settings
         try:
@@ -104,8 +104,8 @@ class Api:
                 raise Fault(400, "give a prompt; it may be empty", "prompt")
             request = fields.checked(wanted, self.store, id)
             opened = self.models[model]
-            asked = examine([Asked(request)], opened, decoders())[0]
-            self._limit(asked.request, opened)
+            allow = partial(self._limit, opened)
+            asked = examine([Asked(request)], opened, decoders(), allow)[0]
             loras = self._loras(model, wanted.get(LORA, []))
             alike = likeness(model, loras, asked.request, id)
             source_id = source and source.id
@@ -201,7 +201,7 @@ class Api:
                 raise Fault(404, message, LORA, "lora_not_found")
         return wanted
 
-    def _limit(self, request, opened: Opened) -> None:
+    def _limit(self, opened: Opened, request: SampleRequest) -> None:
         samples = opened.samples
         most = self.limits.pixels or samples.frames * samples.height * samples.width
         wanted = request.frames * request.height * request.width
