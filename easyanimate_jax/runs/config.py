@@ -121,7 +121,7 @@ class ValidationConfig:
         )
 
 
-PLACES = ("source", "prepared", "vae", "text", "run", "links", "init", "init_lora")  # of files
+PLACES = ("source", "prepared", "vae", "text", "run", "links", "init", "init_lora")  # local paths
 
 
 @dataclass(frozen=True)
