@@ -4,7 +4,6 @@ integrations/comfyui/README.md tells how they are run in ComfyUI itself.
 """
 
 import asyncio
-import dataclasses
 import importlib.util
 import io
 import json
@@ -103,7 +102,7 @@ def pack(monkeypatch, tmp_path):
 @pytest.fixture
 def server(api, tmp_path, monkeypatch):
     """The address of a server whose engine copies a film; "fail" fails, "wait" is not made."""
-    api.limits = dataclasses.replace(api.limits, queue=50)
+    api.limits = api.limits._replace(queue=50)
     listening = socket.create_server(("127.0.0.1", 0))
     app = uvicorn.Server(
         uvicorn.Config(

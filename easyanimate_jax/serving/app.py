@@ -7,7 +7,6 @@ and fields.
 
 import asyncio
 import contextlib
-import dataclasses
 import hmac
 import json
 import secrets
@@ -16,7 +15,7 @@ import sqlite3
 from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -48,18 +47,13 @@ KEY = 200  # most characters of an Idempotency-Key
 VARIANTS = {"thumbnail": FIRST, "spritesheet": SHEET}
 
 
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What one request, and all of them, may ask for."""
+class Limits(NamedTuple):
+    """What one request, and all of them, may ask for; `commands.serve` checks the ranges."""
 
-    queue: int = 64
-    """Most jobs that wait or are made."""
-    pixels: int | None = None
-    """Most frames x height x width; the default is the model's own size."""
-    steps: int = 100
-    """Most denoising steps."""
-    megabytes: int = 256
-    """Most megabytes of a request with its files."""
+    queue: int = 64  # most jobs that wait or are made
+    pixels: int | None = None  # most frames x height x width; None is the model's own size
+    steps: int = 100  # most denoising steps
+    megabytes: int = 256  # most megabytes of a request with its files
 
 
 class Api:
