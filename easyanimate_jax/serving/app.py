@@ -56,6 +56,9 @@ class Limits(NamedTuple):
     megabytes: int = 256  # most megabytes of a request with its files
 
 
+DEFAULTS = Limits()
+
+
 class Api:
     """What the routes share: the queue, its dispatcher, the models, the limits and the token.
 
@@ -69,7 +72,7 @@ class Api:
         models: Mapping[str, Opened],
         *,
         loras: Mapping[str, Sequence[str]] = {},
-        limits: Limits = Limits(),
+        limits: Limits = DEFAULTS,
         token: str | None = None,
     ):
         self.store, self.dispatcher, self.models = store, dispatcher, models
