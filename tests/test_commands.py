@@ -148,6 +148,8 @@ def test_what_is_wrong_is_said_in_one_line(words, message, capsys, monkeypatch):
     assert re.match(r"(error|convert|sample\.py): ", error) and re.search(message, error)
 
 
+# Processes that we start ourselves: no commands.
+WORKERS = {"easyanimate_jax.data.decode", "easyanimate_jax.serving.engine"}
 PLACES = [
     ["train", "configs/demo.py", "--run", "{}"],
     ["train", "configs/demo.py", "--init", "{}"],
@@ -263,7 +265,7 @@ def test_what_is_said_of_commands_names_verbs_that_exist():
         named = re.findall(r"-m easyanimate_jax ([a-z][\w-]*)", text)
         assert set(named) <= set(VERBS), path
         modules = set(re.findall(r"-m (easyanimate_jax\.[\w.]*)", text))
-        assert modules <= {"easyanimate_jax.data.decode"}, path  # a worker of ours, no command
+        assert modules <= WORKERS, path
         assert "--describe" not in text, path
 
 

@@ -90,6 +90,8 @@ def main(arguments: Sequence[str]) -> int:
 def _serve(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "serve", HELP)
     check(own)
+    if not own.models:
+        raise ValueError("give a model: a run, or a folder with weights")
     models = named(own.models, "folder", Path.is_dir)
     files = named(own.lora, "file", Path.is_file)
     parse.check_folder("--folder", own.folder)
