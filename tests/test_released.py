@@ -147,7 +147,7 @@ def test_one_command_samples_a_released_folder(version, kind, parts, v5_parts, g
             sidecar = json.loads((out / "00000001.json").read_text())
             asked = SampleRequest(
                 **{
-                    name.replace("-", "_"): value
+                    name.replace("-", "_"): tuple(value) if isinstance(value, list) else value
                     for name, value in sidecar["options"].items()
                     if name not in ("weights", "weights-of")
                 }
