@@ -184,6 +184,24 @@ def test_a_model_that_cannot_be_loaded_makes_nothing_ready(start):
     assert not thread.ready.is_set() and thread.is_alive()
 
 
+def test_a_queue_that_fails_while_a_batch_begins_loses_nothing(start, monkeypatch):
+    thread = start()
+    until(thread.ready.is_set)
+    get, times = Store.get, []
+
+    def fails(self, id):
+        times.append(1)
+        if len(times) == 1:
+            raise OSError(5, "Input/output error")
+        return get(self, id)
+
+    monkeypatch.setattr(Store, "get", fails)
+    (id,) = add(thread, "one")
+    until(lambda: times)
+    thread.cancel("video_of_another")  # while no engine lives
+    assert ends(thread, id) == [None]
+
+
 def test_a_full_disk_of_the_queue_delays_and_loses_nothing(start, monkeypatch):
     thread = start()
     until(thread.ready.is_set)
@@ -276,6 +294,15 @@ def test_a_lora_is_in_its_own_videos_alone(engine, folder, tmp_path):
     again, _ = frames()
     assert none is None and named == [f"{tmp_path}/style.safetensors:1.0"]
     assert not np.array_equal(before, changed) and np.array_equal(before, again)
+
+
+def test_a_job_of_a_model_or_lora_that_is_gone_says_so(engine):
+    working, _, events = engine
+    for model, request in (("gone", {}), ("tiny", {"lora": [["gone", 1.0]]})):
+        events.clear()
+        working.work(model, [{"id": "video_1", "request": {"prompt": "x"} | request}])
+        assert events[-1]["code"] == "invalid_input"
+        assert events[-1]["message"] == "gone: not served any more; ask for what is"
 
 
 def test_a_fault_of_ours_ends_the_engine(engine, monkeypatch):

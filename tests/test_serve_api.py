@@ -7,6 +7,7 @@ import json
 import threading
 import time
 import zipfile
+from unittest.mock import Mock
 
 import numpy as np
 import openai
@@ -365,6 +366,18 @@ def test_a_full_disk_is_507_and_queues_nothing(client, api, monkeypatch):
     answer = client.post("/v1/videos", json={"prompt": "x"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (507, "disk_full")
     assert api.store.counts()["queued"] == 0
+
+
+def test_a_fault_of_the_server_has_the_form_of_all_errors(api, monkeypatch):
+    app = create_app(api, ["127.0.0.1"])
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    options = {"base_url": "http://127.0.0.1", "headers": headers, "raise_server_exceptions": False}
+    with TestClient(app, **options) as client:
+        for error in (ZeroDivisionError(), OSError(5, "Input/output error")):
+            monkeypatch.setattr(fields, "place", Mock(side_effect=error))
+            answer = client.post("/v1/videos", json={"prompt": "x"})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (500, "internal")
+            assert api.store.counts()["queued"] == 0
 
 
 def bomb(kind: str) -> bytes:

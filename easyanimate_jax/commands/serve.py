@@ -113,7 +113,7 @@ def _serve(arguments: Sequence[str]) -> int:
     loras = fitting(opened, files)
     with FolderLock(own.folder, option="--folder", mode=0o700):
         say = partial(print, flush=True)  # a program may wait for the line
-        serve(own, settings, opened, loras, token_of(own), say)
+        serve(own, settings, opened, loras, token_of(own), LOCAL, say)
     return DONE
 
 

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import logging
 import secrets
 import shutil
 import sqlite3
@@ -38,6 +39,7 @@ from easyanimate_jax.serving.guard import Guard, problem
 from easyanimate_jax.serving.metrics import Metrics
 from easyanimate_jax.serving.store import ID, Full, Job, Store
 
+LOG = logging.getLogger(__name__)
 COOKIE = "easyanimate"
 POLL = 0.25  # seconds between two looks of an event stream
 COMMENT = 15.0  # seconds of silence after which an event stream says that it lives
@@ -48,7 +50,7 @@ VARIANTS = {"thumbnail": FIRST, "spritesheet": SHEET}
 
 
 class Limits(NamedTuple):
-    """What one request, and all of them, may ask for; `commands.serve` checks the ranges."""
+    """The largest request and the longest queue that a server accepts."""
 
     queue: int = 64  # most jobs that wait or are made
     pixels: int | None = None  # most frames x height x width; None is the model's own size
@@ -60,7 +62,7 @@ DEFAULTS = Limits()
 
 
 class Api:
-    """What the routes share: the queue, its dispatcher, the models, the limits and the token.
+    """The state that the routes share: queue, dispatcher, models, limits and token.
 
     `loras` are the names of the LoRAs that fit a model, by its name.
     """
@@ -433,6 +435,16 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(OSError)
     @app.exception_handler(sqlite3.OperationalError)
     async def disk(request: Request, error: Exception) -> JSONResponse:
-        if isinstance(error, OSError) and error.errno not in NO_ROOM:
-            raise error
-        return problem(507, "the disk of the server is full", None, "disk_full")
+        if getattr(error, "errno", None) in NO_ROOM or "full" in str(error):  # the latter: SQLite
+            return problem(507, "the disk of the server is full", None, "disk_full")
+        LOG.error("a request failed", exc_info=error)
+        return fault_of_ours()
+
+    @app.exception_handler(Exception)
+    async def other(request: Request, error: Exception) -> JSONResponse:
+        return fault_of_ours()  # Starlette logs the error
+
+
+def fault_of_ours() -> JSONResponse:
+    """Return the answer to a request that failed by a fault of the server."""
+    return problem(500, "this is a fault of the server; its log says more", None, "internal")

@@ -33,7 +33,7 @@ class Dispatcher(threading.Thread):
         super().__init__(name="dispatcher", daemon=True)
         self.store, self.settings = store, settings
         self.batch, self.limit = batch, limit
-        self.ready, self.notes = threading.Event(), {}
+        self.ready = threading.Event()
         self._more, self._ended = threading.Event(), threading.Event()
         self._lock = threading.Lock()  # of the pipe to the engine
         self._engine: subprocess.Popen | None = None
@@ -104,17 +104,19 @@ class Dispatcher(threading.Thread):
         ids = [job.id for job in jobs]
         LOG.info("%s: %d job(s) of %s", ", ".join(ids), len(ids), jobs[0].model)
         orders = [{"id": job.id, "request": job.request} for job in jobs]
+        self._lost = ids  # until each has ended
         with self._lock:
             self._current = frozenset(ids)
             self._send({"model": jobs[0].model, "jobs": orders})
-        # One that was cancelled after it was claimed and before the engine had it.
-        for id in ids:
-            if (job := self.store.get(id)) and job.cancelled:
-                self.cancel(id)
-        self._lost = ids  # until each has ended
-        died = self._events(ids)
-        with self._lock:
-            self._current = frozenset()
+        try:
+            # One that was cancelled after it was claimed and before the engine had it.
+            for id in ids:
+                if (job := self.store.get(id)) and job.cancelled:
+                    self.cancel(id)
+            died = self._events(ids)
+        finally:
+            with self._lock:
+                self._current = frozenset()
         if died is not None:
             self._kill()
             stopped = self._ended.is_set()

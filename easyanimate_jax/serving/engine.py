@@ -40,7 +40,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of an OSError: the disk t
 
 
 class Settings(NamedTuple):
-    """How an engine loads and samples all its models."""
+    """The models and LoRAs of an engine, and the options with which it loads them."""
 
     models: dict[str, str]  # the folder of each model, by its name in requests
     loras: Mapping[str, str] = MappingProxyType(
@@ -100,8 +100,11 @@ class Engine:
     def _use(self, model: str, loras: list) -> None:
         if (self.name, self.loras) == (model, loras):
             return
-        self.run = self.opened = self.name = None  # its memory is free before the next is read
         how = self.settings
+        gone = [model] * (model not in how.models) + [n for n, _ in loras if n not in how.loras]
+        if gone:  # a job of an earlier server
+            raise ValueError(f"{', '.join(gone)}: not served any more; ask for what is")
+        self.run = self.opened = self.name = None  # its memory is free before the next is read
         self.opened = open_model(how, model)
         weighted = open_loras((how.loras[name], weight) for name, weight in loras)
         self.run = load.load_opened(

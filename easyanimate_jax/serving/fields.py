@@ -30,14 +30,7 @@ ALIASES = {
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
 }
-OTHERS = (
-    "model",
-    LORA,
-    "seconds",
-    "size",
-    "input_reference",
-    "user",
-)  # of OpenAI, with rules below
+OTHERS = ("model", LORA, "seconds", "size", "input_reference", "user")  # not in the table
 WRITTEN = ("trajectory", "camera")  # files that may also be given as text
 TYPES = get_type_hints(SampleRequest)
 SIZE = re.compile(r"(\d{1,5})x(\d{1,5})", re.ASCII)
@@ -56,7 +49,7 @@ class Fault(Exception):
 
 
 class Field(NamedTuple):
-    """What is known of one field."""
+    """One field of a request: its name, type, choices, default and help text."""
 
     name: str
     kind: type  # str, int, float, Path for a file, or tuple for two numbers

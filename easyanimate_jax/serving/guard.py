@@ -1,4 +1,4 @@
-"""What every request must pass before a route sees it: host, origin, token and size.
+"""Refuse requests by host, origin, token and size, before a route sees them.
 
 Without these rules, any page in a browser could send requests to a server on its own machine, and
 a name of the attacker's could point to it (DNS rebinding).

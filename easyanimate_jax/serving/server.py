@@ -21,7 +21,6 @@ from easyanimate_jax.training.safety.exits import DONE
 LOG = logging.getLogger(__name__)
 HOUR = 3600.0  # seconds between two looks for videos that are too old
 GRACE = 3  # seconds that open requests have to end when the server is stopped
-LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
 def serve(
@@ -30,11 +29,12 @@ def serve(
     models: Mapping[str, Opened],
     loras: Mapping[str, Sequence[str]],
     token: str | None,
+    hosts: Sequence[str],
     say: Callable[[str], object],
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. `own` are the options of the verb `serve`.
 
-    `loras` are the names of the LoRAs that fit each model. `say` is called with the server's
+    `loras` are the names of the LoRAs that fit each model, `hosts` those of this machine. `say` is called with the server's
     address as soon as it listens. Raises OSError if the address cannot be used.
     """
     host = own.host.strip("[]")
@@ -48,7 +48,7 @@ def serve(
     limits = Limits(own.most_jobs, own.most_pixels, own.most_steps, own.most_megabytes)
     api = Api(store, dispatcher, models, loras=loras, limits=limits, token=token)
     app = create_app(
-        api, [*LOCAL, own.host, *own.allow_host], easyanimate_routes=own.easyanimate_routes
+        api, [*hosts, own.host, *own.allow_host], easyanimate_routes=own.easyanimate_routes
     )
     server = uvicorn.Server(
         uvicorn.Config(
