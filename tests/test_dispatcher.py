@@ -1,6 +1,7 @@
 """The thread between queue and engine, with an engine that follows orders written in prompts."""
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -273,6 +274,11 @@ def test_a_wrong_file_and_a_full_disk_fail_the_job_and_not_the_engine(engine, mo
 
     monkeypatch.setattr(media, "write_video", full)
     make(engine, {})
+    assert events[-1]["code"] == "disk_full" and not list(store.videos.iterdir())
+    monkeypatch.undo()
+    usage = shutil.disk_usage(store.folder)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    make(engine, {})  # the room is kept for the queue
     assert events[-1]["code"] == "disk_full" and not list(store.videos.iterdir())
 
 

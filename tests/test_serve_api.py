@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import shutil
 import threading
 import time
 import zipfile
@@ -22,7 +23,7 @@ from easyanimate_jax.serving import fields
 from easyanimate_jax.serving.app import Api, Limits, create_app
 from easyanimate_jax.serving.dispatcher import Dispatcher
 from easyanimate_jax.serving.engine import Settings, open_model
-from easyanimate_jax.serving.store import Store
+from easyanimate_jax.serving.store import RESERVE, Store
 
 TOKEN = "a token of some length"
 MODELS = {"run": 33, "t2v": 16, "control": 32, "camera": 38}
@@ -366,6 +367,13 @@ def test_a_full_disk_is_507_and_queues_nothing(client, api, monkeypatch):
     answer = client.post("/v1/videos", json={"prompt": "x"})
     assert (answer.status_code, answer.json()["error"]["code"]) == (507, "disk_full")
     assert api.store.counts()["queued"] == 0
+
+
+def test_the_last_room_of_a_disk_is_kept_for_the_queue(client, api, monkeypatch):
+    usage = shutil.disk_usage(api.store.folder)._replace(free=RESERVE - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    answer = client.post("/v1/videos", json={"prompt": "x"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (507, "disk_full")
 
 
 def test_a_fault_of_the_server_has_the_form_of_all_errors(api, monkeypatch):

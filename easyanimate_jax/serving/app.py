@@ -37,7 +37,7 @@ from easyanimate_jax.serving.engine import FIRST, LORA, NO_ROOM, SHEET, likeness
 from easyanimate_jax.serving.fields import Fault
 from easyanimate_jax.serving.guard import Guard, problem
 from easyanimate_jax.serving.metrics import Metrics
-from easyanimate_jax.serving.store import ID, Full, Job, Store
+from easyanimate_jax.serving.store import ID, RESERVE, Full, Job, Store, check_room
 
 LOG = logging.getLogger(__name__)
 COOKIE = "easyanimate"
@@ -88,6 +88,7 @@ class Api:
         counts = self.store.counts()
         if counts["queued"] + counts["in_progress"] >= self.limits.queue:
             raise self._full()  # before its files are written and decoded
+        check_room(self.store.folder, RESERVE)
         model = self._model(source.model if source else given.get("model"))
         id = f"video_{secrets.token_hex(16)}"
         settings = self.dispatcher.settings
@@ -275,7 +276,7 @@ def _open_routes(app: FastAPI, api: Api) -> None:
 
 
 def _video_routes(app: FastAPI, api: Api) -> None:
-    @app.post("/v1/videos", openapi_extra=_body())
+    @app.post("/v1/videos", openapi_extra=fields.described())
     async def create(request: Request) -> dict:
         key = request.headers.get("idempotency-key")
         if key is not None and len(key) > KEY:
@@ -397,20 +398,6 @@ async def _form(request: Request) -> AsyncIterator[FormData]:
         yield form
     finally:
         await form.close()
-
-
-def _body() -> dict:
-    """Return the description of a request's fields for OpenAPI."""
-    kinds = {str: "string", int: "integer", float: "number", tuple: "array", Path: "string"}
-    properties = {}
-    for field in fields.FIELDS.values():
-        one = properties[field.name] = {"type": kinds[field.kind], "description": field.help}
-        if field.kind is Path:
-            one["format"] = "binary"
-        if field.choices and field.name != "size":
-            one["enum"] = list(field.choices)
-    schema = {"type": "object", "required": ["prompt"], "properties": properties}
-    return {"requestBody": {"content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def _errors(app: FastAPI) -> None:

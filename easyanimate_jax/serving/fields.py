@@ -82,6 +82,20 @@ def _field(option: dataclasses.Field, text: str) -> Field:
 FIELDS = {field.name: field for field in table()}
 
 
+def described() -> dict:
+    """Return the description of a request's fields for OpenAPI."""
+    kinds = {str: "string", int: "integer", float: "number", tuple: "array", Path: "string"}
+    properties = {}
+    for field in FIELDS.values():
+        one = properties[field.name] = {"type": kinds[field.kind], "description": field.help}
+        if field.kind is Path:
+            one["format"] = "binary"
+        if field.choices and field.name != "size":
+            one["enum"] = list(field.choices)
+    schema = {"type": "object", "required": ["prompt"], "properties": properties}
+    return {"requestBody": {"content": {"multipart/form-data": {"schema": schema}}}}
+
+
 def parse(given: Mapping[str, object], store: Store, id: str) -> dict:
     """Return the set fields of a `SampleRequest`; files are written to the job's folder.
 

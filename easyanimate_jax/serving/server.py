@@ -34,8 +34,9 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. `own` are the options of the verb `serve`.
 
-    `loras` are the names of the LoRAs that fit each model, `hosts` those of this machine. `say` is called with the server's
-    address as soon as it listens. Raises OSError if the address cannot be used.
+    `loras` are the names of the LoRAs that fit each model, `hosts` those of this machine. `say` is
+    called with the server's address as soon as it listens. Raises OSError if the address cannot be
+    used.
     """
     host = own.host.strip("[]")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

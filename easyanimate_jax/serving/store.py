@@ -9,7 +9,9 @@ server is queued again when the next one starts. A file without a row is removed
 """
 
 import contextlib
+import errno
 import json
+import os
 import re
 import shutil
 import sqlite3
@@ -31,6 +33,7 @@ INDEX = "CREATE INDEX IF NOT EXISTS by_status ON jobs (status, number)"
 ID = re.compile(r"video_[0-9a-f]{32}")  # of a job; every name on disk begins with one
 MOST_DEATHS = 2  # of the engine while it made this job
 MOST_STOPS = 10  # of the server; a job that ends its machine must not do so for ever
+RESERVE = 32 * 2**20  # bytes of the disk that stay free, so that the end of each job can be written
 PATIENCE = 30.0  # seconds that a transaction waits for another one
 
 
@@ -60,6 +63,12 @@ class Job(NamedTuple):
 
 class Full(Exception):
     """The queue holds as many jobs as it may."""
+
+
+def check_room(folder: Path, bytes: int) -> None:
+    """Raise OSError (no space) if the disk of a folder has less room than `bytes`."""
+    if shutil.disk_usage(folder).free < bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 class Store:
