@@ -12,6 +12,7 @@ VERBS = {
     "vae-train": "train a video autoencoder",
     "text": "train two small text encoders on captions",
     "sample": "generate videos and pictures from a run",
+    "evaluate": "measure a model on captioned clips",
     "serve": "generate videos for clients over HTTP",
     "describe": "print the schedule of a config without a device",
     "plan": "print which clips make the steps of a config",

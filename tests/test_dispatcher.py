@@ -39,8 +39,10 @@ while True:
         read()
     order = pending.pop(0)
     if "load" in order:
-        if order["load"] == "broken":
+        if order["load"] == "dies":
             sys.exit(3)
+        if order["load"] == "broken":
+            tell(event="unusable", model="broken", message="no header")
         tell(event="idle")
         continue
     ids = [job["id"] for job in order["jobs"]]
@@ -179,10 +181,21 @@ def test_a_server_that_is_stopped_leaves_its_jobs_to_the_next_one(start):
     assert ends(start(), id) == [None]
 
 
-def test_a_model_that_cannot_be_loaded_makes_nothing_ready(start):
-    thread = start("broken")
-    time.sleep(0.5)
+@pytest.mark.parametrize(
+    "model, says",
+    [
+        ("dies", "the engine ended (exit code 3) while it loaded dies; it is started again"),
+        ("broken", "broken cannot be loaded: no header"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_makes_nothing_ready(model, says, start, caplog):
+    thread = start(model)
+    assert thread.broken.wait(20)
+    until(lambda: says in caplog.messages)
+    time.sleep(0.2)
     assert not thread.ready.is_set() and thread.is_alive()
+    if model == "broken":  # what its own jobs say is the engine's, and others are served
+        assert ends(thread, *add(thread, "another model")) == [None]
 
 
 def test_a_queue_that_fails_while_a_batch_begins_loses_nothing(start, monkeypatch):

@@ -348,7 +348,10 @@ def test_a_film_can_be_read_in_parts(client, api):
 
 
 def test_health_models_and_metrics(client, api):
-    assert client.get("/healthz", headers={"authorization": ""}).status_code == 503
+    for state in ("starting", "failed"):
+        answer = client.get("/healthz", headers={"authorization": ""})
+        assert (answer.status_code, answer.json()) == (503, {"status": state})
+        api.dispatcher.broken.set()
     api.dispatcher.ready.set()
     assert client.get("/healthz", headers={"authorization": ""}).json() == {"status": "ok"}
     names = [model["id"] for model in client.get("/v1/models").json()["data"]]

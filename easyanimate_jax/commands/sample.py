@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -191,6 +191,19 @@ def read_mesh(text: str) -> dict[str, int]:
             f"data=2,context=4"
         )
     return {name: int(count) for name, count in pairs}
+
+
+@contextmanager
+def one_or_mesh(text: str | None):
+    """Yield the mesh of `data=2,context=4`, which is then the current one; None is one device."""
+    import jax
+
+    from easyanimate_jax.sharding import MeshConfig, make_mesh
+
+    devices = jax.devices()[:1] if text is None else None
+    mesh = make_mesh(MeshConfig(**{"fsdp": 1} | (read_mesh(text) if text else {})), devices)
+    with jax.set_mesh(mesh):
+        yield mesh
 
 
 def on_mesh(text: str | None):

@@ -43,23 +43,36 @@ def held_out_loaders(config: TrainConfig, mesh, loaders: dict[str, Loader]) -> d
     Nothing of a row is dropped, and its draws follow from its clip. Empty without a share to hold
     out. Raises ValueError for a stage without a held-out clip.
     """
-    made, settings = {}, config.validation
-    for stage in config.stages if settings.share else ():
-        training = loaders[stage.name]
-        plan = HeldOut(
-            training.records.index,
-            lengths=config.set(stage.data).budget.lengths,
-            batch_size=microbatch_rows(stage, mesh),
-            seed=settings.seed,
-            name=stage.name,
-            share=settings.share,
-            most=settings.clips,
+    share = config.validation.share
+    return {
+        stage.name: held_out_loader(
+            config,
+            stage,
+            mesh,
+            loaders[stage.name].records,
+            share,
+            getattr(loaders[stage.name], "encoder", None),
         )
-        encoder = getattr(training, "encoder", None)
-        options = {"text_drop": 0.0, "draw_by": plan.keys}
-        records = training.records
-        made[stage.name] = _reader(config, stage, mesh, records, plan, encoder, options)
-    return made
+        for stage in (config.stages if share else ())
+    }
+
+
+def held_out_loader(
+    config: TrainConfig, stage: Stage, mesh, records: Records, share: float, encoder=None
+) -> Loader:
+    """Return the loader of the clips that a share of the records holds out; 1 means all."""
+    settings = config.validation
+    plan = HeldOut(
+        records.index,
+        lengths=config.set(stage.data).budget.lengths,
+        batch_size=microbatch_rows(stage, mesh),
+        seed=settings.seed,
+        name=stage.name,
+        share=share,
+        most=settings.clips,
+    )
+    options = {"text_drop": 0.0, "draw_by": plan.keys}
+    return _reader(config, stage, mesh, records, plan, encoder, options)
 
 
 def place(batch: Batch, mesh) -> Batch:

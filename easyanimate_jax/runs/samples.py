@@ -9,6 +9,7 @@ writes.
 """
 
 import logging
+import math
 from pathlib import Path
 
 import jax
@@ -18,8 +19,8 @@ from jaxtyping import UInt8
 
 from easyanimate_jax.data import media, records
 from easyanimate_jax.data.loader import Batch, Loader
-from easyanimate_jax.diffusion.tasks import TASKS
-from easyanimate_jax.facts import FPS, SPACE_FACTOR, TIME_FACTOR
+from easyanimate_jax.diffusion.tasks import TASKS, TaskName
+from easyanimate_jax.facts import FPS
 from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.generation.pipelines import (
     LatentDiffusion,
@@ -37,6 +38,37 @@ from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.folder import load_vae
 
 logger = logging.getLogger(__name__)
+
+
+def rows_of(loader: Loader, number: int, mesh: Mesh) -> Batch:
+    """Return the rows of a batch of a loader, without padding rows, on every host."""
+    count = len(loader.plan(number)[1])
+    whole = NamedSharding(mesh, PartitionSpec())
+    arrays = place(loader.batch(number)[1], mesh)
+    arrays = jax.jit(lambda batch: batch, out_shardings=whole)(arrays)
+    return jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[:count], arrays)
+
+
+def rebuilt(vae, batch: Batch, grid: tuple[int, int, int]) -> UInt8[np.ndarray, "B F H W 3"]:
+    """Return the videos that the VAE decodes from the latents of rows of one grid."""
+    latents = batch.mean[:, : math.prod(grid)].astype(np.float32)
+    return decode(vae, unpatchify(latents, grid))
+
+
+def made_again(
+    diffusion, task: TaskName, request: Request, batch: Batch, true: UInt8[np.ndarray, "B F H W 3"]
+) -> UInt8[np.ndarray, "B F H W 3"]:
+    """Return new videos of the rows of a batch, from what their task gives beside the caption.
+
+    This is the first picture of `true`, or the rows' own control or camera.
+    """
+    if TASKS[task].is_control:
+        tokens = math.prod(batch.grid[0].tolist())
+        condition = batch.condition[:, :tokens].astype(np.float32)
+        return condition_to_video(diffusion, request, condition=condition)
+    if task == "i2v" and true.shape[1] > 1:
+        return image_to_video(diffusion, request, start=true[:, 0])
+    return text_to_video(diffusion, request)
 
 
 class Sampler:
@@ -87,27 +119,16 @@ class Sampler:
         grid = max(dict.fromkeys(grids), key=grids.count)  # one size, so one program
         rows = [i for i, one in enumerate(grids) if one == grid][: self.config.samples.clips]
         batch = jax.tree.map(lambda x: x[rows], batch)
-        tokens = slice(int(np.prod(grid)))
-        true = decode(self.vae, unpatchify(batch.mean[:, tokens].astype(np.float32), grid))
-        size = (grid[0] - 1) * TIME_FACTOR + 1, *(2 * SPACE_FACTOR * side for side in grid[1:])
+        true = rebuilt(self.vae, batch, grid)
+        seeds = [loader.plan.keys[ids[row]] for row in rows]
         texts = tuple(text.astype(np.float32) for text in batch.texts)
-        request = self._request(texts, size, [loader.plan.keys[ids[row]] for row in rows])
-        if TASKS[stage.task].is_control:
-            condition = batch.condition[:, tokens].astype(np.float32)
-            return true, condition_to_video(diffusion, request, condition=condition)
-        if stage.task == "i2v" and size[0] > 1:
-            return true, image_to_video(diffusion, request, start=true[:, 0])
-        return true, text_to_video(diffusion, request)
+        request = self._request(texts, true.shape[1:4], seeds)
+        return true, made_again(diffusion, stage.task, request, batch, true)
 
     def _batch(self, loader: Loader) -> tuple[Batch, list[int]]:
         """Return the largest held-out batch on the host, without padding rows, and its records."""
         number = max(range(len(loader.plan)), key=lambda i: len(loader.plan(i)[1]))
-        ids = loader.plan(number)[1].tolist()
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        arrays = place(loader.batch(number)[1], self.mesh)
-        arrays = jax.jit(lambda batch: batch, out_shardings=whole)(arrays)
-        rows = jax.tree.map(lambda x: np.asarray(x).reshape(-1, *x.shape[2:])[: len(ids)], arrays)
-        return rows, ids
+        return rows_of(loader, number, self.mesh), loader.plan(number)[1].tolist()
 
     def _request(self, texts, size: tuple[int, int, int], seeds) -> Request:
         samples = self.config.samples

@@ -8,6 +8,7 @@ the mesh, the batch, the step nor a resume, and changes only with the weights.
 
 import json
 import logging
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float, Int
 
 from easyanimate_jax.data.loader import Loader
 from easyanimate_jax.disk.whole import replace_text
@@ -71,20 +73,12 @@ class Validator:
         weights = {"trained": state.model}
         if state.ema is not None:
             weights["averaged"] = state.ema
-        losses, lengths = {name: [] for name in weights}, []
-        for number in range(len(loader.plan)):
-            length, batch = loader.batch(number)
-            ids = loader.plan(number)[1].tolist()
-            keys = np.zeros(batch.weight.size, np.uint32)
-            keys[: len(ids)] = [loader.plan.keys[i] for i in ids]
-            arrays = place(batch, self.mesh)
-            lengths += [length] * len(ids)
-            for name, part in weights.items():
-                found = self._program(stage)(part, state.frozen, arrays, keys)
-                losses[name].append(np.asarray(found)[:, : len(ids)])
+        program = self._program(stage)
+        programs = {name: partial(program, part, state.frozen) for name, part in weights.items()}
+        losses, lengths = losses_of(loader, self.mesh, programs)
+        about = {"step": made, "stage": stage.name, "task": stage.task}
         rows = [
-            self._row(stage, made, name, np.concatenate(parts, axis=1), np.array(lengths))
-            for name, parts in losses.items()
+            about | {"weights": name} | summary(found, lengths) for name, found in losses.items()
         ]
         self.done.add((made, stage.name))
         if self.writer is not None:
@@ -101,32 +95,9 @@ class Validator:
     def _program(self, stage: Stage):
         if stage.in_channels not in self.programs:
             config = self.config.step.with_channels(stage.in_channels)
-            self.programs[stage.in_channels] = jax.jit(
-                partial(
-                    validation_losses,
-                    graph=graph_of(config) if config.partial else None,
-                    process=self.config.process,
-                    times=self.config.validation.times,
-                    key=jax.random.key(self.config.validation.seed),
-                ),
-                out_shardings=NamedSharding(self.mesh, PartitionSpec()),
-            )
+            graph = graph_of(config) if config.partial else None
+            self.programs[stage.in_channels] = loss_program(self.config, self.mesh, graph)
         return self.programs[stage.in_channels]
-
-    def _row(self, stage: Stage, made: int, name: str, losses, lengths) -> dict:
-        """Return the line of the losses (times, clips) of one kind of weights."""
-        clips = losses.mean(axis=0)
-        return {
-            "step": made,
-            "stage": stage.name,
-            "task": stage.task,
-            "weights": name,
-            "clips": len(clips),
-            "loss": float(clips.mean()),
-            "error": float(clips.std() / max(1, len(clips) - 1) ** 0.5),  # standard error
-            "by_time": [float(x) for x in losses.mean(axis=1)],
-            "by_length": {str(n): float(clips[lengths == n].mean()) for n in np.unique(lengths)},
-        }
 
     def _show(self, row: dict) -> None:
         name, made = f"validation {row['weights']}", row["step"]
@@ -150,6 +121,53 @@ def _is_row(line: str) -> bool:
         return "step" in json.loads(line)
     except ValueError:  # cut short by a kill
         return False
+
+
+def losses_of(
+    loader: Loader, mesh: Mesh, programs: Mapping[str, Callable]
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return the losses (times, clips) of the clips of a loader, and the token length of each.
+
+    Each program is called with the arrays of a batch and the keys of its rows.
+    """
+    losses, lengths = {name: [] for name in programs}, []
+    for number in range(len(loader.plan)):
+        length, batch = loader.batch(number)
+        ids = loader.plan(number)[1].tolist()
+        keys = np.zeros(batch.weight.size, np.uint32)
+        keys[: len(ids)] = [loader.plan.keys[i] for i in ids]
+        arrays = place(batch, mesh)
+        lengths += [length] * len(ids)
+        for name, program in programs.items():
+            losses[name].append(np.asarray(program(arrays, keys))[:, : len(ids)])
+    joined = {name: np.concatenate(parts, axis=1) for name, parts in losses.items()}
+    return joined, np.array(lengths)
+
+
+def summary(losses: Float[np.ndarray, "_times _clips"], lengths: Int[np.ndarray, "_clips"]) -> dict:
+    """Return the mean of the losses, its standard error, and the means by time and by length."""
+    clips = losses.mean(axis=0)
+    return {
+        "clips": len(clips),
+        "loss": float(clips.mean()),
+        "error": float(clips.std() / max(1, len(clips) - 1) ** 0.5),
+        "by_time": [float(x) for x in losses.mean(axis=1)],
+        "by_length": {str(n): float(clips[lengths == n].mean()) for n in np.unique(lengths)},
+    }
+
+
+def loss_program(config: TrainConfig, mesh: Mesh, graph=None) -> Callable:
+    """Return the compiled `validation_losses` of a config's process, times and seed."""
+    return jax.jit(
+        partial(
+            validation_losses,
+            graph=graph,
+            process=config.process,
+            times=config.validation.times,
+            key=jax.random.key(config.validation.seed),
+        ),
+        out_shardings=NamedSharding(mesh, PartitionSpec()),
+    )
 
 
 def validation_losses(weights, frozen, batch, keys, *, graph, process, times: int, key):

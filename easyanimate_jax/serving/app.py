@@ -64,7 +64,8 @@ DEFAULTS = Limits()
 class Api:
     """The state that the routes share: queue, dispatcher, models, limits and token.
 
-    `loras` are the names of the LoRAs that fit a model, by its name.
+    `loras` are the names of the LoRAs that fit a model, by its name. A job is deleted `keep`
+    seconds after its end.
     """
 
     def __init__(
@@ -76,9 +77,10 @@ class Api:
         loras: Mapping[str, Sequence[str]] = {},
         limits: Limits = DEFAULTS,
         token: str | None = None,
+        keep: float = 7 * 86400.0,
     ):
         self.store, self.dispatcher, self.models = store, dispatcher, models
-        self.loras, self.limits, self.token = loras, limits, token
+        self.loras, self.limits, self.token, self.keep = loras, limits, token, keep
         self.ended = asyncio.Event()  # of the server: event streams end then
 
     def create(self, given: Mapping[str, object], key: str | None, source: Job | None) -> Job:
@@ -139,7 +141,7 @@ class Api:
             "progress": job.progress,
             "created_at": int(job.created),
             "completed_at": int(job.ended) if job.status == "completed" else None,
-            "expires_at": None,
+            "expires_at": int(job.ended + self.keep) if job.ended is not None else None,
             "size": f"{request['width']}x{request['height']}",
             "seconds": f"{seconds:g}",
             "prompt": request["prompt"],
@@ -259,8 +261,10 @@ def _open_routes(app: FastAPI, api: Api) -> None:
 
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
-        ready = api.dispatcher.ready.is_set()
-        return JSONResponse({"status": "ok" if ready else "starting"}, 200 if ready else 503)
+        if api.dispatcher.ready.is_set():
+            return JSONResponse({"status": "ok"})
+        broken = api.dispatcher.broken.is_set()
+        return JSONResponse({"status": "failed" if broken else "starting"}, 503)
 
     @app.get("/metrics")
     def measured() -> Response:

@@ -26,14 +26,14 @@ class Dispatcher(threading.Thread):
 
     An engine that ends, or that works longer than `limit` seconds on one batch, is started again:
     its jobs are then tried alone, and a job that ended two engines fails. `ready` is set once the
-    first model is loaded.
+    first model is loaded, and `broken` while it cannot be.
     """
 
     def __init__(self, store: Store, settings: Settings, *, batch: int = 4, limit: float = 3600.0):
         super().__init__(name="dispatcher", daemon=True)
         self.store, self.settings = store, settings
         self.batch, self.limit = batch, limit
-        self.ready = threading.Event()
+        self.ready, self.broken = threading.Event(), threading.Event()
         self._more, self._ended = threading.Event(), threading.Event()
         self._lock = threading.Lock()  # of the pipe to the engine
         self._engine: subprocess.Popen | None = None
@@ -91,13 +91,17 @@ class Dispatcher(threading.Thread):
             text=True,
             encoding="utf-8",
         )
-        self._send({"load": next(iter(self.settings.models))})
-        if self._events(()) is None:
-            self.ready.set()
-        else:
-            LOG.error("the engine ended while it loaded the model; its output is above")
+        first = next(iter(self.settings.models))
+        self.broken.clear()
+        self._send({"load": first})
+        died = self._events(())
+        if died is not None and not self._ended.is_set():
+            self.broken.set()
+            LOG.error("the engine ended (%s) while it loaded %s; it is started again", died, first)
             self._kill()
             self._ended.wait(5 * IDLE)
+        elif not self.broken.is_set():
+            self.ready.set()
 
     def _make(self, jobs: Sequence[Job]) -> None:
         """Have a batch made, and queue again what the engine did not end."""
@@ -140,6 +144,9 @@ class Dispatcher(threading.Thread):
                 if kind == "progress" and time.monotonic() - last > OFTEN:
                     last = time.monotonic()
                     self.store.advance(ids, min(99, 1 + 98 * event["done"] // event["of"]))
+                elif kind == "unusable":
+                    self.broken.set()
+                    LOG.error("%s cannot be loaded: %s", event["model"], event["message"])
                 elif kind == "made":
                     for note in event["notes"]:
                         LOG.warning("%s: %s", event["id"], note)

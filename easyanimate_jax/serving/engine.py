@@ -93,10 +93,17 @@ class Engine:
                 raise  # the engine ends, with a traceback in the log
 
     def load(self, model: str) -> None:
-        """Read the weights of a model now."""
-        self._use(model, [])
-        if not self.settings.low_memory:
-            _ = self.run.diffusion.model, self.run.diffusion.vae, self.run.encoder
+        """Read the weights of a model now, and tell why if they cannot be read."""
+        try:
+            self._use(model, [])
+            if not self.settings.low_memory:
+                _ = self.run.diffusion.model, self.run.diffusion.vae, self.run.encoder
+        except Exception as error:
+            code, message = cause_of(error)
+            if code == "internal":
+                raise
+            self.name = None  # each job tries again
+            self.tell({"event": "unusable", "model": model, "message": message})
 
     def _use(self, model: str, loras: list) -> None:
         if (self.name, self.loras) == (model, loras):

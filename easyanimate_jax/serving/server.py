@@ -47,7 +47,8 @@ def serve(
         LOG.warning("%d job(s) of a server that was killed are queued again", count)
     dispatcher = Dispatcher(store, settings, batch=own.batch, limit=own.most_seconds)
     limits = Limits(own.most_jobs, own.most_pixels, own.most_steps, own.most_megabytes)
-    api = Api(store, dispatcher, models, loras=loras, limits=limits, token=token)
+    keep = own.keep_days * 86400
+    api = Api(store, dispatcher, models, loras=loras, limits=limits, token=token, keep=keep)
     app = create_app(
         api, [*hosts, own.host, *own.allow_host], easyanimate_routes=own.easyanimate_routes
     )
