@@ -66,7 +66,7 @@ demo-control: setup
 define latents
 	$(BIN)/python -m demos.world runs/$(1)/data $(2)
 	$(BIN)/python train.py configs/$(1)_vae.py
-	$(BIN)/python -m easyanimate_jax text runs/$(1)/data runs/$(1)/text
+	$(BIN)/python -m easyanimate_jax text runs/$(1)/data/texts runs/$(1)/text
 	$(BIN)/python -m easyanimate_jax prepare configs/$(1).py
 endef
 
