@@ -111,9 +111,11 @@ reliability: setup
 slow: setup
 	$(CPU) $(BIN)/pytest -m slow
 
-# The server's page in a real browser, which must be installed as `chromium`.
+# The server's page in a real browser, which must be installed as `chromium`. Without npm, axe-core
+# is missing, and the tests of accessibility are skipped.
 browser: setup
 	$(BIN)/pip install --quiet playwright
+	-npm install --silent --prefix .venv/axe axe-core@4.14.1
 	$(CPU) $(BIN)/pytest -n 0 -m "slow or not slow" tests/test_page.py
 
 # The notebook, made from its source and run with few steps.
