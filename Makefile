@@ -124,8 +124,10 @@ notebooks: setup
 	$(BIN)/jupytext --quiet --update --to ipynb docs/notebooks/generate.py
 	$(CPU) $(BIN)/pytest -n 0 -m "slow or not slow" tests/test_notebooks.py
 
+# comfyui.py needs a copy of ComfyUI that runs.
+BENCHMARKS := $(filter-out %/setting.py %/comfyui.py,$(wildcard benchmarks/*.py))
 bench: setup
-	for script in $(filter-out %/setting.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done
+	for script in $(BENCHMARKS); do $(BIN)/python $$script || exit 1; done
 
 # 1000 kills, 50 changes of mesh, 10,000 flipped bits. Each call continues where the last one stopped.
 chaos: setup

@@ -2,10 +2,11 @@
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
-from easyanimate_jax.training.safety.exits import BAD_INPUT, DONE
+from easyanimate_jax.training.safety.exits import BAD_INPUT, BROKEN_PIPE, DONE
 
 VERBS = {
     "train": "train a transformer by the stages of a config, or resume",
@@ -29,7 +30,20 @@ VERBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb and return its exit code. By default the arguments are those of the process."""
+    """Run a verb and return its exit code. By default the arguments are those of the process.
+
+    A reader that closes our output, such as `head`, ends the verb without a word.
+    """
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes once more at its end
+        return BROKEN_PIPE
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
     if verb in ("-h", "--help"):
         print(usage())

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import importlib
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -88,6 +89,15 @@ def test_help_of_train_names_the_configs_and_shows_two_examples(capsys):
     assert len(examples) == 2 and all((ROOT / path).is_file() for path in examples)
 
 
+def test_a_reader_that_closes_the_output_ends_the_verb_without_a_word():
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-m", "easyanimate_jax", "--help"]
+    ran = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (141, "")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -110,6 +120,10 @@ def test_help_of_train_names_the_configs_and_shows_two_examples(capsys):
         (["train", "configs/demo.py", "--replay", "-x"], "--replay"),
         (["train", "configs/demo_vae.py", "--replay", "3"], "--replay is for transformers"),
         (["vae-train", "configs/demo.py"], "configs/demo.py trains a transformer"),
+        (
+            ["vae-train", "configs/demo_vae.py", "--warmup-steps", "9999"],
+            "warmup_steps is 9999, and the stages have",
+        ),
         (["describe", "configs/demo_vae.py"], "configs/demo_vae.py trains a VAE"),
         (["plan", "configs/demo.py", "nowhere"], "nowhere"),
         (["prepare", "configs/demo.py", "--part", "8/8"], "as in 0/8 to 7/8"),

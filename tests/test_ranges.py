@@ -74,7 +74,8 @@ QWEN2 |= {
     "rope_theta": 1.0,
 }
 VAE_STAGE = {"steps": 1, "batch_size": 1, "frames": 1, "size": 16}
-VAE_TRAIN = {"vae": VAEConfig(), "data": "", "output": "", "stages": (VAEStage(**VAE_STAGE),)}
+VAE_TRAIN = {"vae": VAEConfig(), "data": "", "output": ""}
+VAE_TRAIN["stages"] = (VAEStage(**VAE_STAGE | {"steps": 2000}),)  # more than the warm-up
 SIDE = ((16, 1344), (15, 1345))
 
 LORAS = ((("a", -2.0),),), ((("a", math.nan),),)

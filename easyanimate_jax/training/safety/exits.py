@@ -7,6 +7,7 @@ DIVERGED = 3
 HANG = 4
 STORAGE = 5
 PEERS_LOST = 6  # another process or host of the run is gone: restart all of them
+BROKEN_PIPE = 141  # the reader of the output has closed it, as of a program that SIGPIPE ends
 PREEMPTED = 42  # stopped early, and what was done is saved: run the same command to resume
 
 FINAL = (DONE, BAD_INPUT, DIVERGED, PREEMPTED)  # a restart does not help or is not wanted

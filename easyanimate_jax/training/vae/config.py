@@ -157,6 +157,11 @@ class VAETrainConfig:
             raise ValueError(
                 f"VAETrainConfig.stages has {self.steps} steps in all; use 1 to {MAX_STEPS} steps"
             )
+        if self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"VAETrainConfig.warmup_steps is {self.warmup_steps}, and the stages have "
+                f"{self.steps} steps in all: use fewer warm-up steps than those, or 0"
+            )
         if self.decoder_only and not self.init:
             raise ValueError("decoder_only without init: set init to the autoencoder to start from")
         for name in self.controls:
