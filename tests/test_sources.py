@@ -377,6 +377,11 @@ TABLES = {  # name of the file -> its bytes
     "utf16.csv": f"path;Caption\n{ROWS}".encode("utf-16"),
     "utf16 without a mark.csv": f"path;text\n{ROWS}".encode("utf-16-le"),
     "quoted.csv": f'"Video";"PROMPT"\n{ROWS}'.encode(),
+    "named by its delimiter.csv": f"sep=;\r\npath;text\r\n{ROWS}".encode("utf-8-sig"),
+    "old lines.csv": f"path;text\n{ROWS}".replace("\n", "\r").encode(),
+    "empty lines.csv": f"\n \r\npath;text\n\n{ROWS}\n".encode(),
+    "tabs.tsv": b"path\ttext\na.mp4\tred, fast\nb.png\tblau: \xc3\xbc\n",
+    "lines.ndjson": LINES.encode(),
     "lines.json": LINES.encode(),
     "utf16.json": f"[{LINES.strip()}]".replace("\n\n", ",").encode("utf-16"),
     "utf16.jsonl": LINES.encode("utf-16"),
@@ -389,6 +394,31 @@ def test_tables_are_read_as_programs_write_them(folder, name):
     clips, problems = read.read_clips(folder / name)
     found = {clip.name: clip.captions for clip in clips}
     assert found == {"a.mp4": ("red, fast",), "b.png": ("blau: ü",)} and problems == []
+
+
+def test_names_that_windows_wrote_are_those_of_the_files(folder):
+    (folder / "sub").mkdir()
+    for name in ("sub/c.png", "back\\slash.png"):
+        shutil.copy(folder / "b.png", folder / name)
+    names = "sub\\c.png,c\nback\\slash.png,d\n..\\up.png,e\n\\a.mp4,f\n"
+    (folder / "t.csv").write_text(f"path,text\n{names}")
+    clips, problems = read.read_clips(folder / "t.csv")
+    assert [clip.name for clip in clips] == ["sub/c.png", "back\\slash.png"]
+    assert [p.row for p in problems] == [4, 5]
+    assert all("leaves the data folder" in p.reason for p in problems)
+
+
+def test_a_csv_that_would_lose_text_is_named_by_its_lines(folder):
+    rows = 'a.mp4,red, fast\nb.png,"blue\nsky"\na.mp4,fine,\nb.png,"open\na.mp4,lost\n'
+    (folder / "t.csv").write_text(f"\npath,text\n{rows}")
+    clips, problems = read.read_clips(folder / "t.csv")
+    assert {c.name: c.captions for c in clips} == {"a.mp4": ("fine",), "b.png": ("blue\nsky",)}
+    (cut, opened) = problems
+    assert cut[:2] == (3, "a.mp4") and "1 cells more than the header" in cut.reason
+    assert opened[:2] == (7, "") and opened.reason.endswith("close its quotes")
+    (folder / "t.csv").write_text("path,Text,text\na.mp4,one,two\n")
+    with pytest.raises(ValueError, match="several columns text: its columns are path, text, text"):
+        read.read_clips(folder / "t.csv")
 
 
 def test_a_json_of_one_line_is_a_row(folder):

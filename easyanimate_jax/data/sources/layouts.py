@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,9 +35,9 @@ def metadata(path: Path) -> Iterator[Row | Problem]:
 
     Raises ValueError if the file is not a table; a bad row yields a `Problem`.
     """
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in (".csv", ".tsv"):
         yield from _csv(path)
-    elif path.suffix.lower() == ".jsonl":
+    elif path.suffix.lower() in (".jsonl", ".ndjson"):
         yield from _json_lines(path)
     else:
         try:
@@ -148,23 +149,30 @@ def _encoding(start: bytes) -> str:
 
 def _csv(path: Path) -> Iterator[Row | Problem]:
     lines, some = _lines(path, keep_ends=True), []  # some: the lines of a row
-    delimiter, columns = _header(path, next(lines, ""))
+    before, delimiter, columns = _header(path, lines)
     check_columns(path, columns)
     noted = (some.append(line) or line for line in lines)
     rows = csv.DictReader(noted, columns, delimiter=delimiter, skipinitialspace=True)
     while True:
-        number = rows.line_num + 2  # the header is line 1
+        number = rows.line_num + before + 1
         some.clear()
         try:
             row = next(rows, None)
             written = next(csv.DictReader(some, columns, delimiter=delimiter), {})
+            if len(some) > 1:  # several lines may be one text in quotes, or lack a quote
+                list(csv.reader(some, delimiter=delimiter, skipinitialspace=True, strict=True))
         except csv.Error as error:
-            yield Problem(number, "", f"not CSV: {error}")
+            yield Problem(number, "", f"not CSV: {error}; close its quotes")
             continue
         if row is None:
             return
+        more = [cell for cell in row.pop(None, []) if cell.strip()]
         row = {key: v.strip() if isinstance(v, str) else v for key, v in row.items()}
-        yield row_of(rows.line_num + 1, row | _spaced(path.parent, row, written))
+        found = row_of(rows.line_num + before, row | _spaced(path.parent, row, written))
+        if more and columns[-1] in TEXTS and isinstance(found, Row):
+            reason = f"the row has {len(more)} cells more than the header; put its text in quotes"
+            found = Problem(found.number, str(found.name or ""), reason)
+        yield found
 
 
 def _spaced(folder: Path, row: dict, written: dict) -> dict:
@@ -178,17 +186,28 @@ def _spaced(folder: Path, row: dict, written: dict) -> dict:
     }
 
 
-def _header(path: Path, line: str) -> tuple[str, list[str]]:
-    """Return the delimiter and the columns of a header: those with most known names."""
+def _header(path: Path, lines: Iterator[str]) -> tuple[int, str, list[str]]:
+    """Return the number of lines up to the header, the delimiter, and the columns.
+
+    Empty lines may come before, and `sep=;`, by which Excel names the delimiter. Otherwise it is
+    the one that gives most known names.
+    """
+    delimiters, before, line = DELIMITERS, 0, ""
+    for line in lines:
+        before += 1
+        told = re.fullmatch(r"sep=(.)", line.strip('\r\n"'), re.IGNORECASE)
+        delimiters = told[1] if told else delimiters
+        if line.strip() and not told:
+            break
     found = []
-    for delimiter in DELIMITERS:
+    for delimiter in delimiters:
         try:
             cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
         except csv.Error as error:
             raise ValueError(f"{path}: its first line is no header: {error}") from error
         columns = [key_of(cell) for cell in cells]
         found.append((len(KNOWN & {*columns}), len(columns), delimiter, columns))
-    return max(found, key=lambda one: one[:2])[2:]
+    return before, *max(found, key=lambda one: one[:2])[2:]
 
 
 def check_columns(path: Path, columns: list[str], files: bool = True) -> None:
@@ -197,6 +216,9 @@ def check_columns(path: Path, columns: list[str], files: bool = True) -> None:
     If it should have one of `files`, raises ValueError without one.
     """
     told = f"its columns are {', '.join(column[:40] for column in columns[:20])}"
+    twice = sorted(name for name in KNOWN if columns.count(name) > 1)
+    if twice:
+        raise ValueError(f"{path} has several columns {', '.join(twice)}: {told}; keep one of each")
     if files and not {*NAMES} & {*columns}:
         raise ValueError(f"{path} has no column of files: {told}; name one {', '.join(NAMES)}")
     if not {*TEXTS} & {*columns}:
@@ -208,7 +230,8 @@ def _lines(path: Path, keep_ends: bool = False) -> Iterator[str]:
     with open_regular(path) as file:
         encoding = _encoding(file.peek(4)[:4])
         errors = "surrogateescape" if encoding == "utf-8-sig" else "replace"
-        for line in io.TextIOWrapper(file, encoding, errors, newline="\n"):
+        newline = "" if keep_ends else "\n"  # "": old tables may end their lines by "\r"
+        for line in io.TextIOWrapper(file, encoding, errors, newline=newline):
             yield line if keep_ends else line.rstrip("\r\n")
 
 

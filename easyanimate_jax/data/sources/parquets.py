@@ -53,6 +53,7 @@ def _column_of_files(path: Path, have: dict[str, str], schema: pyarrow.Schema) -
     Cells with files come before paths. Raises ValueError if there is neither, or if one cannot say
     which of several columns is meant.
     """
+    columns = [key_of(name) for name in schema.names]
     kinds = {key: schema.field(name).type for key, name in have.items()}
     holding = [key for key, kind in kinds.items() if leaf_of(key, kind)]
     named = [key for key in NAMES if key in holding]
@@ -64,14 +65,14 @@ def _column_of_files(path: Path, have: dict[str, str], schema: pyarrow.Schema) -
                 f"structs of bytes and path"
             )
     if not holding or (paths and not named):
-        check_columns(path, list(have))
+        check_columns(path, columns)
         return None
     if not named and len(holding) > 1:
         raise ValueError(
             f"{path}: the columns {', '.join(holding)} hold bytes; name the one that holds the "
             f"films `video`, or the pictures `image`"
         )
-    check_columns(path, list(have), files=False)
+    check_columns(path, columns, files=False)
     return have[(named or holding)[0]]
 
 

@@ -184,7 +184,7 @@ def rows_of(source: Path, links: str | Path | None) -> tuple[Path, Iterator[Row 
                 return files[0], _files_of(source, files, read, links)
         return source / "*.txt", layouts.side_by_side(source, links)
     suffix = source.suffix.lower()
-    if suffix in (".json", ".jsonl", ".csv"):
+    if suffix in (".json", ".jsonl", ".ndjson", ".csv", ".tsv"):
         return source, layouts.metadata(source)
     if suffix == ".parquet":
         return source, parquets.rows(source)
