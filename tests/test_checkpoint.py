@@ -333,6 +333,24 @@ def test_a_full_disk_costs_the_save_and_nothing_else(copy, monkeypatch, caplog):
     assert_is(read(copy / "checkpoints"), 10)
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_save_without_a_peer_is_no_fault_of_the_disk(copy, monkeypatch, lost):
+    error = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    error = error if lost else OSError(errno.EIO, "Input/output error")
+    checkpoints = Checkpoints(copy / "checkpoints", keep=3)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoints.checkpointer, "save", fail)
+    checkpoints.processes = 2
+    with pytest.raises(jax.errors.JaxRuntimeError if lost else StorageError, match=r"Gloo|output"):
+        checkpoints.save(6, make_state(6), META)
+    checkpoints.processes = 1
+    checkpoints.close()
+    assert run_folder.complete_steps(copy / "checkpoints") == [2, 4]
+
+
 def test_three_failed_saves_end_the_run(copy, monkeypatch):
     free = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free(10, 10, 100))

@@ -231,12 +231,14 @@ class Checkpoints:
             if self.process == 0:
                 self.retention.prune()
 
-    def _failed(self, step: int, reason) -> None:
+    def _failed(self, step: int, error: Exception | str) -> None:
         self.failures += 1
-        reason = " ".join(str(reason).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         logger.error("checkpoint %d was not saved: %s", step, reason)
         self._clean()
         if self.processes > 1:  # the others wait for us; the next start tries again
+            if isinstance(error, Exception) and is_of_jax(error):  # one of them is gone
+                raise error
             raise StorageError(f"checkpoint {step} was not saved: {reason}")
 
     def _clean(self) -> None:
