@@ -499,20 +499,25 @@ def test_files_in_the_cells_of_a_parquet_are_the_same_clips(three, cells):
     assert of_folder[0] == clips and [p.file for p in of_folder[1]] == ["README.md"]
 
 
-@pytest.mark.parametrize("kind", ["bytes", "large", "another name", "among paths", "small", "big"])
+@pytest.mark.parametrize(
+    "kind",
+    ["bytes", "large", "another name", "categories", "odd", "among paths", "small", "big"],
+)
 def test_cells_are_read_as_programs_write_them(folder, kind, monkeypatch):
     film, picture = (folder / "a.mp4").read_bytes(), (folder / "b.png").read_bytes()
     made = {
         "bytes": {"image": [picture, film], "text": ["blue", "red"]},
         "large": {"Video": pyarrow.array([picture, film], pyarrow.large_binary())},
         "another name": {"mp4": [picture, film], "id": ["one", "two"]},
+        "categories": {"image": pyarrow.array([picture, film]).dictionary_encode()},
+        "odd": {"image": [{"bytes": x, "path": "../a\0b"} for x in (picture, film)]},
         "among paths": {"file_name": ["b", "a.mp4"], "image": [{"bytes": picture}, None]},
         "small": {"file": [{"bytes": picture, "path": None}, {"bytes": None, "path": "a.mp4"}]},
         "big": {"video": [{"path": "x/b.png", "bytes": picture}, {"bytes": film}]},
     }[kind]
     if kind == "big":
         monkeypatch.setattr("easyanimate_jax.data.cells.KEPT_BYTES", 1)
-    table = pyarrow.table({"text": ["blue", "red"]} | made)
+    table = pyarrow.table({"txt" if kind == "another name" else "text": ["blue", "red"]} | made)
     pyarrow.parquet.write_table(table, folder / "t.parquet", compression="zstd")
     (b, a), problems = read.read_clips(folder / "t.parquet")
     assert (b.captions, a.captions, problems) == (("blue",), ("red",), [])

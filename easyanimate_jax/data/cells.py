@@ -23,7 +23,8 @@ def leaf_of(column: str, kind: pyarrow.DataType) -> str | None:
     """Return the name of the values that hold bytes: `video` or `video.bytes`; None without any."""
     if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
         column, kind = f"{column}.bytes", kind.field("bytes").type
-    some = types.is_binary, types.is_large_binary, types.is_binary_view
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    some = types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary
     return column if any(test(kind) for test in some) else None
 
 

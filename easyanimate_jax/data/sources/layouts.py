@@ -20,7 +20,7 @@ NAMES = (
     *("file_path", "path", "video_path", "video", "image_path", "image", "file", "file_name"),
     *("filename", "filepath"),
 )
-TEXTS = ("text", "caption", "prompt", "captions")
+TEXTS = ("text", "caption", "prompt", "captions", "txt")
 KNOWN = {*NAMES, *TEXTS, "type", "control_file_path"}
 MEDIA = (
     *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".flv", ".mjpeg"),

@@ -13,6 +13,7 @@ from pyarrow import types
 
 from easyanimate_jax.data.cells import check_group, empty_rows, leaf_of
 from easyanimate_jax.data.media import Cell
+from easyanimate_jax.data.paths import name_fault
 from easyanimate_jax.data.sources.layouts import (
     KNOWN,
     NAMES,
@@ -104,8 +105,8 @@ def _group(
         if number in empty:
             yield {k: v for k, v in row.items() if k not in NAMES} | {"path": told}, None
         else:
-            name = f"/{PurePosixPath(told).name}" if isinstance(told, str) else ""
-            yield row, Cell(path, leaf, group, number, name)
+            name = PurePosixPath(told).name if isinstance(told, str) else ""
+            yield row, Cell(path, leaf, group, number, "" if name_fault(name) else f"/{name}")
 
 
 def _captions(row: dict) -> list:
