@@ -11,17 +11,19 @@ ARG DEVICE=cpu
 
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 HOME=/cache JAX_COMPILATION_CACHE_DIR=/cache/jax
 WORKDIR /app
-COPY requirements.lock setup.py ./
+COPY requirements.lock setup.py pyproject.toml ./
 COPY easyanimate_jax easyanimate_jax
 COPY configs configs
 COPY train.py sample.py ./
-# The releases of the lock file; its hashes would refuse the packages that only DEVICE needs.
+# The releases of the lock file; its hashes would refuse the packages that only DEVICE needs. Users
+# who are given by --user may write to the last three folders, too.
 RUN sed -e '/--hash/d' -e 's/ \\$//' requirements.lock > /tmp/constraints.txt \
     && extras="serve$([ "$DEVICE" = cpu ] || echo ",$DEVICE")" \
     && python3 -m venv /venv \
-    && /venv/bin/pip install --constraint /tmp/constraints.txt ".[$extras]" \
-    && rm -r build *.egg-info /tmp/constraints.txt \
-    && mkdir -p /data /cache && chown 1000:1000 /data /cache
+    && /venv/bin/pip install --constraint /tmp/constraints.txt --editable ".[$extras]" \
+    && /venv/bin/python -m compileall -q easyanimate_jax \
+    && rm /tmp/constraints.txt \
+    && mkdir -p /data /cache runs && chown 1000:1000 /data /cache runs && chmod 1777 /data /cache runs
 ENV PATH=/venv/bin:$PATH
 
 USER 1000

@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
 .PHONY: setup lock demo demo-long demo-lora demo-control demo-real demo-films test reliability slow browser \
-	bench chaos lint clean
+	notebooks bench chaos lint clean
 
 setup: .venv/ready
 
@@ -66,7 +66,7 @@ demo-control: setup
 define latents
 	$(BIN)/python -m demos.world runs/$(1)/data $(2)
 	$(BIN)/python train.py configs/$(1)_vae.py
-	$(BIN)/python -m easyanimate_jax text runs/$(1)/data runs/$(1)/text
+	$(BIN)/python -m easyanimate_jax text runs/$(1)/data/texts runs/$(1)/text
 	$(BIN)/python -m easyanimate_jax prepare configs/$(1).py
 endef
 
@@ -111,10 +111,18 @@ reliability: setup
 slow: setup
 	$(CPU) $(BIN)/pytest -m slow
 
-# The server's page in a real browser, which must be installed as `chromium`.
+# The server's page in a real browser, which must be installed as `chromium`. Without npm, axe-core
+# is missing, and the tests of accessibility are skipped.
 browser: setup
 	$(BIN)/pip install --quiet playwright
+	-npm install --silent --prefix .venv/axe axe-core@4.14.1
 	$(CPU) $(BIN)/pytest -n 0 -m "slow or not slow" tests/test_page.py
+
+# The notebook, made from its source and run with few steps.
+notebooks: setup
+	$(BIN)/pip install --quiet jupytext nbclient ipykernel
+	$(BIN)/jupytext --quiet --update --to ipynb docs/notebooks/generate.py
+	$(CPU) $(BIN)/pytest -n 0 -m "slow or not slow" tests/test_notebooks.py
 
 bench: setup
 	for script in $(filter-out %/setting.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$script || exit 1; done

@@ -44,9 +44,8 @@ def main() -> None:
         server = start_server(a, folder)
         comfy = start_comfyui(a, folder)
         try:
-            rows = [
-                workflow(a, server, path) for path in sorted((PACK / "workflows").glob("*.json"))
-            ]
+            paths = sorted((PACK / "api_workflows").glob("*.json"))
+            rows = [workflow(a, server, path) for path in paths]
             rows.append(interrupted(a, server))
         finally:
             for process in (comfy, server[0]):
@@ -143,7 +142,7 @@ def workflow(a, server, path: Path) -> tuple[str, str, float]:
 
 def interrupted(a, server) -> tuple[str, str, float]:
     """Return how a workflow ended that was interrupted, and its job."""
-    nodes = json.loads((PACK / "workflows" / "text_to_video.json").read_text())
+    nodes = json.loads((PACK / "api_workflows" / "text_to_video.json").read_text())
     SMALL["steps"] = 1000
     began = time.monotonic()
     id = queued(a, server, nodes)

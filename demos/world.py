@@ -8,7 +8,9 @@ test whether the model combines known words in new ways.
     python -m demos.world OUT --images 400 --clips 1000 --large-clips 4
 
 writes `OUT/metadata.json` (two rows per file: English, then Chinese) and a second data set,
-`OUT/heldout/metadata.json`, with true clips of the held-out triples. Every clip has a control file:
+`OUT/heldout/metadata.json`, with true clips of the held-out triples. `OUT/texts/metadata.json` has
+the captions of all files, and captions of colours that no file shows: text encoders learn from text
+alone, so they know more words than a video model has seen. Every clip has a control file:
 a spot that moves along the object's path, or its exact depth or pose (`--control depth` or `pose`).
 """
 
@@ -41,7 +43,7 @@ COLOURS = {
     "purple": (175, 35, 205),
     "cyan": (40, 215, 225),
 }
-NEW_COLOURS = {"pink": (250, 130, 185)}  # no file of the world shows them; see `concept.py`
+NEW_COLOURS = {"pink": (250, 130, 185)}  # only texts of the world name them; see `concept.py`
 # Not quite black and white: -1 exactly would mean "unknown" to the noised references (spec 6.4).
 BACKGROUNDS = {"black": (16, 16, 16), "white": (240, 240, 240), "grey": (128, 128, 128)}
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
@@ -372,6 +374,21 @@ def write_world(out: Path, config: WorldConfig) -> None:
     write_folder(out, items, config.seed, config.control)
     unseen = [(p, SHORT_SIDES) for p in prompts("heldout", config.heldout, config.seed)]
     write_folder(out / "heldout", unseen, config.seed + 1, config.control)
+    write_texts(out / "texts", [prompt for prompt, _ in items], config.seed)
+
+
+def write_texts(out: Path, seen: Sequence[Prompt], seed: int) -> None:
+    """Write the captions of files, and as many of each new colour as a colour of them has."""
+    rng, count = np.random.default_rng((seed, 3)), len(seen) // len(COLOURS)
+    triples = tuple(itertools.product(NEW_COLOURS, BACKGROUNDS, DIRECTIONS))
+    unseen = itertools.islice(moving(triples, rng), count * len(NEW_COLOURS))
+    rows = [
+        {"file_path": f"{i:05d}", "text": text}
+        for i, prompt in enumerate([*seen, *unseen])
+        for text in (prompt.en, prompt.zh)
+    ]
+    out.mkdir(exist_ok=True)
+    (out / "metadata.json").write_text(json.dumps(rows, ensure_ascii=False, indent=0), "utf-8")
 
 
 def write_folder(

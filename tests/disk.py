@@ -50,6 +50,7 @@ def write_run(folder, models, vae="weights/vae", text="weights", process=FLOW, p
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
     meta = {"in_channels": models[0].config.in_channels, "config": json.loads(to_json(config))}
     meta["weights"] = prints or {}
+    meta["stage"] = "small_t2v" if meta["in_channels"] == 16 else "medium_i2v"
     zero = jax.numpy.zeros((), jax.numpy.int32)
     for step, (raw, ema) in ((3, models[::-1]), (7, models)):
         checkpoints.save(step, TrainState(zero, zero, raw, ema, ()), meta)

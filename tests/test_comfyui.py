@@ -255,7 +255,7 @@ def test_an_interrupt_cancels_the_job(pack, server, api):
 def test_the_workflows_name_nodes_and_inputs_that_exist(pack):
     nodes, _, _ = pack
     found = set()
-    for path in sorted((PACK / "workflows").glob("*.json")):
+    for path in sorted((PACK / "api_workflows").glob("*.json")):
         for node in json.loads(path.read_text()).values():
             kind = node["class_type"]
             if kind in nodes:
@@ -269,6 +269,42 @@ def test_the_workflows_name_nodes_and_inputs_that_exist(pack):
                 }
                 assert wanted <= set(node["inputs"]), (path.name, kind)
     assert found == set(nodes)
+
+
+def prompt_of(graph):
+    """The prompt that ComfyUI's page makes of a graph: of each node its type, widgets and links."""
+    sources = {link: (str(node), slot) for link, node, slot, *_ in graph["links"]}
+    prompt = {}
+    for node in graph["nodes"]:
+        inputs, values = {}, iter(node["widgets_values"])
+        for one in node["inputs"]:
+            if "widget" in one:
+                inputs[one["name"]] = next(values)
+                if one["name"] == "seed":
+                    assert next(values) == "fixed"  # what becomes of the seed after a run
+            elif one["link"] is not None:
+                inputs[one["name"]] = [*sources[one["link"]]]
+        assert list(values) == []
+        inputs.pop("upload", None)  # a button
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def test_the_page_s_workflows_are_those_of_the_interface():
+    names = {path.name for path in (PACK / "api_workflows").iterdir()}
+    assert names == {path.name for path in (PACK / "example_workflows").iterdir()} and names
+    for name in sorted(names):
+        graph = json.loads((PACK / "example_workflows" / name).read_text())
+        wanted = json.loads((PACK / "api_workflows" / name).read_text())
+        assert prompt_of(graph) == wanted, name
+        outputs = {node["id"]: node["outputs"] for node in graph["nodes"]}
+        for link, node, slot, *_ in graph["links"]:
+            assert link in outputs[node][slot]["links"], name
+        boxes = [(*node["pos"], *node["size"]) for node in graph["nodes"]]
+        for i, (x, y, w, h) in enumerate(boxes):
+            for x2, y2, w2, h2 in boxes[:i]:
+                apart = x >= x2 + w2 or x2 >= x + w or y >= y2 + h2 or y2 >= y + h
+                assert apart, f"two nodes of {name} overlap"
 
 
 def test_pictures_keep_their_values(pack):

@@ -6,6 +6,7 @@ import shutil
 import socket
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from easyanimate_jax.serving.fields import FIELDS
 TEXTS = json.loads(site.PAGE["texts.json"].read_text("utf-8"))
 SCRIPT = site.PAGE["page.js"].read_text("utf-8")
 HTML = site.PAGE["index.html"].read_text("utf-8")
+AXE = Path(__file__).parent.parent / ".venv/axe/node_modules/axe-core/axe.min.js"
 
 
 def test_both_languages_have_all_words():
@@ -291,3 +293,57 @@ def test_a_failed_job_and_a_cancelled_one_say_so(api, browser, tmp_path):
         assert page.faults == []
     finally:
         page.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("language", ["en-US", "zh-CN"])
+def test_axe_finds_no_barrier(language, width, api, browser, tmp_path):
+    """In every way, with jobs of every state, light and dark, axe-core finds nothing."""
+    if not AXE.is_file():
+        pytest.skip("there is no axe-core: make browser installs it with npm")
+    page = Page(api, browser, tmp_path, language, width)
+    found = {}
+
+    def examine(state):
+        for scheme in ("light", "dark"):
+            page.page.emulate_media(color_scheme=scheme)
+            for one in page.page.evaluate("async () => (await axe.run()).violations"):
+                for node in one["nodes"]:
+                    found.setdefault((one["impact"], one["id"], node["html"]), (state, scheme))
+
+    try:
+        page.page.wait_for_selector("#login:not([hidden])")
+        page.page.evaluate(AXE.read_text("utf-8"))
+        examine("login")
+        page.enter()
+        examine("nothing made")
+        for prompt in ("fail", "a circle", "waits"):
+            page.page.fill("#prompt", prompt)
+            page.page.click("#send")
+            page.page.locator("article").filter(has_text=prompt).wait_for()
+        examine("in progress")
+        page.page.wait_for_selector("article video")
+        page.page.wait_for_selector("article .failed")
+        page.page.click("summary")
+        for model, ways in (
+            ("run", ("text", "image", "video", "inpaint")),
+            ("control", ("control", "trajectory")),
+            ("camera", ("camera",)),
+        ):
+            page.page.select_option("#model", model)
+            for way in ways:
+                if page.page.locator(f"#way_{way}").is_visible():
+                    page.page.check(f"#way_{way}")
+                if way == "inpaint":
+                    page.page.set_input_files("#field_video", tmp_path / "film.mp4")
+                    page.until("document.querySelector('#canvas').width == 40")
+                examine(way)
+        page.page.select_option("#model", "run")
+        page.choose("run", "video")
+        page.page.click("#send")
+        page.until("document.querySelector('#message').textContent != ''")
+        examine("a refused request")
+    finally:
+        page.end()
+    assert found == {}

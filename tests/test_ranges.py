@@ -153,7 +153,12 @@ CLASSES = {
     ),
     LatentSet: (
         {"name": "one", "budget": DEMO.sets[0].budget},
-        {"min_side": FROM_0, "min_quality": SHARE, "condition_draws": FROM_0},
+        {
+            "min_side": FROM_0,
+            "min_quality": SHARE,
+            "condition_draws": FROM_0,
+            "fps": ((1, 120), (0, 121)),
+        },
     ),
     Budget: (
         {"tokens": 48, "lengths": (48,), "sizes": (64,)},

@@ -150,6 +150,27 @@ def test_two_processes_of_four_devices_train_like_one_of_eight(folder):
 
 
 @pytest.mark.slow
+def test_adapters_outlive_kills_and_train_on_two_processes_as_on_one(folder, pair):
+    """Beside the weights of `pair`; both ranks of one run are killed, one after the other."""
+    options = ["--init", str(folder / "pair"), "--stages.0.learning-rate", "0.01"]
+    options += ["--lora.rank", "2", "--lora.targets", "attention"]
+    options += ["--mesh.fsdp", "2", "--mesh.context", "4"]
+    once = {
+        "EASYANIMATE_FAULTS": "writing@4/0,writing@8/1",
+        "EASYANIMATE_FAULTS_ONCE": str(folder / "lora_once"),
+    }
+    for run, processes, devices in (("lora2", 2, 4), ("lora1", 1, 8)):
+        end(start(ranks(processes, folder, run, *options), devices))
+    output = end(start(ranks(2, folder, "lora_killed", *options), 4, **once))
+    assert output.count("starting again") == 2, output
+    killed = prints(folder, "lora_killed")
+    assert killed == prints(folder, "lora2") and all(".adapter." in name for name in killed["ema"])
+    two, one = ([row["loss"] for row in rows(folder, name)] for name in ("lora2", "lora1"))
+    assert len(one) == STEPS
+    np.testing.assert_allclose(two, one, rtol=1e-6)
+
+
+@pytest.mark.slow
 def test_two_processes_validate_like_one(folder):
     """Each reads the held-out clips of its own rows; losses and videos are those of one process."""
     held = ["--validation.share", "0.77", "--validation.every", "8", "--validation.times", "3"]

@@ -28,12 +28,13 @@ from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.generation import request
 from easyanimate_jax.generation.inputs import read_inputs, read_trajectory
 from easyanimate_jax.generation.pipelines import LatentDiffusion
-from easyanimate_jax.generation.request import SampleRequest
+from easyanimate_jax.generation.request import Asked, SampleRequest
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.runs import load
 from easyanimate_jax.runs import sample as samples
 from easyanimate_jax.runs.config import SampleConfig, TrainConfig, to_json
+from easyanimate_jax.runs.parts import open_parts
 from easyanimate_jax.training.stages import Stage
 
 FLOW = Flow()
@@ -87,7 +88,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
-def add_checkpoint(folder, in_channels, process=FLOW):
+def add_checkpoint(folder, in_channels, process=FLOW, fps=8):
     """All that is read of a run before its weights are."""
     meta = Path(folder) / "checkpoints" / "7" / "meta" / "metadata"
     meta.parent.mkdir(parents=True)
@@ -100,10 +101,11 @@ def add_checkpoint(folder, in_channels, process=FLOW):
         model=replace(TINY, in_channels=16),
         process=process,
         samples=SampleConfig(height=16, width=32, frames=5),
-        sets=(LatentSet("one", Budget(48, (48,), (64,))),),
+        sets=(LatentSet("one", Budget(48, (48,), (64,)), fps=fps),),
         stages=(Stage("one", "one", batch_size=1, steps=7),),
     )
-    meta.write_text(json.dumps({"in_channels": in_channels, "config": json.loads(to_json(config))}))
+    saved = {"in_channels": in_channels, "config": json.loads(to_json(config)), "stage": "one"}
+    meta.write_text(json.dumps(saved))
 
 
 X = ("--prompt", "x")
@@ -224,6 +226,15 @@ def test_what_cannot_work_is_refused_in_one_line(run, arguments, message, capfd,
     assert line.startswith("sample.py: ") and line.count("\n") == 1
     assert not loaded  # nothing has touched a device
     assert re.search(message, line)
+
+
+def test_a_video_has_the_rate_of_the_clips_that_the_model_was_trained_on(run):
+    add_checkpoint("fast", in_channels=16, fps=16)
+    for folder, rates in {"run": (8, 8, 4), "fast": (16, 8, 4)}.items():
+        opened = open_parts(folder)
+        options = {}, {"frames": 1}, {"fps": 4}
+        asked = [Asked(SampleRequest(prompt="x", **some)) for some in options]
+        assert tuple(one.request.fps for one in samples.examine(asked, opened)) == rates
 
 
 WITHOUT_EFFECT = [

@@ -41,10 +41,10 @@ def every_frame(path):
     return [stamp - begin for stamp, _ in shown], [number for _, number in shown], unit
 
 
-def chosen(stamps, numbers, unit, start, count):
+def chosen(stamps, numbers, unit, start, count, fps=8):
     """The last frame whose stamp is at most the target, for each target."""
     slack = min(max(unit / 2, Fraction(1, 1000)), Fraction(5, 1000))
-    targets = [start + Fraction(k, 8) for k in range(count)]
+    targets = [start + Fraction(k, fps) for k in range(count)]
     shown = list(zip(stamps, numbers, strict=True))
     return [max(frame for frame in shown if frame[0] <= t + slack)[1] for t in targets]
 
@@ -96,6 +96,37 @@ def test_a_clip_is_prepared_by_time_stamps(films, name):
         job = job_of(films[name], seed=seed)
         found = numbers_of(clips._read_frames(job))
         assert found == chosen(stamps, numbers, unit, Fraction(job.start), 9)
+
+
+@pytest.mark.parametrize("name", ["rate30.mp4", "slowing.mp4", "rate23.976.mp4"])
+def test_a_set_may_have_a_rate_of_its_own(films, name, tmp_path):
+    stamps, numbers, unit = every_frame(films[name])
+    for fps in (4, 15):
+        job = job_of(films[name], shape=(5, 32, 64), fps=fps)
+        found = numbers_of(clips._read_frames(job))
+        assert found == chosen(stamps, numbers, unit, Fraction(job.start), 5, fps)
+        latent_set = LatentSet("set", Budget(72, (72,), (32,), frames=5), fps=fps)
+        offered = clips.frames_of(latent_set, job.clip)
+        media.read_at(job.clip.path, 0, offered, fps=fps)
+        with pytest.raises(ValueError, match=f"frames at {fps} a second"):
+            media.read_at(job.clip.path, 0, offered + 1, fps=fps)
+
+
+def test_a_control_of_a_set_with_a_rate_of_its_own_stays_with_its_clip(tmp_path):
+    film = tmp_path / "a.mp4"
+    encode(film, steady(61, 30))
+    encode(tmp_path / "control_a.mp4", steady(49, 24))
+    for seed in range(3):
+        job = job_of(film, seed=seed, control="file", fps=12)
+        of_film = np.array(numbers_of(clips._read_frames(job))) / 30
+        of_control = np.array(numbers_of(clips._read_control(job, "file", BLANK))) / 24
+        assert np.abs(of_film - of_control).max() <= 1 / 24
+        np.testing.assert_allclose(np.diff(of_film), 1 / 12, atol=1 / 30 + 1e-6)
+
+
+def test_the_rate_of_the_reference_has_no_other(films):
+    with pytest.raises(ValueError, match="reference_rate reads about 8 frames a second"):
+        LatentSet("x", Budget(72, (72,), (32,), frames=9), reference_rate=True, fps=16)
 
 
 def test_the_rate_of_the_reference_is_an_option(films):

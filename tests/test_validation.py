@@ -1,5 +1,6 @@
 """Held-out clips: never trained on, and a loss that depends on the weights alone."""
 
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -206,6 +207,13 @@ def test_times_are_the_middles_of_equal_shares_of_the_training_times():
 
 def test_a_share_without_a_clip_is_refused_before_anything_is_written(config, tmp_path):
     none = replace(config, run=str(tmp_path / "run"), validation=replace(HELD, share=1e-9))
-    with pytest.raises(ValueError, match=r"none of 5 clips is held out by validation\.share=1e-09"):
+    with pytest.raises(ValueError, match=r"none of 5 clips is held out by .*share=1e-09") as told:
         train(none)
     assert not (tmp_path / "run").exists()
+    share = float(re.search(r"use ([\d.]+) or more", str(told.value))[1])
+    validation = replace(none.validation, share=share)
+    mesh = make_mesh(config.mesh)
+    loaders = held_out_loaders(
+        replace(config, validation=validation), mesh, make_loaders(config, mesh)
+    )
+    assert all(len(loader.plan.ids) == 1 for loader in loaders.values())

@@ -93,7 +93,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
     names = ("steps", "guidance")
     chosen = {name: getattr(own, name) for name in names if getattr(own, name) is not None}
     default = {name: getattr(opened.samples, name) for name in names}
-    asked = Asked(own.count, own.videos, own.batch, Sampling(**default | chosen), own.seed)
+    sampling = Sampling(**default | chosen)
+    asked = Asked(own.count, own.videos, own.batch, sampling, own.seed, opened.fps)
     with FolderLock(own.output, option="--output") as lock, one_or_mesh(own.mesh) as mesh:
         run = load_opened(opened)
         evaluation = Evaluation(opened, run, own.clips, own.output, asked, mesh)

@@ -5,6 +5,7 @@ clips, the split of the work, the seed, nor other clips. All spans of a film are
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterator, Sequence
 
@@ -55,9 +56,12 @@ class HeldOut:
         place, tokens = places(index["clip"]), index["tokens"]
         held = np.flatnonzero((place < share) & (tokens <= lengths[-1]))
         if not len(held):
+            least = place[tokens <= lengths[-1]].min(initial=1.0)
             raise ValueError(
                 f"stage {name!r}: none of {len(tokens)} clips is held out by validation.share="
-                f"{share}; use a larger share, or 0 for no validation"
+                f"{share}, which goes by the names of the files: use "
+                f"{f'{math.ceil(1000 * least) / 1000} or more' if least < 1 else 'other clips'}, "
+                f"or 0 for no validation"
             )
         names = index["clip"].tolist()
         self.ids = np.array(sorted(held, key=lambda i: (place[i], names[i]))[:most])

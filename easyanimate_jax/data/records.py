@@ -31,7 +31,7 @@ from safetensors.numpy import load_file, save
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.disk.errors import is_of_the_system
 from easyanimate_jax.disk.whole import remove_left, replace, replace_text
-from easyanimate_jax.facts import check_fields
+from easyanimate_jax.facts import FPS, check_fields
 from easyanimate_jax.weights.files import DTYPES
 
 VERSION = 1
@@ -95,13 +95,28 @@ class LatentSet:
     """Store only text states and the clip's location. Training then decodes and encodes the clip,
     with one condition and one control, each time that it draws the clip."""
 
+    fps: int = FPS
+    """Frames per second at which videos are read, by their time stamps. The model has no input for
+    it, so use one rate for all sets of a model; samples are then written at this rate."""
+
     reference_rate: bool = False
     """Use every round(fps / 8)-th frame of a video, as the reference does, instead of sampling 8
     frames per second by time. Videos then change their speed: at 12 frames per second to 0.67 of
     it, at 30 frames per second to 0.94."""
 
     def __post_init__(self):
-        check_fields(self, min_side="[0, inf)", min_quality="[0, 1]", condition_draws="[0, inf)")
+        check_fields(
+            self,
+            min_side="[0, inf)",
+            min_quality="[0, 1]",
+            condition_draws="[0, inf)",
+            fps="[1, 120]",
+        )
+        if self.reference_rate and self.fps != FPS:
+            raise ValueError(
+                f"set {self.name!r}: reference_rate reads about {FPS} frames a second, and fps is "
+                f"{self.fps}: leave one of them out"
+            )
         if isinstance(self.control, str):
             object.__setattr__(self, "control", (self.control,) if self.control else ())
         for control in self.control:

@@ -43,16 +43,21 @@ def frames_in(seconds: float | np.ndarray, fps: float | int = FPS) -> np.ndarray
 
 
 def clip_frames(
-    num_frames: np.ndarray | int, fps: np.ndarray | float, reference_rate: bool
+    num_frames: np.ndarray | int,
+    fps: np.ndarray | float,
+    reference_rate: bool,
+    rate: int = FPS,
 ) -> np.ndarray | np.int64:
-    """Return how many training frames each clip offers; `fps` is its average rate, 0 for pictures.
+    """Return how many training frames each clip offers, at `rate` a second.
 
-    With `reference_rate`, every `stride_of(fps)`-th frame counts, as in the reference.
+    `fps` is the average rate of a clip, 0 for pictures. With `reference_rate`, every
+    `stride_of(fps)`-th frame counts, as in the reference.
     """
     num_frames, fps = np.asarray(num_frames, np.int64), np.asarray(fps, np.float64)
     if reference_rate:
         return (num_frames - 1) // stride_of(fps) + 1
-    return frames_in(np.divide(num_frames - 1, fps, out=np.zeros_like(fps), where=fps > 0))
+    seconds = np.divide(num_frames - 1, fps, out=np.zeros_like(fps), where=fps > 0)
+    return frames_in(seconds, rate)
 
 
 def stride_of(fps: float | np.ndarray) -> np.ndarray | np.int64:

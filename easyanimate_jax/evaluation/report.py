@@ -34,13 +34,14 @@ def page(
     about, loss = results["settings"], results["loss"]
     times = (np.arange(len(loss["by_time"])) + 0.5) / len(loss["by_time"])
     curve = web.line_chart(
-        {"loss": (times, loss["by_time"])},
-        x_label="share of the training times, from little noise to much",
+        {"loss": ((100 * times).tolist(), loss["by_time"])},
+        x_label="training times below it, in percent: from little noise to much",
     )
     lengths = web.table(["tokens", "loss"], list(loss["by_length"].items()))
     step = "" if about["step"] is None else f", step {about['step']} ({about['weights_of']})"
     films = "".join(_row(row, read) for row in results["clips"][:SHOWN])
-    note = web.note(f"{loss['clips']} clips. Sampling: {_words(about['sampling'])}.")
+    how = "{steps} steps, guidance {guidance}".format(**about["sampling"])
+    note = web.note(f"{loss['clips']} clips. Films are made in {how}.")
     return web.page(
         f"{about['model']}{step}",
         [
@@ -64,10 +65,6 @@ def _row(row: Mapping, read: Callable) -> str:
         shown.append(one)
     words = f"{row['number']}. {row['clip']}: {row['caption']} ({row['psnr']:.1f} dB)"
     return f"<div>{web.note(words)}{''.join(shown)}</div>"
-
-
-def _words(sampling: Mapping) -> str:
-    return ", ".join(f"{name} {value}" for name, value in sampling.items())
 
 
 def lines(results: Mapping) -> Sequence[str]:

@@ -28,6 +28,7 @@ class Model(NamedTuple):
     frames: int  # this and the next two: the size that it makes by default
     height: int
     width: int
+    fps: int = FPS  # of the clips that it was trained on
 
 
 def complete(request: SampleRequest, model: Model, files: Files = media) -> SampleRequest:
@@ -46,7 +47,9 @@ def complete(request: SampleRequest, model: Model, files: Files = media) -> Samp
     if task.is_control and not any(given(request, name) for name in STARTS):
         wanted = "--camera" if "camera" in task.holds else "--control or --trajectory"
         raise ValueError(f"{model.name} was trained for {task.title}: give {wanted}")
-    filled = {"fps": request.fps or FPS, "frames": request.frames or model.frames}
+    frames = request.frames or model.frames
+    rate = FPS if frames == 1 else model.fps  # a picture has none
+    filled = {"fps": request.fps or rate, "frames": frames}
     filled |= dict(zip(("height", "width"), _sides(request, model, files), strict=True))
     film = request.video or request.control
     if film and request.frames is None:

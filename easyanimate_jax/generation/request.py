@@ -101,7 +101,7 @@ class SampleRequest:
     frames: int | None = None
     """4n+1, or 1 for a picture."""
     fps: int | None = None
-    """Frames a second, also of films: 8."""
+    """Frames a second, also of films; the model's."""
     segment: int | None = None
     """Of a long video's segments, 4n+1."""
     overlap: int | None = None

@@ -44,9 +44,10 @@ class Job(NamedTuple):
     clip: Clip
     shape: Shape
     start: float  # seconds after the clip's first frame
-    stride: int  # take every n-th frame; 0 takes `FPS` frames a second by time stamps
+    stride: int  # take every n-th frame; 0 takes `rate` frames a second by time stamps
     control: tuple[str, ...] = ()
     random_reference: bool = False
+    rate: int = FPS  # of the set
 
 
 class Condition(NamedTuple):
@@ -70,24 +71,25 @@ class Pixels(NamedTuple):
 
 def frames_of(latent_set: LatentSet, clip: Clip) -> int:
     """Return how many frames the clip has at the frame rate of the set."""
-    return int(clip_frames(clip.num_frames, clip.fps, latent_set.reference_rate))
+    rule = latent_set.reference_rate, latent_set.fps
+    return int(clip_frames(clip.num_frames, clip.fps, *rule))
 
 
 def make_job(latent_set: LatentSet, clip: Clip, shape: Shape, rng: np.random.Generator) -> Job:
     """Return the job that reads a clip at a shape, from a random frame on.
 
-    With a control file the start is a multiple of 1 / `FPS` s, because the file may have only `FPS`
-    frames a second.
+    With a control file the start is a multiple of 1 / `fps` s of the set, because the file may have
+    only so many frames a second.
     """
-    stride, rate = 0, clip.fps
+    stride, rate, own = 0, clip.fps, latent_set.fps
     if latent_set.reference_rate:
         stride = int(stride_of(clip.fps))
         last = clip.num_frames - 1 - (shape.frames - 1) * stride
     else:
-        rate = FPS if "file" in latent_set.control else rate
-        last = int((_seconds(clip) - (shape.frames - 1) / FPS + MARGIN) * rate)
+        rate = own if "file" in latent_set.control else rate
+        last = int((_seconds(clip) - (shape.frames - 1) / own + MARGIN) * rate)
     start = int(rng.integers(last + 1)) / (rate or 1)
-    return Job(clip, shape, start, stride, latent_set.control, latent_set.random_reference)
+    return Job(clip, shape, start, stride, latent_set.control, latent_set.random_reference, own)
 
 
 def read_pixels(
@@ -124,9 +126,8 @@ def _read_frames(job: Job) -> UInt8[np.ndarray, "F H W 3"]:
         return decoders().read_still(clip.path, size)
     if job.stride:
         return decoders().read_clip(clip.path, _number(job), count, job.stride, size)
-    return decoders().read_at(
-        clip.path, job.start, count, size, clip.first, clip.first + clip.num_frames
-    )
+    span = clip.first, clip.first + clip.num_frames
+    return decoders().read_at(clip.path, job.start, count, size, *span, fps=job.rate)
 
 
 def _number(job: Job) -> int:
@@ -146,7 +147,7 @@ def _read_control(job: Job, control: str, frames: UInt8[np.ndarray, "F H W 3"]) 
         raise ValueError(f"{clip.name} has no control_file_path, and the set needs one; add it")
     if control == "camera":
         camera = stretched_camera(read_camera(path), clip.num_frames)  # the poses are the clip's
-        step = job.stride or clip.fps / FPS
+        step = job.stride or clip.fps / job.rate
         chosen = np.rint(job.start * clip.fps + step * np.arange(count)).astype(int)
         return pluecker_rays(Camera(*(x[chosen] for x in camera)), height, width)
     size, probe = (height, width), decoders().probe(path)
@@ -159,14 +160,15 @@ def _read_control(job: Job, control: str, frames: UInt8[np.ndarray, "F H W 3"]) 
         return np.repeat(decoders().read_still(path, size), count, axis=0)
     before = decoders().read_seconds(clip.path)[clip.first] if clip.first else 0.0
     longer = probe.seconds - before - _seconds(clip)
-    if longer < -1 / FPS - MARGIN or (longer > 1 / FPS + MARGIN and not clip.first):
+    frame = 1 / job.rate + MARGIN
+    if longer < -frame or (longer > frame and not clip.first):
         raise ValueError(
             f"{path} lasts {probe.seconds:.2f} s from its first frame to its last, and {clip.name} "
             f"{_seconds(clip):.2f} s; give the control the frames, or the frame rate, of the clip"
         )
     if job.stride:
         return decoders().read_clip(path, _number(job), count, job.stride, size)
-    return decoders().read_at(path, before + job.start, count, size)
+    return decoders().read_at(path, before + job.start, count, size, fps=job.rate)
 
 
 def _condition(rng: np.random.Generator, video: Video) -> Condition:

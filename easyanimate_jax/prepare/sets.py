@@ -15,6 +15,7 @@ from easyanimate_jax.data.buckets import grid_of
 from easyanimate_jax.data.contents import Contents, key
 from easyanimate_jax.data.records import Kept, LatentSet, Origin, Writer, check_identity
 from easyanimate_jax.data.sources import places
+from easyanimate_jax.facts import FPS
 from easyanimate_jax.prepare.clips import Job
 
 Record = dict[str, np.ndarray]
@@ -90,7 +91,8 @@ class SetMaker:
         led = clip.control and {"file", "camera"} & set(job.control)
         content = self.contents(clip.path), self.contents(clip.control) if led else None
         sizes = clip.first, clip.num_frames, clip.fps, clip.height, clip.width
-        return Origin(key(self.identity, clip.name, clip.kind, sizes, content, job[1:]), captions)
+        made_by = job[1:-1]  # the rate is in the identity
+        return Origin(key(self.identity, clip.name, clip.kind, sizes, content, made_by), captions)
 
     def _make(self, number: int, read: Callable, texts: Callable, progress, writer: Writer) -> None:
         """Write one shard: records of known content are copied, the others are made."""
@@ -149,6 +151,7 @@ def _told(latent_set: LatentSet) -> dict:
     unknown += () if latent_set.min_quality else ("min_quality",)
     unknown += () if latent_set.pixels else ("pixels",)
     unknown += () if latent_set.reference_rate else ("reference_rate",)
+    unknown += () if latent_set.fps != FPS else ("fps",)
     return {name: value for name, value in fields.items() if name not in unknown}
 
 

@@ -35,7 +35,7 @@ from easyanimate_jax.diffusion.tasks import TASKS, task_of
 from easyanimate_jax.disk import whole
 from easyanimate_jax.evaluation import report
 from easyanimate_jax.evaluation.measures import frechet_interval, mean, psnr, ssim
-from easyanimate_jax.facts import to_bytes
+from easyanimate_jax.facts import FPS, to_bytes
 from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.generation.pipelines import text_to_video
 from easyanimate_jax.generation.rows import Request
@@ -76,6 +76,7 @@ class Asked(NamedTuple):
     batch: int = 1  # clips and videos at once
     sampling: Sampling = Sampling()
     seed: int = 44  # of noise, masks and captions
+    fps: int = FPS  # of the model
 
 
 class Evaluation:
@@ -226,7 +227,7 @@ class Evaluation:
         for record, frames in zip(records, videos, strict=True):
             path = self.path(kind, self.numbers[record])
             if not path.is_file():
-                write_film(path, frames)
+                write_film(path, frames, self.config.sets[0].fps)
 
 
 def config_of(opened: Opened, clips: Path, output: Path, asked: Asked) -> TrainConfig:
@@ -336,7 +337,7 @@ def prompt_videos(run: Pipeline, prompts: Sequence[str], folder: Path, asked: As
             )
             videos = text_to_video(run.diffusion, request)
             for (_, _, path), frames in zip(some, videos, strict=True):
-                write_film(path, frames)
+                write_film(path, frames, asked.fps)
             progress.update(len(some))
 
 
@@ -366,6 +367,6 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def write_film(path: Path, frames: UInt8[np.ndarray, "F H W 3"]) -> None:
+def write_film(path: Path, frames: UInt8[np.ndarray, "F H W 3"], fps: int) -> None:
     """Write a film completely or not at all."""
-    whole.replace(path, lambda new: media.write_video(new, frames))
+    whole.replace(path, lambda new: media.write_video(new, frames, fps))

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.disk.local import local_path
+from easyanimate_jax.facts import FPS
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.runs.config import SampleConfig, TrainConfig, from_json
 from easyanimate_jax.text.encode import state_widths
@@ -58,6 +59,14 @@ class Opened(NamedTuple):
     def training(self) -> TrainConfig | None:
         """Return the config of a run's training; None for a folder."""
         return None if self.meta is None else from_json(json.dumps(self.meta["config"]))
+
+    @property
+    def fps(self) -> int:
+        """Return the frames per second of the clips that the model was trained on last."""
+        training = self.training
+        stages = {} if training is None else {stage.name: stage for stage in training.stages}
+        stage = stages.get(self.meta.get("stage")) if stages else None
+        return FPS if stage is None else training.set(stage.data).fps
 
 
 def open_parts(

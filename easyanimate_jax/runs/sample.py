@@ -45,7 +45,7 @@ def examine(
     """
     process, samples, found = opened.process, opened.samples, []
     size = samples.frames, samples.height, samples.width
-    model = Model(str(opened.path), opened.config.in_channels, *size)
+    model = Model(str(opened.path), opened.config.in_channels, *size, opened.fps)
     for one in asked:
         with one.named():
             request = complete(one.request, model, files)

@@ -20,7 +20,6 @@ from jaxtyping import UInt8
 from easyanimate_jax.data import media, records
 from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.diffusion.tasks import TASKS, TaskName
-from easyanimate_jax.facts import FPS
 from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.generation.pipelines import (
     LatentDiffusion,
@@ -103,7 +102,8 @@ class Sampler:
             if self.writer is not None:
                 for number, pair in enumerate(zip(true, made, strict=True)):
                     film = np.concatenate(pair, axis=2)  # side by side, the true one on the left
-                    self.writer.film(f"held-out {stage.task}/{number}", step, film, FPS)
+                    rate = self.config.set(stage.data).fps
+                    self.writer.film(f"held-out {stage.task}/{number}", step, film, rate)
 
     def _prompts(self, diffusion: LatentDiffusion) -> UInt8[np.ndarray, "B F H W 3"]:
         samples = self.config.samples

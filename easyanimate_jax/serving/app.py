@@ -27,7 +27,6 @@ from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
 
 from easyanimate_jax.data.decode import decoders
-from easyanimate_jax.facts import FPS
 from easyanimate_jax.generation.request import Asked, SampleRequest
 from easyanimate_jax.runs.parts import Opened
 from easyanimate_jax.runs.sample import examine
@@ -96,7 +95,7 @@ class Api:
         settings = self.dispatcher.settings
         try:
             if source is None:
-                wanted = fields.parse(given, self.store, id)
+                wanted = fields.parse(given, self.store, id, self.models[model].fps)
             else:
                 wanted = dict(source.request) | {"prompt": given.get("prompt")}
                 uploads = self.store.uploads
@@ -132,7 +131,7 @@ class Api:
         """Return a job as the API shows it."""
         request = job.request
         error = {"code": job.code, "message": job.message} if job.status == "failed" else None
-        seconds = (request["frames"] - 1) / request.get("fps", FPS)
+        seconds = (request["frames"] - 1) / request["fps"]
         return {
             "id": job.id,
             "object": "video",

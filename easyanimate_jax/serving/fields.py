@@ -20,7 +20,6 @@ from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from easyanimate_jax.data.buckets import whole_frames
 from easyanimate_jax.data.decode import decoders
-from easyanimate_jax.facts import FPS
 from easyanimate_jax.generation.request import FILES, SampleRequest, check
 from easyanimate_jax.serving.engine import LORA, Settings, request_of
 from easyanimate_jax.serving.store import Store
@@ -96,8 +95,10 @@ def described() -> dict:
     return {"requestBody": {"content": {"multipart/form-data": {"schema": schema}}}}
 
 
-def parse(given: Mapping[str, object], store: Store, id: str) -> dict:
+def parse(given: Mapping[str, object], store: Store, id: str, rate: int) -> dict:
     """Return the set fields of a `SampleRequest`; files are written to the job's folder.
+
+    `rate` is the model's frames per second.
 
     `given` holds JSON values, texts of a form, and files as `bytes`. The value of a file in the
     result is its name in the folder. Raises Fault for what is not understood.
@@ -135,7 +136,7 @@ def parse(given: Mapping[str, object], store: Store, id: str) -> dict:
     if "seconds" in fields:
         if "frames" in fields:
             raise Fault(400, "seconds and num_frames say the same: give one of them", "seconds")
-        seconds, rate = fields.pop("seconds"), fields.get("fps", FPS)
+        seconds, rate = fields.pop("seconds"), fields.get("fps", rate)
         if not 0 <= seconds <= 86400:
             raise Fault(400, f"seconds is {seconds:g}: give 0 to 86400", "seconds")
         fields["frames"] = whole_frames(int(seconds * rate) + 1)

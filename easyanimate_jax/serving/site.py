@@ -63,6 +63,7 @@ def _model(name: str, opened: Opened) -> dict:
         "ways": ways,
         "inputs": task.inputs,
         "samplers": SAMPLERS[type(opened.process)],
+        "fps": opened.fps,
         **dataclasses.asdict(opened.samples),
     }
 

@@ -45,7 +45,8 @@ def choose(latent_set: LatentSet, table: dict[str, np.ndarray]) -> tuple[dict, C
         }
     )
     rows = np.flatnonzero(kind & large & good)
-    frames = clip_frames(table["frames"][rows], table["fps"][rows], latent_set.reference_rate)
+    rule = latent_set.reference_rate, latent_set.fps
+    frames = clip_frames(table["frames"][rows], table["fps"][rows], *rule)
     clips = Clips(frames, table["height"][rows], table["width"][rows], table["word"][rows])
     if not len(rows):
         return {}, left_out, ()

@@ -258,7 +258,7 @@ async function form() {
   if (way() === "camera" && !body.has("camera")) {
     const moves = Object.fromEntries(SLIDERS.map((name) => [name, Number($(`slider_${name}`).value)]));
     const size = [number("frames"), number("height"), number("width")];
-    body.append("camera", poses(moves, ...size, Number(found.fps) || 8));
+    body.append("camera", poses(moves, ...size, Number(found.fps) || model().fps));
   }
   return body;
 }
