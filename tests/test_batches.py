@@ -1,6 +1,7 @@
 """A host reads the rows that its devices hold, and no others; and what was prepared must fit."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from latents import random_latents
 
 from easyanimate_jax.data.records import write_texts
-from easyanimate_jax.pods.compile import longest, pod_mesh
+from easyanimate_jax.pods.compile import longest, pod_mesh, suggest_mesh
 from easyanimate_jax.prepare.prepare import prompts_key
 from easyanimate_jax.runs.batches import held_rows, make_loaders
 from easyanimate_jax.runs.config import load
@@ -21,8 +22,31 @@ PODS = {  # topology -> the mesh of the config that docs/pods.md has for it
     "v5p:8x8x8": {"fsdp": 32, "context": 16},
     "v6e:16x16": {"fsdp": 16, "context": 16},
     "tpu7x:4x4x4": {},
+    "2 slices of v5p:4x4x8": {"data": 2},
+    "h200:8": {"fsdp": -1, "context": 1},
+    "h100:16x8": {},
 }
 CONFIGS = ("configs/v5_12b.py", "configs/v5_12b_control.py", "configs/tpu_12b.py")
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class GPU:
+    """A device of a host of eight; JAX describes none that is not there."""
+
+    id: int
+    process_index: int
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100"
+
+
+def mesh_of(config, topology: str):
+    slices, _, name = topology.rpartition(" slices of ")
+    kind, _, size = name.partition(":")
+    if kind in ("h200", "h100"):
+        count = math.prod(map(int, size.split("x")))
+        devices = [GPU(number, number // 8) for number in range(count)]
+        return make_mesh(suggest_mesh(config.mesh, count), devices)
+    return pod_mesh(config, name, int(slices or 1))[0]
 
 
 @pytest.mark.parametrize("topology", PODS)
@@ -32,7 +56,7 @@ def test_a_host_reads_the_rows_that_it_holds(topology):
         config = load(path)
         own = dataclasses.replace(config.mesh, **PODS[topology])
         config = dataclasses.replace(config, mesh=own)
-        mesh, _ = pod_mesh(config, topology)
+        mesh = mesh_of(config, topology)
         hosts = {device.process_index for device in mesh.devices.flat}
         for stage in config.stages:
             stages += 1

@@ -1,6 +1,10 @@
 """A checkpoint is what was saved, or is set aside; and room is made only for what was checked."""
 
+import contextlib
+import errno
 import json
+import os
+import resource
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -183,6 +187,85 @@ def test_every_array_that_came_back_other_is_named():
         assert differing({"arrays": arrays}, jax.tree.unflatten(structure, other)) == [name]
 
 
+ERRORS = {  # of a reader, none of which says anything about the files
+    "open files": (OSError(errno.EMFILE, "Too many open files"), "does not read now.*ulimit -n"),
+    "a share that is gone": (
+        OSError(errno.ESTALE, "Stale file handle"),
+        "does not read now.*Stale",
+    ),
+    "rights": (PermissionError(errno.EACCES, "Permission denied"), "does not read now.*denied"),
+    "memory": (MemoryError(), "does not read now"),
+    "tensorstore": (ValueError("RESOURCE_EXHAUSTED: Error opening"), "does not read now.*Error op"),
+    "a process": (
+        jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset"),
+        "^UNKNOWN: Gloo",
+    ),
+    "a device": (
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+        "^RESOURCE_EXHAUSTED: Out of memory",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("case", ERRORS)
+def test_a_sound_checkpoint_that_does_not_read_now_is_not_set_aside(
+    copy, monkeypatch, case, wrapped
+):
+    error, message = ERRORS[case]
+
+    def fail(*_):
+        if wrapped:
+            raise RuntimeError("the reader failed") from error
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_read", fail)
+        message = message if not wrapped else "the reader failed"
+        with pytest.raises((StorageError, RuntimeError), match=message):
+            read(copy / "checkpoints")
+        patch.setattr(checkpoint, "fingerprint_on_disk", fail)
+        with pytest.raises(StorageError, match="nothing says that it is damaged"):
+            checkpoint.damage(copy / "checkpoints" / "4")
+        if isinstance(error, OSError):
+            patch.setattr(Path, "read_bytes", fail)
+            with pytest.raises((OSError, RuntimeError), match="reader failed" if wrapped else None):
+                read(copy / "checkpoints")
+    assert_is(read(copy / "checkpoints"), 4)
+    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_without_free_files_no_checkpoint_is_set_aside(copy):
+    """By the real limit of the system; each reads once files are free."""
+    before, folder = resource.getrlimit(resource.RLIMIT_NOFILE), copy / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=3)
+    with contextlib.ExitStack() as stack:
+        busy = [stack.enter_context(open(os.devnull)) for _ in range(50)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (busy[-1].fileno() + 1, before[1]))
+        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        with pytest.raises((StorageError, OSError), match="Too many open files"):
+            checkpoints.restore(lambda meta: LIKE)
+    assert run_folder.complete_steps(folder) == [2, 4]
+    assert_is(checkpoints.restore(lambda meta: LIKE), 4)
+    checkpoints.close()
+
+
+def test_a_step_that_could_not_be_checked_stays_and_so_do_those_before(copy, monkeypatch, caplog):
+    folder = copy / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=2)
+
+    def fail(*_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(checkpoint, "fingerprint_on_disk", fail)
+    checkpoints.save(6, make_state(6), META | {"step": 6})
+    checkpoints.close(6)
+    assert "checkpoint 6 was not checked" in caplog.text
+    assert run_folder.complete_steps(folder) == [2, 4, 6] and not run_folder.is_verified(
+        folder / "6"
+    )
+
+
 def test_diff_names_the_arrays(saved, capsys):
     assert main(["diff", str(saved), "2", "4"]) == 1
     assert "5 of 7 arrays differ" in capsys.readouterr().out
@@ -248,6 +331,24 @@ def test_a_full_disk_costs_the_save_and_nothing_else(copy, monkeypatch, caplog):
     assert run_folder.complete_steps(copy / "checkpoints") == [2, 4, 10]
     assert "checkpoint 6 was not saved" in caplog.text
     assert_is(read(copy / "checkpoints"), 10)
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_save_without_a_peer_is_no_fault_of_the_disk(copy, monkeypatch, lost):
+    error = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    error = error if lost else OSError(errno.EIO, "Input/output error")
+    checkpoints = Checkpoints(copy / "checkpoints", keep=3)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(checkpoints.checkpointer, "save", fail)
+    checkpoints.processes = 2
+    with pytest.raises(jax.errors.JaxRuntimeError if lost else StorageError, match=r"Gloo|output"):
+        checkpoints.save(6, make_state(6), META)
+    checkpoints.processes = 1
+    checkpoints.close()
+    assert run_folder.complete_steps(copy / "checkpoints") == [2, 4]
 
 
 def test_three_failed_saves_end_the_run(copy, monkeypatch):

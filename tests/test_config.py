@@ -1,4 +1,5 @@
 import dataclasses
+import math
 import re
 import sys
 
@@ -32,6 +33,17 @@ def test_the_12b_runs_the_schedule_of_the_report():
         ("53248_control", 96, 2_000),
     ]
     assert (stages[0].name, stages[0].steps) == ("image", 120_000)
+
+
+def test_the_12b_takes_the_clips_that_the_report_took_and_draws_as_often_as_they_are_seen():
+    """About 0.5 million of 26.6 million clips; a draw that no visit uses is work for nothing."""
+    config = load("v5_12b")
+    best = [s for s in config.stages if config.set(s.data).min_quality]
+    assert [stage.name for stage in best] == ["13312_i2v", "53248_i2v"]
+    for stage in best:
+        latents = config.set(stage.data)
+        assert 26.6e6 * (1 - latents.min_quality) == pytest.approx(0.5e6, rel=0.02)
+        assert latents.condition_draws == math.ceil(stage.batch_size * stage.steps / 0.5e6)
 
 
 @pytest.mark.parametrize("name", TRAIN_CONFIGS)

@@ -4,11 +4,13 @@ import os
 import tarfile
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from easyanimate_jax.data import contents
 from easyanimate_jax.data.contents import Contents, key
-from easyanimate_jax.data.media import Content, Member
+from easyanimate_jax.data.media import Cell, Content, Member
 
 
 @pytest.fixture
@@ -60,6 +62,18 @@ def test_a_member_of_an_archive_is_its_own_bytes(tmp_path):
     hashed = Contents(tmp_path / "cache")
     assert [hashed(m) for m in found] == [hashed(tmp_path / "a"), hashed(tmp_path / "b")]
     assert hashed(Content(b"a" * 9, "x")) == hashed(tmp_path / "a")
+
+
+def test_a_cell_of_a_table_is_its_own_bytes_and_is_hashed_once(tmp_path, reads):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name * 9)
+    table = pyarrow.table({"image": [b"a" * 9, b"b" * 9]})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    cells = [Cell(tmp_path / "t.parquet", "image", 0, row, "") for row in range(2)]
+    hashed = Contents(tmp_path / "cache")
+    found = [hashed(cell) for cell in cells]
+    assert [hashed(cell) for cell in cells] == found and len(reads) == 2
+    assert found == [hashed(tmp_path / "a"), hashed(tmp_path / "b")]
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe"])

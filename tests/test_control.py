@@ -207,6 +207,9 @@ def test_a_pose_file_may_lack_its_title(tmp_path, title):
     (tmp_path / "pose.txt").write_text(pose_line(0)[:-4] + "\n" + lines)
     with pytest.raises(ValueError, match="line 1 has 18 numbers"):
         read_camera(tmp_path / "pose.txt")
+    (tmp_path / "pose.txt").write_text(pose_line(0).replace("0", "O") + "\n" + lines)
+    with pytest.raises(ValueError, match="line 1: could not convert string to float"):
+        read_camera(tmp_path / "pose.txt")
 
 
 def test_poses_that_face_away_from_each_other_have_none_between_them():

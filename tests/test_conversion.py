@@ -602,10 +602,11 @@ def test_transposed_copies_are_those_of_numpy(dtype, shape):
 
 def test_a_loaded_model_computes_in_the_dtype_asked_for(tmp_path):
     state = write_original(tmp_path, TINY)
-    model = load_mmdit(tmp_path, dtype="float32", kernels="bfloat16")
-    assert model.config.dtype == "float32"
-    for name, leaf in named_weights(model).items():
-        assert leaf.dtype == ("bfloat16" if name.endswith("kernel") else "float32"), name
+    for mesh in (make_mesh(MeshConfig(data=8)), None):
+        model = load_mmdit(tmp_path, dtype="float32", kernels="bfloat16", mesh=mesh)
+        assert model.config.dtype == "float32"
+        for name, leaf in named_weights(model).items():
+            assert leaf.dtype == ("bfloat16" if name.endswith("kernel") else "float32"), name
     kernel = np.asarray(model.blocks[0].video.attention.q.kernel)[2]
     expected = state["transformer_blocks.2.attn1.to_q.weight"].T
     np.testing.assert_array_equal(kernel, expected.astype(ml_dtypes.bfloat16))

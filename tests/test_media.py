@@ -121,11 +121,24 @@ def test_pictures_read_back_upright(tmp_path):
     picture = np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8)
     media.write_png(tmp_path / "a.png", picture)
     np.testing.assert_array_equal(media.read_image(tmp_path / "a.png"), picture)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
-    assert media.probe(tmp_path / "turned.png") == ("image", 1, 8, 6, 0.0)
-    assert media.read_image(tmp_path / "turned.png").shape == (8, 6, 3)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tiff", "a.avif"])
+def test_a_turned_picture_has_its_upright_size_and_corner(tmp_path, name):
+    """Pillow turns some formats itself; one corner of the picture is white."""
+    picture, corner = np.zeros((24, 32, 3), np.uint8), np.zeros((2, 2), int)
+    picture[:12, :16], corner[0, 0] = 255, 1
+    turned = (corner, corner[:, ::-1], corner[::-1, ::-1], corner[::-1], corner.T,
+              np.rot90(corner, -1), corner.T[::-1, ::-1], np.rot90(corner))  # fmt: skip
+    for orientation, expected in enumerate(turned, start=1):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(picture).save(tmp_path / name, exif=exif)
+        found = media.read_image(tmp_path / name)
+        height, width = (24, 32) if orientation < 5 else (32, 24)
+        assert media.probe(tmp_path / name) == ("image", 1, height, width, 0.0)
+        assert found.shape == (height, width, 3)
+        np.testing.assert_array_equal(found[4::16, 4::16, 0] > 128, expected == 1)
 
 
 @pytest.mark.parametrize(

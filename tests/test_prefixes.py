@@ -87,7 +87,20 @@ UNREADABLE = {
     "an optimizer": (lambda s: {"state": {0: {"m": s["proj.bias"]}}}, "no tensors; its keys are 0"),
     "tables among them": (lambda s: s | {"more": {"a": s["proj.bias"]}}, "'more' is no name"),
     "a list": (lambda s: [s["proj.bias"]], "holds a list, not a state dict"),
+    "sparse": (lambda s: s | {"x": s["proj.bias"].to_sparse()}, r"x\.pt: x is a sparse_coo tensor"),
+    "no values": (lambda s: s | {"x": s["proj.bias"].to("meta")}, r"x\.pt: x is a meta tensor"),
+    "quantized": (
+        lambda s: s | {"x": torch.quantize_per_tensor(s["proj.bias"].float(), 0.1, 0, torch.qint8)},
+        r"x\.pt: x is a quantized tensor; save it as a plain one",
+    ),
+    "itself": (lambda s: holding_itself(), "holds dicts that contain themselves"),
 }
+
+
+def holding_itself():
+    state = {"model": {}}
+    state["model"]["model"] = state
+    return state
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
@@ -100,6 +113,16 @@ def test_a_file_that_is_no_state_dict_is_refused_by_its_keys(tmp_path, case, cap
     assert main(command) == 2
     assert_matches(message, capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+
+
+def test_a_pickle_that_is_cut_is_named(tmp_path, capsys):
+    torch.save(tensors(SOME), tmp_path / "x.pt")
+    content = (tmp_path / "x.pt").read_bytes()
+    command = [str(tmp_path / "x.pt"), str(tmp_path / "out"), "--to", "jax", "--allow-pickle"]
+    for size in (0, 9, 5000, len(content) - 30):
+        (tmp_path / "x.pt").write_bytes(content[:size])
+        assert main(command) == 2
+        assert_matches(r"x\.pt is no pickle of weights alone, or an inc", capsys.readouterr().err)
 
 
 def test_an_empty_file_of_weights_is_refused(tmp_path, capsys):

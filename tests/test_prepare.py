@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import flax.nnx as nnx
 import jax
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from disk import files_of_at_most
 from PIL import Image
+from synthetic_films import X264, encode, make_films, steady
 from test_sources import ODD, odd
 
 from easyanimate_jax.commands import parse
@@ -529,3 +532,36 @@ def test_a_full_disk_ends_in_one_line_and_the_same_command_goes_on(source, vae, 
     for i, whole in enumerate(run(source, vae)):
         for name, value in whole.items():
             np.testing.assert_array_equal(records[i][name], value)
+
+
+@pytest.mark.slow
+def test_a_busy_machine_makes_the_same_records_to_the_byte(tmp_path, vae):
+    """Of 20 films, four of which take seconds to decode."""
+    source, made_in, rng = tmp_path / "source", tmp_path / "made", np.random.default_rng(0)
+    source.mkdir(), made_in.mkdir()
+    films = make_films(made_in)
+    for path in list(films.values())[::4][:16]:
+        shutil.copy(path, source)
+    noise = rng.integers(0, 255, (135, 240, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    for number in range(4):
+        moved = [np.ascontiguousarray(np.roll(noise, 16 * i, axis=1)) for i in range(25)]
+        frames, options = [moved[i % 25] for i in range(200)], X264 | {"g": "250"}
+        encode(source / f"large{number}.mp4", steady(200, 24), frames=frames, options=options)
+    for path in list(source.iterdir()):
+        path.with_suffix(".txt").write_text(path.name)
+    latents = LatentSet("small", Budget(24, (24,), (48,), frames=9), condition_draws=3)
+    made = []
+    for load in (0, 8):
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(load)]
+        out = tmp_path / f"load{load}"
+        try:
+            weights = {"vae": "v", "text": "t"}
+            prepare(source, out, (latents,), vae, FakeText(), PROMPTS, 0, weights=weights)
+        finally:
+            for process in busy:
+                process.kill()
+        files = sorted(path for path in (out / "small").rglob("*") if path.is_file())
+        assert len(Records(out / "small")) == 20
+        made.append({path.relative_to(out): path.read_bytes() for path in files})
+    assert made[0].keys() == made[1].keys() and any("shard" in path.name for path in made[0])
+    assert [str(name) for name in made[0] if made[0][name] != made[1][name]] == []

@@ -20,6 +20,7 @@ from easyanimate_jax.processes import (
     start_logging,
 )
 from easyanimate_jax.runs.config import load
+from easyanimate_jax.training.safety import exits
 
 LAUNCH = Path(__file__).parent.parent / "docs" / "launch"
 SLURM = {"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}
@@ -250,3 +251,64 @@ def test_a_launch_script_examines_the_pod_and_then_trains(name):
         assert load(config).stages
     options = re.findall(r"(?<=--)mesh\.\w+ \d+", text)
     load_config("configs/v5_12b.py", [word for o in options for word in f"--{o}".split()])
+
+
+CLUSTER = {  # what a node of Slurm has, played
+    "srun": 'case "$*" in *doctor*) exit $DOCTOR;; *) exit $TRAIN;; esac',
+    "scontrol": 'echo "$@" >&2',
+    "activate": "",
+}
+
+
+@pytest.mark.parametrize(
+    ("doctor", "train", "code"),
+    [
+        *((0, code, None) for code in (4, 5, 6, 42, 134, 137, 143)),
+        *((code, 0, None) for code in (6, 137)),
+        *((0, code, code) for code in (0, 1, 2, 3)),
+        *((code, 0, code) for code in (1, 2)),
+    ],
+)
+def test_slurm_starts_a_job_again_where_that_can_help(tmp_path, doctor, train, code):
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    for name, body in CLUSTER.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    told = {"DOCTOR": str(doctor), "TRAIN": str(train), "SLURM_JOB_ID": "77"}
+    path = {"PATH": f"{folder}:{os.environ['PATH']}"}
+    words = ["bash", LAUNCH / "slurm.sbatch", "configs/demo.py"]
+    done = subprocess.run(words, cwd=tmp_path, env=told | path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == ((0, "requeue 77\n") if code is None else (code, ""))
+
+
+def test_every_launcher_starts_survivors_again():
+    """Those of a lost process leave with 6, as `test_ranks.py` plays, or JAX ends them with 134."""
+    restarted = re.search(r"--restart-on-exit-codes (\S+)", (LAUNCH / "xpk.sh").read_text())[1]
+    restarted = {int(code) for code in restarted.split(",")}
+    assert restarted == {exits.HANG, exits.STORAGE, exits.PEERS_LOST, exits.PREEMPTED, 134}
+    assert {exits.PEERS_LOST, 134, exits.HANG, exits.STORAGE}.isdisjoint(exits.FINAL)
+    manifest = yaml.safe_load((LAUNCH / "jobset.yaml").read_text())["spec"]
+    job = manifest["replicatedJobs"][0]["template"]["spec"]
+    final = {
+        code
+        for rule in job["podFailurePolicy"]["rules"]
+        if rule["action"] == "FailJob"
+        for code in rule["onExitCodes"]["values"]
+    }
+    assert final == {exits.BAD_INPUT, exits.DIVERGED}
+    assert manifest["failurePolicy"]["maxRestarts"] == 100 and job["backoffLimit"] == 0
+
+
+def test_a_check_of_hosts_that_loses_one_leaves_like_a_training():
+    """In a process of its own, because it ends it."""
+    code = (
+        "import os, sys; os.environ['JAX_COORDINATOR_ADDRESS'] = '127.0.0.1:1'\n"
+        "from jax.errors import JaxRuntimeError\n"
+        "from easyanimate_jax.commands import doctor\n"
+        "def lost(arguments): raise JaxRuntimeError('connection reset')\n"
+        "doctor._examine = lost\n"
+        "sys.exit(doctor.main(()))"
+    )
+    words = [sys.executable, "-c", code]
+    assert subprocess.run(words, cwd=LAUNCH.parents[1], capture_output=True).returncode == 6

@@ -65,7 +65,7 @@ def test_r5_a_signal_to_one_of_two_stops_both_at_one_step(folder, pair):
 
 @pytest.mark.slow
 def test_r1_kills_in_the_worst_places_change_no_bit(folder, pair):
-    """Each rank dies while a checkpoint is written, as it gets its name, and while one goes.
+    """Each rank dies while a checkpoint is written, named or read, and while one is deleted.
 
     Rank 0 gives the name and deletes; rank 1 dies just after it has learned of the one, and when
     its comparison allows the other.
@@ -77,6 +77,8 @@ def test_r1_kills_in_the_worst_places_change_no_bit(folder, pair):
         "written@8/1",
         "deleting@4/0",
         "checked@12/1",
+        "restoring@4/0",
+        "restoring@12/1",
     ]
     once = {
         "EASYANIMATE_FAULTS": ",".join(faults),
@@ -96,6 +98,7 @@ def test_r1_kills_in_the_worst_places_change_no_bit(folder, pair):
         died = mark.stat().st_mtime
         assert any(0 <= at - died < 3 for at in noticed), (mark.name, died, noticed)
     assert prints(folder, "killed") == pair
+    assert not list((folder / "killed" / "checkpoints").glob("*.corrupt*")), output
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """Shards are written whole, read by id, and never silently short."""
 
+import errno
+import os
 import resource
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,6 +95,20 @@ def test_a_process_without_free_files_is_told_so(folder):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(read[0]["text0"]) == 1
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE, errno.ENOMEM, errno.ENFILE])
+def test_a_shard_that_does_not_open_now_is_not_called_damaged(folder, monkeypatch, code):
+    read = Records(folder)
+
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fail)
+        with pytest.raises(OSError) as error:
+            read[0]
+    assert error.value.errno == code and len(read[0]["text0"]) == 1
 
 
 def test_a_flipped_bit_is_named_when_the_record_is_read(tmp_path):

@@ -377,6 +377,11 @@ TABLES = {  # name of the file -> its bytes
     "utf16.csv": f"path;Caption\n{ROWS}".encode("utf-16"),
     "utf16 without a mark.csv": f"path;text\n{ROWS}".encode("utf-16-le"),
     "quoted.csv": f'"Video";"PROMPT"\n{ROWS}'.encode(),
+    "named by its delimiter.csv": f"sep=;\r\npath;text\r\n{ROWS}".encode("utf-8-sig"),
+    "old lines.csv": f"path;text\n{ROWS}".replace("\n", "\r").encode(),
+    "empty lines.csv": f"\n \r\npath;text\n\n{ROWS}\n".encode(),
+    "tabs.tsv": b"path\ttext\na.mp4\tred, fast\nb.png\tblau: \xc3\xbc\n",
+    "lines.ndjson": LINES.encode(),
     "lines.json": LINES.encode(),
     "utf16.json": f"[{LINES.strip()}]".replace("\n\n", ",").encode("utf-16"),
     "utf16.jsonl": LINES.encode("utf-16"),
@@ -389,6 +394,31 @@ def test_tables_are_read_as_programs_write_them(folder, name):
     clips, problems = read.read_clips(folder / name)
     found = {clip.name: clip.captions for clip in clips}
     assert found == {"a.mp4": ("red, fast",), "b.png": ("blau: ü",)} and problems == []
+
+
+def test_names_that_windows_wrote_are_those_of_the_files(folder):
+    (folder / "sub").mkdir()
+    for name in ("sub/c.png", "back\\slash.png"):
+        shutil.copy(folder / "b.png", folder / name)
+    names = "sub\\c.png,c\nback\\slash.png,d\n..\\up.png,e\n\\a.mp4,f\n"
+    (folder / "t.csv").write_text(f"path,text\n{names}")
+    clips, problems = read.read_clips(folder / "t.csv")
+    assert [clip.name for clip in clips] == ["sub/c.png", "back\\slash.png"]
+    assert [p.row for p in problems] == [4, 5]
+    assert all("leaves the data folder" in p.reason for p in problems)
+
+
+def test_a_csv_that_would_lose_text_is_named_by_its_lines(folder):
+    rows = 'a.mp4,red, fast\nb.png,"blue\nsky"\na.mp4,fine,\nb.png,"open\na.mp4,lost\n'
+    (folder / "t.csv").write_text(f"\npath,text\n{rows}")
+    clips, problems = read.read_clips(folder / "t.csv")
+    assert {c.name: c.captions for c in clips} == {"a.mp4": ("fine",), "b.png": ("blue\nsky",)}
+    (cut, opened) = problems
+    assert cut[:2] == (3, "a.mp4") and "1 cells more than the header" in cut.reason
+    assert opened[:2] == (7, "") and opened.reason.endswith("close its quotes")
+    (folder / "t.csv").write_text("path,Text,text\na.mp4,one,two\n")
+    with pytest.raises(ValueError, match="several columns text: its columns are path, text, text"):
+        read.read_clips(folder / "t.csv")
 
 
 def test_a_json_of_one_line_is_a_row(folder):
@@ -423,22 +453,115 @@ def test_a_table_without_captions_names_its_columns(folder, caplog):
 @pytest.mark.parametrize(
     ("cells", "message"),
     [
-        ({"image": [b"\x89PNG"], "text": ["a"]}, "column image is of type binary and not a path"),
         (
-            {"video": [{"bytes": b"1", "path": None}], "caption": ["a"]},
-            r"column video is of type struct<bytes: binary, path: null>",
+            {"video": [{"uri": "a.mp4", "size": 3}], "caption": ["a"]},
+            r"column video is of type struct<uri: string, size: int64>; write paths, bytes",
         ),
-        (
-            {"path": pyarrow.array([b"a"], pyarrow.large_binary()), "text": ["a"]},
-            "column path is of type large_binary and not a path",
-        ),
+        ({"image": [["a.png"]], "text": ["a"]}, "column image is of type list<"),
+        ({"left": [b"1"], "right": [b"2"], "text": ["a"]}, "columns left, right hold bytes; name"),
+        ({"text": ["a"]}, "no column of files: its columns are text"),
+        ({"image": pyarrow.array([None], pyarrow.binary()), "text": ["a"]}, "row 0 : no file_path"),
+        ({"image": [b"<html>"], "text": ["a"]}, r"row 0 t/00000000: .* starts with b'<html>'"),
         ({"name": ["a.mp4"], "words": ["a"]}, "no column of files: its columns are name, words"),
     ],
 )
-def test_a_parquet_that_holds_no_paths_is_refused(folder, cells, message):
+def test_a_parquet_without_usable_files_is_refused(folder, cells, message):
     pyarrow.parquet.write_table(pyarrow.table(cells), folder / "t.parquet")
     with pytest.raises(ValueError, match=message):
         read.read_clips(folder / "t.parquet")
+
+
+@pytest.fixture(scope="module")
+def cells(three):
+    """The clips of `three` in the cells of a parquet table, two rows a group."""
+    folder, captions = three[0], {c.name: c.captions for c in read.read_clips(three[0])[0]}
+    films = [{"bytes": (folder / n).read_bytes(), "path": f"films/{n}"} for n in captions]
+    table = pyarrow.table({"video": films, "caption": [list(c) for c in captions.values()]})
+    (folder.parent / "cells").mkdir()
+    path = folder.parent / "cells" / "train-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+    return path
+
+
+def test_files_in_the_cells_of_a_parquet_are_the_same_clips(three, cells):
+    clips, problems = read.read_clips(cells)
+    names = [
+        f"{cells.stem}/{row:08d}/{c.name}" for row, c in enumerate(read.read_clips(three[0])[0])
+    ]
+    assert [clip.name for clip in clips] == names and problems == []
+    same = {name.rpartition("/")[2]: clip for name, clip in clips_of((clips, [])).items()}
+    folder = clips_of(read.read_clips(three[0]))
+    assert {n: dataclasses.replace(c, name=n) for n, c in same.items()} == folder
+    for clip in clips:
+        assert clip.path.read() == (three[0] / clip.name.rpartition("/")[2]).read_bytes()
+    (cells.parent / "README.md").write_text("cards lie beside the tables of a hub")
+    of_folder = read.read_clips(cells.parent)
+    assert of_folder[0] == clips and [p.file for p in of_folder[1]] == ["README.md"]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["bytes", "large", "another name", "categories", "odd", "among paths", "small", "big"],
+)
+def test_cells_are_read_as_programs_write_them(folder, kind, monkeypatch):
+    film, picture = (folder / "a.mp4").read_bytes(), (folder / "b.png").read_bytes()
+    made = {
+        "bytes": {"image": [picture, film], "text": ["blue", "red"]},
+        "large": {"Video": pyarrow.array([picture, film], pyarrow.large_binary())},
+        "another name": {"mp4": [picture, film], "id": ["one", "two"]},
+        "categories": {"image": pyarrow.array([picture, film]).dictionary_encode()},
+        "odd": {"image": [{"bytes": x, "path": "../a\0b"} for x in (picture, film)]},
+        "among paths": {"file_name": ["b", "a.mp4"], "image": [{"bytes": picture}, None]},
+        "small": {"file": [{"bytes": picture, "path": None}, {"bytes": None, "path": "a.mp4"}]},
+        "big": {"video": [{"path": "x/b.png", "bytes": picture}, {"bytes": film}]},
+    }[kind]
+    if kind == "big":
+        monkeypatch.setattr("easyanimate_jax.data.cells.KEPT_BYTES", 1)
+    table = pyarrow.table({"txt" if kind == "another name" else "text": ["blue", "red"]} | made)
+    pyarrow.parquet.write_table(table, folder / "t.parquet", compression="zstd")
+    (b, a), problems = read.read_clips(folder / "t.parquet")
+    assert (b.captions, a.captions, problems) == (("blue",), ("red",), [])
+    assert (b.kind, b.height, b.width, a.kind, a.num_frames) == ("image", 20, 30, "video", 5)
+    assert a.name == ("a.mp4" if kind in ("among paths", "small") else "t/00000001")
+    assert b.name == "t/00000000" + {"among paths": "/b", "big": "/b.png"}.get(kind, "")
+
+
+def test_a_table_whose_cells_changed_is_named(folder, monkeypatch):
+    def write(*files):
+        table = pyarrow.table({"image": list(files), "text": ["a"] * len(files)})
+        pyarrow.parquet.write_table(table, folder / "t.parquet")
+
+    picture = (folder / "b.png").read_bytes()
+    write(picture, picture)
+    clip = read.read_clips(folder / "t.parquet")[0][1]
+    write(picture)
+    with pytest.raises(ValueError, match=r"t\.parquet: row 1 of group 0 does not read"):
+        media.probe(clip.path)
+    write(picture, None)
+    with pytest.raises(ValueError, match="row 1 of group 0 is empty; the table was changed"):
+        clip.path.read()
+    (folder / "t.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="does not read"):
+        clip.path.read()
+    write(picture, picture)
+    monkeypatch.setattr("easyanimate_jax.data.cells.MOST_BYTES", 9)
+    with pytest.raises(ValueError, match=r"row group 0 holds .* smaller row_group_size"):
+        read.read_clips(folder / "t.parquet")
+
+
+def test_a_folder_of_tables_says_which_it_cannot_take(folder, tmp_path_factory):
+    place, out = tmp_path_factory.mktemp("tables"), tmp_path_factory.mktemp("blobs")
+    table = pyarrow.table({"image": [(folder / "b.png").read_bytes()], "text": ["a"]})
+    for name in ("one", "two"):
+        pyarrow.parquet.write_table(table, out / name)
+        (place / f"{name}.parquet").symlink_to(out / name)
+    with pytest.raises(ValueError, match=r"one.parquet' leaves the data folder .*\(--links\)"):
+        read.read_clips(place)
+    clips, _ = read.read_clips(place, out)
+    assert [clip.name for clip in clips] == ["one/00000000", "two/00000000"]
+    with pytest.raises(ValueError, match=r"holds the table of clips clips\.parquet; name that"):
+        write_clips(place, CLIP)
+        read.read_clips(place, out)
 
 
 def test_capital_columns_of_a_parquet_are_read(folder):

@@ -216,6 +216,25 @@ def test_of_a_trimmed_film_what_can_be_shown_is_counted(films, tmp_path, first, 
     assert numbers_of(media.read_clip(path, 0, shown)) == list(range(first, first + shown))
 
 
+@pytest.mark.parametrize("ending", ["ts", "flv"])
+def test_recordings_in_one_file_are_not_mixed(tmp_path, ending):
+    """Of one clock they are a film; a clock that begins again is named."""
+    how = {"clock": Fraction(1, 1000 if ending == "flv" else 90_000), "options": {"bf": "0"}}
+    one, later, again = (
+        encode(tmp_path / f"{i}.{ending}", steady(48, 24, start), **how).read_bytes()
+        for i, start in enumerate((0, 2, 0))
+    )
+    flags = 13 * (ending == "flv")  # the header of a second FLV and its empty tag
+    (tmp_path / "x").write_bytes(one + again[flags:])
+    for read in (media.probe, lambda path: media.read_at(path, 0, 9)):
+        with pytest.raises(ValueError, match=r"x: its clock runs back after \d\.\d s: several rec"):
+            read(tmp_path / "x")
+    if ending == "ts":
+        (tmp_path / "x").write_bytes(one + later)
+        assert media.probe(tmp_path / "x").num_frames == 96
+        assert numbers_of(media.read_at(tmp_path / "x", 1.5, 8))[:5] == [36, 39, 42, 45, 0]
+
+
 @pytest.mark.parametrize("name", ["frag.mp4", "frag_first.mp4", "dash.mp4"])
 def test_all_frames_of_a_fragmented_film_are_there(films, name):
     assert media.probe(films[name])[:2] == ("video", 72)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_loop import finish, start, stop_at
 from test_prepare import PROMPTS, SET, FakeText, source, vae  # noqa: F401 fixtures
-from test_sources import three  # noqa: F401
+from test_sources import cells, three  # noqa: F401
 
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget
@@ -139,8 +139,8 @@ def test_a_bad_file_is_replaced_the_same_for_all_and_noted(films, encoder, tmp_p
         one.batch(0)
 
 
-def test_folder_tar_and_tfds_say_where_their_clips_lie(three):  # noqa: F811
-    for place in three:
+def test_folder_tar_tfds_and_table_say_where_their_clips_lie(three, cells):  # noqa: F811
+    for place in (*three, cells):
         found, _ = read.read_clips(place)
         root = places.root_of(found)
         for clip in found:

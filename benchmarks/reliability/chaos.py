@@ -8,9 +8,9 @@
 them at random times: during start, steps, or the writing or deletion of checkpoints. A finished run
 is compared with an undisturbed one: the bits of the last checkpoint, the loss of each step, and the
 records of each batch. `elastic` stops a run repeatedly and resumes it with other numbers of
-processes and devices. `flips` changes one bit of a checkpoint at a time. All three add to
-runs/chaos, so you can repeat a call until the goal is reached, and write
-benchmarks/reliability/results.
+processes and devices. `flips` changes one bit of a checkpoint at a time. All three write a report
+to benchmarks/reliability/results and keep what they counted beside it, so a call continues the
+committed count, also in a fresh checkout. The runs themselves are in runs/chaos.
 """
 
 import argparse
@@ -26,11 +26,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 from tiny import (
     FOLDER,
+    RESULTS,
     SAVE_EVERY,
     STEPS,
     beats,
@@ -49,17 +51,23 @@ ALL = 0.2  # share of the kills that hit all ranks at once
 
 
 class Log:
-    """A list of dicts in a file, which survives this process."""
+    """A list of dicts in a committed file, one a line.
+
+    A row of `what` "earlier" sums up calls of which only the report is left.
+    """
 
     def __init__(self, name: str):
         FOLDER.mkdir(parents=True, exist_ok=True)
         if not (FOLDER / "latents" / "empty.safetensors").is_file():
             write_latents()
-        self.file = FOLDER / f"{name}.json"
-        self.rows = json.loads(self.file.read_text()) if self.file.is_file() else []
+        self.file = RESULTS / f"{name}.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        self.rows = [json.loads(line) for line in lines]
 
     def write(self) -> None:
-        self.file.write_text(json.dumps(self.rows))
+        new = self.file.with_suffix(".tmp")
+        new.write_text("".join(f"{json.dumps(row)}\n" for row in self.rows))
+        new.replace(self.file)
 
     def add(self, **row) -> dict:
         self.rows.append(row)
@@ -69,10 +77,22 @@ class Log:
     def of(self, what: str) -> list[dict]:
         return [row for row in self.rows if row["what"] == what]
 
+    def earlier(self, name: str) -> int:
+        """Return a count of the rows that are not left."""
+        return sum(row["counts"].get(name, 0) for row in self.of("earlier"))
+
+
+def count_kills(log: Log) -> int:
+    return log.earlier("kills") + len(log.of("kill"))
+
+
+def count_restarts(log: Log) -> int:
+    return log.earlier("restarts") + len(log.of("restart"))
+
 
 def kills(minutes: float, goal: int) -> None:
     log, deadline = Log("kills"), time.monotonic() + 60 * minutes
-    while len(log.of("kill")) < goal and time.monotonic() < deadline:
+    while count_kills(log) < goal and time.monotonic() < deadline:
         ranks = (2, 4)[len(log.of("end")) % 2]  # 3 does not divide the model's width
         run, undisturbed = f"killed{ranks}", reference(f"whole{ranks}", ranks)
         process = supervise(run, ranks)
@@ -107,14 +127,16 @@ def strike(process, run: str, ranks: int, log: Log, goal: int, deadline: float) 
                 start = last["recovery"]
                 log.write()
             time.sleep(random.uniform(0, 6))
-        if len(log.of("kill")) >= goal or time.monotonic() > deadline:
+        if count_kills(log) >= goal or time.monotonic() > deadline:
             return
         now = beats(run, ranks)
         victims = pids if random.random() < ALL else {random.choice(sorted(pids))}
-        seen = {"doing": doing(run, now), "load": os.getloadavg()[0], "victims": len(victims)}
+        load = round(os.getloadavg()[0], 1)
+        seen = {"doing": doing(run, now), "load": load, "victims": len(victims)}
         if process.poll() is not None or not kill(victims):
             continue  # the run has just ended
-        last = log.add(what="kill", killed=time.time(), early=early, ranks=ranks, **seen)
+        killed = round(time.time(), 2)
+        last = log.add(what="kill", killed=killed, early=early, ranks=ranks, **seen)
         furthest = max([furthest, *(beat["step"] for beat in now)])
 
 
@@ -174,21 +196,35 @@ def report_kills(log: Log) -> None:
     times = sorted(kill["recovery"] for kill in done if "recovery" in kill)
     if not times:
         return
-    phases, ranks = Counter(k["doing"] for k in done), Counter(k["ranks"] for k in done)
+    days = Counter({row["day"]: row["counts"]["kills"] for row in log.of("earlier")})
+    days.update(str(date.fromtimestamp(kill["killed"])) for kill in done)
+    counts = Counter()
+    for row in log.of("earlier"):
+        counts.update(row["counts"])
+    counts.update(kill["doing"] for kill in done)
+    counts.update(f"processes {kill['ranks']}" for kill in done)
+    counts["at once"] += sum(kill["victims"] > 1 for kill in done)
+    counts["ends"] += len(ends)
+    for name in ("same_bits", "same_losses", "set_aside"):
+        counts[name] += sum(end[name] for end in ends)
+    counts["other_samples"] += sum(end["other_samples"] > 0 for end in ends)
+    phases = ("stepping", "writing a checkpoint", "starting", "deleting a checkpoint")
     lines = [
-        f"SIGKILLs at random times: {len(done)} of 1,000; of one rank, or of all at once in "
-        f"{sum(kill['victims'] > 1 for kill in done)}",
-        f"processes of the run: {', '.join(f'{n} in {c}' for n, c in sorted(ranks.items()))}",
-        f"while it was {', '.join(f'{name} {count}' for name, count in phases.most_common())}",
+        f"SIGKILLs at random times: {count_kills(log)} of 1,000; of one rank, or of all at once in "
+        f"{counts['at once']}",
+        f"by day: {', '.join(f'{day} {n}' for day, n in sorted(days.items()))}",
+        f"processes of the run: 2 in {counts['processes 2']}, 4 in {counts['processes 4']}",
+        f"while it was {', '.join(f'{name} {counts[name]}' for name in phases)}",
         f"runs of {STEPS} steps, a checkpoint every {SAVE_EVERY}, that came to their end: "
-        f"{len(ends)}; with the bits of the run without faults {sum(e['same_bits'] for e in ends)},"
-        f" with the same loss in every step {sum(e['same_losses'] for e in ends)}, with samples "
-        f"lost or repeated {sum(e['other_samples'] > 0 for e in ends)}",
-        f"checkpoints that had to be set aside: {sum(e['set_aside'] for e in ends)}",
+        f"{counts['ends']}; with the bits of the run without faults {counts['same_bits']}, with "
+        f"the same loss in every step {counts['same_losses']}, with samples lost or repeated "
+        f"{counts['other_samples']}",
+        f"checkpoints that had to be set aside: {counts['set_aside']}",
         f"seconds from the kill until all ranks made steps again: median "
         f"{statistics.median(times):.1f}, p95 {times[int(0.95 * (len(times) - 1))]:.1f}, largest "
         f"{times[-1]:.1f}, in {len(times)} kills that no other followed before; load average "
         f"{statistics.median(kill['load'] for kill in done):.0f} (median)",
+        *(f"the same of {row['day']}: {row['recovery']}" for row in log.of("earlier")),
         "people who had to do something: 0",
     ]
     write_results("kills", "python benchmarks/reliability/chaos.py kills", lines)
@@ -197,7 +233,7 @@ def report_kills(log: Log) -> None:
 def elastic(minutes: float, goal: int) -> None:
     log, deadline = Log("elastic"), time.monotonic() + 60 * minutes
     run, fixed = "walk", reference("fixed", 1, data="mixed")
-    while len(log.of("restart")) < goal and time.monotonic() < deadline:
+    while count_restarts(log) < goal and time.monotonic() < deadline:
         ranks, devices = other_shape(log.of("restart"))
         code = go_a_little(run, ranks, devices)
         if code == 42:
@@ -250,18 +286,20 @@ def compare(run: str, fixed: str, log: Log) -> None:
 def report_elastic(log: Log) -> None:
     done, ends = log.of("restart"), log.of("end")
     shapes = {(row["ranks"], row["devices"]) for row in done}
-    changes = sum(
+    changes = log.earlier("changes") + sum(
         (a["ranks"], a["devices"]) != (b["ranks"], b["devices"])
         for a, b in itertools.pairwise(done)
     )
+    shown = max([len(shapes), *(row["counts"]["shapes"] for row in log.of("earlier"))])
+    worst = max([end["worst"] for end in [*ends, *log.of("earlier")]], default=float("nan"))
     lines = [
-        f"stops by SIGTERM after a few steps, and starts elsewhere: {len(done)} of 50; {changes} "
-        f"with another number of processes or devices",
-        f"of the twelve of {{1, 2, 4}} processes x {{1, 2, 4, 8}} devices each: {len(shapes)}",
-        f"runs of {STEPS} steps in buckets of 16 and 32 tokens that came to their end: {len(ends)};"
-        f" with samples lost or repeated {sum(e['other_samples'] > 0 for e in ends)}",
-        f"largest relative difference of a step's loss from the run on one device: "
-        f"{max((end['worst'] for end in ends), default=float('nan')):.1e}",
+        f"stops by SIGTERM after a few steps, and starts elsewhere: {count_restarts(log)} of 50; "
+        f"{changes} with another number of processes or devices",
+        f"of the twelve of {{1, 2, 4}} processes x {{1, 2, 4, 8}} devices each: {shown}",
+        f"runs of {STEPS} steps in buckets of 16 and 32 tokens that came to their end: "
+        f"{log.earlier('ends') + len(ends)}; with samples lost or repeated "
+        f"{log.earlier('other_samples') + sum(e['other_samples'] > 0 for e in ends)}",
+        f"largest relative difference of a step's loss from the run on one device: {worst:.1e}",
     ]
     write_results("elastic", "python benchmarks/reliability/chaos.py elastic", lines)
 
@@ -274,7 +312,7 @@ def flips(minutes: float, goal: int) -> None:
 
     rng = np.random.default_rng(time.time_ns() % 2**32)
     saved = save_layouts(rng)
-    file = FOLDER / "flips.json"
+    file = RESULTS / "flips.json"
     counts = json.loads(file.read_text()) if file.is_file() else {}
     counts = {"flips": 0, "detected": 0, "harmless": 0, "silent": 0} | counts
     deadline = time.monotonic() + 60 * minutes

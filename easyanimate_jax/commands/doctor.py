@@ -8,13 +8,15 @@ from tyro.conf import Positional
 
 from easyanimate_jax import processes
 from easyanimate_jax.commands import parse
+from easyanimate_jax.commands.train import ending
 from easyanimate_jax.training.safety.exits import DONE, FOUND
 
 HELP = """Check the hosts of a run. Start this command on every host, as you start the training.
 
 It compares devices, versions, clocks and folders between the processes, and computes a sum over all
 devices. With a config it also checks the mesh, and that the state fits memory and disk. Process 0
-prints a table. Exit codes: 0, all checks pass; 1, a check fails; 2, wrong arguments.
+prints a table. Exit codes: 0, all checks pass; 1, a check fails; 2, wrong arguments; 6, a process
+is gone.
 
 Every field of the config is an option, `--field value`; `CONFIG --help` lists them."""
 
@@ -29,7 +31,7 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the verb `doctor`; return the exit code."""
-    return parse.run(partial(_examine, arguments))
+    return ending(partial(_examine, arguments))
 
 
 def _examine(arguments: Sequence[str]) -> int:

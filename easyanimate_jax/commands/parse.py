@@ -76,7 +76,9 @@ def run(work: Callable[[], int], prefix: str = "error") -> int:
             )
             return STORAGE
         if error.errno in OF_SETTINGS:
-            print(f"{prefix}: {error}", file=sys.stderr)
+            more = error.errno == errno.EMFILE and "ulimit" not in str(error)
+            repair = "; raise the limit (`ulimit -n`), then run the same command again"
+            print(f"{prefix}: {error}{repair * more}", file=sys.stderr)
             return BAD_INPUT
         raise
 

@@ -15,6 +15,7 @@ from tyro.conf import Positional
 
 from easyanimate_jax import processes
 from easyanimate_jax.commands import parse
+from easyanimate_jax.disk.errors import is_of_jax
 from easyanimate_jax.training.safety.exits import DONE, FOUND, PEERS_LOST, PREEMPTED
 from easyanimate_jax.training.safety.faults import Faults
 
@@ -63,7 +64,7 @@ def ending(work: Callable[[], int]) -> int:
         if not several:
             raise
         traceback.print_exc()
-        code = PEERS_LOST if type(error).__name__ == "JaxRuntimeError" else FOUND
+        code = PEERS_LOST if is_of_jax(error) else FOUND
     if code not in (DONE, PREEMPTED) and several:
         sys.stdout.flush()
         os._exit(code)  # a normal exit would wait for the others, which wait for this process

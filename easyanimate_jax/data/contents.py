@@ -8,9 +8,11 @@ import hashlib
 import json
 import os
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-from easyanimate_jax.data.media import File, Member
+from easyanimate_jax.data.media import Cell, File, Member
 from easyanimate_jax.data.paths import open_regular
 
 PIECE = 2**22  # bytes read at a time
@@ -37,17 +39,22 @@ class Contents:
         """Return a hash of the file's bytes, or of the reason why it cannot be read."""
         try:
             if isinstance(file, Path):
-                return self._hash(file, 0, None)
+                return self._hash(file, [0, None], _pieces)
             if isinstance(file, Member):
-                return self._hash(file.archive, file.offset, file.size)
+                place = [file.offset, file.size]
+                return self._hash(file.archive, place, lambda opened: _pieces(opened, *place))
+            if isinstance(file, Cell):
+                place = [file.leaf, file.group, file.row]
+                return self._hash(file.table, place, lambda opened: [file.read()])
             return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
         except (OSError, ValueError) as error:
             return f"unreadable: {error}"
 
-    def _hash(self, path: Path, offset: int, size: int | None) -> str:
+    def _hash(self, path: Path, place: list, read: Callable) -> str:
+        """Return the hash of what `read(opened file)` yields: the bytes at a place of a file."""
         with open_regular(path) as file:
             stat = _stat(file)
-            name = json.dumps([os.path.abspath(path), offset, size])
+            name = json.dumps([os.path.abspath(path), *place])
             with self.lock:
                 if self.known.get(name, [None])[0] != stat:
                     self._read()  # lines that other processes wrote meanwhile
@@ -55,11 +62,8 @@ class Contents:
             if known and known[0] == stat:
                 return known[1]
             digest = hashlib.blake2b(digest_size=16)
-            file.seek(offset)
-            left = stat[0] - offset if size is None else size
-            while left > 0 and (piece := file.read(min(PIECE, left))):
+            for piece in read(file):
                 digest.update(piece)
-                left -= len(piece)
             if _stat(file) == stat:  # else it is being written
                 self._add(name, stat, digest.hexdigest())
         return digest.hexdigest()
@@ -85,6 +89,15 @@ class Contents:
         with self.lock, self.path.open("ab", buffering=0) as file:
             self.known[name] = stat, digest
             file.write(line)
+
+
+def _pieces(file: BinaryIO, offset: int = 0, size: int | None = None) -> Iterator[bytes]:
+    """Yield the bytes of an open file from `offset` on: `size` of them, or all."""
+    file.seek(offset)
+    left = os.fstat(file.fileno()).st_size - offset if size is None else size
+    while left > 0 and (piece := file.read(min(PIECE, left))):
+        yield piece
+        left -= len(piece)
 
 
 def _stat(file) -> list[int]:

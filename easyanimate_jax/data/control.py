@@ -167,7 +167,7 @@ def read_camera(path: str | Path) -> Camera:
         try:
             row = [float(word) for word in line.split()]
         except ValueError as error:
-            if number == 1:  # the title
+            if number == 1 and len(line.split()) < COLUMNS:  # the title
                 continue
             raise ValueError(f"{path}, line {number}: {error}") from error
         if row and (number > 1 or len(row) > 4):  # a title may be a number or two

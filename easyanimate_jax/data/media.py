@@ -104,6 +104,25 @@ class Example(NamedTuple):
         return self.examples[self.index][self.field]
 
 
+class Cell(NamedTuple):
+    """A file in a cell of a parquet table; it is read in place, see data/cells.py."""
+
+    table: Path
+    leaf: str  # the values: `video` or `video.bytes`
+    group: int  # of rows
+    row: int  # in its group
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.table}:{self.name}"
+
+    def read(self) -> bytes:
+        """Return the bytes. Raises ValueError if the table does not hold them now."""
+        from easyanimate_jax.data.cells import read_cell  # the workers do not need pyarrow
+
+        return read_cell(self.table, self.leaf, self.group, self.row)
+
+
 class Content(NamedTuple):
     """A file whose bytes are in memory."""
 
@@ -118,7 +137,7 @@ class Content(NamedTuple):
         return self.content
 
 
-File = Path | Member | Example | Content
+File = Path | Member | Example | Cell | Content
 
 
 class Probe(NamedTuple):

@@ -35,8 +35,11 @@ def name_fault(name: str) -> str:
 def relative_name(root: str | os.PathLike, name: str) -> str:
     """Return the name relative to `root` of an absolute path or `file:` URL below it.
 
-    Other names are returned as they are.
+    In a name that no file has, backslashes become slashes, as Windows writes them. Other names are
+    returned as they are.
     """
+    if "\\" in name and not os.path.lexists(os.path.join(root, name)):
+        name = name.replace("\\", "/")
     scheme = SCHEME.match(name)
     if scheme and scheme[1].lower() == "file":
         try:

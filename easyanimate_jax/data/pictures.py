@@ -54,7 +54,8 @@ def is_animated(image: Image.Image) -> bool:
 
 def size_of(image: Image.Image) -> tuple[int, int]:
     """Return the (height, width) of the result of `to_rgb`, from the header."""
-    turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientations with a quarter turn
+    # EXIF orientations with a quarter turn; Pillow says the size of a turned TIFF, and turns it.
+    turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) >= 5
     width, height = image.size[::-1] if turned else image.size
     return fit_side(height, width, MAX_SIDE)
 

@@ -29,6 +29,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.disk.errors import is_of_the_system
 from easyanimate_jax.disk.whole import remove_left, replace, replace_text
 from easyanimate_jax.facts import FPS, check_fields
 from easyanimate_jax.weights.files import DTYPES
@@ -338,8 +339,10 @@ class Records:
         try:
             path.open("rb").close()  # ArrayRecordReader would hide the reason of a failure
         except OSError as error:
-            if error.errno != errno.EMFILE:
+            if not is_of_the_system(error):
                 raise ValueError(self._damaged(shard, str(error))) from error
+            if error.errno != errno.EMFILE:
+                raise
             raise OSError(
                 errno.EMFILE,
                 f"{path} cannot be opened: this process may open no more files; raise "

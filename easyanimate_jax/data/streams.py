@@ -15,7 +15,7 @@ from av.video.reformatter import VideoReformatter
 
 from easyanimate_jax.data.pictures import MAX_SIDE, Animation, Picture, is_animated, open_picture
 from easyanimate_jax.data.shown import Look, look_of, render
-from easyanimate_jax.data.times import header_timeline, read_timeline
+from easyanimate_jax.data.times import ClockError, header_timeline, read_timeline
 
 CODECS = {
     *("av1", "ffv1", "flv", "h264", "hevc", "libdav1d", "mjpeg", "mpeg1video", "mpeg2video"),
@@ -61,7 +61,10 @@ class Film:
             timeline = header_timeline(file)
         else:
             with self._opened() as (container, stream):
-                timeline = read_timeline(container, stream)
+                try:
+                    timeline = read_timeline(container, stream)
+                except ClockError as error:
+                    raise ValueError(f"{path}: {error}") from None
         if timeline is None:
             with self._opened():  # raises its own error if the stream is the reason
                 raise ValueError(f"{path}: no frame could be decoded; replace the file")

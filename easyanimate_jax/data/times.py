@@ -20,6 +20,7 @@ from easyanimate_jax.facts import FPS
 
 MARGIN = 0.001  # seconds; Matroska and FLV round stamps to multiples of this
 COARSE = 0.005  # seconds; half a tick of a GIF's clock
+BACK = 1.0  # seconds by which decoding times may run back: some programs do not order them
 
 Seconds = Float[np.ndarray, " F"]
 
@@ -62,6 +63,10 @@ def clip_frames(
 def stride_of(fps: float | np.ndarray) -> np.ndarray | np.int64:
     """Return the frame stride that the reference uses to approximate `FPS` (spec 6.6)."""
     return np.maximum(1, np.round(np.asarray(fps) / FPS)).astype(np.int64)
+
+
+class ClockError(ValueError):
+    """The decoding times of a film run back."""
 
 
 class Timeline(NamedTuple):
@@ -127,12 +132,20 @@ def read_timeline(container, stream) -> Timeline | None:
 
     The stream must be at its beginning. One packet is one frame. Frames before the first key frame
     are skipped, because they refer to missing frames. Seek targets are decoding times in transport
-    streams and presentation times in all other formats.
+    streams and presentation times in all other formats. Raises ClockError if the clock runs
+    back, as where one recording was written behind another: their frames would be mixed.
     """
     by_decoding = container.format.name == "mpegts"
     hides = stream.codec_context.name == "vp8"
-    shown, keys, exact, first = [], [], True, None
+    shown, keys, exact, first, latest = [], [], True, None, None
     for packet in container.demux(stream):
+        if packet.dts is not None:
+            if latest is not None and (latest - packet.dts) * stream.time_base > BACK:
+                raise ClockError(
+                    f"its clock runs back after {float(latest * stream.time_base):.1f} s: several "
+                    f"recordings follow each other; write it anew (ffmpeg -i IN -c copy OUT.mkv)"
+                )
+            latest = packet.dts
         if not packet.size or (hides and not bytes(packet)[0] & 0x10):  # VP8's show_frame
             continue
         stamp = packet.dts if packet.pts is None else packet.pts

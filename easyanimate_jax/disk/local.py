@@ -107,3 +107,17 @@ def _check(text: str) -> None:
     if wrong:
         short = text if len(text) < 100 else f"{text[:100]}..."
         raise ValueError(f"path {quoted(short)} {wrong}")
+
+
+def without_patterns(folder: Path) -> Path:
+    """Return a path of a folder that holds no character of a glob pattern.
+
+    orbax searches below the path of a checkpoint with `glob`, which takes `[`, `*` and `?` in the
+    path itself for a pattern. Raises ValueError for such a path if the system has no /proc.
+    """
+    if not set("[*?") & set(str(folder)):
+        return folder
+    if not os.path.isdir("/proc/self/fd"):
+        raise ValueError(f"{folder}: orbax cannot write below a name with [, * or ?; rename it")
+    # The process keeps the descriptor until it ends, like its run folder.
+    return Path(f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}")

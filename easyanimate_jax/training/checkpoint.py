@@ -13,7 +13,6 @@ See also `python -m easyanimate_jax checkpoint verify|list|diff DIR`.
 """
 
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -26,7 +25,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from easyanimate_jax.training.retention import Retention
+from easyanimate_jax.disk.errors import is_of_jax, is_of_the_system
+from easyanimate_jax.disk.local import without_patterns
+from easyanimate_jax.training.retention import Retention, remove_leftovers, set_aside
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
 from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.orbax_item import fingerprint_on_disk, names
@@ -36,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 ITEMS = ("state", "ema")
 SLICE = 2**20  # bytes of a replicated array that a device writes at least
-LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
 SPARE_SPACE = 1.2  # required free disk space, as a multiple of the state's bytes
 MAX_FAILURES = 3  # saves in a row
@@ -164,19 +164,22 @@ class Checkpoints:
         `like` takes the meta of a step and returns the abstract state: shapes and shardings, on any
         mesh. It may raise ValueError for a checkpoint of another run. A damaged step is renamed to
         STEP.corrupt. With `before`, only earlier steps count. Returns None if there is no step.
-        Raises StorageError if all steps are damaged: a run never starts over by itself.
+        Raises StorageError if all steps are damaged: a run never starts over by itself. An error
+        that says nothing about the files, as of a lost process, leaves them as they are.
         """
         self.finish()
         while (step := self._newest(before)) is not None:
             path = self.folder / str(step)
+            self.faults.kill("restoring", step)
             try:
                 state, meta = _load(path, like)
             except DamagedError as error:
-                if error.unreadable and self.processes > 1:  # others may wait for this process
+                if not (error.unreadable and self.processes > 1):
+                    self._set_aside(step, str(error))
+                    continue
+                if damage(path):  # else the reader failed for another reason
                     set_aside(path, str(error))
-                    raise StorageError(f"checkpoint {step} {error}") from error
-                self._set_aside(step, str(error))
-                continue
+                raise StorageError(f"checkpoint {step} {error}") from error  # others may wait
             if "arrays" not in meta:
                 logger.warning("checkpoint %d is from before fingerprints: used unverified", step)
             elif self.process == 0:
@@ -213,7 +216,11 @@ class Checkpoints:
     def _check(self, step: int) -> None:
         """Compare this process's share of the arrays with the files; then delete old steps."""
         path = self.folder / str(step)
-        wrong = damage(path, share=(self.process, self.processes))
+        try:
+            wrong = damage(path, share=(self.process, self.processes))
+        except StorageError as error:  # it stays, unverified, and so do the steps before it
+            logger.error("checkpoint %d was not checked: %s", step, error)
+            return
         if wrong:
             self.failures += 1
             set_aside(path, "; ".join(wrong))
@@ -224,12 +231,14 @@ class Checkpoints:
             if self.process == 0:
                 self.retention.prune()
 
-    def _failed(self, step: int, reason) -> None:
+    def _failed(self, step: int, error: Exception | str) -> None:
         self.failures += 1
-        reason = " ".join(str(reason).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         logger.error("checkpoint %d was not saved: %s", step, reason)
         self._clean()
         if self.processes > 1:  # the others wait for us; the next start tries again
+            if isinstance(error, Exception) and is_of_jax(error):  # one of them is gone
+                raise error
             raise StorageError(f"checkpoint {step} was not saved: {reason}")
 
     def _clean(self) -> None:
@@ -280,7 +289,8 @@ def differing(meta: dict, parts: dict) -> list[str]:
 def damage(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     """Return what is wrong with the files of a step, one line each; empty if all is well.
 
-    `share` (k, n) reads every n-th array from the k-th on. No device is used.
+    `share` (k, n) reads every n-th array from the k-th on. No device is used. Raises StorageError
+    if the system, and not the files, is the reason why they do not read.
     """
     try:
         meta = read_step_meta(path)
@@ -299,46 +309,13 @@ def damage(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
             try:
                 same = f"{fingerprint_on_disk(path / item, name):08x}" == expected[name][0]
             except Exception as error:  # a reader may raise any type for damaged bytes
+                if is_of_the_system(error):
+                    raise StorageError(_not_now(path, error)) from error
                 wrong.append(f"{item}.{name} cannot be read: {str(error)[:200]}")
                 continue
             if not same:
                 wrong.append(f"{item}.{name} has other bits than were saved")
     return wrong
-
-
-def without_patterns(folder: Path) -> Path:
-    """Return a path of a folder that holds no character of a glob pattern.
-
-    orbax searches below the path of a checkpoint with `glob`, which takes `[`, `*` and `?` in the
-    path itself for a pattern. Raises ValueError for such a path if the system has no /proc.
-    """
-    if not set("[*?") & set(str(folder)):
-        return folder
-    if not os.path.isdir("/proc/self/fd"):
-        raise ValueError(f"{folder}: orbax cannot write below a name with [, * or ?; rename it")
-    # The process keeps the descriptor until it ends, like its run folder.
-    return Path(f"/proc/self/fd/{os.open(folder, os.O_RDONLY)}")
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete the files that killed or failed saves and killed deletions left in `folder`."""
-    for pattern in LEFTOVERS:
-        for path in Path(folder).glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def set_aside(path: Path, reason: str) -> None:
-    """Rename a damaged step to STEP.corrupt, so that it is never restored, and store `reason`."""
-    target, number = path.with_name(f"{path.name}.corrupt"), 1
-    while target.exists():
-        number += 1
-        target = path.with_name(f"{path.name}.corrupt{number}")
-    try:
-        os.replace(path, target)
-    except FileNotFoundError:  # another process found the damage, too
-        return
-    (target / "reason").write_text(reason + "\n")
-    logger.error("checkpoint %s is damaged, set aside as %s: %s", path.name, target.name, reason)
 
 
 def items_of(state: State) -> dict:
@@ -415,7 +392,10 @@ def _handler() -> ocp.CompositeCheckpointHandler:
 
 
 def _load(path: Path, like: Callable[[dict], State]) -> tuple[State, dict]:
-    """Return (state, metadata) of a step folder. Raises DamagedError where its bits differ."""
+    """Return (state, metadata) of a step folder. Raises DamagedError where its bits differ.
+
+    Raises StorageError if the system, and not the files, is the reason why they do not read.
+    """
     try:
         meta = read_step_meta(path)
     except ValueError as error:
@@ -427,11 +407,23 @@ def _load(path: Path, like: Callable[[dict], State]) -> tuple[State, dict]:
         with ocp.PyTreeCheckpointer() as checkpointer:
             parts = {item: _read(checkpointer, path / item, part) for item, part in wanted.items()}
     except Exception as error:  # a reader may raise any type for damaged bytes
+        if is_of_jax(error):  # another process is gone, or the memory of a device is too small
+            raise
+        if is_of_the_system(error):
+            raise StorageError(_not_now(path, error)) from error
         raise DamagedError(f"cannot be read: {error}", unreadable=True) from error
     wrong = differing(meta, parts)
     if wrong:
         raise DamagedError(f"other bits than were saved, in {', '.join(wrong)}")
     return parts["state"]._replace(ema=parts.get("ema")), meta
+
+
+def _not_now(path: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    return (
+        f"{path} does not read now, and nothing says that it is damaged: {reason}; repair that "
+        f"(memory, `ulimit -n`, the mount), then run the same command again"
+    )
 
 
 def _read(checkpointer, path: Path, like):

@@ -1,5 +1,6 @@
-"""Which checkpoints of a folder are kept, and how the others are deleted."""
+"""Which checkpoints of a folder are kept, how others are deleted, and damaged ones set aside."""
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -7,6 +8,10 @@ from pathlib import Path
 
 from easyanimate_jax.training.safety.faults import Faults
 from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read_step_meta
+
+logger = logging.getLogger(__name__)
+
+LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
 
 
 class Retention:
@@ -59,3 +64,24 @@ class Retention:
         os.replace(path, doomed)
         self.faults.kill("deleting", step)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the files that killed or failed saves and killed deletions left in `folder`."""
+    for pattern in LEFTOVERS:
+        for path in Path(folder).glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Rename a damaged step to STEP.corrupt, so that it is never restored, and store `reason`."""
+    target, number = path.with_name(f"{path.name}.corrupt"), 1
+    while target.exists():
+        number += 1
+        target = path.with_name(f"{path.name}.corrupt{number}")
+    try:
+        os.replace(path, target)
+    except FileNotFoundError:  # another process found the damage, too
+        return
+    (target / "reason").write_text(reason + "\n")
+    logger.error("checkpoint %s is damaged, set aside as %s: %s", path.name, target.name, reason)

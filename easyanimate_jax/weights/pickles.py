@@ -16,7 +16,7 @@ PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 # Keys under which training programs (Lightning, DeepSpeed, Accelerate, EMA trackers) save weights.
 WRAPPERS = (
     *("state_dict", "model_state_dict", "module", "model", "model_state", "state", "weights"),
-    *("ema", "ema_state_dict", "model_ema", "ema_model", "params", "params_ema"),
+    *("checkpoint", "ema", "ema_state_dict", "model_ema", "ema_model", "params", "params_ema"),
     *("network", "net", "generator", "transformer", "vae", "text_encoder"),
 )
 
@@ -39,11 +39,21 @@ def open_pickle(path: Path, problems: list[str], allow: bool) -> dict[str, Tenso
         state = torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problems.append(f"{path} is no pickle of weights alone: {reason}")
+        problems.append(f"{path} is no pickle of weights alone, or an incomplete one: {reason}")
         return {}
-    return {name: _tensor(x) for name, x in _state_of(path, state, problems).items()}
+    try:
+        found = _state_of(path, state, problems)
+    except RecursionError:
+        problems.append(f"{path} holds dicts that contain themselves; save the state dict alone")
+        return {}
+    odd = {name: kind for name, x in found.items() if (kind := _odd_kind(x))}
+    problems += [
+        f"{path}: {name} is a {kind} tensor; save it as a plain one, with its values"
+        for name, kind in odd.items()
+    ]
+    return {name: _tensor(x) for name, x in found.items() if name not in odd}
 
 
 def _state_of(path: Path, state: object, problems: list[str]) -> dict:
@@ -85,6 +95,17 @@ def _holds(state: Mapping) -> bool:
     """Return True if a tensor is in a mapping, at any depth."""
     values = state.values()
     return any(_is_tensor(v) or (isinstance(v, Mapping) and _holds(v)) for v in values)
+
+
+def _odd_kind(x) -> str:
+    """Return in what way a tensor of torch is not an array of numbers; "" for a plain one."""
+    import torch
+
+    if x.is_meta:  # it has a shape, and no values
+        return "meta"
+    if x.layout != torch.strided:
+        return str(x.layout).removeprefix("torch.")
+    return "quantized" if x.is_quantized else ""
 
 
 def _tensor(x) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from easyanimate_jax.disk.errors import is_of_the_system
 from easyanimate_jax.weights import orbax_item
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import WEIGHTS
@@ -97,11 +98,16 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def read_step_meta(path: Path) -> dict:
-    """Return the meta of a step folder. Raises ValueError if it is missing or damaged."""
+    """Return the meta of a step folder. Raises ValueError if it is missing or damaged.
+
+    Raises OSError if the system is the reason why it does not read.
+    """
     file = path / "meta" / "metadata"
     try:
         meta = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
+        if is_of_the_system(error):
+            raise
         raise ValueError(
             f"{path} is no checkpoint of easyanimate_jax: {file} is missing or is not JSON"
         ) from error

@@ -1,4 +1,4 @@
-"""Read folders and tables: metadata.json, .jsonl, .csv, parquet, videos.txt, files side by side."""
+"""Read folders and tables: metadata.json, .jsonl, .csv, videos.txt, files side by side."""
 
 import codecs
 import csv
@@ -6,12 +6,10 @@ import io
 import json
 import logging
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-
-import pyarrow
-import pyarrow.parquet
 
 from easyanimate_jax.data.paths import open_regular, safe_path
 from easyanimate_jax.data.sources.rows import Problem, Row
@@ -22,7 +20,7 @@ NAMES = (
     *("file_path", "path", "video_path", "video", "image_path", "image", "file", "file_name"),
     *("filename", "filepath"),
 )
-TEXTS = ("text", "caption", "prompt", "captions")
+TEXTS = ("text", "caption", "prompt", "captions", "txt")
 KNOWN = {*NAMES, *TEXTS, "type", "control_file_path"}
 MEDIA = (
     *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".flv", ".mjpeg"),
@@ -37,9 +35,9 @@ def metadata(path: Path) -> Iterator[Row | Problem]:
 
     Raises ValueError if the file is not a table; a bad row yields a `Problem`.
     """
-    if path.suffix.lower() == ".csv":
+    if path.suffix.lower() in (".csv", ".tsv"):
         yield from _csv(path)
-    elif path.suffix.lower() == ".jsonl":
+    elif path.suffix.lower() in (".jsonl", ".ndjson"):
         yield from _json_lines(path)
     else:
         try:
@@ -49,41 +47,12 @@ def metadata(path: Path) -> Iterator[Row | Problem]:
                 yield from _json_lines(path)
                 return
             raise ValueError(f"{path} is not JSON: {error}") from error
-        if isinstance(table, dict) and {*NAMES} & {*map(_key, table)}:
+        if isinstance(table, dict) and {*NAMES} & {*map(key_of, table)}:
             table = [table]  # JSON lines with a single line
         if not isinstance(table, list):
             raise ValueError(f"{path} must be a list of objects with file_path, text and type")
         for number, row in enumerate(table):
-            yield _row(number, row)
-
-
-def parquet(path: Path) -> Iterator[Row | Problem]:
-    """Yield the rows of a table with a path column and a column of one or several captions.
-
-    Raises ValueError for an unreadable table, and for one whose files are in its cells.
-    """
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        schema = file.schema_arrow
-        have = {_key(name): name for name in schema.names}
-        _check_columns(path, list(have))
-        columns = [name for key, name in have.items() if key in KNOWN]
-        for name in columns:
-            kind = schema.field(name).type
-            if pyarrow.types.is_struct(kind) or "binary" in str(kind):
-                raise ValueError(
-                    f"{path}: column {name} is of type {kind} and not a path; write its files to a "
-                    f"folder or a tar"
-                )
-        number = 0
-        for batch in file.iter_batches(columns=columns):
-            for row in batch.to_pylist():
-                row = {_key(name): value for name, value in row.items()}
-                for text in _captions(row):
-                    yield _row(number, row | {"text": text})
-                number += 1
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{path} is not a readable parquet table: {error}") from error
+            yield row_of(number, row)
 
 
 def lists(folder: Path) -> Iterator[Row | Problem]:
@@ -137,6 +106,11 @@ def side_by_side(folder: Path, links: str | Path | None) -> Iterator[Row | Probl
     yield from unread(folder, [path for path in others if path not in texts])
 
 
+def has_media(folder: Path) -> bool:
+    """Return True if a file below the folder has the ending of a film or picture."""
+    return any(path.suffix.lower() in MEDIA for path in folder.rglob("*"))
+
+
 def unread(
     folder: Path, files: Iterable[Path], why: str = "files of this kind are not read here"
 ) -> Iterator[Problem]:
@@ -175,23 +149,30 @@ def _encoding(start: bytes) -> str:
 
 def _csv(path: Path) -> Iterator[Row | Problem]:
     lines, some = _lines(path, keep_ends=True), []  # some: the lines of a row
-    delimiter, columns = _header(path, next(lines, ""))
-    _check_columns(path, columns)
+    before, delimiter, columns = _header(path, lines)
+    check_columns(path, columns)
     noted = (some.append(line) or line for line in lines)
     rows = csv.DictReader(noted, columns, delimiter=delimiter, skipinitialspace=True)
     while True:
-        number = rows.line_num + 2  # the header is line 1
+        number = rows.line_num + before + 1
         some.clear()
         try:
             row = next(rows, None)
             written = next(csv.DictReader(some, columns, delimiter=delimiter), {})
+            if len(some) > 1:  # several lines may be one text in quotes, or lack a quote
+                list(csv.reader(some, delimiter=delimiter, skipinitialspace=True, strict=True))
         except csv.Error as error:
-            yield Problem(number, "", f"not CSV: {error}")
+            yield Problem(number, "", f"not CSV: {error}; close its quotes")
             continue
         if row is None:
             return
+        more = [cell for cell in row.pop(None, []) if cell.strip()]
         row = {key: v.strip() if isinstance(v, str) else v for key, v in row.items()}
-        yield _row(rows.line_num + 1, row | _spaced(path.parent, row, written))
+        found = row_of(rows.line_num + before, row | _spaced(path.parent, row, written))
+        if more and columns[-1] in TEXTS and isinstance(found, Row):
+            reason = f"the row has {len(more)} cells more than the header; put its text in quotes"
+            found = Problem(found.number, str(found.name or ""), reason)
+        yield found
 
 
 def _spaced(folder: Path, row: dict, written: dict) -> dict:
@@ -205,23 +186,40 @@ def _spaced(folder: Path, row: dict, written: dict) -> dict:
     }
 
 
-def _header(path: Path, line: str) -> tuple[str, list[str]]:
-    """Return the delimiter and the columns of a header: those with most known names."""
+def _header(path: Path, lines: Iterator[str]) -> tuple[int, str, list[str]]:
+    """Return the number of lines up to the header, the delimiter, and the columns.
+
+    Empty lines may come before, and `sep=;`, by which Excel names the delimiter. Otherwise it is
+    the one that gives most known names.
+    """
+    delimiters, before, line = DELIMITERS, 0, ""
+    for line in lines:
+        before += 1
+        told = re.fullmatch(r"sep=(.)", line.strip('\r\n"'), re.IGNORECASE)
+        delimiters = told[1] if told else delimiters
+        if line.strip() and not told:
+            break
     found = []
-    for delimiter in DELIMITERS:
+    for delimiter in delimiters:
         try:
             cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
         except csv.Error as error:
             raise ValueError(f"{path}: its first line is no header: {error}") from error
-        columns = [_key(cell) for cell in cells]
+        columns = [key_of(cell) for cell in cells]
         found.append((len(KNOWN & {*columns}), len(columns), delimiter, columns))
-    return max(found, key=lambda one: one[:2])[2:]
+    return before, *max(found, key=lambda one: one[:2])[2:]
 
 
-def _check_columns(path: Path, columns: list[str]) -> None:
-    """Log a table that has no column of captions. Raises ValueError if it has none of files."""
+def check_columns(path: Path, columns: list[str], files: bool = True) -> None:
+    """Log a table that has no column of captions.
+
+    If it should have one of `files`, raises ValueError without one.
+    """
     told = f"its columns are {', '.join(column[:40] for column in columns[:20])}"
-    if not {*NAMES} & {*columns}:
+    twice = sorted(name for name in KNOWN if columns.count(name) > 1)
+    if twice:
+        raise ValueError(f"{path} has several columns {', '.join(twice)}: {told}; keep one of each")
+    if files and not {*NAMES} & {*columns}:
         raise ValueError(f"{path} has no column of files: {told}; name one {', '.join(NAMES)}")
     if not {*TEXTS} & {*columns}:
         logger.warning(f"{path} has no column of captions: {told}; name one {', '.join(TEXTS)}")
@@ -232,7 +230,8 @@ def _lines(path: Path, keep_ends: bool = False) -> Iterator[str]:
     with open_regular(path) as file:
         encoding = _encoding(file.peek(4)[:4])
         errors = "surrogateescape" if encoding == "utf-8-sig" else "replace"
-        for line in io.TextIOWrapper(file, encoding, errors, newline="\n"):
+        newline = "" if keep_ends else "\n"  # "": old tables may end their lines by "\r"
+        for line in io.TextIOWrapper(file, encoding, errors, newline=newline):
             yield line if keep_ends else line.rstrip("\r\n")
 
 
@@ -252,19 +251,19 @@ def _first_object(path: Path) -> object:
 
 def _json_row(number: int, line: str) -> Row | Problem:
     try:
-        return _row(number, json.loads(line))
+        return row_of(number, json.loads(line))
     except (ValueError, RecursionError) as error:
         return Problem(number, "", f"not JSON: {error}")
 
 
-def _row(number: int, row: object) -> Row | Problem:
+def row_of(number: int, row: object) -> Row | Problem:
     """Return a row of a table.
 
     EasyAnimate treats a row without `type` as a picture. In other tables the file decides.
     """
     if not isinstance(row, dict):
         return Problem(number, "", f"the row is of type {type(row).__name__}, not an object")
-    row = {_key(name): value for name, value in row.items()}
+    row = {key_of(name): value for name, value in row.items()}
     if not {*NAMES} & {*row}:
         told = ", ".join(name[:40] for name in list(row)[:20])
         return Problem(number, "", f"no file_path: its columns are {told}")
@@ -274,11 +273,6 @@ def _row(number: int, row: object) -> Row | Problem:
     return Row(number, name, text, kind, control=row.get("control_file_path") or None)
 
 
-def _key(name: object) -> str:
+def key_of(name: object) -> str:
     """Return the name of a column as our tables write it: `file_path` for ` File Path`."""
     return str(name).strip().lower().replace(" ", "_").replace("-", "_")
-
-
-def _captions(row: dict) -> list:
-    text = next((row[key] for key in TEXTS if row.get(key) is not None), None)
-    return text if isinstance(text, list) and text else [text]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from easyanimate_jax.data.media import Example, File, Member
+from easyanimate_jax.data.media import Cell, Example, File, Member
 from easyanimate_jax.data.paths import safe_path
 from easyanimate_jax.data.sources import tfds
 from easyanimate_jax.data.sources.rows import Clip
@@ -47,18 +47,22 @@ def from_bytes(content: UInt8[np.ndarray, "_bytes"], root: Path) -> Clip:
         file = Member(file, **path)
     elif "field" in path:
         file = tfds.example(file, **path)
+    elif "leaf" in path:
+        file = Cell(file, **path)
     control = place.pop("control")
     control = safe_path(root, control) if control else None
     return Clip(path=file, captions=(), control=control, **place)
 
 
-_SHOWN = ("offset", "size", "index", "field", "name")
+_SHOWN = ("offset", "size", "index", "field", "leaf", "group", "row", "name")
 
 
 def _on_disk(file: File) -> Path:
-    """Return the file, or the archive or data set that contains it."""
+    """Return the file, or the archive, table or data set that contains it."""
     if isinstance(file, Member):
         return file.archive
+    if isinstance(file, Cell):
+        return file.table
     return file.folder if isinstance(file, Example) else file
 
 

@@ -4,7 +4,9 @@
                                          control models control_file_path (spec 7.2)
     DIR/videos.txt, DIR/prompt.txt       a file and its caption on the same line of each
     DIR/x.mp4, DIR/x.txt                 side by side, at any depth
-    FILE.csv, FILE.parquet               columns for path and caption, under their usual names
+    FILE.csv, FILE.parquet               columns for path and caption, under their usual names; in
+                                         parquet also files in the cells; read in place
+    DIR/*.parquet                        the same, if DIR holds no media files
     FILE.tar, DIR/*.tar                  WebDataset: x.mp4, x.txt, x.json; read in place
     DIR/dataset_info.json                a TFDS data set in ArrayRecord, see sources/tfds.py
     FILE.parquet of `prepare.curate`     clips as spans of films, see sources/clip_table.py
@@ -15,10 +17,9 @@ captions, for example an English and a Chinese one. A row that cannot be used gi
 its reason; it never raises an exception and is never dropped silently.
 """
 
-import itertools
 import logging
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ import numpy as np
 from easyanimate_jax.data import media, paths
 from easyanimate_jax.data.buckets import name_word
 from easyanimate_jax.data.decode import decoders
-from easyanimate_jax.data.sources import clip_table, layouts, tars, tfds
+from easyanimate_jax.data.sources import clip_table, layouts, parquets, tars, tfds
 from easyanimate_jax.data.sources.rows import KINDS, Clip, Problem, Row, caption_of
 from easyanimate_jax.disk.local import local_path, quoted, shown
 
@@ -177,22 +178,33 @@ def rows_of(source: Path, links: str | Path | None) -> tuple[Path, Iterator[Row 
             return source / "dataset_info.json", tfds.rows(source)
         if (source / "videos.txt").is_file():
             return source / "videos.txt", layouts.lists(source)
-        archives = sorted(source.glob("*.tar"))
-        if archives:
-            others = layouts.unread(source, [p for p in source.iterdir() if p not in archives])
-            rows = (row for path in archives for row in tars.rows(path))
-            return archives[0], itertools.chain(others, rows)
+        for ending, read in ((".tar", tars.rows), (".parquet", parquets.rows)):
+            files = sorted(source.glob(f"*{ending}"))
+            if files and (ending == ".tar" or not layouts.has_media(source)):
+                return files[0], _files_of(source, files, read, links)
         return source / "*.txt", layouts.side_by_side(source, links)
     suffix = source.suffix.lower()
-    if suffix in (".json", ".jsonl", ".csv"):
+    if suffix in (".json", ".jsonl", ".ndjson", ".csv", ".tsv"):
         return source, layouts.metadata(source)
     if suffix == ".parquet":
-        return source, layouts.parquet(source)
+        return source, parquets.rows(source)
     if suffix == ".tar":
         return source, tars.rows(source)
     raise ValueError(
         f"{source} is no source: give a folder, .json, .jsonl, .csv, .parquet, .tar or .toml"
     )
+
+
+def _files_of(
+    source: Path, files: list[Path], read: Callable, links: str | Path | None
+) -> Iterator[Row | Problem]:
+    """Yield the rows of all tars or tables of a folder; other files in it are problems."""
+    yield from layouts.unread(source, [path for path in source.iterdir() if path not in files])
+    for file in files:
+        if clip_table.is_table(file):
+            raise ValueError(f"{source} holds the table of clips {file.name}; name that file")
+        paths.safe_path(source, file.name, links)  # links lead only where the user says
+        yield from read(file)
 
 
 def row_fault(row: Row) -> str:

@@ -9,6 +9,7 @@ folder, an entry stops a process only once, however often the run is started.
     writing finalising  kill it while a checkpoint is written, or before the checkpoint is named
     written checked     kill it after the checkpoint is named, or after its files were compared
     deleting            kill it while an old checkpoint is deleted
+    restoring           kill it as it begins to read a checkpoint, which the others read too
     hang stopped        sleep before a step, or stop the process by SIGSTOP
     full                limit files to 8 KB while a checkpoint is written
 """

@@ -1,0 +1,34 @@
+"""Tell errors that damaged files cause from errors that say nothing about the files.
+
+A sound file does not read while the limit of open files is reached, memory is short, a mount is
+gone, or another process of the run has died. Such a file must not be taken for a damaged one.
+"""
+
+import errno
+
+OF_THE_SYSTEM = {
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.EACCES),
+    *(errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN),
+}
+# tensorstore raises ValueError with the status first; JAX's own error is of a device or a process.
+STATUS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+
+
+def is_of_the_system(error: BaseException | None) -> bool:
+    """Return True if an error, or one that caused it, says nothing about the files."""
+    while error is not None:
+        if isinstance(error, MemoryError) or is_of_jax(error):
+            return True
+        if isinstance(error, OSError) and error.errno in OF_THE_SYSTEM:
+            return True
+        if str(error).startswith(STATUS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def is_of_jax(error: BaseException | None) -> bool:
+    """Return True if the cause is a device without memory, or a process of the run that is gone."""
+    while error is not None and type(error).__name__ != "JaxRuntimeError":
+        error = error.__cause__ or error.__context__
+    return error is not None
