@@ -18,6 +18,7 @@ from easyanimate_jax.data.held_out import HeldOut, places
 from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.diffusion.flow import Flow
+from easyanimate_jax.diffusion.tasks import TASKS
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.runs.batches import held_out_loaders, make_loaders
 from easyanimate_jax.runs.config import SampleConfig, ValidationConfig
@@ -119,11 +120,11 @@ def test_held_out_clips_are_made_again_beside_the_true_ones(whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES[:2])
-@pytest.mark.parametrize("task", ["t2v", "control"])
+@pytest.mark.parametrize("task", ["t2v", "control", "camera_ref"])
 def test_what_a_task_gives_reaches_the_samples_on_any_mesh(config, task, mesh, tmp_path):
     """Videos of the same weights, noise and condition are equal on two meshes."""
     stage, mesh = replace(config.stages[0], task=task), make_mesh(mesh)
-    rng, extra = np.random.default_rng(0), 64 * (task == "control")
+    rng, extra = np.random.default_rng(0), 4 * sum(TASKS[task].holds.values())
 
     def draw(*shape):
         return rng.standard_normal(shape).astype(np.float16)
