@@ -7,7 +7,6 @@ import asyncio
 import importlib.util
 import io
 import json
-import socket
 import sys
 import threading
 import time
@@ -17,15 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 from test_serve_api import TOKEN
 from test_serve_api import api as api  # fixtures: a server's state, models without weights, files
 from test_serve_api import files as files
 from test_serve_api import models as models
+from test_serve_api import server as server
 
 from easyanimate_jax.data import media
-from easyanimate_jax.serving.app import create_app
 
 PACK = Path(__file__).parent.parent / "integrations" / "comfyui"
 
@@ -97,48 +95,6 @@ def pack(monkeypatch, tmp_path):
     spec.loader.exec_module(module)
     nodes = asyncio.run(asyncio.run(module.comfy_entrypoint()).get_node_list())
     return {node.define_schema().node_id: node for node in nodes}, told, interrupt
-
-
-@pytest.fixture
-def server(api, tmp_path, monkeypatch):
-    """The address of a server whose engine copies a film; "fail" fails, "wait" is not made."""
-    api.limits = api.limits._replace(queue=50)
-    listening = socket.create_server(("127.0.0.1", 0))
-    app = uvicorn.Server(
-        uvicorn.Config(
-            create_app(api, ["127.0.0.1"]), log_level="warning", timeout_graceful_shutdown=1
-        )
-    )
-
-    def make():
-        store = api.store
-        while not app.should_exit:
-            for job in store.claim(1):
-                store.advance([job.id], 40)
-                if job.request["prompt"] == "fail":
-                    store.fail(job.id, "out_of_memory", "too little memory")
-                elif job.request["prompt"] != "wait":
-                    name = f"{job.id}.{'png' if job.request['frames'] == 1 else 'mp4'}"
-                    content = "start.png" if name.endswith("png") else "film.mp4"
-                    (store.videos / name).write_bytes((tmp_path / content).read_bytes())
-                    store.complete(job.id, name, 1.0)
-                while (now := store.get(job.id)).status == "in_progress" and not app.should_exit:
-                    time.sleep(0.02)
-                    if now.cancelled:
-                        store.fail(job.id, "cancelled", "cancelled")
-            time.sleep(0.02)
-
-    threads = [
-        threading.Thread(target=app.run, args=([listening],), daemon=True),
-        threading.Thread(target=make, daemon=True),
-    ]
-    for thread in threads:
-        thread.start()
-    monkeypatch.setenv("EASYANIMATE_TOKEN", TOKEN)
-    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-    app.should_exit = True
-    for thread in threads:
-        thread.join()
 
 
 def run(pack, name, url, model, prompt="x", **given):

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import shutil
+import socket
 import threading
 import time
 import zipfile
@@ -13,6 +14,8 @@ from unittest.mock import Mock
 import numpy as np
 import openai
 import pytest
+import requests
+import uvicorn
 from PIL import Image
 from starlette.testclient import TestClient
 from test_sample import FILM, PICTURE, add_checkpoint
@@ -26,6 +29,7 @@ from easyanimate_jax.serving.engine import Settings, open_model
 from easyanimate_jax.serving.store import RESERVE, Store
 
 TOKEN = "a token of some length"
+HEADERS = {"authorization": f"Bearer {TOKEN}"}
 MODELS = {"run": 33, "t2v": 16, "control": 32, "camera": 38}
 LIMITS = Limits(queue=5, pixels=9 * 32 * 64, steps=60, megabytes=2)
 
@@ -68,8 +72,7 @@ def api(models, files, tmp_path):
 def client(api):
     """An ordinary HTTP client that has the token."""
     app = create_app(api, ["127.0.0.1"])
-    headers = {"authorization": f"Bearer {TOKEN}"}
-    with TestClient(app, base_url="http://127.0.0.1:8000", headers=headers) as client:
+    with TestClient(app, base_url="http://127.0.0.1:8000", headers=HEADERS) as client:
         yield client
 
 
@@ -96,14 +99,55 @@ def reference(api):
                 time.sleep(0.02)
 
     app = create_app(api, ["127.0.0.1"], easyanimate_routes=True)
-    headers = {"authorization": f"Bearer {TOKEN}"}
-    with TestClient(app, base_url="http://127.0.0.1:8000", headers=headers) as client:
+    with TestClient(app, base_url="http://127.0.0.1:8000", headers=HEADERS) as client:
         engine = Engine(daemon=True)
         engine.start()
         yield lambda **fields: client.post(
             "/easyanimate/infer_forward", json={"generation_method": "Video Generation"} | fields
         )
     engine.join()
+
+
+@pytest.fixture
+def server(api, tmp_path, monkeypatch):
+    """The address of a server whose engine copies a film; "fail" fails, "wait" is not made."""
+    api.limits = api.limits._replace(queue=50)
+    listening = socket.create_server(("127.0.0.1", 0))
+    app = uvicorn.Server(
+        uvicorn.Config(
+            create_app(api, ["127.0.0.1"]), log_level="warning", timeout_graceful_shutdown=1
+        )
+    )
+
+    def make():
+        store = api.store
+        while not app.should_exit:
+            for job in store.claim(1):
+                store.advance([job.id], 40)
+                if job.request["prompt"] == "fail":
+                    store.fail(job.id, "out_of_memory", "too little memory")
+                elif job.request["prompt"] != "wait":
+                    name = f"{job.id}.{'png' if job.request['frames'] == 1 else 'mp4'}"
+                    content = "start.png" if name.endswith("png") else "film.mp4"
+                    (store.videos / name).write_bytes((tmp_path / content).read_bytes())
+                    store.complete(job.id, name, 1.0)
+                while (now := store.get(job.id)).status == "in_progress" and not app.should_exit:
+                    time.sleep(0.02)
+                    if now.cancelled:
+                        store.fail(job.id, "cancelled", "cancelled")
+            time.sleep(0.02)
+
+    threads = [
+        threading.Thread(target=app.run, args=([listening],), daemon=True),
+        threading.Thread(target=make, daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
+    monkeypatch.setenv("EASYANIMATE_TOKEN", TOKEN)
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    app.should_exit = True
+    for thread in threads:
+        thread.join()
 
 
 def finish(api, *ids, content=b"film"):
@@ -347,6 +391,38 @@ def test_a_film_can_be_read_in_parts(client, api):
     assert client.head(f"/v1/videos/{id}/content").headers["content-length"] == "10"
 
 
+def test_clients_that_leave_change_nothing(server, api):
+    """In an upload, in an event stream, in the body of a film: the server and the job go on."""
+    made = requests.post(f"{server}/v1/videos", json={"prompt": "x"}, headers=HEADERS).json()["id"]
+    while api.store.get(made).status != "completed":
+        time.sleep(0.02)
+    (api.store.videos / f"{made}.mp4").write_bytes(bytes(4 * 10**7))  # more than sockets hold
+    waiting = requests.post(f"{server}/v1/videos", json={"prompt": "wait"}, headers=HEADERS).json()
+    while api.store.get(waiting["id"]).status != "in_progress":
+        time.sleep(0.02)
+    host, port = server.removeprefix("http://").split(":")
+    token = f"host: 127.0.0.1\r\nauthorization: {HEADERS['authorization']}\r\n"
+    form = "content-type: multipart/form-data; boundary=x\r\ncontent-length: 900\r\n"
+    asked = {
+        "POST /v1/videos": form,
+        f"GET /v1/videos/{waiting['id']}/events": "",
+        f"GET /v1/videos/{made}/content": "",
+    }
+    for line, more in asked.items():
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(f"{line} HTTP/1.1\r\n{token}{more}\r\n".encode())
+            if line.startswith("POST"):
+                client.sendall(b'--x\r\ncontent-disposition: form-data; name="prompt"\r\n\r\nx')
+            else:
+                assert client.recv(100).startswith(b"HTTP/1.1 200")
+    assert api.store.get(waiting["id"]).status == "in_progress"
+    assert (
+        requests.get(f"{server}/v1/videos", headers=HEADERS).json()["data"][0]["id"]
+        == (waiting["id"])
+    )
+    assert len(api.store.page(None, 9, "asc")[0]) == 2 and not list(api.store.uploads.iterdir())
+
+
 def test_health_models_and_metrics(client, api):
     for state in ("starting", "failed"):
         answer = client.get("/healthz", headers={"authorization": ""})
@@ -381,8 +457,7 @@ def test_the_last_room_of_a_disk_is_kept_for_the_queue(client, api, monkeypatch)
 
 def test_a_fault_of_the_server_has_the_form_of_all_errors(api, monkeypatch):
     app = create_app(api, ["127.0.0.1"])
-    headers = {"authorization": f"Bearer {TOKEN}"}
-    options = {"base_url": "http://127.0.0.1", "headers": headers, "raise_server_exceptions": False}
+    options = {"base_url": "http://127.0.0.1", "headers": HEADERS, "raise_server_exceptions": False}
     with TestClient(app, **options) as client:
         for error in (ZeroDivisionError(), OSError(5, "Input/output error")):
             monkeypatch.setattr(fields, "place", Mock(side_effect=error))

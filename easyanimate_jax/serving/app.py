@@ -311,7 +311,8 @@ def _video_routes(app: FastAPI, api: Api) -> None:
         wait = min(LONGEST_WAIT, SHORTEST_WAIT * (1 + ahead))  # so that waiting costs little
         return JSONResponse(shown, headers={"openai-poll-after-ms": str(wait)})
 
-    @app.api_route("/v1/videos/{id}/content", methods=["GET", "HEAD"])
+    @app.head("/v1/videos/{id}/content", include_in_schema=False)
+    @app.get("/v1/videos/{id}/content")
     async def content(
         id: str, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
     ) -> FileResponse:
