@@ -15,7 +15,7 @@ from demos.score import attributes, score
 from easyanimate_jax import Pipeline, TextEncoder, load_pipeline, open_loras
 from easyanimate_jax.evaluation import web
 
-PALETTE = world.COLOURS | world.NEW_COLOURS
+PALETTE = world.COLOURS | world.NEW_COLOURS | world.BACKGROUNDS  # the last: without colour
 SHOWN = 6  # videos of each kind on the page
 KEPT = ("colour", "direction", "background")
 FILE = "pink.safetensors"  # beside the run's folder, written by `convert`

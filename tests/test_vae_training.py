@@ -388,7 +388,7 @@ def test_a_clip_that_is_a_span_of_a_film_is_read_there(config):
 
 def test_crops_larger_than_every_clip_are_refused(config):
     with pytest.raises(ValueError, match="none of 19 clips has 5 frames of 64x64"):
-        train(replace(config, stages=(VAEStage(1, 8, 5, 64),)))
+        train(replace(config, stages=(VAEStage(2, 8, 5, 64),)))
 
 
 def test_held_out_clips_too_small_to_measure_are_refused_before_the_first_step(config, tmp_path):
