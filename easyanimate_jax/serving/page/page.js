@@ -76,14 +76,17 @@ function showLogin() {
 
 $("login").addEventListener("submit", async (event) => {
   event.preventDefault();
+  const token = $("token").value;
   const answer = await fetch("login", {
     method: "POST",
     headers: { "content-type": "application/json" },
-    body: JSON.stringify({ token: $("token").value.trim() }),
+    body: JSON.stringify({ token: token.trim() }),
   });
-  $("token").setCustomValidity(answer.ok ? "" : say("token_wrong"));
-  $("token").reportValidity();
   if (answer.ok) start();
+  else if ($("token").value === token) { // another one may have been typed meanwhile
+    $("token").setCustomValidity(say("token_wrong"));
+    $("token").reportValidity();
+  }
 });
 $("token").addEventListener("input", () => $("token").setCustomValidity(""));
 
