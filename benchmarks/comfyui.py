@@ -41,14 +41,14 @@ def main() -> None:
         folder = Path(folder)
         link(a.comfyui)
         files(a, a.comfyui / "input")
-        server = start_server(a, folder)
-        comfy = start_comfyui(a, folder)
+        server, comfy = start_server(a, folder), None
         try:
+            comfy = start_comfyui(a, folder)
             paths = sorted((PACK / "api_workflows").glob("*.json"))
             rows = [workflow(a, server, path) for path in paths]
             rows.append(interrupted(a, server))
         finally:
-            for process in (comfy, server[0]):
+            for process in filter(None, (comfy, server[0])):
                 process.terminate()
                 process.wait()
     RESULT.write_text(table(rows))
@@ -94,7 +94,8 @@ def start_comfyui(a, folder: Path) -> subprocess.Popen:
             ask(a, "/system_stats")
             return process
         except OSError:
-            assert process.poll() is None, (folder / "comfyui.txt").read_text()
+            if process.poll() is not None:
+                sys.exit((folder / "comfyui.txt").read_text())
             time.sleep(1)
     raise TimeoutError("ComfyUI does not answer")
 
