@@ -253,6 +253,16 @@ def make(engine, *requests, cancelled=()):
     return [job["id"] for job in jobs]
 
 
+def test_the_engine_tells_why_a_model_cannot_be_loaded_and_loads_another(folder, tmp_path):
+    events, models = [], {"gone": str(tmp_path / "gone"), "tiny": str(folder)}
+    engine = Engine(tmp_path, Settings(models, low_memory=True), events.append)
+    engine.load("gone")
+    (told,) = events
+    assert (told["event"], told["model"]) == ("unusable", "gone") and "is no run" in told["message"]
+    engine.load("tiny")
+    assert len(events) == 1 and engine.name == "tiny"
+
+
 def test_the_engine_makes_the_files_of_a_batch(engine):
     ids = make(engine, {"seed": 1}, {"seed": 2})
     _, store, events = engine
