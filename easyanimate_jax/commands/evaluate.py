@@ -76,10 +76,12 @@ def main(arguments: Sequence[str]) -> int:
 def _evaluate(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "evaluate", HELP)
     check(own)
-    from easyanimate_jax.commands.sample import one_or_mesh, set_up_jax
+    from easyanimate_jax.commands.sample import mesh_of, set_up_jax
     from easyanimate_jax.disk.lock import FolderLock
 
     set_up_jax()
+    import jax
+
     from easyanimate_jax.generation.denoising import Sampling
     from easyanimate_jax.runs.evaluate import Asked, Evaluation, prompt_videos, read_prompts
     from easyanimate_jax.runs.load import load_opened
@@ -95,7 +97,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
     default = {name: getattr(opened.samples, name) for name in names}
     sampling = Sampling(**default | chosen)
     asked = Asked(own.count, own.videos, own.batch, sampling, own.seed, opened.fps)
-    with FolderLock(own.output, option="--output") as lock, one_or_mesh(own.mesh) as mesh:
+    mesh = mesh_of(own.mesh)
+    with FolderLock(own.output, option="--output") as lock, jax.set_mesh(mesh):
         run = load_opened(opened)
         evaluation = Evaluation(opened, run, own.clips, own.output, asked, mesh)
         lock.begun = True

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -193,28 +193,22 @@ def read_mesh(text: str) -> dict[str, int]:
     return {name: int(count) for name, count in pairs}
 
 
-@contextmanager
-def one_or_mesh(text: str | None):
-    """Yield the mesh of `data=2,context=4`, which is then the current one; None is one device."""
-    import jax
-
-    from easyanimate_jax.sharding import MeshConfig, make_mesh
-
-    devices = jax.devices()[:1] if text is None else None
-    mesh = make_mesh(MeshConfig(**{"fsdp": 1} | (read_mesh(text) if text else {})), devices)
-    with jax.set_mesh(mesh):
-        yield mesh
-
-
-def on_mesh(text: str | None):
-    """Return a context in which the mesh of `data=2,context=4` is current; None is one device."""
+def mesh_of(text: str | None):
+    """Return the mesh of `data=2,context=4`; None is one device."""
     import jax
 
     from easyanimate_jax.sharding import MeshConfig, make_mesh
 
     if text is None:
-        return nullcontext()
-    return jax.set_mesh(make_mesh(MeshConfig(**{"fsdp": 1} | read_mesh(text))))
+        return make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
+    return make_mesh(MeshConfig(**{"fsdp": 1} | read_mesh(text)))
+
+
+def on_mesh(text: str | None):
+    """Return a context in which the mesh of `data=2,context=4` is current; None has no mesh."""
+    import jax
+
+    return nullcontext() if text is None else jax.set_mesh(mesh_of(text))
 
 
 def say(what: str) -> None:

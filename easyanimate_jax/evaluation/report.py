@@ -9,7 +9,11 @@ from easyanimate_jax.evaluation import web
 
 SHOWN = 8  # clips
 WIDTH = 320  # pixels of a film on the page
-TITLES = {"real": "the clip", "rebuilt": "rebuilt by the VAE", "made": "made from its caption"}
+TITLES = {
+    "real": "the clip",
+    "rebuilt": "rebuilt by the VAE",
+    "made": "made from one of its captions",
+}
 
 
 def figures(results: Mapping) -> list[tuple[str, str, str]]:
@@ -63,7 +67,7 @@ def _row(row: Mapping, read: Callable) -> str:
             web.picture(film[0], title, scale) if len(film) == 1 else web.video(film, title, scale)
         )
         shown.append(one)
-    words = f"{row['number']}. {row['clip']}: {row['caption']} ({row['psnr']:.1f} dB)"
+    words = f"{row['number']}. {row['clip']}: {' / '.join(row['captions'])} ({row['psnr']:.1f} dB)"
     return f"<div>{web.note(words)}{''.join(shown)}</div>"
 
 

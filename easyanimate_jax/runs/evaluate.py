@@ -61,7 +61,7 @@ Videos = UInt8[np.ndarray, "B F H W 3"]
 
 
 class Features(NamedTuple):
-    """Where the numbers of the Fréchet distance come from: a function, or arrays."""
+    """A source of the numbers behind the Fréchet distance: a function, or arrays."""
 
     name: str
     function: Callable[[Videos], np.ndarray] | None = None  # of videos of one shape -> (B, D)
@@ -69,7 +69,7 @@ class Features(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """What to measure, beside the model and the clips."""
+    """The settings of a measurement, beside the model and the clips."""
 
     clips: int = 64  # most clips; those with the lowest hashes of their names
     videos: int = 64  # of them, the most that are made again
@@ -165,7 +165,7 @@ class Evaluation:
         return summary(losses[NAME], lengths)
 
     def _films(self) -> list[dict]:
-        """Write the films of each clip; return its number, name, caption and size, PSNR and SSIM.
+        """Write the films of each clip; return its number, name, captions, size, PSNR and SSIM.
 
         A film that exists is not made again.
         """
@@ -186,7 +186,7 @@ class Evaluation:
                     self._write("made", some, self._made(part, some, true[chosen]))
                 for record, job, a, b in zip(records, jobs, true, copy, strict=True):
                     about = {"number": self.numbers[record], "clip": job.clip.name}
-                    about |= {"caption": job.clip.captions[0]}
+                    about |= {"captions": job.clip.captions}  # a film is made from one of them
                     size = dict(zip(("frames", "height", "width"), a.shape[:3], strict=True))
                     rows.append(about | size | {"psnr": psnr(a, b), "ssim": ssim(a, b)})
                 progress.update(len(records))
