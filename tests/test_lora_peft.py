@@ -17,7 +17,7 @@ from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.lora import LoRAConfig, attach, fill, is_adapter
 from easyanimate_jax.models.mmdit import patchify, unpatchify
 from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
-from easyanimate_jax.training.step import TrainState, train_step
+from easyanimate_jax.training.step import Graphs, TrainState, train_step
 from easyanimate_jax.weights.adapters import to_continue
 
 RANK, ALPHA, RATE, STEPS = 4, 8, 2e-3, 100
@@ -80,7 +80,13 @@ def losses_of_ours(model):
     optimizer, zero = make_optimizer(OPTIMIZER), jnp.zeros((), jnp.int32)
     state = TrainState(zero, zero, adapters, None, optimizer.init(adapters), frozen)
     step = jax.jit(
-        partial(train_step, optimizer=optimizer, process=PROCESS, ema_decay=0.0, graph=graph)
+        partial(
+            train_step,
+            optimizer=optimizer,
+            process=PROCESS,
+            ema_decay=0.0,
+            graphs=Graphs(graph, None),
+        )
     )
     losses = []
     for number in range(STEPS):

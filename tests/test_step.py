@@ -14,7 +14,13 @@ from easyanimate_jax.runs.batches import place
 from easyanimate_jax.sharding import MeshConfig, make_mesh, shardings
 from easyanimate_jax.training.checkpoint import Checkpoints
 from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
-from easyanimate_jax.training.step import denoising_loss, init_state, train_step, widen_state
+from easyanimate_jax.training.step import (
+    Networks,
+    denoising_loss,
+    init_state,
+    train_step,
+    widen_state,
+)
 
 TINY = MMDiTConfig(
     depth=2,
@@ -205,8 +211,9 @@ class Gain(MMDiT):
 def test_latents_have_the_deviation_of_their_posterior():
     batch = jax.tree.map(lambda x: x[0], make_batch(1, 4, lengths=(24,)))
     batch = batch._replace(mean=0 * batch.mean, logvar=0 * batch.logvar + np.float32(np.log(0.04)))
+    batch = jax.tree.map(jnp.asarray, batch)
     drawn = jnp.arange(4), jax.random.key(0)
-    loss = denoising_loss(Gain(1), batch, jnp.ones(4), *drawn, process=Unnoised())
+    loss, _ = denoising_loss(Networks(Gain(1)), batch, jnp.ones(4), *drawn, process=Unnoised())
     assert abs(loss / 4 - 0.04) < 0.003  # the mean of 6,144 squares
 
 
@@ -272,7 +279,12 @@ def test_halves_give_the_loss_of_the_same_floats():
     time, rows, model = jnp.arange(0, 800, 100), jnp.arange(8), start(OPTIMIZER).model
     loss = jax.jit(
         lambda batch: denoising_loss(
-            model, batch, time.astype(jnp.float32), rows, jax.random.key(3), process=DDPM()
-        )
+            Networks(model),
+            batch,
+            time.astype(jnp.float32),
+            rows,
+            jax.random.key(3),
+            process=DDPM(),
+        )[0]
     )
     np.testing.assert_array_equal(loss(halves), loss(floats))

@@ -86,16 +86,17 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from easyanimate_jax.runs.evaluate import Asked, Evaluation, prompt_videos, read_prompts
     from easyanimate_jax.runs.load import load_opened
     from easyanimate_jax.runs.parts import open_parts
+    from easyanimate_jax.weights.defaults import Defaults
 
     features = features_of(own.features)
     prompts = read_prompts(own.vbench) if own.vbench else []
     opened = open_parts(own.model, step=own.step, weights=own.weights_of)
     if prompts and task_of(opened.config.in_channels).is_control:
         raise ValueError("--vbench has prompts alone, and this model wants a control")
-    names = ("steps", "guidance")
-    chosen = {name: getattr(own, name) for name in names if getattr(own, name) is not None}
-    default = {name: getattr(opened.samples, name) for name in names}
-    sampling = Sampling(**default | chosen)
+    default = opened.defaults
+    if default == Defaults():
+        default = Defaults(opened.samples.steps, opened.samples.guidance)
+    sampling = Sampling(**default.filled(own.steps, guidance=own.guidance))
     asked = Asked(own.count, own.videos, own.batch, sampling, own.seed, opened.fps)
     mesh = mesh_of(own.mesh)
     with FolderLock(own.output, option="--output") as lock, jax.set_mesh(mesh):

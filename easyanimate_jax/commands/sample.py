@@ -109,7 +109,7 @@ def _sample(arguments: Sequence[str]) -> int:
     todo = requests(own)
     # JAX is imported here, and no device is touched before `on_mesh`.
     from easyanimate_jax.runs import load
-    from easyanimate_jax.runs.parts import Parts, open_parts
+    from easyanimate_jax.runs.parts import Parts, open_parts, with_loras
     from easyanimate_jax.runs.sample import examine, make
     from easyanimate_jax.weights.adapters import named_weight, open_loras
 
@@ -117,6 +117,7 @@ def _sample(arguments: Sequence[str]) -> int:
     opened = open_parts(own.model, parts, step=own.step, weights=own.weights_of)
     loras = open_loras(named_weight(str(word)) for word in own.lora)
     origin = origin_of(own, opened)
+    opened = with_loras(opened, loras)
     todo = examine(todo, opened)
     own.output.mkdir(parents=True, exist_ok=True)
     for sentence in dict.fromkeys(s for one in todo for s in without_effect(one.request)):

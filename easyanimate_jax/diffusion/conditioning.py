@@ -25,7 +25,7 @@ KINDS_OF_IMAGE = (0.2, 0.8)
 def guide(
     uncond: Float[Array, "B ..."],
     cond: Float[Array, "B ..."],
-    scale: float | Float[Array, ""],
+    scale: float | Float[Array, "..."],
     rescale: float = 0.0,
     where: Bool[Array, "B ..."] | None = None,
 ) -> Float[Array, "B ..."]:

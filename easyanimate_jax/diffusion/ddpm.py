@@ -75,6 +75,10 @@ class DDPM:
         k = np.arange(num_steps)
         return np.round(NUM_TRAIN_TIMES - k * NUM_TRAIN_TIMES / num_steps) - 1
 
+    def grid(self, count: int) -> Float[np.ndarray, "count"]:
+        """Return the times at which `count` equal moves begin: those of `timesteps`."""
+        return self.timesteps(count)
+
     clean_time = -1  # at this time and below, no noise is left
 
     def levels(self, times: Float[np.ndarray, "K"]) -> tuple[np.ndarray, np.ndarray]:

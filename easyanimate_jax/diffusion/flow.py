@@ -101,6 +101,15 @@ class Flow:
         shift, sigma = shift or SHIFT, np.linspace(1, 1 / NUM_TRAIN_TIMES, num_steps)
         return NUM_TRAIN_TIMES * (shift / (shift + (1 / sigma - 1)))  # the first is exactly 1000
 
+    def grid(self, count: int) -> Float[np.ndarray, "count"]:
+        """Return the times at which `count` equal moves begin, 1000 first, with the shift `SHIFT`.
+
+        The last move ends at the data, while the last of `timesteps` begins beside it. Few-step
+        models are trained and sampled at these times.
+        """
+        sigma = 1 - np.arange(count) / count
+        return NUM_TRAIN_TIMES * SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+
     clean_time = 0
 
     def levels(self, times: Float[np.ndarray, "K"]) -> tuple[np.ndarray, np.ndarray]:

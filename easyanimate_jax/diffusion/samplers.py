@@ -8,6 +8,7 @@ x = signal * data + sigma * noise, the input of the network.
 Letters beyond the legend: K evaluations, R registers.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -48,12 +49,14 @@ def walk(
     strength: float = 1.0,
     eta: float = 0.0,
     shift: float | None = None,
+    times: Sequence[float] = (),
 ) -> Walk:
     """Return the walk of a sampler of `process`; "" is the first sampler of the process.
 
     A `strength` below 1 runs only the last steps. `eta` is DDIM's share of fresh noise, 0 to 1.
-    `shift` replaces the shift of a flow's times. Raises ValueError for a sampler that the process
-    does not have, and for numbers out of range.
+    `shift` replaces the shift of a flow's times. `times` are explicit times, noise first, in place
+    of `steps` and `shift`; after the last of them the sampler goes to the data. Raises ValueError
+    for a sampler that the process does not have, and for numbers out of range.
     """
     samplers = SAMPLERS[type(process)]
     sampler = sampler or next(iter(samplers))
@@ -66,9 +69,13 @@ def walk(
             f"eta is {eta} with {sampler!r}: it is DDIM's share of fresh noise; use 0 to 1 with "
             f"'ddim', and 0 with other samplers"
         )
-    times = process.timesteps(steps, shift)[first_step(steps, strength) :]
+    if times:
+        _check_times(process, sampler, times)
+        steps = len(times)
+    grid = np.asarray(times, np.float64) if times else process.timesteps(steps, shift)
+    explicit, times = bool(times), grid[first_step(steps, strength) :]
     stride = NUM_TRAIN_TIMES // steps
-    if sampler == "ddim":
+    if sampler == "ddim" and not explicit:
         return _one_step(process, times, times - stride, eta)
     if sampler == "pndm":
         return _pndm(times, stride)
@@ -77,7 +84,32 @@ def walk(
         return _dpm(process, times, next_times)
     if sampler == "adams":
         return _adams(process, times, next_times)
+    if sampler == "ddim":
+        return _one_step(process, times, next_times, eta)
     return _one_step(process, times, next_times, float(sampler == "euler_a"), LEAST_SIGNAL)
+
+
+def one_step_moves(process: DDPM | Flow, times: Float[np.ndarray, "K"]) -> Float[np.ndarray, "K 2"]:
+    """Return the factors of x and of the prediction that take x from each time to the next.
+
+    The last move ends at the data. This is Euler's method for a flow and DDIM for a DDPM.
+    """
+    return _one_step(process, times, np.append(times[1:], process.clean_time), 0.0).moves[:, 0]
+
+
+def _check_times(process, sampler: str, times: Sequence[float]) -> None:
+    """Raise ValueError for explicit times that no walk of `sampler` can have."""
+    first = process.timesteps(1)[0]
+    falling = all(before > after for before, after in pairwise(times))
+    if not falling or times[0] > first or times[-1] <= process.clean_time:
+        raise ValueError(
+            f"times are {', '.join(f'{time:g}' for time in times)}: use falling times from at most "
+            f"{first:g} (noise) to above {process.clean_time:g} (data)"
+        )
+    if isinstance(process, DDPM) and any(time != int(time) for time in times):
+        raise ValueError("times of a DDPM are whole numbers, such as 999 749 499 249")
+    if sampler == "pndm":
+        raise ValueError("PNDM has times of its own: leave out times, or use 'ddim'")
 
 
 SAMPLERS = {

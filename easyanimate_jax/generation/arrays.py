@@ -37,6 +37,7 @@ class Given(TypedDict, total=False):
     fit: str  # "crop" or "stretch": how pixels take the output size ("crop")
     tile: int  # pixels of a side: decode in tiles, which needs less memory
     shift: float  # of V5.1's sampling times; larger means more steps at high noise (e)
+    times: tuple[float, ...]  # of the evaluations, noise first, in place of steps
     sampler: str  # "" is the default sampler of the noise process
     eta: float  # share of fresh noise in DDIM, 0 to 1 (0)
     rescale: float  # rescaling of the guided prediction, 0 to 1 (0)

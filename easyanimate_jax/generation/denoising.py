@@ -61,6 +61,10 @@ class Sampling:
     """Shift of the times of V5.1: the larger, the more steps at high noise. None is e, as released;
     V5 has none (spec 4.2)."""
 
+    times: tuple[float, ...] = ()
+    """Times of the evaluations, noise first, in place of `steps` and `shift`; after the last one
+    the sampler goes to the data. () takes the times of the noise process."""
+
     guided: tuple[float, float] = (0.0, 1.0)
     """First and last share of the steps with guidance."""
 
@@ -84,6 +88,7 @@ class Sampling:
             rescale="[0, 1]",
             eta="[0, 1]",
             shift="(0, 100]",
+            times=f"(-1, {NUM_TRAIN_TIMES}]",
             guided="[0, 1]",
             guidance_every="[1, inf)",
             teacache="[0, inf)",
@@ -220,7 +225,13 @@ def denoise(
 def make_plan(process: DDPM | Flow, sampling: Sampling, strength: float = 1.0) -> Plan:
     """Return the coefficients of the sampler of `sampling`, and the guidance of each step."""
     times, moves, levels = walk(
-        process, sampling.sampler, sampling.steps, strength, sampling.eta, sampling.shift
+        process,
+        sampling.sampler,
+        sampling.steps,
+        strength,
+        sampling.eta,
+        sampling.shift,
+        sampling.times,
     )
     count = len(times)
     share = np.arange(count) / count

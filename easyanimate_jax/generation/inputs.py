@@ -16,6 +16,7 @@ from easyanimate_jax.facts import CELL, FPS
 from easyanimate_jax.generation.arrays import NEW, fitted
 from easyanimate_jax.generation.protocols import Files
 from easyanimate_jax.generation.request import PIXELS, STARTS, SampleRequest, given, option
+from easyanimate_jax.weights.defaults import Defaults
 
 INPUTS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.inputs))
 
@@ -29,10 +30,11 @@ class Model(NamedTuple):
     height: int
     width: int
     fps: int = FPS  # of the clips that it was trained on
+    defaults: Defaults = Defaults()
 
 
 def complete(request: SampleRequest, model: Model, files: Files = media) -> SampleRequest:
-    """Return the request with its open fields filled: size, rate and strength.
+    """Return the request with its open fields filled: size, rate, steps, guidance and strength.
 
     `files` reads the given pictures and films: `media` in this process, `Decoders` in others.
     Raises ValueError for a request that this model cannot serve.
@@ -50,6 +52,9 @@ def complete(request: SampleRequest, model: Model, files: Files = media) -> Samp
     frames = request.frames or model.frames
     rate = FPS if frames == 1 else model.fps  # a picture has none
     filled = {"fps": request.fps or rate, "frames": frames}
+    filled |= model.defaults.filled(
+        request.steps, request.times or (), request.guidance, request.shift
+    )
     filled |= dict(zip(("height", "width"), _sides(request, model, files), strict=True))
     film = request.video or request.control
     if film and request.frames is None:

@@ -52,7 +52,17 @@ RANGES = (
     ("overlap", 1, 100),
 )
 SAMPLING = (  # the same for all lines of a prompt file
-    *("steps", "sampler", "eta", "shift", "guidance", "rescale", "guided", "guidance_every"),
+    *(
+        "steps",
+        "times",
+        "sampler",
+        "eta",
+        "shift",
+        "guidance",
+        "rescale",
+        "guided",
+        "guidance_every",
+    ),
     "teacache",
 )
 OVERLAP = 4  # frames that neighbouring segments of a long video share
@@ -106,16 +116,18 @@ class SampleRequest:
     """Of a long video's segments, 4n+1."""
     overlap: int | None = None
     """Frames that segments share: 4."""
-    steps: int = 50
-    """Number of denoising steps."""
+    steps: int | None = None
+    """Denoising steps: 50, or the model's."""
+    times: tuple[float, ...] | None = None
+    """Times of the steps, the largest first."""
     sampler: str = ""
     """V5: ddim (default), euler, euler_a, dpm++, pndm; V5.1: euler (default), adams."""
     eta: float = 0.0
     """Share of fresh noise in ddim, 0 to 1."""
     shift: float | None = None
     """V5.1: more steps at high noise."""
-    guidance: float = 6.0
-    """Classifier-free guidance; 1 is none."""
+    guidance: float | None = None
+    """1 is no guidance: 6, or the model's."""
     rescale: float = 0.0
     """Rescaling of the guidance, 0 to 1."""
     guided: tuple[float, float] = (0.0, 1.0)

@@ -15,7 +15,7 @@ from easyanimate_jax.prepare.prepare import prompts_key
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.runs.visits import VisitLoader
 from easyanimate_jax.sharding import activation_spec
-from easyanimate_jax.training.program import batch_shardings, microbatch_rows
+from easyanimate_jax.training.program import batch_shardings, microbatch_rows, reads_empty
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.folder import load_vae
 from easyanimate_jax.weights.identity import fingerprint
@@ -158,6 +158,8 @@ def _loader(config: TrainConfig, stage: Stage, mesh, records: Records, encoder) 
     options = {
         "text_drop": config.text_drop,
         "drops": (stage.control_drop, stage.reference_drop),
+        "picture_drop": stage.picture_drop,
+        "with_empty": reads_empty(stage),
     }
     return _reader(config, stage, mesh, records, plan, encoder, options)
 

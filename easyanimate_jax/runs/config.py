@@ -26,6 +26,7 @@ from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates
+from easyanimate_jax.training.post.objectives import GuidanceDistillation, SegmentDistillation
 from easyanimate_jax.training.program import StepConfig
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
@@ -267,6 +268,7 @@ class TrainConfig:
                 f"TrainConfig: optimizer.matrices={self.optimizer.matrices!r} with lora: adapters "
                 f"are trained by Adam; use 'adam'"
             )
+        self._check_objectives()
         names = [s.name for s in self.sets]
         for stage in self.stages:
             if stage.data not in names:
@@ -296,6 +298,23 @@ class TrainConfig:
             if len(set(group)) < len(group):
                 raise ValueError(f"names must differ: {group}")
 
+    def _check_objectives(self) -> None:
+        """Raise ValueError for a stage whose objective has no teacher."""
+        for stage in self.stages:
+            if stage.objective is None:
+                continue
+            what = f"stage {stage.name!r} has the objective {type(stage.objective).__name__}"
+            if not self.init:
+                raise ValueError(
+                    f"{what}, whose teacher is `init`, and init is empty; give the path of a "
+                    f"trained model"
+                )
+            if self.train:
+                raise ValueError(
+                    f"{what}, and `train` trains a part of the teacher's own weights; use `lora`, "
+                    f"or train all weights"
+                )
+
     @property
     def step(self) -> StepConfig:
         """Return the settings that the train step of every stage depends on."""
@@ -307,6 +326,7 @@ class TrainConfig:
             self.adapters,
             self.train,
             self.frozen,
+            any(stage.objective is not None for stage in self.stages),
         )
 
     @property
@@ -338,6 +358,7 @@ def load(path: str) -> TrainConfig | VAETrainConfig:
 
 
 _ROOMS = (VAETrainConfig, VAEStage, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)
+_ROOMS += (GuidanceDistillation, SegmentDistillation)
 _CLASSES = {
     c.__name__: c
     for c in (

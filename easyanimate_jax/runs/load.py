@@ -28,7 +28,7 @@ from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.generation.ways import choose
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE
-from easyanimate_jax.runs.parts import OWN, Opened, Parts, open_parts
+from easyanimate_jax.runs.parts import OWN, Opened, Parts, open_parts, with_loras
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.text.encode import TextEncoder
 from easyanimate_jax.weights.adapters import Weighted, check
@@ -86,12 +86,13 @@ class Pipeline:
     """A model that makes videos: `pipeline("a red fox runs") -> frames`.
 
     `diffusion` has the parts of the model for the functions of `generation.pipelines`. `samples`
-    has the default size. For a run, `step` is its checkpoint and `config` its TrainConfig;
+    has the default size, `defaults` how it is sampled. For a run, `step` is its checkpoint and `config` its TrainConfig;
     otherwise both are None.
     """
 
     def __init__(self, opened: Opened, diffusion: Resident, mesh: Mesh | None):
         self.diffusion, self.samples = diffusion, opened.samples
+        self.defaults = opened.defaults
         self.step, self.config = opened.step, opened.training
         self._mesh = mesh
 
@@ -113,8 +114,8 @@ class Pipeline:
         frames: int | None = None,
         height: int | None = None,
         width: int | None = None,
-        steps: int = 50,
-        guidance: float = 6.0,
+        steps: int | None = None,
+        guidance: float | None = None,
         seed: int | Sequence[int] = 43,
         **given: Unpack[Given],
     ) -> Films:
@@ -127,7 +128,8 @@ class Pipeline:
         or a camera is control-to-video.
 
         `frames` is 4n+1; `height` and `width` are multiples of 16 pixels. The defaults are the
-        run's, or 49 x 384 x 672. One `seed` serves all prompts: a video does not depend on the
+        run's, or 49 x 384 x 672. The default of `steps` and `guidance` is 50 and 6, or the few
+        steps that a distilled model was trained for. One `seed` serves all prompts: a video does not depend on the
         other prompts of its batch. Raises TypeError for an unknown name, and ValueError for inputs
         that exclude each other, that do not fit in size, or that this model does not take.
         """
@@ -142,7 +144,10 @@ class Pipeline:
         arrays = as_rows(given, len(prompts), size)
         named = (field.name for field in dataclasses.fields(Sampling))
         chosen = {name: given[name] for name in named if name in given}
-        sampling = Sampling(steps=steps, guidance=guidance, **chosen)
+        chosen |= self.defaults.filled(
+            steps, chosen.get("times", ()), guidance, chosen.get("shift")
+        )
+        sampling = Sampling(**chosen)
         with nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
             for text in (*prompts, negative_prompt):
                 if self.encoder.is_cut(text):
@@ -247,6 +252,7 @@ def load_opened(
     if dtype is not None:
         opened = opened._replace(config=dataclasses.replace(opened.config, dtype=dtype))
     check(loras, opened.config)
+    opened = with_loras(opened, loras)
     read = _readers(opened, mesh, dtype, int8, loras)
     return Pipeline(opened, Resident(opened.config, opened.process, read, alone=low_memory), mesh)
 

@@ -7,7 +7,7 @@ such folders. Released folders of V5 and V5.1 have one too, in the original layo
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.runs.config import SampleConfig, TrainConfig, from_json
 from easyanimate_jax.text.encode import state_widths
 from easyanimate_jax.weights import files, run_folder
+from easyanimate_jax.weights.adapters import Weighted
+from easyanimate_jax.weights.defaults import Defaults, of_folder, of_metadata, of_run
 from easyanimate_jax.weights.folder import Weights, open_model, read_json
 from easyanimate_jax.weights.identity import fingerprint
 from easyanimate_jax.weights.module import CONFIG
@@ -54,6 +56,7 @@ class Opened(NamedTuple):
     step: int | None = None
     weights: Weights = "ema"
     meta: Mapping | None = None  # a run's record of its training
+    defaults: Defaults = Defaults()  # how it is sampled
 
     @property
     def training(self) -> TrainConfig | None:
@@ -95,8 +98,12 @@ def open_parts(
         raise ValueError(f"{path} is a run and has its own noise process: leave out process")
     elif parts.transformer:
         opened = _open_run(path, parts, None)
-        config = _config_of(source, step)
-        opened = opened._replace(model=source, step=step, config=config)
+        opened = opened._replace(
+            model=source,
+            step=step,
+            config=_config_of(source, step),
+            defaults=defaults_of(path, parts, step),
+        )
     else:
         opened = _open_run(path, parts, step)
     widths = state_widths(opened.text)
@@ -106,6 +113,20 @@ def open_parts(
             f"transformer reads {opened.config.text_widths}: put its own text encoders there"
         )
     return opened._replace(weights=weights)
+
+
+def defaults_of(folder: Path, parts: Parts, step: int | None) -> Defaults:
+    """Return how a model is sampled: as its transformer's run or folder says."""
+    source = Path(parts.transformer or folder)
+    if run_folder.is_run(source):
+        return of_run(run_folder.read_meta(source, step)[1])
+    return of_folder(source)
+
+
+def with_loras(opened: Opened, loras: Sequence[Weighted]) -> Opened:
+    """Return a model with the defaults of the first LoRA that has its own, such as a few steps."""
+    own = (of_metadata(one.lora.metadata) for one in loras if one.weight)
+    return opened._replace(defaults=next(filter(None, own), opened.defaults))
 
 
 def _config_of(path: Path, step: int | None) -> MMDiTConfig:
@@ -150,6 +171,7 @@ def _open_run(folder: Path, parts: Parts, step: int | None) -> Opened:
         training.samples,
         step,
         meta=meta,
+        defaults=of_run(meta),
     )
 
 
@@ -182,7 +204,9 @@ def _open_folder(
         process = _process_of(folder, model.config, problems)
     files.raise_all(folder, problems)
     places = folder, source, parts.vae or folder, parts.text or folder
-    return Opened(*places, model.config, process, step=step)
+    return Opened(
+        *places, model.config, process, step=step, defaults=defaults_of(folder, parts, step)
+    )
 
 
 def _process_of(folder: Path, config: MMDiTConfig, problems: list[str]) -> DDPM | Flow | None:

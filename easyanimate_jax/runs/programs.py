@@ -73,4 +73,4 @@ class Programs:
 
     def _key(self, stage: Stage, length: int) -> tuple:
         rows = microbatch_rows(stage, self.mesh)
-        return stage.in_channels, stage.batch_size, rows, length
+        return stage.in_channels, stage.batch_size, rows, length, stage.objective

@@ -45,7 +45,7 @@ def examine(
     """
     process, samples, found = opened.process, opened.samples, []
     size = samples.frames, samples.height, samples.width
-    model = Model(str(opened.path), opened.config.in_channels, *size, opened.fps)
+    model = Model(str(opened.path), opened.config.in_channels, *size, opened.fps, opened.defaults)
     for one in asked:
         with one.named():
             request = complete(one.request, model, files)
@@ -61,7 +61,7 @@ def examine(
 
 def sampling_of(request: SampleRequest) -> Sampling:
     """Return the sampling settings of a request."""
-    return Sampling(**{name: getattr(request, name) for name in SAMPLING})
+    return Sampling(**{name: getattr(request, name) for name in SAMPLING if given(request, name)})
 
 
 def make(

@@ -34,6 +34,7 @@ from easyanimate_jax.runs.batches import place
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.training.metrics import MetricsWriter
 from easyanimate_jax.training.stages import Stage
+from easyanimate_jax.weights.defaults import Defaults, of_objective
 from easyanimate_jax.weights.folder import load_vae
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Sampler:
             return
         diffusion = LatentDiffusion(model, self.vae, self.config.process)
         if self.config.samples.prompts and not TASKS[stage.task].is_control:
-            self._write(f"{step:07d}", videos=self._prompts(diffusion))
+            self._write(f"{step:07d}", videos=self._prompts(stage, diffusion))
         if stage.name in self.held_out:
             true, made = self._clips(stage, diffusion)
             self._write(f"{step:07d}_clips", true=true, videos=made)
@@ -105,11 +106,11 @@ class Sampler:
                     rate = self.config.set(stage.data).fps
                     self.writer.film(f"held-out {stage.task}/{number}", step, film, rate)
 
-    def _prompts(self, diffusion: LatentDiffusion) -> UInt8[np.ndarray, "B F H W 3"]:
+    def _prompts(self, stage: Stage, diffusion: LatentDiffusion) -> UInt8[np.ndarray, "B F H W 3"]:
         samples = self.config.samples
         size = samples.frames, samples.height, samples.width
         seeds = [samples.seed] * len(samples.prompts)
-        return text_to_video(diffusion, self._request(self.texts, size, seeds))
+        return text_to_video(diffusion, self._request(stage, self.texts, size, seeds))
 
     def _clips(self, stage: Stage, diffusion: LatentDiffusion) -> tuple[np.ndarray, np.ndarray]:
         """Return the true and the new videos of held-out clips, uint8 (B, F, H, W, 3) each."""
@@ -122,7 +123,7 @@ class Sampler:
         true = rebuilt(self.vae, batch, grid)
         seeds = [loader.plan.keys[ids[row]] for row in rows]
         texts = tuple(text.astype(np.float32) for text in batch.texts)
-        request = self._request(texts, true.shape[1:4], seeds)
+        request = self._request(stage, texts, true.shape[1:4], seeds)
         return true, made_again(diffusion, stage.task, request, batch, true)
 
     def _batch(self, loader: Loader) -> tuple[Batch, list[int]]:
@@ -130,9 +131,12 @@ class Sampler:
         number = max(range(len(loader.plan)), key=lambda i: len(loader.plan(i)[1]))
         return rows_of(loader, number, self.mesh), loader.plan(number)[1].tolist()
 
-    def _request(self, texts, size: tuple[int, int, int], seeds) -> Request:
+    def _request(self, stage: Stage, texts, size: tuple[int, int, int], seeds) -> Request:
         samples = self.config.samples
-        sampling = Sampling(steps=samples.steps, guidance=samples.guidance)
+        name, process = type(stage.objective).__name__, type(self.config.process).__name__
+        own = Defaults(samples.steps, samples.guidance)
+        own = of_objective(name, getattr(stage.objective, "steps", None), process, own)
+        sampling = Sampling(**own.filled())
         return Request(texts, self.empty, size=size, seeds=seeds, sampling=sampling)
 
     def _write(self, name: str, **videos: UInt8[np.ndarray, "B F H W 3"]) -> None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from easyanimate_jax.models.mmdit import MMDiT
+from easyanimate_jax.models.storage import Kernels
 from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.position import Position, check_resume, is_kept, position_at
 from easyanimate_jax.runs.programs import Programs
@@ -46,7 +47,8 @@ class States:
         self.config, self.mesh, self.key, self.plans = config, mesh, key, plans
         self.programs, self.checkpoints, self.monitor = programs, checkpoints, monitor
         # The identity of the frozen weights, which no checkpoint holds.
-        self.base = weights_print(config.init, config.init_step) if config.step.partial else None
+        frozen = config.step.partial or config.step.taught
+        self.base = weights_print(config.init, config.init_step) if frozen else None
 
     def first(self) -> TrainState:
         """Return the first state, with new weights or those of `config.init`, sharded.
@@ -67,14 +69,7 @@ class States:
         if not self.config.init:
             return jax.jit(make, out_shardings=placed)(key)
         logger.info("starting from the weights of %s", self.config.init)
-        model = load_start(
-            self.config.init,
-            settings.with_channels(stage.in_channels).model,
-            mesh=self.mesh,
-            step=self.config.init_step,
-            kernels=settings.frozen if settings.partial else "float32",
-            exact=settings.exact,
-        )
+        model = self._init(settings.frozen if settings.partial else "float32")
 
         def around(model, key, start):
             def make(config, key):
@@ -104,26 +99,41 @@ class States:
             place = position_at(self.config, meta["step"])
             if place:
                 self.programs.check(place.stage)
-            return self._abstract(meta["in_channels"])[2]._replace(frozen=None)
+            return self._abstract(meta["in_channels"])[2]._replace(frozen=None, teacher=None)
 
         found = self.checkpoints.restore(like, before=before)
         if found is None:
             return None
         step, state, meta = found
-        if self.config.step.partial:
-            state = state._replace(frozen=self._frozen(meta["in_channels"]))
+        if self.base is not None:
+            state = state._replace(**self._given(meta["in_channels"]))
         logger.info("resuming at step %d (stage %r)", step, meta["stage"])
         return step, state
 
-    def _frozen(self, in_channels: int):
-        """Return the frozen weights with so many input channels."""
-        frozen = self._start({}).frozen
+    def _given(self, in_channels: int) -> dict:
+        """Return what no checkpoint holds, {field: weights}, with so many input channels."""
+        settings = self.config.step
+        if settings.partial:
+            name, weights = "frozen", self._start({}).frozen
+        else:
+            name, weights = "teacher", self._init(settings.frozen)
         if in_channels != self.config.stages[0].in_channels:
-            placed = self._abstract(in_channels)[1].frozen
-            frozen = jax.jit(widen_state, static_argnums=1, out_shardings=placed)(
-                frozen, in_channels
-            )
-        return frozen
+            placed = getattr(self._abstract(in_channels)[1], name)
+            widen = jax.jit(widen_state, static_argnums=1, out_shardings=placed)
+            weights = widen(weights, in_channels)
+        return {name: weights}
+
+    def _init(self, kernels: Kernels) -> MMDiT:
+        """Return the model of `config.init` with the first stage's input channels."""
+        settings = self.config.step
+        return load_start(
+            self.config.init,
+            settings.with_channels(self.config.stages[0].in_channels).model,
+            mesh=self.mesh,
+            step=self.config.init_step,
+            kernels=kernels,
+            exact=settings.exact,
+        )
 
     def whole(self, state: TrainState) -> MMDiT:
         """Return the averaged model of a state; the trained one if the run keeps no average."""
@@ -165,7 +175,7 @@ class States:
             "seed": self.config.seed,
             "config": json.loads(to_json(self.config)),
         }
-        self.checkpoints.save(step, state._replace(frozen=None), meta)
+        self.checkpoints.save(step, state._replace(frozen=None, teacher=None), meta)
 
     def _abstract(self, in_channels: int):
         """Return (function key -> state, the state's shardings, the state as shapes)."""

@@ -23,6 +23,7 @@ from easyanimate_jax.training.program import (
     abstract_batch,
     abstract_state,
     microbatch_rows,
+    reads_empty,
     step_program,
 )
 from easyanimate_jax.training.stages import Stage
@@ -130,9 +131,13 @@ def describe_stage(
         microbatch=rows,
         tokens=tokens,
         text_lengths=text_lengths,
+        empty=reads_empty(stage),
     )
     trained = _trained_part(state)
-    flops, share = model_flops(config.model, tokens, sum(text_lengths), trained=trained)
+    evaluations = 0 if stage.objective is None else stage.objective.evaluations
+    flops, share = model_flops(
+        config.model, tokens, sum(text_lengths), trained=trained, evaluations=evaluations
+    )
     report = StageReport(
         name=stage.name,
         task=stage.task,
@@ -149,6 +154,7 @@ def describe_stage(
         memory={
             "weights": _bytes(state.model),
             **({"frozen weights": _bytes(state.frozen)} if config.partial else {}),
+            **({"teacher": _bytes(state.teacher)} if state.teacher is not None else {}),
             "average": _bytes(state.ema),
             "optimizer": _bytes(state.opt_state),
             "batch": _bytes(batch),
@@ -181,13 +187,19 @@ def _compile(lowered, mesh: Mesh, report: StageReport) -> jax.stages.Compiled | 
 
 
 def model_flops(
-    config: MMDiTConfig, tokens: int, text_tokens: int, *, trained: float = 1.0
+    config: MMDiTConfig,
+    tokens: int,
+    text_tokens: int,
+    *,
+    trained: float = 1.0,
+    evaluations: int = 0,
 ) -> tuple[float, float]:
     """Return (FLOPs of one sample's forward and backward pass, the share of them in attention).
 
     These are the FLOPs that the model needs. They include no recomputation and no padding beyond
     the bucket's, and count the backward pass as twice the forward pass. Only the part `trained` of
-    the weights has gradients of its own; adapters count nothing.
+    the weights has gradients of its own; adapters count nothing. `evaluations` are further forward
+    passes, such as a teacher's.
     """
     S, D = tokens + text_tokens, config.width
     linear = config.depth * S * 2 * BLOCK_MATRICES * D * D
@@ -196,8 +208,8 @@ def model_flops(
     ends += 2 * text_tokens * D * max(config.text_widths)
     attention = config.depth * 4 * S * S * D
     layers = linear + modulation + ends
-    needed = (2.0 + trained) * layers + 3.0 * attention
-    return needed, 3.0 * attention / needed
+    needed = (2.0 + trained + evaluations) * layers + (3.0 + evaluations) * attention
+    return needed, (3.0 + evaluations) * attention / needed
 
 
 def _trained_part(state: TrainState) -> float:

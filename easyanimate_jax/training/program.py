@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from easyanimate_jax.data.loader import Batch
@@ -23,8 +23,16 @@ from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.storage import Kernels, store
 from easyanimate_jax.sharding import AnyMesh, activation_spec, shardings
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates, make_optimizer
+from easyanimate_jax.training.post.distill import guidance_loss, is_guided, segment_loss
+from easyanimate_jax.training.post.objectives import GuidanceDistillation, SegmentDistillation
 from easyanimate_jax.training.stages import Stage
-from easyanimate_jax.training.step import TrainState, init_state, train_step
+from easyanimate_jax.training.step import (
+    Graphs,
+    TrainState,
+    denoising_loss,
+    init_state,
+    train_step,
+)
 from easyanimate_jax.weights.module import named_weights
 
 # Vector memory that one operation may use, by device kind; the default is 16 MiB. v5p has 64 MiB
@@ -47,6 +55,7 @@ class StepConfig(NamedTuple):
     lora: LoRAConfig | None = None  # the adapters to train
     train: Rates = ()  # patterns of the weights to train, and factors of their learning rate
     frozen: Kernels = "float32"  # storage of the kernels that are not trained
+    taught: bool = False  # whether a stage has a teacher
 
     @property
     def exact(self) -> tuple[str, ...]:
@@ -68,11 +77,16 @@ def make_model(config: StepConfig, key: PRNGKeyArray) -> MMDiT:
 
     Raises ValueError for a pattern of `config.train` that no weight matches.
     """
+    return with_adapters(make_base(config, key), config, jax.random.fold_in(key, 1))
+
+
+def make_base(config: StepConfig, key: PRNGKeyArray) -> MMDiT:
+    """Return the model of `make_model` without its adapters."""
     made = MMDiT(config.model, rngs=nnx.Rngs(params=key))
     if config.partial:
         _check_patterns(config, made)
         store(made, config.frozen, config.exact)
-    return with_adapters(made, config, jax.random.fold_in(key, 1))
+    return made
 
 
 def with_adapters(model: MMDiT, config: StepConfig, key: PRNGKeyArray, start=None) -> MMDiT:
@@ -87,10 +101,17 @@ def with_adapters(model: MMDiT, config: StepConfig, key: PRNGKeyArray, start=Non
 
 
 @cache
-def graph_of(config: StepConfig) -> nnx.GraphDef:
+def graph_of(config: StepConfig, make=make_model) -> nnx.GraphDef:
     """Return the structure of the model that `make_model` returns."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return nnx.graphdef(jax.eval_shape(partial(make_model, config), key))
+    return nnx.graphdef(jax.eval_shape(partial(make, config), key))
+
+
+def graphs_of(config: StepConfig) -> Graphs | None:
+    """Return the structures of the model and of its teacher; None if all weights are trained."""
+    if not config.partial:
+        return None
+    return Graphs(graph_of(config), graph_of(config, make_base) if config.taught else None)
 
 
 def make_state(config: StepConfig, key: PRNGKeyArray, make=make_model) -> TrainState:
@@ -104,7 +125,15 @@ def make_state(config: StepConfig, key: PRNGKeyArray, make=make_model) -> TrainS
         key,
         trained=partial(_is_trained, config) if config.partial else None,
         average=config.ema_decay > 0,
+        teach=partial(_teacher, config) if config.taught and not config.partial else None,
     )
+
+
+def _teacher(config: StepConfig, model: MMDiT) -> MMDiT:
+    """Return a copy of a model whose kernels are stored as `config` says."""
+    copy = jax.tree.map(jnp.copy, model)
+    store(copy, config.frozen)
+    return copy
 
 
 def _is_trained(config: StepConfig, path: tuple, _) -> bool:
@@ -138,8 +167,9 @@ def abstract_batch(
     microbatch: int,
     tokens: int,
     text_lengths: tuple[int, ...],
+    empty: bool = False,
 ) -> Batch:
-    """Return the sharded shapes of a batch as the loader makes it.
+    """Return the sharded shapes of a batch as the loader makes it; `empty` adds the empty texts.
 
     Arrays begin with (microbatches, rows). The last microbatch is padded with rows of weight 0.
     """
@@ -159,6 +189,10 @@ def abstract_batch(
         condition=array(tokens, extra, dtype=jnp.float32) if extra else None,
         weight=array(dtype=jnp.float32),
     )
+    if empty:
+        texts = zip(text_lengths, model.text_widths, strict=True)
+        shapes = [jax.ShapeDtypeStruct((rows[0], 1, *text), jnp.float16) for text in texts]
+        batch = batch._replace(empty=tuple(shapes))
     return _place(batch, batch_shardings(mesh, batch))
 
 
@@ -187,7 +221,25 @@ def batch_shardings(mesh: AnyMesh, batch: Batch) -> Batch:
         texts=tuple(place(text) for text in batch.texts),
         condition=None if batch.condition is None else place(batch.condition, "tokens"),
         weight=place(batch.weight),
+        empty=None
+        if batch.empty is None
+        else tuple(NamedSharding(mesh, PartitionSpec()) for _ in batch.empty),
     )
+
+
+LOSSES = {GuidanceDistillation: guidance_loss, SegmentDistillation: segment_loss}
+
+
+def loss_of(stage: Stage):
+    """Return the loss function of a stage, with the arguments of `denoising_loss`."""
+    if stage.objective is None:
+        return denoising_loss
+    return partial(LOSSES[type(stage.objective)], objective=stage.objective)
+
+
+def reads_empty(stage: Stage) -> bool:
+    """Return whether the step of a stage also reads the states of the empty caption."""
+    return stage.objective is not None and is_guided(stage.objective)
 
 
 def step_program(config: StepConfig, placed: TrainState, stage: Stage):
@@ -198,10 +250,10 @@ def step_program(config: StepConfig, placed: TrainState, stage: Stage):
         process=config.process,
         ema_decay=config.ema_decay,
         batch_size=stage.batch_size,
+        graphs=graphs_of(config.with_channels(stage.in_channels)),
+        dropout=config.lora.dropout if config.lora else 0.0,
+        loss=loss_of(stage),
     )
-    if config.partial:
-        graph = graph_of(config.with_channels(stage.in_channels))
-        step = partial(step, graph=graph, dropout=config.lora.dropout if config.lora else 0.0)
     device = placed.step.mesh.devices.flat[0]
     return jax.jit(
         step,

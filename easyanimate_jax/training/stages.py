@@ -7,6 +7,7 @@ from typing import Literal
 
 from easyanimate_jax.diffusion.tasks import TASKS, TaskName
 from easyanimate_jax.facts import MAX_STEPS, check_fields
+from easyanimate_jax.training.post.objectives import Objective
 
 Decay = Literal["polynomial", "cosine"]
 
@@ -63,6 +64,13 @@ class Stage:
     """Share of rows of a control stage that are trained without their reference (spec 7.2); with
     cameras it is never dropped."""
 
+    picture_drop: float = 0.0
+    """Share of rows of an i2v stage that are trained without their picture, as text to video."""
+
+    objective: Objective | None = None
+    """What the stage trains for; None is to predict noise from data. The others teach a student of
+    fewer evaluations; their teacher is `TrainConfig.init`."""
+
     def __post_init__(self):
         check_fields(
             self,
@@ -76,6 +84,7 @@ class Stage:
             weights="[0, inf)",
             control_drop="[0, 1]",
             reference_drop="[0, 1]",
+            picture_drop="[0, 1]",
         )
 
     @property

@@ -35,6 +35,21 @@ class TrainState(NamedTuple):
     ema: MMDiT | nnx.State | None  # None: the run keeps no average
     opt_state: optax.OptState
     frozen: nnx.State | None = None  # not in checkpoints
+    teacher: MMDiT | None = None  # not in checkpoints; None if it is `frozen`, or nothing needs it
+
+
+class Networks(NamedTuple):
+    """The networks that a loss evaluates."""
+
+    student: MMDiT  # the one that is trained
+    teacher: MMDiT | None = None  # as `init` is, without gradient
+
+
+class Graphs(NamedTuple):
+    """The structures of a model of which only a part is trained (`nnx.graphdef`)."""
+
+    whole: nnx.GraphDef
+    frozen: nnx.GraphDef | None  # without adapters; None unless the frozen weights are the teacher
 
 
 def init_state(
@@ -44,18 +59,21 @@ def init_state(
     *,
     trained: Callable[[tuple, object], bool] | None = None,
     average: bool = True,
+    teach: Callable[[MMDiT], MMDiT] | None = None,
 ) -> TrainState:
     """Return the state before the first update: new weights, their average, and zero moments.
 
     `make_model(key)` builds the network. `trained(path, variable)` selects the weights to train;
     the others are frozen. None trains all. Without `average` there are no averaged weights.
+    `teach(model)` makes the teacher beside a model that is trained as a whole.
     """
     model, frozen = make_model(key), None
+    teacher = None if teach is None else teach(model)
     if trained is not None:
         _, model, frozen = nnx.split(model, trained, ...)
     zero = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.copy, model) if average else None
-    return TrainState(zero, zero, model, ema, optimizer.init(model), frozen)
+    return TrainState(zero, zero, model, ema, optimizer.init(model), frozen, teacher)
 
 
 def whole(graph, weights, frozen) -> MMDiT:
@@ -64,6 +82,14 @@ def whole(graph, weights, frozen) -> MMDiT:
     `graph` is the structure of the model (`nnx.graphdef`).
     """
     return weights if frozen is None else nnx.merge(graph, weights, frozen)
+
+
+def networks(weights, state: TrainState, graphs: Graphs | None) -> Networks:
+    """Return the model of `weights` and the frozen ones of a state, and its teacher, if any."""
+    student = whole(graphs and graphs.whole, weights, state.frozen)
+    if graphs is None or graphs.frozen is None:
+        return Networks(student, state.teacher)
+    return Networks(student, nnx.merge(graphs.frozen, state.frozen))
 
 
 def input_channels(state: TrainState) -> int:
@@ -113,18 +139,60 @@ def widen_state(state, in_channels: int):
     return jax.tree.map(widen, state, is_leaf=has_patches)
 
 
+class Drawn(NamedTuple):
+    """The rows of a microbatch in float32, with latents and noise drawn for this update."""
+
+    batch: Batch
+    latents: Float[Array, "B N P"]
+    noise: Float[Array, "B N P"]
+
+
+def draw(batch: Batch, rows: Integer[Array, "B"], key: PRNGKeyArray) -> Drawn:
+    """Return the rows with new latents and new noise, which follow from `key` and their numbers.
+
+    Every visit draws new latents from the VAE's posterior, `mean + std * eps` (spec 3.4).
+    """
+
+    # Latents and texts are stored as float16; computation is in float32.
+    batch = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float16 else x, batch)
+
+    def of_row(row):
+        posterior, noise = jax.random.split(jax.random.fold_in(key, row))
+        shape = batch.mean.shape[1:]
+        return jax.random.normal(posterior, shape), jax.random.normal(noise, shape)
+
+    posterior, noise = jax.vmap(of_row)(rows)
+    return Drawn(batch, batch.mean + jnp.exp(batch.logvar / 2) * posterior, noise)
+
+
+def predict(
+    model: MMDiT, batch: Batch, x: Float[Array, "B N P"], time: Float[Array, "B"], texts=None
+) -> Float[Array, "B N P"]:
+    """Return the prediction for noisy latents, with the rows' condition and their own `texts`."""
+    if batch.condition is not None:
+        x = jnp.concatenate([x, batch.condition], axis=-1)
+    return model(x, batch.grid, batch.lengths, time, batch.texts if texts is None else texts)
+
+
+def row_means(values: Float[Array, "B N P"], lengths: Int[Array, "B"]) -> Float[Array, "B"]:
+    """Return each row's mean over its real tokens and their values."""
+    values = values.mean(axis=-1)
+    real = jnp.arange(values.shape[1])[None] < lengths[:, None]
+    return jnp.sum(values * real, axis=1) / jnp.maximum(lengths, 1)
+
+
 def denoising_loss(
-    model: MMDiT,
+    networks: Networks,
     batch: Batch,
     time: Float[Array, "B"],
     rows: Int[Array, "B"],
     key: PRNGKeyArray,
     *,
     process,
-) -> Float[Array, ""]:
-    """Return the weighted sum over rows of the losses that `row_losses` returns."""
-    losses = row_losses(model, batch, time, rows, key, process=process)
-    return jnp.sum(losses * process.weight(time) * batch.weight)
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Return the weighted sum over rows of the losses that `row_losses` returns, and no metrics."""
+    losses = row_losses(networks.student, batch, time, rows, key, process=process)
+    return jnp.sum(losses * process.weight(time) * batch.weight), {}
 
 
 def row_losses(
@@ -138,28 +206,12 @@ def row_losses(
 ) -> Float[Array, "B"]:
     """Return each row's mean squared error over its real tokens.
 
-    The draws of a row depend on `key` and its number in `rows`. Every visit draws new latents from
-    the VAE's posterior, `mean + std * eps` (spec 3.4).
+    The draws of a row depend on `key` and its number in `rows`.
     """
-
-    # Latents and texts are stored as float16; computation is in float32.
-    batch = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float16 else x, batch)
-
-    def draw(row):
-        posterior, noise = jax.random.split(jax.random.fold_in(key, row))
-        shape = batch.mean.shape[1:]
-        return jax.random.normal(posterior, shape), jax.random.normal(noise, shape)
-
-    posterior, noise = jax.vmap(draw)(rows)
-    tokens = batch.mean + jnp.exp(batch.logvar / 2) * posterior
-    inputs = process.add_noise(tokens, noise, time)
-    if batch.condition is not None:
-        inputs = jnp.concatenate([inputs, batch.condition], axis=-1)
-
-    prediction = model(inputs, batch.grid, batch.lengths, time, batch.texts)
-    errors = masked_squared_error(prediction, process.target(tokens, noise, time)).mean(axis=-1)
-    real = jnp.arange(errors.shape[1])[None] < batch.lengths[:, None]
-    return jnp.sum(errors * real, axis=1) / jnp.maximum(batch.lengths, 1)
+    batch, latents, noise = draw(batch, rows, key)
+    prediction = predict(model, batch, process.add_noise(latents, noise, time), time)
+    target = process.target(latents, noise, time)
+    return row_means(masked_squared_error(prediction, target), batch.lengths)
 
 
 def train_step(
@@ -172,8 +224,9 @@ def train_step(
     process,
     ema_decay: float,
     batch_size: int | None = None,
-    graph: nnx.GraphDef | None = None,
+    graphs: Graphs | None = None,
     dropout: float = 0.0,
+    loss: Callable = denoising_loss,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Make one update from a global batch of (A, B) rows; return (new state, metrics).
 
@@ -182,8 +235,9 @@ def train_step(
     depends on the devices, so times are drawn, and stratified, only over the real rows. The
     average's decay warms up as (1 + n) / (10 + n), so early samples show the current weights.
 
-    For a state with frozen weights, `graph` is the structure of the model and `dropout` the share
-    of the adapters' ranks that this update leaves out.
+    For a state with frozen weights, `graphs` has the structures of the model and `dropout` is the
+    share of the adapters' ranks that this update leaves out. `loss` has the arguments and results
+    of `denoising_loss`; what it returns beside the loss is summed over rows and is in the metrics.
     """
     step_key = jax.random.fold_in(key, state.step)
     time_key, noise_key = jax.random.split(step_key)
@@ -195,16 +249,18 @@ def train_step(
 
     def loss_of(weights, batch, time, rows):
         weights = without_some(weights, jax.random.fold_in(step_key, 1), dropout)
-        model = whole(graph, weights, state.frozen)
-        return denoising_loss(model, batch, time, rows, noise_key, process=process)
+        found = networks(weights, state, graphs)
+        return loss(found, batch, time, rows, noise_key, process=process)
 
     def accumulate(carry, micro):
         rows, time, batch = micro
-        loss, grads = jax.value_and_grad(loss_of)(state.model, batch, time, rows)
-        return jax.tree.map(jnp.add, carry, (loss, grads)), None
+        (value, metrics), grads = jax.value_and_grad(loss_of, has_aux=True)(
+            state.model, batch, time, rows
+        )
+        return jax.tree.map(jnp.add, carry, (value, grads)), metrics
 
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
-    (loss, grads), _ = jax.lax.scan(accumulate, zeros, (rows, time, batch))
+    (value, grads), metrics = jax.lax.scan(accumulate, zeros, (rows, time, batch))
 
     grad_norm = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
@@ -213,12 +269,16 @@ def train_step(
     ema = None if state.ema is None else optax.incremental_update(model, state.ema, 1 - decay)
 
     # The loss is exactly 0 if all errors are outliers, which count as zero (spec 4.4).
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (loss > 0)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (value > 0)
     model, ema, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (model, ema, opt_state),
         (state.model, state.ema, state.opt_state),
     )
     skipped = state.skipped + ~finite
-    metrics = {"loss": loss, "grad_norm": grad_norm, "skipped": skipped}
-    return TrainState(state.step + 1, skipped, model, ema, opt_state, state.frozen), metrics
+    metrics = {name: jnp.sum(values) for name, values in metrics.items()}
+    metrics |= {"loss": value, "grad_norm": grad_norm, "skipped": skipped}
+    new = state._replace(
+        step=state.step + 1, skipped=skipped, model=model, ema=ema, opt_state=opt_state
+    )
+    return new, metrics

@@ -22,6 +22,7 @@ from easyanimate_jax.models.lora import Adapter, LoRAConfig, chosen
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.sharding import shardings
 from easyanimate_jax.weights import files
+from easyanimate_jax.weights.defaults import Defaults, of_run
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.lora import LoRA, Pair, read
 from easyanimate_jax.weights.mmdit_table import dense_layers
@@ -231,6 +232,7 @@ def of_training(tensors: Mapping[str, Tensor], config: MMDiTConfig, meta: Mappin
         for number, name in enumerate(theirs):
             layer = (number,) if ours.startswith("blocks.") else ()
             pairs[name] = Pair(down[layer].T, up[layer].T, lora.scale * lora.rank)
+    sampling = {"sampling": own._asdict()} if (own := of_run(meta)) != Defaults() else {}
     told = {
         "ss_base_model_version": f"easyanimate_v5{'.1' if config.text_norm else ''}",
         "ss_steps": str(meta["step"]),
@@ -249,6 +251,7 @@ def of_training(tensors: Mapping[str, Tensor], config: MMDiTConfig, meta: Mappin
                 "text_norm": config.text_norm,
                 "lora": fields,
                 "step": meta["step"],
+                **sampling,
             }
         ),
     }

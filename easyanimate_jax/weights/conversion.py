@@ -20,8 +20,17 @@ from typing import Literal, NamedTuple
 from easyanimate_jax.diffusion.tasks import task_of
 from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.facts import DTypes, check_fields
-from easyanimate_jax.weights import files, lora, mmdit_table, run_folder, schedulers, vae_table
-from easyanimate_jax.weights.adapters import merged, open_loras, summary
+from easyanimate_jax.weights import (
+    defaults,
+    files,
+    lora,
+    mmdit_table,
+    run_folder,
+    schedulers,
+    vae_table,
+)
+from easyanimate_jax.weights.adapters import Weighted, merged, open_loras, summary
+from easyanimate_jax.weights.defaults import Defaults
 from easyanimate_jax.weights.folder import KINDS, Model, Weights, open_model, read_json
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import CONFIG, WEIGHTS, config_text
@@ -168,6 +177,7 @@ class Plan:
         self.notes: list[str] = []
         self.models: dict[str, Model] = {}
         self.process = ""  # class name of a run's noise process
+        self.defaults = Defaults()  # how the model is sampled
         self.memory = files.Memory()
         self.loras = open_loras(options.loras)
 
@@ -208,10 +218,12 @@ class Plan:
             _, meta = run_folder.read_meta(source, self.options.step)
             config = meta["config"]
             self.process = config["process"]["class"]
+            self.defaults = defaults.of_run(meta)
             vae, text = (run_folder.frozen_model(source, config, name) for name in ("vae", "text"))
             texts = {name: text / name for name in TEXTS if (text / name).is_dir()}
             return {"transformer": source, "vae": vae, **texts}
         places = {name: source / name for name in PARTS if (source / name).is_dir()}
+        self.defaults = defaults.of_folder(source)
         if (source / INDEX).is_file():
             named = read_json(source / INDEX, self.problems)
             self.problems += [
@@ -273,6 +285,8 @@ class Plan:
             model = model._replace(config=config, tensors=tensors)
             self.notes += lines
         loras = (*model.loras, *self.loras) if name == "transformer" else ()
+        if own := [one for one in map(_defaults_of, loras) if one]:
+            self.defaults = own[0]
         if loras:
             model = model._replace(tensors=merged(model.tensors, model.config, loras))
             self.notes += [f"added {summary(one)}" for one in loras]
@@ -326,6 +340,8 @@ class Plan:
         if not self.process:  # a run's parts were trained together
             vae = self.models["vae"].config if "vae" in self.models else None
             self.notes += schedulers.strange_parts(num_texts, scheduler.get("_class_name"), vae)
+        if self.defaults != Defaults():
+            self.parts.append(Part("", texts={defaults.FILE: self.defaults.text}))
         if self.options.to == "jax":
             return
         if "text_encoder_2" in places and self.options.to == "diffusers":
@@ -356,6 +372,10 @@ class Plan:
             return ["transformers", classes[0]]
         fields = read_json(place / "tokenizer_config.json", self.problems)
         return ["transformers", fields.get("tokenizer_class")]
+
+
+def _defaults_of(one: Weighted) -> Defaults | None:
+    return defaults.of_metadata(one.lora.metadata) if one.weight else None
 
 
 def _adapters_part(source: Path, options: Options, problems: list[str]) -> list[Part]:

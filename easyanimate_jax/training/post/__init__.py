@@ -1,0 +1,1 @@
+"""Training after pretraining: few-step distillation, and preference."""

@@ -1,0 +1,88 @@
+"""What a stage after pretraining trains for; `Stage.objective` holds one of these.
+
+The teacher is always the model of `TrainConfig.init` without the run's changes. A student trained
+as adapters shares its weights, so that both take the memory of one model.
+"""
+
+from dataclasses import dataclass
+
+from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
+from easyanimate_jax.facts import check_fields
+
+
+@dataclass(frozen=True)
+class GuidanceDistillation:
+    """The student predicts in one evaluation what the teacher predicts with guidance in two.
+
+    It is sampled with any number of steps and without guidance (Meng et al. 2022, arXiv
+    2210.03142).
+    """
+
+    guidance: float = 6.0
+    """Scale of the teacher's classifier-free guidance (spec 4.5)."""
+
+    guidance_given: float | None = None
+    """Scale for rows that have a picture or a control. None is `guidance`."""
+
+    def __post_init__(self):
+        check_fields(self, guidance="[1, 100]", guidance_given="[1, 100]")
+
+    steps = None  # of the student: any number
+
+    @property
+    def evaluations(self) -> int:
+        """Return how often the teacher is evaluated for a row of an update."""
+        return 2
+
+
+@dataclass(frozen=True)
+class SegmentDistillation:
+    """The student makes in one evaluation a part of the way for which the teacher takes several.
+
+    The way from noise to data is cut into `steps` segments, which begin at the times of
+    `process.grid(steps)`. From a noised clip at the beginning of a segment, the teacher goes to its
+    end in `substeps` guided moves; the student learns the one velocity that leads there (Salimans
+    and Ho 2022, arXiv 2202.00512; Wang et al. 2024, arXiv 2405.18407). It is sampled at those times
+    and without guidance.
+    """
+
+    steps: int = 4
+    """Number of segments: the steps, of one evaluation each, in which the student is sampled."""
+
+    substeps: int = 4
+    """Moves of the teacher in a segment, of two evaluations each with guidance. More are closer to
+    the teacher's own samples of many steps."""
+
+    guidance: float = 6.0
+    """Scale of the teacher's classifier-free guidance (spec 4.5)."""
+
+    guidance_given: float | None = None
+    """Scale for rows that have a picture or a control. None is `guidance`."""
+
+    walked: float = 0.0
+    """Share of rows whose noised clip comes from the student's own steps from pure noise, as in
+    sampling, instead of a noised clip of the data."""
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            steps=f"[1, {NUM_TRAIN_TIMES}]",
+            substeps=f"[1, {NUM_TRAIN_TIMES}]",
+            guidance="[1, 100]",
+            guidance_given="[1, 100]",
+            walked="[0, 1]",
+        )
+        if self.steps * self.substeps > NUM_TRAIN_TIMES:
+            raise ValueError(
+                f"SegmentDistillation: {self.steps} steps of {self.substeps} substeps are more "
+                f"than the {NUM_TRAIN_TIMES} training times; use fewer"
+            )
+
+    @property
+    def evaluations(self) -> int:
+        """Return how often teacher or student is evaluated, without gradient, for a row."""
+        guided = max(self.guidance, self.guidance_given or 1) > 1
+        return (2 if guided else 1) * self.substeps + (self.steps - 1) * bool(self.walked)
+
+
+Objective = GuidanceDistillation | SegmentDistillation

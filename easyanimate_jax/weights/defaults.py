@@ -1,0 +1,108 @@
+"""How a model is sampled unless a request says otherwise: steps, guidance and times.
+
+Released models and runs that predict noise take 50 guided steps (spec 10.1). A distilled model
+takes few steps, without guidance, at times of its own. A run knows them by the objective of its
+stage. A converted folder has them in `sampling.json`, a LoRA file in its metadata.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+FILE = "sampling.json"  # at the root of a folder with the parts of a model
+KEY = "easyanimate_jax"  # of the metadata of a LoRA file; its value is JSON
+UNGUIDED = ("GuidanceDistillation", "SegmentDistillation")  # objectives that include the guidance
+
+
+class Defaults(NamedTuple):
+    """The steps, guidance and times of a model; no times are those of the sampler."""
+
+    steps: int = 50
+    guidance: float = 6.0
+    times: tuple[float, ...] = ()
+
+    def filled(
+        self,
+        steps: int | None = None,
+        times: Sequence[float] = (),
+        guidance: float | None = None,
+        shift: float | None = None,
+    ) -> dict:
+        """Return steps, times and guidance: those asked for, or the model's own.
+
+        The model's times belong to its own number of steps, and are not shifted. Raises ValueError
+        for a number of steps that is not that of the times.
+        """
+        if times and steps not in (None, len(times)):
+            raise ValueError(f"{len(times)} times and {steps} steps: leave one of them out")
+        guidance = self.guidance if guidance is None else guidance
+        steps = len(times) or steps or self.steps
+        if not times and steps == self.steps and shift is None:
+            times = self.times
+        return {"steps": steps, "times": tuple(times), "guidance": guidance}
+
+    @property
+    def text(self) -> str:
+        """Return the content of `FILE`."""
+        return json.dumps(self._asdict(), indent=1) + "\n"
+
+
+def of_run(meta: Mapping) -> Defaults:
+    """Return the defaults of a run's checkpoint, from its metadata."""
+    config = meta["config"]
+    stages = {stage["name"]: stage for stage in config["stages"]}
+    objective = stages.get(meta.get("stage"), {}).get("objective") or {}
+    return of_objective(objective.get("class"), objective.get("steps"), config["process"]["class"])
+
+
+def of_objective(
+    name: str | None, steps: int | None, process: str, otherwise: Defaults = Defaults()
+) -> Defaults:
+    """Return the defaults of a model that was trained for an objective.
+
+    `name` is the class of the objective, `steps` its number of steps if it has one, and `process`
+    the class of the noise process. `otherwise` is that of a model that predicts noise.
+    """
+    from easyanimate_jax.diffusion.ddpm import DDPM
+    from easyanimate_jax.diffusion.flow import Flow
+
+    if name not in UNGUIDED:
+        return otherwise
+    if steps is None:
+        return otherwise._replace(guidance=1.0)
+    grid = {"DDPM": DDPM, "Flow": Flow}[process]().grid(steps)
+    return Defaults(steps, 1.0, tuple(map(float, grid)))
+
+
+def of_folder(folder: Path) -> Defaults:
+    """Return the defaults of a folder. Raises ValueError for a file that is not of this form."""
+    path = folder / FILE
+    if not path.is_file():
+        return Defaults()
+    try:
+        return _read(json.loads(path.read_text("utf-8")))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f'{path} is not of the form {{"steps": 4, "guidance": 1.0, "times": [1000, 891, 731, '
+            f"475]}} ({error}); correct it, or remove it to sample in 50 guided steps"
+        ) from error
+
+
+def of_metadata(metadata: Mapping[str, str]) -> Defaults | None:
+    """Return the defaults that a LoRA file asks for; None if it asks for none."""
+    try:
+        return _read(json.loads(metadata[KEY])["sampling"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _read(fields) -> Defaults:
+    steps, guidance = int(fields["steps"]), float(fields["guidance"])
+    times = tuple(float(time) for time in fields.get("times", ()))
+    if not (1 <= steps <= 1000 and 0 <= guidance <= 100 and all(map(math.isfinite, times))):
+        raise ValueError("steps are 1 to 1000, guidance is 0 to 100")
+    if times and len(times) != steps:
+        raise ValueError(f"{len(times)} times for {steps} steps")
+    return Defaults(steps, guidance, times)
