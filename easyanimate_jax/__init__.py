@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from easyanimate_jax.sharding import MeshConfig as MeshConfig
     from easyanimate_jax.text.encode import TextEncoder as TextEncoder
     from easyanimate_jax.training.optimizer import OptimizerConfig as OptimizerConfig
-    from easyanimate_jax.training.post.objectives import GuidanceDistillation as GuidanceDistillation
+    from easyanimate_jax.training.post.objectives import (
+        GuidanceDistillation as GuidanceDistillation,
+    )
     from easyanimate_jax.training.post.objectives import SegmentDistillation as SegmentDistillation
     from easyanimate_jax.training.stages import Stage as Stage
     from easyanimate_jax.training.stages import boundaries as boundaries

@@ -86,8 +86,8 @@ class Pipeline:
     """A model that makes videos: `pipeline("a red fox runs") -> frames`.
 
     `diffusion` has the parts of the model for the functions of `generation.pipelines`. `samples`
-    has the default size, `defaults` how it is sampled. For a run, `step` is its checkpoint and `config` its TrainConfig;
-    otherwise both are None.
+    has the default size, `defaults` how it is sampled. For a run, `step` is its checkpoint and
+    `config` its TrainConfig; otherwise both are None.
     """
 
     def __init__(self, opened: Opened, diffusion: Resident, mesh: Mesh | None):
@@ -129,9 +129,10 @@ class Pipeline:
 
         `frames` is 4n+1; `height` and `width` are multiples of 16 pixels. The defaults are the
         run's, or 49 x 384 x 672. The default of `steps` and `guidance` is 50 and 6, or the few
-        steps that a distilled model was trained for. One `seed` serves all prompts: a video does not depend on the
-        other prompts of its batch. Raises TypeError for an unknown name, and ValueError for inputs
-        that exclude each other, that do not fit in size, or that this model does not take.
+        steps that a distilled model was trained for. One `seed` serves all prompts: a video does
+        not depend on the other prompts of its batch. Raises TypeError for an unknown name, and
+        ValueError for inputs that exclude each other, that do not fit in size, or that this model
+        does not take.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)

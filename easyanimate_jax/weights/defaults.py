@@ -49,6 +49,9 @@ class Defaults(NamedTuple):
         return json.dumps(self._asdict(), indent=1) + "\n"
 
 
+RELEASED = Defaults()
+
+
 def of_run(meta: Mapping) -> Defaults:
     """Return the defaults of a run's checkpoint, from its metadata."""
     config = meta["config"]
@@ -58,7 +61,7 @@ def of_run(meta: Mapping) -> Defaults:
 
 
 def of_objective(
-    name: str | None, steps: int | None, process: str, otherwise: Defaults = Defaults()
+    name: str | None, steps: int | None, process: str, otherwise: Defaults = RELEASED
 ) -> Defaults:
     """Return the defaults of a model that was trained for an objective.
 
