@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from easyanimate_jax.text.encode import TextEncoder as TextEncoder
     from easyanimate_jax.training.optimizer import OptimizerConfig as OptimizerConfig
     from easyanimate_jax.training.post.objectives import (
+        DistributionMatching as DistributionMatching,
+    )
+    from easyanimate_jax.training.post.objectives import (
         GuidanceDistillation as GuidanceDistillation,
     )
     from easyanimate_jax.training.post.objectives import SegmentDistillation as SegmentDistillation
@@ -84,7 +87,11 @@ _HOMES = {
     "sharding": ("MeshConfig",),
     "text.encode": ("TextEncoder",),
     "training.optimizer": ("OptimizerConfig",),
-    "training.post.objectives": ("GuidanceDistillation", "SegmentDistillation"),
+    "training.post.objectives": (
+        "DistributionMatching",
+        "GuidanceDistillation",
+        "SegmentDistillation",
+    ),
     "training.stages": ("Stage", "boundaries"),
     "training.vae.config": ("VAEStage", "VAETrainConfig"),
     "weights.adapters": ("open_loras",),

@@ -26,7 +26,11 @@ from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates
-from easyanimate_jax.training.post.objectives import GuidanceDistillation, SegmentDistillation
+from easyanimate_jax.training.post.objectives import (
+    DistributionMatching,
+    GuidanceDistillation,
+    SegmentDistillation,
+)
 from easyanimate_jax.training.program import StepConfig
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
@@ -327,6 +331,7 @@ class TrainConfig:
             self.train,
             self.frozen,
             any(stage.objective is not None for stage in self.stages),
+            any(isinstance(stage.objective, DistributionMatching) for stage in self.stages),
         )
 
     @property
@@ -358,7 +363,7 @@ def load(path: str) -> TrainConfig | VAETrainConfig:
 
 
 _ROOMS = (VAETrainConfig, VAEStage, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)
-_ROOMS += (GuidanceDistillation, SegmentDistillation)
+_ROOMS += (GuidanceDistillation, SegmentDistillation, DistributionMatching)
 _CLASSES = {
     c.__name__: c
     for c in (

@@ -142,6 +142,7 @@ def _mesh_lines(mesh: MeshConfig, state: TrainState) -> list[str]:
 
     held = {"weights": state.model, "their average": state.ema}
     held |= {"the optimizer's moments": state.opt_state, "frozen weights": state.frozen}
+    held |= {"teacher": state.teacher, "critic and its moments": state.critic}
     held = {name: bytes_of(tree) / 1e9 for name, tree in held.items() if tree is not None}
     parts = ", ".join(f"{name} {size:.2f}" for name, size in held.items())
     return [

@@ -24,7 +24,12 @@ from easyanimate_jax.models.storage import Kernels, store
 from easyanimate_jax.sharding import AnyMesh, activation_spec, shardings
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates, make_optimizer
 from easyanimate_jax.training.post.distill import guidance_loss, is_guided, segment_loss
-from easyanimate_jax.training.post.objectives import GuidanceDistillation, SegmentDistillation
+from easyanimate_jax.training.post.matching import matching_step
+from easyanimate_jax.training.post.objectives import (
+    DistributionMatching,
+    GuidanceDistillation,
+    SegmentDistillation,
+)
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import (
     Graphs,
@@ -56,6 +61,7 @@ class StepConfig(NamedTuple):
     train: Rates = ()  # patterns of the weights to train, and factors of their learning rate
     frozen: Kernels = "float32"  # storage of the kernels that are not trained
     taught: bool = False  # whether a stage has a teacher
+    critic: bool = False  # whether a stage has a critic
 
     @property
     def exact(self) -> tuple[str, ...]:
@@ -125,6 +131,7 @@ def make_state(config: StepConfig, key: PRNGKeyArray, make=make_model) -> TrainS
         key,
         trained=partial(_is_trained, config) if config.partial else None,
         average=config.ema_decay > 0,
+        critic=config.critic,
         teach=partial(_teacher, config) if config.taught and not config.partial else None,
     )
 
@@ -244,15 +251,16 @@ def reads_empty(stage: Stage) -> bool:
 
 def step_program(config: StepConfig, placed: TrainState, stage: Stage):
     """Return the jitted train step of a stage; it donates the state and keeps its shardings."""
+    matching = isinstance(stage.objective, DistributionMatching)
     step = partial(
-        train_step,
+        matching_step if matching else train_step,
         optimizer=make_optimizer(config.optimizer, config.train),
         process=config.process,
         ema_decay=config.ema_decay,
         batch_size=stage.batch_size,
         graphs=graphs_of(config.with_channels(stage.in_channels)),
         dropout=config.lora.dropout if config.lora else 0.0,
-        loss=loss_of(stage),
+        **{"objective": stage.objective} if matching else {"loss": loss_of(stage)},
     )
     device = placed.step.mesh.devices.flat[0]
     return jax.jit(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.diffusion.losses import masked_squared_error
 from easyanimate_jax.facts import PATCH
-from easyanimate_jax.models.lora import without_some
+from easyanimate_jax.models.lora import is_adapter, without_some
 from easyanimate_jax.models.mmdit import MMDiT
 
 
@@ -36,6 +36,14 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     frozen: nnx.State | None = None  # not in checkpoints
     teacher: MMDiT | None = None  # not in checkpoints; None if it is `frozen`, or nothing needs it
+    critic: "Critic | None" = None  # of `DistributionMatching`
+
+
+class Critic(NamedTuple):
+    """A second network that is trained: its weights, of the form of `TrainState.model`."""
+
+    model: MMDiT | nnx.State
+    opt_state: optax.OptState
 
 
 class Networks(NamedTuple):
@@ -60,12 +68,14 @@ def init_state(
     trained: Callable[[tuple, object], bool] | None = None,
     average: bool = True,
     teach: Callable[[MMDiT], MMDiT] | None = None,
+    critic: bool = False,
 ) -> TrainState:
     """Return the state before the first update: new weights, their average, and zero moments.
 
     `make_model(key)` builds the network. `trained(path, variable)` selects the weights to train;
     the others are frozen. None trains all. Without `average` there are no averaged weights.
-    `teach(model)` makes the teacher beside a model that is trained as a whole.
+    `teach(model)` makes the teacher beside a model that is trained as a whole. A `critic` begins as
+    the teacher: a copy of the model, or adapters whose product is zero.
     """
     model, frozen = make_model(key), None
     teacher = None if teach is None else teach(model)
@@ -73,7 +83,17 @@ def init_state(
         _, model, frozen = nnx.split(model, trained, ...)
     zero = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.copy, model) if average else None
-    return TrainState(zero, zero, model, ema, optimizer.init(model), frozen, teacher)
+    second = None
+    if critic:
+        weights = jax.tree_util.tree_map_with_path(_without_product, model)
+        second = Critic(weights, optimizer.init(weights))
+    return TrainState(zero, zero, model, ema, optimizer.init(model), frozen, teacher, second)
+
+
+def _without_product(path: tuple, x: Array) -> Array:
+    """Return a copy of a weight; that of an adapter's second matrix is zero."""
+    adapter = is_adapter(tuple(getattr(key, "key", None) for key in path), None)
+    return jnp.zeros_like(x) if adapter and path[-2].key == "up" else jnp.copy(x)
 
 
 def whole(graph, weights, frozen) -> MMDiT:
@@ -214,6 +234,19 @@ def row_losses(
     return row_means(masked_squared_error(prediction, target), batch.lengths)
 
 
+def updated(
+    optimizer: optax.GradientTransformation,
+    grads,
+    opt_state: optax.OptState,
+    weights,
+    learning_rate: Float[Array, ""],
+):
+    """Return (weights, optimizer state) after an update."""
+    updates, opt_state = optimizer.update(grads, opt_state, weights)
+    scaled = jax.tree.map(lambda u: -learning_rate * u, updates)
+    return optax.apply_updates(weights, scaled), opt_state
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -263,8 +296,7 @@ def train_step(
     (value, grads), metrics = jax.lax.scan(accumulate, zeros, (rows, time, batch))
 
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-    model = optax.apply_updates(state.model, jax.tree.map(lambda u: -learning_rate * u, updates))
+    model, opt_state = updated(optimizer, grads, state.opt_state, state.model, learning_rate)
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema = None if state.ema is None else optax.incremental_update(model, state.ema, 1 - decay)
 
