@@ -62,18 +62,12 @@ def trained(critic_rate):
         teacher=Gaussian(2, 0.5),
         critic=Critic(critic, optimizer.init(critic)),
     )
-    step = jax.jit(
-        partial(
-            matching_step,
-            optimizer=optimizer,
-            process=Flow(),
-            ema_decay=0.9,
-            objective=objective,
-        )
+    step = partial(
+        matching_step, optimizer=optimizer, process=Flow(), ema_decay=0.9, objective=objective
     )
-    batch = jax.tree.map(lambda x: x[None], batch_of())
-    for _ in range(600):
-        state, _ = step(state, batch, KEY, jnp.float32(0.02))
+    batch = jax.tree.map(lambda x: x[None, :2], batch_of())
+    update = lambda _, state: step(state, batch, KEY, jnp.float32(0.02))[0]  # noqa: E731
+    state = jax.lax.fori_loop(0, 600, update, state)
     return float(state.ema.mean[...]), float(state.ema.std[...])
 
 
