@@ -83,10 +83,9 @@ class Pages:
 class Loader:
     """Read `plan` from `records`, in microbatches of `microbatch` rows.
 
-    A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3). The control
-    and the reference of a row are each replaced by zeros with the probabilities `drops` (spec 7.2),
-    the picture of an i2v row with the probability `picture_drop`. With `with_empty` a batch also
-    has the states of the empty prompt.
+    A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3). The control,
+    the reference (spec 7.2) and the start picture of a row are each replaced by zeros with the
+    probabilities `drops`.
     `rows` are the rows of each microbatch that this process's devices need; None means all. Other
     rows are not read, and their memory is never touched. The rows of a batch are read in parallel.
     An unreadable record is replaced by the next of its bucket, and is logged in the file
@@ -104,9 +103,7 @@ class Loader:
         text_drop: float,
         rows: Collection[int] | None = None,
         quarantine: Path | None = None,
-        drops: tuple[float, float] = (0.0, 0.0),
-        picture_drop: float = 0.0,
-        with_empty: bool = False,
+        drops: tuple[float, float, float] = (0.0, 0.0, 0.0),
         draw_by: dict[int, int] | None = None,
     ):
         made = records.header["set"]
@@ -125,8 +122,7 @@ class Loader:
             )
         self.records, self.plan, self.task = records, plan, task
         self.microbatch, self.text_drop, self.rows = microbatch, text_drop, rows
-        self.drops, self.picture_drop, self.draw_by = drops, picture_drop, draw_by
-        self.with_empty = with_empty
+        self.drops, self.draw_by = drops, draw_by
         empty = read_texts(records.folder.parent / "empty.safetensors")
         self.empty = [text[0].astype(np.float16) for text in empty]
         self.name_word = int.from_bytes(hashlib.blake2b(plan.name.encode()).digest()[:8], "little")
@@ -216,12 +212,7 @@ class Loader:
             texts=tuple(split(arrays[f"text{i}"]) for i in range(len(self.empty))),
             condition=split(arrays["condition"]) if self.task != "t2v" else None,
             weight=split(weight),
-            empty=self._empty(total // micro) if self.with_empty else None,
         )
-
-    def _empty(self, count: int) -> tuple[np.ndarray, ...]:
-        """Return the states of the empty prompt, once for each microbatch."""
-        return tuple(np.broadcast_to(text, (count, 1, *text.shape)) for text in self.empty)
 
     def _row(self, step: int, row: int, record: int) -> dict:
         record, arrays = self._instead(record, self._arrays)
@@ -238,10 +229,10 @@ class Loader:
         fields = {"mean": arrays["mean"], "logvar": arrays["logvar"], "texts": texts}
         fields["grid"] = self._grid(record)
         if self.task == "i2v":
-            kept = not self.picture_drop or rng.random() >= self.picture_drop
+            kept = not self.drops[2] or rng.random() >= self.drops[2]
             fields["condition"] = kept * _condition(rng, arrays)
         if TASKS[self.task].is_control:
-            fields["condition"] = _control(rng, arrays, self.task, self.drops)
+            fields["condition"] = _control(rng, arrays, self.task, self.drops[:2])
         return fields
 
     def _words(self, step: int, row: int, record: int) -> list[int]:

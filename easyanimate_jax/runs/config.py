@@ -272,52 +272,7 @@ class TrainConfig:
                 f"TrainConfig: optimizer.matrices={self.optimizer.matrices!r} with lora: adapters "
                 f"are trained by Adam; use 'adam'"
             )
-        self._check_objectives()
-        names = [s.name for s in self.sets]
-        for stage in self.stages:
-            if stage.data not in names:
-                raise ValueError(
-                    f"stage {stage.name!r} reads latent set {stage.data!r}, and the config has "
-                    f"{names}. Add the set, or correct the stage's `data`."
-                )
-            latents = self.set(stage.data)
-            if stage.task == "i2v" and not (latents.condition_draws or latents.pixels):
-                raise ValueError(
-                    f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
-                    f"holds no conditioning; give the set `condition_draws` of 1 or more."
-                )
-            if TASKS[stage.task].is_control and not latents.control:
-                raise ValueError(
-                    f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
-                    f"holds no control; give the set one: 'file', 'camera' or an operator's name."
-                )
-        for before, stage in itertools.pairwise(self.stages):
-            if stage.in_channels < before.in_channels:
-                raise ValueError(
-                    f"stage {stage.name!r} trains {stage.task} with {stage.in_channels} input "
-                    f"channels after {before.in_channels} of stage {before.name!r}: channels only "
-                    f"grow; put the stage before those of more channels, or give it another task"
-                )
-        for group in (names, [s.name for s in self.stages]):
-            if len(set(group)) < len(group):
-                raise ValueError(f"names must differ: {group}")
-
-    def _check_objectives(self) -> None:
-        """Raise ValueError for a stage whose objective has no teacher."""
-        for stage in self.stages:
-            if stage.objective is None:
-                continue
-            what = f"stage {stage.name!r} has the objective {type(stage.objective).__name__}"
-            if not self.init:
-                raise ValueError(
-                    f"{what}, whose teacher is `init`, and init is empty; give the path of a "
-                    f"trained model"
-                )
-            if self.train:
-                raise ValueError(
-                    f"{what}, and `train` trains a part of the teacher's own weights; use `lora`, "
-                    f"or train all weights"
-                )
+        _check_stages(self)
 
     @property
     def step(self) -> StepConfig:
@@ -342,6 +297,55 @@ class TrainConfig:
     def set(self, name: str) -> LatentSet:
         """Return the latent set with this name."""
         return next(s for s in self.sets if s.name == name)
+
+
+def _check_stages(config: TrainConfig) -> None:
+    """Raise ValueError for a stage that does not fit its set, its teacher or its neighbours."""
+    names = [s.name for s in config.sets]
+    for stage in config.stages:
+        _check_teacher(config, stage)
+        if stage.data not in names:
+            raise ValueError(
+                f"stage {stage.name!r} reads latent set {stage.data!r}, and the config has "
+                f"{names}. Add the set, or correct the stage's `data`."
+            )
+        latents = config.set(stage.data)
+        if stage.task == "i2v" and not (latents.condition_draws or latents.pixels):
+            raise ValueError(
+                f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
+                f"holds no conditioning; give the set `condition_draws` of 1 or more."
+            )
+        if TASKS[stage.task].is_control and not latents.control:
+            raise ValueError(
+                f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
+                f"holds no control; give the set one: 'file', 'camera' or an operator's name."
+            )
+    for before, stage in itertools.pairwise(config.stages):
+        if stage.in_channels < before.in_channels:
+            raise ValueError(
+                f"stage {stage.name!r} trains {stage.task} with {stage.in_channels} input "
+                f"channels after {before.in_channels} of stage {before.name!r}: channels only "
+                f"grow; put the stage before those of more channels, or give it another task"
+            )
+    for group in (names, [s.name for s in config.stages]):
+        if len(set(group)) < len(group):
+            raise ValueError(f"names must differ: {group}")
+
+
+def _check_teacher(config: TrainConfig, stage: Stage) -> None:
+    """Raise ValueError for a stage whose objective has no teacher."""
+    if stage.objective is not None:
+        what = f"stage {stage.name!r} has the objective {type(stage.objective).__name__}"
+        if not config.init:
+            raise ValueError(
+                f"{what}, whose teacher is `init`, and init is empty; give the path of a "
+                f"trained model"
+            )
+        if config.train:
+            raise ValueError(
+                f"{what}, and `train` trains a part of the teacher's own weights; use `lora`, "
+                f"or train all weights"
+            )
 
 
 def load(path: str) -> TrainConfig | VAETrainConfig:

@@ -32,7 +32,7 @@ from easyanimate_jax.training.post.objectives import (
 )
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import (
-    Graphs,
+    Part,
     TrainState,
     denoising_loss,
     init_state,
@@ -113,11 +113,12 @@ def graph_of(config: StepConfig, make=make_model) -> nnx.GraphDef:
     return nnx.graphdef(jax.eval_shape(partial(make, config), key))
 
 
-def graphs_of(config: StepConfig) -> Graphs | None:
-    """Return the structures of the model and of its teacher; None if all weights are trained."""
+def part_of(config: StepConfig) -> Part | None:
+    """Return how the model and its teacher are put together; None if all weights are trained."""
     if not config.partial:
         return None
-    return Graphs(graph_of(config), graph_of(config, make_base) if config.taught else None)
+    frozen = graph_of(config, make_base) if config.taught else None
+    return Part(graph_of(config), frozen, config.lora.dropout if config.lora else 0.0)
 
 
 def make_state(config: StepConfig, key: PRNGKeyArray, make=make_model) -> TrainState:
@@ -258,8 +259,7 @@ def step_program(config: StepConfig, placed: TrainState, stage: Stage):
         process=config.process,
         ema_decay=config.ema_decay,
         batch_size=stage.batch_size,
-        graphs=graphs_of(config.with_channels(stage.in_channels)),
-        dropout=config.lora.dropout if config.lora else 0.0,
+        part=part_of(config.with_channels(stage.in_channels)),
         **{"objective": stage.objective} if matching else {"loss": loss_of(stage)},
     )
     device = placed.step.mesh.devices.flat[0]

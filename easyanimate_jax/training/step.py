@@ -53,11 +53,12 @@ class Networks(NamedTuple):
     teacher: MMDiT | None = None  # as `init` is, without gradient
 
 
-class Graphs(NamedTuple):
-    """The structures of a model of which only a part is trained (`nnx.graphdef`)."""
+class Part(NamedTuple):
+    """How a model is put together of which only a part is trained."""
 
     whole: nnx.GraphDef
-    frozen: nnx.GraphDef | None  # without adapters; None unless the frozen weights are the teacher
+    frozen: nnx.GraphDef | None = None  # without adapters; None unless that is the teacher
+    dropout: float = 0.0  # share of the adapters' ranks that an update leaves out
 
 
 def init_state(
@@ -104,12 +105,16 @@ def whole(graph, weights, frozen) -> MMDiT:
     return weights if frozen is None else nnx.merge(graph, weights, frozen)
 
 
-def networks(weights, state: TrainState, graphs: Graphs | None) -> Networks:
-    """Return the model of `weights` and the frozen ones of a state, and its teacher, if any."""
-    student = whole(graphs and graphs.whole, weights, state.frozen)
-    if graphs is None or graphs.frozen is None:
-        return Networks(student, state.teacher)
-    return Networks(student, nnx.merge(graphs.frozen, state.frozen))
+def networks(weights, state: TrainState, part: Part | None, key: PRNGKeyArray) -> Networks:
+    """Return the model of `weights` and the frozen ones of a state, and its teacher, if any.
+
+    `key` draws which ranks of adapters are left out.
+    """
+    if part is None:
+        return Networks(weights, state.teacher)
+    weights = without_some(weights, key, part.dropout)
+    teacher = part.frozen and nnx.merge(part.frozen, state.frozen)
+    return Networks(whole(part.whole, weights, state.frozen), teacher)
 
 
 def input_channels(state: TrainState) -> int:
@@ -257,8 +262,7 @@ def train_step(
     process,
     ema_decay: float,
     batch_size: int | None = None,
-    graphs: Graphs | None = None,
-    dropout: float = 0.0,
+    part: Part | None = None,
     loss: Callable = denoising_loss,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Make one update from a global batch of (A, B) rows; return (new state, metrics).
@@ -268,9 +272,8 @@ def train_step(
     depends on the devices, so times are drawn, and stratified, only over the real rows. The
     average's decay warms up as (1 + n) / (10 + n), so early samples show the current weights.
 
-    For a state with frozen weights, `graphs` has the structures of the model and `dropout` is the
-    share of the adapters' ranks that this update leaves out. `loss` has the arguments and results
-    of `denoising_loss`; what it returns beside the loss is summed over rows and is in the metrics.
+    A state with frozen weights needs `part`. `loss` has the arguments and results of
+    `denoising_loss`; what it returns beside the loss is summed over rows and is in the metrics.
     """
     step_key = jax.random.fold_in(key, state.step)
     time_key, noise_key = jax.random.split(step_key)
@@ -281,8 +284,7 @@ def train_step(
     batch = batch._replace(weight=batch.weight / batch.weight.sum())
 
     def loss_of(weights, batch, time, rows):
-        weights = without_some(weights, jax.random.fold_in(step_key, 1), dropout)
-        found = networks(weights, state, graphs)
+        found = networks(weights, state, part, jax.random.fold_in(step_key, 1))
         return loss(found, batch, time, rows, noise_key, process=process)
 
     def accumulate(carry, micro):
@@ -294,7 +296,13 @@ def train_step(
 
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
     (value, grads), metrics = jax.lax.scan(accumulate, zeros, (rows, time, batch))
+    metrics = {name: jnp.sum(values) for name, values in metrics.items()}
+    new, own = _after(state, value, grads, optimizer, learning_rate, ema_decay)
+    return new, metrics | own
 
+
+def _after(state: TrainState, value, grads, optimizer, learning_rate, ema_decay: float):
+    """Return (state after an update with these gradients, metrics)."""
     grad_norm = optax.tree.norm(grads)
     model, opt_state = updated(optimizer, grads, state.opt_state, state.model, learning_rate)
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
@@ -308,8 +316,7 @@ def train_step(
         (state.model, state.ema, state.opt_state),
     )
     skipped = state.skipped + ~finite
-    metrics = {name: jnp.sum(values) for name, values in metrics.items()}
-    metrics |= {"loss": value, "grad_norm": grad_norm, "skipped": skipped}
+    metrics = {"loss": value, "grad_norm": grad_norm, "skipped": skipped}
     new = state._replace(
         step=state.step + 1, skipped=skipped, model=model, ema=ema, opt_state=opt_state
     )

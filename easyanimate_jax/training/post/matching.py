@@ -9,15 +9,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from easyanimate_jax.data.loader import Batch
-from easyanimate_jax.models.lora import without_some
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.training.post.distill import Tokens, guided_prediction, scales
 from easyanimate_jax.training.post.objectives import DistributionMatching
 from easyanimate_jax.training.step import (
-    Graphs,
+    Part,
     TrainState,
     draw,
     networks,
@@ -36,6 +35,14 @@ class Three(NamedTuple):
     student: MMDiT
     teacher: MMDiT
     critic: MMDiT
+
+
+class Found(NamedTuple):
+    """The losses of an update and their gradients."""
+
+    critic: tuple  # (loss, gradients)
+    student: tuple  # likewise; zeros unless it is its turn
+    turn: Bool[Array, ""]
 
 
 class Draws(NamedTuple):
@@ -57,8 +64,7 @@ def matching_step(
     ema_decay: float,
     objective: DistributionMatching,
     batch_size: int | None = None,
-    graphs: Graphs | None = None,
-    dropout: float = 0.0,
+    part: Part | None = None,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Make one update from a global batch of (A, B) rows; return (new state, metrics).
 
@@ -72,9 +78,9 @@ def matching_step(
     batch = batch._replace(weight=batch.weight / batch.weight.sum())
 
     def three(student, critic) -> Three:
-        student = without_some(student, jax.random.fold_in(step_key, 1), dropout)
-        found = networks(student, state, graphs)
-        return Three(found.student, found.teacher, networks(critic, state, graphs).student)
+        left_out = jax.random.fold_in(step_key, 1)
+        found, other = (networks(w, state, part, left_out) for w in (student, critic))
+        return Three(found.student, found.teacher, other.student)
 
     def of_critic(weights, batch, rows):
         found = three(state.model, weights)
@@ -84,26 +90,35 @@ def matching_step(
         found = three(weights, state.critic.model)
         return student_loss(found, batch, rows, _draws(step_key, 3, objective), process, objective)
 
-    value, grads = _summed(of_critic, state.critic.model, batch, rows)
     turn = (state.step + 1) % objective.critic_updates == 0
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
-    matching, moves = jax.lax.cond(
-        turn, lambda: _summed(of_student, state.model, batch, rows), lambda: zero
+    found = Found(
+        _summed(of_critic, state.critic.model, batch, rows),
+        jax.lax.cond(turn, lambda: _summed(of_student, state.model, batch, rows), lambda: zero),
+        turn,
     )
+    made = state.step // objective.critic_updates  # updates of the student so far
+    decay = jnp.minimum(ema_decay, (1 + made) / (10 + made))
+    return _updated(state, found, optimizer, learning_rate, objective.critic_rate, decay)
+
+
+def _updated(
+    state: TrainState, found: Found, optimizer, learning_rate, critic_rate: float, decay
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    """Return (new state, metrics); what is not finite changes no weight."""
+    (value, grads), (matching, moves) = found.critic, found.student
     norms = optax.tree.norm(grads), optax.tree.norm(moves)
     finite = jnp.isfinite(jnp.stack([value, matching, *norms])).all()
-    rate = objective.critic_rate * learning_rate
+    rate = critic_rate * learning_rate
     critic = updated(optimizer, grads, state.critic.opt_state, state.critic.model, rate)
     model, opt_state = updated(optimizer, moves, state.opt_state, state.model, learning_rate)
-    made = state.step // objective.critic_updates
-    decay = jnp.minimum(ema_decay, (1 + made) / (10 + made))
     ema = None if state.ema is None else optax.incremental_update(model, state.ema, 1 - decay)
 
     def kept(good, new, old):
         return jax.tree.map(lambda x, y: jnp.where(good, x, y), new, old)
 
     old = state.model, state.opt_state, state.ema
-    model, opt_state, ema = kept(finite & turn, (model, opt_state, ema), old)
+    model, opt_state, ema = kept(finite & found.turn, (model, opt_state, ema), old)
     critic = kept(finite, type(state.critic)(*critic), state.critic)
     skipped = state.skipped + ~finite
     metrics = {
