@@ -81,7 +81,7 @@ class DDPM:
         return signal * x - sigma * prediction
 
     def time_at(self, share):
-        """Return the time with this share of the way from data to noise behind it."""
+        """Return the time at a share of the way from data to noise."""
         return (NUM_TRAIN_TIMES * share).round() - 1
 
     def grid(self, count: int) -> Float[np.ndarray, "count"]:

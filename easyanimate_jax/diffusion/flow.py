@@ -106,8 +106,8 @@ class Flow:
         return x - _sigma(time, x) * prediction
 
     def time_at(self, share):
-        """Return the time with this share of the way from data to noise behind it (`SHIFT`)."""
-        return NUM_TRAIN_TIMES * SHIFT * share / (1 + (SHIFT - 1) * share)
+        """Return the time at a share, above 0, of the way from data to noise, shifted by `SHIFT`."""
+        return NUM_TRAIN_TIMES * (SHIFT / (SHIFT + (1 / share - 1)))  # 1 gives exactly 1000
 
     def grid(self, count: int) -> Float[np.ndarray, "count"]:
         """Return the times at which `count` equal moves begin, 1000 first, with the shift `SHIFT`.
