@@ -51,6 +51,8 @@ def describe_run(config: TrainConfig) -> str:
             f"{stage.name:<16}{stage.task:<12}{stage.data:<12}{stage.batch_size:>7,}"
             f"{stage.steps:>9,}{samples:>14,}{tokens:>16.3e}{stage.learning_rate:>15.1e}"
         )
+        if stage.objective is not None:
+            lines.append(f"{'':<16}{stage.objective}, taught by {config.init}")
     steps = sum(stage.steps for stage in config.stages)
     lines += [f"{'all':<47}{steps:>9,}{total_samples:>14,}{total_tokens:>16.3e}"]
     for budget in dict.fromkeys(latents.budget for latents in config.sets):
