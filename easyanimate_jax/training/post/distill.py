@@ -140,14 +140,14 @@ def _segments(
 
 def _walk(student: MMDiT, batch: Batch, noise: Tokens, segment, times, moves) -> Tokens:
     """Return what the student makes of pure noise up to the beginning of each row's segment."""
+    student = jax.lax.stop_gradient(student)  # so that no step is kept for a backward pass
 
     def step(x, number):
         time = jnp.full(len(x), times[number])
         moved = _move(jnp.tile(moves[number], (len(x), 1)), x, predict(student, batch, x, time))
         return jnp.where((number < segment)[:, None, None], moved, x), None
 
-    x, _ = jax.lax.scan(step, noise, jnp.arange(len(times) - 1))
-    return jax.lax.stop_gradient(x)
+    return jax.lax.scan(step, noise, jnp.arange(len(times) - 1))[0]
 
 
 def _move(factors: Float[Array, "B 2"], x: Tokens, prediction: Tokens) -> Tokens:

@@ -214,18 +214,20 @@ def _video(
         draw_row = lambda row: jax.random.normal(jax.random.fold_in(key, row), noise.shape[1:])  # noqa: E731
         return jax.vmap(draw_row)(rows)
 
-    def clean(x, number):
+    def clean(x, number, student):
         time = jnp.full(len(rows), times[number])
         prediction = predict(student, batch, x, time).astype(jnp.float32)
         return process.predict_clean(x, prediction, time)
 
+    fixed = jax.lax.stop_gradient(student)  # so that no earlier step is kept for a backward pass
+
     def step(x, number):
         time = jnp.full(len(rows), times[jnp.minimum(number + 1, objective.steps - 1)])
-        moved = process.add_noise(clean(x, number), fresh(number), time)
+        moved = process.add_noise(clean(x, number, fixed), fresh(number), time)
         return jnp.where(number < draws.last, moved, x), None
 
     x, _ = jax.lax.scan(step, noise, jnp.arange(objective.steps - 1))
-    return batch, clean(jax.lax.stop_gradient(x), draws.last)
+    return batch, clean(x, draws.last, student)
 
 
 def _noise(rows, draws: Draws, video: Tokens, process) -> tuple[Float[Array, "B"], Tokens]:
