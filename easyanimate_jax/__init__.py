@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from easyanimate_jax.sharding import MeshConfig as MeshConfig
     from easyanimate_jax.text.encode import TextEncoder as TextEncoder
     from easyanimate_jax.training.optimizer import OptimizerConfig as OptimizerConfig
+    from easyanimate_jax.training.post.objectives import DirectPreference as DirectPreference
     from easyanimate_jax.training.post.objectives import (
         GuidanceDistillation as GuidanceDistillation,
     )
@@ -84,7 +85,11 @@ _HOMES = {
     "sharding": ("MeshConfig",),
     "text.encode": ("TextEncoder",),
     "training.optimizer": ("OptimizerConfig",),
-    "training.post.objectives": ("GuidanceDistillation", "SegmentDistillation"),
+    "training.post.objectives": (
+        "DirectPreference",
+        "GuidanceDistillation",
+        "SegmentDistillation",
+    ),
     "training.stages": ("Stage", "boundaries"),
     "training.vae.config": ("VAEStage", "VAETrainConfig"),
     "weights.adapters": ("open_loras",),

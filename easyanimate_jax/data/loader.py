@@ -5,6 +5,7 @@ Letters beyond the legend: A microbatches of a global batch, P token width. A ro
 starts at step k therefore delivers the same batches as one that ran up to step k.
 """
 
+import copy
 import ctypes
 import hashlib
 import json
@@ -35,7 +36,17 @@ READERS = 16  # records of a batch that are read in parallel
 MAX_BAD, FEW_BAD = 1e-3, 3  # limits of unreadable records: a share, and a minimum number
 PR_SET_PDEATHSIG = 1  # from Linux's prctl
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's mallopt
+WORSE = "worse_"  # begins the names of the worse clip's arrays in a record of a pair
+MEANS = ("mean", f"{WORSE}mean")
 KEPT = 2**25  # bytes; no record is larger, and glibc's limit is the same
+
+
+class Worse(NamedTuple):
+    """The worse clips of pairs; their grid, texts and weight are those of the better ones."""
+
+    mean: np.ndarray  # (A, B, N, P) of the normalised latents
+    logvar: np.ndarray  # (A, B, N, P)
+    condition: np.ndarray | None  # (A, B, N, extra * 4): drawn as that of the better clip
 
 
 class Batch(NamedTuple):
@@ -53,6 +64,7 @@ class Batch(NamedTuple):
     condition: np.ndarray | None  # (A, B, N, extra * 4): mask first, or control first
     weight: np.ndarray  # (A, B), 1 or 0
     empty: tuple[np.ndarray, ...] | None = None  # (A, 1, L, width) each: states of no caption
+    worse: Worse | None = None  # the worse clip of each row, in a set of pairs
 
 
 class Pages:
@@ -86,7 +98,7 @@ class Loader:
     A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3). The control
     and the reference of a row are each replaced by zeros with the probabilities `drops` (spec 7.2),
     the picture of an i2v row with the probability `picture_drop`. With `with_empty` a batch also
-    has the states of the empty prompt.
+    has the states of the empty prompt. A batch of a set of pairs also has the worse clips.
     `rows` are the rows of each microbatch that this process's devices need; None means all. Other
     rows are not read, and their memory is never touched. The rows of a batch are read in parallel.
     An unreadable record is replaced by the next of its bucket, and is logged in the file
@@ -126,7 +138,7 @@ class Loader:
         self.records, self.plan, self.task = records, plan, task
         self.microbatch, self.text_drop, self.rows = microbatch, text_drop, rows
         self.drops, self.picture_drop, self.draw_by = drops, picture_drop, draw_by
-        self.with_empty = with_empty
+        self.with_empty, self.pairs = with_empty, made.get("pairs", False)
         empty = read_texts(records.folder.parent / "empty.safetensors")
         self.empty = [text[0].astype(np.float16) for text in empty]
         self.name_word = int.from_bytes(hashlib.blake2b(plan.name.encode()).digest()[:8], "little")
@@ -187,7 +199,7 @@ class Loader:
 
         def put(name: str, row: int, values: np.ndarray, *lead: int) -> None:
             if name not in arrays:
-                dtype = np.float32 if name == "condition" else np.float16
+                dtype = np.float32 if name.endswith("condition") else np.float16
                 arrays[name] = pages.array((total, *lead, *values.shape[1:]), dtype)
             arrays[name][row, : len(values)] = values
             arrays[name][row, len(values) :] = 0
@@ -196,7 +208,8 @@ class Loader:
             for i, text in enumerate(texts):
                 put(f"text{i}", row, text, len(text))
 
-        latents = ("mean", "logvar", *(["condition"] if self.task != "t2v" else []))
+        latents = ["mean", "logvar", *(["condition"] if self.task != "t2v" else [])]
+        latents += [f"{WORSE}{name}" for name in latents if self.pairs]
         for row, fields in rows:
             grid[row] = fields["grid"]
             for name in latents:
@@ -208,6 +221,7 @@ class Loader:
             put_texts(row, self.empty)
 
         split = lambda x: x.reshape(-1, micro, *x.shape[1:])  # noqa: E731
+        worse = (arrays.get(f"{WORSE}{name}") for name in Worse._fields)
         return Batch(
             mean=split(arrays["mean"]),
             logvar=split(arrays["logvar"]),
@@ -217,6 +231,7 @@ class Loader:
             condition=split(arrays["condition"]) if self.task != "t2v" else None,
             weight=split(weight),
             empty=self._empty(total // micro) if self.with_empty else None,
+            worse=Worse(*(x if x is None else split(x) for x in worse)) if self.pairs else None,
         )
 
     def _empty(self, count: int) -> tuple[np.ndarray, ...]:
@@ -235,8 +250,18 @@ class Loader:
         texts = [
             empty if dropped else arrays[f"text{i}"][caption] for i, empty in enumerate(self.empty)
         ]
-        fields = {"mean": arrays["mean"], "logvar": arrays["logvar"], "texts": texts}
-        fields["grid"] = self._grid(record)
+        fields = {"grid": self._grid(record), "texts": texts}
+        draws = copy.deepcopy(rng)
+        fields |= self._latents(rng, arrays)
+        if self.pairs:
+            worse = {n.removeprefix(WORSE): x for n, x in arrays.items() if n.startswith(WORSE)}
+            found = self._latents(draws, arrays | worse)
+            fields |= {f"{WORSE}{name}": x for name, x in found.items()}
+        return fields
+
+    def _latents(self, rng: np.random.Generator, arrays: dict[str, np.ndarray]) -> dict:
+        """Return mean and log-variance of a clip, and its condition if the task has one."""
+        fields = {"mean": arrays["mean"], "logvar": arrays["logvar"]}
         if self.task == "i2v":
             kept = not self.picture_drop or rng.random() >= self.picture_drop
             fields["condition"] = kept * _condition(rng, arrays)
@@ -266,7 +291,7 @@ class Loader:
 
     def _arrays(self, record: int) -> dict[str, np.ndarray]:
         arrays, tokens = self.records[record], self.records.index["tokens"][record]
-        if len(arrays["mean"]) != tokens:
+        if not all(len(arrays[name]) == tokens for name in arrays if name in MEANS):
             raise ValueError(
                 f"{self.records.folder}: record {record} has {len(arrays['mean'])} "
                 f"tokens, and its index row {tokens}; prepare the set again"

@@ -26,8 +26,12 @@ from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates
-from easyanimate_jax.training.post.objectives import GuidanceDistillation, SegmentDistillation
-from easyanimate_jax.training.program import StepConfig
+from easyanimate_jax.training.post.objectives import (
+    DirectPreference,
+    GuidanceDistillation,
+    SegmentDistillation,
+)
+from easyanimate_jax.training.program import StepConfig, reads_pairs
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
 from easyanimate_jax.weights.module import without_removed
@@ -277,6 +281,7 @@ class TrainConfig:
                     f"{names}. Add the set, or correct the stage's `data`."
                 )
             latents = self.set(stage.data)
+            _check_pairs(stage, latents)
             if stage.task == "i2v" and not (latents.condition_draws or latents.pixels):
                 raise ValueError(
                     f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
@@ -339,6 +344,21 @@ class TrainConfig:
         return next(s for s in self.sets if s.name == name)
 
 
+def _check_pairs(stage: Stage, latents: LatentSet) -> None:
+    """Raise ValueError for a preference without pairs, and for pairs without a preference."""
+    if reads_pairs(stage) and not latents.pairs:
+        raise ValueError(
+            f"stage {stage.name!r} has the objective DirectPreference, and latent set "
+            f"{latents.name!r} holds single clips; give the set `pairs=True`, and its table a "
+            f"column worse_file_path"
+        )
+    if latents.pairs and not reads_pairs(stage):
+        raise ValueError(
+            f"stage {stage.name!r} trains on single clips, and latent set {latents.name!r} holds "
+            f"pairs; give the stage the objective DirectPreference, or add a set without `pairs`"
+        )
+
+
 def load(path: str) -> TrainConfig | VAETrainConfig:
     """Return the `config` that a Python file defines.
 
@@ -358,7 +378,7 @@ def load(path: str) -> TrainConfig | VAETrainConfig:
 
 
 _ROOMS = (VAETrainConfig, VAEStage, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)
-_ROOMS += (GuidanceDistillation, SegmentDistillation)
+_ROOMS += (GuidanceDistillation, SegmentDistillation, DirectPreference)
 _CLASSES = {
     c.__name__: c
     for c in (

@@ -249,10 +249,10 @@ def config_of(opened: Opened, clips: Path, output: Path, asked: Asked) -> TrainC
         latents = opened.training.set(stage.data)
         rest = {name: getattr(opened.training, name) for name in ("process", "seed")}
     draws = max(latents.condition_draws, int(name == "i2v"))
-    latents = replace(latents, name=NAME, pixels=False, min_quality=0.0, condition_draws=draws)
-    stage = replace(
-        stage, name=NAME, data=NAME, batch_size=asked.batch, microbatch=None, weights=()
-    )
+    latents = replace(latents, name=NAME, pixels=False, pairs=False, min_quality=0.0)
+    latents = replace(latents, condition_draws=draws)
+    stage = replace(stage, name=NAME, data=NAME, batch_size=asked.batch, microbatch=None)
+    stage = replace(stage, weights=(), objective=None)
     return TrainConfig(
         source=str(clips),
         prepared=str(output / "latents"),
