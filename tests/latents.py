@@ -16,8 +16,9 @@ def random_latents(
 ) -> None:
     """Five records per set, and the states of the empty prompt.
 
-    With `pairs` a record also has a worse clip. The set named "image" holds images; "medium" and "large" hold two draws of the image condition.
-    widths: of the two text encoders; meta: further entries of each set's metadata.
+    With `pairs` a record also has a worse clip. The set named "image" holds images; "medium" and
+    "large" hold two draws of the image condition. widths: of the two text encoders; meta: further
+    entries of each set's metadata.
     """
     rng = np.random.default_rng(0)
 

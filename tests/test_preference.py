@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -11,13 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from arrays import flat_weights
-from flax import nnx
 from latents import random_latents
 from small_runs import losses, rows, small_run
-from test_distill import ADAPTERS, KEY, PROCESSES, ROWS, Wave, batch_of, levels, mean
+from test_distill import ADAPTERS, KEY, PROCESSES, ROWS, Wave, batch_of, levels
 from test_lora_training import random_model
 from test_prepare import SET, FakeText, vae  # noqa: F401 a fixture
-from test_step import TINY
 
 from easyanimate_jax.data import media
 from easyanimate_jax.data.loader import Loader, Worse
@@ -26,7 +23,6 @@ from easyanimate_jax.data.records import Records
 from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.lora import LoRAConfig
-from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.prepare.encode import Encoder
 from easyanimate_jax.prepare.prepare import prepare
 from easyanimate_jax.runs.batches import make_loaders, place
@@ -103,44 +99,39 @@ def test_the_loss_is_that_of_numpy(process):
             np.testing.assert_allclose(metrics[name], wanted, 2e-6, 1e-7, err_msg=name)
 
 
-@pytest.fixture(scope="module")
-def model():
-    made = MMDiT(TINY, rngs=nnx.Rngs(params=jax.random.key(0)))
-    kernel = made.output.linear.kernel
-    kernel.set_value(0.1 * jax.random.normal(jax.random.key(1), kernel.get_value().shape))
-    return made
+def gains(value):
+    """A gain for each value of a token: the weights of a network."""
+    return value + 0.01 * jnp.arange(64.0)[None, None]
 
 
-def gradient(function, model):
-    return jax.tree.leaves(jax.jit(jax.grad(function))(model))
+def test_a_student_that_is_its_teacher_is_moved_from_the_worse_to_the_better():
+    batch, start = pairs_of(), gains(0.5)
 
-
-def test_a_student_that_is_its_teacher_is_moved_from_the_worse_to_the_better(model):
-    batch, process = pairs_of(), Flow()
-
-    def error(model, batch):
-        found = row_losses(model, batch, TIME, ROWS, KEY, process=process)
+    def error(gain, batch):
+        found = row_losses(Wave(gain), batch, TIME, ROWS, KEY, process=Flow())
         return jnp.sum(found * batch.weight)
 
-    value, metrics = jax.jit(lambda m: loss_of(m, m, batch))(model)
-    np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
-    assert all(float(x) == 0 for x in metrics.values())
-    grads, back = (
-        gradient(lambda m, one=one: loss_of(m, model, one)[0], model)
-        for one in (batch, swapped(batch))
+    def loss(gain, batch):
+        return loss_of(Wave(gain), Wave(start), batch)
+
+    for process in PROCESSES:
+        value, metrics = loss_of(Wave(start), Wave(start), batch, process)
+        np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
+        assert all(float(x) == 0 for x in metrics.values())
+    (grads, back), (better, worse) = (
+        [jax.grad(f)(start, one) for one in (batch, swapped(batch))]
+        for f in (lambda *given: loss(*given)[0], error)
     )
-    better, worse = (gradient(partial(error, batch=one), model) for one in (batch, swapped(batch)))
-    assert max(abs(x).max() for x in grads) > 1e-3
-    for g, other, b, w in zip(grads, back, better, worse, strict=True):
-        np.testing.assert_allclose(g, BETA / 4 * (b - w), rtol=1e-3, atol=2e-6)
-        np.testing.assert_allclose(g, -other, rtol=1e-3, atol=2e-6)
+    assert abs(grads).max() > 1e-3
+    np.testing.assert_allclose(grads, BETA / 4 * (better - worse), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(grads, -back, rtol=1e-4, atol=1e-6)
 
 
-def test_a_clip_against_itself_has_no_margin_whatever_the_student(model):
+def test_a_clip_against_itself_has_no_margin_whatever_the_student():
     """Both clips of a pair get one noise, one time and one draw of the posterior."""
     batch = pairs_of()
     batch = batch._replace(worse=Worse(batch.mean, batch.logvar, None))
-    value, metrics = loss_of(Wave(0.25), model, batch)
+    value, metrics = loss_of(Wave(0.25), Wave(0.5), batch)
     assert float(metrics["margin"]) == 0 and float(metrics["better_change"]) != 0
     np.testing.assert_allclose(value, np.log(2), rtol=1e-6)
 
@@ -171,35 +162,20 @@ def test_padding_of_tokens_and_of_rows_changes_nothing():
     np.testing.assert_array_equal(*(loss_of(Wave(0.25), Wave(0.5), x)[0] for x in (batch, other)))
 
 
-def test_the_gradient_is_that_of_differences_and_reaches_the_student_alone(model):
-    batch, other = pairs_of(), random_like(model)
+def test_the_gradient_is_that_of_differences_and_reaches_the_student_alone():
+    batch = pairs_of()
 
-    @jax.jit
     def loss(student, teacher):
-        return loss_of(student, teacher, batch, plain=0.5)[0]
+        return loss_of(Wave(student), Wave(teacher), batch, plain=0.5)[0]
 
-    grads, of_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)))(model, other)
-    assert not any(x.any() for x in jax.tree.leaves(of_teacher))
-    graph, weights = nnx.split(model)
-
-    def moved(change):
-        some = jax.tree.map(lambda x: x, weights)
-        bias = some["output"]["linear"]["bias"]
-        bias.set_value(bias.get_value().at[3].add(change))
-        return nnx.merge(graph, some)
-
-    step = 0.01
-    slope = (loss(moved(step), other) - loss(moved(-step), other)) / (2 * step)
-    assert abs(slope) > 1e-3
-    np.testing.assert_allclose(grads.output.linear.bias.get_value()[3], slope, rtol=2e-3)
-
-
-def random_like(model):
-    graph, weights = nnx.split(model)
-    return nnx.merge(graph, jax.tree.map(lambda x: 0.9 * x, weights))
-
-
-# ---- data
+    student, teacher = gains(0.25), gains(0.5)
+    grads, of_teacher = jax.grad(loss, argnums=(0, 1))(student, teacher)
+    assert not of_teacher.any()
+    for at in (3, 40):
+        one = 0.02 * jax.nn.one_hot(at, 64)[None, None]
+        slope = (loss(student + one, teacher) - loss(student - one, teacher)) / 0.04
+        assert abs(slope) > 1e-3
+        np.testing.assert_allclose(grads[0, 0, at], slope, rtol=2e-3)
 
 
 @pytest.fixture(scope="module")
@@ -269,13 +245,13 @@ def records(table, vae):  # noqa: F811
 def test_a_record_holds_the_worse_clip_as_if_it_were_prepared_alone(table, records, vae):  # noqa: F811
     assert sorted(records.index["clip"]) == ["0.mp4", "1.mp4", "2.mp4"]
     rows = json.loads((table / "metadata.json").read_text())
-    alone = [r | {"file_path": f"{i}-worse.mp4", "worse_file_path": ""} for i, r in ((1, rows[2]),)]
+    alone = [rows[2] | {"file_path": "1-worse.mp4", "worse_file_path": ""}]
     (table / "alone.json").write_text(json.dumps(alone))
     single = replace(SET, name="single")
     weights = {"vae": "v", "text": "t"}
     out = table.parent / "alone"
     prepare(table / "alone.json", out, [single], vae, FakeText(), (), 0, weights=weights)
-    (other,) = (Records(out / "single")[0],)
+    other = Records(out / "single")[0]
     record = records[records.index["clip"].tolist().index("1.mp4")]
     for name in ("mean", "logvar"):
         np.testing.assert_array_equal(record[f"worse_{name}"], other[name])
@@ -320,23 +296,21 @@ def test_a_set_without_pairs_is_that_of_earlier_versions(table, vae):  # noqa: F
     assert "pairs" not in single.header["set"] and len(single) == 4
     assert not any(name.startswith("worse") for name in single[0])
     assert loader_of(single, table, vae, "t2v", SET).batch(0)[1].worse is None
-    none = [row for row in json.loads((table / "metadata.json").read_text()) if "single" in str(row)]
+    none = json.loads((table / "metadata.json").read_text())
+    none = [row for row in none if row["file_path"] == "single.mp4"]
     (table / "none.json").write_text(json.dumps(none))
-    with pytest.raises(ValueError, match="has pairs=True, and none of 1 clips has a worse_file_pat"):
+    with pytest.raises(ValueError, match="pairs=True, and none of 1 clips has a wor"):
         prepare(
             table / "none.json", table.parent / "n", [PAIRS], vae, FakeText(), (), 0, weights={}
         )
 
 
-# ---- runs
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """Two updates of adapters on pairs, of text and of image to video."""
+    """Two updates of adapters on pairs, of image to video."""
     folder = tmp_path_factory.mktemp("preference")
     run = small_run(folder)
-    grids = {"small": (3, 4, 4), "medium": (3, 8, 8)}
+    grids = {"medium": (3, 8, 8)}
     random_latents(folder / "pairs", grids, (8, 12), pairs=True)
     save_module(folder / "base", random_model(run.model, 0))
     objective = DirectPreference(beta=50.0, plain=0.1)
@@ -347,7 +321,7 @@ def config(tmp_path_factory):
         lora=ADAPTERS,
         frozen="float32",
         sets=tuple(replace(s, pairs=s.name in grids) for s in run.sets),
-        stages=tuple(replace(stage, objective=objective) for stage in run.stages),
+        stages=(replace(run.stages[1], objective=objective),),
     )
 
 
@@ -361,19 +335,16 @@ def test_a_run_begins_at_log_2_and_keeps_the_weights_of_its_teacher(finished):
     first = rows(finished)[0]
     assert first["margin"] == first["better_change"] == first["worse_change"] == 0
     assert first["loss"] > np.log(2) and first["accuracy"] == 0
-    assert all(row["margin"] != 0 for row in rows(finished)[1:2])
-    kept, base = (
-        flat_weights(x) for x in (load_mmdit(finished.run), load_mmdit(finished.init, in_channels=33))
-    )
-    for name, value in base.items():
+    assert rows(finished)[1]["margin"] != 0
+    kept = flat_weights(load_mmdit(finished.run))
+    for name, value in flat_weights(load_mmdit(finished.init, in_channels=33)).items():
         np.testing.assert_array_equal(kept[name], value, err_msg=name)
     assert of_run(read_meta(finished.run)[1]) == RELEASED
 
 
 def test_a_run_resumes_to_the_bits(finished, tmp_path):
     part = replace(finished, run=str(tmp_path / "run"))
-    first = replace(part, stages=(part.stages[0], replace(part.stages[1], steps=1)))
-    assert train(first) == 0
+    assert train(replace(part, stages=(replace(part.stages[0], steps=1),))) == 0
     assert train(part) == 0
     assert losses(part) == losses(finished)
     ours, theirs = (flat_weights(load_mmdit(c.run, weights="raw")) for c in (part, finished))
@@ -382,7 +353,7 @@ def test_a_run_resumes_to_the_bits(finished, tmp_path):
 
 
 def test_the_batch_of_a_stage_is_the_one_it_is_compiled_for(config):
-    mesh, stage = make_mesh(config.mesh), config.stages[1]
+    mesh, stage = make_mesh(config.mesh), config.stages[0]
     _, batch = make_loaders(config, mesh)[stage.name].batch(0)
     widths = config.step.with_channels(33).model
     shapes = abstract_batch(
@@ -407,10 +378,10 @@ def test_the_batch_of_a_stage_is_the_one_it_is_compiled_for(config):
 def test_pairs_and_preference_go_together(config):
     assert from_json(to_json(config)) == config
     single = tuple(replace(s, pairs=False) for s in config.sets)
-    with pytest.raises(ValueError, match=r"'small_t2v' has the objective DirectPreference, and .*"):
+    with pytest.raises(ValueError, match="'medium_i2v' has the objective DirectPref"):
         replace(config, sets=single)
     plain = tuple(replace(stage, objective=None) for stage in config.stages)
-    with pytest.raises(ValueError, match=r"trains on single clips, and latent set 'small' holds p"):
+    with pytest.raises(ValueError, match="single clips, and latent set 'medium' hol"):
         replace(config, stages=plain)
     with pytest.raises(ValueError, match="whose teacher is `init`, and init is empty"):
         replace(config, init="", lora=LoRAConfig())

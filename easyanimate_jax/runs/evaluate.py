@@ -323,8 +323,19 @@ def prompt_videos(run: Pipeline, prompts: Sequence[str], folder: Path, asked: As
         for number in range(PER_PROMPT)
         if not (path := folder / f"{prompt}-{number}.mp4").is_file()
     ]
-    empty, samples = run.encoder.encode([""]), run.samples
+    samples = run.samples
     size = samples.frames, samples.height, samples.width
+    make_films(run, todo, size, asked)
+
+
+def make_films(
+    run: Pipeline, todo: Sequence[tuple[str, int, Path]], size: tuple[int, int, int], asked: Asked
+) -> None:
+    """Write the films of (prompt, number, path); film n has the seed `asked.seed` + n.
+
+    `size` is (frames, height, width).
+    """
+    empty = run.encoder.encode([""])
     with tqdm(total=len(todo), desc="prompts", unit="video") as progress:
         for first in range(0, len(todo), asked.batch):
             some = todo[first : first + asked.batch]

@@ -21,9 +21,7 @@ from easyanimate_jax.data.sources.rows import Clip
 
 def root_of(clips: Iterable[Clip]) -> Path:
     """Return the deepest folder that contains all files of the clips."""
-    files = {
-        f for clip in clips for f in (_on_disk(clip.path), clip.control, clip.worse) if f
-    }
+    files = {f for clip in clips for f in (_on_disk(clip.path), clip.control, clip.worse) if f}
     return Path(os.path.commonpath({os.path.dirname(os.path.realpath(file)) for file in files}))
 
 
