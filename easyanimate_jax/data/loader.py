@@ -15,7 +15,7 @@ import signal
 import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -95,10 +95,10 @@ class Pages:
 class Loader:
     """Read `plan` from `records`, in microbatches of `microbatch` rows.
 
-    A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3). The control
-    and the reference of a row are each replaced by zeros with the probabilities `drops` (spec 7.2),
-    the picture of an i2v row with the probability `picture_drop`. With `with_empty` a batch also
-    has the states of the empty prompt. A batch of a set of pairs also has the worse clips.
+    A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3). The control,
+    the reference (spec 7.2) and the picture of a row are each replaced by zeros with the
+    probabilities `drops`. With `with_empty` a batch also has the states of the empty prompt. A
+    batch of a set of pairs also has the worse clips.
     `rows` are the rows of each microbatch that this process's devices need; None means all. Other
     rows are not read, and their memory is never touched. The rows of a batch are read in parallel.
     An unreadable record is replaced by the next of its bucket, and is logged in the file
@@ -116,29 +116,15 @@ class Loader:
         text_drop: float,
         rows: Collection[int] | None = None,
         quarantine: Path | None = None,
-        drops: tuple[float, float] = (0.0, 0.0),
-        picture_drop: float = 0.0,
+        drops: tuple[float, float, float] = (0.0, 0.0, 0.0),
         with_empty: bool = False,
         draw_by: dict[int, int] | None = None,
     ):
-        made = records.header["set"]
-        if task == "i2v" and not (made["condition_draws"] or made.get("pixels")):
-            raise ValueError(
-                f"stage {plan.name!r} is i2v, and {records.folder} was prepared without "
-                f"condition_draws; set condition_draws and prepare the set again"
-            )
-        control = made.get("control", ())
-        camera = "camera" in TASKS[task].holds
-        if TASKS[task].is_control and (not control or ("camera" in control) != camera):
-            raise ValueError(
-                f"stage {plan.name!r} is {task}, and {records.folder} was prepared with control "
-                f"{', '.join(control) or 'of no kind'}; give the set "
-                f"{'camera' if camera else 'another one'}"
-            )
+        _check_task(records, plan.name, task)
         self.records, self.plan, self.task = records, plan, task
         self.microbatch, self.text_drop, self.rows = microbatch, text_drop, rows
-        self.drops, self.picture_drop, self.draw_by = drops, picture_drop, draw_by
-        self.with_empty, self.pairs = with_empty, made.get("pairs", False)
+        self.drops, self.draw_by = drops, draw_by
+        self.with_empty, self.pairs = with_empty, records.header["set"].get("pairs", False)
         empty = read_texts(records.folder.parent / "empty.safetensors")
         self.empty = [text[0].astype(np.float16) for text in empty]
         self.name_word = int.from_bytes(hashlib.blake2b(plan.name.encode()).digest()[:8], "little")
@@ -251,22 +237,12 @@ class Loader:
             empty if dropped else arrays[f"text{i}"][caption] for i, empty in enumerate(self.empty)
         ]
         fields = {"grid": self._grid(record), "texts": texts}
-        draws = copy.deepcopy(rng)
-        fields |= self._latents(rng, arrays)
+        again = copy.deepcopy(rng) if self.pairs else rng
+        fields |= _latents(rng, arrays, self.task, self.drops)
         if self.pairs:
             worse = {n.removeprefix(WORSE): x for n, x in arrays.items() if n.startswith(WORSE)}
-            found = self._latents(draws, arrays | worse)
+            found = _latents(again, arrays | worse, self.task, self.drops)
             fields |= {f"{WORSE}{name}": x for name, x in found.items()}
-        return fields
-
-    def _latents(self, rng: np.random.Generator, arrays: dict[str, np.ndarray]) -> dict:
-        """Return mean and log-variance of a clip, and its condition if the task has one."""
-        fields = {"mean": arrays["mean"], "logvar": arrays["logvar"]}
-        if self.task == "i2v":
-            kept = not self.picture_drop or rng.random() >= self.picture_drop
-            fields["condition"] = kept * _condition(rng, arrays)
-        if TASKS[self.task].is_control:
-            fields["condition"] = _control(rng, arrays, self.task, self.drops)
         return fields
 
     def _words(self, step: int, row: int, record: int) -> list[int]:
@@ -329,6 +305,37 @@ def _start_worker(_worker: int, _workers: int) -> None:
     keep_memory()
 
 
+def _check_task(records: Records, name: str, task: TaskName) -> None:
+    """Raise ValueError if the set does not hold what a stage of this name and task reads."""
+    made = records.header["set"]
+    if task == "i2v" and not (made["condition_draws"] or made.get("pixels")):
+        raise ValueError(
+            f"stage {name!r} is i2v, and {records.folder} was prepared without "
+            f"condition_draws; set condition_draws and prepare the set again"
+        )
+    control = made.get("control", ())
+    camera = "camera" in TASKS[task].holds
+    if TASKS[task].is_control and (not control or ("camera" in control) != camera):
+        raise ValueError(
+            f"stage {name!r} is {task}, and {records.folder} was prepared with control "
+            f"{', '.join(control) or 'of no kind'}; give the set "
+            f"{'camera' if camera else 'another one'}"
+        )
+
+
+def _latents(
+    rng: np.random.Generator, arrays: dict[str, np.ndarray], task: TaskName, drops: Sequence[float]
+) -> dict[str, np.ndarray]:
+    """Return mean and log-variance of a clip, and its condition if the task has one."""
+    fields = {"mean": arrays["mean"], "logvar": arrays["logvar"]}
+    if task == "i2v":
+        kept = not drops[2] or rng.random() >= drops[2]
+        fields["condition"] = kept * _condition(rng, arrays)
+    if TASKS[task].is_control:
+        fields["condition"] = _control(rng, arrays, task, drops[:2])
+    return fields
+
+
 def _condition(rng: np.random.Generator, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """Return one of the clip's conditions (spec 6.1), (N, 4 + P): mask, then masked latents.
 
@@ -343,7 +350,7 @@ def _condition(rng: np.random.Generator, arrays: dict[str, np.ndarray]) -> np.nd
 
 
 def _control(
-    rng: np.random.Generator, arrays: dict[str, np.ndarray], task: str, drops: tuple[float, float]
+    rng: np.random.Generator, arrays: dict[str, np.ndarray], task: str, drops: Sequence[float]
 ) -> np.ndarray:
     """Return the control signal (spec 7.2): control latents or camera rays, then the reference.
 

@@ -72,7 +72,8 @@ def page(title: str, reward: str, groups: Sequence[Group], read: Read) -> str:
     picks = np.linspace(0, len(rows) - 1, min(SHOWN, len(rows))).round().astype(int)
     gaps = [_gap(row) for row in rows]
     chart = web.line_chart(
-        {"difference": (list(range(1, len(gaps) + 1)), gaps)}, x_label="pairs, by difference"
+        {"difference": ([float(n + 1) for n in range(len(gaps))], gaps)},
+        x_label="pairs, by difference",
     )
     numbers = web.table(["", "value"], list(summary(groups).items()))
     about = web.note(f"Rewards of {reward}. A prompt with a missing reward is dropped.")

@@ -24,9 +24,9 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -52,24 +52,14 @@ class RewardError(Exception):
     """A reward rates too few videos to go on."""
 
 
-class Reward(Protocol):
-    """What `open_reward` returns."""
-
-    name: str
-
-    def __call__(self, frames: Frames, prompts: Sequence[str]) -> Numbers:
-        """Return a number for each video; NaN for one that has none."""
-
-
-@dataclass(frozen=True)
-class Function:
+class RewardFunction(NamedTuple):
     """A reward that is a function of this process, named MODULE:FUNCTION.
 
     Raises ValueError if it does not return one number for each video.
     """
 
     name: str
-    function: Callable = field(repr=False)
+    function: Callable
 
     def __call__(self, frames: Frames, prompts: Sequence[str]) -> Numbers:
         found = np.asarray(self.function(frames, list(prompts)), np.float64)
@@ -82,7 +72,7 @@ class Function:
 
 
 @dataclass(frozen=True)
-class Server:
+class RewardServer:
     """A reward behind HTTP. A call takes any number of videos, and sends `batch` at once.
 
     A number is NaN if the server does not answer in time after all `tries`, or if its answer for
@@ -176,6 +166,9 @@ class Server:
         return b"".join(parts)
 
 
+Reward = RewardFunction | RewardServer  # called with frames and prompts; it has a `name`
+
+
 def matched(wanted: Sequence[str], answer: object) -> tuple[dict[str, float], list[str]]:
     """Return {id: number} of an answer {"rewards": [{"id": ..., "reward": ...}]}, and its faults.
 
@@ -216,12 +209,12 @@ def _number(value: object) -> float:
 def open_reward(text: str, **settings) -> Reward:
     """Return the reward MODULE:FUNCTION, or that of a server http(s)://...
 
-    `settings` are those of `Server`; a function takes none of them. MODULE is looked for in the
-    current folder too. Raises ValueError if there is no such function.
+    `settings` are those of `RewardServer`; a function takes none of them. MODULE is looked for in
+    the current folder too. Raises ValueError if there is no such function.
     """
     if text.startswith(("http://", "https://")):
-        return Server(text, **settings)
-    return Function(text, named_function(text))
+        return RewardServer(text, **settings)
+    return RewardFunction(text, named_function(text))
 
 
 def named_function(text: str) -> Callable:

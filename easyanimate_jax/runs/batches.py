@@ -158,8 +158,7 @@ def _loader(config: TrainConfig, stage: Stage, mesh, records: Records, encoder) 
     )
     options = {
         "text_drop": config.text_drop,
-        "drops": (stage.control_drop, stage.reference_drop),
-        "picture_drop": stage.picture_drop,
+        "drops": (stage.control_drop, stage.reference_drop, stage.picture_drop),
         "with_empty": reads_empty(stage),
     }
     return _reader(config, stage, mesh, records, plan, encoder, options)

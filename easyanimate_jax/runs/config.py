@@ -280,18 +280,7 @@ class TrainConfig:
                     f"stage {stage.name!r} reads latent set {stage.data!r}, and the config has "
                     f"{names}. Add the set, or correct the stage's `data`."
                 )
-            latents = self.set(stage.data)
-            _check_pairs(stage, latents)
-            if stage.task == "i2v" and not (latents.condition_draws or latents.pixels):
-                raise ValueError(
-                    f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
-                    f"holds no conditioning; give the set `condition_draws` of 1 or more."
-                )
-            if TASKS[stage.task].is_control and not latents.control:
-                raise ValueError(
-                    f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
-                    f"holds no control; give the set one: 'file', 'camera' or an operator's name."
-                )
+            _check_data(stage, self.set(stage.data))
         for before, stage in itertools.pairwise(self.stages):
             if stage.in_channels < before.in_channels:
                 raise ValueError(
@@ -344,8 +333,18 @@ class TrainConfig:
         return next(s for s in self.sets if s.name == name)
 
 
-def _check_pairs(stage: Stage, latents: LatentSet) -> None:
-    """Raise ValueError for a preference without pairs, and for pairs without a preference."""
+def _check_data(stage: Stage, latents: LatentSet) -> None:
+    """Raise ValueError if a latent set does not hold what a stage reads."""
+    if stage.task == "i2v" and not (latents.condition_draws or latents.pixels):
+        raise ValueError(
+            f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
+            f"holds no conditioning; give the set `condition_draws` of 1 or more."
+        )
+    if TASKS[stage.task].is_control and not latents.control:
+        raise ValueError(
+            f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
+            f"holds no control; give the set one: 'file', 'camera' or an operator's name."
+        )
     if reads_pairs(stage) and not latents.pairs:
         raise ValueError(
             f"stage {stage.name!r} has the objective DirectPreference, and latent set "

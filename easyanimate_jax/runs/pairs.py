@@ -28,7 +28,7 @@ from easyanimate_jax.data.sources.rows import caption_of
 from easyanimate_jax.disk import whole
 from easyanimate_jax.evaluation import pairs
 from easyanimate_jax.evaluation.pairs import Group
-from easyanimate_jax.evaluation.rewards import Received, Reward, Server, check_dropped
+from easyanimate_jax.evaluation.rewards import Received, Reward, RewardServer, check_dropped
 from easyanimate_jax.runs.evaluate import Asked, make_films
 from easyanimate_jax.runs.load import Pipeline
 from easyanimate_jax.runs.parts import Opened
@@ -74,7 +74,7 @@ class PairMaker:
         self._begin()
         received = Received(self.output / "rewards.jsonl")
         todo = [(p, n, path) for p, n in self._all() if not (path := self._path(p, n)).is_file()]
-        if isinstance(self.reward, Server) and (todo or self._unrated(received)):
+        if isinstance(self.reward, RewardServer) and (todo or self._unrated(received)):
             self.reward.check()  # before hours of sampling
         if todo:
             self._warn_cut()

@@ -89,22 +89,16 @@ def read_clips(
 
     clips = []
     with ThreadPoolExecutor() as pool:
-        found = pool.map(
-            lambda name: _probe(
-                described.parent, name, files[name], controls[name], worse[name], links
-            ),
-            mentions,
-        )
+        named = ((n, files[n], controls[n], worse[n]) for n in mentions)
+        found = pool.map(lambda one: _probe(described.parent, links, *one), named)
         for (name, some), probed in zip(mentions.items(), found, strict=True):
             if isinstance(probed, ValueError):
                 problems += [Problem(mention.row, name, str(probed)) for mention in some]
                 continue
             captions = _captions(name, some, probed[1], problems)
             if captions:
-                path, (kind, num_frames, height, width, fps), *beside = probed
-                size = num_frames, height, width, fps
-                named = dict(zip(("control", "worse"), beside, strict=True))
-                clips.append(Clip(name, path, kind, captions, *size, **named))
+                path, (kind, *size), control, other = probed
+                clips.append(Clip(name, path, kind, captions, *size, control=control, worse=other))
     problems = sorted(Problem(p.row, shown(p.file), shown(p.reason)) for p in problems)
     if not clips:
         listed = "".join(f"\n  row {p.row} {p.file}: {p.reason}" for p in problems[:20])
@@ -231,11 +225,11 @@ def row_fault(row: Row) -> str:
 
 def _probe(
     folder: Path,
+    links: str | Path | None,
     name: str,
     file: media.File | None,
     control: object,
     worse: object,
-    links: str | Path | None,
 ) -> tuple[media.File, media.Probe, Path | None, Path | None] | ValueError:
     """Return the file, its properties, its control and the worse file of its pair.
 
