@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -258,6 +259,21 @@ def test_a_record_holds_the_worse_clip_as_if_it_were_prepared_alone(table, recor
         assert record[name].any() and (record[name] != other[name]).any()
     assert record["worse_condition_mean"].shape == record["condition_mean"].shape
     assert "worse_condition_mask" not in record
+
+
+def test_a_worse_file_that_changed_is_encoded_again(tmp_path, table, vae):  # noqa: F811
+    source = shutil.copytree(table, tmp_path / "source")
+
+    def made():
+        found = prepared(source, vae, PAIRS, "again")
+        return {name: found[i] for i, name in enumerate(found.index["clip"].tolist())}
+
+    before = made()
+    shutil.copy(source / "0-worse.mp4", source / "2-worse.mp4")
+    for name, record in made().items():
+        np.testing.assert_array_equal(before[name]["mean"], record["mean"])
+        changed = (before[name]["worse_mean"] != record["worse_mean"]).any()
+        assert changed == (name == "2.mp4")
 
 
 def loader_of(records, table, vae, task="i2v", latents=PAIRS):  # noqa: F811
