@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from easyanimate_jax.sharding import MeshConfig as MeshConfig
     from easyanimate_jax.text.encode import TextEncoder as TextEncoder
     from easyanimate_jax.training.optimizer import OptimizerConfig as OptimizerConfig
+    from easyanimate_jax.training.post.objectives import DirectPreference as DirectPreference
     from easyanimate_jax.training.post.objectives import (
         DistributionMatching as DistributionMatching,
     )
@@ -88,6 +89,7 @@ _HOMES = {
     "text.encode": ("TextEncoder",),
     "training.optimizer": ("OptimizerConfig",),
     "training.post.objectives": (
+        "DirectPreference",
         "DistributionMatching",
         "GuidanceDistillation",
         "SegmentDistillation",

@@ -14,6 +14,7 @@ VERBS = {
     "text": "train two small text encoders on captions",
     "sample": "generate videos and pictures from a run",
     "evaluate": "measure a model on captioned clips",
+    "pairs": "make rated pairs of videos to train a preference on",
     "serve": "generate videos for clients over HTTP",
     "describe": "print the schedule of a config without a device",
     "plan": "print which clips make the steps of a config",

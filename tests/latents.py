@@ -8,12 +8,17 @@ from easyanimate_jax.data.records import INDEX_TYPES, Writer, write_texts
 
 
 def random_latents(
-    folder: Path, grids: dict[str, tuple[int, int, int]], widths: tuple[int, int], **meta
+    folder: Path,
+    grids: dict[str, tuple[int, int, int]],
+    widths: tuple[int, int],
+    pairs: bool = False,
+    **meta,
 ) -> None:
     """Five records per set, and the states of the empty prompt.
 
-    The set named "image" holds images; "medium" and "large" hold two draws of the image condition.
-    widths: of the two text encoders; meta: further entries of each set's metadata.
+    With `pairs` a record also has a worse clip. The set named "image" holds images; "medium" and
+    "large" hold two draws of the image condition. widths: of the two text encoders; meta: further
+    entries of each set's metadata.
     """
     rng = np.random.default_rng(0)
 
@@ -22,7 +27,8 @@ def random_latents(
 
     for name, (T, gh, gw) in grids.items():
         draws = 2 * (name in ("medium", "large"))
-        writer = Writer(folder / name, {"set": {"condition_draws": draws}, **meta})
+        made = {"condition_draws": draws} | ({"pairs": True} if pairs else {})
+        writer = Writer(folder / name, {"set": made, **meta})
         records, rows = [], []
         for clip in range(5):
             N = T * gh * gw
@@ -35,6 +41,9 @@ def random_latents(
                     "condition_mask": draw(draws, N, 4),
                     "condition_flag": np.ones(draws, np.float16),
                 }
+            if pairs:
+                drawn = ("mean", "logvar", "condition_mean", "condition_logvar")
+                record |= {f"worse_{n}": record[n] + draw() for n in drawn if n in record}
             records.append(record)
             kind = "image" if name == "image" else "video"
             sizes = (4 * T - 3, 16 * gh, 16 * gw, T, gh, gw, N, 512, 512)

@@ -131,7 +131,7 @@ def test_of_several_controls_each_row_draws_one(source, vae):  # noqa: F811
 def make_loader(source, vae):  # noqa: F811
     prepared = run(source, vae, sets=led_by("canny"))
 
-    def make(task="control_ref", drops=(0.2, 0.4)):
+    def make(task="control_ref", drops=(0.2, 0.4, 0.0)):
         plan = Plan(prepared.index, lengths=(4, 12), batch_size=4, seed=1, name="control")
         options = {"microbatch": 4, "text_drop": 0.1, "drops": drops}
         return Loader(prepared, plan, task=task, **options)
@@ -151,7 +151,9 @@ def test_control_and_reference_are_dropped_each_by_itself(make_loader):
     arrays = loader.records[record]
     np.testing.assert_allclose(given[:, :64], arrays["control_mean"][0], atol=3)
     assert given[:4, 64:].any() and not given[4:, 64:].any()  # latent frame 0 alone
-    kept = [make_loader(drops=(0.0, 0.0))._row(step, 0, record)["condition"] for step in range(50)]
+    kept = [
+        make_loader(drops=(0.0, 0.0, 0.0))._row(step, 0, record)["condition"] for step in range(50)
+    ]
     assert all(x[:, :64].any() and x[:, 64:].any() for x in kept)
 
 

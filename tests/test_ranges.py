@@ -21,6 +21,7 @@ from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.samplers import SAMPLERS
+from easyanimate_jax.evaluation.rewards import RewardServer
 from easyanimate_jax.facts import check_fields
 from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.models.lora import LoRAConfig
@@ -37,6 +38,7 @@ from easyanimate_jax.text.t5 import T5Config
 from easyanimate_jax.text.train import TextTrainConfig
 from easyanimate_jax.training.optimizer import OptimizerConfig, clip_abnormal
 from easyanimate_jax.training.post.objectives import (
+    DirectPreference,
     DistributionMatching,
     GuidanceDistillation,
     SegmentDistillation,
@@ -167,6 +169,11 @@ CLASSES = {
         {},
         {"data": COUNT, "fsdp": ((-1, 1), (-2, 0)), "context": COUNT, "tensor": COUNT},
     ),
+    RewardServer: (
+        {"name": "http://a"},
+        {"batch": COUNT, "seconds": ABOVE, "tries": COUNT, "fps": ((1, 120), (0, 121))},
+    ),
+    DirectPreference: ({}, {"beta": ABOVE, "plain": SHARE}),
     LatentSet: (
         {"name": "one", "budget": DEMO.sets[0].budget},
         {

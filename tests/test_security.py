@@ -8,8 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted([*(ROOT / "easyanimate_jax").rglob("*.py"), ROOT / "train.py", ROOT / "sample.py"])
 MODULES = {"marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "urllib", "requests"}
-# The one place that reaches out: to the captioning server that the command line names.
-ALLOWED = {"easyanimate_jax/prepare/captions.py": "urllib.request"}
+# The places that reach out: to the captioning or rewarding server that the command line names.
+ALLOWED = {
+    "easyanimate_jax/prepare/captions.py": "urllib.request",
+    "easyanimate_jax/evaluation/rewards.py": "urllib.request",
+}
 CALLS = {"eval", "exec", "compile", "__import__"}
 
 

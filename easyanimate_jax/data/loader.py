@@ -5,6 +5,7 @@ Letters beyond the legend: A microbatches of a global batch, P token width. A ro
 starts at step k therefore delivers the same batches as one that ran up to step k.
 """
 
+import copy
 import ctypes
 import hashlib
 import json
@@ -14,7 +15,7 @@ import signal
 import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,17 @@ READERS = 16  # records of a batch that are read in parallel
 MAX_BAD, FEW_BAD = 1e-3, 3  # limits of unreadable records: a share, and a minimum number
 PR_SET_PDEATHSIG = 1  # from Linux's prctl
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's mallopt
+WORSE = "worse_"  # begins the names of the worse clip's arrays in a record of a pair
+MEANS = ("mean", f"{WORSE}mean")
 KEPT = 2**25  # bytes; no record is larger, and glibc's limit is the same
+
+
+class Worse(NamedTuple):
+    """The worse clips of pairs; their grid, texts and weight are those of the better ones."""
+
+    mean: np.ndarray  # (A, B, N, P) of the normalised latents
+    logvar: np.ndarray  # (A, B, N, P)
+    condition: np.ndarray | None  # (A, B, N, extra * 4): drawn as that of the better clip
 
 
 class Batch(NamedTuple):
@@ -53,6 +64,7 @@ class Batch(NamedTuple):
     condition: np.ndarray | None  # (A, B, N, extra * 4): mask first, or control first
     weight: np.ndarray  # (A, B), 1 or 0
     empty: tuple[np.ndarray, ...] | None = None  # (A, 1, L, width) each: states of no caption
+    worse: Worse | None = None  # the worse clip of each row, in a set of pairs
 
 
 class Pages:
@@ -85,7 +97,7 @@ class Loader:
 
     A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3). The control,
     the reference (spec 7.2) and the start picture of a row are each replaced by zeros with the
-    probabilities `drops`.
+    probabilities `drops`. A batch of a set of pairs also has the worse clips.
     `rows` are the rows of each microbatch that this process's devices need; None means all. Other
     rows are not read, and their memory is never touched. The rows of a batch are read in parallel.
     An unreadable record is replaced by the next of its bucket, and is logged in the file
@@ -106,23 +118,11 @@ class Loader:
         drops: tuple[float, float, float] = (0.0, 0.0, 0.0),
         draw_by: dict[int, int] | None = None,
     ):
-        made = records.header["set"]
-        if task == "i2v" and not (made["condition_draws"] or made.get("pixels")):
-            raise ValueError(
-                f"stage {plan.name!r} is i2v, and {records.folder} was prepared without "
-                f"condition_draws; set condition_draws and prepare the set again"
-            )
-        control = made.get("control", ())
-        camera = "camera" in TASKS[task].holds
-        if TASKS[task].is_control and (not control or ("camera" in control) != camera):
-            raise ValueError(
-                f"stage {plan.name!r} is {task}, and {records.folder} was prepared with control "
-                f"{', '.join(control) or 'of no kind'}; give the set "
-                f"{'camera' if camera else 'another one'}"
-            )
+        _check_task(records, plan.name, task)
         self.records, self.plan, self.task = records, plan, task
         self.microbatch, self.text_drop, self.rows = microbatch, text_drop, rows
         self.drops, self.draw_by = drops, draw_by
+        self.pairs = records.header["set"].get("pairs", False)
         empty = read_texts(records.folder.parent / "empty.safetensors")
         self.empty = [text[0].astype(np.float16) for text in empty]
         self.name_word = int.from_bytes(hashlib.blake2b(plan.name.encode()).digest()[:8], "little")
@@ -183,7 +183,7 @@ class Loader:
 
         def put(name: str, row: int, values: np.ndarray, *lead: int) -> None:
             if name not in arrays:
-                dtype = np.float32 if name == "condition" else np.float16
+                dtype = np.float32 if name.endswith("condition") else np.float16
                 arrays[name] = pages.array((total, *lead, *values.shape[1:]), dtype)
             arrays[name][row, : len(values)] = values
             arrays[name][row, len(values) :] = 0
@@ -192,7 +192,8 @@ class Loader:
             for i, text in enumerate(texts):
                 put(f"text{i}", row, text, len(text))
 
-        latents = ("mean", "logvar", *(["condition"] if self.task != "t2v" else []))
+        latents = ["mean", "logvar", *(["condition"] if self.task != "t2v" else [])]
+        latents += [f"{WORSE}{name}" for name in latents if self.pairs]
         for row, fields in rows:
             grid[row] = fields["grid"]
             for name in latents:
@@ -204,6 +205,7 @@ class Loader:
             put_texts(row, self.empty)
 
         split = lambda x: x.reshape(-1, micro, *x.shape[1:])  # noqa: E731
+        worse = (arrays.get(f"{WORSE}{name}") for name in Worse._fields)
         return Batch(
             mean=split(arrays["mean"]),
             logvar=split(arrays["logvar"]),
@@ -212,6 +214,7 @@ class Loader:
             texts=tuple(split(arrays[f"text{i}"]) for i in range(len(self.empty))),
             condition=split(arrays["condition"]) if self.task != "t2v" else None,
             weight=split(weight),
+            worse=Worse(*(x if x is None else split(x) for x in worse)) if self.pairs else None,
         )
 
     def _row(self, step: int, row: int, record: int) -> dict:
@@ -226,13 +229,13 @@ class Loader:
         texts = [
             empty if dropped else arrays[f"text{i}"][caption] for i, empty in enumerate(self.empty)
         ]
-        fields = {"mean": arrays["mean"], "logvar": arrays["logvar"], "texts": texts}
-        fields["grid"] = self._grid(record)
-        if self.task == "i2v":
-            kept = not self.drops[2] or rng.random() >= self.drops[2]
-            fields["condition"] = kept * _condition(rng, arrays)
-        if TASKS[self.task].is_control:
-            fields["condition"] = _control(rng, arrays, self.task, self.drops[:2])
+        fields = {"grid": self._grid(record), "texts": texts}
+        again = copy.deepcopy(rng) if self.pairs else rng
+        fields |= _latents(rng, arrays, self.task, self.drops)
+        if self.pairs:
+            worse = {n.removeprefix(WORSE): x for n, x in arrays.items() if n.startswith(WORSE)}
+            found = _latents(again, arrays | worse, self.task, self.drops)
+            fields |= {f"{WORSE}{name}": x for name, x in found.items()}
         return fields
 
     def _words(self, step: int, row: int, record: int) -> list[int]:
@@ -257,7 +260,7 @@ class Loader:
 
     def _arrays(self, record: int) -> dict[str, np.ndarray]:
         arrays, tokens = self.records[record], self.records.index["tokens"][record]
-        if len(arrays["mean"]) != tokens:
+        if not all(len(arrays[name]) == tokens for name in arrays if name in MEANS):
             raise ValueError(
                 f"{self.records.folder}: record {record} has {len(arrays['mean'])} "
                 f"tokens, and its index row {tokens}; prepare the set again"
@@ -295,6 +298,37 @@ def _start_worker(_worker: int, _workers: int) -> None:
     keep_memory()
 
 
+def _check_task(records: Records, name: str, task: TaskName) -> None:
+    """Raise ValueError if the set does not hold what a stage of this name and task reads."""
+    made = records.header["set"]
+    if task == "i2v" and not (made["condition_draws"] or made.get("pixels")):
+        raise ValueError(
+            f"stage {name!r} is i2v, and {records.folder} was prepared without "
+            f"condition_draws; set condition_draws and prepare the set again"
+        )
+    control = made.get("control", ())
+    camera = "camera" in TASKS[task].holds
+    if TASKS[task].is_control and (not control or ("camera" in control) != camera):
+        raise ValueError(
+            f"stage {name!r} is {task}, and {records.folder} was prepared with control "
+            f"{', '.join(control) or 'of no kind'}; give the set "
+            f"{'camera' if camera else 'another one'}"
+        )
+
+
+def _latents(
+    rng: np.random.Generator, arrays: dict[str, np.ndarray], task: TaskName, drops: Sequence[float]
+) -> dict[str, np.ndarray]:
+    """Return mean and log-variance of a clip, and its condition if the task has one."""
+    fields = {"mean": arrays["mean"], "logvar": arrays["logvar"]}
+    if task == "i2v":
+        kept = not drops[2] or rng.random() >= drops[2]
+        fields["condition"] = kept * _condition(rng, arrays)
+    if TASKS[task].is_control:
+        fields["condition"] = _control(rng, arrays, task, drops[:2])
+    return fields
+
+
 def _condition(rng: np.random.Generator, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """Return one of the clip's conditions (spec 6.1), (N, 4 + P): mask, then masked latents.
 
@@ -309,7 +343,7 @@ def _condition(rng: np.random.Generator, arrays: dict[str, np.ndarray]) -> np.nd
 
 
 def _control(
-    rng: np.random.Generator, arrays: dict[str, np.ndarray], task: str, drops: tuple[float, float]
+    rng: np.random.Generator, arrays: dict[str, np.ndarray], task: str, drops: Sequence[float]
 ) -> np.ndarray:
     """Return the control signal (spec 7.2): control latents or camera rays, then the reference.
 

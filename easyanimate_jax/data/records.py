@@ -91,6 +91,10 @@ class LatentSet:
     """If true, the reference frame of a control model is random: the first frame in 40 % of the
     clips, otherwise any frame. If false, it is always the first frame (spec 7.2)."""
 
+    pairs: bool = False
+    """Use pairs: each clip with the worse one of its row (`worse_file_path`), cropped, cut and
+    encoded in the same way. Stages with the objective `DirectPreference` read such a set."""
+
     pixels: bool = False
     """Store only text states and the clip's location. Training then decodes and encodes the clip,
     with one condition and one control, each time that it draws the clip."""

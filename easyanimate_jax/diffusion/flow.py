@@ -106,7 +106,7 @@ class Flow:
         return x - _sigma(time, x) * prediction
 
     def time_at(self, share):
-        """Return the time at a share, above 0, of the way from data to noise, shifted by `SHIFT`."""
+        """Return the time at a share, above 0, of the way to noise, with the shift `SHIFT`."""
         return NUM_TRAIN_TIMES * (SHIFT / (SHIFT + (1 / share - 1)))  # 1 gives exactly 1000
 
     def grid(self, count: int) -> Float[np.ndarray, "count"]:

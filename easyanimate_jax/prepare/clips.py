@@ -4,6 +4,8 @@
 read them here. Letters beyond the legend: P token width.
 """
 
+import copy
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -67,6 +69,7 @@ class Pixels(NamedTuple):
     controls: tuple[Video, ...]
     rays: Float[np.ndarray, "N 24"] | None  # in tokens; a camera has rays, not controls
     reference: Float[np.ndarray, "1 H W 3"] | None
+    worse: "Pixels | None" = None  # the worse clip of a pair, with the same draws
 
 
 def frames_of(latent_set: LatentSet, clip: Clip) -> int:
@@ -97,8 +100,13 @@ def read_pixels(
 ) -> Pixels:
     """Decode a job, and draw one condition from each generator.
 
-    Raises ValueError for a file that cannot be decoded or does not fit its clip.
+    The worse clip of a pair is decoded by the same draws. Raises ValueError for a file that cannot
+    be decoded or does not fit its clip.
     """
+    worse = None
+    if job.clip.worse:
+        other = job._replace(clip=dataclasses.replace(job.clip, path=job.clip.worse, worse=None))
+        worse = read_pixels(other, *copy.deepcopy((conditions, reference)))
     frames = _read_frames(job)
     video, controls, rays, first = to_signed(frames), (), None, None
     if job.control:
@@ -112,7 +120,7 @@ def read_pixels(
             chosen = _reference_frame(reference, len(frames))
         first = video[chosen][None]
     given = tuple(_condition(rng, video) for rng in conditions)
-    return Pixels(job.clip.name, video, given, controls, rays, first)
+    return Pixels(job.clip.name, video, given, controls, rays, first, worse)
 
 
 def _seconds(clip: Clip) -> float:

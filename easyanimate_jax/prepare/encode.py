@@ -22,6 +22,7 @@ from easyanimate_jax.prepare.clips import Pixels
 from easyanimate_jax.sharding import batch_sharding
 
 PIXELS = 2**24  # pixels encoded at once, at most
+SHARED = ("condition_mask", "condition_flag", "control_rays")  # equal in both clips of a pair
 CPU_PIXELS = 2**17  # on CPUs: one clip uses all cores, and a padding row costs as much as a clip
 
 Tokens = Float[np.ndarray, "_rows N P"]
@@ -78,7 +79,8 @@ class Encoder:
 def encode_pixels(encoder: Encoder, clips: Sequence[Pixels]) -> list[dict[str, np.ndarray]]:
     """Return a record of each clip: float16 latents of it, its conditions and its controls.
 
-    The clips have one shape. Raises ValueError if a value is not finite in float16.
+    The clips have one shape. The fields of the worse clip of a pair begin with "worse_"; its masks
+    are those of the better one. Raises ValueError if a value is not finite in float16.
     """
 
     def encoded(name: str, videos: list) -> dict[str, np.ndarray]:
@@ -108,7 +110,13 @@ def encode_pixels(encoder: Encoder, clips: Sequence[Pixels]) -> list[dict[str, n
         if not np.isfinite(field).all():
             names = [clip.name for clip in clips]
             raise ValueError(f"{name} of {names} is not finite in float16")
-    return [{name: field[i] for name, field in halves.items()} for i in range(len(clips))]
+    records = [{name: field[i] for name, field in halves.items()} for i in range(len(clips))]
+    if clips[0].worse is not None:
+        for record, worse in zip(
+            records, encode_pixels(encoder, [clip.worse for clip in clips]), strict=True
+        ):
+            record |= {f"worse_{n}": x for n, x in worse.items() if n not in SHARED}
+    return records
 
 
 def _encode(

@@ -22,6 +22,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -128,17 +129,25 @@ def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]
             left_out[f"of quality below {latent_set.min_quality:g}"] += 1
         elif min(clip.height, clip.width) < latent_set.min_side:
             left_out[f"narrower than {latent_set.min_side} pixels"] += 1
+        elif latent_set.pairs and clip.worse is None:
+            left_out["without a worse_file_path"] += 1
         else:
             seen = frames_of(latent_set, clip), clip.height, clip.width
             shape = latent_set.budget.choose(*seen, clip.name)
             if shape is None:
                 left_out[f"that {latent_set.budget.admissible(*seen)[1]}"] += 1
                 continue
+            clip = clip if latent_set.pairs else replace(clip, worse=None)
             jobs.append(make_job(latent_set, clip, shape, _rng(seed, latent_set.name, clip.name)))
     if left_out:
         reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.most_common())
         logger.info(
             f"set {latent_set.name!r}: {len(jobs)} of {len(clips)} clips; left out: {reasons}"
+        )
+    if not jobs and latent_set.pairs and not any(clip.worse for clip in clips):
+        raise ValueError(
+            f"set {latent_set.name!r} has pairs=True, and none of {len(clips)} clips has a "
+            f"worse_file_path; add this column to the table, or leave pairs out"
         )
     if not jobs:
         raise ValueError(

@@ -89,7 +89,8 @@ class SetMaker:
             place = places.to_bytes(clip, self.root).tobytes().decode()
             return Origin(key(self.identity, self._relative_root(), place), captions)
         led = clip.control and {"file", "camera"} & set(job.control)
-        content = self.contents(clip.path), self.contents(clip.control) if led else None
+        content = [self.contents(clip.path), self.contents(clip.control) if led else None]
+        content += [self.contents(clip.worse)] if clip.worse else []
         sizes = clip.first, clip.num_frames, clip.fps, clip.height, clip.width
         made_by = job[1:-1]  # the rate is in the identity
         return Origin(key(self.identity, clip.name, clip.kind, sizes, content, made_by), captions)
@@ -149,6 +150,7 @@ def _told(latent_set: LatentSet) -> dict:
     fields = dataclasses.asdict(latent_set)
     unknown = () if latent_set.control else ("control", "random_reference")
     unknown += () if latent_set.min_quality else ("min_quality",)
+    unknown += () if latent_set.pairs else ("pairs",)
     unknown += () if latent_set.pixels else ("pixels",)
     unknown += () if latent_set.reference_rate else ("reference_rate",)
     unknown += () if latent_set.fps != FPS else ("fps",)

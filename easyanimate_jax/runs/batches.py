@@ -122,12 +122,13 @@ def _check(config: TrainConfig, records: dict[str, Records]) -> None:
     """
     for latents in _used(config):
         made = records[latents.name].header["set"]
-        if made.get("pixels", False) != latents.pixels:
-            raise ValueError(
-                f"{records[latents.name].folder} was prepared with pixels="
-                f"{not latents.pixels}, and the config says {latents.pixels}; change the set, or "
-                f"prepare it again in another folder"
-            )
+        for name in ("pixels", "pairs"):
+            want = getattr(latents, name)
+            if made.get(name, False) != want:
+                raise ValueError(
+                    f"{records[latents.name].folder} was prepared with {name}={not want}, and the "
+                    f"config says {want}; change the set, or prepare it again in another folder"
+                )
         _check_prompts(config, records[latents.name].header.get("weights", {}))
     if jax.process_index():
         return

@@ -27,11 +27,12 @@ from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates
 from easyanimate_jax.training.post.objectives import (
+    DirectPreference,
     DistributionMatching,
     GuidanceDistillation,
     SegmentDistillation,
 )
-from easyanimate_jax.training.program import StepConfig
+from easyanimate_jax.training.program import StepConfig, reads_pairs
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
 from easyanimate_jax.weights.module import without_removed
@@ -309,17 +310,7 @@ def _check_stages(config: TrainConfig) -> None:
                 f"stage {stage.name!r} reads latent set {stage.data!r}, and the config has "
                 f"{names}. Add the set, or correct the stage's `data`."
             )
-        latents = config.set(stage.data)
-        if stage.task == "i2v" and not (latents.condition_draws or latents.pixels):
-            raise ValueError(
-                f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
-                f"holds no conditioning; give the set `condition_draws` of 1 or more."
-            )
-        if TASKS[stage.task].is_control and not latents.control:
-            raise ValueError(
-                f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
-                f"holds no control; give the set one: 'file', 'camera' or an operator's name."
-            )
+        _check_data(stage, config.set(stage.data))
     for before, stage in itertools.pairwise(config.stages):
         if stage.in_channels < before.in_channels:
             raise ValueError(
@@ -348,6 +339,31 @@ def _check_teacher(config: TrainConfig, stage: Stage) -> None:
             )
 
 
+def _check_data(stage: Stage, latents: LatentSet) -> None:
+    """Raise ValueError if a latent set does not hold what a stage reads."""
+    if stage.task == "i2v" and not (latents.condition_draws or latents.pixels):
+        raise ValueError(
+            f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
+            f"holds no conditioning; give the set `condition_draws` of 1 or more."
+        )
+    if TASKS[stage.task].is_control and not latents.control:
+        raise ValueError(
+            f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
+            f"holds no control; give the set one: 'file', 'camera' or an operator's name."
+        )
+    if reads_pairs(stage) and not latents.pairs:
+        raise ValueError(
+            f"stage {stage.name!r} has the objective DirectPreference, and latent set "
+            f"{latents.name!r} holds single clips; give the set `pairs=True`, and its table a "
+            f"column worse_file_path"
+        )
+    if latents.pairs and not reads_pairs(stage):
+        raise ValueError(
+            f"stage {stage.name!r} trains on single clips, and latent set {latents.name!r} holds "
+            f"pairs; give the stage the objective DirectPreference, or add a set without `pairs`"
+        )
+
+
 def load(path: str) -> TrainConfig | VAETrainConfig:
     """Return the `config` that a Python file defines.
 
@@ -367,7 +383,7 @@ def load(path: str) -> TrainConfig | VAETrainConfig:
 
 
 _ROOMS = (VAETrainConfig, VAEStage, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)
-_ROOMS += (GuidanceDistillation, SegmentDistillation, DistributionMatching)
+_ROOMS += (GuidanceDistillation, SegmentDistillation, DistributionMatching, DirectPreference)
 _CLASSES = {
     c.__name__: c
     for c in (

@@ -249,10 +249,10 @@ def config_of(opened: Opened, clips: Path, output: Path, asked: Asked) -> TrainC
         latents = opened.training.set(stage.data)
         rest = {name: getattr(opened.training, name) for name in ("process", "seed")}
     draws = max(latents.condition_draws, int(name == "i2v"))
-    latents = replace(latents, name=NAME, pixels=False, min_quality=0.0, condition_draws=draws)
-    stage = replace(
-        stage, name=NAME, data=NAME, batch_size=asked.batch, microbatch=None, weights=()
-    )
+    latents = replace(latents, name=NAME, pixels=False, pairs=False, min_quality=0.0)
+    latents = replace(latents, condition_draws=draws)
+    stage = replace(stage, name=NAME, data=NAME, batch_size=asked.batch, microbatch=None)
+    stage = replace(stage, weights=(), objective=None)
     return TrainConfig(
         source=str(clips),
         prepared=str(output / "latents"),
@@ -323,8 +323,19 @@ def prompt_videos(run: Pipeline, prompts: Sequence[str], folder: Path, asked: As
         for number in range(PER_PROMPT)
         if not (path := folder / f"{prompt}-{number}.mp4").is_file()
     ]
-    empty, samples = run.encoder.encode([""]), run.samples
+    samples = run.samples
     size = samples.frames, samples.height, samples.width
+    make_films(run, todo, size, asked)
+
+
+def make_films(
+    run: Pipeline, todo: Sequence[tuple[str, int, Path]], size: tuple[int, int, int], asked: Asked
+) -> None:
+    """Write the films of (prompt, number, path); film n has the seed `asked.seed` + n.
+
+    `size` is (frames, height, width).
+    """
+    empty = run.encoder.encode([""])
     with tqdm(total=len(todo), desc="prompts", unit="video") as progress:
         for first in range(0, len(todo), asked.batch):
             some = todo[first : first + asked.batch]

@@ -24,6 +24,7 @@ from easyanimate_jax.training.program import (
     abstract_state,
     microbatch_rows,
     reads_empty,
+    reads_pairs,
     step_program,
 )
 from easyanimate_jax.training.stages import Stage
@@ -132,6 +133,7 @@ def describe_stage(
         tokens=tokens,
         text_lengths=text_lengths,
         empty=reads_empty(stage),
+        pairs=reads_pairs(stage),
     )
     trained = _trained_part(state)
     evaluations = 0 if stage.objective is None else stage.objective.evaluations
@@ -160,7 +162,7 @@ def describe_stage(
             "optimizer": _bytes(state.opt_state),
             "batch": _bytes(batch),
         },
-        model_flops=flops * stage.batch_size,
+        model_flops=flops * stage.batch_size * (2 if reads_pairs(stage) else 1),
         attention_share=share,
         trained_part=trained,
         steps=stage.steps,

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
-from easyanimate_jax.data.loader import Batch
+from easyanimate_jax.data.loader import Batch, Worse
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.facts import LATENT_CHANNELS, PATCH
@@ -26,10 +26,13 @@ from easyanimate_jax.training.optimizer import OptimizerConfig, Rates, make_opti
 from easyanimate_jax.training.post.distill import guidance_loss, is_guided, segment_loss
 from easyanimate_jax.training.post.matching import matching_step
 from easyanimate_jax.training.post.objectives import (
+    DirectPreference,
+    Distillation,
     DistributionMatching,
     GuidanceDistillation,
     SegmentDistillation,
 )
+from easyanimate_jax.training.post.preference import preference_loss
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import (
     Part,
@@ -176,9 +179,11 @@ def abstract_batch(
     tokens: int,
     text_lengths: tuple[int, ...],
     empty: bool = False,
+    pairs: bool = False,
 ) -> Batch:
-    """Return the sharded shapes of a batch as the loader makes it; `empty` adds the empty texts.
+    """Return the sharded shapes of a batch as the loader makes it.
 
+    `empty` adds the empty texts, and `pairs` the worse clips.
     Arrays begin with (microbatches, rows). The last microbatch is padded with rows of weight 0.
     """
     rows = -(-batch_size // microbatch), microbatch
@@ -201,6 +206,8 @@ def abstract_batch(
         texts = zip(text_lengths, model.text_widths, strict=True)
         shapes = [jax.ShapeDtypeStruct((rows[0], 1, *text), jnp.float16) for text in texts]
         batch = batch._replace(empty=tuple(shapes))
+    if pairs:
+        batch = batch._replace(worse=Worse(batch.mean, batch.logvar, batch.condition))
     return _place(batch, batch_shardings(mesh, batch))
 
 
@@ -218,24 +225,32 @@ def batch_shardings(mesh: AnyMesh, batch: Batch) -> Batch:
     """
 
     def place(x, *axes: str | None):
+        if x is None:
+            return None
         rest = (None,) * (x.ndim - 2 - len(axes))
         return NamedSharding(mesh, activation_spec(mesh, x.shape, (None, "batch", *axes, *rest)))
 
+    worse = batch.worse and Worse(*(place(x, "tokens") for x in batch.worse))
     return Batch(
         mean=place(batch.mean, "tokens"),
         logvar=place(batch.logvar, "tokens"),
         grid=place(batch.grid),
         lengths=place(batch.lengths),
         texts=tuple(place(text) for text in batch.texts),
-        condition=None if batch.condition is None else place(batch.condition, "tokens"),
+        condition=place(batch.condition, "tokens"),
         weight=place(batch.weight),
         empty=None
         if batch.empty is None
         else tuple(NamedSharding(mesh, PartitionSpec()) for _ in batch.empty),
+        worse=worse,
     )
 
 
-LOSSES = {GuidanceDistillation: guidance_loss, SegmentDistillation: segment_loss}
+LOSSES = {
+    GuidanceDistillation: guidance_loss,
+    SegmentDistillation: segment_loss,
+    DirectPreference: preference_loss,
+}
 
 
 def loss_of(stage: Stage):
@@ -247,7 +262,12 @@ def loss_of(stage: Stage):
 
 def reads_empty(stage: Stage) -> bool:
     """Return whether the step of a stage also reads the states of the empty caption."""
-    return stage.objective is not None and is_guided(stage.objective)
+    return isinstance(stage.objective, Distillation) and is_guided(stage.objective)
+
+
+def reads_pairs(stage: Stage) -> bool:
+    """Return whether the step of a stage compares the two clips of a pair."""
+    return isinstance(stage.objective, DirectPreference)
 
 
 def step_program(config: StepConfig, placed: TrainState, stage: Stage):

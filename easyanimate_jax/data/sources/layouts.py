@@ -21,7 +21,7 @@ NAMES = (
     *("filename", "filepath"),
 )
 TEXTS = ("text", "caption", "prompt", "captions", "txt")
-KNOWN = {*NAMES, *TEXTS, "type", "control_file_path"}
+KNOWN = {*NAMES, *TEXTS, "type", "control_file_path", "worse_file_path"}
 MEDIA = (
     *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".ts", ".mts", ".m2ts", ".flv", ".mjpeg"),
     *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".apng", ".avif", ".heic", ".tif", ".tiff"),
@@ -270,7 +270,8 @@ def row_of(number: int, row: object) -> Row | Problem:
     name = next((row[key] for key in NAMES if row.get(key) is not None), None)
     text = next((row[key] for key in TEXTS if row.get(key) is not None), None)
     kind = row.get("type") or ("image" if "file_path" in row else None)
-    return Row(number, name, text, kind, control=row.get("control_file_path") or None)
+    control, worse = (row.get(f"{what}_file_path") or None for what in ("control", "worse"))
+    return Row(number, name, text, kind, control=control, worse=worse)
 
 
 def key_of(name: object) -> str:

@@ -21,7 +21,7 @@ from easyanimate_jax.data.sources.rows import Clip
 
 def root_of(clips: Iterable[Clip]) -> Path:
     """Return the deepest folder that contains all files of the clips."""
-    files = {f for clip in clips for f in (_on_disk(clip.path), clip.control) if f}
+    files = {f for clip in clips for f in (_on_disk(clip.path), clip.control, clip.worse) if f}
     return Path(os.path.commonpath({os.path.dirname(os.path.realpath(file)) for file in files}))
 
 
@@ -34,6 +34,8 @@ def to_bytes(clip: Clip, root: Path) -> UInt8[np.ndarray, "_bytes"]:
         shown = {name: value for name, value in file._asdict().items() if name in _SHOWN}
         place["path"] |= shown
     place["control"] = clip.control and _below(clip.control, root)
+    worse = place.pop("worse")  # absent without one, as in sets of earlier versions
+    place |= {"worse": _below(worse, root)} if worse else {}
     del place["captions"]
     return np.frombuffer(json.dumps(place, ensure_ascii=False).encode(), np.uint8)
 
@@ -49,9 +51,9 @@ def from_bytes(content: UInt8[np.ndarray, "_bytes"], root: Path) -> Clip:
         file = tfds.example(file, **path)
     elif "leaf" in path:
         file = Cell(file, **path)
-    control = place.pop("control")
-    control = safe_path(root, control) if control else None
-    return Clip(path=file, captions=(), control=control, **place)
+    beside = {name: place.pop(name, None) for name in ("control", "worse")}
+    beside = {name: safe_path(root, path) if path else None for name, path in beside.items()}
+    return Clip(path=file, captions=(), **beside, **place)
 
 
 _SHOWN = ("offset", "size", "index", "field", "leaf", "group", "row", "name")

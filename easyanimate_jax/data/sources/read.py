@@ -1,7 +1,8 @@
 """Read captioned videos and pictures from all supported layouts.
 
     DIR/metadata.json, .jsonl, .csv      EasyAnimate: file_path, text, type (spec 8.1), and for
-                                         control models control_file_path (spec 7.2)
+                                         control models control_file_path (spec 7.2); for pairs
+                                         worse_file_path, the worse of two files of one caption
     DIR/videos.txt, DIR/prompt.txt       a file and its caption on the same line of each
     DIR/x.mp4, DIR/x.txt                 side by side, at any depth
     FILE.csv, FILE.parquet               columns for path and caption, under their usual names; in
@@ -18,6 +19,7 @@ its reason; it never raises an exception and is never dropped silently.
 """
 
 import logging
+import math
 import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +37,8 @@ from easyanimate_jax.data.sources.rows import KINDS, Clip, Problem, Row, caption
 from easyanimate_jax.disk.local import local_path, quoted, shown
 
 logger = logging.getLogger(__name__)
+
+RATES = 1e-3  # largest relative difference of the frame rates of a pair
 
 
 class _Mention(NamedTuple):
@@ -59,6 +63,7 @@ def read_clips(
     described, rows = rows_of(source, links)
     files: dict[str, media.File | None] = {}
     controls: dict[str, object] = {}
+    worse: dict[str, object] = {}
     mentions: dict[str, list[_Mention]] = {}
     problems = []
     for row in rows:
@@ -74,6 +79,9 @@ def read_clips(
             row = row._replace(name=paths.relative_name(described.parent, row.name))
         if files.setdefault(row.name, row.file) != row.file:
             problems.append(Problem(row.number, row.name, "another file has this name"))
+        elif worse.setdefault(row.name, row.worse) != row.worse:
+            told = "an earlier row names another worse_file_path for this file, or none"
+            problems.append(Problem(row.number, row.name, told))
         else:
             mention = _Mention(row.number, row.kind or "", row.text)
             mentions.setdefault(row.name, []).append(mention)
@@ -81,19 +89,16 @@ def read_clips(
 
     clips = []
     with ThreadPoolExecutor() as pool:
-        found = pool.map(
-            lambda name: _probe(described.parent, name, files[name], controls[name], links),
-            mentions,
-        )
+        named = ((n, files[n], controls[n], worse[n]) for n in mentions)
+        found = pool.map(lambda one: _probe(described.parent, links, *one), named)
         for (name, some), probed in zip(mentions.items(), found, strict=True):
             if isinstance(probed, ValueError):
                 problems += [Problem(mention.row, name, str(probed)) for mention in some]
                 continue
             captions = _captions(name, some, probed[1], problems)
             if captions:
-                path, (kind, num_frames, height, width, fps), control = probed
-                size = num_frames, height, width, fps
-                clips.append(Clip(name, path, kind, captions, *size, control=control))
+                path, (kind, *size), control, other = probed
+                clips.append(Clip(name, path, kind, captions, *size, control=control, worse=other))
     problems = sorted(Problem(p.row, shown(p.file), shown(p.reason)) for p in problems)
     if not clips:
         listed = "".join(f"\n  row {p.row} {p.file}: {p.reason}" for p in problems[:20])
@@ -219,11 +224,40 @@ def row_fault(row: Row) -> str:
 
 
 def _probe(
-    folder: Path, name: str, file: media.File | None, control: object, links: str | Path | None
-) -> tuple[media.File, media.Probe, Path | None] | ValueError:
+    folder: Path,
+    links: str | Path | None,
+    name: str,
+    file: media.File | None,
+    control: object,
+    worse: object,
+) -> tuple[media.File, media.Probe, Path | None, Path | None] | ValueError:
+    """Return the file, its properties, its control and the worse file of its pair.
+
+    Returns a ValueError for a file that is missing or not readable, and for unlike files of a pair.
+    """
     try:
         file = file or paths.safe_path(folder, name, links)
-        control = paths.safe_path(folder, str(control), links) if control else None
-        return file, decoders().probe(file), control
+        control, worse = (
+            paths.safe_path(folder, str(path), links) if path else None for path in (control, worse)
+        )
+        probe = decoders().probe(file)
+        if worse:
+            if worse == file:
+                raise ValueError("worse_file_path is the file itself; name another one")
+            _check_pair(probe, worse, decoders().probe(worse))
+        return file, probe, control, worse
     except ValueError as error:
         return error
+
+
+def _check_pair(better: media.Probe, path: Path, worse: media.Probe) -> None:
+    """Raise ValueError unless the worse file of a pair has kind, length, size and rate of it."""
+    if better[:4] != worse[:4] or not math.isclose(better.fps, worse.fps, rel_tol=RATES):
+        told = (
+            f"{p.kind} of {p.num_frames} frames, {p.height}x{p.width} at {p.fps:g} a second"
+            for p in (better, worse)
+        )
+        mine, other = told
+        raise ValueError(
+            f"the worse file {path.name} is a {other}, and this one a {mine}; give both the same"
+        )

@@ -26,6 +26,7 @@ class Clip:
     first: int = 0  # first frame, counted in the file: a clip may be a span of a film
     source: str = ""  # name of its source in a mixture
     control: Path | None = None  # a control video or picture, or a pose file
+    worse: Path | None = None  # the worse file of a pair, of the same size, length and rate
     quality: float = 0.0  # the share of its table's clips that it beats; 0 if it has no rating
 
 
@@ -38,6 +39,7 @@ class Row(NamedTuple):
     kind: object = None  # "image", "video", or None if the file decides
     file: File | None = None
     control: object = None  # relative to the source's folder
+    worse: object = None  # likewise
 
 
 class Problem(NamedTuple):

@@ -134,4 +134,32 @@ class DistributionMatching:
         return mean + (mean + 2 + 3) / self.critic_updates
 
 
-Objective = GuidanceDistillation | SegmentDistillation | DistributionMatching
+@dataclass(frozen=True)
+class DirectPreference:
+    """The student prefers the better clip of each pair to the worse one, more than its teacher.
+
+    Flow-DPO (Liu et al. 2025, arXiv 2501.13918), the form of direct preference optimization for
+    diffusion (Wallace et al. 2023, arXiv 2311.12908) whose errors are those of the velocity. It
+    reads a set with `pairs=True`, and is sampled as its teacher.
+    """
+
+    beta: float = 100.0
+    """Weight of the margin between student and teacher: the larger, the closer the student stays to
+    its teacher. The default is that of yifan123/flow_grpo, `config/dpo.py`, for errors of the
+    velocity; 100 to 500 is usual."""
+
+    plain: float = 0.0
+    """Weight of the ordinary loss on the better clip, added to the loss of preference. Above 0 it
+    keeps the error of the better clip from rising together with that of the worse."""
+
+    def __post_init__(self):
+        check_fields(self, beta="(0, inf)", plain="[0, 1]")
+
+    @property
+    def evaluations(self) -> int:
+        """Return how often the teacher is evaluated for each of the two clips."""
+        return 1
+
+
+Distillation = GuidanceDistillation | SegmentDistillation | DistributionMatching
+Objective = Distillation | DirectPreference
