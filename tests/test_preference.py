@@ -22,15 +22,17 @@ from easyanimate_jax.data.loader import Loader, Worse
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records
 from easyanimate_jax.data.sources.read import read_clips
+from easyanimate_jax.data.sources.report import describe
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.lora import LoRAConfig
+from easyanimate_jax.prepare.clips import read_pixels
 from easyanimate_jax.prepare.encode import Encoder
-from easyanimate_jax.prepare.prepare import prepare
+from easyanimate_jax.prepare.prepare import prepare, select
 from easyanimate_jax.runs.batches import make_loaders, place
 from easyanimate_jax.runs.config import from_json, to_json
 from easyanimate_jax.runs.loop import train
 from easyanimate_jax.runs.visits import VisitLoader
-from easyanimate_jax.sharding import make_mesh
+from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.training.compile import describe_stage, model_flops
 from easyanimate_jax.training.post import preference
 from easyanimate_jax.training.post.objectives import DirectPreference
@@ -228,8 +230,28 @@ def test_rows_of_a_table_are_pairs_and_unlike_files_are_named(table):
         "e.mp4": "worse_file_path is the file itself",
         "0.mp4": "an earlier row names another worse_file_path for this file",
     }
+    assert "        3 pairs of a better and a worse file" in describe(table)
     assert reasons.keys() == told.keys()
     assert all(part in reasons[name] for name, part in told.items())
+
+
+def test_both_clips_of_a_pair_are_read_by_the_same_draws(table):
+    pair, single = (select(s, read_clips(table)[0], 0) for s in (PAIRS, SET))
+    names = [job.clip.name for job in single]
+    for job in pair:
+        rng = np.random.default_rng(5)
+        found = read_pixels(job, [np.random.default_rng(n) for n in range(8)], rng)
+        alone = single[names.index(job.clip.name)]
+        assert alone.clip.worse is None and job.start == alone.start
+        own = read_pixels(alone, [np.random.default_rng(n) for n in range(8)], rng)
+        for one, other, worse in zip(
+            own.conditions, found.conditions, found.worse.conditions, strict=True
+        ):
+            np.testing.assert_array_equal(one.given, other.given)
+            np.testing.assert_array_equal(other.mask, worse.mask)
+            assert other.flag == worse.flag
+        assert len({one.mask.tobytes() for one in found.conditions}) > 2
+        assert (found.worse.video != found.video).any()
 
 
 def prepared(table, vae, latents, out):  # noqa: F811
@@ -366,6 +388,14 @@ def test_a_run_resumes_to_the_bits(finished, tmp_path):
     ours, theirs = (flat_weights(load_mmdit(c.run, weights="raw")) for c in (part, finished))
     for name, value in theirs.items():
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+@pytest.mark.slow
+def test_eight_devices_prefer_as_one(finished, tmp_path):
+    mesh = MeshConfig(fsdp=2, context=2, tensor=2)
+    other = replace(finished, run=str(tmp_path), mesh=mesh)
+    assert train(other) == 0
+    np.testing.assert_allclose(losses(other), losses(finished), rtol=1e-4)
 
 
 def test_the_batch_of_a_stage_is_the_one_it_is_compiled_for(config):

@@ -1,8 +1,5 @@
 """Measure a model on captioned clips."""
 
-import importlib
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -134,20 +131,14 @@ def check(own: Options) -> None:
 
 def features_of(text: str | None):
     """Return the `Features` that --features names, or None. Raises ValueError."""
+    from easyanimate_jax.evaluation.rewards import named_function
     from easyanimate_jax.runs.evaluate import Features, features_in
 
     if text is None:
         return None
     if text.endswith(".npz"):
         return features_in(local_path(text))
-    module, sign, name = text.partition(":")
-    sys.path.insert(0, os.getcwd())
     try:
-        function = getattr(importlib.import_module(module), name) if sign else None
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--features {text}: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(function):
-        raise ValueError(f"--features {text}: give MODULE:FUNCTION, or a file .npz")
-    return Features(text, function)
+        return Features(text, named_function(text))
+    except ValueError as error:
+        raise ValueError(f"--features {error}; give MODULE:FUNCTION, or a file .npz") from error

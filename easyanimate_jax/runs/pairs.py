@@ -61,6 +61,7 @@ class PairMaker:
         self.opened, self.run, self.reward, self.output = opened, run, reward, output
         self.prompts, self.count, self.size, self.asked = list(prompts), count, size, asked
         self.rewards: dict[tuple[str, int], float] = {}
+        self.keys: dict[tuple[str, int], str] = {}  # of the rewards of videos that exist
 
     def make(self) -> list[str]:
         """Write videos, rewards, pairs and the page; return the figures as lines.
@@ -141,8 +142,10 @@ class PairMaker:
 
     def _key(self, prompt: str, number: int) -> str:
         """Return the key of a video's reward."""
-        content = hashlib.blake2b(self._path(prompt, number).read_bytes(), digest_size=16)
-        return key(self.reward.name, prompt, content.hexdigest())
+        if (prompt, number) not in self.keys:
+            content = hashlib.blake2b(self._path(prompt, number).read_bytes(), digest_size=16)
+            self.keys[prompt, number] = key(self.reward.name, prompt, content.hexdigest())
+        return self.keys[prompt, number]
 
     def _unrated(self, received: Received) -> bool:
         """Return whether a video that exists has no reward."""

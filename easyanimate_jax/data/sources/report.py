@@ -31,6 +31,8 @@ def describe(source: str | Path, links: str | Path | None = None) -> str:
                 f"{middle:.1f} / {high:.1f} s; frames a second "
                 + ", ".join(f"{r:g} ({n:,})" for r, n in rates)
             )
+    if pairs := sum(clip.worse is not None for clip in clips):
+        lines.append(f"  {pairs:>9,} pairs of a better and a worse file")
     lines.append(f"  {len(problems):>9,} problems")
     lines += [f"    row {p.row}: {p.file!r}: {p.reason}" for p in problems[:SHOWN]]
     return "\n".join([*lines, *(["    ..."] if len(problems) > SHOWN else [])])
