@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from easyanimate_jax.training.post.objectives import (
         GuidanceDistillation as GuidanceDistillation,
     )
+    from easyanimate_jax.training.post.objectives import (
+        RewardBackpropagation as RewardBackpropagation,
+    )
     from easyanimate_jax.training.post.objectives import SegmentDistillation as SegmentDistillation
     from easyanimate_jax.training.stages import Stage as Stage
     from easyanimate_jax.training.stages import boundaries as boundaries
@@ -92,6 +95,7 @@ _HOMES = {
         "DirectPreference",
         "DistributionMatching",
         "GuidanceDistillation",
+        "RewardBackpropagation",
         "SegmentDistillation",
     ),
     "training.stages": ("Stage", "boundaries"),

@@ -41,6 +41,7 @@ from easyanimate_jax.training.post.objectives import (
     DirectPreference,
     DistributionMatching,
     GuidanceDistillation,
+    RewardBackpropagation,
     SegmentDistillation,
 )
 from easyanimate_jax.training.safety.monitor import Monitor
@@ -172,6 +173,22 @@ CLASSES = {
     RewardServer: (
         {"name": "http://a"},
         {"batch": COUNT, "seconds": ABOVE, "tries": COUNT, "fps": ((1, 120), (0, 121))},
+    ),
+    RewardBackpropagation: (
+        {"reward": "rewards:rate"},
+        {
+            "frames": ((1,), (0,)),
+            "height": SIDE,
+            "width": SIDE,
+            "decoded": COUNT,
+            "steps": ((15, 1000), (0, 1001)),
+            "guidance": ((1.0, 100.0), (1 - 1e-9, 100.1)),
+            "chosen": ((1, 15), (0, 1001)),
+            "last": ((5, 50), (0, 1001)),
+            "scale": ABOVE,
+            "distance": RATE,
+            "plain": RATE,
+        },
     ),
     DirectPreference: ({}, {"beta": ABOVE, "plain": SHARE}),
     LatentSet: (

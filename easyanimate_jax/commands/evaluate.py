@@ -131,7 +131,7 @@ def check(own: Options) -> None:
 
 def features_of(text: str | None):
     """Return the `Features` that --features names, or None. Raises ValueError."""
-    from easyanimate_jax.evaluation.rewards import named_function
+    from easyanimate_jax.disk.functions import named_function
     from easyanimate_jax.runs.evaluate import Features, features_in
 
     if text is None:

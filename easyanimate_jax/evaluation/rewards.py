@@ -12,13 +12,11 @@ Nothing is pickled: a request is JSON, with each video as mp4 or npz in base64.
 import base64
 import hashlib
 import http.client
-import importlib
 import io
 import json
 import logging
 import math
 import os
-import sys
 import tempfile
 import time
 import urllib.request
@@ -32,6 +30,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from easyanimate_jax.data import media
+from easyanimate_jax.disk.functions import named_function
 from easyanimate_jax.disk.whole import replace_text
 from easyanimate_jax.facts import FPS, check_fields, to_bytes
 
@@ -215,21 +214,6 @@ def open_reward(text: str, **settings) -> Reward:
     if text.startswith(("http://", "https://")):
         return RewardServer(text, **settings)
     return RewardFunction(text, named_function(text))
-
-
-def named_function(text: str) -> Callable:
-    """Return the function MODULE:FUNCTION. Raises ValueError if there is none."""
-    module, sign, name = text.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), name) if sign and module else None
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{text}: {error}") from error
-    finally:
-        sys.path.remove(os.getcwd())
-    if not callable(function):
-        raise ValueError(f"{text} is not MODULE:FUNCTION")
-    return function
 
 
 def as_bytes(frames: np.ndarray) -> UInt8[np.ndarray, "..."]:

@@ -5,7 +5,6 @@ Every run folder holds a JSON copy of its config, from which the run can be rebu
 """
 
 import dataclasses
-import itertools
 import json
 import runpy
 import sys
@@ -17,22 +16,23 @@ from easyanimate_jax.data.buckets import Budget, check_size
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
-from easyanimate_jax.diffusion.tasks import TASKS
 from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
 from easyanimate_jax.disk.local import local_path, resolve_fields
 from easyanimate_jax.facts import MAX_STEPS, SEEDS, TrackerName, check_fields
 from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.models.vae import VAEConfig
+from easyanimate_jax.runs.stage_checks import check_stages, rewards_of
 from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates
 from easyanimate_jax.training.post.objectives import (
     DirectPreference,
     DistributionMatching,
     GuidanceDistillation,
+    RewardBackpropagation,
     SegmentDistillation,
 )
-from easyanimate_jax.training.program import StepConfig, reads_pairs
+from easyanimate_jax.training.program import StepConfig
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
 from easyanimate_jax.weights.module import without_removed
@@ -273,7 +273,7 @@ class TrainConfig:
                 f"TrainConfig: optimizer.matrices={self.optimizer.matrices!r} with lora: adapters "
                 f"are trained by Adam; use 'adam'"
             )
-        _check_stages(self)
+        check_stages(self)
 
     @property
     def step(self) -> StepConfig:
@@ -288,6 +288,7 @@ class TrainConfig:
             self.frozen,
             any(stage.objective is not None for stage in self.stages),
             any(isinstance(stage.objective, DistributionMatching) for stage in self.stages),
+            next(((name, self.vae) for name in sorted(rewards_of(self))), None),
         )
 
     @property
@@ -298,70 +299,6 @@ class TrainConfig:
     def set(self, name: str) -> LatentSet:
         """Return the latent set with this name."""
         return next(s for s in self.sets if s.name == name)
-
-
-def _check_stages(config: TrainConfig) -> None:
-    """Raise ValueError for a stage that does not fit its set, its teacher or its neighbours."""
-    names = [s.name for s in config.sets]
-    for stage in config.stages:
-        _check_teacher(config, stage)
-        if stage.data not in names:
-            raise ValueError(
-                f"stage {stage.name!r} reads latent set {stage.data!r}, and the config has "
-                f"{names}. Add the set, or correct the stage's `data`."
-            )
-        _check_data(stage, config.set(stage.data))
-    for before, stage in itertools.pairwise(config.stages):
-        if stage.in_channels < before.in_channels:
-            raise ValueError(
-                f"stage {stage.name!r} trains {stage.task} with {stage.in_channels} input "
-                f"channels after {before.in_channels} of stage {before.name!r}: channels only "
-                f"grow; put the stage before those of more channels, or give it another task"
-            )
-    for group in (names, [s.name for s in config.stages]):
-        if len(set(group)) < len(group):
-            raise ValueError(f"names must differ: {group}")
-
-
-def _check_teacher(config: TrainConfig, stage: Stage) -> None:
-    """Raise ValueError for a stage whose objective has no teacher."""
-    if stage.objective is not None:
-        what = f"stage {stage.name!r} has the objective {type(stage.objective).__name__}"
-        if not config.init:
-            raise ValueError(
-                f"{what}, whose teacher is `init`, and init is empty; give the path of a "
-                f"trained model"
-            )
-        if config.train:
-            raise ValueError(
-                f"{what}, and `train` trains a part of the teacher's own weights; use `lora`, "
-                f"or train all weights"
-            )
-
-
-def _check_data(stage: Stage, latents: LatentSet) -> None:
-    """Raise ValueError if a latent set does not hold what a stage reads."""
-    if stage.task == "i2v" and not (latents.condition_draws or latents.pixels):
-        raise ValueError(
-            f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
-            f"holds no conditioning; give the set `condition_draws` of 1 or more."
-        )
-    if TASKS[stage.task].is_control and not latents.control:
-        raise ValueError(
-            f"stage {stage.name!r} trains {stage.task}, and latent set {stage.data!r} "
-            f"holds no control; give the set one: 'file', 'camera' or an operator's name."
-        )
-    if reads_pairs(stage) and not latents.pairs:
-        raise ValueError(
-            f"stage {stage.name!r} has the objective DirectPreference, and latent set "
-            f"{latents.name!r} holds single clips; give the set `pairs=True`, and its table a "
-            f"column worse_file_path"
-        )
-    if latents.pairs and not reads_pairs(stage):
-        raise ValueError(
-            f"stage {stage.name!r} trains on single clips, and latent set {latents.name!r} holds "
-            f"pairs; give the stage the objective DirectPreference, or add a set without `pairs`"
-        )
 
 
 def load(path: str) -> TrainConfig | VAETrainConfig:
@@ -384,6 +321,7 @@ def load(path: str) -> TrainConfig | VAETrainConfig:
 
 _ROOMS = (VAETrainConfig, VAEStage, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)
 _ROOMS += (GuidanceDistillation, SegmentDistillation, DistributionMatching, DirectPreference)
+_ROOMS += (RewardBackpropagation,)
 _CLASSES = {
     c.__name__: c
     for c in (

@@ -13,7 +13,7 @@ from easyanimate_jax.models.layers import matches
 from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import RULES, MeshConfig, is_variable
-from easyanimate_jax.training.program import make_state
+from easyanimate_jax.training.program import abstract_judge, make_state
 from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.weights.module import named_weights
 
@@ -25,6 +25,7 @@ def describe_run(config: TrainConfig) -> str:
     settings = config.step.with_channels(config.stages[-1].in_channels)
     model = settings.model
     state = jax.eval_shape(partial(make_state, settings), jax.random.key(0))
+    state = state._replace(judge=abstract_judge(settings))
     sizes = {name: x.size for name, x in named_weights(state.model).items()}
     adapters = sum(size for name, size in sizes.items() if "adapter" in name.split("."))
     trained = sum(sizes.values()) - adapters
@@ -145,6 +146,7 @@ def _mesh_lines(mesh: MeshConfig, state: TrainState) -> list[str]:
     held = {"weights": state.model, "their average": state.ema}
     held |= {"the optimizer's moments": state.opt_state, "frozen weights": state.frozen}
     held |= {"teacher": state.teacher, "critic and its moments": state.critic}
+    held |= {"decoder and reward": state.judge}
     held = {name: bytes_of(tree) / 1e9 for name, tree in held.items() if tree is not None}
     parts = ", ".join(f"{name} {size:.2f}" for name, size in held.items())
     return [

@@ -16,15 +16,25 @@ from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.position import Position, check_resume, is_kept, position_at
 from easyanimate_jax.runs.programs import Programs
 from easyanimate_jax.training.checkpoint import Checkpoints
+from easyanimate_jax.training.post.reward import reward_weights
 from easyanimate_jax.training.program import abstract_state, graph_of, make_state, with_adapters
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.stages import Stage
-from easyanimate_jax.training.step import TrainState, input_channels, whole, widen_state
+from easyanimate_jax.training.step import (
+    Judge,
+    TrainState,
+    input_channels,
+    whole,
+    widen_state,
+)
 from easyanimate_jax.weights.adapters import to_continue
-from easyanimate_jax.weights.folder import load_start
+from easyanimate_jax.weights.folder import load_start, load_vae
 from easyanimate_jax.weights.identity import weights_print
 
 logger = logging.getLogger(__name__)
+
+
+GIVEN = dict.fromkeys(("frozen", "teacher", "judge"))  # fields that no checkpoint holds
 
 
 class States:
@@ -60,11 +70,12 @@ class States:
             start = to_continue(path, self.config.step.model, self.config.lora)
         self.programs.check(self.config.stages[0])
         self.monitor.enter("start")
-        return self._start(start)
+        return self._start(start)._replace(judge=self._judge())
 
     def _start(self, start: Mapping) -> TrainState:
         stage, settings = self.config.stages[0], self.config.step
         make, placed, _ = self._abstract(stage.in_channels)
+        placed = placed._replace(judge=None)
         key = jax.random.fold_in(self.key, 1)
         if not self.config.init:
             return jax.jit(make, out_shardings=placed)(key)
@@ -99,14 +110,15 @@ class States:
             place = position_at(self.config, meta["step"])
             if place:
                 self.programs.check(place.stage)
-            return self._abstract(meta["in_channels"])[2]._replace(frozen=None, teacher=None)
+            return self._abstract(meta["in_channels"])[2]._replace(**GIVEN)
 
         found = self.checkpoints.restore(like, before=before)
         if found is None:
             return None
         step, state, meta = found
         if self.base is not None:
-            state = state._replace(**self._given(meta["in_channels"]))
+            given = self._given(meta["in_channels"])
+            state = state._replace(**given, judge=self._judge())
         logger.info("resuming at step %d (stage %r)", step, meta["stage"])
         return step, state
 
@@ -122,6 +134,14 @@ class States:
             widen = jax.jit(widen_state, static_argnums=1, out_shardings=placed)
             weights = widen(weights, in_channels)
         return {name: weights}
+
+    def _judge(self) -> Judge | None:
+        """Return the autoencoder and the weights of the run's reward, if it has one."""
+        if self.config.step.reward is None:
+            return None
+        name, vae = self.config.step.reward
+        judge = Judge(load_vae(vae), reward_weights(name))
+        return jax.device_put(judge, self._abstract(self.config.stages[0].in_channels)[1].judge)
 
     def _init(self, kernels: Kernels) -> MMDiT:
         """Return the model of `config.init` with the first stage's input channels."""
@@ -175,7 +195,7 @@ class States:
             "seed": self.config.seed,
             "config": json.loads(to_json(self.config)),
         }
-        self.checkpoints.save(step, state._replace(frozen=None, teacher=None), meta)
+        self.checkpoints.save(step, state._replace(**GIVEN), meta)
 
     def _abstract(self, in_channels: int):
         """Return (function key -> state, the state's shardings, the state as shapes)."""

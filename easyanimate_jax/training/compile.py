@@ -158,6 +158,7 @@ def describe_stage(
             **({"frozen weights": _bytes(state.frozen)} if config.partial else {}),
             **({"teacher": _bytes(state.teacher)} if state.teacher is not None else {}),
             **({"critic": _bytes(state.critic)} if state.critic is not None else {}),
+            **({"decoder and reward": _bytes(state.judge)} if state.judge is not None else {}),
             "average": _bytes(state.ema),
             "optimizer": _bytes(state.opt_state),
             "batch": _bytes(batch),

@@ -5,6 +5,7 @@
 
 import dataclasses
 from functools import cache, partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from easyanimate_jax.models.layers import matches
 from easyanimate_jax.models.lora import LoRAConfig, attach, fill, is_adapter
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.storage import Kernels, store
+from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.sharding import AnyMesh, activation_spec, shardings
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates, make_optimizer
 from easyanimate_jax.training.post.distill import guidance_loss, is_guided, segment_loss
@@ -30,18 +32,22 @@ from easyanimate_jax.training.post.objectives import (
     Distillation,
     DistributionMatching,
     GuidanceDistillation,
+    RewardBackpropagation,
     SegmentDistillation,
 )
 from easyanimate_jax.training.post.preference import preference_loss
+from easyanimate_jax.training.post.reward import reward_loss, reward_weights
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import (
+    Judge,
     Part,
     TrainState,
     denoising_loss,
     init_state,
     train_step,
 )
-from easyanimate_jax.weights.module import named_weights
+from easyanimate_jax.weights.folder import vae_config
+from easyanimate_jax.weights.module import abstract, named_weights
 
 # Vector memory that one operation may use, by device kind; the default is 16 MiB. v5p has 64 MiB
 # per core, v6e has 128 MiB; other trainers for these chips use the same limits. Larger tiles make
@@ -65,6 +71,7 @@ class StepConfig(NamedTuple):
     frozen: Kernels = "float32"  # storage of the kernels that are not trained
     taught: bool = False  # whether a stage has a teacher
     critic: bool = False  # whether a stage has a critic
+    reward: tuple[str, str] | None = None  # function and autoencoder of `RewardBackpropagation`
 
     @property
     def exact(self) -> tuple[str, ...]:
@@ -166,8 +173,21 @@ def abstract_state(config: StepConfig, mesh: AnyMesh):
     """Return (function key -> state, the state's shardings, the state as placed shapes)."""
     make = partial(make_state, config)
     shapes = jax.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
+    shapes = shapes._replace(judge=abstract_judge(config))
     placed = shardings(mesh, shapes)
     return make, placed, _place(shapes, placed)
+
+
+def abstract_judge(config: StepConfig) -> Judge | None:
+    """Return the shapes of the autoencoder and of the reward's weights, if the run has a reward.
+
+    An autoencoder that is not there has the released shapes.
+    """
+    if config.reward is None:
+        return None
+    reward, vae = config.reward
+    settings = vae_config(vae) if Path(vae).exists() else VAEConfig()
+    return Judge(abstract(CausalVAE, settings), jax.eval_shape(partial(reward_weights, reward)))
 
 
 def abstract_batch(
@@ -250,6 +270,7 @@ LOSSES = {
     GuidanceDistillation: guidance_loss,
     SegmentDistillation: segment_loss,
     DirectPreference: preference_loss,
+    RewardBackpropagation: reward_loss,
 }
 
 
@@ -262,6 +283,8 @@ def loss_of(stage: Stage):
 
 def reads_empty(stage: Stage) -> bool:
     """Return whether the step of a stage also reads the states of the empty caption."""
+    if isinstance(stage.objective, RewardBackpropagation):
+        return stage.objective.guidance > 1
     return isinstance(stage.objective, Distillation) and is_guided(stage.objective)
 
 

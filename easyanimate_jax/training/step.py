@@ -7,7 +7,7 @@ so neither the mesh nor the microbatch size changes the numbers.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from easyanimate_jax.diffusion.losses import masked_squared_error
 from easyanimate_jax.facts import PATCH
 from easyanimate_jax.models.lora import is_adapter, without_some
 from easyanimate_jax.models.mmdit import MMDiT
+from easyanimate_jax.models.vae import CausalVAE
 
 
 class TrainState(NamedTuple):
@@ -37,6 +38,7 @@ class TrainState(NamedTuple):
     frozen: nnx.State | None = None  # not in checkpoints
     teacher: MMDiT | None = None  # not in checkpoints; None if it is `frozen`, or nothing needs it
     critic: "Critic | None" = None  # of `DistributionMatching`
+    judge: "Judge | None" = None  # of `RewardBackpropagation`; not in checkpoints
 
 
 class Critic(NamedTuple):
@@ -46,11 +48,19 @@ class Critic(NamedTuple):
     opt_state: optax.OptState
 
 
+class Judge(NamedTuple):
+    """What turns latents into a reward: the autoencoder, and the weights of the reward, if any."""
+
+    vae: CausalVAE
+    weights: Any = ()
+
+
 class Networks(NamedTuple):
     """The networks that a loss evaluates."""
 
     student: MMDiT  # the one that is trained
     teacher: MMDiT | None = None  # as `init` is, without gradient
+    judge: Judge | None = None
 
 
 class Part(NamedTuple):
@@ -111,10 +121,10 @@ def networks(weights, state: TrainState, part: Part | None, key: PRNGKeyArray) -
     `key` draws which ranks of adapters are left out.
     """
     if part is None:
-        return Networks(weights, state.teacher)
+        return Networks(weights, state.teacher, state.judge)
     weights = without_some(weights, key, part.dropout)
     teacher = part.frozen and nnx.merge(part.frozen, state.frozen)
-    return Networks(whole(part.whole, weights, state.frozen), teacher)
+    return Networks(whole(part.whole, weights, state.frozen), teacher, state.judge)
 
 
 def input_channels(state: TrainState) -> int:
@@ -309,7 +319,7 @@ def _after(state: TrainState, value, grads, optimizer, learning_rate, ema_decay:
     ema = None if state.ema is None else optax.incremental_update(model, state.ema, 1 - decay)
 
     # The loss is exactly 0 if all errors are outliers, which count as zero (spec 4.4).
-    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (value > 0)
+    finite = jnp.isfinite(value) & jnp.isfinite(grad_norm) & (value != 0)
     model, ema, opt_state = jax.tree.map(
         lambda new, old: jnp.where(finite, new, old),
         (model, ema, opt_state),

@@ -125,6 +125,14 @@ def load_vae(
     return _load(CausalVAE, model, problems, dtype, "float32", mesh)
 
 
+def vae_config(path: str | Path) -> VAEConfig:
+    """Return the config of the VAE of a file or folder. Raises ValueError as `load_vae` does."""
+    problems = []
+    model = open_model(local_path(path), "vae", problems)
+    files.raise_all(path, problems)
+    return model.config
+
+
 def _load(model_class, model: Model, problems, dtype, kernels: Kernels, mesh):
     config = dataclasses.replace(model.config, dtype=dtype) if dtype else model.config
     module = abstract(model_class, config)

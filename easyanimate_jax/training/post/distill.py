@@ -102,10 +102,14 @@ def guided_prediction(
     plain = predict(teacher, batch, x, time).astype(jnp.float32)
     if not is_guided(objective):
         return plain, plain
-    shape = (len(x), *(1,) * (batch.empty[0].ndim - 1))
-    empty = tuple(jnp.tile(text.astype(jnp.float32), shape) for text in batch.empty)
-    uncond = predict(teacher, batch, x, time, empty).astype(jnp.float32)
+    uncond = predict(teacher, batch, x, time, empty_texts(batch)).astype(jnp.float32)
     return guide(uncond, plain, align(scale, x)), plain
+
+
+def empty_texts(batch: Batch) -> tuple[Float[Array, "B _L _width"], ...]:
+    """Return the states of the empty caption, for each row."""
+    shape = (len(batch.lengths), 1, 1)
+    return tuple(jnp.tile(text.astype(jnp.float32), shape) for text in batch.empty)
 
 
 def is_guided(objective) -> bool:

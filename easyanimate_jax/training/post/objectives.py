@@ -6,6 +6,7 @@ as adapters shares its weights, so that both take the memory of one model.
 
 from dataclasses import dataclass
 
+from easyanimate_jax.data.buckets import check_size, grid_of
 from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
 from easyanimate_jax.facts import check_fields
 
@@ -161,5 +162,105 @@ class DirectPreference:
         return 1
 
 
+@dataclass(frozen=True)
+class RewardBackpropagation:
+    """The student's videos get a higher reward, whose gradient goes back into the last steps.
+
+    DRaFT-K (Clark et al. 2023, arXiv 2309.17400) with the inputs of the network detached, as in
+    DRTune (arXiv 2405.00760) and the reference's `train_reward_lora.py`. The student samples videos
+    of the batch's captions, the first latent frames are decoded, and the reward's gradient reaches
+    the weights through `chosen` of the `last` steps. One step at a time is differentiated, so an
+    update takes the memory of one training step and of the decoder.
+    """
+
+    reward: str
+    """MODULE:FUNCTION, which takes frames (B, F, H, W, 3) in [-1, 1] and the text states, a tuple
+    of (B, L, width), as JAX arrays, and returns B numbers. Larger is better. If it has a function
+    `load`, the result of that, its weights, comes first."""
+
+    frames: int = 49
+    """Frames of a sampled video, 4n+1."""
+
+    height: int = 256
+    """Height of a sampled video in pixels, a multiple of 16."""
+
+    width: int = 256
+    """Width of a sampled video in pixels, a multiple of 16."""
+
+    decoded: int = 1
+    """Latent frames that are decoded for the reward: the first, or k for 4 (k - 1) + 1 frames."""
+
+    steps: int = 50
+    """Steps in which videos are sampled."""
+
+    guidance: float = 6.0
+    """Scale of classifier-free guidance while sampling (spec 4.5)."""
+
+    chosen: int = 5
+    """Steps that are trained in an update, drawn anew for each among the `last`."""
+
+    last: int = 15
+    """Last steps among which they are drawn. V5's last step moves far, so 1 of 1 is enough there;
+    V5.1's last step moves almost nothing."""
+
+    equal: bool = True
+    """Give the gradients of all chosen steps one size, although steps move by different amounts."""
+
+    scale: float = 1.0
+    """Factor of the reward in the loss."""
+
+    distance: float = 0.0
+    """Weight of the mean squared distance to the teacher's predictions at the chosen steps."""
+
+    plain: float = 0.0
+    """Weight of the ordinary loss on the batch's clips."""
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            frames="[1, inf)",
+            height="[16, 1344]",
+            width="[16, 1344]",
+            decoded="[1, inf)",
+            steps=f"[1, {NUM_TRAIN_TIMES}]",
+            guidance="[1, 100]",
+            chosen=f"[1, {NUM_TRAIN_TIMES}]",
+            last=f"[1, {NUM_TRAIN_TIMES}]",
+            scale="(0, inf)",
+            distance="[0, inf)",
+            plain="[0, inf)",
+        )
+        check_size(self.frames, self.height, self.width)
+        if not self.chosen <= self.last <= self.steps:
+            raise ValueError(
+                f"RewardBackpropagation: chosen={self.chosen} of the last={self.last} of "
+                f"steps={self.steps}: use chosen <= last <= steps"
+            )
+        if self.decoded > self.grid[0]:
+            raise ValueError(
+                f"RewardBackpropagation: decoded={self.decoded} latent frames, and a video of "
+                f"{self.frames} frames has {self.grid[0]}"
+            )
+        if "://" in self.reward:
+            raise ValueError(
+                f"RewardBackpropagation: reward={self.reward!r} is a server, which has no "
+                f"gradient; name a JAX function MODULE:FUNCTION, or make pairs by the verb `pairs`"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Return the latent frames, token rows and token columns of a sampled video."""
+        return grid_of(self.frames, self.height, self.width)
+
+    @property
+    def evaluations(self) -> float:
+        """Return how many forward passes an update makes for a row, beside one with its gradient.
+
+        A pass with its gradient counts as three.
+        """
+        copies = 2 if self.guidance > 1 else 1
+        return copies * self.steps + 3.0 * (copies * self.chosen - 1) + 3.0 * bool(self.plain)
+
+
 Distillation = GuidanceDistillation | SegmentDistillation | DistributionMatching
-Objective = Distillation | DirectPreference
+Objective = Distillation | DirectPreference | RewardBackpropagation
