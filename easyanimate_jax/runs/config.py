@@ -272,7 +272,7 @@ class TrainConfig:
                 f"TrainConfig: optimizer.matrices={self.optimizer.matrices!r} with lora: adapters "
                 f"are trained by Adam; use 'adam'"
             )
-        self._check_objectives()
+        _check_objectives(self)
         names = [s.name for s in self.sets]
         for stage in self.stages:
             if stage.data not in names:
@@ -291,23 +291,6 @@ class TrainConfig:
         for group in (names, [s.name for s in self.stages]):
             if len(set(group)) < len(group):
                 raise ValueError(f"names must differ: {group}")
-
-    def _check_objectives(self) -> None:
-        """Raise ValueError for a stage whose objective has no teacher."""
-        for stage in self.stages:
-            if stage.objective is None:
-                continue
-            what = f"stage {stage.name!r} has the objective {type(stage.objective).__name__}"
-            if not self.init:
-                raise ValueError(
-                    f"{what}, whose teacher is `init`, and init is empty; give the path of a "
-                    f"trained model"
-                )
-            if self.train:
-                raise ValueError(
-                    f"{what}, and `train` trains a part of the teacher's own weights; use `lora`, "
-                    f"or train all weights"
-                )
 
     @property
     def step(self) -> StepConfig:
@@ -331,6 +314,24 @@ class TrainConfig:
     def set(self, name: str) -> LatentSet:
         """Return the latent set with this name."""
         return next(s for s in self.sets if s.name == name)
+
+
+def _check_objectives(config: TrainConfig) -> None:
+    """Raise ValueError for a stage whose objective has no teacher."""
+    for stage in config.stages:
+        if stage.objective is None:
+            continue
+        what = f"stage {stage.name!r} has the objective {type(stage.objective).__name__}"
+        if not config.init:
+            raise ValueError(
+                f"{what}, whose teacher is `init`, and init is empty; give the path of a "
+                f"trained model"
+            )
+        if config.train:
+            raise ValueError(
+                f"{what}, and `train` trains a part of the teacher's own weights; use `lora`, "
+                f"or train all weights"
+            )
 
 
 def _check_data(stage: Stage, latents: LatentSet) -> None:
