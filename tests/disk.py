@@ -35,7 +35,15 @@ def files_of_at_most(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def write_run(folder, models, vae="weights/vae", text="weights", process=FLOW, prints=None):
+def write_run(
+    folder,
+    models,
+    vae="weights/vae",
+    text="weights",
+    process=FLOW,
+    prints=None,
+    objective=None,
+):
     """A run folder with checkpoints 3 and 7; `models` are the raw and averaged weights at 7.
 
     `prints` are the fingerprints of the VAE and the text encoders that it was trained with.
@@ -47,6 +55,8 @@ def write_run(folder, models, vae="weights/vae", text="weights", process=FLOW, p
         text=str(text),
         process=process,
     )
+    stages = tuple(replace(stage, objective=objective) for stage in config.stages)
+    config = replace(config, stages=stages, init="weights" if objective else "")
     checkpoints = Checkpoints(folder / "checkpoints", keep=2)
     meta = {"in_channels": models[0].config.in_channels, "config": json.loads(to_json(config))}
     meta["weights"] = prints or {}

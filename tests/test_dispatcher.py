@@ -120,6 +120,22 @@ def ends(thread, *ids):
     return [thread.store.get(id).code for id in ids]
 
 
+def test_an_error_that_stays_is_told_once(start, monkeypatch, caplog):
+    thread, rounds = start(), []
+
+    def claim(count):
+        rounds.append(count)
+        raise OSError("gone")
+
+    until(thread.ready.is_set)
+    with monkeypatch.context() as broken:
+        broken.setattr(thread.store, "claim", claim)
+        until(lambda: len(rounds) > 4)
+    (job,) = add(thread, "one")
+    assert ends(thread, job) == [None]
+    assert sum("the dispatcher failed" in text for text in caplog.messages) == 1
+
+
 def test_like_jobs_are_made_as_one_batch(start, tmp_path):
     store = Store(tmp_path / "served")
     for number in range(5):

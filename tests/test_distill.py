@@ -249,14 +249,19 @@ ADAPTERS = LoRAConfig(rank=2, alpha=2.0, targets=("attention",))
 @pytest.fixture(scope="module", params=["adapters", "whole"])
 def config(request, tmp_path_factory):
     """Two updates of each objective; the second stage begins with input channels of its own."""
-    folder = tmp_path_factory.mktemp("distill")
+    lora = ADAPTERS if request.param == "adapters" else LoRAConfig()
+    return run_of(tmp_path_factory.mktemp("distill"), OBJECTIVES.values(), lora)
+
+
+def run_of(folder, objectives, lora):
+    """A run of two updates of each objective beside a random model."""
+    folder.mkdir(exist_ok=True)
     run = small_run(folder)
     save_module(folder / "base", random_model(run.model, 0))
     stages = tuple(
-        replace(stage, objective=objective, steps=2)
-        for stage, objective in zip(run.stages, OBJECTIVES.values(), strict=True)
+        replace(stage, objective=objective)
+        for stage, objective in zip(run.stages, objectives, strict=False)
     )
-    lora = ADAPTERS if request.param == "adapters" else LoRAConfig()
     return replace(run, init=f"{folder}/base", lora=lora, frozen="float32", stages=stages)
 
 

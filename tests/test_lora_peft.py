@@ -17,7 +17,7 @@ from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.lora import LoRAConfig, attach, fill, is_adapter
 from easyanimate_jax.models.mmdit import patchify, unpatchify
 from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
-from easyanimate_jax.training.step import Graphs, TrainState, train_step
+from easyanimate_jax.training.step import Part, TrainState, train_step
 from easyanimate_jax.weights.adapters import to_continue
 
 RANK, ALPHA, RATE, STEPS = 4, 8, 2e-3, 100
@@ -85,7 +85,7 @@ def losses_of_ours(model):
             optimizer=optimizer,
             process=PROCESS,
             ema_decay=0.0,
-            graphs=Graphs(graph, None),
+            part=Part(graph),
         )
     )
     losses = []

@@ -37,7 +37,12 @@ from easyanimate_jax.text.qwen2 import Qwen2Config
 from easyanimate_jax.text.t5 import T5Config
 from easyanimate_jax.text.train import TextTrainConfig
 from easyanimate_jax.training.optimizer import OptimizerConfig, clip_abnormal
-from easyanimate_jax.training.post.objectives import DirectPreference
+from easyanimate_jax.training.post.objectives import (
+    DirectPreference,
+    DistributionMatching,
+    GuidanceDistillation,
+    SegmentDistillation,
+)
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.vae.config import VAEStage, VAETrainConfig
@@ -81,6 +86,9 @@ VAE_TRAIN["stages"] = (VAEStage(**VAE_STAGE | {"steps": 2000}),)  # more than th
 SIDE = ((16, 1344), (15, 1345))
 
 LORAS = ((("a", -2.0),),), ((("a", math.nan),),)
+
+TIMES = ((1, 250), (0, 1001))
+SCALES = dict.fromkeys(("guidance", "guidance_given"), ((1.0, 100.0), (1 - 1e-9, 100.1)))
 
 # Class -> what it needs, and the ends of each number: accepted, refused.
 CLASSES = {
@@ -136,7 +144,14 @@ CLASSES = {
             "weights": (((("video", 0.0),),), ((("video", -ABOVE_0),),)),
             "control_drop": SHARE,
             "reference_drop": SHARE,
+            "picture_drop": SHARE,
         },
+    ),
+    GuidanceDistillation: ({}, SCALES),
+    SegmentDistillation: ({}, {"steps": TIMES, "substeps": TIMES, "walked": SHARE} | SCALES),
+    DistributionMatching: (
+        {},
+        {"steps": TIMES, "critic_updates": COUNT, "critic_rate": RATE} | SCALES,
     ),
     OptimizerConfig: (
         {},
@@ -265,6 +280,7 @@ CLASSES = {
             "rescale": SHARE,
             "eta": SHARE,
             "shift": ((ABOVE_0, 100.0), (0.0, 100.1)),
+            "times": (((1000.0, 0.0),), ((1000.1,), (-1.0,))),
             "guided": (((0.0, 1.0),), ((-ABOVE_0, 1.0), (0.0, math.nextafter(1, 2)))),
             "guidance_every": COUNT,
             "teacache": RATE,
@@ -522,7 +538,7 @@ def test_help_shows_the_sentence_of_every_field(config_file, capsys, monkeypatch
         for line, below in itertools.pairwise(body):
             # Fields that hold configs have groups, which show the sentences of their own fields.
             kind = ast.unparse(line.annotation) if isinstance(line, ast.AnnAssign) else "Config"
-            if not re.search("Config|Stage|LatentSet|DDPM|Budget", kind):
+            if not re.search("Config|Stage|LatentSet|DDPM|Budget|Objective", kind):
                 assert " ".join(below.value.value.split()) in shown, line.target.id
 
 

@@ -98,6 +98,17 @@ def test_euler_of_flow_goes_the_way_of_diffusers(steps, monkeypatch):
     np.testing.assert_allclose(trajectory(plan, x, noise), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_a_student_is_sampled_by_diffusers_with_sigmas_or_with_its_own_ddim(steps):
+    """As docs/posttraining.md says: the pipelines call set_timesteps with steps and mu alone."""
+    flow = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    flow.set_timesteps(steps, mu=1, sigmas=[1 - k / steps for k in range(steps)])
+    plan = walk(Flow(), times=tuple(map(float, Flow().grid(steps))))
+    np.testing.assert_allclose(plan.times, flow.timesteps, rtol=1e-6)
+    np.testing.assert_allclose(plan.levels[:, 1], flow.sigmas, atol=1e-6)
+    np.testing.assert_array_equal(DDPM().grid(steps), DDPM().timesteps(steps))
+
+
 @pytest.mark.parametrize("steps", [5, 20, 50])
 def test_adams_has_the_coefficients_of_linear_multistep(steps):
     plan = walk(Flow(), "adams", steps)

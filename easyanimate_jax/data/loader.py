@@ -96,9 +96,8 @@ class Loader:
     """Read `plan` from `records`, in microbatches of `microbatch` rows.
 
     A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3). The control,
-    the reference (spec 7.2) and the picture of a row are each replaced by zeros with the
-    probabilities `drops`. With `with_empty` a batch also has the states of the empty prompt. A
-    batch of a set of pairs also has the worse clips.
+    the reference (spec 7.2) and the start picture of a row are each replaced by zeros with the
+    probabilities `drops`. A batch of a set of pairs also has the worse clips.
     `rows` are the rows of each microbatch that this process's devices need; None means all. Other
     rows are not read, and their memory is never touched. The rows of a batch are read in parallel.
     An unreadable record is replaced by the next of its bucket, and is logged in the file
@@ -117,14 +116,13 @@ class Loader:
         rows: Collection[int] | None = None,
         quarantine: Path | None = None,
         drops: tuple[float, float, float] = (0.0, 0.0, 0.0),
-        with_empty: bool = False,
         draw_by: dict[int, int] | None = None,
     ):
         _check_task(records, plan.name, task)
         self.records, self.plan, self.task = records, plan, task
         self.microbatch, self.text_drop, self.rows = microbatch, text_drop, rows
         self.drops, self.draw_by = drops, draw_by
-        self.with_empty, self.pairs = with_empty, records.header["set"].get("pairs", False)
+        self.pairs = records.header["set"].get("pairs", False)
         empty = read_texts(records.folder.parent / "empty.safetensors")
         self.empty = [text[0].astype(np.float16) for text in empty]
         self.name_word = int.from_bytes(hashlib.blake2b(plan.name.encode()).digest()[:8], "little")
@@ -216,13 +214,8 @@ class Loader:
             texts=tuple(split(arrays[f"text{i}"]) for i in range(len(self.empty))),
             condition=split(arrays["condition"]) if self.task != "t2v" else None,
             weight=split(weight),
-            empty=self._empty(total // micro) if self.with_empty else None,
             worse=Worse(*(x if x is None else split(x) for x in worse)) if self.pairs else None,
         )
-
-    def _empty(self, count: int) -> tuple[np.ndarray, ...]:
-        """Return the states of the empty prompt, once for each microbatch."""
-        return tuple(np.broadcast_to(text, (count, 1, *text.shape)) for text in self.empty)
 
     def _row(self, step: int, row: int, record: int) -> dict:
         record, arrays = self._instead(record, self._arrays)

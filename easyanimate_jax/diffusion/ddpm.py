@@ -75,9 +75,18 @@ class DDPM:
         k = np.arange(num_steps)
         return np.round(NUM_TRAIN_TIMES - k * NUM_TRAIN_TIMES / num_steps) - 1
 
+    def predict_clean(self, x, prediction, time):
+        """Return the data that noisy latents and a prediction at `time` say."""
+        signal, sigma = _scales(time, x)
+        return signal * x - sigma * prediction
+
+    def time_at(self, share):
+        """Return the time at a share of the way from data to noise."""
+        return (NUM_TRAIN_TIMES * share).round() - 1
+
     def grid(self, count: int) -> Float[np.ndarray, "count"]:
         """Return the times at which `count` equal moves begin: those of `timesteps`."""
-        return self.timesteps(count)
+        return self.time_at(1 - np.arange(count) / count)
 
     clean_time = -1  # at this time and below, no noise is left
 

@@ -101,14 +101,21 @@ class Flow:
         shift, sigma = shift or SHIFT, np.linspace(1, 1 / NUM_TRAIN_TIMES, num_steps)
         return NUM_TRAIN_TIMES * (shift / (shift + (1 / sigma - 1)))  # the first is exactly 1000
 
+    def predict_clean(self, x, prediction, time):
+        """Return the data that noisy latents and a prediction at `time` say."""
+        return x - _sigma(time, x) * prediction
+
+    def time_at(self, share):
+        """Return the time at a share, above 0, of the way to noise, with the shift `SHIFT`."""
+        return NUM_TRAIN_TIMES * (SHIFT / (SHIFT + (1 / share - 1)))  # 1 gives exactly 1000
+
     def grid(self, count: int) -> Float[np.ndarray, "count"]:
         """Return the times at which `count` equal moves begin, 1000 first, with the shift `SHIFT`.
 
         The last move ends at the data, while the last of `timesteps` begins beside it. Few-step
         models are trained and sampled at these times.
         """
-        sigma = 1 - np.arange(count) / count
-        return NUM_TRAIN_TIMES * SHIFT * sigma / (1 + (SHIFT - 1) * sigma)
+        return self.time_at(1 - np.arange(count) / count)
 
     clean_time = 0
 

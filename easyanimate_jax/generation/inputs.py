@@ -15,7 +15,14 @@ from easyanimate_jax.diffusion.tasks import TASKS, numbers, task_of
 from easyanimate_jax.facts import CELL, FPS
 from easyanimate_jax.generation.arrays import NEW, fitted
 from easyanimate_jax.generation.protocols import Files
-from easyanimate_jax.generation.request import PIXELS, STARTS, SampleRequest, given, option
+from easyanimate_jax.generation.request import (
+    PIXELS,
+    STARTS,
+    SampleRequest,
+    given,
+    option,
+    read_times,
+)
 from easyanimate_jax.weights.defaults import Defaults
 
 INPUTS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.inputs))
@@ -52,9 +59,10 @@ def complete(request: SampleRequest, model: Model, files: Files = media) -> Samp
     frames = request.frames or model.frames
     rate = FPS if frames == 1 else model.fps  # a picture has none
     filled = {"fps": request.fps or rate, "frames": frames}
-    filled |= model.defaults.filled(
-        request.steps, request.times or (), request.guidance, request.shift
+    own = model.defaults.filled(
+        request.steps, read_times(request.times), request.guidance, request.shift
     )
+    filled |= own | {"times": ",".join(f"{time:g}" for time in own["times"]) or None}
     filled |= dict(zip(("height", "width"), _sides(request, model, files), strict=True))
     film = request.video or request.control
     if film and request.frames is None:

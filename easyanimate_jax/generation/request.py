@@ -118,8 +118,8 @@ class SampleRequest:
     """Frames that segments share: 4."""
     steps: int | None = None
     """Denoising steps: 50, or the model's."""
-    times: tuple[float, ...] | None = None
-    """Times of the steps, the largest first."""
+    times: str | None = None
+    """Of the steps: 1000,891,731,475."""
     sampler: str = ""
     """V5: ddim (default), euler, euler_a, dpm++, pndm; V5.1: euler (default), adams."""
     eta: float = 0.0
@@ -228,6 +228,8 @@ def check(request: SampleRequest) -> None:
             )
     if request.size == "like" and request.height and request.width:
         raise ValueError("--size like says nothing beside --height and --width: leave it out")
+    if len(times := read_times(request.times)) not in (0, request.steps or len(times)):
+        raise ValueError(f"--times gives {len(times)} steps, and --steps {request.steps}: use one")
     for name, low, high in RANGES:
         check_range(name, getattr(request, name), low, high)
     for name in WORDS[:2]:
@@ -249,6 +251,17 @@ def check(request: SampleRequest) -> None:
     for name in FILES:
         if given(request, name) and not Path(getattr(request, name)).is_file():
             raise ValueError(f"--{option(name)}: there is no file {getattr(request, name)}")
+
+
+def read_times(text: str | None) -> tuple[float, ...]:
+    """Return the times of `1000,891,731,475`; None are none. Raises ValueError for other texts."""
+    try:
+        times = tuple(float(word) for word in (text or "").split(",") if text)
+    except ValueError:
+        times = (math.nan,)
+    if not all(map(math.isfinite, times)):
+        raise ValueError(f"--times {text}: give numbers with commas, such as 1000,891,731,475")
+    return times
 
 
 def check_tile(tile: int | None) -> None:

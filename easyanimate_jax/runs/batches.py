@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from easyanimate_jax.data.held_out import HeldOut
@@ -88,6 +89,15 @@ def place(batch: Batch, mesh) -> Batch:
     )
 
 
+def with_empty(batch: Batch, stage: Stage, loader: Loader) -> Batch:
+    """Return a batch with the states of the empty caption, if the step of the stage reads them."""
+    if not reads_empty(stage):
+        return batch
+    count = len(batch.weight)
+    empty = tuple(np.broadcast_to(text, (count, 1, *text.shape)) for text in loader.empty)
+    return batch._replace(empty=empty)
+
+
 def held_rows(stage: Stage, mesh: Mesh, process: int) -> frozenset[int]:
     """Return the rows of a microbatch that the devices of a process hold.
 
@@ -159,7 +169,6 @@ def _loader(config: TrainConfig, stage: Stage, mesh, records: Records, encoder) 
     options = {
         "text_drop": config.text_drop,
         "drops": (stage.control_drop, stage.reference_drop, stage.picture_drop),
-        "with_empty": reads_empty(stage),
     }
     return _reader(config, stage, mesh, records, plan, encoder, options)
 

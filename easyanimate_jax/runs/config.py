@@ -28,6 +28,7 @@ from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates
 from easyanimate_jax.training.post.objectives import (
     DirectPreference,
+    DistributionMatching,
     GuidanceDistillation,
     SegmentDistillation,
 )
@@ -272,25 +273,7 @@ class TrainConfig:
                 f"TrainConfig: optimizer.matrices={self.optimizer.matrices!r} with lora: adapters "
                 f"are trained by Adam; use 'adam'"
             )
-        _check_objectives(self)
-        names = [s.name for s in self.sets]
-        for stage in self.stages:
-            if stage.data not in names:
-                raise ValueError(
-                    f"stage {stage.name!r} reads latent set {stage.data!r}, and the config has "
-                    f"{names}. Add the set, or correct the stage's `data`."
-                )
-            _check_data(stage, self.set(stage.data))
-        for before, stage in itertools.pairwise(self.stages):
-            if stage.in_channels < before.in_channels:
-                raise ValueError(
-                    f"stage {stage.name!r} trains {stage.task} with {stage.in_channels} input "
-                    f"channels after {before.in_channels} of stage {before.name!r}: channels only "
-                    f"grow; put the stage before those of more channels, or give it another task"
-                )
-        for group in (names, [s.name for s in self.stages]):
-            if len(set(group)) < len(group):
-                raise ValueError(f"names must differ: {group}")
+        _check_stages(self)
 
     @property
     def step(self) -> StepConfig:
@@ -304,6 +287,7 @@ class TrainConfig:
             self.train,
             self.frozen,
             any(stage.objective is not None for stage in self.stages),
+            any(isinstance(stage.objective, DistributionMatching) for stage in self.stages),
         )
 
     @property
@@ -316,11 +300,32 @@ class TrainConfig:
         return next(s for s in self.sets if s.name == name)
 
 
-def _check_objectives(config: TrainConfig) -> None:
-    """Raise ValueError for a stage whose objective has no teacher."""
+def _check_stages(config: TrainConfig) -> None:
+    """Raise ValueError for a stage that does not fit its set, its teacher or its neighbours."""
+    names = [s.name for s in config.sets]
     for stage in config.stages:
-        if stage.objective is None:
-            continue
+        _check_teacher(config, stage)
+        if stage.data not in names:
+            raise ValueError(
+                f"stage {stage.name!r} reads latent set {stage.data!r}, and the config has "
+                f"{names}. Add the set, or correct the stage's `data`."
+            )
+        _check_data(stage, config.set(stage.data))
+    for before, stage in itertools.pairwise(config.stages):
+        if stage.in_channels < before.in_channels:
+            raise ValueError(
+                f"stage {stage.name!r} trains {stage.task} with {stage.in_channels} input "
+                f"channels after {before.in_channels} of stage {before.name!r}: channels only "
+                f"grow; put the stage before those of more channels, or give it another task"
+            )
+    for group in (names, [s.name for s in config.stages]):
+        if len(set(group)) < len(group):
+            raise ValueError(f"names must differ: {group}")
+
+
+def _check_teacher(config: TrainConfig, stage: Stage) -> None:
+    """Raise ValueError for a stage whose objective has no teacher."""
+    if stage.objective is not None:
         what = f"stage {stage.name!r} has the objective {type(stage.objective).__name__}"
         if not config.init:
             raise ValueError(
@@ -378,7 +383,7 @@ def load(path: str) -> TrainConfig | VAETrainConfig:
 
 
 _ROOMS = (VAETrainConfig, VAEStage, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)
-_ROOMS += (GuidanceDistillation, SegmentDistillation, DirectPreference)
+_ROOMS += (GuidanceDistillation, SegmentDistillation, DistributionMatching, DirectPreference)
 _CLASSES = {
     c.__name__: c
     for c in (

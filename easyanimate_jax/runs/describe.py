@@ -51,6 +51,8 @@ def describe_run(config: TrainConfig) -> str:
             f"{stage.name:<16}{stage.task:<12}{stage.data:<12}{stage.batch_size:>7,}"
             f"{stage.steps:>9,}{samples:>14,}{tokens:>16.3e}{stage.learning_rate:>15.1e}"
         )
+        if stage.objective is not None:
+            lines.append(f"{'':<16}{stage.objective}, taught by {config.init}")
     steps = sum(stage.steps for stage in config.stages)
     lines += [f"{'all':<47}{steps:>9,}{total_samples:>14,}{total_tokens:>16.3e}"]
     for budget in dict.fromkeys(latents.budget for latents in config.sets):
@@ -142,6 +144,7 @@ def _mesh_lines(mesh: MeshConfig, state: TrainState) -> list[str]:
 
     held = {"weights": state.model, "their average": state.ema}
     held |= {"the optimizer's moments": state.opt_state, "frozen weights": state.frozen}
+    held |= {"teacher": state.teacher, "critic and its moments": state.critic}
     held = {name: bytes_of(tree) / 1e9 for name, tree in held.items() if tree is not None}
     parts = ", ".join(f"{name} {size:.2f}" for name, size in held.items())
     return [

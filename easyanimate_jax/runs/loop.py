@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.disk.lock import FolderLock
 from easyanimate_jax.disk.whole import replace_text
-from easyanimate_jax.runs.batches import held_out_loaders, make_loaders, place
+from easyanimate_jax.runs.batches import held_out_loaders, make_loaders, place, with_empty
 from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.journal import Journal
 from easyanimate_jax.runs.position import Position, check_resume, check_weights, position_at
@@ -195,7 +195,7 @@ class Run:
             waited = now() - began
             if (value := self.faults.value(position)) is not None:
                 batch = batch._replace(mean=np.full_like(batch.mean, value))
-            yield length, batch, waited
+            yield length, with_empty(batch, first.stage, loader), waited
 
     def update(
         self, where: Position, length: int, batch: Batch, waited: float, state: TrainState

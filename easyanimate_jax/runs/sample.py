@@ -23,6 +23,7 @@ from easyanimate_jax.generation.request import (
     SampleRequest,
     given,
     option,
+    read_times,
 )
 from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.generation.ways import way_of
@@ -61,7 +62,8 @@ def examine(
 
 def sampling_of(request: SampleRequest) -> Sampling:
     """Return the sampling settings of a request."""
-    return Sampling(**{name: getattr(request, name) for name in SAMPLING if given(request, name)})
+    options = {name: getattr(request, name) for name in SAMPLING if given(request, name)}
+    return Sampling(**options | {"times": read_times(request.times)})
 
 
 def make(

@@ -39,6 +39,7 @@ class Dispatcher(threading.Thread):
         self._engine: subprocess.Popen | None = None
         self._current: frozenset[str] = frozenset()  # ids of the batch that is made
         self._lost: Sequence[str] = ()  # ids of a batch whose end could not be written
+        self._failed = ""  # the error of the last round, which is told once
 
     def run(self) -> None:
         """Feed the engine until `close`."""
@@ -55,8 +56,11 @@ class Dispatcher(threading.Thread):
                 else:
                     self._more.wait(IDLE)
                     self._more.clear()
-            except Exception:  # such as a full disk: the next round tries again
-                LOG.exception("the dispatcher failed, and goes on")
+                self._failed = ""
+            except Exception as error:  # such as a full disk: the next round tries again
+                if self._failed != repr(error):
+                    LOG.exception("the dispatcher failed, and tries again every %g s", IDLE)
+                self._failed = repr(error)
                 self._kill()
                 self._ended.wait(IDLE)
 

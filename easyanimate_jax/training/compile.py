@@ -157,6 +157,7 @@ def describe_stage(
             "weights": _bytes(state.model),
             **({"frozen weights": _bytes(state.frozen)} if config.partial else {}),
             **({"teacher": _bytes(state.teacher)} if state.teacher is not None else {}),
+            **({"critic": _bytes(state.critic)} if state.critic is not None else {}),
             "average": _bytes(state.ema),
             "optimizer": _bytes(state.opt_state),
             "batch": _bytes(batch),
@@ -194,7 +195,7 @@ def model_flops(
     text_tokens: int,
     *,
     trained: float = 1.0,
-    evaluations: int = 0,
+    evaluations: float = 0,
 ) -> tuple[float, float]:
     """Return (FLOPs of one sample's forward and backward pass, the share of them in attention).
 

@@ -24,16 +24,18 @@ from easyanimate_jax.models.storage import Kernels, store
 from easyanimate_jax.sharding import AnyMesh, activation_spec, shardings
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates, make_optimizer
 from easyanimate_jax.training.post.distill import guidance_loss, is_guided, segment_loss
+from easyanimate_jax.training.post.matching import matching_step
 from easyanimate_jax.training.post.objectives import (
     DirectPreference,
     Distillation,
+    DistributionMatching,
     GuidanceDistillation,
     SegmentDistillation,
 )
 from easyanimate_jax.training.post.preference import preference_loss
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import (
-    Graphs,
+    Part,
     TrainState,
     denoising_loss,
     init_state,
@@ -62,6 +64,7 @@ class StepConfig(NamedTuple):
     train: Rates = ()  # patterns of the weights to train, and factors of their learning rate
     frozen: Kernels = "float32"  # storage of the kernels that are not trained
     taught: bool = False  # whether a stage has a teacher
+    critic: bool = False  # whether a stage has a critic
 
     @property
     def exact(self) -> tuple[str, ...]:
@@ -113,11 +116,12 @@ def graph_of(config: StepConfig, make=make_model) -> nnx.GraphDef:
     return nnx.graphdef(jax.eval_shape(partial(make, config), key))
 
 
-def graphs_of(config: StepConfig) -> Graphs | None:
-    """Return the structures of the model and of its teacher; None if all weights are trained."""
+def part_of(config: StepConfig) -> Part | None:
+    """Return how the model and its teacher are put together; None if all weights are trained."""
     if not config.partial:
         return None
-    return Graphs(graph_of(config), graph_of(config, make_base) if config.taught else None)
+    frozen = graph_of(config, make_base) if config.taught else None
+    return Part(graph_of(config), frozen, config.lora.dropout if config.lora else 0.0)
 
 
 def make_state(config: StepConfig, key: PRNGKeyArray, make=make_model) -> TrainState:
@@ -131,6 +135,7 @@ def make_state(config: StepConfig, key: PRNGKeyArray, make=make_model) -> TrainS
         key,
         trained=partial(_is_trained, config) if config.partial else None,
         average=config.ema_decay > 0,
+        critic=config.critic,
         teach=partial(_teacher, config) if config.taught and not config.partial else None,
     )
 
@@ -267,15 +272,15 @@ def reads_pairs(stage: Stage) -> bool:
 
 def step_program(config: StepConfig, placed: TrainState, stage: Stage):
     """Return the jitted train step of a stage; it donates the state and keeps its shardings."""
+    matching = isinstance(stage.objective, DistributionMatching)
     step = partial(
-        train_step,
+        matching_step if matching else train_step,
         optimizer=make_optimizer(config.optimizer, config.train),
         process=config.process,
         ema_decay=config.ema_decay,
         batch_size=stage.batch_size,
-        graphs=graphs_of(config.with_channels(stage.in_channels)),
-        dropout=config.lora.dropout if config.lora else 0.0,
-        loss=loss_of(stage),
+        part=part_of(config.with_channels(stage.in_channels)),
+        **{"objective": stage.objective} if matching else {"loss": loss_of(stage)},
     )
     device = placed.step.mesh.devices.flat[0]
     return jax.jit(

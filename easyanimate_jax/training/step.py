@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.diffusion.losses import masked_squared_error
 from easyanimate_jax.facts import PATCH
-from easyanimate_jax.models.lora import without_some
+from easyanimate_jax.models.lora import is_adapter, without_some
 from easyanimate_jax.models.mmdit import MMDiT
 
 
@@ -36,6 +36,14 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     frozen: nnx.State | None = None  # not in checkpoints
     teacher: MMDiT | None = None  # not in checkpoints; None if it is `frozen`, or nothing needs it
+    critic: "Critic | None" = None  # of `DistributionMatching`
+
+
+class Critic(NamedTuple):
+    """A second network that is trained: its weights, of the form of `TrainState.model`."""
+
+    model: MMDiT | nnx.State
+    opt_state: optax.OptState
 
 
 class Networks(NamedTuple):
@@ -45,11 +53,12 @@ class Networks(NamedTuple):
     teacher: MMDiT | None = None  # as `init` is, without gradient
 
 
-class Graphs(NamedTuple):
-    """The structures of a model of which only a part is trained (`nnx.graphdef`)."""
+class Part(NamedTuple):
+    """How a model is put together of which only a part is trained."""
 
     whole: nnx.GraphDef
-    frozen: nnx.GraphDef | None  # without adapters; None unless the frozen weights are the teacher
+    frozen: nnx.GraphDef | None = None  # without adapters; None unless that is the teacher
+    dropout: float = 0.0  # share of the adapters' ranks that an update leaves out
 
 
 def init_state(
@@ -60,12 +69,14 @@ def init_state(
     trained: Callable[[tuple, object], bool] | None = None,
     average: bool = True,
     teach: Callable[[MMDiT], MMDiT] | None = None,
+    critic: bool = False,
 ) -> TrainState:
     """Return the state before the first update: new weights, their average, and zero moments.
 
     `make_model(key)` builds the network. `trained(path, variable)` selects the weights to train;
     the others are frozen. None trains all. Without `average` there are no averaged weights.
-    `teach(model)` makes the teacher beside a model that is trained as a whole.
+    `teach(model)` makes the teacher beside a model that is trained as a whole. A `critic` begins as
+    the teacher: a copy of the model, or adapters whose product is zero.
     """
     model, frozen = make_model(key), None
     teacher = None if teach is None else teach(model)
@@ -73,7 +84,17 @@ def init_state(
         _, model, frozen = nnx.split(model, trained, ...)
     zero = jnp.zeros((), jnp.int32)
     ema = jax.tree.map(jnp.copy, model) if average else None
-    return TrainState(zero, zero, model, ema, optimizer.init(model), frozen, teacher)
+    second = None
+    if critic:
+        weights = jax.tree_util.tree_map_with_path(_without_product, model)
+        second = Critic(weights, optimizer.init(weights))
+    return TrainState(zero, zero, model, ema, optimizer.init(model), frozen, teacher, second)
+
+
+def _without_product(path: tuple, x: Array) -> Array:
+    """Return a copy of a weight; that of an adapter's second matrix is zero."""
+    adapter = is_adapter(tuple(getattr(key, "key", None) for key in path), None)
+    return jnp.zeros_like(x) if adapter and path[-2].key == "up" else jnp.copy(x)
 
 
 def whole(graph, weights, frozen) -> MMDiT:
@@ -84,12 +105,16 @@ def whole(graph, weights, frozen) -> MMDiT:
     return weights if frozen is None else nnx.merge(graph, weights, frozen)
 
 
-def networks(weights, state: TrainState, graphs: Graphs | None) -> Networks:
-    """Return the model of `weights` and the frozen ones of a state, and its teacher, if any."""
-    student = whole(graphs and graphs.whole, weights, state.frozen)
-    if graphs is None or graphs.frozen is None:
-        return Networks(student, state.teacher)
-    return Networks(student, nnx.merge(graphs.frozen, state.frozen))
+def networks(weights, state: TrainState, part: Part | None, key: PRNGKeyArray) -> Networks:
+    """Return the model of `weights` and the frozen ones of a state, and its teacher, if any.
+
+    `key` draws which ranks of adapters are left out.
+    """
+    if part is None:
+        return Networks(weights, state.teacher)
+    weights = without_some(weights, key, part.dropout)
+    teacher = part.frozen and nnx.merge(part.frozen, state.frozen)
+    return Networks(whole(part.whole, weights, state.frozen), teacher)
 
 
 def input_channels(state: TrainState) -> int:
@@ -214,6 +239,19 @@ def row_losses(
     return row_means(masked_squared_error(prediction, target), batch.lengths)
 
 
+def updated(
+    optimizer: optax.GradientTransformation,
+    grads,
+    opt_state: optax.OptState,
+    weights,
+    learning_rate: Float[Array, ""],
+):
+    """Return (weights, optimizer state) after an update."""
+    updates, opt_state = optimizer.update(grads, opt_state, weights)
+    scaled = jax.tree.map(lambda u: -learning_rate * u, updates)
+    return optax.apply_updates(weights, scaled), opt_state
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -224,8 +262,7 @@ def train_step(
     process,
     ema_decay: float,
     batch_size: int | None = None,
-    graphs: Graphs | None = None,
-    dropout: float = 0.0,
+    part: Part | None = None,
     loss: Callable = denoising_loss,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Make one update from a global batch of (A, B) rows; return (new state, metrics).
@@ -235,9 +272,8 @@ def train_step(
     depends on the devices, so times are drawn, and stratified, only over the real rows. The
     average's decay warms up as (1 + n) / (10 + n), so early samples show the current weights.
 
-    For a state with frozen weights, `graphs` has the structures of the model and `dropout` is the
-    share of the adapters' ranks that this update leaves out. `loss` has the arguments and results
-    of `denoising_loss`; what it returns beside the loss is summed over rows and is in the metrics.
+    A state with frozen weights needs `part`. `loss` has the arguments and results of
+    `denoising_loss`; what it returns beside the loss is summed over rows and is in the metrics.
     """
     step_key = jax.random.fold_in(key, state.step)
     time_key, noise_key = jax.random.split(step_key)
@@ -248,8 +284,7 @@ def train_step(
     batch = batch._replace(weight=batch.weight / batch.weight.sum())
 
     def loss_of(weights, batch, time, rows):
-        weights = without_some(weights, jax.random.fold_in(step_key, 1), dropout)
-        found = networks(weights, state, graphs)
+        found = networks(weights, state, part, jax.random.fold_in(step_key, 1))
         return loss(found, batch, time, rows, noise_key, process=process)
 
     def accumulate(carry, micro):
@@ -261,10 +296,15 @@ def train_step(
 
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
     (value, grads), metrics = jax.lax.scan(accumulate, zeros, (rows, time, batch))
+    metrics = {name: jnp.sum(values) for name, values in metrics.items()}
+    new, own = _after(state, value, grads, optimizer, learning_rate, ema_decay)
+    return new, metrics | own
 
+
+def _after(state: TrainState, value, grads, optimizer, learning_rate, ema_decay: float):
+    """Return (state after an update with these gradients, metrics)."""
     grad_norm = optax.tree.norm(grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-    model = optax.apply_updates(state.model, jax.tree.map(lambda u: -learning_rate * u, updates))
+    model, opt_state = updated(optimizer, grads, state.opt_state, state.model, learning_rate)
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema = None if state.ema is None else optax.incremental_update(model, state.ema, 1 - decay)
 
@@ -276,8 +316,7 @@ def train_step(
         (state.model, state.ema, state.opt_state),
     )
     skipped = state.skipped + ~finite
-    metrics = {name: jnp.sum(values) for name, values in metrics.items()}
-    metrics |= {"loss": value, "grad_norm": grad_norm, "skipped": skipped}
+    metrics = {"loss": value, "grad_norm": grad_norm, "skipped": skipped}
     new = state._replace(
         step=state.step + 1, skipped=skipped, model=model, ema=ema, opt_state=opt_state
     )

@@ -6,13 +6,10 @@ before any byte is written, and a failed conversion leaves no target behind.
 """
 
 import json
-import os
 import re
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -36,6 +33,7 @@ from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import CONFIG, WEIGHTS, config_text
 from easyanimate_jax.weights.prefixes import parts_of, unwrapped
 from easyanimate_jax.weights.schedulers import INDEX, SCHEDULER, SCHEDULERS
+from easyanimate_jax.weights.writing import LORA_FILE, Part, appearing, write
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
@@ -43,26 +41,8 @@ TEXTS = (*TEXT_ENCODERS, *TOKENIZERS)
 LENGTHS = "text.json"  # prompt lengths, present for text encoders other than the released ones
 PARTS = (*KINDS, *TEXTS, "scheduler")
 REQUIRED = ("vae", "text_encoder", "tokenizer")  # by diffusers' pipelines; null if absent
-LORA_FILE = "lora"
 # A layer of Bert, T5 or Qwen2, and not of a decoder or a vision tower.
 LAYER = re.compile(r"(?:(?!decoder|visual|vision)\w+\.)*?(?:block|layer|layers)\.(\d+)\.")
-
-
-class Part(NamedTuple):
-    """One folder to write: tensors as `stem`.safetensors, small text files, and copied files."""
-
-    name: str  # folder below the target; "" is the target itself
-    tensors: Mapping[str, Tensor] = {}
-    stem: str = ""
-    shard_bytes: int = files.SHARD
-    texts: Mapping[str, str] = {}
-    copies: Sequence[Path] = ()
-    metadata: Mapping[str, str] = {}
-
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class Report(NamedTuple):
@@ -156,9 +136,9 @@ def convert(
     files.raise_all(source, problems)
 
     total = sum(part.nbytes for part in plan.parts)
-    with _appearing(target) as folder:
+    with appearing(target) as folder:
         for part in plan.parts:
-            _write(folder / part.name, part, lambda size: progress(size, total))
+            write(folder / part.name, part, lambda size: progress(size, total))
             files.raise_all(source, problems)
     return Report(
         [(p.name or target.name, len(p.tensors), p.nbytes) for p in plan.parts if p.tensors],
@@ -356,7 +336,9 @@ class Plan:
             return
         index = {
             "_class_name": task.pipeline,
-            **{n: self._text_class(n, place) for n, place in places.items() if n in TEXTS},
+            **{
+                n: _text_class(n, place, self.problems) for n, place in places.items() if n in TEXTS
+            },
             "transformer": ["diffusers", mmdit_table.FOREIGN_CLASS],
             "vae": ["diffusers", vae_table.FOREIGN_CLASS],
             "scheduler": ["diffusers", scheduler.get("_class_name")],
@@ -365,13 +347,14 @@ class Plan:
         self.notes += [f"there is no {name}, so diffusers loads None for it" for name in missing]
         self.parts.append(Part("", texts={INDEX: _json(index | missing)}))
 
-    def _text_class(self, name: str, place: Path) -> list[str | None]:
-        """Return the library and class of a text encoder or tokenizer, from its own config."""
-        if name in TEXT_ENCODERS:
-            classes = read_json(place / CONFIG, self.problems).get("architectures") or [None]
-            return ["transformers", classes[0]]
-        fields = read_json(place / "tokenizer_config.json", self.problems)
-        return ["transformers", fields.get("tokenizer_class")]
+
+def _text_class(name: str, place: Path, problems: list[str]) -> list[str | None]:
+    """Return the library and class of a text encoder or tokenizer, from its own config."""
+    if name in TEXT_ENCODERS:
+        classes = read_json(place / CONFIG, problems).get("architectures") or [None]
+        return ["transformers", classes[0]]
+    fields = read_json(place / "tokenizer_config.json", problems)
+    return ["transformers", fields.get("tokenizer_class")]
 
 
 def _defaults_of(one: Weighted) -> Defaults | None:
@@ -419,38 +402,6 @@ def _other_depth(place: Path, names: Iterable[str], fields: Mapping) -> list[str
 
 def _json(fields: Mapping) -> str:
     return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"
-
-
-def _write(folder: Path, part: Part, progress: Callable[[int], object]) -> None:
-    folder.mkdir(exist_ok=True)
-    if part.tensors:
-        files.write_shards(
-            folder, part.stem, part.tensors, progress, part.shard_bytes, part.metadata
-        )
-    for name, text in part.texts.items():
-        (folder / name).write_text(text, "utf-8")
-    for path in part.copies:
-        shutil.copyfile(path, folder / path.name)
-
-
-@contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `target`; rename it to `target` at the end.
-
-    On an error the temporary folder is removed.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    folder.mkdir()
-    try:
-        yield folder
-        made = folder / f"{LORA_FILE}.safetensors"
-        if made.is_file():
-            made.replace(target)
-        else:
-            folder.replace(target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def peak_rss() -> int | None:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 FILE = "sampling.json"  # at the root of a folder with the parts of a model
 KEY = "easyanimate_jax"  # of the metadata of a LoRA file; its value is JSON
-UNGUIDED = ("GuidanceDistillation", "SegmentDistillation")  # objectives that include the guidance
+# Objectives whose students need no guidance.
+UNGUIDED = ("GuidanceDistillation", "SegmentDistillation", "DistributionMatching")
 
 
 class Defaults(NamedTuple):

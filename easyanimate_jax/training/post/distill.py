@@ -40,8 +40,8 @@ def guidance_loss(
     """
     batch, latents, noise = draw(batch, rows, key)
     x = process.add_noise(latents, noise, time)
-    scale = _scales(batch, objective)
-    guided, plain = _guided(networks.teacher, batch, x, time, scale, objective)
+    scale = scales(batch, objective)
+    guided, plain = guided_prediction(networks.teacher, batch, x, time, scale, objective)
     prediction = predict(networks.student, batch, x, time)
     return _losses(prediction, guided, plain, batch)
 
@@ -72,11 +72,13 @@ def segment_loss(
     if objective.walked:
         own = _walk(networks.student, batch, noise, segment, coarse, moves)
         x = jnp.where(walked[:, None, None], own, x)
-    scale = _scales(batch, objective)
+    scale = scales(batch, objective)
 
     def substep(carry, number):
         at = segment * objective.substeps + number
-        guided, plain = _guided(networks.teacher, batch, carry, fine[at], scale, objective)
+        guided, plain = guided_prediction(
+            networks.teacher, batch, carry, fine[at], scale, objective
+        )
         return _move(fine_moves[at], carry, guided), plain
 
     end, plain = jax.lax.scan(substep, x, jnp.arange(objective.substeps))
@@ -92,7 +94,9 @@ def _losses(prediction: Tokens, target: Tokens, plain: Tokens, batch: Batch):
     return jnp.sum(losses * batch.weight), {"distance": jnp.sum(apart * batch.weight)}
 
 
-def _guided(teacher: MMDiT, batch: Batch, x: Tokens, time, scale: Float[Array, "B"], objective):
+def guided_prediction(
+    teacher: MMDiT, batch: Batch, x: Tokens, time, scale: Float[Array, "B"], objective
+) -> tuple[Tokens, Tokens]:
     """Return the teacher's guided prediction, and the one without guidance."""
     x = jax.lax.stop_gradient(x)
     plain = predict(teacher, batch, x, time).astype(jnp.float32)
@@ -109,7 +113,7 @@ def is_guided(objective) -> bool:
     return max(objective.guidance, objective.guidance_given or 1.0) > 1
 
 
-def _scales(batch: Batch, objective) -> Float[Array, "B"]:
+def scales(batch: Batch, objective) -> Float[Array, "B"]:
     """Return each row's scale of guidance: rows with a picture or control can have their own."""
     scale = jnp.full(len(batch.lengths), objective.guidance)
     if objective.guidance_given is None or batch.condition is None:
@@ -136,14 +140,14 @@ def _segments(
 
 def _walk(student: MMDiT, batch: Batch, noise: Tokens, segment, times, moves) -> Tokens:
     """Return what the student makes of pure noise up to the beginning of each row's segment."""
+    student = jax.lax.stop_gradient(student)  # so that no step is kept for a backward pass
 
     def step(x, number):
         time = jnp.full(len(x), times[number])
         moved = _move(jnp.tile(moves[number], (len(x), 1)), x, predict(student, batch, x, time))
         return jnp.where((number < segment)[:, None, None], moved, x), None
 
-    x, _ = jax.lax.scan(step, noise, jnp.arange(len(times) - 1))
-    return jax.lax.stop_gradient(x)
+    return jax.lax.scan(step, noise, jnp.arange(len(times) - 1))[0]
 
 
 def _move(factors: Float[Array, "B 2"], x: Tokens, prediction: Tokens) -> Tokens:

@@ -86,6 +86,55 @@ class SegmentDistillation:
 
 
 @dataclass(frozen=True)
+class DistributionMatching:
+    """The student's videos get the distribution of the teacher's, without the teacher's noise.
+
+    DMD2 (Yin et al. 2024, arXiv 2405.14867) without its discriminator. The student makes videos in
+    `steps` evaluations, each from new noise on the clean estimate before. A critic learns to
+    denoise them. At a noised video, the difference between the critic's estimate and the teacher's
+    guided one is the direction in which the student is moved. It is sharp where
+    `SegmentDistillation` is soft; begin with the adapters of that (`TrainConfig.init_lora`, or an
+    earlier stage). It is sampled at the times of `process.grid(steps)` and without guidance.
+    """
+
+    steps: int = 4
+    """Number of evaluations in which the student makes a video."""
+
+    guidance: float = 6.0
+    """Scale of the teacher's classifier-free guidance (spec 4.5). If colours become too strong, use
+    less."""
+
+    guidance_given: float | None = None
+    """Scale for rows that have a picture or a control. None is `guidance`."""
+
+    critic_updates: int = 5
+    """Updates of the critic for each of the student, which is trained in the last of them."""
+
+    critic_rate: float = 1.0
+    """Factor of the learning rate for the critic."""
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            steps=f"[1, {NUM_TRAIN_TIMES}]",
+            guidance="[1, 100]",
+            guidance_given="[1, 100]",
+            critic_updates="[1, inf)",
+            critic_rate="[0, inf)",
+        )
+
+    @property
+    def evaluations(self) -> float:
+        """Return how often networks are evaluated for a row, besides the critic's own update.
+
+        The student makes half of its steps on average. In its own updates it has a backward pass
+        too, which counts twice.
+        """
+        mean = (self.steps + 1) / 2
+        return mean + (mean + 2 + 3) / self.critic_updates
+
+
+@dataclass(frozen=True)
 class DirectPreference:
     """The student prefers the better clip of each pair to the worse one, more than its teacher.
 
@@ -112,5 +161,5 @@ class DirectPreference:
         return 1
 
 
-Distillation = GuidanceDistillation | SegmentDistillation
+Distillation = GuidanceDistillation | SegmentDistillation | DistributionMatching
 Objective = Distillation | DirectPreference
