@@ -203,11 +203,13 @@ def test_a_late_answer_is_none_and_is_not_taken_for_the_next(server, pauses):
     wait = threading.Event()
 
     def late(body):
-        wait.wait(5)
+        wait.wait(10)
         return changed(lambda rows: [row | {"reward": 9.0} for row in rows])(body)
 
     answers += [late, late]
+    began = time.monotonic()
     found = RewardServer(url, batch=3, seconds=0.2, tries=2)(FRAMES, PROMPTS)
+    assert time.monotonic() - began < 5
     wait.set()
     np.testing.assert_array_equal(found, [math.nan] * 3 + [3, 4])
     assert pauses == [1] and len(asked) == 3

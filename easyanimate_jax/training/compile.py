@@ -196,7 +196,7 @@ def model_flops(
     text_tokens: int,
     *,
     trained: float = 1.0,
-    evaluations: float = 0,
+    evaluations: int | float = 0,
 ) -> tuple[float, float]:
     """Return (FLOPs of one sample's forward and backward pass, the share of them in attention).
 
