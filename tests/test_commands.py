@@ -63,6 +63,8 @@ def flat(config, prefix=""):
         elif some and dataclasses.is_dataclass(some[0]):
             for i, one in enumerate(some):
                 yield from flat(one, f"{name}.{i}.")
+        elif name.endswith(".objective") and value is None:
+            continue  # an objective is chosen in the file; its fields are then options
         else:
             yield f"--{name}"
 

@@ -77,6 +77,7 @@ def test_explicit_times_that_are_those_of_the_sampler_change_nothing():
 )
 def test_a_request_replaces_what_it_names(asked, found):
     assert tuple(STUDENT.filled(**asked).values()) == found
+    assert STUDENT.filled(steps=0)["steps"] == 0  # which sampling refuses
     assert Defaults().filled() == {"steps": 50, "times": (), "guidance": 6.0}
     with pytest.raises(ValueError, match="leave one of them out"):
         STUDENT.filled(steps=3, times=(900.0, 100.0))

@@ -187,7 +187,8 @@ def test_rewards_that_cannot_train_are_refused(settings, message):
 def test_a_run_raises_its_reward_resumes_to_the_bits_and_leaves_the_base(vae, tmp_path):
     objective = objective_of(steps=3, chosen=1, last=1)
     config = run_of(tmp_path / "whole", [objective], ADAPTERS)
-    stages = (replace(config.stages[0], steps=4, learning_rate=0.05),)
+    settings = {"steps": 4, "learning_rate": 0.05, "end_learning_rate": None}
+    stages = (replace(config.stages[0], **settings),)
     config = replace(config, stages=stages)
     save_module(tmp_path / "whole" / "vae", vae)
     with pytest.raises(ValueError, match=r"stage 'small_t2v', reward: .*nothing"):

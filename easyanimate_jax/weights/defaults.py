@@ -39,7 +39,9 @@ class Defaults(NamedTuple):
         if times and steps not in (None, len(times)):
             raise ValueError(f"{len(times)} times and {steps} steps: leave one of them out")
         guidance = self.guidance if guidance is None else guidance
-        steps = len(times) or steps or self.steps
+        if times:
+            steps = len(times)
+        steps = self.steps if steps is None else steps
         if not times and steps == self.steps and shift is None:
             times = self.times
         return {"steps": steps, "times": tuple(times), "guidance": guidance}
