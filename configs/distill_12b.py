@@ -1,4 +1,4 @@
-"""Four steps instead of fifty for V5.1's 12B, as adapters on one frozen base (docs/posttraining.md).
+"""Four steps instead of fifty for V5.1's 12B, as adapters on a frozen base (docs/posttraining.md).
 
 `python -m easyanimate_jax convert EasyAnimateV5.1-12b-zh weights --to jax` writes `weights`. First
 the student learns eight and four segments of the teacher's way, then its videos are made sharp.
