@@ -7,7 +7,7 @@ of the palette, its motion the least-squares line through its centres, and its s
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -21,6 +21,7 @@ from demos.world import (
     DIRECTIONS,
     FORMS,
     FORMS_PER_DIGIT,
+    NEW_DIRECTIONS,
     SHAPES,
     SPEEDS,
     WRITERS,
@@ -34,6 +35,15 @@ MIN_CONTRAST = 45.0  # RGB distance; palette and backgrounds are at least 130 ap
 MIN_AREA = 0.01  # of the short side squared; the thinnest digit has 0.03
 STILL = 0.4 * SPEEDS["slowly"]  # a slower object (in short sides per frame) counts as still
 QUICK = (SPEEDS["slowly"] * SPEEDS["quickly"]) ** 0.5
+COMPASS = {  # eight directions, 45 degrees apart
+    **DIRECTIONS,
+    **NEW_DIRECTIONS,
+    "southeast": (0.5**0.5, 0.5**0.5),
+    "southwest": (0.5**0.5, -(0.5**0.5)),
+    "northwest": (-(0.5**0.5), -(0.5**0.5)),
+}
+STRAIGHT = 0.9  # R^2 of even motion on a line; two sides of a corner have 0.8, a jump 0.75
+GROWTH = 0.5  # of a side of the box, as a share of the way; a VAE blurs 0.36, a fade has 0.7
 BOX = 24  # side of a template
 NEAR = 0.0075  # of a frame's diagonal: largest distance of matched edges (Martin et al. 2004)
 
@@ -48,22 +58,45 @@ CHANCE = {
 }
 
 Video = UInt8[np.ndarray, "F H W 3"]
-Palette = Mapping[str, tuple[int, int, int]]
+Directions = Mapping[str, tuple[float, float]]
 
 
-def attributes(video: Video, palette: Palette = MappingProxyType(COLOURS)) -> Attributes:
+def attributes(video: Video, directions: Directions = MappingProxyType(DIRECTIONS)) -> Attributes:
     """Return what `video` shows; None for what it does not (no object, no motion, one frame).
 
-    The object has one of the colours of `palette`, name -> RGB.
+    The direction is the nearest of `directions`, name -> (y, x) of length 1.
     """
     ground, colour, frames, seen = _segmented(video)
     background = _nearest(ground, BACKGROUNDS)
     if 2 * seen.sum() < len(seen):
         return Attributes(None, background, None)
     centres = np.array([ndimage.center_of_mass(frame) for frame in frames[seen]])
-    direction, speed = _motion(np.flatnonzero(seen), centres / min(video.shape[1:3]))
+    centres = centres / min(video.shape[1:3])
+    direction, speed = _motion(np.flatnonzero(seen), centres, directions)
     shape = _shape(np.stack([_boxed(frame) for frame in frames[seen]]))
-    return Attributes(_nearest(colour, palette), background, shape, direction, speed)
+    return Attributes(_nearest(colour, COLOURS), background, shape, direction, speed)
+
+
+def strict_attributes(video: Video) -> Attributes:
+    """Return what `video` shows, with a direction that a wrong drawing does not get by chance.
+
+    It is the nearest of eight directions. It is None unless every frame shows the object, its
+    centre moves evenly along a straight line, and its box keeps its size: an object that turns a
+    corner, jumps, grows, fades over to another place, or is drawn at two has no direction.
+    """
+    found = attributes(video, COMPASS)
+    *_, frames, seen = _segmented(video)
+    if found.direction is None or not seen.all():
+        return found._replace(direction=None)
+    times, centres = np.arange(len(frames)), np.array([ndimage.center_of_mass(f) for f in frames])
+    velocity, start = np.polyfit(times, centres, 1)
+    left = centres - start - times[:, None] * velocity
+    explained = 1 - left.var(0).sum() / centres.var(0).sum()
+    sides = [[np.ptp(np.flatnonzero((f > 0.5).any(axis))) for axis in (0, 1)] for f in frames]
+    growth = np.ptp(sides, axis=0).max() / (np.linalg.norm(velocity) * times[-1])
+    if explained < STRAIGHT or growth > GROWTH:
+        return found._replace(direction=None)
+    return found
 
 
 def object_path(video: Video) -> Float[np.ndarray, "F 2"]:
@@ -137,15 +170,16 @@ def _segmented(
 def score(
     videos: Iterable[Video],
     prompts: Sequence[Prompt],
-    palette: Palette = MappingProxyType(COLOURS),
+    read: Callable[[Video], Attributes] = attributes,
 ) -> dict:
     """Return the share of videos that match their prompt, per attribute, and the chance levels.
 
-    `joint` counts videos whose colour, background and direction all match.
+    `read` returns the attributes of a video. `joint` counts videos whose colour, background and
+    direction all match.
     """
     hits = {name: [] for name in CHANCE}
     for video, prompt in zip(videos, prompts, strict=True):
-        shown, wanted = attributes(video, palette), prompt.attributes
+        shown, wanted = read(video), prompt.attributes
         for name in Attributes._fields:
             hits[name].append(getattr(shown, name) == getattr(wanted, name))
         hits["joint"].append(shown[:2] == wanted[:2] and shown.direction == wanted.direction)
@@ -174,7 +208,7 @@ def motion(video: Video) -> float:
     return float(np.abs(np.diff(np.float32(video), axis=0)).mean() / 255)
 
 
-def _nearest(colour: np.ndarray, palette: Palette) -> str:
+def _nearest(colour: np.ndarray, palette: Mapping[str, tuple[int, int, int]]) -> str:
     return min(palette, key=lambda name: np.linalg.norm(colour - palette[name]))
 
 
@@ -188,7 +222,9 @@ def _object(coverage: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
     return coverage * ndimage.binary_dilation(kept, iterations=2)
 
 
-def _motion(times: np.ndarray, centres: Float[np.ndarray, "F 2"]) -> tuple[str | None, str | None]:
+def _motion(
+    times: np.ndarray, centres: Float[np.ndarray, "F 2"], directions: Directions
+) -> tuple[str | None, str | None]:
     """Return direction and speed of the least-squares line through the centres.
 
     Centres are in short sides, times in frames.
@@ -196,8 +232,8 @@ def _motion(times: np.ndarray, centres: Float[np.ndarray, "F 2"]) -> tuple[str |
     if len(times) < 2:
         return None, None
     velocity = np.polyfit(times, centres, 1)[0]
-    direction = max(DIRECTIONS, key=lambda name: velocity @ DIRECTIONS[name])
-    speed = velocity @ DIRECTIONS[direction]
+    direction = max(directions, key=lambda name: velocity @ directions[name])
+    speed = velocity @ directions[direction]
     if speed < STILL:
         return None, None
     return direction, "quickly" if speed > QUICK else "slowly"
