@@ -42,8 +42,9 @@ COMPASS = {  # eight directions, 45 degrees apart
     "southwest": (0.5**0.5, -(0.5**0.5)),
     "northwest": (-(0.5**0.5), -(0.5**0.5)),
 }
-STRAIGHT = 0.9  # R^2 of even motion on a line; two sides of a corner have 0.8, a jump 0.75
-GROWTH = 0.5  # of a side of the box, as a share of the way; a VAE blurs 0.36, a fade has 0.7
+UNEVEN = 0.15  # deviation along a straight line, as a share of the way; a jump has 0.17
+ASIDE = 0.12  # deviation from the line, as a share of the way; two sides of a corner have 0.14
+FOLLOW = 0.2  # least speed of a side of the box, as a share of the centre's
 BOX = 24  # side of a template
 NEAR = 0.0075  # of a frame's diagonal: largest distance of matched edges (Martin et al. 2004)
 
@@ -80,23 +81,39 @@ def attributes(video: Video, directions: Directions = MappingProxyType(DIRECTION
 def strict_attributes(video: Video) -> Attributes:
     """Return what `video` shows, with a direction that a wrong drawing does not get by chance.
 
-    It is the nearest of eight directions. It is None unless every frame shows the object, its
-    centre moves evenly along a straight line, and its box keeps its size: an object that turns a
-    corner, jumps, grows, fades over to another place, or is drawn at two has no direction.
+    It is the nearest of eight directions. It is None unless every frame shows the object and its
+    centre stays near even motion on a straight line: an object that jitters, jumps or turns a
+    corner has no direction.
     """
     found = attributes(video, COMPASS)
     *_, frames, seen = _segmented(video)
     if found.direction is None or not seen.all():
         return found._replace(direction=None)
-    times, centres = np.arange(len(frames)), np.array([ndimage.center_of_mass(f) for f in frames])
+    times = np.arange(len(frames))
+    centres = np.array([ndimage.center_of_mass(frame) for frame in frames])
     velocity, start = np.polyfit(times, centres, 1)
-    left = centres - start - times[:, None] * velocity
-    explained = 1 - left.var(0).sum() / centres.var(0).sum()
-    sides = [[np.ptp(np.flatnonzero((f > 0.5).any(axis))) for axis in (0, 1)] for f in frames]
-    growth = np.ptp(sides, axis=0).max() / (np.linalg.norm(velocity) * times[-1])
-    if explained < STRAIGHT or growth > GROWTH:
-        return found._replace(direction=None)
-    return found
+    speed = np.linalg.norm(velocity)
+    left = (centres - start - times[:, None] * velocity) / (speed * times[-1])
+    along, aside = left @ velocity / speed, left @ (velocity[::-1] * (1, -1)) / speed
+    even = along.std() <= UNEVEN and aside.std() <= ASIDE
+    return found if even else found._replace(direction=None)
+
+
+def moves_whole(video: Video) -> bool:
+    """Return whether all sides of the object's box follow its centre, by a share of `FOLLOW`.
+
+    They do not if the object only grows, or if one copy of it stands still.
+    """
+    direction = attributes(video, COMPASS).direction
+    *_, frames, seen = _segmented(video)
+    if direction is None or not seen.all():
+        return False
+    times, moved = np.arange(len(frames)), np.array(COMPASS[direction]) != 0
+    centres = np.array([ndimage.center_of_mass(frame) for frame in frames])
+    sides = [[np.flatnonzero((f > 0.5).any(axis))[[0, -1]] for axis in (1, 0)] for f in frames]
+    velocity = np.polyfit(times, centres, 1)[0][:, None]
+    follow = np.polyfit(times, np.reshape(sides, (-1, 4)), 1)[0].reshape(2, 2) / velocity
+    return bool(follow[moved].min() >= FOLLOW)
 
 
 def object_path(video: Video) -> Float[np.ndarray, "F 2"]:
