@@ -70,14 +70,14 @@ define latents
 	$(BIN)/python -m easyanimate_jax prepare configs/$(1).py
 endef
 
-# A LoRA that teaches the demo's model a new colour from 24 clips. The report also scores a merged
-# copy of the model and the exported file.
+# A LoRA that teaches the demo's model a new direction from 24 clips. The report also scores a
+# merged copy of the model and the exported file.
 demo-lora: setup
 	$(BIN)/python -m demos.concept runs/demo_lora/data
 	$(BIN)/python -m easyanimate_jax prepare configs/demo_lora.py
 	$(BIN)/python train.py configs/demo_lora.py
-	$(CONVERT) runs/demo_lora/train runs/demo_lora/pink.safetensors --to original
-	$(CONVERT) runs/demo/train runs/demo_lora/merged --to jax --step 850 --lora runs/demo_lora/pink.safetensors
+	$(CONVERT) runs/demo_lora/train runs/demo_lora/northeast.safetensors --to original
+	$(CONVERT) runs/demo/train runs/demo_lora/merged --to jax --step 850 --lora runs/demo_lora/northeast.safetensors
 	$(BIN)/python -m demos concept configs/demo_lora.py
 CONVERT := $(BIN)/python -m easyanimate_jax convert
 

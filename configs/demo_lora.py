@@ -1,4 +1,4 @@
-"""A LoRA that teaches the demo's model a new colour from 24 clips (`make demo-lora`).
+"""A LoRA that teaches the demo's model a new direction from 24 clips (`make demo-lora`).
 
 The model, its VAE and its text encoders are those of `make demo`.
 """
@@ -23,11 +23,11 @@ config = replace(
         alpha=8.0,
         targets=("texts.*", "blocks.*.text.attention.*", "blocks.*.video.attention.out"),
     ),
-    sets=(LatentSet("pink", ALL, kinds=("video",)),),
+    sets=(LatentSet("northeast", ALL, kinds=("video",)),),
     stages=(
         Stage(
-            "pink",
-            "pink",
+            "northeast",
+            "northeast",
             batch_size=4,
             steps=700,
             learning_rate=1e-2,

@@ -7,7 +7,7 @@ of the palette, its motion the least-squares line through its centres, and its s
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
@@ -21,6 +21,7 @@ from demos.world import (
     DIRECTIONS,
     FORMS,
     FORMS_PER_DIGIT,
+    NEW_DIRECTIONS,
     SHAPES,
     SPEEDS,
     WRITERS,
@@ -34,6 +35,16 @@ MIN_CONTRAST = 45.0  # RGB distance; palette and backgrounds are at least 130 ap
 MIN_AREA = 0.01  # of the short side squared; the thinnest digit has 0.03
 STILL = 0.4 * SPEEDS["slowly"]  # a slower object (in short sides per frame) counts as still
 QUICK = (SPEEDS["slowly"] * SPEEDS["quickly"]) ** 0.5
+COMPASS = {  # eight directions, 45 degrees apart
+    **DIRECTIONS,
+    **NEW_DIRECTIONS,
+    "southeast": (0.5**0.5, 0.5**0.5),
+    "southwest": (0.5**0.5, -(0.5**0.5)),
+    "northwest": (-(0.5**0.5), -(0.5**0.5)),
+}
+UNEVEN = 0.15  # deviation along a straight line, as a share of the way; a jump has 0.17
+ASIDE = 0.12  # deviation from the line, as a share of the way; two sides of a corner have 0.14
+FOLLOW = 0.2  # least speed of a side of the box, as a share of the centre's
 BOX = 24  # side of a template
 NEAR = 0.0075  # of a frame's diagonal: largest distance of matched edges (Martin et al. 2004)
 
@@ -48,22 +59,61 @@ CHANCE = {
 }
 
 Video = UInt8[np.ndarray, "F H W 3"]
-Palette = Mapping[str, tuple[int, int, int]]
+Directions = Mapping[str, tuple[float, float]]
 
 
-def attributes(video: Video, palette: Palette = MappingProxyType(COLOURS)) -> Attributes:
+def attributes(video: Video, directions: Directions = MappingProxyType(DIRECTIONS)) -> Attributes:
     """Return what `video` shows; None for what it does not (no object, no motion, one frame).
 
-    The object has one of the colours of `palette`, name -> RGB.
+    The direction is the nearest of `directions`, name -> (y, x) of length 1.
     """
     ground, colour, frames, seen = _segmented(video)
     background = _nearest(ground, BACKGROUNDS)
     if 2 * seen.sum() < len(seen):
         return Attributes(None, background, None)
     centres = np.array([ndimage.center_of_mass(frame) for frame in frames[seen]])
-    direction, speed = _motion(np.flatnonzero(seen), centres / min(video.shape[1:3]))
+    centres = centres / min(video.shape[1:3])
+    direction, speed = _motion(np.flatnonzero(seen), centres, directions)
     shape = _shape(np.stack([_boxed(frame) for frame in frames[seen]]))
-    return Attributes(_nearest(colour, palette), background, shape, direction, speed)
+    return Attributes(_nearest(colour, COLOURS), background, shape, direction, speed)
+
+
+def strict_attributes(video: Video) -> Attributes:
+    """Return what `video` shows, with a direction that a wrong drawing does not get by chance.
+
+    It is the nearest of eight directions. It is None unless every frame shows the object and its
+    centre stays near even motion on a straight line: an object that jitters, jumps or turns a
+    corner has no direction.
+    """
+    found = attributes(video, COMPASS)
+    *_, frames, seen = _segmented(video)
+    if found.direction is None or not seen.all():
+        return found._replace(direction=None)
+    times = np.arange(len(frames))
+    centres = np.array([ndimage.center_of_mass(frame) for frame in frames])
+    velocity, start = np.polyfit(times, centres, 1)
+    speed = np.linalg.norm(velocity)
+    left = (centres - start - times[:, None] * velocity) / (speed * times[-1])
+    along, aside = left @ velocity / speed, left @ (velocity[::-1] * (1, -1)) / speed
+    even = along.std() <= UNEVEN and aside.std() <= ASIDE
+    return found if even else found._replace(direction=None)
+
+
+def moves_whole(video: Video) -> bool:
+    """Return whether all sides of the object's box follow its centre, by a share of `FOLLOW`.
+
+    They do not if the object only grows, or if one copy of it stands still.
+    """
+    direction = attributes(video, COMPASS).direction
+    *_, frames, seen = _segmented(video)
+    if direction is None or not seen.all():
+        return False
+    times, moved = np.arange(len(frames)), np.array(COMPASS[direction]) != 0
+    centres = np.array([ndimage.center_of_mass(frame) for frame in frames])
+    sides = [[np.flatnonzero((f > 0.5).any(axis))[[0, -1]] for axis in (1, 0)] for f in frames]
+    velocity = np.polyfit(times, centres, 1)[0][:, None]
+    follow = np.polyfit(times, np.reshape(sides, (-1, 4)), 1)[0].reshape(2, 2) / velocity
+    return bool(follow[moved].min() >= FOLLOW)
 
 
 def object_path(video: Video) -> Float[np.ndarray, "F 2"]:
@@ -137,15 +187,16 @@ def _segmented(
 def score(
     videos: Iterable[Video],
     prompts: Sequence[Prompt],
-    palette: Palette = MappingProxyType(COLOURS),
+    read: Callable[[Video], Attributes] = attributes,
 ) -> dict:
     """Return the share of videos that match their prompt, per attribute, and the chance levels.
 
-    `joint` counts videos whose colour, background and direction all match.
+    `read` returns the attributes of a video. `joint` counts videos whose colour, background and
+    direction all match.
     """
     hits = {name: [] for name in CHANCE}
     for video, prompt in zip(videos, prompts, strict=True):
-        shown, wanted = attributes(video, palette), prompt.attributes
+        shown, wanted = read(video), prompt.attributes
         for name in Attributes._fields:
             hits[name].append(getattr(shown, name) == getattr(wanted, name))
         hits["joint"].append(shown[:2] == wanted[:2] and shown.direction == wanted.direction)
@@ -174,7 +225,7 @@ def motion(video: Video) -> float:
     return float(np.abs(np.diff(np.float32(video), axis=0)).mean() / 255)
 
 
-def _nearest(colour: np.ndarray, palette: Palette) -> str:
+def _nearest(colour: np.ndarray, palette: Mapping[str, tuple[int, int, int]]) -> str:
     return min(palette, key=lambda name: np.linalg.norm(colour - palette[name]))
 
 
@@ -188,7 +239,9 @@ def _object(coverage: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
     return coverage * ndimage.binary_dilation(kept, iterations=2)
 
 
-def _motion(times: np.ndarray, centres: Float[np.ndarray, "F 2"]) -> tuple[str | None, str | None]:
+def _motion(
+    times: np.ndarray, centres: Float[np.ndarray, "F 2"], directions: Directions
+) -> tuple[str | None, str | None]:
     """Return direction and speed of the least-squares line through the centres.
 
     Centres are in short sides, times in frames.
@@ -196,8 +249,8 @@ def _motion(times: np.ndarray, centres: Float[np.ndarray, "F 2"]) -> tuple[str |
     if len(times) < 2:
         return None, None
     velocity = np.polyfit(times, centres, 1)[0]
-    direction = max(DIRECTIONS, key=lambda name: velocity @ DIRECTIONS[name])
-    speed = velocity @ DIRECTIONS[direction]
+    direction = max(directions, key=lambda name: velocity @ directions[name])
+    speed = velocity @ directions[direction]
     if speed < STILL:
         return None, None
     return direction, "quickly" if speed > QUICK else "slowly"

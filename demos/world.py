@@ -9,8 +9,8 @@ test whether the model combines known words in new ways.
 
 writes `OUT/metadata.json` (two rows per file: English, then Chinese) and a second data set,
 `OUT/heldout/metadata.json`, with true clips of the held-out triples. `OUT/texts/metadata.json` has
-the captions of all files, and captions of colours that no file shows: text encoders learn from text
-alone, so they know more words than a video model has seen. Every clip has a control file:
+the captions of all files, and captions of directions that no file shows: text encoders learn from
+text alone, so they know more words than a video model has seen. Every clip has a control file:
 a spot that moves along the object's path, or its exact depth or pose (`--control depth` or `pose`).
 """
 
@@ -43,10 +43,10 @@ COLOURS = {
     "purple": (175, 35, 205),
     "cyan": (40, 215, 225),
 }
-NEW_COLOURS = {"pink": (250, 130, 185)}  # only texts of the world name them; see `concept.py`
 # Not quite black and white: -1 exactly would mean "unknown" to the noised references (spec 6.4).
 BACKGROUNDS = {"black": (16, 16, 16), "white": (240, 240, 240), "grey": (128, 128, 128)}
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (y, x)
+NEW_DIRECTIONS = {"northeast": (-(0.5**0.5), 0.5**0.5)}  # only texts name them; see `concept.py`
 SPEEDS = {"slowly": 0.019, "quickly": 0.038}  # short sides per frame
 FORMS = ("circle", "square", "triangle", "cross")
 DIGITS = tuple(f"digit {d}" for d in range(10))
@@ -54,9 +54,10 @@ SHAPES = FORMS + DIGITS
 
 CHINESE = {
     **{"red": "红色", "green": "绿色", "blue": "蓝色"},
-    **{"yellow": "黄色", "purple": "紫色", "cyan": "青色", "pink": "粉色"},
+    **{"yellow": "黄色", "purple": "紫色", "cyan": "青色"},
     **{"black": "黑色", "white": "白色", "grey": "灰色"},
-    **{"left": "左", "right": "右", "up": "上", "down": "下", "slowly": "慢慢", "quickly": "快速"},
+    **{"left": "左", "right": "右", "up": "上", "down": "下", "northeast": "东北"},
+    **{"slowly": "慢慢", "quickly": "快速"},
     **{"circle": "圆形", "square": "正方形", "triangle": "三角形", "cross": "十字形"},
     **{digit: digit.replace("digit ", "数字") for digit in DIGITS},
 }
@@ -252,8 +253,7 @@ def render(
 ) -> UInt8[np.ndarray, "F H W 3"]:
     """Draw a clip (or, without a direction, an image) with random size, start and handwriting."""
     alpha = _coverage(a, num_frames, height, width, rng)
-    colours = COLOURS | NEW_COLOURS
-    colour, background = np.float32(colours[a.colour]), np.float32(BACKGROUNDS[a.background])
+    colour, background = np.float32(COLOURS[a.colour]), np.float32(BACKGROUNDS[a.background])
     return (background + alpha * (colour - background) + 0.5).astype(np.uint8)
 
 
@@ -342,9 +342,7 @@ def _placed(
     """
     short = min(height, width)
     radius = rng.uniform(*RADII) * short
-    step = (
-        np.array(DIRECTIONS[a.direction]) * SPEEDS[a.speed] * short if a.direction else np.zeros(2)
-    )
+    step = _velocity(a) * short if a.direction else np.zeros(2)
     travel = step * (num_frames - 1)
     room = np.array([height, width]) - 2 * radius - abs(travel)
     if (room < 0).any():
@@ -360,9 +358,13 @@ def _placed(
 
 def durations(a: Attributes, height: int, width: int) -> tuple[int, ...]:
     """Return the frame counts in which an object of any size stays inside the picture."""
-    length = (height if DIRECTIONS[a.direction][0] else width) / min(height, width)
-    room = length - 2 * RADII[1]
-    return tuple(F for F in DURATIONS if SPEEDS[a.speed] * (F - 1) <= room)
+    room = np.array([height, width]) / min(height, width) - 2 * RADII[1]
+    return tuple(F for F in DURATIONS if (abs(_velocity(a)) * (F - 1) <= room).all())
+
+
+def _velocity(a: Attributes) -> Float[np.ndarray, "2"]:
+    """Return how far the object moves from frame to frame, (y, x) in short sides."""
+    return np.array((DIRECTIONS | NEW_DIRECTIONS)[a.direction]) * SPEEDS[a.speed]
 
 
 def write_world(out: Path, config: WorldConfig) -> None:
@@ -378,10 +380,11 @@ def write_world(out: Path, config: WorldConfig) -> None:
 
 
 def write_texts(out: Path, seen: Sequence[Prompt], seed: int) -> None:
-    """Write the captions of files, and as many of each new colour as a colour of them has."""
-    rng, count = np.random.default_rng((seed, 3)), len(seen) // len(COLOURS)
-    triples = tuple(itertools.product(NEW_COLOURS, BACKGROUNDS, DIRECTIONS))
-    unseen = itertools.islice(moving(triples, rng), count * len(NEW_COLOURS))
+    """Write the captions of files, and as many of each new direction as one of theirs has."""
+    rng = np.random.default_rng((seed, 3))
+    count = sum(prompt.attributes.direction is not None for prompt in seen) // len(DIRECTIONS)
+    triples = tuple(itertools.product(COLOURS, BACKGROUNDS, NEW_DIRECTIONS))
+    unseen = itertools.islice(moving(triples, rng), count * len(NEW_DIRECTIONS))
     rows = [
         {"file_path": f"{i:05d}", "text": text}
         for i, prompt in enumerate([*seen, *unseen])

@@ -13,11 +13,13 @@ from demos.score import (
     known_error,
     last_frame_error,
     motion,
+    moves_whole,
     object_path,
     path_distance,
     score,
+    strict_attributes,
 )
-from demos.world import durations, prompts, render
+from demos.world import BACKGROUNDS, COLOURS, Attributes, caption, durations, prompts, render
 from easyanimate_jax.data.control import canny
 
 
@@ -62,6 +64,72 @@ def test_each_attribute_is_scored_by_itself():
     video, prompt = videos[quick], asked[quick]
     slower = score([np.repeat(video, 3, axis=0)[:9]], [prompt])
     assert slower["direction"] == 1 and slower["speed"] == 0
+
+
+def towards(direction, speed="slowly", count=12):
+    """Clips that move to one direction."""
+    rng = np.random.default_rng(2)
+    looks = [(c, b, "circle") for c in COLOURS for b in BACKGROUNDS][:count]
+    asked = [caption(Attributes(*look, direction, speed)) for look in looks]
+    return [render(p.attributes, 9, 128, 128, rng) for p in asked], asked
+
+
+@pytest.mark.parametrize("direction", ["northeast", "up", "left"])
+@pytest.mark.parametrize("speed", ["slowly", "quickly"])
+def test_the_strict_verifier_passes_ground_truth_and_its_blur(direction, speed):
+    videos, asked = towards(direction, speed)
+    blurs = [np.uint8(ndimage.gaussian_filter(np.float32(v), (0.5, 2, 2, 0))) for v in videos]
+    for clips in (videos, blurs):
+        got = score(clips, asked, strict_attributes)
+        assert min(got[name] for name in CHANCE) == 1
+        assert all(map(moves_whole, clips))
+
+
+def drawn_at(centres, side=80):
+    """A red square on grey, with its middle at these (y, x) pixels in each frame."""
+    video = np.full((len(centres), 128, 128, 3), 128, np.uint8)
+    corners = np.round(np.asarray(centres) - side / 2).astype(int)
+    for frame, (y, x) in zip(video, corners, strict=True):
+        frame[y : y + side, x : x + side] = COLOURS["red"]
+    return video
+
+
+UP = np.array([[-2.0, 0]] * 8)
+RIGHT = UP[:, ::-1] * -1
+START = np.array([72.0, 56])
+
+
+def walk(*steps):
+    return START + np.concatenate([np.zeros((1, 2)), np.cumsum(np.concatenate(steps), axis=0)])
+
+
+def test_only_an_object_that_moves_northeast_as_a_whole_moves_northeast():
+    true, jump = walk(UP + RIGHT), walk(UP * 0)
+    jump[4:] += (-16, 16)
+    ghosts, other = drawn_at(walk(UP)), drawn_at(walk(RIGHT))
+    ghosts = np.where(other == 128, ghosts, other)
+    jitter = START + np.random.default_rng(0).normal(0, 3, (9, 2))
+    growing = np.concatenate([drawn_at(true[i : i + 1], side=48 + 4 * i) for i in range(9)])
+    lost = drawn_at(true)
+    lost[3] = 128
+    assert strict_attributes(drawn_at(true)).direction == "northeast"
+    assert strict_attributes(drawn_at(true)[::-1]).direction == "southwest"
+    assert strict_attributes(drawn_at(walk(UP))).direction == "up"
+    assert strict_attributes(drawn_at(walk(UP + RIGHT * 0.25))).direction == "up"
+    assert strict_attributes(drawn_at(walk(UP + RIGHT * 0.6))).direction == "northeast"
+    wrong = {
+        "a corner": drawn_at(walk(UP[:4] * 2, RIGHT[:4] * 2)),
+        "a jump": drawn_at(jump),
+        "a jitter": drawn_at(jitter),
+        "still": drawn_at(walk(UP * 0)),
+        "lost in a frame": lost,
+    }
+    for name, video in wrong.items():
+        assert strict_attributes(video).direction is None, name
+    for name in ("a corner", "a jump", "lost in a frame"):
+        assert attributes(wrong[name]).direction is not None, name
+    assert moves_whole(drawn_at(true)) and not moves_whole(wrong["still"])
+    assert not moves_whole(ghosts) and not moves_whole(growing)
 
 
 def test_what_cannot_be_told_is_none():

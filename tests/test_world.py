@@ -1,12 +1,14 @@
 """The captioned world is what its captions say, and keeps its held-out combinations to itself."""
 
+import collections
 import itertools
 import json
 
 import numpy as np
 import pytest
 
-from demos.score import attributes
+from demos import concept
+from demos.score import COMPASS, attributes, strict_attributes
 from demos.world import (
     BACKGROUNDS,
     BONES,
@@ -129,6 +131,30 @@ def test_a_world_has_the_control_it_is_asked_for(tmp_path):
     assert row["control_file_path"] == "depths/00000.mp4"
     shown = read_clip(tmp_path / row["control_file_path"], 0, 1)
     assert np.abs(shown[0, 0, 0].astype(int) - FAR).max() <= 4 and shown.max() > 250
+
+
+def test_texts_name_a_direction_that_no_file_shows_as_often_as_a_known_one(world):
+    texts = json.loads((world / "texts" / "metadata.json").read_text("utf-8"))
+    named = collections.Counter(
+        word for row in texts for word in row["text"].split() if word in COMPASS
+    )
+    assert named["northeast"] == 64 // 4 and abs(named["left"] - 16) <= 3
+    assert sum("东北" in row["text"] for row in texts) == 64 // 4
+    for folder in (world, world / "heldout"):
+        rows = (folder / "metadata.json").read_text("utf-8")
+        assert "left" in rows and "northeast" not in rows and "东北" not in rows
+
+
+def test_clips_of_the_new_direction_share_no_prompt_with_its_test():
+    clips, asked = concept.prompts()
+    assert (len(set(clips)), len(set(asked)), set(clips) & set(asked)) == (24, 48, set())
+    assert {p.attributes.direction for p in clips + asked} == {"northeast"}
+    assert {p.attributes.colour for p in asked} == set(COLOURS)
+    for prompt in clips + asked:
+        assert durations(prompt.attributes, 128, 128)
+    assert "moves northeast" in clips[0].en and "向东北移动" in clips[0].zh
+    shown = [render(p.attributes, 9, 128, 128, np.random.default_rng(0)) for p in clips]
+    assert [strict_attributes(clip) for clip in shown] == [p.attributes for p in clips]
 
 
 def test_metadata_has_an_english_and_a_chinese_row_per_file(world):
