@@ -77,7 +77,7 @@ demo-lora: setup
 	$(BIN)/python -m easyanimate_jax prepare configs/demo_lora.py
 	$(BIN)/python train.py configs/demo_lora.py
 	$(CONVERT) runs/demo_lora/train runs/demo_lora/northeast.safetensors --to original
-	$(CONVERT) runs/demo/train runs/demo_lora/merged --to jax --step 850 --lora runs/demo_lora/northeast.safetensors
+	$(CONVERT) runs/demo/train runs/demo_lora/merged --to jax --lora runs/demo_lora/northeast.safetensors
 	$(BIN)/python -m demos concept configs/demo_lora.py
 CONVERT := $(BIN)/python -m easyanimate_jax convert
 

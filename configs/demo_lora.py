@@ -16,7 +16,6 @@ config = replace(
     prepared="runs/demo_lora/latents",
     run="runs/demo_lora/train",
     init="runs/demo/train",
-    init_step=850,
     process=replace(demo.process, train_shift=20.0),
     lora=LoRAConfig(
         rank=8,
