@@ -21,7 +21,11 @@ from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.runs.loop import train
 from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.post.distill import guidance_loss, segment_loss
-from easyanimate_jax.training.post.objectives import GuidanceDistillation, SegmentDistillation
+from easyanimate_jax.training.post.objectives import (
+    DistributionMatching,
+    GuidanceDistillation,
+    SegmentDistillation,
+)
 from easyanimate_jax.training.step import Networks, draw
 from easyanimate_jax.weights.defaults import Defaults, of_run
 from easyanimate_jax.weights.folder import load_mmdit
@@ -301,6 +305,14 @@ def test_the_teacher_stays_and_another_one_is_refused(finished):
             )
     finally:
         save_module(Path(finished.init), random_model(finished.model, 0))
+
+
+def test_a_critic_cannot_join_a_run_that_began_without_one(finished):
+    third = replace(finished.stages[1], name="third", objective=DistributionMatching())
+    before = sorted(map(str, Path(finished.run).rglob("*")))
+    with pytest.raises(ValueError, match=r"with a critic .* = False, and the config has True"):
+        train(replace(finished, stages=(*finished.stages, third)))
+    assert sorted(map(str, Path(finished.run).rglob("*"))) == before
 
 
 @pytest.mark.slow

@@ -103,6 +103,7 @@ def check_resume(meta: Mapping, config: TrainConfig, plans: Mapping[str, str]) -
         _same(step, name, getattr(saved, name), getattr(config, name))
     _same(step, "validation.share", saved.validation.share, config.validation.share)
     _same(step, "an average (ema_decay above 0)", saved.ema_decay > 0, config.ema_decay > 0)
+    _same(step, "a critic (of DistributionMatching)", saved.step.critic, config.step.critic)
     for name in ("process", "optimizer", "ema_decay", "text_drop"):
         changed += _differences(name, getattr(saved, name), getattr(config, name))
     if meta["plan"] != plans[stage.name]:
