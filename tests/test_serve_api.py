@@ -17,6 +17,7 @@ import pytest
 import requests
 import uvicorn
 from PIL import Image
+from safetensors.numpy import save_file
 from starlette.testclient import TestClient
 from test_sample import FILM, PICTURE, add_checkpoint
 
@@ -106,6 +107,27 @@ def reference(api):
             "/easyanimate/infer_forward", json={"generation_method": "Video Generation"} | fields
         )
     engine.join()
+
+
+def test_a_lora_of_few_steps_is_sampled_in_them_unless_the_request_says_otherwise(
+    api, client, tmp_path
+):
+    told = {"easyanimate_jax": json.dumps({"sampling": {"steps": 4, "guidance": 1.0}})}
+    save_file({"x": np.zeros(1, np.float32)}, tmp_path / "four.safetensors", told)
+    settings = api.dispatcher.settings
+    api.dispatcher.settings = settings._replace(loras={"four": str(tmp_path / "four.safetensors")})
+    api.loras = {name: ["four"] for name in api.models}
+
+    def stored(**fields):
+        made = client.post("/v1/videos", json={"prompt": "a fox", "model": "t2v"} | fields)
+        assert made.status_code == 200, made.text
+        request = api.store.get(made.json()["id"]).request
+        return request["steps"], request["guidance"]
+
+    assert stored() == (50, 6.0)
+    assert stored(lora=["four:1"]) == (4, 1.0)
+    assert stored(lora=["four:0"]) == (50, 6.0)
+    assert stored(lora=["four:1"], steps=8) == (8, 1.0)
 
 
 @pytest.fixture

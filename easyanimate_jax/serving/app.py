@@ -37,6 +37,7 @@ from easyanimate_jax.serving.fields import Fault
 from easyanimate_jax.serving.guard import Guard, problem
 from easyanimate_jax.serving.metrics import Metrics
 from easyanimate_jax.serving.store import ID, RESERVE, Full, Job, Store, check_room
+from easyanimate_jax.weights.defaults import of_lora
 
 LOG = logging.getLogger(__name__)
 COOKIE = "easyanimate"
@@ -104,10 +105,10 @@ class Api:
             if not isinstance(wanted.get("prompt"), str):
                 raise Fault(400, "give a prompt; it may be empty", "prompt")
             request = fields.checked(wanted, self.store, id)
-            opened = self.models[model]
+            loras = self._loras(model, wanted.get(LORA, []))
+            opened = self._as_sampled(model, loras)
             allow = partial(self._limit, opened)
             asked = examine([Asked(request)], opened, decoders(), allow)[0]
-            loras = self._loras(model, wanted.get(LORA, []))
             alike = likeness(model, loras, asked.request, id)
             source_id = source and source.id
             most = self.limits.queue
@@ -202,6 +203,12 @@ class Api:
                 raise Fault(404, message, LORA, "lora_not_found")
         return wanted
 
+    def _as_sampled(self, model: str, loras: list) -> Opened:
+        """Return a model with the steps that its LoRAs were trained for, if they say any."""
+        opened, files = self.models[model], self.dispatcher.settings.loras
+        own = (of_lora(Path(files[name])) for name, weight in loras if weight and name in files)
+        return opened._replace(defaults=next(filter(None, own), opened.defaults))
+
     def _limit(self, opened: Opened, request: SampleRequest) -> None:
         samples = opened.samples
         most = self.limits.pixels or samples.frames * samples.height * samples.width
@@ -222,7 +229,8 @@ class Api:
         return Fault(429, f"{self.limits.queue} jobs wait already: try later", code="queue_full")
 
 
-FILLED = ("frames", "height", "width", "fps", "strength")  # open fields that the model decides
+# Open fields that the model decides.
+FILLED = ("frames", "height", "width", "fps", "strength", "steps", "times", "guidance")
 
 
 def create_app(api: Api, hosts: Sequence[str], *, easyanimate_routes: bool = False) -> FastAPI:

@@ -65,6 +65,8 @@ def _model(name: str, opened: Opened) -> dict:
         "samplers": SAMPLERS[type(opened.process)],
         "fps": opened.fps,
         **dataclasses.asdict(opened.samples),
+        "steps": opened.defaults.steps,
+        "guidance": opened.defaults.guidance,
     }
 
 

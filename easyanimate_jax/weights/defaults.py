@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from easyanimate_jax.weights.files import metadata_of
+
 FILE = "sampling.json"  # at the root of a folder with the parts of a model
 KEY = "easyanimate_jax"  # of the metadata of a LoRA file; its value is JSON
 # Objectives whose students need no guidance.
@@ -102,6 +104,12 @@ def of_metadata(metadata: Mapping[str, str]) -> Defaults | None:
         return _read(json.loads(metadata[KEY])["sampling"])
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
+
+
+def of_lora(path: Path) -> Defaults | None:
+    """Return the defaults of a LoRA file, from its header; None if it asks for none."""
+    is_file = path.suffix == ".safetensors" and path.is_file()
+    return of_metadata(metadata_of(path)) if is_file else None
 
 
 def _read(fields) -> Defaults:

@@ -138,8 +138,8 @@ function control(field, needed) {
       input.step = field.kind === "integer" ? 1 : "any";
       if (field.low !== null) [input.min, input.max] = [field.low, field.high];
     }
-    const own = { width: model().width, height: model().height, frames: model().frames }[field.name];
-    input.placeholder = String(own ?? field.default ?? "");
+    const own = ["width", "height", "frames", "steps", "guidance"].includes(field.name) && model()[field.name];
+    input.placeholder = String(own || (field.default ?? ""));
     if (field.name === "width" || field.name === "height") input.step = 16;
   }
   input.id = id;
