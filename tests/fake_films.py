@@ -52,7 +52,7 @@ def fake(patch, asked, dies=-1):
 
     patch.setattr(evaluate, "text_to_video", text_to_video)
     patch.setattr(media, "write_video", write_video)
-    patch.setattr(module, "weights_print", lambda *given: "w")
+    patch.setattr(evaluate, "weights_print", lambda *given: "w")
 
 
 def maker(output, reward=BRIGHT, prompts=PROMPTS, count=4, seed=7):

@@ -101,7 +101,8 @@ class Evaluation:
         Raises ValueError for a folder that was begun with another model, clips or settings.
         """
         self._encode()
-        results = {"settings": self._begin(), "loss": self._losses()}
+        settings = begin(self.output, self.opened, self.asked, clips=self.keys)
+        results = {"settings": settings, "loss": self._losses()}
         rows = self._films()
         for name in ("psnr", "ssim"):
             results[name] = mean([row[name] for row in rows])._asdict()
@@ -132,30 +133,6 @@ class Evaluation:
         self.loader = held_out_loader(config, self.stage, self.mesh, records, 1.0)
         self.numbers = {record: i for i, record in enumerate(self.loader.plan.ids.tolist(), 1)}
         self.names, self.keys = records.index["clip"].tolist(), records.header["keys"]
-
-    def _begin(self) -> dict:
-        """Write the settings of the folder and return them. Raises ValueError for others there."""
-        path, opened = self.output / "settings.json", self.opened
-        now = {
-            "model": str(opened.path),
-            "step": opened.step,
-            "weights_of": opened.weights,
-            "weights": weights_print(opened.model, opened.step),
-            "clips": self.keys,
-            "sampling": dataclasses.asdict(self.asked.sampling),
-            "seed": self.asked.seed,
-        }
-        now = json.loads(json.dumps(now))
-        if path.is_file():
-            before = json.loads(path.read_text())
-            changed = [name for name in now if before.get(name) != now[name]]
-            if changed:
-                raise ValueError(
-                    f"{self.output} was begun with another {', '.join(changed)}: name another "
-                    f"folder, or remove this one"
-                )
-        whole.replace_text(path, json.dumps(now, indent=1))
-        return now
 
     def _losses(self) -> dict:
         """Return the loss on the clips: its mean, its standard error, by time and by length."""
@@ -228,6 +205,33 @@ class Evaluation:
             path = self.path(kind, self.numbers[record])
             if not path.is_file():
                 write_film(path, frames, self.config.sets[0].fps)
+
+
+def begin(output: Path, opened: Opened, asked: Asked, **more) -> dict:
+    """Write the settings of a folder of films, and return them.
+
+    Raises ValueError for a folder that was begun with others.
+    """
+    path = output / "settings.json"
+    now = {
+        "model": str(opened.path),
+        "step": opened.step,
+        "weights_of": opened.weights,
+        "weights": weights_print(opened.model, opened.step),
+        "sampling": dataclasses.asdict(asked.sampling),
+        "seed": asked.seed,
+        **more,
+    }
+    now = json.loads(json.dumps(now))
+    before = json.loads(path.read_text()) if path.is_file() else now
+    changed = [name for name in now if before.get(name) != now[name]]
+    if changed:
+        raise ValueError(
+            f"{output} was begun with another {', '.join(changed)}: name another folder, or "
+            f"remove this one"
+        )
+    whole.replace_text(path, json.dumps(now, indent=1))
+    return now
 
 
 def config_of(opened: Opened, clips: Path, output: Path, asked: Asked) -> TrainConfig:

@@ -10,7 +10,6 @@ A call that was stopped goes on: a video that exists is not made again, and a re
 received is not asked for again. More prompts and a larger count add to the folder.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -29,10 +28,9 @@ from easyanimate_jax.disk import whole
 from easyanimate_jax.evaluation import pairs
 from easyanimate_jax.evaluation.pairs import Group
 from easyanimate_jax.evaluation.rewards import Received, Reward, RewardServer, check_dropped
-from easyanimate_jax.runs.evaluate import Asked, make_films
+from easyanimate_jax.runs.evaluate import Asked, begin, make_films
 from easyanimate_jax.runs.load import Pipeline
 from easyanimate_jax.runs.parts import Opened
-from easyanimate_jax.weights.identity import weights_print
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +70,7 @@ class PairMaker:
         (self.output / VIDEOS).mkdir(parents=True, exist_ok=True)
         for folder in (self.output, self.output / VIDEOS):
             whole.remove_left(folder)
-        self._begin()
+        begin(self.output, self.opened, self.asked, size=self.size, fps=self.asked.fps)
         received = Received(self.output / "rewards.jsonl")
         todo = [(p, n, path) for p, n in self._all() if not (path := self._path(p, n)).is_file()]
         if isinstance(self.reward, RewardServer) and (todo or self._unrated(received)):
@@ -94,29 +92,6 @@ class PairMaker:
             self.output / "metadata.json", json.dumps(rows, indent=1, ensure_ascii=False)
         )
         return [f"{name:<20}{value:g}" for name, value in pairs.summary(groups).items()]
-
-    def _begin(self) -> None:
-        """Write the settings of the videos. Raises ValueError for others in the folder."""
-        path, opened = self.output / "settings.json", self.opened
-        now = {
-            "model": str(opened.path),
-            "step": opened.step,
-            "weights_of": opened.weights,
-            "weights": weights_print(opened.model, opened.step),
-            "sampling": dataclasses.asdict(self.asked.sampling),
-            "size": self.size,
-            "fps": self.asked.fps,
-            "seed": self.asked.seed,
-        }
-        now = json.loads(json.dumps(now))
-        before = json.loads(path.read_text()) if path.is_file() else now
-        changed = [name for name in now if before.get(name) != now[name]]
-        if changed:
-            raise ValueError(
-                f"{self.output} was begun with another {', '.join(changed)}: name another folder, "
-                f"or remove this one"
-            )
-        whole.replace_text(path, json.dumps(now, indent=1))
 
     def _warn_cut(self) -> None:
         cut = [prompt for prompt in self.prompts if self.run.encoder.is_cut(prompt)]

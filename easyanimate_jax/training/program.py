@@ -295,15 +295,17 @@ def reads_pairs(stage: Stage) -> bool:
 
 def step_program(config: StepConfig, placed: TrainState, stage: Stage):
     """Return the jitted train step of a stage; it donates the state and keeps its shardings."""
-    matching = isinstance(stage.objective, DistributionMatching)
+    if isinstance(stage.objective, DistributionMatching):
+        update = partial(matching_step, objective=stage.objective)
+    else:
+        update = partial(train_step, loss=loss_of(stage))
     step = partial(
-        matching_step if matching else train_step,
+        update,
         optimizer=make_optimizer(config.optimizer, config.train),
         process=config.process,
         ema_decay=config.ema_decay,
         batch_size=stage.batch_size,
         part=part_of(config.with_channels(stage.in_channels)),
-        **{"objective": stage.objective} if matching else {"loss": loss_of(stage)},
     )
     device = placed.step.mesh.devices.flat[0]
     return jax.jit(

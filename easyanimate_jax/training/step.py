@@ -49,7 +49,7 @@ class Critic(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """What turns latents into a reward: the autoencoder, and the weights of the reward, if any."""
+    """The autoencoder and the weights of a reward, which turn latents into a number."""
 
     vae: CausalVAE
     weights: Any = ()

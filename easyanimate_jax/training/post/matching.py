@@ -46,7 +46,7 @@ class Found(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """What is drawn for an update: keys of all rows, and the step at which the student stops."""
+    """The draws of an update: keys for all rows, and the step at which the student stops."""
 
     rollout: PRNGKeyArray
     compare: PRNGKeyArray
