@@ -12,7 +12,6 @@ from easyanimate_jax.data import media
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.evaluation.rewards import RewardFunction
 from easyanimate_jax.runs import evaluate
-from easyanimate_jax.runs import pairs as module
 from easyanimate_jax.runs.evaluate import Asked
 from easyanimate_jax.runs.load import Pipeline, Resident
 from easyanimate_jax.runs.pairs import PairMaker

@@ -62,7 +62,7 @@ def complete(request: SampleRequest, model: Model, files: Files = media) -> Samp
     own = model.defaults.filled(
         request.steps, read_times(request.times), request.guidance, request.shift
     )
-    filled |= own | {"times": ",".join(f"{time:g}" for time in own["times"]) or None}
+    filled |= own | {"times": ",".join(f"{time:.9g}" for time in own["times"]) or None}
     filled |= dict(zip(("height", "width"), _sides(request, model, files), strict=True))
     film = request.video or request.control
     if film and request.frames is None:

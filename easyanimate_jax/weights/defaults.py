@@ -90,7 +90,7 @@ def of_folder(folder: Path) -> Defaults:
     if not path.is_file():
         return Defaults()
     try:
-        return _read(json.loads(path.read_text("utf-8")))
+        return _read(json.loads(path.read_text("utf-8-sig")))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(
             f'{path} is not of the form {{"steps": 4, "guidance": 1.0, "times": [1000, 891, 731, '
