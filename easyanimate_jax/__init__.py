@@ -51,6 +51,9 @@ if TYPE_CHECKING:
         GuidanceDistillation as GuidanceDistillation,
     )
     from easyanimate_jax.training.post.objectives import (
+        NegativeAwareFinetuning as NegativeAwareFinetuning,
+    )
+    from easyanimate_jax.training.post.objectives import (
         RewardBackpropagation as RewardBackpropagation,
     )
     from easyanimate_jax.training.post.objectives import SegmentDistillation as SegmentDistillation
@@ -95,6 +98,7 @@ _HOMES = {
         "DirectPreference",
         "DistributionMatching",
         "GuidanceDistillation",
+        "NegativeAwareFinetuning",
         "RewardBackpropagation",
         "SegmentDistillation",
     ),

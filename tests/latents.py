@@ -1,5 +1,6 @@
 """Prepared latents of random numbers, for runs that learn nothing from them."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ def random_latents(
     pairs: bool = False,
     **meta,
 ) -> None:
-    """Five records per set, and the states of the empty prompt.
+    """Five records per set with two captions each, and the states of the empty prompt.
 
     With `pairs` a record also has a worse clip. The set named "image" holds images; "medium" and
     "large" hold two draws of the image condition. widths: of the two text encoders; meta: further
@@ -34,6 +35,8 @@ def random_latents(
             N = T * gh * gw
             record = {"mean": draw(N, 64), "logvar": draw(N, 64) - 4}
             record |= {"text0": draw(2, 4, widths[0]), "text1": draw(2, 3, widths[1])}
+            words = json.dumps([f"caption {clip}", f"标题 {clip}"]).encode()
+            record["captions"] = np.frombuffer(words, np.uint8)
             if draws:
                 record |= {
                     "condition_mean": draw(draws, N, 64),

@@ -49,6 +49,14 @@ class Worse(NamedTuple):
     condition: np.ndarray | None  # (A, B, N, extra * 4): drawn as that of the better clip
 
 
+class Group(NamedTuple):
+    """Videos that a model sampled of the captions of a batch, n of each, and their rewards."""
+
+    latents: np.ndarray  # (A, n, B, N, P) as tokens
+    advantage: np.ndarray  # (A, n, B)
+    reward: np.ndarray  # (A, n, B)
+
+
 class Batch(NamedTuple):
     """Latent statistics as tokens, zero past `lengths`. Padding rows have weight 0.
 
@@ -65,6 +73,7 @@ class Batch(NamedTuple):
     weight: np.ndarray  # (A, B), 1 or 0
     empty: tuple[np.ndarray, ...] | None = None  # (A, 1, L, width) each: states of no caption
     worse: Worse | None = None  # the worse clip of each row, in a set of pairs
+    group: Group | None = None  # sampled videos of each row's caption
 
 
 class Pages:
@@ -146,6 +155,33 @@ class Loader:
             made = zip(own, fields, strict=True)
             return length, self._assemble(length, ids, made, pages or Pages())
 
+    def captions(self, step: int) -> dict[int, str]:
+        """Return {row: caption} of the rows of a step that this process's devices hold.
+
+        It is the caption of which the batch has the states. Raises ValueError for a set of an
+        earlier version, which holds no captions.
+        """
+        ids = self.plan(int(step))[1]
+        own = [row for row in range(len(ids)) if self._holds(row)]
+        with ThreadPoolExecutor(READERS) as pool:
+            texts = pool.map(lambda row: self._caption(int(step), row, int(ids[row])), own)
+            return dict(zip(own, texts, strict=True))
+
+    def _caption(self, step: int, row: int, record: int) -> str:
+        record, arrays = self._instead(record, lambda candidate: self.records[candidate])
+        if "captions" not in arrays:
+            raise ValueError(
+                f"{self.records.folder} was prepared by an earlier version, which did not store "
+                f"the words of captions; prepare the set again in another folder"
+            )
+        number = self._draw_caption(np.random.default_rng(self._words(step, row, record)), record)
+        return "" if number is None else json.loads(arrays["captions"].tobytes())[number]
+
+    def _draw_caption(self, rng: np.random.Generator, record: int) -> int | None:
+        """Return the number of a row's caption; None if it is replaced by the empty one."""
+        number = rng.integers(self.records.index["num_captions"][record])
+        return None if rng.random() < self.text_drop else int(number)
+
     def _ahead(
         self, function: Callable, start: int, read: grain.ReadOptions, workers: int
     ) -> Iterator:
@@ -224,10 +260,10 @@ class Loader:
     def _fields(self, step: int, row: int, record: int, arrays: dict[str, np.ndarray]) -> dict:
         """Return the record's arrays that the row uses, chosen by the row's own random draws."""
         rng = np.random.default_rng(self._words(step, row, record))
-        caption = rng.integers(self.records.index["num_captions"][record])
-        dropped = rng.random() < self.text_drop
+        number = self._draw_caption(rng, record)
         texts = [
-            empty if dropped else arrays[f"text{i}"][caption] for i, empty in enumerate(self.empty)
+            empty if number is None else arrays[f"text{i}"][number]
+            for i, empty in enumerate(self.empty)
         ]
         fields = {"grid": self._grid(record), "texts": texts}
         again = copy.deepcopy(rng) if self.pairs else rng

@@ -126,7 +126,7 @@ class SetMaker:
 
 
 def _add_texts(records: list[tuple[Job, Record]], texts: Callable) -> None:
-    """Add the text states of its captions to every record.
+    """Add its captions and their text states to every record.
 
     The captions of a shard are encoded together, so that batches are full.
     """
@@ -139,6 +139,8 @@ def _add_texts(records: list[tuple[Job, Record]], texts: Callable) -> None:
     for job, record in records:
         last = first + len(job.clip.captions)
         record |= {f"text{i}": s[first:last] for i, s in enumerate(states)}
+        words = json.dumps(job.clip.captions, ensure_ascii=False).encode()
+        record["captions"] = np.frombuffer(words, np.uint8)
         first = last
 
 

@@ -29,7 +29,9 @@ from easyanimate_jax.training.post.objectives import (
     DirectPreference,
     DistributionMatching,
     GuidanceDistillation,
+    NegativeAwareFinetuning,
     RewardBackpropagation,
+    Rewarded,
     SegmentDistillation,
 )
 from easyanimate_jax.training.program import StepConfig
@@ -278,6 +280,7 @@ class TrainConfig:
     @property
     def step(self) -> StepConfig:
         """Return the settings that the train step of every stage depends on."""
+        rewarded = any(isinstance(stage.objective, Rewarded) for stage in self.stages)
         return StepConfig(
             self.model,
             self.optimizer,
@@ -288,7 +291,7 @@ class TrainConfig:
             self.frozen,
             any(stage.objective is not None for stage in self.stages),
             any(isinstance(stage.objective, DistributionMatching) for stage in self.stages),
-            next(((name, self.vae) for name in sorted(rewards_of(self))), None),
+            (next(iter(rewards_of(self)), ""), self.vae) if rewarded else None,
         )
 
     @property
@@ -321,7 +324,7 @@ def load(path: str) -> TrainConfig | VAETrainConfig:
 
 _ROOMS = (VAETrainConfig, VAEStage, VAEConfig, MMDiTConfig, DDPM, Flow, LatentSet, Budget, Stage)
 _ROOMS += (GuidanceDistillation, SegmentDistillation, DistributionMatching, DirectPreference)
-_ROOMS += (RewardBackpropagation,)
+_ROOMS += (RewardBackpropagation, NegativeAwareFinetuning)
 _CLASSES = {
     c.__name__: c
     for c in (

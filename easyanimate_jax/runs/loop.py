@@ -20,8 +20,10 @@ from jax.sharding import Mesh
 from easyanimate_jax.data.loader import Batch, Loader
 from easyanimate_jax.disk.lock import FolderLock
 from easyanimate_jax.disk.whole import replace_text
+from easyanimate_jax.evaluation.rewards import RewardError
 from easyanimate_jax.runs.batches import held_out_loaders, make_loaders, place, with_empty
 from easyanimate_jax.runs.config import TrainConfig, to_json
+from easyanimate_jax.runs.groups import GroupSampler, check_groups
 from easyanimate_jax.runs.journal import Journal
 from easyanimate_jax.runs.position import Position, check_resume, check_weights, position_at
 from easyanimate_jax.runs.programs import Programs
@@ -33,6 +35,7 @@ from easyanimate_jax.runs.visits import VisitLoader
 from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.training.checkpoint import NotFiniteError, StorageError, named_leaves
 from easyanimate_jax.training.metrics import now
+from easyanimate_jax.training.program import samples_groups
 from easyanimate_jax.training.safety.cloud_goodput import CloudGoodput, open_sink
 from easyanimate_jax.training.safety.divergence import DivergedError
 from easyanimate_jax.training.safety.exits import DIVERGED, DONE, FOUND, PREEMPTED, STORAGE
@@ -64,6 +67,7 @@ def train(config: TrainConfig, faults: Faults = NO_FAULTS) -> int:
     sink = open_sink(config.goodput_job, process=jax.process_index())
     stop = Preemption()
     try:
+        check_groups(config, loaders)
         with contextlib.ExitStack() as stack:
             lock = stack.enter_context(run_lock(config)) if main else None
             monitor = stack.enter_context(open_monitor(config, sink))
@@ -82,6 +86,9 @@ def train(config: TrainConfig, faults: Faults = NO_FAULTS) -> int:
     except StorageError as error:
         logger.error("storage: %s", error)
         return STORAGE
+    except RewardError as error:
+        logger.error("reward: %s", error)
+        return PREEMPTED
     return DONE if finished else PREEMPTED
 
 
@@ -144,6 +151,7 @@ class Run:
         self.journal = Journal(config)
         self.sampler = Sampler(config, mesh, held_out or {})
         self.validator = Validator(config, mesh, held_out or {})
+        self.groups = GroupSampler(config, mesh, loaders, self.programs, monitor)
         self.save_clock = SaveClock(config.save_minutes)
 
     def stages(self, step: int, state: TrainState, stop: Preemption) -> tuple[bool, int]:
@@ -161,7 +169,11 @@ class Run:
             self.recovery.enter()
             for length, batch, waited in self.batches(where):
                 where = position_at(self.config, step)
-                state = self.update(where, length, batch, waited, state)
+                try:
+                    state = self.update(where, length, batch, waited, state)
+                except RewardError:  # before the step, so the state is whole
+                    self._keep(step, state)
+                    raise
                 stopping = stop.asked()
                 self._save(where, state, due=stopping)
                 if self.recovery.reason:
@@ -202,12 +214,12 @@ class Run:
     ) -> TrainState:
         """Return the state after one update; its metrics are fetched during the next update."""
         began, stage = now(), where.stage
-        arrays = place(batch, self.mesh)
         program = self.programs(stage, length)
         first = self.programs.first_run(stage, length)
         self.monitor.enter("compile" if first else "step", where.made)
         self.faults.before_step(where.made)
         rate = stage.learning_rate_at(where.step)
+        arrays = self._arrays(where, length, batch, state)
         state, metrics = program(state, arrays, self.key, jnp.float32(rate))
         self.recovery.see(self.journal.flush())
         bad = len(self.loaders[stage.name].bad)
@@ -220,6 +232,14 @@ class Run:
             self.journal.show(where)
         return state
 
+    def _arrays(self, where: Position, length: int, batch: Batch, state: TrainState) -> Batch:
+        """Return a batch on the devices, with sampled videos if the stage's step reads them."""
+        arrays = place(batch, self.mesh)
+        if not samples_groups(where.stage):
+            return arrays
+        position = where.step + self.recovery.offset(where)
+        return self.groups(where.stage, length, position, state, arrays, self.key)
+
     def replay(self, step: int, state: TrainState) -> dict:
         """Make the next update; return its loss, gradient norm and the fingerprints of all arrays.
 
@@ -231,7 +251,7 @@ class Run:
         state = self.states.for_stage(state, where.stage)
         length, batch, _ = next(self.batches(where))
         rate = jnp.float32(where.stage.learning_rate_at(where.step))
-        arrays = place(batch, self.mesh)
+        arrays = self._arrays(where, length, batch, state)
         state, metrics = self.programs(where.stage, length)(state, arrays, self.key, rate)
         prints = {name: int(fingerprint(x)) for name, x in named_leaves(state).items()}
         return prints | {name: float(metrics[name]) for name in ("loss", "grad_norm")}
@@ -250,6 +270,14 @@ class Run:
             self.states.save(where, state)
         except NotFiniteError as error:
             self.recovery.not_finite(where.made, str(error))
+
+    def _keep(self, step: int, state: TrainState) -> None:
+        """Save the state after `step` updates before the run ends with an error."""
+        if step:
+            with contextlib.suppress(NotFiniteError):
+                self.states.save(position_at(self.config, step - 1), state)
+        self._close(step)
+        self.states.checkpoints.close(step)
 
     def _sample(self, where: Position, state: TrainState) -> None:
         every = self.config.samples.every

@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 from easyanimate_jax import processes
 from easyanimate_jax.data.loader import Loader
 from easyanimate_jax.memory import device_memory
-from easyanimate_jax.training.compile import compile_stage
+from easyanimate_jax.training.compile import compile_groups, compile_stage
 from easyanimate_jax.training.fits import memory_line, refusal
-from easyanimate_jax.training.program import StepConfig, microbatch_rows
+from easyanimate_jax.training.program import StepConfig, microbatch_rows, samples_groups
 from easyanimate_jax.training.safety.monitor import Monitor
 from easyanimate_jax.training.stages import Stage
 
@@ -39,10 +39,20 @@ class Programs:
 
         Raises ValueError if it does not fit a device's memory; the message lists what takes it.
         """
-        key = self._key(stage, length)
+        return self._compiled(compile_stage, stage, length)
+
+    def groups(self, stage: Stage, length: int) -> jax.stages.Compiled:
+        """Return the compiled sampler (state, batch, key) of a stage that samples its videos.
+
+        Raises ValueError as a call does.
+        """
+        return self._compiled(compile_groups, stage, length)
+
+    def _compiled(self, compile_one, stage: Stage, length: int) -> jax.stages.Compiled:
+        key = (compile_one, *self._key(stage, length))
         if key not in self.compiled:
             self.monitor.enter("compile")
-            report, program = compile_stage(
+            report, program = compile_one(
                 self.config,
                 stage,
                 self.mesh,
@@ -59,7 +69,10 @@ class Programs:
 
     def check(self, stage: Stage) -> None:
         """Compile the stage at its longest bucket, which decides whether it fits the devices."""
-        self(stage, max(self.loaders[stage.name].plan.lengths))
+        longest = max(self.loaders[stage.name].plan.lengths)
+        self(stage, longest)
+        if samples_groups(stage):
+            self.groups(stage, longest)
 
     def first_run(self, stage: Stage, length: int) -> bool:
         """Return whether the program runs for the first time, and remember that it ran.

@@ -3,11 +3,19 @@
 import itertools
 
 from easyanimate_jax.data.records import LatentSet
+from easyanimate_jax.diffusion.samplers import walk
 from easyanimate_jax.diffusion.tasks import TASKS
 from easyanimate_jax.disk.functions import named_function
-from easyanimate_jax.training.post.objectives import RewardBackpropagation
+from easyanimate_jax.evaluation.rewards import RewardServer
+from easyanimate_jax.training.post.objectives import (
+    NegativeAwareFinetuning,
+    RewardBackpropagation,
+    Rewarded,
+)
 from easyanimate_jax.training.program import reads_pairs
 from easyanimate_jax.training.stages import Stage
+
+MOST_DECAY = 0.99  # of the average that samples the videos of `NegativeAwareFinetuning`
 
 
 def check_stages(config) -> None:
@@ -35,7 +43,7 @@ def check_stages(config) -> None:
 
 
 def rewards_of(config) -> set[str]:
-    """Return the names of the rewards that the stages of a run are trained by."""
+    """Return the names of the rewards whose gradient the stages of a run use."""
     objectives = (stage.objective for stage in config.stages)
     return {one.reward for one in objectives if isinstance(one, RewardBackpropagation)}
 
@@ -45,7 +53,8 @@ def _check_reward(config, stage: Stage) -> None:
 
     Its module is imported.
     """
-    if not isinstance(stage.objective, RewardBackpropagation):
+    objective = stage.objective
+    if not isinstance(objective, Rewarded):
         return
     if TASKS[stage.task].is_control:
         raise ValueError(
@@ -58,9 +67,20 @@ def _check_reward(config, stage: Stage) -> None:
             f"use a second run for the other"
         )
     try:
-        named_function(stage.objective.reward)
+        if "://" in objective.reward:
+            RewardServer(objective.reward)
+        else:
+            named_function(objective.reward)
+        if isinstance(objective, RewardBackpropagation):
+            walk(config.process, steps=objective.steps, times=objective.times)
     except ValueError as error:
         raise ValueError(f"stage {stage.name!r}, reward: {error}") from error
+    if isinstance(objective, NegativeAwareFinetuning) and config.ema_decay > MOST_DECAY:
+        raise ValueError(
+            f"stage {stage.name!r} has the objective NegativeAwareFinetuning, whose videos are "
+            f"sampled by the averaged weights, and TrainConfig.ema_decay={config.ema_decay} hardly "
+            f"moves them; use 0.5 to 0.9, at most {MOST_DECAY}"
+        )
 
 
 def _check_teacher(config, stage: Stage) -> None:

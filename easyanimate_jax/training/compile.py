@@ -22,9 +22,11 @@ from easyanimate_jax.training.program import (
     StepConfig,
     abstract_batch,
     abstract_state,
+    groups_program,
     microbatch_rows,
     reads_empty,
     reads_pairs,
+    samples_groups,
     step_program,
 )
 from easyanimate_jax.training.stages import Stage
@@ -98,9 +100,37 @@ def compile_stage(
         report, placed, arguments = describe_stage(
             config, stage, mesh, tokens=tokens, text_lengths=text_lengths, memory=memory
         )
-        report.topology = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+        report.topology = _topology(mesh)
         lowered = trace_stage(config, stage, placed, arguments).lower()
         return report, _compile(lowered, mesh, report)
+
+
+def compile_groups(
+    config: StepConfig,
+    stage: Stage,
+    mesh: Mesh,
+    *,
+    tokens: int,
+    text_lengths: tuple[int, ...],
+    memory: int,
+) -> tuple[StageReport, jax.stages.Compiled | None]:
+    """Compile the sampler of a stage whose updates begin with sampled videos, as `compile_stage`.
+
+    It takes (state, batch without its group, key).
+    """
+    with jax.set_mesh(mesh):
+        report, _, (state, batch) = describe_stage(
+            config, stage, mesh, tokens=tokens, text_lengths=text_lengths, memory=memory
+        )
+        report.name, report.topology = f"{stage.name}, sampling", _topology(mesh)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        program = groups_program(config, mesh, stage)
+        lowered = program.trace(state, batch._replace(group=None), key).lower()
+        return report, _compile(lowered, mesh, report)
+
+
+def _topology(mesh: Mesh) -> str:
+    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
 
 
 def trace_stage(
@@ -134,6 +164,7 @@ def describe_stage(
         text_lengths=text_lengths,
         empty=reads_empty(stage),
         pairs=reads_pairs(stage),
+        group=samples_groups(stage),
     )
     trained = _trained_part(state)
     evaluations = 0 if stage.objective is None else stage.objective.evaluations

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
-from easyanimate_jax.data.loader import Batch, Worse
+from easyanimate_jax.data.loader import Batch, Group, Worse
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.facts import LATENT_CHANNELS, PATCH
@@ -27,11 +28,13 @@ from easyanimate_jax.sharding import AnyMesh, activation_spec, shardings
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates, make_optimizer
 from easyanimate_jax.training.post.distill import guidance_loss, is_guided, segment_loss
 from easyanimate_jax.training.post.matching import matching_step
+from easyanimate_jax.training.post.nft import nft_loss, sample_groups
 from easyanimate_jax.training.post.objectives import (
     DirectPreference,
     Distillation,
     DistributionMatching,
     GuidanceDistillation,
+    NegativeAwareFinetuning,
     RewardBackpropagation,
     SegmentDistillation,
 )
@@ -71,7 +74,7 @@ class StepConfig(NamedTuple):
     frozen: Kernels = "float32"  # storage of the kernels that are not trained
     taught: bool = False  # whether a stage has a teacher
     critic: bool = False  # whether a stage has a critic
-    reward: tuple[str, str] | None = None  # function and autoencoder of `RewardBackpropagation`
+    reward: tuple[str, str] | None = None  # differentiable reward or "", and the autoencoder
 
     @property
     def exact(self) -> tuple[str, ...]:
@@ -200,10 +203,11 @@ def abstract_batch(
     text_lengths: tuple[int, ...],
     empty: bool = False,
     pairs: bool = False,
+    group: NegativeAwareFinetuning | None = None,
 ) -> Batch:
     """Return the sharded shapes of a batch as the loader makes it.
 
-    `empty` adds the empty texts, and `pairs` the worse clips.
+    `empty` adds the empty texts, `pairs` the worse clips, and `group` its sampled videos.
     Arrays begin with (microbatches, rows). The last microbatch is padded with rows of weight 0.
     """
     rows = -(-batch_size // microbatch), microbatch
@@ -228,7 +232,19 @@ def abstract_batch(
         batch = batch._replace(empty=tuple(shapes))
     if pairs:
         batch = batch._replace(worse=Worse(batch.mean, batch.logvar, batch.condition))
+    if group is not None:
+        batch = batch._replace(group=_abstract_group(rows, channels, group))
     return _place(batch, batch_shardings(mesh, batch))
+
+
+def _abstract_group(
+    rows: tuple[int, int], channels: int, objective: NegativeAwareFinetuning
+) -> Group:
+    """Return the shapes of the sampled videos of (microbatches, rows)."""
+    shape = rows[0], objective.count, rows[1]
+    latents = jax.ShapeDtypeStruct((*shape, math.prod(objective.grid), channels), jnp.float32)
+    number = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return Group(latents, number, number)
 
 
 def microbatch_rows(stage: Stage, mesh: AnyMesh) -> int:
@@ -244,13 +260,18 @@ def batch_shardings(mesh: AnyMesh, batch: Batch) -> Batch:
     `context` shards rows too if there are enough, and tokens otherwise.
     """
 
-    def place(x, *axes: str | None):
+    def place(x, *axes: str | None, lead: int = 1):
         if x is None:
             return None
-        rest = (None,) * (x.ndim - 2 - len(axes))
-        return NamedSharding(mesh, activation_spec(mesh, x.shape, (None, "batch", *axes, *rest)))
+        rest = (None,) * (x.ndim - lead - 1 - len(axes))
+        names = (*(None,) * lead, "batch", *axes, *rest)
+        return NamedSharding(mesh, activation_spec(mesh, x.shape, names))
 
     worse = batch.worse and Worse(*(place(x, "tokens") for x in batch.worse))
+    group = batch.group and Group(
+        place(batch.group.latents, "tokens", lead=2),
+        *(place(x, lead=2) for x in batch.group[1:]),
+    )
     return Batch(
         mean=place(batch.mean, "tokens"),
         logvar=place(batch.logvar, "tokens"),
@@ -263,6 +284,7 @@ def batch_shardings(mesh: AnyMesh, batch: Batch) -> Batch:
         if batch.empty is None
         else tuple(NamedSharding(mesh, PartitionSpec()) for _ in batch.empty),
         worse=worse,
+        group=group,
     )
 
 
@@ -271,6 +293,7 @@ LOSSES = {
     SegmentDistillation: segment_loss,
     DirectPreference: preference_loss,
     RewardBackpropagation: reward_loss,
+    NegativeAwareFinetuning: nft_loss,
 }
 
 
@@ -293,6 +316,30 @@ def reads_pairs(stage: Stage) -> bool:
     return isinstance(stage.objective, DirectPreference)
 
 
+def samples_groups(stage: Stage) -> NegativeAwareFinetuning | None:
+    """Return the objective of a stage whose updates begin with sampled videos, else None."""
+    online = isinstance(stage.objective, NegativeAwareFinetuning)
+    return stage.objective if online else None
+
+
+def groups_program(config: StepConfig, mesh: AnyMesh, stage: Stage):
+    """Return the jitted sampler of a stage: (state, batch, key) -> (latents, frames)."""
+    sample = partial(
+        sample_groups,
+        process=config.process,
+        objective=stage.objective,
+        part=part_of(config.with_channels(stage.in_channels)),
+    )
+    rows = microbatch_rows(stage, mesh)
+    shape = -(-stage.batch_size // rows), stage.objective.count, rows
+    names = None, None, "batch"
+    tokens = math.prod(stage.objective.grid)
+    latents = activation_spec(mesh, (*shape, tokens, 1), (*names, "tokens", None))
+    frames = activation_spec(mesh, shape, names)
+    placed = tuple(NamedSharding(mesh, spec) for spec in (latents, frames))
+    return jax.jit(sample, out_shardings=placed, compiler_options=_compiler_options(mesh))
+
+
 def step_program(config: StepConfig, placed: TrainState, stage: Stage):
     """Return the jitted train step of a stage; it donates the state and keeps its shardings."""
     if isinstance(stage.objective, DistributionMatching):
@@ -307,13 +354,16 @@ def step_program(config: StepConfig, placed: TrainState, stage: Stage):
         batch_size=stage.batch_size,
         part=part_of(config.with_channels(stage.in_channels)),
     )
-    device = placed.step.mesh.devices.flat[0]
     return jax.jit(
         step,
         donate_argnums=0,
         out_shardings=(placed, placed.step),
-        compiler_options=COMPILER_OPTIONS.get(device.device_kind),
+        compiler_options=_compiler_options(placed.step.mesh),
     )
+
+
+def _compiler_options(mesh: AnyMesh) -> dict[str, str] | None:
+    return COMPILER_OPTIONS.get(mesh.devices.flat[0].device_kind)
 
 
 def _place(shapes, placed):

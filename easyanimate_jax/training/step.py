@@ -38,7 +38,7 @@ class TrainState(NamedTuple):
     frozen: nnx.State | None = None  # not in checkpoints
     teacher: MMDiT | None = None  # not in checkpoints; None if it is `frozen`, or nothing needs it
     critic: "Critic | None" = None  # of `DistributionMatching`
-    judge: "Judge | None" = None  # of `RewardBackpropagation`; not in checkpoints
+    judge: "Judge | None" = None  # of stages with a reward; not in checkpoints
 
 
 class Critic(NamedTuple):
@@ -61,6 +61,7 @@ class Networks(NamedTuple):
     student: MMDiT  # the one that is trained
     teacher: MMDiT | None = None  # as `init` is, without gradient
     judge: Judge | None = None
+    average: MMDiT | None = None  # of the student, without gradient
 
 
 class Part(NamedTuple):
@@ -120,11 +121,18 @@ def networks(weights, state: TrainState, part: Part | None, key: PRNGKeyArray) -
 
     `key` draws which ranks of adapters are left out.
     """
+    average = average_of(state, part)
     if part is None:
-        return Networks(weights, state.teacher, state.judge)
+        return Networks(weights, state.teacher, state.judge, average)
     weights = without_some(weights, key, part.dropout)
     teacher = part.frozen and nnx.merge(part.frozen, state.frozen)
-    return Networks(whole(part.whole, weights, state.frozen), teacher, state.judge)
+    return Networks(whole(part.whole, weights, state.frozen), teacher, state.judge, average)
+
+
+def average_of(state: TrainState, part: Part | None) -> MMDiT:
+    """Return the averaged model of a state; the trained one if the run keeps no average."""
+    weights = state.model if state.ema is None else state.ema
+    return weights if part is None else whole(part.whole, weights, state.frozen)
 
 
 def input_channels(state: TrainState) -> int:
@@ -188,8 +196,7 @@ def draw(batch: Batch, rows: Integer[Array, "B"], key: PRNGKeyArray) -> Drawn:
     Every visit draws new latents from the VAE's posterior, `mean + std * eps` (spec 3.4).
     """
 
-    # Latents and texts are stored as float16; computation is in float32.
-    batch = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float16 else x, batch)
+    batch = as_float32(batch)
 
     def of_row(row):
         posterior, noise = jax.random.split(jax.random.fold_in(key, row))
@@ -198,6 +205,11 @@ def draw(batch: Batch, rows: Integer[Array, "B"], key: PRNGKeyArray) -> Drawn:
 
     posterior, noise = jax.vmap(of_row)(rows)
     return Drawn(batch, batch.mean + jnp.exp(batch.logvar / 2) * posterior, noise)
+
+
+def as_float32(batch: Batch) -> Batch:
+    """Return a batch for computation: latents and texts, stored as float16, as float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float16 else x, batch)
 
 
 def predict(

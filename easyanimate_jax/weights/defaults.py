@@ -17,6 +17,7 @@ FILE = "sampling.json"  # at the root of a folder with the parts of a model
 KEY = "easyanimate_jax"  # of the metadata of a LoRA file; its value is JSON
 # Objectives whose students need no guidance.
 UNGUIDED = ("GuidanceDistillation", "SegmentDistillation", "DistributionMatching")
+UNGUIDED += ("NegativeAwareFinetuning",)
 
 
 class Defaults(NamedTuple):

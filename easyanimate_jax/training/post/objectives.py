@@ -5,6 +5,7 @@ as adapters shares its weights, so that both take the memory of one model.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from easyanimate_jax.data.buckets import check_size, grid_of
 from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
@@ -193,6 +194,10 @@ class RewardBackpropagation:
     steps: int = 50
     """Steps in which videos are sampled."""
 
+    times: tuple[float, ...] = ()
+    """Times of the steps, noise first, as in the `sampling.json` of a distilled model; () takes
+    those of the noise process."""
+
     guidance: float = 6.0
     """Scale of classifier-free guidance while sampling (spec 4.5)."""
 
@@ -223,6 +228,7 @@ class RewardBackpropagation:
             width="[16, 1344]",
             decoded="[1, inf)",
             steps=f"[1, {NUM_TRAIN_TIMES}]",
+            times=f"(-1, {NUM_TRAIN_TIMES}]",
             guidance="[1, 100]",
             chosen=f"[1, {NUM_TRAIN_TIMES}]",
             last=f"[1, {NUM_TRAIN_TIMES}]",
@@ -235,6 +241,11 @@ class RewardBackpropagation:
             raise ValueError(
                 f"RewardBackpropagation: chosen={self.chosen} of the last={self.last} of "
                 f"steps={self.steps}: use chosen <= last <= steps"
+            )
+        if self.times and len(self.times) != self.steps:
+            raise ValueError(
+                f"RewardBackpropagation: {len(self.times)} times and steps={self.steps}: give as "
+                f"many steps as times"
             )
         if self.decoded > self.grid[0]:
             raise ValueError(
@@ -262,5 +273,98 @@ class RewardBackpropagation:
         return copies * self.steps + 3.0 * (copies * self.chosen - 1) + 3.0 * bool(self.plain)
 
 
+@dataclass(frozen=True)
+class NegativeAwareFinetuning:
+    """The student's videos get a higher reward, of which no gradient is needed.
+
+    DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117). In each update the averaged weights sample
+    `count` videos of every caption of the batch, a reward rates them, and the student learns to
+    make those above the mean of their caption more likely, and those below it less. The weights
+    that sample are the run's average, so `TrainConfig.ema_decay` says how fast they follow: 0.5 to
+    0.9. Videos are sampled in few steps without guidance, so begin with a distilled model.
+    """
+
+    reward: str
+    """MODULE:FUNCTION, which takes frames (B, F, H, W, 3) as uint8 and B captions and returns B
+    numbers, or the address of a server, http(s)://... Larger is better."""
+
+    frames: int = 49
+    """Frames of a sampled video, 4n+1."""
+
+    height: int = 256
+    """Height of a sampled video in pixels, a multiple of 16."""
+
+    width: int = 256
+    """Width of a sampled video in pixels, a multiple of 16."""
+
+    count: int = 8
+    """Videos of each caption, which are compared with one another."""
+
+    steps: int = 8
+    """Steps in which videos are sampled, without guidance, at the times of `process.grid(steps)`. A
+    model that was distilled to few steps needs their number."""
+
+    times: int = 4
+    """Of these times, how many are trained for each video in an update."""
+
+    beta: float = 1.0
+    """Size of the region in which the student is trusted: 0.1 learns faster, and less stably."""
+
+    distance: float = 1e-3
+    """Weight of the mean squared distance to the teacher's predictions."""
+
+    plain: float = 0.0
+    """Weight of the ordinary loss on the batch's clips."""
+
+    request: int = 8
+    """Videos that a server gets at once."""
+
+    seconds: float = 120.0
+    """Time in seconds for a server's answer."""
+
+    tries: int = 5
+    """Most requests for the same videos; the pauses between them grow."""
+
+    format: Literal["mp4", "npz"] = "mp4"
+    """Form in which a server gets videos: "mp4", or "npz" for exact pixels."""
+
+    def __post_init__(self):
+        check_fields(
+            self,
+            frames="[1, inf)",
+            height="[16, 1344]",
+            width="[16, 1344]",
+            count="[2, inf)",
+            steps=f"[1, {NUM_TRAIN_TIMES}]",
+            times=f"[1, {NUM_TRAIN_TIMES}]",
+            beta="(0, inf)",
+            distance="[0, inf)",
+            plain="[0, inf)",
+            request="[1, inf)",
+            seconds="(0, inf)",
+            tries="[1, inf)",
+        )
+        check_size(self.frames, self.height, self.width)
+        if self.times > self.steps:
+            raise ValueError(
+                f"NegativeAwareFinetuning: times={self.times} of steps={self.steps}: a video is "
+                f"trained at the times of its steps, at most once at each"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Return the latent frames, token rows and token columns of a sampled video."""
+        return grid_of(self.frames, self.height, self.width)
+
+    @property
+    def evaluations(self) -> float:
+        """Return how many forward passes an update makes for a row, beside one with its gradient.
+
+        A pass with its gradient counts as three.
+        """
+        return self.count * (self.steps + 5.0 * self.times) - 3.0 + 3.0 * bool(self.plain)
+
+
 Distillation = GuidanceDistillation | SegmentDistillation | DistributionMatching
-Objective = Distillation | DirectPreference | RewardBackpropagation
+Rewarded = RewardBackpropagation | NegativeAwareFinetuning
+Objective = Distillation | DirectPreference | Rewarded

@@ -24,7 +24,14 @@ from easyanimate_jax.disk.functions import named_function
 from easyanimate_jax.models.mmdit import MMDiT, unpatchify
 from easyanimate_jax.training.post.distill import Metrics, Tokens, empty_texts
 from easyanimate_jax.training.post.objectives import RewardBackpropagation
-from easyanimate_jax.training.step import Judge, Networks, draw, predict, row_losses, row_means
+from easyanimate_jax.training.step import (
+    Judge,
+    Networks,
+    as_float32,
+    predict,
+    row_losses,
+    row_means,
+)
 
 SAMPLED = 5  # folded into the key for the noise of sampled videos and for the chosen steps
 
@@ -44,8 +51,9 @@ def reward_loss(
     Of the batch, the texts are used; with `plain` also the clips. The metrics are "reward" and
     "distance", the mean squared distance to the teacher at the trained steps.
     """
-    asked, noise = _asked(batch, rows, key, objective)
-    plan = walk(process, steps=objective.steps)
+    asked = asked_of(batch, objective.grid)
+    noise = _noise(rows, key, asked, objective)
+    plan = walk(process, steps=objective.steps, times=objective.times)
     steps = _steps(key, objective)
     last, kept = _sample(networks.student, asked, noise, plan, steps, objective)
     reward = reward_function(objective.reward)
@@ -85,8 +93,8 @@ def reward_function(name: str) -> Callable:
 
 
 def reward_weights(name: str):
-    """Return the weights that MODULE:FUNCTION loads; () if it has none."""
-    function = named_function(name)
+    """Return the weights that MODULE:FUNCTION loads; () if it has none, or for no name."""
+    function = named_function(name) if name else None
     return function.load() if hasattr(function, "load") else ()
 
 
@@ -112,23 +120,24 @@ def rewards(
     return found.astype(jnp.float32)
 
 
-def _asked(
-    batch: Batch, rows: Int[Array, "B"], key: PRNGKeyArray, objective: RewardBackpropagation
-) -> tuple[Batch, Tokens]:
-    """Return the batch of the videos to sample, of one size and without a picture, and noise."""
-    count, width = int(np.prod(objective.grid)), batch.mean.shape[-1]
-    batch = draw(batch, rows, key).batch
-    key = jax.random.fold_in(key, SAMPLED)
-    draw_row = lambda row: jax.random.normal(jax.random.fold_in(key, row), (count, width))  # noqa: E731
-    condition = batch.condition
+def asked_of(batch: Batch, grid: tuple[int, int, int]) -> Batch:
+    """Return the batch of the videos to sample, of one size and without a picture."""
+    batch, count = as_float32(batch), int(np.prod(grid))
+    rows, condition = len(batch.lengths), batch.condition
     if condition is not None:
-        condition = jnp.zeros((len(rows), count, condition.shape[-1]))
-    asked = batch._replace(
+        condition = jnp.zeros((rows, count, condition.shape[-1]))
+    return batch._replace(
         condition=condition,
-        grid=jnp.tile(jnp.array(objective.grid, jnp.int32), (len(rows), 1)),
-        lengths=jnp.full(len(rows), count, jnp.int32),
+        grid=jnp.tile(jnp.array(grid, jnp.int32), (rows, 1)),
+        lengths=jnp.full(rows, count, jnp.int32),
     )
-    return asked, jax.vmap(draw_row)(rows)
+
+
+def _noise(rows: Int[Array, "B"], key: PRNGKeyArray, asked: Batch, objective) -> Tokens:
+    """Return the noise from which the videos are sampled."""
+    key = jax.random.fold_in(key, SAMPLED)
+    shape = int(np.prod(objective.grid)), asked.mean.shape[-1]
+    return jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row), shape))(rows)
 
 
 def _steps(key: PRNGKeyArray, objective: RewardBackpropagation) -> Int[Array, "chosen"]:

@@ -31,7 +31,7 @@ WRITE = 10.0  # seconds between lines of goodput.jsonl
 
 # "step" is productive; "rework" repeats an earlier step; "down" is the time between processes.
 SECTIONS = ["start", "restore", "compile", "step", "rework", "data", "save", "sample", "validate"]
-SECTIONS += ["down"]
+SECTIONS += ["reward", "down"]
 
 
 class Monitor:
