@@ -18,7 +18,7 @@ from test_reward import vae as vae
 from test_rewards import pauses as pauses
 from test_rewards import server as server
 
-from easyanimate_jax.data.loader import Group
+from easyanimate_jax.data.loader import Group, captions
 from easyanimate_jax.runs import batches
 from easyanimate_jax.runs.loop import train
 from easyanimate_jax.sharding import make_mesh
@@ -298,7 +298,7 @@ def test_captions_are_those_of_the_states(finished):
     seen = set()
     for step in range(6):
         _, batch = loader.batch(step)
-        for row, caption in loader.captions(step).items():
+        for row, caption in captions(loader, step).items():
             text = batch.texts[0].reshape(8, 4, 8)[row]
             which = {"c": 0, "标": 1, "": ""}[caption[:1]]
             states = loader.empty[0]

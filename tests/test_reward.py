@@ -23,8 +23,10 @@ from easyanimate_jax.training.post import reward
 from easyanimate_jax.training.post.objectives import RewardBackpropagation
 from easyanimate_jax.training.post.reward import reward_loss
 from easyanimate_jax.training.step import Judge, Networks
+from easyanimate_jax.weights.defaults import Defaults, of_run
 from easyanimate_jax.weights.folder import load_mmdit
 from easyanimate_jax.weights.module import save_module
+from easyanimate_jax.weights.run_folder import read_meta
 
 HERE = "test_reward"
 SMALL = {"frames": 1, "height": 32, "width": 32}
@@ -85,7 +87,8 @@ def test_the_gradient_is_that_of_the_chain_with_its_inputs_held(process):
     """By autodiff through all steps at once; other steps and all inputs have no gradient."""
     objective, batch = objective_of("contrast"), batch_of()
     judge = SIMPLE._replace(weights=contrast.load())
-    asked, noise = reward._asked(batch, ROWS, KEY, objective)
+    asked = reward.asked_of(batch, objective.grid)
+    noise = reward._noise(ROWS, KEY, asked, objective)
     chosen = np.asarray(reward._steps(KEY, objective))
     assert len(set(chosen)) == 2 and 2 <= chosen.min() <= chosen.max() <= 5
     plan = walk(process, steps=6)
@@ -176,6 +179,7 @@ def test_the_distance_and_the_clips_hold_the_student():
         ({"reward": "http://localhost/score"}, "is a server, which has no gradient"),
         ({"chosen": 5, "last": 4}, "use chosen <= last <= steps"),
         ({"decoded": 2}, "has 1"),
+        ({"times": (1000.0, 500.0)}, "2 times and steps=6"),
         ({"height": 40}, "32x40|40x32|multiple"),
     ],
 )
@@ -185,12 +189,14 @@ def test_rewards_that_cannot_train_are_refused(settings, message):
 
 
 def test_a_run_raises_its_reward_resumes_to_the_bits_and_leaves_the_base(vae, tmp_path):
-    objective = objective_of(steps=3, chosen=1, last=1)
+    objective = objective_of(steps=3, times=(1000.0, 700.0, 400.0), chosen=1, last=1)
     config = run_of(tmp_path / "whole", [objective], ADAPTERS)
     settings = {"steps": 4, "learning_rate": 0.05, "end_learning_rate": None}
     stages = (replace(config.stages[0], **settings),)
     config = replace(config, stages=stages)
     save_module(tmp_path / "whole" / "vae", vae)
+    taught = Defaults(3, 1.0, (1000.0, 700.0, 400.0))
+    (tmp_path / "whole" / "base" / "sampling.json").write_text(taught.text)
     with pytest.raises(ValueError, match=r"stage 'small_t2v', reward: .*nothing"):
         replace(config, stages=(replace(stages[0], objective=objective_of("nothing")),))
     assert train(config) == 0
@@ -203,5 +209,6 @@ def test_a_run_raises_its_reward_resumes_to_the_bits_and_leaves_the_base(vae, tm
         np.testing.assert_array_equal(ours[name], value, err_msg=name)
     for name, value in flat_weights(load_mmdit(config.init)).items():
         np.testing.assert_array_equal(theirs[name], value, err_msg=name)
+    assert of_run(read_meta(config.run)[1]) == taught  # the student is sampled as its teacher
     found = [row["reward"] for row in rows(config)]
     assert found[-1] > found[0], found

@@ -155,28 +155,6 @@ class Loader:
             made = zip(own, fields, strict=True)
             return length, self._assemble(length, ids, made, pages or Pages())
 
-    def captions(self, step: int) -> dict[int, str]:
-        """Return {row: caption} of the rows of a step that this process's devices hold.
-
-        It is the caption of which the batch has the states. Raises ValueError for a set of an
-        earlier version, which holds no captions.
-        """
-        ids = self.plan(int(step))[1]
-        own = [row for row in range(len(ids)) if self._holds(row)]
-        with ThreadPoolExecutor(READERS) as pool:
-            texts = pool.map(lambda row: self._caption(int(step), row, int(ids[row])), own)
-            return dict(zip(own, texts, strict=True))
-
-    def _caption(self, step: int, row: int, record: int) -> str:
-        record, arrays = self._instead(record, lambda candidate: self.records[candidate])
-        if "captions" not in arrays:
-            raise ValueError(
-                f"{self.records.folder} was prepared by an earlier version, which did not store "
-                f"the words of captions; prepare the set again in another folder"
-            )
-        number = self._draw_caption(np.random.default_rng(self._words(step, row, record)), record)
-        return "" if number is None else json.loads(arrays["captions"].tobytes())[number]
-
     def _draw_caption(self, rng: np.random.Generator, record: int) -> int | None:
         """Return the number of a row's caption; None if it is replaced by the empty one."""
         number = rng.integers(self.records.index["num_captions"][record])
@@ -319,6 +297,30 @@ class Loader:
     def _grid(self, record: int) -> np.ndarray:
         index = self.records.index
         return np.array([index[axis][record] for axis in ("T", "gh", "gw")], np.int32)
+
+
+def captions(loader: Loader, step: int) -> dict[int, str]:
+    """Return {row: caption} of the rows of a loader's step that this process's devices hold.
+
+    It is the caption of which the batch has the states. Raises ValueError for a set of an earlier
+    version, which holds no captions.
+    """
+    ids = loader.plan(step)[1]
+
+    def caption(row: int) -> str:
+        record, arrays = loader._instead(int(ids[row]), lambda candidate: loader.records[candidate])
+        if "captions" not in arrays:
+            raise ValueError(
+                f"{loader.records.folder} was prepared by an earlier version, which did not store "
+                f"the words of captions; prepare the set again in another folder"
+            )
+        rng = np.random.default_rng(loader._words(step, row, record))
+        number = loader._draw_caption(rng, record)
+        return "" if number is None else json.loads(arrays["captions"].tobytes())[number]
+
+    own = [row for row in range(len(ids)) if loader._holds(row)]
+    with ThreadPoolExecutor(READERS) as pool:
+        return dict(zip(own, pool.map(caption, own), strict=True))
 
 
 def keep_memory() -> None:

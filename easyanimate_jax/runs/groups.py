@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float, UInt8
 
 from easyanimate_jax.data.contents import key
-from easyanimate_jax.data.loader import Batch, Group, Loader
+from easyanimate_jax.data.loader import Batch, Group, Loader, captions
 from easyanimate_jax.evaluation.rewards import (
     MAX_DROPPED,
     Received,
@@ -49,7 +49,7 @@ def check_groups(config: TrainConfig, loaders: Mapping[str, Loader]) -> None:
     answer.
     """
     for stage in filter(samples_groups, config.stages):
-        loaders[stage.name].captions(0)
+        captions(loaders[stage.name], 0)
         reward = _open(config, stage)
         if isinstance(reward, RewardServer) and jax.process_index() == 0:
             reward.check()
@@ -83,8 +83,8 @@ class GroupSampler:
         no reward.
         """
         latents, frames = self.programs.groups(stage, length)(state, batch, seed)
-        captions = self.loaders[stage.name].captions(position)
-        rewards = self._rewards(stage, frames, captions)
+        asked = captions(self.loaders[stage.name], position)
+        rewards = self._rewards(stage, frames, asked)
         good = np.isfinite(rewards).all(axis=1)
         self._count(good.reshape(-1)[: stage.batch_size], stage)
         weight = np.arange(good.size).reshape(good.shape) < stage.batch_size
@@ -106,22 +106,22 @@ class GroupSampler:
             )
 
     def _rewards(
-        self, stage: Stage, frames: jax.Array, captions: Mapping[int, str]
+        self, stage: Stage, frames: jax.Array, asked: Mapping[int, str]
     ) -> Float[np.ndarray, "A n B"]:
         """Return the rewards of all videos, NaN if missing; each process asks for its own part."""
         found = np.full(frames.shape[:3], np.nan)
         own, reward = _own_groups(frames, stage.batch_size), self.rewards[stage.name]
-        asked: list[tuple[int, int]] = []
+        done: list[tuple[int, int]] = []
         self.monitor.enter("reward")
 
         def ask(place: tuple[int, int]) -> None:
             micro, row = place
-            lost = np.isnan([found[at, :, b] for at, b in asked]).any(-1).sum()
+            lost = np.isnan([found[at, :, b] for at, b in done]).any(-1).sum()
             if lost > MAX_DROPPED * WINDOW:  # it is of no use to wait for the others
                 return
-            caption = captions[micro * frames.shape[2] + row]
+            caption = asked[micro * frames.shape[2] + row]
             found[micro, :, row] = self._group(reward, own[place], caption)
-            asked.append(place)
+            done.append(place)
 
         with ThreadPoolExecutor(AT_ONCE if isinstance(reward, RewardServer) else 1) as pool:
             for _ in pool.map(ask, own):

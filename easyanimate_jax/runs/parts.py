@@ -20,7 +20,7 @@ from easyanimate_jax.runs.config import SampleConfig, TrainConfig, from_json
 from easyanimate_jax.text.encode import state_widths
 from easyanimate_jax.weights import files, run_folder
 from easyanimate_jax.weights.adapters import Weighted
-from easyanimate_jax.weights.defaults import Defaults, of_folder, of_metadata, of_run
+from easyanimate_jax.weights.defaults import Defaults, of_metadata, of_run, of_source
 from easyanimate_jax.weights.folder import Weights, open_model, read_json
 from easyanimate_jax.weights.identity import fingerprint
 from easyanimate_jax.weights.module import CONFIG
@@ -117,10 +117,7 @@ def open_parts(
 
 def defaults_of(folder: Path, parts: Parts, step: int | None) -> Defaults:
     """Return how a model is sampled: as its transformer's run or folder says."""
-    source = Path(parts.transformer or folder)
-    if run_folder.is_run(source):
-        return of_run(run_folder.read_meta(source, step)[1])
-    return of_folder(source)
+    return of_source(Path(parts.transformer or folder), step)
 
 
 def with_loras(opened: Opened, loras: Sequence[Weighted]) -> Opened:

@@ -34,7 +34,7 @@ from easyanimate_jax.runs.batches import place
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.training.metrics import MetricsWriter
 from easyanimate_jax.training.stages import Stage
-from easyanimate_jax.weights.defaults import Defaults, of_objective
+from easyanimate_jax.weights.defaults import AS_TEACHER, RELEASED, Defaults, of_objective, of_source
 from easyanimate_jax.weights.folder import load_vae
 
 logger = logging.getLogger(__name__)
@@ -84,6 +84,8 @@ class Sampler:
         self.folder = Path(config.run) / "samples"
         self.writer: MetricsWriter | None = None
         self.wanted = bool(config.samples.every and (config.samples.prompts or self.held_out))
+        init = config.init if config.step.taught else ""
+        self.teacher = of_source(Path(init), config.init_step) if init else RELEASED
         if self.wanted:
             self.vae = load_vae(config.vae, mesh=mesh)
             self.empty = records.read_texts(Path(config.prepared) / "empty.safetensors")
@@ -135,6 +137,8 @@ class Sampler:
         samples = self.config.samples
         name, process = type(stage.objective).__name__, type(self.config.process).__name__
         own = Defaults(samples.steps, samples.guidance)
+        if name in AS_TEACHER and self.teacher != RELEASED:
+            own = self.teacher
         own = of_objective(name, getattr(stage.objective, "steps", None), process, own)
         sampling = Sampling(**own.filled())
         return Request(texts, self.empty, size=size, seeds=seeds, sampling=sampling)

@@ -28,6 +28,7 @@ from easyanimate_jax.training.step import (
     widen_state,
 )
 from easyanimate_jax.weights.adapters import to_continue
+from easyanimate_jax.weights.defaults import of_source
 from easyanimate_jax.weights.folder import load_start, load_vae
 from easyanimate_jax.weights.identity import weights_print
 
@@ -59,6 +60,8 @@ class States:
         # The identity of the frozen weights, which no checkpoint holds.
         frozen = config.step.partial or config.step.taught
         self.base = weights_print(config.init, config.init_step) if frozen else None
+        taught = of_source(Path(config.init), config.init_step) if config.step.taught else None
+        self.teacher = taught and taught._asdict()  # how the teacher is sampled
 
     def first(self) -> TrainState:
         """Return the first state, with new weights or those of `config.init`, sharded.
@@ -192,6 +195,7 @@ class States:
             "plan": self.plans[place.stage.name],
             "weights": records.header.get("weights", {}),  # fingerprints of VAE and text encoders
             "base": self.base,
+            "teacher": self.teacher,
             "seed": self.config.seed,
             "config": json.loads(to_json(self.config)),
         }

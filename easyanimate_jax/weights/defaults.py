@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from easyanimate_jax.weights.files import metadata_of
+from easyanimate_jax.weights.run_folder import is_run, read_meta
 
 FILE = "sampling.json"  # at the root of a folder with the parts of a model
 KEY = "easyanimate_jax"  # of the metadata of a LoRA file; its value is JSON
 # Objectives whose students need no guidance.
 UNGUIDED = ("GuidanceDistillation", "SegmentDistillation", "DistributionMatching")
 UNGUIDED += ("NegativeAwareFinetuning",)
+# Objectives whose students are sampled as their teacher, the `init` of the run.
+AS_TEACHER = ("DirectPreference", "RewardBackpropagation")
 
 
 class Defaults(NamedTuple):
@@ -58,11 +61,23 @@ class Defaults(NamedTuple):
 RELEASED = Defaults()
 
 
+def of_source(source: Path, step: int | None = None) -> Defaults:
+    """Return the defaults of a run, at a checkpoint, or of a folder; `RELEASED` for a file.
+
+    Raises ValueError for a run without such a checkpoint, and for a damaged file.
+    """
+    if is_run(source):
+        return of_run(read_meta(source, step)[1])
+    return of_folder(source)
+
+
 def of_run(meta: Mapping) -> Defaults:
     """Return the defaults of a run's checkpoint, from its metadata."""
     config = meta["config"]
     stages = {stage["name"]: stage for stage in config["stages"]}
     objective = stages.get(meta.get("stage"), {}).get("objective") or {}
+    if objective.get("class") in AS_TEACHER and meta.get("teacher"):
+        return _read(meta["teacher"])
     return of_objective(objective.get("class"), objective.get("steps"), config["process"]["class"])
 
 
