@@ -1,12 +1,13 @@
 """Four steps instead of fifty for V5.1's 12B, as adapters on a frozen base (docs/posttraining.md).
 
 `python -m easyanimate_jax convert EasyAnimateV5.1-12b-zh weights --to jax` writes `weights`. First
-the student learns eight and four segments of the teacher's way, then its videos are made sharp.
+the student learns eight and four segments of the teacher's way, the four also at 13312 tokens, then
+its videos are made sharp at both lengths.
 """
 
 from dataclasses import replace
 
-from configs.v5_12b import TOKENS_3328
+from configs.v5_12b import TOKENS_3328, TOKENS_13312
 from configs.v51_12b import config as v51_12b
 from easyanimate_jax import (
     DistributionMatching,
@@ -24,7 +25,7 @@ config = replace(
     init="weights/transformer",
     lora=LoRAConfig(rank=64, alpha=64.0, targets=("attention", "mlp")),
     mesh=MeshConfig(fsdp=128),
-    sets=(LatentSet("3328", TOKENS_3328),),
+    sets=(LatentSet("3328", TOKENS_3328), LatentSet("13312", TOKENS_13312, min_side=720)),
     stages=(
         Stage(
             "segments_8",
@@ -44,11 +45,27 @@ config = replace(
             objective=SegmentDistillation(steps=4, substeps=5),
         ),
         Stage(
+            "segments_4_long",
+            "13312",
+            batch_size=128,
+            steps=1_000,
+            learning_rate=5e-6,
+            objective=SegmentDistillation(steps=4, substeps=5),
+        ),
+        Stage(
             "matching_4",
             "3328",
             batch_size=128,
             steps=3_000,
             learning_rate=1e-5,
+            objective=DistributionMatching(steps=4),
+        ),
+        Stage(
+            "matching_4_long",
+            "13312",
+            batch_size=128,
+            steps=1_000,
+            learning_rate=5e-6,
             objective=DistributionMatching(steps=4),
         ),
     ),

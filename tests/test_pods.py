@@ -20,12 +20,18 @@ from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.models.attention import splash
 from easyanimate_jax.pods import hlo
 from easyanimate_jax.pods.chips import chip_of
-from easyanimate_jax.pods.compile import compile_step, suggest_mesh, topology_devices
+from easyanimate_jax.pods.compile import (
+    compile_step,
+    stage_reports,
+    suggest_mesh,
+    topology_devices,
+)
 from easyanimate_jax.pods.gpu import model_step
 from easyanimate_jax.pods.predict import predict
 from easyanimate_jax.pods.report import markdown, page, table, to_json
 from easyanimate_jax.sharding import MeshConfig, make_mesh
-from easyanimate_jax.training.compile import model_flops
+from easyanimate_jax.training.compile import StageReport, model_flops
+from easyanimate_jax.training.post.objectives import SegmentDistillation
 from easyanimate_jax.training.program import COMPILER_OPTIONS
 from easyanimate_jax.training.stages import Stage
 
@@ -268,3 +274,23 @@ def test_a_mesh_axis_may_be_a_part_of_a_direction_of_the_torus():
     rows = {tuple(d.coords[1] for d in group) for group in mesh.devices[0, :, :, 0]}
     columns = {tuple(d.coords[0] for d in group) for group in mesh.devices[0, :, :, 0]}
     assert all(len(set(group)) == 1 for group in rows) or all(len(set(g)) == 1 for g in columns)
+
+
+def test_stages_of_equal_sizes_share_a_report_and_those_of_another_objective_do_not():
+    stage = v5_12b.stages[0]
+    of = lambda steps: SegmentDistillation(steps=steps)  # noqa: E731
+    stages = [dataclasses.replace(stage, name=name) for name in "abcd"]
+    stages[2:] = (
+        dataclasses.replace(s, objective=of(n)) for s, n in zip(stages[2:], (4, 8), strict=True)
+    )
+    asked = []
+
+    def report_of(config, stage):
+        asked.append(stage.name)
+        sizes = {"batch_size": 1, "microbatch": 1, "accumulate": 1, "tokens": 1, "text_tokens": 1}
+        own = {"fits": True, "hbm_bytes": 1, "peak_bytes_per_chip": 1, "memory": {}, "steps": 1}
+        more = {"topology": "", "mesh": {}, "model_flops": 1.0, "attention_share": 0.0}
+        return StageReport(name=stage.name, task="t2v", **sizes, **own, **more)
+
+    found = [report.name for report in stage_reports(v5_12b, stages, report_of)]
+    assert found == list("abcd") and asked == ["a", "c", "d"]

@@ -21,7 +21,8 @@ from easyanimate_jax.pods.hlo import Program, read_program
 from easyanimate_jax.pods.predict import Prediction, predict
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh
-from easyanimate_jax.training.compile import StageReport, compile_stage
+from easyanimate_jax.training.compile import StageReport, compile_groups, compile_stage
+from easyanimate_jax.training.program import samples_groups
 from easyanimate_jax.training.stages import Stage
 
 # Keep libtpu from looking for a TPU, and from printing that there is none.
@@ -91,7 +92,7 @@ def stage_reports(
     known = {}  # what a program depends on -> its report
     for stage in stages:
         longest = config.set(stage.data).budget.lengths[-1]
-        program = longest, stage.batch_size, stage.microbatch, stage.in_channels
+        program = longest, stage.batch_size, stage.microbatch, stage.in_channels, stage.objective
         if program not in known:
             known[program] = report_of(config, stage)
         report = dataclasses.replace(
@@ -119,7 +120,30 @@ def compile_step(
         return report, ""
     text = compiled.as_text()
     _describe_program(report, read_program(text), chip, mesh, config.model.head_width)
+    if samples_groups(stage):
+        return _with_sampling(report, config, stage, mesh, chip), text
     return report, text
+
+
+def _with_sampling(
+    report: StageReport, config: TrainConfig, stage: Stage, mesh: Mesh, chip: Chip
+) -> StageReport:
+    """Return the report of a step to which the program that samples its videos was added."""
+    sampling, compiled = compile_groups(
+        config.step, stage, mesh, **longest(config, stage), memory=int(chip.memory)
+    )
+    if compiled is None or sampling.peak_bytes_per_chip > report.peak_bytes_per_chip:
+        for name in ("fits", "peak_bytes_per_chip", "memory", "message"):
+            setattr(report, name, getattr(sampling, name))
+    if compiled is None:
+        return report
+    program = read_program(compiled.as_text())
+    more = predict(program, chip, [*mesh.devices.flat], config.model.head_width)
+    before = Prediction(**report.predicted_parts)
+    names = (field.name for field in dataclasses.fields(Prediction))
+    parts = {name: getattr(before, name) + getattr(more, name) for name in names}
+    describe_time(report, Prediction(**parts), chip)
+    return report
 
 
 def pod_mesh(config: TrainConfig, topology: str, num_slices: int = 1) -> tuple[Mesh, Chip]:
