@@ -52,11 +52,11 @@ def grouped(objective, gained=None):
     """A batch of sampled videos, with the advantages of random rewards."""
     rng = np.random.default_rng(2)
     latents = rng.standard_normal((objective.count, 6, 8, 64)).astype(np.float32)
-    rewards = rng.random((objective.count, 6))
-    gained = advantages(rewards[None])[0] if gained is None else np.full_like(rewards, gained)
-    return batch_of()._replace(
-        group=Group(jnp.asarray(latents), jnp.asarray(gained, jnp.float32), jnp.asarray(rewards))
-    )
+    rewards = rng.random((objective.count, 6, 1))
+    if gained is None:
+        gained = advantages(rewards[None], [1.0])[0]
+    gained = np.broadcast_to(np.float32(gained), rewards.shape[:2])
+    return batch_of()._replace(group=Group(*map(jnp.asarray, (latents, gained, rewards))))
 
 
 def loss_of(objective, batch, process, student=STUDENT, old=OLD):
@@ -95,7 +95,7 @@ def test_the_loss_is_that_of_numpy(process):
     weight = np.asarray(batch.weight)
     np.testing.assert_allclose(loss, (total / 6 * weight).sum(), rtol=2e-5)
     np.testing.assert_allclose(metrics["distance"], (apart / 6 * weight).sum(), rtol=2e-5)
-    reward = np.asarray(batch.group.reward)
+    reward = np.asarray(batch.group.reward)[..., 0]
     np.testing.assert_allclose(metrics["reward"], (reward.mean(0) * weight).sum(), rtol=1e-5)
     np.testing.assert_allclose(metrics["reward_spread"], (reward.std(0) * weight).sum(), rtol=1e-5)
     for first, second in zip(seen[::2], seen[1::2], strict=True):
@@ -143,12 +143,15 @@ def test_the_distance_and_the_clips_hold_the_student():
 
 
 def test_advantages_are_those_within_a_caption():
-    found = advantages(np.array([[[1.0, 7.0, 0.0], [3.0, 7.0, math.nan]]]))
+    rewards = np.array([[[1.0, 7.0, 0.0], [3.0, 7.0, math.nan]]])[..., None]
+    found = advantages(rewards, [2.0])
     np.testing.assert_allclose(found[0, :, 0], [-1, 1], atol=1e-3)
     np.testing.assert_array_equal(found[0, :, 1], 0)
     assert np.isnan(found[0, :, 2]).all()
-    one = advantages(np.array([1.0] + 99 * [0.0]).reshape(1, 100, 1))
+    one = advantages(np.array([1.0] + 99 * [0.0]).reshape(1, 100, 1, 1), [1.0])
     assert one.max() == 5  # of 9.9 deviations
+    two = np.array([[[[0.0, 100.0]], [[2.0, 0.0]]]])  # a larger scale does not count for more
+    np.testing.assert_allclose(advantages(two, [3.0, 1.0])[0, :, 0], [-0.5, 0.5], atol=1e-3)
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=["flow", "ddpm"])

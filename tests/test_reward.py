@@ -29,6 +29,7 @@ from easyanimate_jax.weights.module import save_module
 from easyanimate_jax.weights.run_folder import read_meta
 
 HERE = "test_reward"
+NAME = f"{HERE}:contrast"
 SMALL = {"frames": 1, "height": 32, "width": 32}
 
 
@@ -74,7 +75,8 @@ class Pixels:
         return jnp.sin(latents[..., :3])
 
 
-STUDENT, TEACHER, SIMPLE = Line(0.4, 0.3), Line(0.5, 0.2), Judge(Pixels())
+STUDENT, TEACHER = Line(0.4, 0.3), Line(0.5, 0.2)
+SIMPLE = Judge(Pixels(), {f"{HERE}:brightness": ()})
 
 
 def objective_of(name="brightness", **settings):
@@ -86,7 +88,7 @@ def objective_of(name="brightness", **settings):
 def test_the_gradient_is_that_of_the_chain_with_its_inputs_held(process):
     """By autodiff through all steps at once; other steps and all inputs have no gradient."""
     objective, batch = objective_of("contrast"), batch_of()
-    judge = SIMPLE._replace(weights=contrast.load())
+    judge = SIMPLE._replace(weights={NAME: contrast.load()})
     asked = reward.asked_of(batch, objective.grid)
     noise = reward._noise(ROWS, KEY, asked, objective)
     chosen = np.asarray(reward._steps(KEY, objective))
@@ -102,8 +104,7 @@ def test_the_gradient_is_that_of_the_chain_with_its_inputs_held(process):
             held = jax.lax.stop_gradient(x)
             v, _ = reward._predictions(student, asked, held, jnp.float32(time), objective)
             x = alpha * x + beta * (v if number in chosen else jax.lax.stop_gradient(v))
-        function = reward.reward_function(objective.reward)
-        found = reward.rewards(function, judge, x, asked.texts, objective)
+        (found,) = reward.rewards(judge, x, asked.texts, objective).values()
         return -jnp.sum(found * batch.weight)
 
     @jax.jit
@@ -129,14 +130,14 @@ def test_the_gradient_is_that_of_the_chain_with_its_inputs_held(process):
 
 def test_the_gradient_by_the_latents_is_that_of_differences(vae):
     objective = objective_of("contrast")
-    judge = Judge(vae, contrast.load())
+    judge = Judge(vae, {NAME: contrast.load()})
     x = jax.random.normal(KEY, (1, 4, 64))
     texts = (jnp.ones((1, 4, 8)),)
 
     @jax.jit
     def total(x):
-        function = reward.reward_function(objective.reward)
-        return reward.rewards(function, judge, x, texts, objective).sum()
+        (found,) = reward.rewards(judge, x, texts, objective).values()
+        return found.sum()
 
     direction = jax.random.normal(jax.random.key(9), x.shape)
     slope = (total(x + 0.01 * direction) - total(x - 0.01 * direction)) / 0.02
@@ -171,6 +172,24 @@ def test_the_distance_and_the_clips_hold_the_student():
     assert apart > 0
     np.testing.assert_allclose(found(distance=2.0)[0] - alone, 2 * apart, rtol=1e-3)
     assert found(plain=1.0)[0] - alone > 0.1
+
+
+def test_several_rewards_are_added_and_each_is_in_the_metrics():
+    names = f"{HERE}:brightness", NAME
+    objective = replace(objective_of(), reward=tuple(zip(names, (1.0, 0.5), strict=True)))
+    judge = Judge(Pixels(), dict(zip(names, ((), contrast.load()), strict=True)))
+    _, metrics = reward_loss(
+        Networks(STUDENT, TEACHER, judge),
+        batch_of(),
+        jnp.full(6, 500.0),
+        ROWS,
+        KEY,
+        process=Flow(),
+        objective=objective,
+    )
+    first, second = (metrics[f"reward/{name}"] for name in names)
+    assert abs(first) > 1e-3 and abs(second) > 1e-3
+    np.testing.assert_allclose(metrics["reward"], first + 0.5 * second, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

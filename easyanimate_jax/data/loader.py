@@ -54,7 +54,7 @@ class Group(NamedTuple):
 
     latents: np.ndarray  # (A, n, B, N, P) as tokens
     advantage: np.ndarray  # (A, n, B)
-    reward: np.ndarray  # (A, n, B)
+    reward: np.ndarray  # (A, n, B, k) of k rewards
 
 
 class Batch(NamedTuple):

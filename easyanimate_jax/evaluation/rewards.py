@@ -209,9 +209,9 @@ def open_reward(text: str, **settings) -> Reward:
     """Return the reward MODULE:FUNCTION, or that of a server http(s)://...
 
     `settings` are those of `RewardServer`; a function takes none of them. MODULE is looked for in
-    the current folder too. Raises ValueError if there is no such function.
+    the current folder too. Raises ValueError if there is no such function, and for another scheme.
     """
-    if text.startswith(("http://", "https://")):
+    if "://" in text:
         return RewardServer(text, **settings)
     return RewardFunction(text, named_function(text))
 

@@ -291,7 +291,7 @@ class TrainConfig:
             self.frozen,
             any(stage.objective is not None for stage in self.stages),
             any(isinstance(stage.objective, DistributionMatching) for stage in self.stages),
-            (next(iter(rewards_of(self)), ""), self.vae) if rewarded else None,
+            (tuple(sorted(rewards_of(self))), self.vae) if rewarded else None,
         )
 
     @property

@@ -50,9 +50,9 @@ def check_groups(config: TrainConfig, loaders: Mapping[str, Loader]) -> None:
     """
     for stage in filter(samples_groups, config.stages):
         captions(loaders[stage.name], 0)
-        reward = _open(config, stage)
-        if isinstance(reward, RewardServer) and jax.process_index() == 0:
-            reward.check()
+        for reward in _open(config, stage):
+            if isinstance(reward, RewardServer) and jax.process_index() == 0:
+                reward.check()
 
 
 class GroupSampler:
@@ -85,10 +85,11 @@ class GroupSampler:
         latents, frames = self.programs.groups(stage, length)(state, batch, seed)
         asked = captions(self.loaders[stage.name], position)
         rewards = self._rewards(stage, frames, asked)
-        good = np.isfinite(rewards).all(axis=1)
+        good = np.isfinite(rewards).all(axis=(1, 3))
         self._count(good.reshape(-1)[: stage.batch_size], stage)
         weight = np.arange(good.size).reshape(good.shape) < stage.batch_size
-        numbers = (np.nan_to_num(x).astype(np.float32) for x in (advantages(rewards), rewards))
+        gained = advantages(rewards, list(stage.objective.rewards.values()))
+        numbers = (np.nan_to_num(x).astype(np.float32) for x in (gained, rewards))
         placed = batch._replace(
             weight=(weight & good).astype(np.float32), group=Group(latents, *numbers)
         )
@@ -98,32 +99,35 @@ class GroupSampler:
         """Note which captions have rewards. Raises `RewardError` if too many have none."""
         self.dropped.extend(~good)
         if sum(self.dropped) > MAX_DROPPED * WINDOW or not good.any():
+            names = ", ".join(reward.name for reward in self.rewards[stage.name])
             raise RewardError(
                 f"{sum(self.dropped)} of the last {len(self.dropped)} captions have a video "
-                f"without a reward of {self.rewards[stage.name].name}, and {MAX_DROPPED:.0%} of "
+                f"without a reward of {names}, and {MAX_DROPPED:.0%} of "
                 f"{WINDOW} may; the log says why. Repair the reward and run the same command "
                 f"again, which asks only for what is missing"
             )
 
     def _rewards(
         self, stage: Stage, frames: jax.Array, asked: Mapping[int, str]
-    ) -> Float[np.ndarray, "A n B"]:
+    ) -> Float[np.ndarray, "A n B k"]:
         """Return the rewards of all videos, NaN if missing; each process asks for its own part."""
-        found = np.full(frames.shape[:3], np.nan)
-        own, reward = _own_groups(frames, stage.batch_size), self.rewards[stage.name]
+        own, rewards = _own_groups(frames, stage.batch_size), self.rewards[stage.name]
+        found = np.full((*frames.shape[:3], len(rewards)), np.nan)
         done: list[tuple[int, int]] = []
         self.monitor.enter("reward")
 
         def ask(place: tuple[int, int]) -> None:
             micro, row = place
-            lost = np.isnan([found[at, :, b] for at, b in done]).any(-1).sum()
+            lost = sum(np.isnan(found[at, :, b]).any() for at, b in done)
             if lost > MAX_DROPPED * WINDOW:  # it is of no use to wait for the others
                 return
             caption = asked[micro * frames.shape[2] + row]
-            found[micro, :, row] = self._group(reward, own[place], caption)
+            for number, reward in enumerate(rewards):
+                found[micro, :, row, number] = self._group(reward, own[place], caption)
             done.append(place)
 
-        with ThreadPoolExecutor(AT_ONCE if isinstance(reward, RewardServer) else 1) as pool:
+        servers = all(isinstance(reward, RewardServer) for reward in rewards)
+        with ThreadPoolExecutor(AT_ONCE if servers else 1) as pool:
             for _ in pool.map(ask, own):
                 self.monitor.enter("reward")  # the limit of its time is for one caption
         self.monitor.enter("step")
@@ -145,11 +149,13 @@ class GroupSampler:
         return [self.received.rewards.get(one, math.nan) for one in keys]
 
 
-def _open(config: TrainConfig, stage: Stage) -> Reward:
+def _open(config: TrainConfig, stage: Stage) -> list[Reward]:
+    """Return the rewards of a stage, in the order of their names in its objective."""
     objective: NegativeAwareFinetuning = stage.objective
     settings = {"batch": objective.request, "seconds": objective.seconds}
     settings |= {"tries": objective.tries, "format": objective.format}
-    return open_reward(objective.reward, **settings, fps=config.set(stage.data).fps)
+    settings["fps"] = config.set(stage.data).fps
+    return [open_reward(name, **settings) for name in objective.rewards]
 
 
 def _key(reward: Reward, caption: str, video: np.ndarray) -> str:

@@ -5,8 +5,7 @@ import itertools
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.diffusion.samplers import walk
 from easyanimate_jax.diffusion.tasks import TASKS
-from easyanimate_jax.disk.functions import named_function
-from easyanimate_jax.evaluation.rewards import RewardServer
+from easyanimate_jax.evaluation.rewards import open_reward
 from easyanimate_jax.training.post.objectives import (
     NegativeAwareFinetuning,
     RewardBackpropagation,
@@ -45,7 +44,9 @@ def check_stages(config) -> None:
 def rewards_of(config) -> set[str]:
     """Return the names of the rewards whose gradient the stages of a run use."""
     objectives = (stage.objective for stage in config.stages)
-    return {one.reward for one in objectives if isinstance(one, RewardBackpropagation)}
+    return {
+        name for one in objectives if isinstance(one, RewardBackpropagation) for name in one.rewards
+    }
 
 
 def _check_reward(config, stage: Stage) -> None:
@@ -61,16 +62,9 @@ def _check_reward(config, stage: Stage) -> None:
             f"stage {stage.name!r} trains {stage.task} with a reward: it samples from captions "
             f"alone; use the task t2v or i2v"
         )
-    if len(rewards_of(config)) > 1:
-        raise ValueError(
-            f"the stages have the rewards {', '.join(sorted(rewards_of(config)))}: a run has one; "
-            f"use a second run for the other"
-        )
     try:
-        if "://" in objective.reward:
-            RewardServer(objective.reward)
-        else:
-            named_function(objective.reward)
+        for name in objective.rewards:
+            open_reward(name)
         if isinstance(objective, RewardBackpropagation):
             walk(config.process, steps=objective.steps, times=objective.times)
     except ValueError as error:

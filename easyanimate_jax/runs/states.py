@@ -142,8 +142,8 @@ class States:
         """Return the autoencoder and the weights of the run's reward, if it has one."""
         if self.config.step.reward is None:
             return None
-        name, vae = self.config.step.reward
-        judge = Judge(load_vae(vae), reward_weights(name))
+        names, vae = self.config.step.reward
+        judge = Judge(load_vae(vae), {name: reward_weights(name) for name in names})
         return jax.device_put(judge, self._abstract(self.config.stages[0].in_channels)[1].judge)
 
     def _init(self, kernels: Kernels) -> MMDiT:

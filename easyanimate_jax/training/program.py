@@ -74,7 +74,7 @@ class StepConfig(NamedTuple):
     frozen: Kernels = "float32"  # storage of the kernels that are not trained
     taught: bool = False  # whether a stage has a teacher
     critic: bool = False  # whether a stage has a critic
-    reward: tuple[str, str] | None = None  # differentiable reward or "", and the autoencoder
+    reward: tuple[tuple[str, ...], str] | None = None  # rewards with a gradient, and the VAE
 
     @property
     def exact(self) -> tuple[str, ...]:
@@ -182,15 +182,16 @@ def abstract_state(config: StepConfig, mesh: AnyMesh):
 
 
 def abstract_judge(config: StepConfig) -> Judge | None:
-    """Return the shapes of the autoencoder and of the reward's weights, if the run has a reward.
+    """Return the shapes of the autoencoder and of the rewards' weights, if the run has a reward.
 
     An autoencoder that is not there has the released shapes.
     """
     if config.reward is None:
         return None
-    reward, vae = config.reward
+    names, vae = config.reward
     settings = vae_config(vae) if Path(vae).exists() else VAEConfig()
-    return Judge(abstract(CausalVAE, settings), jax.eval_shape(partial(reward_weights, reward)))
+    weights = {name: jax.eval_shape(partial(reward_weights, name)) for name in names}
+    return Judge(abstract(CausalVAE, settings), weights)
 
 
 def abstract_batch(
@@ -244,7 +245,8 @@ def _abstract_group(
     shape = rows[0], objective.count, rows[1]
     latents = jax.ShapeDtypeStruct((*shape, math.prod(objective.grid), channels), jnp.float32)
     number = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return Group(latents, number, number)
+    rewards = jax.ShapeDtypeStruct((*shape, len(objective.rewards)), jnp.float32)
+    return Group(latents, number, rewards)
 
 
 def microbatch_rows(stage: Stage, mesh: AnyMesh) -> int:

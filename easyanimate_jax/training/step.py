@@ -49,10 +49,10 @@ class Critic(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """The autoencoder and the weights of a reward, which turn latents into a number."""
+    """The autoencoder and the weights of rewards, which turn latents into numbers."""
 
     vae: CausalVAE
-    weights: Any = ()
+    weights: Any = ()  # {name: weights} of the rewards that have a gradient
 
 
 class Networks(NamedTuple):

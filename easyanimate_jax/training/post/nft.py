@@ -6,6 +6,8 @@ beta delta with a video of much reward and v_old - beta delta with one of little
 gradient is that of the ordinary loss, weighted with the advantage.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from easyanimate_jax.facts import to_bytes
 from easyanimate_jax.models.mmdit import unpatchify
 from easyanimate_jax.training.post.distill import Metrics, Tokens
 from easyanimate_jax.training.post.objectives import NegativeAwareFinetuning
-from easyanimate_jax.training.post.reward import asked_of
+from easyanimate_jax.training.post.reward import asked_of, told
 from easyanimate_jax.training.step import (
     Judge,
     Networks,
@@ -83,13 +85,17 @@ def decoded(judge: Judge, latents: Tokens, objective) -> UInt8[Array, "B F H W 3
     return to_bytes(jnp.clip(frames, -1, 1))
 
 
-def advantages(rewards: Float[np.ndarray, "A n B"]) -> Float[np.ndarray, "A n B"]:
+def advantages(
+    rewards: Float[np.ndarray, "A n B k"], weights: Sequence[float]
+) -> Float[np.ndarray, "A n B"]:
     """Return how far each reward is above the mean of its group, in deviations, -5 to 5.
 
-    All are 0 in a group of equal rewards. NaN stays in the groups of a missing reward.
+    Of several rewards it is the weighted mean. All are 0 in a group of equal rewards. NaN stays in
+    the groups of a missing reward.
     """
     mean, deviation = (f(rewards, axis=1, keepdims=True) for f in (np.mean, np.std))
-    return np.clip((rewards - mean) / (deviation + LEAST), -MOST, MOST)
+    apart = (rewards - mean) / (deviation + LEAST)
+    return np.clip(apart @ np.divide(weights, sum(weights)), -MOST, MOST)
 
 
 def nft_loss(
@@ -141,9 +147,11 @@ def nft_loss(
     if objective.plain:
         clips = row_losses(networks.student, batch, time, rows, key, process=process)
         losses += objective.plain * process.weight(time) * clips
-    found = {"reward": group.reward.mean(0), "reward_spread": group.reward.std(0)}
-    found |= {"distance": jax.lax.stop_gradient(apart)}
-    metrics = {name: jnp.sum(values * batch.weight) for name, values in found.items()}
+    total = group.reward @ jnp.array(list(objective.rewards.values()), jnp.float32)
+    found = dict(zip(objective.rewards, jnp.moveaxis(group.reward.mean(0), -1, 0), strict=True))
+    metrics = told({"reward": total.mean(0)} | found, batch.weight)
+    more = {"reward_spread": total.std(0), "distance": jax.lax.stop_gradient(apart)}
+    metrics |= {name: jnp.sum(values * batch.weight) for name, values in more.items()}
     return jnp.sum(losses * batch.weight), metrics
 
 

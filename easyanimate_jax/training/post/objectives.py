@@ -11,6 +11,13 @@ from easyanimate_jax.data.buckets import check_size, grid_of
 from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
 from easyanimate_jax.facts import check_fields
 
+Reward = str | tuple[tuple[str, float], ...]  # a name, or pairs of a name and a weight
+
+
+def named(reward: Reward) -> dict[str, float]:
+    """Return {name: weight} of one or several rewards."""
+    return {reward: 1.0} if isinstance(reward, str) else dict(reward)
+
 
 @dataclass(frozen=True)
 class GuidanceDistillation:
@@ -174,10 +181,11 @@ class RewardBackpropagation:
     update takes the memory of one training step and of the decoder.
     """
 
-    reward: str
+    reward: Reward
     """MODULE:FUNCTION, which takes frames (B, F, H, W, 3) in [-1, 1] and the text states, a tuple
     of (B, L, width), as JAX arrays, and returns B numbers. Larger is better. If it has a function
-    `load`, the result of that, its weights, comes first."""
+    `load`, the result of that, its weights, comes first. Several are pairs of a name and a weight;
+    their weighted sum is raised."""
 
     frames: int = 49
     """Frames of a sampled video, 4n+1."""
@@ -223,6 +231,7 @@ class RewardBackpropagation:
     def __post_init__(self):
         check_fields(
             self,
+            reward="(0, inf)",
             frames="[1, inf)",
             height="[16, 1344]",
             width="[16, 1344]",
@@ -252,11 +261,16 @@ class RewardBackpropagation:
                 f"RewardBackpropagation: decoded={self.decoded} latent frames, and a video of "
                 f"{self.frames} frames has {self.grid[0]}"
             )
-        if "://" in self.reward:
+        if servers := [name for name in self.rewards if "://" in name]:
             raise ValueError(
-                f"RewardBackpropagation: reward={self.reward!r} is a server, which has no "
-                f"gradient; name a JAX function MODULE:FUNCTION, or make pairs by the verb `pairs`"
+                f"RewardBackpropagation: reward={servers[0]!r} is a server, which has no gradient; "
+                f"name a JAX function MODULE:FUNCTION, or use NegativeAwareFinetuning"
             )
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """Return {name: weight} of the rewards."""
+        return named(self.reward)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -284,9 +298,10 @@ class NegativeAwareFinetuning:
     0.9. Videos are sampled in few steps without guidance, so begin with a distilled model.
     """
 
-    reward: str
+    reward: Reward
     """MODULE:FUNCTION, which takes frames (B, F, H, W, 3) as uint8 and B captions and returns B
-    numbers, or the address of a server, http(s)://... Larger is better."""
+    numbers, or the address of a server, http(s)://... Larger is better. Several are pairs of a name
+    and a weight; each is compared within a caption, and the weighted comparisons are added."""
 
     frames: int = 49
     """Frames of a sampled video, 4n+1."""
@@ -331,6 +346,7 @@ class NegativeAwareFinetuning:
     def __post_init__(self):
         check_fields(
             self,
+            reward="(0, inf)",
             frames="[1, inf)",
             height="[16, 1344]",
             width="[16, 1344]",
@@ -350,6 +366,11 @@ class NegativeAwareFinetuning:
                 f"NegativeAwareFinetuning: times={self.times} of steps={self.steps}: a video is "
                 f"trained at the times of its steps, at most once at each"
             )
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """Return {name: weight} of the rewards."""
+        return named(self.reward)
 
     @property
     def grid(self) -> tuple[int, int, int]:

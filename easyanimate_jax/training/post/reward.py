@@ -56,11 +56,11 @@ def reward_loss(
     plan = walk(process, steps=objective.steps, times=objective.times)
     steps = _steps(key, objective)
     last, kept = _sample(networks.student, asked, noise, plan, steps, objective)
-    reward = reward_function(objective.reward)
 
     def loss_of(latents):
-        found = rewards(reward, networks.judge, latents, asked.texts, objective)
-        return -objective.scale * jnp.sum(found * batch.weight), found
+        found = rewards(networks.judge, latents, asked.texts, objective)
+        total = sum(weight * found[name] for name, weight in objective.rewards.items())
+        return -objective.scale * jnp.sum(total * batch.weight), {"reward": total} | found
 
     (value, found), gradient = jax.value_and_grad(loss_of, has_aux=True)(last)
     factors = _factors(plan, objective)[steps]
@@ -83,7 +83,14 @@ def reward_loss(
     if objective.plain:
         clips = row_losses(networks.student, batch, time, rows, key, process=process)
         total += objective.plain * jnp.sum(clips * process.weight(time) * batch.weight)
-    return total, {"reward": jnp.sum(found * batch.weight), "distance": apart}
+    return total, told(found, batch.weight) | {"distance": apart}
+
+
+def told(found: dict[str, Float[Array, "B"]], weight: Float[Array, "B"]) -> Metrics:
+    """Return the metrics of "reward", and of its parts if it has several."""
+    parts = {f"reward/{name}": values for name, values in found.items() if name != "reward"}
+    shown = {"reward": found["reward"]} | (parts if len(parts) > 1 else {})
+    return {name: jnp.sum(values * weight) for name, values in shown.items()}
 
 
 def reward_function(name: str) -> Callable:
@@ -93,15 +100,15 @@ def reward_function(name: str) -> Callable:
 
 
 def reward_weights(name: str):
-    """Return the weights that MODULE:FUNCTION loads; () if it has none, or for no name."""
-    function = named_function(name) if name else None
+    """Return the weights that MODULE:FUNCTION loads; () if it has none."""
+    function = named_function(name)
     return function.load() if hasattr(function, "load") else ()
 
 
 def rewards(
-    reward: Callable, judge: Judge, latents: Tokens, texts, objective: RewardBackpropagation
-) -> Float[Array, "B"]:
-    """Return the rewards of the first decoded frames of latents, as tokens.
+    judge: Judge, latents: Tokens, texts, objective: RewardBackpropagation
+) -> dict[str, Float[Array, "B"]]:
+    """Return {name: rewards} of the first decoded frames of latents, as tokens.
 
     Raises ValueError for a reward that does not return one number for each video.
     """
@@ -111,13 +118,16 @@ def rewards(
         first = unpatchify(latents, objective.grid)[:, : objective.decoded]
         return judge.vae.chunked_decode(judge.vae.denormalize(first))
 
-    found = reward(judge.weights, jnp.clip(frames_of(latents), -1, 1), texts)
-    if jnp.shape(found) != (len(latents),):
-        raise ValueError(
-            f"the reward {objective.reward} returned the shape {jnp.shape(found)} for "
-            f"{len(latents)} videos; return one number for each"
-        )
-    return found.astype(jnp.float32)
+    frames, found = jnp.clip(frames_of(latents), -1, 1), {}
+    for name in objective.rewards:
+        values = reward_function(name)(judge.weights[name], frames, texts)
+        if jnp.shape(values) != (len(latents),):
+            raise ValueError(
+                f"the reward {name} returned the shape {jnp.shape(values)} for {len(latents)} "
+                f"videos; return one number for each"
+            )
+        found[name] = values.astype(jnp.float32)
+    return found
 
 
 def asked_of(batch: Batch, grid: tuple[int, int, int]) -> Batch:
