@@ -10,8 +10,10 @@ graded, so that videos of one prompt rarely have the same rating.
 import base64
 import io
 import json
+import tempfile
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import tyro
@@ -33,9 +35,7 @@ WEIGHTS = {  # of the parts of a rating; their sum is 1
 CLOSE = 0.05  # a clear lead of the wanted shape's overlap; true clips have 0.08 to 0.2
 
 
-def rate(
-    frames: UInt8[np.ndarray, "B F H W 3"], prompts: Sequence[str]
-) -> Float[np.ndarray, "B"]:
+def rate(frames: UInt8[np.ndarray, "B F H W 3"], prompts: Sequence[str]) -> Float[np.ndarray, "B"]:
     """Return the rating of each video, from 0 to 1; NaN for a prompt that the world has not."""
     known = by_text()
     return np.array(
@@ -60,9 +60,7 @@ def parts(video: UInt8[np.ndarray, "F H W 3"], wanted: Attributes) -> dict[str, 
     and wanted, over the larger.
     """
     shown, overlaps, velocity = measure(video)
-    found = {
-        name: float(getattr(shown, name) == value) for name, value in wanted._asdict().items()
-    }
+    found = {name: float(getattr(shown, name) == value) for name, value in wanted._asdict().items()}
     lead = overlaps[wanted.shape] - max(v for name, v in overlaps.items() if name != wanted.shape)
     found["outline"] = float(1 / (1 + np.exp(-lead / CLOSE))) if shown.shape else 0.0
     found["pace"] = float(shown.direction is None)
@@ -79,7 +77,8 @@ class Handler(BaseHTTPRequestHandler):
         """Answer with each video's rating, or with code 400 and the fault of the request."""
         try:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            code, answer = 200, {"rewards": [_row(one, asked["format"]) for one in asked["samples"]]}
+            rows = [_row(sample, asked["format"]) for sample in asked["samples"]]
+            code, answer = 200, {"rewards": rows}
         except (ValueError, KeyError, TypeError, OSError) as error:
             code, answer = 400, {"error": f"{type(error).__name__}: {error}"}
         content = json.dumps(answer).encode()
@@ -105,8 +104,10 @@ def _frames(content: bytes, form: str) -> UInt8[np.ndarray, "F H W 3"]:
         return np.load(io.BytesIO(content), allow_pickle=False)["frames"]
     if form != "mp4":
         raise ValueError(f"the format is {form!r}; send npz or mp4")
-    file = media.Content(content, "video.mp4")
-    return media.read_clip(file, 0, media.probe(file).num_frames)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        path.write_bytes(content)
+        return media.read_clip(path, 0, media.probe(path).num_frames)
 
 
 def main(port: int = 8765) -> None:
