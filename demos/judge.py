@@ -58,9 +58,9 @@ STRIDES, WIDTHS = (2, 2, 2), (16, 32, 64)  # of the convolutions of 3x3
 SEED = 5
 SIZE = demo.samples.frames, demo.samples.height, demo.samples.width
 PROMPTS = 4000  # drawn for the probe; there are fewer different ones
-PICTURES, CLIPS, TESTS = 8000, 280, 96
+PICTURES, CLIPS, TESTS = 6000, 112, 64
 BEND, BLUR, NOISE = 0.03, 0.03, 20.0  # largest of `worn`; in short sides, and in grey levels
-BATCH, STEPS, RATE, SMOOTHED = 128, 2000, 2e-3, 0.05  # of the training of the network
+BATCH, STEPS, RATE, SMOOTHED = 128, 1500, 2e-3, 0.05  # of the training of the network
 
 Frames = Float[Array, "B F H W 3"]
 Texts = tuple[Float[Array, "B _ _"], ...]
@@ -225,6 +225,14 @@ def load() -> dict[str, np.ndarray]:
 reward.load = load
 
 
+def save(weights: Weights) -> None:
+    """Write the judge's weights to `FILE`."""
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    # safetensors writes the bytes of an array in their order in memory, whatever its strides.
+    arrays = {name: np.ascontiguousarray(value) for name, value in weights.items()}
+    whole.replace(FILE, partial(save_file, arrays))
+
+
 def fit_probe(encoder: TextEncoder) -> tuple[Weights, dict[str, float]]:
     """Return the weights of the linear probe, and its accuracy on held-out prompts.
 
@@ -370,8 +378,7 @@ def accuracy(
 def main() -> None:
     """Train the judge on the long demo's VAE and text encoders, and write it and its figures."""
     weights, figures = train()
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    whole.replace(FILE, partial(save_file, weights))
+    save(weights)
     text = json.dumps(figures, indent=1)
     whole.replace_text(FILE.with_suffix(".json"), text + "\n")
     print(f"{text}\n{FILE}")

@@ -142,10 +142,18 @@ def test_the_gradient_is_finite_everywhere_and_moves_the_object(weights):
         assert np.isfinite(gradient(jnp.full_like(frames, value))).all()
 
 
-def test_weights_that_are_missing_name_the_file_and_the_command(tmp_path, monkeypatch):
+def test_missing_weights_name_the_file_and_the_command_and_saved_ones_are_the_same(
+    weights, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"judge\.safetensors is missing: .*-m demos\.judge"):
         judge.reward.load()
+    turned = {name: np.asfortranarray(value) for name, value in weights.items()}
+    judge.save(turned)
+    found = judge.reward.load()
+    assert found.keys() == weights.keys()
+    for name, value in found.items():
+        np.testing.assert_array_equal(value, weights[name], err_msg=name)
 
 
 def test_the_file_of_prompts_holds_different_prompts_of_both_languages(tmp_path):
