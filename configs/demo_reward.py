@@ -20,8 +20,8 @@ config = replace(
             "reward",
             "medium",
             task="i2v",
-            batch_size=8,
-            steps=300,
+            batch_size=4,  # most of a step is the gradient of decoding nine frames
+            steps=240,
             learning_rate=1e-3,
             end_learning_rate=1e-4,
             warmup=20,
