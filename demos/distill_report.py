@@ -12,8 +12,7 @@ import numpy as np
 
 from demos import facts, world
 from demos.generate import ROWS, psnr
-from demos.score import _segmented as segmented
-from demos.score import score
+from demos.score import edge_energy, score, segmented
 from easyanimate_jax import Pipeline, Request, Sampling, TextEncoder, denoise_latents
 from easyanimate_jax.evaluation import web
 from easyanimate_jax.evaluation.measures import frechet
@@ -94,13 +93,8 @@ def _compared(latents, videos, true_latents, true_videos) -> dict:
     return {
         "error": float(np.mean((latents - true_latents) ** 2) / true_latents.var()),
         "psnr": psnr(true_videos, videos),
-        "edges": _edges(videos) / _edges(true_videos),
+        "edges": edge_energy(videos) / edge_energy(true_videos),
     }
-
-
-def _edges(videos) -> float:
-    """Return the mean square of horizontal differences: blur makes it small."""
-    return float(np.mean(np.diff(np.float32(videos), axis=3) ** 2))
 
 
 def _spread(encoder: TextEncoder, teacher: Way, student: Way, prompts) -> dict:

@@ -36,13 +36,15 @@ def generate(
     inputs: Mapping[str, np.ndarray] = MappingProxyType({}),
     guidance: float | None = None,
     samples: SampleConfig | None = None,
+    sampling: Sampling | None = None,
 ) -> Videos:
     """Return one video per text with consecutive seeds, at the size and steps of `samples`.
 
     `inputs` are further arrays of the pipeline such as `start` or `video`, one row per text. The
-    default of `samples` and `guidance` is the run's.
+    default of `samples` and `guidance` is the run's. `sampling` replaces steps and guidance.
     """
     samples, videos = samples or run.samples, []
+    sampling = sampling or Sampling(steps=samples.steps, guidance=guidance or samples.guidance)
     empty = encoder.encode([""])
     for first in range(0, len(texts), ROWS):
         rows = slice(first, first + ROWS)
@@ -51,7 +53,7 @@ def generate(
             empty,
             size=(samples.frames, samples.height, samples.width),
             seeds=[samples.seed + i for i in range(len(texts))[rows]],
-            sampling=Sampling(steps=samples.steps, guidance=guidance or samples.guidance),
+            sampling=sampling,
         )
         given = {name: x[rows] for name, x in inputs.items()}
         videos.append(pipeline(run.diffusion, request, **given))

@@ -9,6 +9,7 @@ of the palette, its motion the least-squares line through its centres, and its s
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -62,20 +63,37 @@ Video = UInt8[np.ndarray, "F H W 3"]
 Directions = Mapping[str, tuple[float, float]]
 
 
-def attributes(video: Video, directions: Directions = MappingProxyType(DIRECTIONS)) -> Attributes:
+class Measures(NamedTuple):
+    """The attributes that a clip shows, and the numbers from which two of them follow."""
+
+    attributes: Attributes
+    overlaps: Mapping[str, float]  # of the object with each shape's best template; 1 is equal
+    velocity: Float[np.ndarray, "2"]  # (y, x) in short sides per frame
+
+
+def measure(video: Video, directions: Directions = MappingProxyType(DIRECTIONS)) -> Measures:
     """Return what `video` shows; None for what it does not (no object, no motion, one frame).
 
-    The direction is the nearest of `directions`, name -> (y, x) of length 1.
+    The direction is the nearest of `directions`, name -> (y, x) of length 1. Without an object, all
+    overlaps and the velocity are 0.
     """
-    ground, colour, frames, seen = _segmented(video)
+    ground, colour, frames, seen = segmented(video)
     background = _nearest(ground, BACKGROUNDS)
     if 2 * seen.sum() < len(seen):
-        return Attributes(None, background, None)
+        none = Attributes(None, background, None)
+        return Measures(none, dict.fromkeys(SHAPES, 0.0), np.zeros(2))
     centres = np.array([ndimage.center_of_mass(frame) for frame in frames[seen]])
     centres = centres / min(video.shape[1:3])
-    direction, speed = _motion(np.flatnonzero(seen), centres, directions)
-    shape = _shape(np.stack([_boxed(frame) for frame in frames[seen]]))
-    return Attributes(_nearest(colour, COLOURS), background, shape, direction, speed)
+    velocity = np.polyfit(np.flatnonzero(seen), centres, 1)[0] if len(centres) > 1 else np.zeros(2)
+    overlaps = _overlaps(np.stack([_boxed(frame) for frame in frames[seen]]))
+    shape = max(overlaps, key=overlaps.get)
+    found = Attributes(_nearest(colour, COLOURS), background, shape, *_motion(velocity, directions))
+    return Measures(found, overlaps, velocity)
+
+
+def attributes(video: Video, directions: Directions = MappingProxyType(DIRECTIONS)) -> Attributes:
+    """Return the attributes that `measure` finds."""
+    return measure(video, directions).attributes
 
 
 def strict_attributes(video: Video) -> Attributes:
@@ -86,7 +104,7 @@ def strict_attributes(video: Video) -> Attributes:
     corner has no direction.
     """
     found = attributes(video, COMPASS)
-    *_, frames, seen = _segmented(video)
+    *_, frames, seen = segmented(video)
     if found.direction is None or not seen.all():
         return found._replace(direction=None)
     times = np.arange(len(frames))
@@ -105,7 +123,7 @@ def moves_whole(video: Video) -> bool:
     They do not if the object only grows, or if one copy of it stands still.
     """
     direction = attributes(video, COMPASS).direction
-    *_, frames, seen = _segmented(video)
+    *_, frames, seen = segmented(video)
     if direction is None or not seen.all():
         return False
     times, moved = np.arange(len(frames)), np.array(COMPASS[direction]) != 0
@@ -118,7 +136,7 @@ def moves_whole(video: Video) -> bool:
 
 def object_path(video: Video) -> Float[np.ndarray, "F 2"]:
     """Return the middle of the object's box in each frame, (x, y) pixels; NaN without an object."""
-    *_, frames, seen = _segmented(video)
+    *_, frames, seen = segmented(video)
     path = np.full((len(video), 2), np.nan)
     for i in np.flatnonzero(seen):
         ends = [np.flatnonzero((frames[i] > 0.5).any(axis))[[0, -1]] for axis in (0, 1)]
@@ -157,7 +175,7 @@ def _near(edges: Bool[np.ndarray, "H W"], tolerance: float) -> Bool[np.ndarray, 
     return ndimage.distance_transform_edt(~edges) <= tolerance
 
 
-def _segmented(
+def segmented(
     video: Video,
 ) -> tuple[
     Float[np.ndarray, "3"],
@@ -220,6 +238,11 @@ def known_error(video: Video, source: Video, mask: UInt8[np.ndarray, "F H W 1"])
     return float(difference[mask[..., 0] == 0].mean() / 255)
 
 
+def edge_energy(videos: Video | UInt8[np.ndarray, "B F H W 3"]) -> float:
+    """Return the mean square of horizontal differences: blur makes it small."""
+    return float(np.mean(np.diff(np.float32(videos), axis=-2) ** 2))
+
+
 def motion(video: Video) -> float:
     """Return the mean absolute difference of neighbouring frames, as a share of 255."""
     return float(np.abs(np.diff(np.float32(video), axis=0)).mean() / 255)
@@ -240,15 +263,9 @@ def _object(coverage: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
 
 
 def _motion(
-    times: np.ndarray, centres: Float[np.ndarray, "F 2"], directions: Directions
+    velocity: Float[np.ndarray, "2"], directions: Directions
 ) -> tuple[str | None, str | None]:
-    """Return direction and speed of the least-squares line through the centres.
-
-    Centres are in short sides, times in frames.
-    """
-    if len(times) < 2:
-        return None, None
-    velocity = np.polyfit(times, centres, 1)[0]
+    """Return direction and speed of a velocity in short sides per frame."""
     direction = max(directions, key=lambda name: velocity @ directions[name])
     speed = velocity @ directions[direction]
     if speed < STILL:
@@ -266,12 +283,15 @@ def _boxed(coverage: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "box box"]:
     return ndimage.map_coordinates(coverage, np.meshgrid(*points, indexing="ij"), order=1)
 
 
-def _shape(boxes: Float[np.ndarray, "F box box"]) -> str:
-    """Return the shape whose best template has the highest mean normalised overlap."""
+def _overlaps(boxes: Float[np.ndarray, "F box box"]) -> dict[str, float]:
+    """Return the mean normalised overlap with each shape's best template."""
     templates, names = _templates()
     boxes = boxes.reshape(len(boxes), -1)
     overlap = boxes @ templates.T / np.linalg.norm(boxes, axis=1, keepdims=True)
-    return names[int(overlap.mean(0).argmax())]
+    found = dict.fromkeys(SHAPES, 0.0)
+    for name, value in zip(names, overlap.mean(0).tolist(), strict=True):
+        found[name] = max(found[name], value)
+    return found
 
 
 @functools.cache

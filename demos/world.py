@@ -18,9 +18,10 @@ import copy
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import cv2
@@ -431,6 +432,13 @@ def every_prompt() -> Iterator[Prompt]:
         yield caption(Attributes(*pair))
         for motion in itertools.product(DIRECTIONS, SPEEDS):
             yield caption(Attributes(*pair, *motion))
+
+
+@functools.cache
+def by_text() -> Mapping[str, Prompt]:
+    """Return the prompt of every sentence of the world, English or Chinese."""
+    known = {text: prompt for prompt in every_prompt() for text in (prompt.en, prompt.zh)}
+    return MappingProxyType(known)
 
 
 def main(out: tyro.conf.Positional[Path], config: tyro.conf.OmitArgPrefixes[WorldConfig]) -> None:

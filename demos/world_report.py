@@ -117,8 +117,7 @@ def _over_time(config) -> tuple[str, str]:
     files = [path for path in files if path.stem.isdigit()]  # of prompts, not of held-out clips
     if not files:
         return web.note("the run wrote no samples"), ""
-    known = {text: prompt for prompt in world.every_prompt() for text in (prompt.en, prompt.zh)}
-    prompts = [known[text] for text in config.samples.prompts]
+    prompts = [world.by_text()[text] for text in config.samples.prompts]
     steps = [int(path.stem) for path in files]
     clips = [np.load(path)["videos"] for path in files]
     scores = [score(videos, prompts) for videos in clips]
