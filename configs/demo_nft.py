@@ -7,13 +7,23 @@ that rates the run's own videos.
 from dataclasses import replace
 
 from configs.demo_reward import config as reward
+from easyanimate_jax import NegativeAwareFinetuning
 
-OBJECTIVE = (
-    None  # to be filled in: samples of 9x128x128 at `TIMES`, reward="http://127.0.0.1:8765/"
+OBJECTIVE = NegativeAwareFinetuning(
+    "http://127.0.0.1:8765/",
+    frames=9,
+    height=128,
+    width=128,
+    count=8,
+    steps=4,
+    times=2,
+    format="npz",
+    request=32,
 )
 
 config = replace(
     reward,
     run="runs/demo_nft/train",
-    stages=(replace(reward.stages[0], name="nft", objective=OBJECTIVE),),
+    stages=(replace(reward.stages[0], name="nft", batch_size=8, steps=100, objective=OBJECTIVE),),
+    ema_decay=0.8,
 )

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from configs.demo import MEDIUM
 from configs.demo_distill import config as distill
+from configs.demo_reward import TIMES
 from easyanimate_jax import DirectPreference, LatentSet, Stage
 
 config = replace(
@@ -28,7 +29,7 @@ config = replace(
             end_learning_rate=5e-5,
             warmup=20,
             picture_drop=1.0,
-            objective=DirectPreference(),
+            objective=DirectPreference(times=TIMES),
         ),
     ),
     text_drop=0.0,

@@ -15,6 +15,7 @@ from demos.score import edge_energy, motion, score
 from demos.world_report import NAMES
 from easyanimate_jax import Pipeline, Sampling, TextEncoder
 from easyanimate_jax.evaluation import web
+from easyanimate_jax.weights.defaults import Defaults
 
 PROMPTS, SHOWN = 96, 6
 CURVES = ("reward", "distance", "margin", "accuracy", "better_change", "worse_change")
@@ -22,9 +23,13 @@ BEFORE, AFTER = "before", "after"
 
 
 def evaluate(encoder: TextEncoder, run: Pipeline, base: Pipeline) -> tuple[dict, dict]:
-    """Return (figures, {language: (film of both videos, caption) pairs for the page})."""
+    """Return (figures, {language: (film of both videos, caption) pairs for the page}).
+
+    Both are sampled as a distilled base is, else in the config's steps and guidance.
+    """
     samples, weights = run.config.samples, judge.load()
-    sampling = Sampling(**base.defaults.filled())
+    own = base.defaults if base.defaults.times else Defaults(samples.steps, samples.guidance)
+    sampling = Sampling(**own.filled())
     prompts = world.prompts("heldout", PROMPTS, samples.seed)
     results, shown = {}, {}
     for language in ("en", "zh"):

@@ -102,6 +102,16 @@ def test_the_loss_is_that_of_numpy(process):
             np.testing.assert_allclose(metrics[name], wanted, 2e-6, 1e-7, err_msg=name)
 
 
+def test_clips_are_compared_at_the_times_of_a_distilled_model():
+    batch = pairs_of(33)
+    own = (900.0, 300.0)
+    drawn = np.asarray(preference._drawn(own, ROWS, KEY))
+    assert set(drawn) == set(own)
+    found, _ = loss_of(Wave(0.25), Wave(0.5), batch, times=own)
+    expected, _ = loss_of(Wave(0.25), Wave(0.5), batch, time=jnp.asarray(drawn))
+    np.testing.assert_array_equal(found, expected)
+
+
 def gains(value):
     """A gain for each value of a token: the weights of a network."""
     return value + 0.01 * jnp.arange(64.0)[None, None]

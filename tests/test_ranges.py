@@ -211,7 +211,10 @@ CLASSES = {
             "tries": COUNT,
         },
     ),
-    DirectPreference: ({}, {"beta": ABOVE, "plain": SHARE}),
+    DirectPreference: (
+        {},
+        {"beta": ABOVE, "plain": SHARE, "times": several(((0.0, 1000.0), (-1.0, 1001.0)))},
+    ),
     LatentSet: (
         {"name": "one", "budget": DEMO.sets[0].budget},
         {

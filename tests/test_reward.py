@@ -74,6 +74,8 @@ class Pixels:
     def chunked_decode(self, latents):
         return jnp.sin(latents[..., :3])
 
+    decode = chunked_decode
+
 
 STUDENT, TEACHER = Line(0.4, 0.3), Line(0.5, 0.2)
 SIMPLE = Judge(Pixels(), {f"{HERE}:brightness": ()})

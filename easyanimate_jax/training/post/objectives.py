@@ -161,8 +161,12 @@ class DirectPreference:
     """Weight of the ordinary loss on the better clip, added to the loss of preference. Above 0 it
     keeps the error of the better clip from rising together with that of the worse."""
 
+    times: tuple[float, ...] = ()
+    """Times at which clips are compared, drawn for each pair: those of a distilled `init`, as in
+    its `sampling.json`; it predicts nothing of use at others. () takes those of training."""
+
     def __post_init__(self):
-        check_fields(self, beta="(0, inf)", plain="[0, 1]")
+        check_fields(self, beta="(0, inf)", plain="[0, 1]", times=f"(-1, {NUM_TRAIN_TIMES}]")
 
     @property
     def evaluations(self) -> int:

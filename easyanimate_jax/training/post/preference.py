@@ -14,6 +14,7 @@ from easyanimate_jax.diffusion.losses import masked_squared_error
 from easyanimate_jax.training.post.objectives import DirectPreference
 from easyanimate_jax.training.step import Networks, draw, predict, row_means
 
+TIMES = 8  # folded into the key for the choice of times
 Rows = Float[Array, "B"]
 Metrics = dict[str, Float[Array, ""]]
 
@@ -37,6 +38,8 @@ def preference_loss(
     share of pairs with a negative margin "accuracy" (0 before the first update), "better_change"
     and "worse_change".
     """
+    if objective.times:
+        time = _drawn(objective.times, rows, key)
     other = batch._replace(**batch.worse._asdict())
     better, plain = _change(networks, batch, time, rows, key, process)
     worse, _ = _change(networks, other, time, rows, key, process)
@@ -49,6 +52,13 @@ def preference_loss(
     found |= {"better_change": better, "worse_change": worse}
     metrics = {name: jnp.sum(values * batch.weight) for name, values in found.items()}
     return jnp.sum(losses * batch.weight), metrics
+
+
+def _drawn(times: tuple[float, ...], rows: Int[Array, "B"], key: PRNGKeyArray) -> Rows:
+    """Return one of the times for each row."""
+    key = jax.random.fold_in(key, TIMES)
+    draw_row = lambda row: jax.random.randint(jax.random.fold_in(key, row), (), 0, len(times))  # noqa: E731
+    return jnp.array(times, jnp.float32)[jax.vmap(draw_row)(rows)]
 
 
 def _change(

@@ -33,6 +33,8 @@ from easyanimate_jax.training.step import (
     row_means,
 )
 
+# Latents that are decoded at once: a few small videos, on a CPU four times faster than in chunks.
+AT_ONCE = 2**18
 SAMPLED = 5  # folded into the key for the noise of sampled videos and for the chosen steps
 
 
@@ -116,7 +118,8 @@ def rewards(
     @jax.checkpoint
     def frames_of(latents):
         first = unpatchify(latents, objective.grid)[:, : objective.decoded]
-        return judge.vae.chunked_decode(judge.vae.denormalize(first))
+        decode = judge.vae.decode if first.size <= AT_ONCE else judge.vae.chunked_decode
+        return decode(judge.vae.denormalize(first))
 
     frames, found = jnp.clip(frames_of(latents), -1, 1), {}
     for name in objective.rewards:
