@@ -114,11 +114,12 @@ demo-nft: setup runs/demo_distill/merged $(JUDGE)
 		$(BIN)/python train.py configs/demo_nft.py
 	$(BIN)/python -m demos preference configs/demo_nft.py
 
-# The same from pairs that the verifier chose among eight videos of each of 500 prompts.
-demo-preference: setup runs/demo_distill/merged $(JUDGE)
+# Better shapes and speeds of the long demo's model, from pairs that the verifier chose among four
+# videos of each of 500 prompts.
+demo-preference: setup $(JUDGE)
 	mkdir -p runs/demo_preference && touch runs/demo_preference/started
 	$(BIN)/python -m demos.prompts runs/demo_preference/prompts.txt
-	$(BIN)/python -m easyanimate_jax pairs runs/demo_distill/merged --batch 8 --count 8 \
+	$(BIN)/python -m easyanimate_jax pairs runs/demo_long/train --batch 8 --count 4 \
 		--frames 9 --height 128 --width 128 --prompts runs/demo_preference/prompts.txt \
 		--reward demos.verifier:rate --output runs/demo_preference/pairs
 	$(BIN)/python -m easyanimate_jax prepare configs/demo_preference.py

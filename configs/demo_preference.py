@@ -1,14 +1,13 @@
 """Better shapes and speeds from pairs of videos of one prompt (`make demo-preference`).
 
-The same start as `demo_reward`. The verb `pairs` makes eight videos of each prompt, and the exact
-verifier of the world, `demos/verifier.py`, chooses the best and the worst of them.
+The long demo's model learns adapters. The verb `pairs` makes four of its videos of each of 500
+prompts, and the exact verifier of the world, `demos/verifier.py`, chooses the best and the worst.
 """
 
 from dataclasses import replace
 
 from configs.demo import MEDIUM
 from configs.demo_distill import config as distill
-from configs.demo_reward import TIMES
 from easyanimate_jax import DirectPreference, LatentSet, Stage
 
 config = replace(
@@ -16,7 +15,7 @@ config = replace(
     source="runs/demo_preference/pairs",
     prepared="runs/demo_preference/latents",
     run="runs/demo_preference/train",
-    init="runs/demo_distill/merged",
+    init="runs/demo_long/train",
     sets=(LatentSet("pairs", MEDIUM, kinds=("video",), condition_draws=1, pairs=True),),
     stages=(
         Stage(
@@ -29,7 +28,7 @@ config = replace(
             end_learning_rate=5e-5,
             warmup=20,
             picture_drop=1.0,
-            objective=DirectPreference(times=TIMES),
+            objective=DirectPreference(),
         ),
     ),
     text_drop=0.0,

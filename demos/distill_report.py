@@ -13,7 +13,15 @@ import numpy as np
 from demos import facts, world
 from demos.generate import ROWS, psnr
 from demos.score import edge_energy, score, segmented
-from easyanimate_jax import Pipeline, Request, Sampling, TextEncoder, denoise_latents
+from easyanimate_jax import (
+    Pipeline,
+    Request,
+    Sampling,
+    TextEncoder,
+    boundaries,
+    denoise_latents,
+    load_pipeline,
+)
 from easyanimate_jax.evaluation import web
 from easyanimate_jax.evaluation.measures import frechet
 from easyanimate_jax.generation.pixels import decode
@@ -58,15 +66,21 @@ def evaluate(encoder: TextEncoder, run: Pipeline, base: Pipeline) -> tuple[dict,
 
 
 def _ways(run: Pipeline, base: Pipeline) -> list[Way]:
-    """Return the teacher, the teacher in fewer steps, and the student, which is the last."""
-    own, scale = run.defaults, base.config.samples.guidance
-    few = {"steps": own.steps, "times": own.times}
+    """Return the teacher, the teacher in fewer steps, and the student of each stage."""
+    ways, scale = [], base.config.samples.guidance
+    for end in boundaries(run.config.stages):
+        student = load_pipeline(run.config.run, step=end)
+        own = student.defaults
+        few = {"steps": own.steps, "times": own.times}
+        ways += [
+            Way(f"teacher, {own.steps} guided steps", base, Sampling(guidance=scale, **few)),
+            Way(f"teacher, {own.steps} steps unguided", base, Sampling(guidance=1.0, **few)),
+            Way(f"student, {own.steps} steps", student, Sampling(guidance=own.guidance, **few)),
+        ]
     return [
         Way("teacher, 50 guided steps", base, Sampling(50, scale)),
         Way("teacher, 10 guided steps", base, Sampling(10, scale)),
-        Way(f"teacher, {own.steps} guided steps", base, Sampling(guidance=scale, **few)),
-        Way(f"teacher, {own.steps} steps without guidance", base, Sampling(guidance=1.0, **few)),
-        Way(f"student, {own.steps} steps", run, Sampling(guidance=own.guidance, **few)),
+        *ways,
     ]
 
 
