@@ -81,34 +81,27 @@ demo-lora: setup
 	$(BIN)/python -m demos concept configs/demo_lora.py
 CONVERT := $(BIN)/python -m easyanimate_jax convert
 
-# Four steps instead of fifty: the long demo's model teaches adapters of its own.
+# Four steps instead of fifty: the long demo's model teaches a student.
 demo-distill: setup
 	mkdir -p runs/demo_distill && touch runs/demo_distill/started
 	$(BIN)/python train.py configs/demo_distill.py
 	$(BIN)/python -m demos distill configs/demo_distill.py
-
-# The student of four steps with its adapters merged: a folder from which the next three start.
-FOUR := runs/demo_distill/four_steps.safetensors
-runs/demo_distill/merged: runs/demo_distill/train/summary.json | setup
-	rm -rf $@ $(FOUR)
-	$(CONVERT) runs/demo_distill/train $(FOUR) --to original
-	$(CONVERT) runs/demo_long/train $@ --to jax --lora $(FOUR)
 
 # The judge of the captioned world, a differentiable reward. It takes minutes.
 JUDGE := runs/demo_reward/judge.safetensors
 $(JUDGE): | setup
 	$(BIN)/python -m demos.judge
 
-# Better shapes and speeds by the judge's gradient. The exact verifier tells in the report whether
-# the judge is cheated.
-demo-reward: setup runs/demo_distill/merged $(JUDGE)
+# Better shapes and speeds of the student of four steps, by the judge's gradient. The exact verifier
+# tells in the report whether the judge is cheated.
+demo-reward: setup $(JUDGE)
 	touch runs/demo_reward/started
 	$(BIN)/python train.py configs/demo_reward.py
 	$(BIN)/python -m demos preference configs/demo_reward.py
 
 # The same without a gradient: the verifier is an HTTP server that rates the run's own videos.
 PORT := 8765
-demo-nft: setup runs/demo_distill/merged $(JUDGE)
+demo-nft: setup $(JUDGE)
 	mkdir -p runs/demo_nft && touch runs/demo_nft/started
 	$(BIN)/python -m demos.verifier --port $(PORT) & server=$$!; trap "kill $$server" EXIT; \
 		$(BIN)/python train.py configs/demo_nft.py

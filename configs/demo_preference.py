@@ -7,15 +7,19 @@ prompts, and the exact verifier of the world, `demos/verifier.py`, chooses the b
 from dataclasses import replace
 
 from configs.demo import MEDIUM
-from configs.demo_distill import config as distill
+from configs.demo_long import config as demo
+from configs.demo_reward import config as reward
 from easyanimate_jax import DirectPreference, LatentSet, Stage
 
 config = replace(
-    distill,
+    demo,
     source="runs/demo_preference/pairs",
     prepared="runs/demo_preference/latents",
     run="runs/demo_preference/train",
     init="runs/demo_long/train",
+    lora=reward.lora,
+    frozen="float32",
+    optimizer=reward.optimizer,
     sets=(LatentSet("pairs", MEDIUM, kinds=("video",), condition_draws=1, pairs=True),),
     stages=(
         Stage(
@@ -31,5 +35,7 @@ config = replace(
             objective=DirectPreference(),
         ),
     ),
+    samples=replace(demo.samples, every=0),
+    ema_decay=0.98,
     text_drop=0.0,
 )

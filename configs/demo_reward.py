@@ -1,20 +1,22 @@
 """Better shapes and speeds by the gradient of a judge's reward (`make demo-reward`).
 
-The long demo's student of four steps, with its adapters merged, learns new adapters. It is sampled
-at the four times that it was distilled for. `demos/judge.py` is the reward.
+The long demo's student of four steps learns adapters. It is sampled at the four times that it was
+distilled for. `demos/judge.py` is the reward.
 """
 
 from dataclasses import replace
 
 from configs.demo_distill import config as distill
-from easyanimate_jax import Flow, RewardBackpropagation, Stage
+from easyanimate_jax import Flow, LoRAConfig, OptimizerConfig, RewardBackpropagation, Stage
 
 TIMES = tuple(map(float, Flow().grid(4)))  # of the student
 
 config = replace(
     distill,
     run="runs/demo_reward/train",
-    init="runs/demo_distill/merged",
+    init="runs/demo_distill/train",
+    lora=LoRAConfig(rank=32, alpha=32.0),
+    optimizer=OptimizerConfig(b2=0.99, eps=1e-8, weight_decay=0.0, max_grad_norm=1.0),
     stages=(
         Stage(
             "reward",
