@@ -16,7 +16,8 @@ OBJECTIVE = NegativeAwareFinetuning(
     width=128,
     count=8,
     steps=4,
-    times=2,
+    times=4,
+    beta=0.3,
     format="npz",
     request=32,
 )
@@ -24,6 +25,17 @@ OBJECTIVE = NegativeAwareFinetuning(
 config = replace(
     reward,
     run="runs/demo_nft/train",
-    stages=(replace(reward.stages[0], name="nft", batch_size=8, steps=100, objective=OBJECTIVE),),
+    stages=(
+        replace(
+            reward.stages[0],
+            name="nft",
+            batch_size=4,
+            steps=80,
+            learning_rate=3e-3,
+            end_learning_rate=5e-4,
+            warmup=5,
+            objective=OBJECTIVE,
+        ),
+    ),
     ema_decay=0.8,
 )

@@ -23,7 +23,7 @@ config = replace(
             "medium",
             task="i2v",
             batch_size=4,  # most of a step is the gradient of decoding nine frames
-            steps=240,
+            steps=160,
             learning_rate=1e-3,
             end_learning_rate=1e-4,
             warmup=20,

@@ -21,7 +21,7 @@ from test_rewards import server as server
 from easyanimate_jax.data.loader import Group, captions
 from easyanimate_jax.runs import batches
 from easyanimate_jax.runs.loop import train
-from easyanimate_jax.sharding import make_mesh
+from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.training.post import nft
 from easyanimate_jax.training.post.nft import advantages, nft_loss, sample_groups
 from easyanimate_jax.training.post.objectives import NegativeAwareFinetuning
@@ -41,6 +41,12 @@ def brightness(frames, prompts):
     assert frames.dtype == np.uint8 and frames.shape[1:] == (5, 32, 32, 3)
     assert all(prompt.split()[0] in ("caption", "标题") for prompt in prompts)
     return frames.mean(axis=(1, 2, 3, 4))
+
+
+def signed(frames, prompts):
+    """Light is good for captions of odd clips alone."""
+    signs = [1.0 if int(prompt[-1]) % 2 else -1.0 for prompt in prompts]
+    return frames.mean(axis=(1, 2, 3, 4)) * signs
 
 
 def objective_of(**settings):
@@ -234,6 +240,21 @@ def test_a_run_raises_its_reward_and_resumes_to_the_bits(finished, tmp_path):
         np.testing.assert_array_equal(theirs[name], value, err_msg=name)
     own = of_run(read_meta(finished.run)[1])
     assert (own.steps, own.guidance, len(own.times)) == (2, 1.0, 2)
+
+
+@pytest.mark.slow
+def test_eight_devices_and_microbatches_train_as_one(finished, tmp_path):
+    stage = finished.stages[0]
+    stage = replace(stage, objective=replace(stage.objective, reward="test_nft:signed"))
+    found = []
+    for number, (mesh, rows_at_once) in enumerate(
+        ((finished.mesh, None), (MeshConfig(fsdp=2, context=2, tensor=2), 4))
+    ):
+        stages = (replace(stage, microbatch=rows_at_once),)
+        config = replace(finished, run=str(tmp_path / str(number)), mesh=mesh, stages=stages)
+        assert train(config) == 0
+        found.append([(row["loss"], row["reward"], row["reward_spread"]) for row in rows(config)])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-3)
 
 
 def light(body):

@@ -19,6 +19,7 @@ from easyanimate_jax.diffusion.samplers import walk
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.runs.loop import train
+from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.post import reward
 from easyanimate_jax.training.post.objectives import RewardBackpropagation
 from easyanimate_jax.training.post.reward import reward_loss
@@ -233,3 +234,16 @@ def test_a_run_raises_its_reward_resumes_to_the_bits_and_leaves_the_base(vae, tm
     assert of_run(read_meta(config.run)[1]) == taught  # the student is sampled as its teacher
     found = [row["reward"] for row in rows(config)]
     assert found[-1] > found[0], found
+
+
+@pytest.mark.slow
+def test_eight_devices_are_rewarded_as_one(vae, tmp_path):
+    objective = objective_of(steps=3, chosen=1, last=2)
+    found = []
+    for mesh in (MeshConfig(data=8, fsdp=1), MeshConfig(fsdp=2, context=2, tensor=2)):
+        folder = tmp_path / str(len(found))
+        config = replace(run_of(folder, [objective], ADAPTERS), mesh=mesh)
+        save_module(folder / "vae", vae)
+        assert train(replace(config, stages=config.stages[:1])) == 0
+        found.append([(row["loss"], row["reward"], row["distance"]) for row in rows(config)])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-7)

@@ -82,7 +82,9 @@ class GroupSampler:
         `position` is the step of the stage's plan. Raises `RewardError` if too many captions have
         no reward.
         """
-        latents, frames = self.programs.groups(stage, length)(state, batch, seed)
+        program = self.programs.groups(stage, length)
+        self.monitor.enter("reward")
+        latents, frames = program(state, batch, seed)
         asked = captions(self.loaders[stage.name], position)
         rewards = self._rewards(stage, frames, asked)
         good = np.isfinite(rewards).all(axis=(1, 3))
@@ -102,9 +104,9 @@ class GroupSampler:
             names = ", ".join(reward.name for reward in self.rewards[stage.name])
             raise RewardError(
                 f"{sum(self.dropped)} of the last {len(self.dropped)} captions have a video "
-                f"without a reward of {names}, and {MAX_DROPPED:.0%} of "
-                f"{WINDOW} may; the log says why. Repair the reward and run the same command "
-                f"again, which asks only for what is missing"
+                f"without a reward of {names}, and {MAX_DROPPED:.0%} of {WINDOW} may; the log says "
+                f"why. Repair the reward and run the same command again, which asks only for what "
+                f"is missing"
             )
 
     def _rewards(
@@ -114,7 +116,6 @@ class GroupSampler:
         own, rewards = _own_groups(frames, stage.batch_size), self.rewards[stage.name]
         found = np.full((*frames.shape[:3], len(rewards)), np.nan)
         done: list[tuple[int, int]] = []
-        self.monitor.enter("reward")
 
         def ask(place: tuple[int, int]) -> None:
             micro, row = place

@@ -274,6 +274,17 @@ def updated(
     return optax.apply_updates(weights, scaled), opt_state
 
 
+def over_microbatches(function: Callable, carry, inputs):
+    """Return the result of `jax.lax.scan`; a single microbatch has no loop.
+
+    XLA for CPUs makes convolutions in a loop several times slower.
+    """
+    if len(jax.tree.leaves(inputs)[0]) > 1:
+        return jax.lax.scan(function, carry, inputs)
+    carry, found = function(carry, jax.tree.map(lambda x: x[0], inputs))
+    return carry, jax.tree.map(lambda x: x[None], found)
+
+
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -317,7 +328,7 @@ def train_step(
         return jax.tree.map(jnp.add, carry, (value, grads)), metrics
 
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.model))
-    (value, grads), metrics = jax.lax.scan(accumulate, zeros, (rows, time, batch))
+    (value, grads), metrics = over_microbatches(accumulate, zeros, (rows, time, batch))
     metrics = {name: jnp.sum(values) for name, values in metrics.items()}
     new, own = _after(state, value, grads, optimizer, learning_rate, ema_decay)
     return new, metrics | own

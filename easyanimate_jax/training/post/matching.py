@@ -20,6 +20,7 @@ from easyanimate_jax.training.step import (
     TrainState,
     draw,
     networks,
+    over_microbatches,
     predict,
     row_means,
     updated,
@@ -191,7 +192,7 @@ def _summed(loss, weights, batch: Batch, rows):
         return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss)(weights, *micro)), None
 
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, weights))
-    return jax.lax.scan(accumulate, zeros, (batch, rows))[0]
+    return over_microbatches(accumulate, zeros, (batch, rows))[0]
 
 
 def _draws(key: PRNGKeyArray, number: int, objective: DistributionMatching) -> Draws:

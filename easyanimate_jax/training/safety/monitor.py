@@ -29,7 +29,8 @@ STEP_FACTOR = 5  # a step longer than this times the slowest recent one is a han
 BEAT = 0.5  # seconds between heartbeats
 WRITE = 10.0  # seconds between lines of goodput.jsonl
 
-# "step" is productive; "rework" repeats an earlier step; "down" is the time between processes.
+# "step" is productive; "rework" repeats an earlier step; "down" is the time between processes; in
+# "reward" videos are sampled for an update, and rated.
 SECTIONS = ["start", "restore", "compile", "step", "rework", "data", "save", "sample", "validate"]
 SECTIONS += ["reward", "down"]
 
