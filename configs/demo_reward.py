@@ -23,9 +23,9 @@ config = replace(
             "medium",
             task="i2v",
             batch_size=4,  # most of a step is the gradient of decoding nine frames
-            steps=300,
-            learning_rate=2e-3,
-            end_learning_rate=2e-4,
+            steps=160,
+            learning_rate=1e-3,
+            end_learning_rate=1e-4,
             warmup=20,
             picture_drop=1.0,
             objective=RewardBackpropagation(
@@ -39,7 +39,7 @@ config = replace(
                 guidance=1.0,
                 chosen=2,
                 last=4,
-                distance=0.3,
+                distance=1.0,
             ),
         ),
     ),
