@@ -448,4 +448,4 @@ def test_pairs_and_preference_go_together(config):
     for wrong in ({"beta": 0.0}, {"plain": 1.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             DirectPreference(**wrong)
-    assert dataclasses.asdict(DirectPreference()) == {"beta": 100.0, "plain": 0.0}
+    assert dataclasses.asdict(DirectPreference()) == {"beta": 100.0, "plain": 0.0, "times": ()}
