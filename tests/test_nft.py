@@ -1,6 +1,7 @@
 """Negative-aware fine-tuning: its loss against NumPy, its samples, its rewards, and a run."""
 
 import base64
+import errno
 import io
 import math
 from dataclasses import replace
@@ -25,7 +26,7 @@ from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.training.post import nft
 from easyanimate_jax.training.post.nft import advantages, nft_loss, sample_groups
 from easyanimate_jax.training.post.objectives import NegativeAwareFinetuning
-from easyanimate_jax.training.safety.exits import PREEMPTED
+from easyanimate_jax.training.safety.exits import PREEMPTED, STORAGE
 from easyanimate_jax.training.step import Judge, Networks, TrainState
 from easyanimate_jax.weights.defaults import of_run
 from easyanimate_jax.weights.folder import load_mmdit
@@ -312,6 +313,15 @@ def test_a_caption_without_a_reward_is_left_out(finished, server, monkeypatch, t
     undisturbed = rows(finished, "rewards")[:24]  # of the same videos, a caption after the other
     groups = np.array([line["reward"] for line in undisturbed]).reshape(8, 3)
     np.testing.assert_allclose(row["reward"], groups[1:].mean(), rtol=1e-5)
+
+
+def test_a_full_disk_ends_a_run_with_the_name_of_the_file(finished, monkeypatch, tmp_path, caplog):
+    def full(self, rewards):
+        raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
+
+    monkeypatch.setattr("easyanimate_jax.evaluation.rewards.Received.add", full)
+    assert train(replace(finished, run=str(tmp_path / "run"))) == STORAGE
+    assert "run/rewards.jsonl: No space left on device" in caplog.text
 
 
 def test_a_server_that_is_not_there_ends_a_run_before_it_begins(finished, server, tmp_path):

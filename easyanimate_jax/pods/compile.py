@@ -21,7 +21,7 @@ from easyanimate_jax.pods.hlo import Program, read_program
 from easyanimate_jax.pods.predict import Prediction, predict
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh
-from easyanimate_jax.training.compile import StageReport, compile_groups, compile_stage
+from easyanimate_jax.training.compile import StageReport, compile_stage
 from easyanimate_jax.training.program import samples_groups
 from easyanimate_jax.training.stages import Stage
 
@@ -129,8 +129,9 @@ def _with_sampling(
     report: StageReport, config: TrainConfig, stage: Stage, mesh: Mesh, chip: Chip
 ) -> StageReport:
     """Return the report of a step to which the program that samples its videos was added."""
-    sampling, compiled = compile_groups(
-        config.step, stage, mesh, **longest(config, stage), memory=int(chip.memory)
+    memory = int(chip.memory)
+    sampling, compiled = compile_stage(
+        config.step, stage, mesh, **longest(config, stage), memory=memory, sampler=True
     )
     if compiled is None or sampling.peak_bytes_per_chip > report.peak_bytes_per_chip:
         for name in ("fits", "peak_bytes_per_chip", "memory", "message"):

@@ -31,6 +31,7 @@ from easyanimate_jax.evaluation.rewards import (
 )
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.runs.programs import Programs
+from easyanimate_jax.training.checkpoint import StorageError
 from easyanimate_jax.training.post.nft import advantages
 from easyanimate_jax.training.post.objectives import NegativeAwareFinetuning
 from easyanimate_jax.training.program import batch_shardings, samples_groups
@@ -75,16 +76,17 @@ class GroupSampler:
         self.received = Received(Path(config.run) / name) if self.rewards else None
 
     def __call__(
-        self, stage: Stage, length: int, position: int, state: TrainState, batch: Batch, seed
+        self, stage: Stage, length: int, position: int, state: TrainState, batch: Batch, draws
     ) -> Batch:
         """Return a batch on the devices with its `group`; rows without a reward weigh nothing.
 
-        `position` is the step of the stage's plan. Raises `RewardError` if too many captions have
-        no reward.
+        `position` is the step of the stage's plan, `draws` the random key of the run. Raises
+        `RewardError` if too many captions have no reward, and `StorageError` if the rewards cannot
+        be written.
         """
         program = self.programs.groups(stage, length)
         self.monitor.enter("reward")
-        latents, frames = program(state, batch, seed)
+        latents, frames = program(state, batch, draws)
         asked = captions(self.loaders[stage.name], position)
         rewards = self._rewards(stage, frames, asked)
         good = np.isfinite(rewards).all(axis=(1, 3))
@@ -146,7 +148,10 @@ class GroupSampler:
         missing = [n for n, one in enumerate(keys) if one not in self.received.rewards]
         if missing:
             found = reward(videos[missing], [caption] * len(missing)).tolist()
-            self.received.add({keys[n]: x for n, x in zip(missing, found, strict=True)})
+            try:
+                self.received.add({keys[n]: x for n, x in zip(missing, found, strict=True)})
+            except OSError as error:
+                raise StorageError(f"{self.received.path}: {error.strerror or error}") from error
         return [self.received.rewards.get(one, math.nan) for one in keys]
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from easyanimate_jax import processes
 from easyanimate_jax.data.loader import Loader
 from easyanimate_jax.memory import device_memory
-from easyanimate_jax.training.compile import compile_groups, compile_stage
+from easyanimate_jax.training.compile import compile_stage
 from easyanimate_jax.training.fits import memory_line, refusal
 from easyanimate_jax.training.program import StepConfig, microbatch_rows, samples_groups
 from easyanimate_jax.training.safety.monitor import Monitor
@@ -39,26 +39,27 @@ class Programs:
 
         Raises ValueError if it does not fit a device's memory; the message lists what takes it.
         """
-        return self._compiled(compile_stage, stage, length)
+        return self._compiled(stage, length)
 
     def groups(self, stage: Stage, length: int) -> jax.stages.Compiled:
         """Return the compiled sampler (state, batch, key) of a stage that samples its videos.
 
         Raises ValueError as a call does.
         """
-        return self._compiled(compile_groups, stage, length)
+        return self._compiled(stage, length, sampler=True)
 
-    def _compiled(self, compile_one, stage: Stage, length: int) -> jax.stages.Compiled:
-        key = (compile_one, *self._key(stage, length))
+    def _compiled(self, stage: Stage, length: int, *, sampler: bool = False) -> jax.stages.Compiled:
+        key = (*self._key(stage, length), sampler)
         if key not in self.compiled:
             self.monitor.enter("compile")
-            report, program = compile_one(
+            report, program = compile_stage(
                 self.config,
                 stage,
                 self.mesh,
                 tokens=length,
                 text_lengths=tuple(len(text) for text in self.loaders[stage.name].empty),
                 memory=device_memory(),
+                sampler=sampler,
             )
             if not report.fits:
                 raise ValueError(refusal(report))

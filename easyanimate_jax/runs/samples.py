@@ -34,7 +34,7 @@ from easyanimate_jax.runs.batches import place
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.training.metrics import MetricsWriter
 from easyanimate_jax.training.stages import Stage
-from easyanimate_jax.weights.defaults import AS_TEACHER, RELEASED, Defaults, of_objective, of_source
+from easyanimate_jax.weights.defaults import RELEASED, Defaults, of_objective, of_source
 from easyanimate_jax.weights.folder import load_vae
 
 logger = logging.getLogger(__name__)
@@ -137,9 +137,8 @@ class Sampler:
         samples = self.config.samples
         name, process = type(stage.objective).__name__, type(self.config.process).__name__
         own = Defaults(samples.steps, samples.guidance)
-        if name in AS_TEACHER and self.teacher != RELEASED:
-            own = self.teacher
-        own = of_objective(name, getattr(stage.objective, "steps", None), process, own)
+        steps = getattr(stage.objective, "steps", None)
+        own = of_objective(name, steps, process, own, self.teacher)
         sampling = Sampling(**own.filled())
         return Request(texts, self.empty, size=size, seeds=seeds, sampling=sampling)
 

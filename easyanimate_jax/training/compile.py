@@ -90,47 +90,25 @@ def compile_stage(
     tokens: int,
     text_lengths: tuple[int, ...],
     memory: int,
+    sampler: bool = False,
 ) -> tuple[StageReport, jax.stages.Compiled | None]:
     """Compile the step of a stage; return (report, compiled step) for `memory` bytes per device.
 
     The compiled step takes (state, batch, key, learning rate). It is None if the compiler ran out
-    of memory.
+    of memory. With `sampler` it is the program that samples the videos of an update instead, and
+    takes (state, batch without its group, key).
     """
     with jax.set_mesh(mesh):
         report, placed, arguments = describe_stage(
             config, stage, mesh, tokens=tokens, text_lengths=text_lengths, memory=memory
         )
-        report.topology = _topology(mesh)
-        lowered = trace_stage(config, stage, placed, arguments).lower()
-        return report, _compile(lowered, mesh, report)
-
-
-def compile_groups(
-    config: StepConfig,
-    stage: Stage,
-    mesh: Mesh,
-    *,
-    tokens: int,
-    text_lengths: tuple[int, ...],
-    memory: int,
-) -> tuple[StageReport, jax.stages.Compiled | None]:
-    """Compile the sampler of a stage whose updates begin with sampled videos, as `compile_stage`.
-
-    It takes (state, batch without its group, key).
-    """
-    with jax.set_mesh(mesh):
-        report, _, (state, batch) = describe_stage(
-            config, stage, mesh, tokens=tokens, text_lengths=text_lengths, memory=memory
-        )
-        report.name, report.topology = f"{stage.name}, sampling", _topology(mesh)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        program = groups_program(config, mesh, stage)
-        lowered = program.trace(state, batch._replace(group=None), key).lower()
-        return report, _compile(lowered, mesh, report)
-
-
-def _topology(mesh: Mesh) -> str:
-    return f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+        report.topology = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+        if sampler:
+            report.name += ", sampling"
+            traced = _trace_sampler(config, stage, mesh, arguments)
+        else:
+            traced = trace_stage(config, stage, placed, arguments)
+        return report, _compile(traced.lower(), mesh, report)
 
 
 def trace_stage(
@@ -140,6 +118,14 @@ def trace_stage(
     step = step_program(config, placed, stage)
     key = jax.eval_shape(lambda: jax.random.key(0))
     return step.trace(*arguments, key, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def _trace_sampler(
+    config: StepConfig, stage: Stage, mesh: Mesh, arguments: tuple[TrainState, Batch]
+) -> jax.stages.Traced:
+    state, batch = arguments
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return groups_program(config, mesh, stage).trace(state, batch._replace(group=None), key)
 
 
 def describe_stage(

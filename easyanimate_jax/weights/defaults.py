@@ -76,22 +76,29 @@ def of_run(meta: Mapping) -> Defaults:
     config = meta["config"]
     stages = {stage["name"]: stage for stage in config["stages"]}
     objective = stages.get(meta.get("stage"), {}).get("objective") or {}
-    if objective.get("class") in AS_TEACHER and meta.get("teacher"):
-        return _read(meta["teacher"])
-    return of_objective(objective.get("class"), objective.get("steps"), config["process"]["class"])
+    teacher = _read(meta["teacher"]) if meta.get("teacher") else RELEASED
+    process = config["process"]["class"]
+    return of_objective(objective.get("class"), objective.get("steps"), process, teacher=teacher)
 
 
 def of_objective(
-    name: str | None, steps: int | None, process: str, otherwise: Defaults = RELEASED
+    name: str | None,
+    steps: int | None,
+    process: str,
+    otherwise: Defaults = RELEASED,
+    teacher: Defaults = RELEASED,
 ) -> Defaults:
     """Return the defaults of a model that was trained for an objective.
 
     `name` is the class of the objective, `steps` its number of steps if it has one, and `process`
-    the class of the noise process. `otherwise` is that of a model that predicts noise.
+    the class of the noise process. `otherwise` is that of a model that predicts noise. `teacher` is
+    that of the run's `init`; if it is not a distilled model, it counts for nothing.
     """
     from easyanimate_jax.diffusion.ddpm import DDPM
     from easyanimate_jax.diffusion.flow import Flow
 
+    if name in AS_TEACHER and teacher != RELEASED:
+        return teacher
     if name not in UNGUIDED:
         return otherwise
     if steps is None:

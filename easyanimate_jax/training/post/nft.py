@@ -69,7 +69,7 @@ def sample_groups(
             return alpha * x + beta * v, None
 
         latents, _ = jax.lax.scan(step, noise, (times, moves))
-        return latents, decoded(state.judge, latents, objective)
+        return latents, _frames(state.judge, latents, objective)
 
     def micro(inputs):
         batch, rows = inputs
@@ -79,10 +79,9 @@ def sample_groups(
     return jax.lax.map(micro, (batch, rows))
 
 
-def decoded(judge: Judge, latents: Tokens, objective) -> UInt8[Array, "B F H W 3"]:
-    """Return the frames of latents, as tokens."""
-    frames = judge.vae.chunked_decode(judge.vae.denormalize(unpatchify(latents, objective.grid)))
-    return to_bytes(jnp.clip(frames, -1, 1))
+def _frames(judge: Judge, latents: Tokens, objective) -> UInt8[Array, "B F H W 3"]:
+    latents = judge.vae.denormalize(unpatchify(latents, objective.grid))
+    return to_bytes(judge.vae.chunked_decode(latents))
 
 
 def advantages(

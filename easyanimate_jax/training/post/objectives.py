@@ -14,9 +14,18 @@ from easyanimate_jax.facts import check_fields
 Reward = str | tuple[tuple[str, float], ...]  # a name, or pairs of a name and a weight
 
 
-def named(reward: Reward) -> dict[str, float]:
-    """Return {name: weight} of one or several rewards."""
-    return {reward: 1.0} if isinstance(reward, str) else dict(reward)
+class Rewarded:
+    """What the objectives share that sample videos and have a `reward`."""
+
+    @property
+    def rewards(self) -> dict[str, float]:
+        """Return {name: weight} of the rewards."""
+        return {self.reward: 1.0} if isinstance(self.reward, str) else dict(self.reward)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Return the latent frames, token rows and token columns of a sampled video."""
+        return grid_of(self.frames, self.height, self.width)
 
 
 @dataclass(frozen=True)
@@ -175,7 +184,7 @@ class DirectPreference:
 
 
 @dataclass(frozen=True)
-class RewardBackpropagation:
+class RewardBackpropagation(Rewarded):
     """The student's videos get a higher reward, whose gradient goes back into the last steps.
 
     DRaFT-K (Clark et al. 2023, arXiv 2309.17400) with the inputs of the network detached, as in
@@ -272,16 +281,6 @@ class RewardBackpropagation:
             )
 
     @property
-    def rewards(self) -> dict[str, float]:
-        """Return {name: weight} of the rewards."""
-        return named(self.reward)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Return the latent frames, token rows and token columns of a sampled video."""
-        return grid_of(self.frames, self.height, self.width)
-
-    @property
     def evaluations(self) -> float:
         """Return how many forward passes an update makes for a row, beside one with its gradient.
 
@@ -292,7 +291,7 @@ class RewardBackpropagation:
 
 
 @dataclass(frozen=True)
-class NegativeAwareFinetuning:
+class NegativeAwareFinetuning(Rewarded):
     """The student's videos get a higher reward, of which no gradient is needed.
 
     DiffusionNFT (Zheng et al. 2025, arXiv 2509.16117). In each update the averaged weights sample
@@ -372,16 +371,6 @@ class NegativeAwareFinetuning:
             )
 
     @property
-    def rewards(self) -> dict[str, float]:
-        """Return {name: weight} of the rewards."""
-        return named(self.reward)
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """Return the latent frames, token rows and token columns of a sampled video."""
-        return grid_of(self.frames, self.height, self.width)
-
-    @property
     def evaluations(self) -> float:
         """Return how many forward passes an update makes for a row, beside one with its gradient.
 
@@ -391,5 +380,4 @@ class NegativeAwareFinetuning:
 
 
 Distillation = GuidanceDistillation | SegmentDistillation | DistributionMatching
-Rewarded = RewardBackpropagation | NegativeAwareFinetuning
-Objective = Distillation | DirectPreference | Rewarded
+Objective = Distillation | DirectPreference | RewardBackpropagation | NegativeAwareFinetuning
