@@ -288,6 +288,7 @@ def test_stages_of_equal_sizes_share_a_report_and_those_of_another_objective_do_
     def report_of(config, stage):
         asked.append(stage.name)
         sizes = {"batch_size": 1, "microbatch": 1, "accumulate": 1, "tokens": 1, "text_tokens": 1}
+        sizes |= {"save": ()}
         own = {"fits": True, "hbm_bytes": 1, "peak_bytes_per_chip": 1, "memory": {}, "steps": 1}
         more = {"topology": "", "mesh": {}, "model_flops": 1.0, "attention_share": 0.0}
         return StageReport(name=stage.name, task="t2v", **sizes, **own, **more)

@@ -142,15 +142,16 @@ class Run:
         self.encoders = {x.encoder for x in loaders.values() if isinstance(x, VisitLoader)}
         for encoder in self.encoders:
             encoder.announce = self._encode_program
-        self.programs = Programs(config.step, mesh, loaders, monitor)
+        folder, held_out = Path(config.run), held_out or {}
+        self.programs = Programs(config.step, mesh, loaders, monitor, folder, held_out)
         checkpoints = open_checkpoints(config, faults=faults)
         self.states = States(
             config, mesh, self.key, plan_hashes(loaders), self.programs, checkpoints, monitor
         )
         self.recovery = Recovery(config, loaders)
         self.journal = Journal(config)
-        self.sampler = Sampler(config, mesh, held_out or {})
-        self.validator = Validator(config, mesh, held_out or {})
+        self.sampler = Sampler(config, mesh, held_out)
+        self.validator = Validator(config, mesh, held_out)
         self.groups = GroupSampler(config, mesh, loaders, self.programs, monitor)
         self.save_clock = SaveClock(config.save_minutes)
 
