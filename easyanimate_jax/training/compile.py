@@ -204,10 +204,14 @@ def _compile(lowered, mesh: Mesh, report: StageReport) -> jax.stages.Compiled | 
         report.peak_bytes_per_chip = _needed_bytes(str(error))
         return None
     report.compile_seconds = time.perf_counter() - began
-    report.peak_bytes_per_chip = peak_bytes(compiled, mesh.devices.flat[0].platform)
-    report.fits = report.peak_bytes_per_chip <= report.hbm_bytes
-    arguments = sum(report.memory.values())
-    report.memory[TEMPORARIES] = report.peak_bytes_per_chip - arguments
+    platform = mesh.devices.flat[0].platform
+    peak = peak_bytes(compiled, platform)
+    report.memory[TEMPORARIES] = peak - sum(report.memory.values())
+    if platform == "cpu":  # a checkpoint is written from the buffers of the state
+        trained = sum(report.memory[name] for name in ("weights", "average", "optimizer"))
+        report.memory["checkpoint in writing"] = trained
+        peak += trained
+    report.peak_bytes_per_chip, report.fits = peak, peak <= report.hbm_bytes
     return compiled
 
 
