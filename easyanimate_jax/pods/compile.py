@@ -16,11 +16,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from easyanimate_jax.facts import MESH_AXES
-from easyanimate_jax.pods.chips import Chip, chip_of
 from easyanimate_jax.pods.hlo import Program, read_program
 from easyanimate_jax.pods.predict import Prediction, predict
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.training.chips import Chip, chip_of
 from easyanimate_jax.training.compile import StageReport, compile_stage
 from easyanimate_jax.training.program import samples_groups
 from easyanimate_jax.training.stages import Stage

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from easyanimate_jax.pods import gpu
-from easyanimate_jax.pods.chips import Chip, chip_of
 from easyanimate_jax.pods.compile import StageReport, compile_step, stage_reports, topology_devices
 from easyanimate_jax.pods.report import row
 from easyanimate_jax.pods.suggest import changes_that_fit, fastest, variant
 from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.training.chips import Chip, chip_of
 from easyanimate_jax.training.stages import Stage
 
 logger = logging.getLogger(__name__)

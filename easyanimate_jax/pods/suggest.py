@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from easyanimate_jax.facts import ACTIVATIONS, BLOCK_MATRICES
-from easyanimate_jax.pods.chips import Chip
 from easyanimate_jax.pods.compile import suggest_mesh
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import MeshConfig
+from easyanimate_jax.training.chips import Chip
 from easyanimate_jax.training.compile import Change, StageReport, model_flops
 from easyanimate_jax.training.stages import Stage
 
