@@ -104,23 +104,29 @@ def stage_reports(
 
 
 def compile_step(
-    config: TrainConfig, stage: Stage, topology: str, *, num_slices: int = 1
+    config: TrainConfig,
+    stage: Stage,
+    topology: str,
+    *,
+    num_slices: int = 1,
+    tokens: int | None = None,
 ) -> tuple[StageReport, str]:
     """Return (report, text of the compiled program); the text is "" if the stage does not fit.
 
-    Raises ValueError if config, mesh and topology do not match.
+    By default the step is compiled at the stage's longest bucket, and the sampling of its videos is
+    added; at `tokens` it is the step alone. Raises ValueError if config, mesh and topology do not
+    match.
     """
     mesh, chip = pod_mesh(config, topology, num_slices)
-    report, compiled = compile_stage(
-        config.step, stage, mesh, **longest(config, stage), memory=int(chip.memory)
-    )
+    sizes = longest(config, stage) | ({"tokens": tokens} if tokens else {})
+    report, compiled = compile_stage(config.step, stage, mesh, **sizes, memory=int(chip.memory))
     report.chips = mesh.size // chip.devices
     report.topology = topology if num_slices == 1 else f"{num_slices} x {topology}"
     if compiled is None:
         return report, ""
     text = compiled.as_text()
     _describe_program(report, read_program(text), chip, mesh, config.model.head_width)
-    if samples_groups(stage):
+    if samples_groups(stage) and not tokens:
         return _with_sampling(report, config, stage, mesh, chip), text
     return report, text
 

@@ -29,6 +29,7 @@ class Programs:
     ):
         self.config, self.mesh, self.loaders, self.monitor = config, mesh, loaders, monitor
         self.compiled: dict[tuple, jax.stages.Compiled] = {}
+        self.model_flops: dict[tuple, float] = {}
         self.ran: set[tuple] = set()
 
     def __len__(self) -> int:
@@ -64,9 +65,14 @@ class Programs:
             if not report.fits:
                 raise ValueError(refusal(report))
             logger.info(memory_line(report))
+            self.model_flops[key] = report.model_flops
             self.compiled[key] = program
             processes.wait(f"program {len(self.compiled)}")
         return self.compiled[key]
+
+    def flops(self, stage: Stage, length: int) -> float:
+        """Return the model FLOPs of a compiled step, without the sampling of its videos."""
+        return self.model_flops[*self._key(stage, length), False]
 
     def check(self, stage: Stage) -> None:
         """Compile the stage at its longest bucket, which decides whether it fits the devices."""
