@@ -207,10 +207,9 @@ def test_measured_and_predicted_mfu_are_one_formula():
 
 
 def traces(config) -> dict[str, int]:
-    """{folder of a trace: bytes of its files}, below RUN/profiles."""
-    root = Path(config.run) / "profiles"
-    files = list(root.rglob("*.xplane.pb"))
-    return {file.relative_to(root).parts[0]: file.stat().st_size for file in files}
+    """{name of a trace: bytes of its file}, as xprof finds them below RUN/profiles."""
+    files = (Path(config.run) / "profiles" / "plugins" / "profile").glob("*/*.xplane.pb")
+    return {file.parent.name: file.stat().st_size for file in files}
 
 
 def test_traces_are_written_and_the_bits_stay(config, plain, tmp_path, monkeypatch):
@@ -219,8 +218,8 @@ def test_traces_are_written_and_the_bits_stay(config, plain, tmp_path, monkeypat
     traced = replace(config, run=str(tmp_path / "traced"))
     told = run_with_log(traced, Asking(at=2), profile=range(2, 4))
     assert {name: size > 1000 for name, size in traces(traced).items()} == {
-        "2-3": True,
-        "4-5": True,
+        "2-3_process_0": True,
+        "4-5_process_0": True,
     }
     assert losses(traced) == losses(config)
     assert sum("trace is written" in line for line in told) == 2

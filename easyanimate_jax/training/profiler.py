@@ -69,16 +69,17 @@ class Profiler:
             self._stop()
 
     def _start(self, due: range) -> None:
-        self.span = self.span if self.asked else range(0)
-        self.asked = False
-        place = self.folder / f"{due[0]}-{due[-1]}" / f"process_{self.process}"
+        self.asked, self.span = False, self.span if self.asked else range(0)
+        options = jax.profiler.ProfileOptions()
+        options.session_id = f"{due[0]}-{due[-1]}_process_{self.process}"
+        options.raise_error_on_start_failure = True
         try:
-            jax.profiler.start_trace(place)
+            jax.profiler.start_trace(self.folder, profiler_options=options)
         except (OSError, RuntimeError) as error:
             logger.warning("updates %d to %d are not traced: %s", due[0], due[-1], error)
             return
         self.open = due
-        logger.info("tracing updates %d to %d into %s", due[0], due[-1], place)
+        logger.info("tracing updates %d to %d", due[0], due[-1])
 
     def _stop(self) -> None:
         if not self.open:
