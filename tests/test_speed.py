@@ -36,13 +36,13 @@ DEVICES = 8
 
 @dataclasses.dataclass(frozen=True)
 class Asking(Faults):
-    """Sends this process SIGUSR2 before a step."""
+    """Sends this process signals before steps: {step: signal}."""
 
-    at: int = -1
+    signals: dict = dataclasses.field(default_factory=dict)
 
     def before_step(self, step):
-        if step == self.at:
-            os.kill(os.getpid(), signal.SIGUSR2)
+        if step in self.signals:
+            os.kill(os.getpid(), self.signals[step])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,8 +62,8 @@ def config(tmp_path_factory):
     return replace(config, stages=stages, trackers=(), log_every=1)
 
 
-def run_with_log(config, *given, **options) -> list[str]:
-    """The log lines of a run."""
+def run_with_log(config, *given, code=0, **options) -> list[str]:
+    """The log lines of a run that ends with an exit code."""
     lines = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
@@ -72,7 +72,7 @@ def run_with_log(config, *given, **options) -> list[str]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        assert loop.train(config, *given, **options) == 0
+        assert loop.train(config, *given, **options) == code
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
@@ -97,6 +97,7 @@ def test_the_numbers_of_a_row_follow_from_its_seconds_and_the_model_s_flops(conf
         assert row["tflops"] == pytest.approx(flops / seconds / 1e12, rel=1e-9)
         assert row["tokens_per_second"] == pytest.approx(row["real_tokens"] / seconds, rel=1e-9)
         assert "mfu" not in row  # a CPU has no entry in the table of chips
+        assert row["seconds"] > 0.9 * row["step_seconds"]  # a step that is shown is waited for
     assert all(row["data_seconds"] >= 0 for row in found)
 
 
@@ -212,19 +213,27 @@ def traces(config) -> dict[str, int]:
     return {file.parent.name: file.stat().st_size for file in files}
 
 
-def test_traces_are_written_and_the_bits_stay(config, plain, tmp_path, monkeypatch):
-    """One trace is asked for by a range, one by a signal in the third update."""
+def test_traces_are_written_and_the_bits_stay_also_over_a_stop(
+    config, plain, tmp_path, monkeypatch
+):
+    """A range asks for the first trace, and after a restart a signal asks for the second."""
     monkeypatch.setattr(profiler, "BY_SIGNAL", 2)
     traced = replace(config, run=str(tmp_path / "traced"))
-    told = run_with_log(traced, Asking(at=2), profile=range(2, 4))
-    assert {name: size > 1000 for name, size in traces(traced).items()} == {
-        "2-3_process_0": True,
-        "4-5_process_0": True,
-    }
+    span = range(2, 4)
+    stopped = Asking(signals={3: signal.SIGTERM})
+    told = run_with_log(traced, stopped, profile=span, code=42)
+    assert list(traces(traced)) == ["2-3_process_0"]
+    told += run_with_log(traced, Asking(signals={4: signal.SIGUSR2}), profile=span)
+    found = traces(traced)
+    assert set(found) == {"2-3_process_0", "6-7_process_0"} and min(found.values()) > 1000
     assert losses(traced) == losses(config)
     assert sum("trace is written" in line for line in told) == 2
-    goodput = rows(traced, "goodput")[-1]["seconds"]
-    assert goodput["profile"] > 0
+    assert sum("nothing left to trace" in line for line in told) == 1
+    assert rows(traced, "goodput")[-1]["seconds"]["profile"] > 0
+    starts = [row["step"] for row in rows(traced) if "first_step_seconds" in row]
+    assert starts == [0, 4]
+    parts = json.loads((Path(traced.run) / "summary.json").read_text())["start_seconds"]
+    assert parts["restore"] > 0.01  # the files are read after the compilation
 
 
 def test_a_range_behind_a_resumed_run_is_told_and_left(tmp_path, caplog):
@@ -259,6 +268,7 @@ def test_a_range_is_refused_before_anything_is_written(tmp_path, capsys):
     words = ["train", "configs/demo.py", "--run", str(tmp_path / "run")]
     assert main([*words, "--profile", "9:8"]) == 2
     assert main([*words, "--profile", "8:9", "--replay", "4"]) == 2
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN  # a process that only starts stays
     first, second = capsys.readouterr().err.splitlines()
     assert "--profile 9:8: the run makes updates 1 to" in first
     assert "leave one out" in second

@@ -14,6 +14,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 10 * 2**30  # of the cache; beyond it JAX deletes what was not used for longest
+MIN_SECONDS = 0.1  # programs that compile faster are not kept; JAX's default, 1, leaves out many
 SETTLED = 60.0  # seconds after which an entry is not being written any more
 
 
@@ -24,6 +25,7 @@ def set_up_jax(environment: MutableMapping[str, str] = os.environ) -> None:
     """
     # JAX reserves 75 % of GPU memory by default.
     environment.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(MIN_SECONDS))
     if "JAX_COMPILATION_CACHE_DIR" in environment:
         return
     caches = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

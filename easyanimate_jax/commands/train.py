@@ -4,6 +4,7 @@ import ast
 import gc
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -60,6 +61,8 @@ def ending(work: Callable[[], int]) -> int:
     # JAX creates many objects at a start: with the default thresholds the garbage collector takes
     # 10 % of the time.
     gc.set_threshold(100_000, 50, 50)
+    # A request for a trace would end the process if it came before the loop listens for it.
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     several = processes.several_processes(os.environ)
     try:
         code = parse.run(work)

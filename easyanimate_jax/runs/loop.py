@@ -249,10 +249,13 @@ class Run:
             seconds=None if first else seconds,
         )
         self.states.checkpoints.poll()
+        first_made = where.step == 0 or self.journal.startup is not None
+        shown = first_made or _every(self.config.log_every, where.made + 1)
+        if shown:
+            jax.block_until_ready(metrics)  # the wait is a part of this update's seconds
         tokens = batch.weight.size * length
         self.journal.progress.add(waited + now() - began, tokens, waited)
-        due = where.step == 0 or self.journal.startup is not None
-        if due or _every(self.config.log_every, where.made + 1):
+        if shown:
             self.recovery.see(self.journal.flush())
             self.journal.show(where)
         return state

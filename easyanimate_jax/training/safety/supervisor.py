@@ -12,8 +12,8 @@ help, it exits with the code of the ranks:
     42 preempted: run again to resume
 
 It forwards SIGTERM to the ranks, which save and exit, and SIGUSR2, after which they trace some
-updates (training/profiler.py). On a cluster run one supervisor per host, or
-let the scheduler watch the hosts: docs/reliability.md.
+updates (training/profiler.py). On a cluster run one supervisor per host, or let the scheduler watch
+the hosts: docs/reliability.md.
 """
 
 import contextlib
