@@ -25,6 +25,7 @@ VERBS = {
     "convert": "convert weights between the PyTorch layouts and ours",
     "checkpoint": "list, verify and compare the checkpoints of a run",
     "doctor": "examine the hosts of a run",
+    "speed": "print the speed of a run, measured and predicted",
     "aot": "predict memory and time of a config on a pod, without the pod",
     "supervise": "start, watch and restart the processes of a run",
 }

@@ -19,7 +19,6 @@ from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.models.attention import splash
 from easyanimate_jax.pods import hlo
-from easyanimate_jax.pods.chips import chip_of
 from easyanimate_jax.pods.compile import (
     compile_step,
     stage_reports,
@@ -30,6 +29,7 @@ from easyanimate_jax.pods.gpu import model_step
 from easyanimate_jax.pods.predict import predict
 from easyanimate_jax.pods.report import markdown, page, table, to_json
 from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.training.chips import chip_of
 from easyanimate_jax.training.compile import StageReport, model_flops
 from easyanimate_jax.training.post.objectives import SegmentDistillation
 from easyanimate_jax.training.program import COMPILER_OPTIONS

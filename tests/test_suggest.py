@@ -12,7 +12,6 @@ from configs.v5_12b import config as v5_12b
 from easyanimate_jax.commands import aot as command
 from easyanimate_jax.commands.parse import load_config
 from easyanimate_jax.pods import stages
-from easyanimate_jax.pods.chips import CHIPS
 from easyanimate_jax.pods.compile import StageReport
 from easyanimate_jax.pods.report import page, table
 from easyanimate_jax.pods.suggest import (
@@ -26,6 +25,7 @@ from easyanimate_jax.pods.suggest import (
 )
 from easyanimate_jax.runs.config import load
 from easyanimate_jax.sharding import MeshConfig
+from easyanimate_jax.training.chips import CHIPS
 
 V6E = next(chip for chip in CHIPS if chip.name == "v6e")
 STAGE = next(stage for stage in v5_12b.stages if stage.name == "13312_t2v")

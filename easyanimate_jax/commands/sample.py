@@ -1,6 +1,5 @@
 """Generate videos and pictures with a run, or with weights in a folder."""
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,6 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.commands.jax_settings import set_up_jax
 from easyanimate_jax.facts import MESH_AXES
 from easyanimate_jax.generation.outputs import Origin, finished, identity
 from easyanimate_jax.generation.request import (
@@ -93,15 +93,6 @@ def main(arguments: Sequence[str]) -> int:
         why = str(error).partition("\n")[0]
         say(f"there is too little memory; use fewer frames, or a smaller size ({why})")
     return BAD_INPUT
-
-
-def set_up_jax() -> None:
-    """Have JAX use more of a GPU's memory, and keep compiled programs, unless the user says how."""
-    # JAX reserves 75 % of GPU memory by default.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if os.path.isabs(caches):  # else the user has no home
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{caches}/easyanimate_jax")
 
 
 def _sample(arguments: Sequence[str]) -> int:

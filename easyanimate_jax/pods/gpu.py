@@ -9,19 +9,18 @@ step and reports its exact memory.
 
 import math
 import re
-from dataclasses import dataclass
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from easyanimate_jax.facts import ACTIVATIONS, BLOCK_MATRICES, MESH_AXES
 from easyanimate_jax.models.mmdit import MMDiTConfig
-from easyanimate_jax.pods.chips import Chip
 from easyanimate_jax.pods.compile import describe_time, longest, suggest_mesh
 from easyanimate_jax.pods.predict import Prediction
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import token_axis
 from easyanimate_jax.training.auto import Choice, choose
+from easyanimate_jax.training.chips import GPUS, Gpu
 from easyanimate_jax.training.compile import TEMPORARIES, StageReport, describe_stage, model_flops
 from easyanimate_jax.training.stages import Stage
 
@@ -29,36 +28,6 @@ from easyanimate_jax.training.stages import Stage
 # holds at once. PASSED: values per token that both passes read and write outside of products and
 # attention. The others: how often both passes, and the update, read or write the weights.
 HELD, PASSED, WEIGHTS_PASSED, UPDATE_PASSED = 30, 216, 4, 11
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu(Chip):
-    """A GPU. `link` is a quarter of the rate at which it sends to the other GPUs of its host."""
-
-    matmul: float  # FLOP/s that matrix products reach
-    bandwidth: float  # bytes a second of its memory, reading and writing
-    network: float  # bytes a second that each device sends to other hosts
-
-
-GPUS = tuple(
-    Gpu(
-        name,
-        kind,
-        989e12,
-        0.95 * memory * 2**20,
-        1.98e9,
-        1,
-        112.5e9,
-        *(430e12, 334e12, 334e12),  # the backward pass as useful FLOPs, twice the forward pass's
-        matmul=800e12,
-        bandwidth=bandwidth,
-        network=50e9,  # 400 Gb/s: an assumption
-    )
-    for name, kind, memory, bandwidth in (
-        ("h100", "NVIDIA H100 80GB HBM3", 81559, 2.4e12),  # scaled by the data sheets
-        ("h200", "NVIDIA H200", 143771, 3.3e12),
-    )
-)
 
 
 def parse(topology: str) -> tuple[Gpu, int, int] | None:

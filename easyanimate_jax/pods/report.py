@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from easyanimate_jax.evaluation import web
+from easyanimate_jax.training import speed
 from easyanimate_jax.training.compile import TEMPORARIES, StageReport
 from easyanimate_jax.training.fits import gb, memory_parts
 
@@ -58,9 +59,7 @@ def row(report: StageReport) -> tuple[str, ...]:
 
 def table(reports: Sequence[StageReport]) -> str:
     """Return a table for the terminal, followed by the details of each stage."""
-    rows = [COLUMNS, *map(row, reports)]
-    widths = [max(len(r[i]) for r in rows) for i in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)) for r in rows]
+    lines = [speed.table(COLUMNS, list(map(row, reports)))]
     for report in reports:
         lines += ["", *details(report)]
     return "\n".join(lines)

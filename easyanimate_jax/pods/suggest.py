@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from easyanimate_jax.facts import ACTIVATIONS, BLOCK_MATRICES
-from easyanimate_jax.pods.chips import Chip
 from easyanimate_jax.pods.compile import suggest_mesh
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import MeshConfig
-from easyanimate_jax.training.auto import activation_bytes
+from easyanimate_jax.training.auto import MATMUL_SHARE, activation_bytes
+from easyanimate_jax.training.chips import Chip
 from easyanimate_jax.training.compile import Change, StageReport, model_flops
 from easyanimate_jax.training.stages import Stage
 
-MATMUL_SHARE = 0.8  # of the peak FLOP/s
 HOPELESS = 1.1  # choices with an estimate above this multiple of the memory are not compiled
 CHANGES, TRIES = 3, 8  # changes to find, and programs to compile for them, at most
 

@@ -49,6 +49,7 @@ class Programs:
         self.config, self.mesh, self.loaders, self.monitor = config, mesh, loaders, monitor
         self.held_out, self.path = held_out, folder / CHOSEN
         self.compiled: dict[tuple, jax.stages.Compiled] = {}
+        self.model_flops: dict[tuple, float] = {}
         self.ran: set[tuple] = set()
         self.chosen: dict[str, Choice] = {}  # by the key of a stage
 
@@ -74,6 +75,10 @@ class Programs:
         if not is_auto(self.config, stage):
             return self.config, stage
         return self.chosen[self._name(stage)].apply(self.config, stage)
+
+    def flops(self, stage: Stage, length: int) -> float:
+        """Return the model FLOPs of a compiled step, without the sampling of its videos."""
+        return self.model_flops[*self._key(*self.settled(stage), length), False]
 
     def check(self, stage: Stage) -> None:
         """Compile the stage at its longest bucket, which decides whether it fits the devices.
@@ -128,7 +133,8 @@ class Programs:
         )
         if report.fits:
             logger.info(memory_line(report))
-            self.compiled[(*self._key(config, stage, length), sampler)] = program
+            key = (*self._key(config, stage, length), sampler)
+            self.compiled[key], self.model_flops[key] = program, report.model_flops
             processes.wait(f"program {len(self.compiled)}")
         return report
 

@@ -114,6 +114,7 @@ class States:
             place = position_at(self.config, meta["step"])
             if place:
                 self.programs.check(place.stage)
+                self.monitor.enter("restore")
             return self._abstract(meta["in_channels"])[2]._replace(**GIVEN)
 
         found = self.checkpoints.restore(like, before=before)

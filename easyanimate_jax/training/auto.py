@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from easyanimate_jax.facts import ACTIVATIONS, AUTO, BLOCK_MATRICES
 from easyanimate_jax.models.mmdit import MMDiTConfig
-from easyanimate_jax.sharding import AnyMesh, platform
+from easyanimate_jax.sharding import AnyMesh, device_kind, platform
+from easyanimate_jax.training.chips import Gpu, find_chip
 from easyanimate_jax.training.compile import TEMPORARIES, StageReport, model_flops
 from easyanimate_jax.training.program import StepConfig, microbatch_rows
 from easyanimate_jax.training.stages import Stage
@@ -20,8 +21,10 @@ from easyanimate_jax.training.stages import Stage
 TRANSIENTS = 40  # values of model width per token that one block's backward pass holds
 HOPELESS = 1.1  # ways with an estimate above this multiple of the memory are not compiled
 # FLOPs that a device makes while one byte is sent to it, or read from its memory. They are rough:
-# they only order the ways.
+# they only order the ways. A known chip has its own first one.
 LINK_FLOPS, MEMORY_FLOPS, CPU_FLOPS = 1000, 300, 10
+MATMUL_SHARE = 0.8  # of the peak FLOP/s
+HOST = 8  # GPUs
 GATHERED, READ = 6, 20  # bytes per weight and microbatch: sent in bfloat16, or read and written
 
 
@@ -86,11 +89,23 @@ def _flops(
     if mesh.size == 1:
         moved = READ * weights * (CPU_FLOPS if platform() == "cpu" else MEMORY_FLOPS)
     else:
-        moved = GATHERED * weights * LINK_FLOPS
+        link = _link_flops(mesh.size)
+        moved = GATHERED * weights * link
         if rows % (groups * shape["context"]):  # attention exchanges tokens for heads
             local = rows * (tokens + text_tokens) / (groups * shape["context"])
-            moved += 48 * local * model.width / tensor * model.depth * LINK_FLOPS
+            moved += 48 * local * model.width / tensor * model.depth * link
     return one * done + times * moved
+
+
+def _link_flops(num_devices: int) -> float:
+    """Return the FLOPs that a device of the mesh makes while one byte is sent to it."""
+    chip = find_chip(device_kind())
+    if chip is None:
+        return LINK_FLOPS
+    seconds = 1 / (4 * chip.link)
+    if isinstance(chip, Gpu):
+        seconds += max(0, 1 - HOST / num_devices) / (HOST * chip.network)
+    return MATMUL_SHARE * chip.peak_flops * seconds
 
 
 def activation_bytes(
