@@ -22,7 +22,7 @@ TRANSIENTS = 40  # values of model width per token that one block's backward pas
 HOPELESS = 1.1  # ways with an estimate above this multiple of the memory are not compiled
 # FLOPs that a device makes while one byte is sent to it, or read from its memory. They are rough:
 # they only order the ways. A known chip has its own first one.
-LINK_FLOPS, MEMORY_FLOPS, CPU_FLOPS = 1000, 300, 10
+LINK_FLOPS, MEMORY_FLOPS, CPU_FLOPS = 1000.0, 300.0, 10.0
 MATMUL_SHARE = 0.8  # of the peak FLOP/s
 HOST = 8  # GPUs
 GATHERED, READ = 6, 20  # bytes per weight and microbatch: sent in bfloat16, or read and written
