@@ -12,7 +12,8 @@ from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.samplers import walk
 from easyanimate_jax.generation import denoising
-from easyanimate_jax.generation.denoising import Given, Sampling, Source, denoise, polynomial
+from easyanimate_jax.generation.caches import polynomial
+from easyanimate_jax.generation.denoising import Given, Sampling, Source, denoise
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 
 TINY = MMDiTConfig(
