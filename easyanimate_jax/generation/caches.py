@@ -9,13 +9,12 @@ plan knows which steps run the blocks.
 Letters beyond the legend: K evaluations, M kept residuals.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from easyanimate_jax.models.mmdit import MMDiTConfig
 
@@ -91,11 +90,11 @@ def taylorseer(count: int, order: int, interval: int) -> Skips:
     whole = (place <= order) | ((place - order) % interval == 0) | (place == count - 1)
     weights = np.zeros((count, order + 1), np.float32)
     for step in np.flatnonzero(~whole):
-        weights[step] = extrapolation(np.flatnonzero(whole[:step])[::-1][: order + 1], step)
+        weights[step] = extrapolation(np.flatnonzero(whole[:step])[::-1][: order + 1], int(step))
     return Skips(whole, weights)
 
 
-def extrapolation(known: Sequence[int], step: int) -> list[float]:
+def extrapolation(known: Int[np.ndarray, "M"], step: int) -> list[float]:
     """Return the weights of values at the steps `known` in their polynomial's value at `step`.
 
     They are the Lagrange polynomials, which hold for steps at uneven distances too.
