@@ -30,6 +30,7 @@ from easyanimate_jax.runs.calibration import CalibrationFile, measure
 from easyanimate_jax.runs.load import load_pipeline
 from easyanimate_jax.runs.parts import open_parts
 from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.weights.identity import weights_print
 
 FLOW = Flow()
 EVEN = {"shift": 1.0, "steps": 12}  # times at even distances
@@ -283,8 +284,8 @@ def test_a_calibration_of_a_folder_or_file_follows_its_bytes(tmp_path):
     (tmp_path / "transformer").mkdir()
     weights = tmp_path / "transformer" / "weights.safetensors"
     weights.write_bytes(b"one")
-    for model in (tmp_path, weights):
-        file = CalibrationFile(model, None, "ema", FLOW)
+    for place in (tmp_path, weights):
+        file = CalibrationFile(place, None, "ema", FLOW)
         weights.write_bytes(b"one")
         file.write(LEVEL, {})
         assert file.read() == LEVEL
@@ -333,6 +334,8 @@ def test_the_command_calibrates_and_sampling_finds_it(runs, tmp_path, capsys, mo
     assert main(list(ask)) == 0
     shown = capsys.readouterr()
     assert "00000001.png" in shown.out
+    sidecar = json.loads((tmp_path / "out" / "00000001.json").read_text())
+    assert sidecar["weights_blake2b"]["calibration"] == weights_print(folder / "calibration.json")
     done = {line.strip() for line in shown.err.replace("\r", "\n").splitlines() if "step" in line}
     found = open_parts(folder).calibration.read()
     count = make_plan(FLOW, Sampling(6, magcache=1.0), calibration=found).evaluations

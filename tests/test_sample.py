@@ -276,7 +276,7 @@ def test_options_with_effect_are_not_named(run, capfd, monkeypatch):
 
 def test_defaults_that_are_written_twice_are_equal():
     assert request.PICTURE_NOISE == conditioning.SAMPLING_NOISE
-    assert request.CACHE_INTERVAL == Sampling().cache_interval
+    assert Sampling().cache_interval == request.CACHE_INTERVAL
 
 
 def test_wrong_arguments_are_refused_before_jax_is_imported(run):

@@ -82,9 +82,8 @@ def _calibrate(arguments: Sequence[str]) -> int:
     prompts = read_prompts(own.prompts) if own.prompts else list(opened.samples.prompts)
     if not prompts:
         raise ValueError(f"{own.model} has no prompts of its own: give a text file with --prompts")
-    size = tuple(
-        getattr(own, side) or getattr(opened.samples, side) for side in ("frames", "height", "width")
-    )
+    sides = ("frames", "height", "width")
+    size = tuple(getattr(own, side) or getattr(opened.samples, side) for side in sides)
     check_size(*size)
     sampling = Sampling(**opened.defaults.filled(own.steps, guidance=own.guidance))
     file = opened.calibration

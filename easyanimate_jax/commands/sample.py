@@ -157,6 +157,9 @@ def origin_of(own: Options, opened) -> Origin:
         prints["transformer"] = weights_print(opened.model)
     if own.prompts:
         prints |= {name: weights_print(options[name]) for name in names[1:] if name in options}
+    if own.request.magcache:
+        opened.calibration.read()  # refused here if it is missing or of other weights
+        prints["calibration"] = weights_print(opened.calibration.path)
     return Origin(own.model, options, prints, opened.meta)
 
 

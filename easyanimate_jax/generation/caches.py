@@ -50,7 +50,7 @@ def no_skips(count: int) -> Skips:
 
 
 def teacache(count: int) -> Skips:
-    """Return the first and the last of `count` steps as whole; the program decides on the others."""
+    """Return the first and the last of `count` steps as whole; the program decides the others."""
     place = np.arange(count)
     return Skips((place == 0) | (place == count - 1), np.ones((count, 1), np.float32))
 
