@@ -249,7 +249,7 @@ WITHOUT_EFFECT = [
     (["--segment", "9"], "--segment 9 has no effect on a video of 5 frames"),  # the run's
     (["--batch", "4"], "--batch 4 has no effect without --prompts"),
     (["--frames", "1", "--fps", "4"], "--fps 4 has no effect on a picture"),
-    (["--cache-interval", "2", "--teacache", "0.1"], "--cache-interval has no effect without"),
+    (["--cache-interval", "3", "--teacache", "0.1"], "--cache-interval has no effect without"),
     (["--fit", "stretch"], "--fit stretch has no effect without a picture or a film"),
     (["--tile", "64"], "--tile 64 has no effect on videos that are not larger"),
 ]

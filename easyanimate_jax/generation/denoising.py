@@ -86,7 +86,7 @@ class Sampling:
     """Order of the polynomial that extrapolates the residual between the steps that run the blocks
     (spec 10.2); 0 runs them in every step."""
 
-    cache_interval: int = 3
+    cache_interval: int = 2
     """Number of steps from one that runs the blocks to the next: always with TaylorSeer, at most
     with MagCache."""
 

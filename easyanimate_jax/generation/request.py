@@ -58,7 +58,7 @@ SAMPLING = (  # the same for all lines of a prompt file
 )
 OVERLAP = 4  # frames that neighbouring segments of a long video share
 LEAST_TILE = 64  # pixels; a quarter of a tile is blended with its neighbour
-CACHE_INTERVAL = 3  # Sampling.cache_interval of generation/denoising.py, which imports JAX
+CACHE_INTERVAL = 2  # Sampling.cache_interval of generation/denoising.py, which imports JAX
 PICTURE_NOISE = 0.0563  # SAMPLING_NOISE of diffusion/conditioning.py, which imports JAX
 
 
