@@ -120,9 +120,9 @@ def table(a, results: dict, seconds: dict) -> str:
         setting(),
         "",
         f"Weights: {Path(a.run).parent.name}'s. {a.prompts} held-out prompts, guidance 4, one call "
-        f"for {min(ROWS, a.prompts)} videos. Time: denoising {a.rows} videos, best of {a.rounds} alternating "
-        f"rounds, {best[REFERENCE][0]:.1f} s for {REFERENCE}. PSNR: to the videos of {REFERENCE} "
-        f"from the same noise. An evaluation is one branch of one step.",
+        f"for {min(ROWS, a.prompts)} videos. Time: denoising {a.rows} videos, best of {a.rounds} "
+        f"alternating rounds, {best[REFERENCE][0]:.1f} s for {REFERENCE}. PSNR: to the videos of "
+        f"{REFERENCE} from the same noise. An evaluation is one branch of one step.",
         "",
         "| | evaluations | wall time | CPU time | PSNR (dB) | joint | shape |",
         "|---|---|---|---|---|---|---|",

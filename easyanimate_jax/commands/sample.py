@@ -37,7 +37,7 @@ HELP = """Generate videos and pictures with a run, or with weights in a folder.
   camera           sample.py MODEL --prompt "..." --camera poses.txt --reference look.png
   many             sample.py MODEL --prompts lines.jsonl
 
-Each sample is NUMBER.mp4, or .png for one frame, and NUMBER.json with the command that repeats it."""
+Each sample is NUMBER.mp4, or .png for one frame, and NUMBER.json with the command to repeat it."""
 
 
 @dataclass(frozen=True)
