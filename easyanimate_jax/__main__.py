@@ -14,6 +14,7 @@ VERBS = {
     "text": "train two small text encoders on captions",
     "sample": "generate videos and pictures from a run",
     "evaluate": "measure a model on captioned clips",
+    "calibrate": "measure how a model's residual changes, for MagCache",
     "pairs": "make rated pairs of videos to train a preference on",
     "serve": "generate videos for clients over HTTP",
     "describe": "print the schedule of a config without a device",
