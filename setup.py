@@ -42,6 +42,7 @@ setup(
         "importlib_resources",  # tensorflow-datasets imports it and does not declare it
         "safetensors>=0.6",
         "einops>=0.8",
+        "filelock>=3.13",  # with it JAX bounds its compilation cache
         "jaxtyping>=0.3",
         "tyro>=1.0",
         "av>=18",

@@ -21,7 +21,6 @@ config = replace(
             "canny",
             task="control",
             batch_size=4,
-            microbatch=1,
             steps=2_000,
             learning_rate=1e-4,
         ),

@@ -13,6 +13,7 @@ config = replace(
     v51_12b,
     run="runs/v51_12b_finetune",
     init="weights/transformer",
+    model=replace(v51_12b.model, save="auto"),
     sets=(LatentSet("13312", TOKENS_13312),),
     stages=(Stage("13312_t2v", "13312", batch_size=32, steps=2_000),),
     save_every=200,

@@ -67,7 +67,7 @@ def evaluate(encoder: TextEncoder, run: Pipeline, base: Pipeline) -> tuple[dict,
 
 def _ways(run: Pipeline, base: Pipeline) -> list[Way]:
     """Return the teacher, the teacher in fewer steps, and the student of each stage."""
-    ways, scale = [], base.config.samples.guidance
+    ways, scale = [], run.config.samples.guidance  # as the students were taught
     for end in boundaries(run.config.stages):
         student = load_pipeline(run.config.run, step=end)
         own = student.defaults

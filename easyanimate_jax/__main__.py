@@ -14,6 +14,7 @@ VERBS = {
     "text": "train two small text encoders on captions",
     "sample": "generate videos and pictures from a run",
     "evaluate": "measure a model on captioned clips",
+    "calibrate": "measure how a model's residual changes, for MagCache",
     "pairs": "make rated pairs of videos to train a preference on",
     "serve": "generate videos for clients over HTTP",
     "describe": "print the schedule of a config without a device",
@@ -25,6 +26,7 @@ VERBS = {
     "convert": "convert weights between the PyTorch layouts and ours",
     "checkpoint": "list, verify and compare the checkpoints of a run",
     "doctor": "examine the hosts of a run",
+    "speed": "print the speed of a run, measured and predicted",
     "aot": "predict memory and time of a config on a pod, without the pod",
     "supervise": "start, watch and restart the processes of a run",
 }

@@ -20,6 +20,7 @@ MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 DTypes = Literal["bfloat16", "float16", "float32"]  # dtypes of the computation
 TrackerName = Literal["tensorboard", "wandb", "trackio"]  # where a run's numbers are shown
+AUTO = "auto"  # in place of a setting that the compiler's figures of a stage decide
 MAX_STEPS = 2**31 - 1  # the largest 32-bit step counter
 MAX_SEED = 2**32 - 1
 SEEDS = f"[0, {MAX_SEED}]"  # the range of a seed, for `check_fields`
@@ -63,9 +64,10 @@ def check_fields(config, **ranges: str) -> None:
 
     `ranges` gives a range for each field with numbers, such as "[0, 1)", which includes 0 and
     excludes 1. Join several ranges as "-1 or [1, inf)". A range applies to each number of a tuple,
-    and fields of type int accept whole numbers only. NaN and infinity are always out of range. None
-    passes if the field's type allows it. The error names class, field, value and range. Raises
-    TypeError if a field with numbers has no range, or if a range has no such field.
+    and fields of type int accept whole numbers only. A word of the field's Literal passes too. NaN
+    and infinity are always out of range. None passes if the field's type allows it. The error names
+    class, field, value and range. Raises TypeError if a field with numbers has no range, or if a
+    range has no such field.
     """
     types = {field.name: set(_leaves(field.type)) for field in dataclasses.fields(config)}
     numbers = {name for name, leaves in types.items() if leaves & {int, float}}
@@ -79,7 +81,7 @@ def check_fields(config, **ranges: str) -> None:
         if name in numbers:
             kind, noun = (Real, "a number") if float in leaves else (Integral, "a whole number")
             allowed = [_Range.read(text) for text in ranges[name].split(" or ")]
-            repair = " or ".join(one.words(noun) for one in allowed)
+            repair = " or ".join([one.words(noun) for one in allowed] + list(map(repr, words)))
         elif words:
             repair = f"one of {', '.join(map(repr, words))}"
         else:
@@ -87,6 +89,8 @@ def check_fields(config, **ranges: str) -> None:
         whole = getattr(config, name)
         for value in _values(whole):
             if (value is None and NoneType in leaves) or (type(value) is str and str in leaves):
+                continue
+            if type(value) is str and value in words:
                 continue
             if name not in numbers:
                 good = value in words

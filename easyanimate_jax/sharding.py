@@ -210,6 +210,12 @@ def platform() -> str:
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+def device_kind() -> str | None:
+    """Return the kind of the mesh's devices, which need not exist; None without a mesh."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return getattr(device, "device_kind", None)
+
+
 def _manual(names: str | tuple[str, ...]) -> str | None:
     """Return the one of a weight's mesh axes that `by_device` gathers, or None."""
     names = (names,) if isinstance(names, str) else names

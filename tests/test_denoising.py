@@ -12,7 +12,8 @@ from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.samplers import walk
 from easyanimate_jax.generation import denoising
-from easyanimate_jax.generation.denoising import Given, Sampling, Source, denoise, polynomial
+from easyanimate_jax.generation.caches import polynomial
+from easyanimate_jax.generation.denoising import Given, Sampling, Source, denoise
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 
 TINY = MMDiTConfig(
@@ -288,7 +289,11 @@ def test_the_unconditional_branch_is_asked_for_as_often_as_told():
         ({"steps": 0}, "1 to 1000"),
         ({"guidance_every": 0}, "1 or more"),
         ({"teacache": -0.1}, "use a number of 0 or more"),
-        ({"guidance_every": 2, "teacache": 0.1}, "use one"),
+        ({"guidance_every": 2, "teacache": 0.1}, "teacache 0.1 and guidance_every 2 .* use one"),
+        ({"guidance_every": 2, "taylorseer": 1}, "taylorseer 1 and guidance_every 2 .* use one"),
+        ({"magcache": 0.1, "teacache": 0.1}, "teacache 0.1 and magcache 0.1 .* use one"),
+        ({"taylorseer": 3}, "0 to 2"),
+        ({"cache_interval": 0}, "1 or more"),
     ],
 )
 def test_sampling_that_makes_no_sense_is_refused(options, message):

@@ -368,7 +368,9 @@ def test_teacache_shares_no_batch(folder):
         ("b", {"seed": 3}),
         ("c", {"teacache": 0.1}),
         ("d", {"teacache": 0.1}),
+        ("e", {"taylorseer": 2}),
+        ("f", {"taylorseer": 2}),
     ):
         request = request_of({"prompt": "x"} | fields, Path("."), id)
         found.append(likeness("tiny", [], examine([Asked(request)], opened)[0].request, id))
-    assert found[0] == found[1] and len(set(found)) == 3
+    assert found[0] == found[1] and found[4] == found[5] and len(set(found)) == 4

@@ -193,6 +193,6 @@ def test_a_step_larger_than_the_memory_is_refused_before_it_runs(folder, monkeyp
     config.write_text(CUT.format(folder=folder, run="large"))
     assert train.main([str(config)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: stage 'image' at 48 tokens needs 0.0 GB")
-    assert "activations and temporaries" in error and "a smaller microbatch" in error
+    assert error.startswith("error: stage 'image' at 48 tokens, 8 rows at once, keeping nothing, ")
+    assert "activations and temporaries" in error and "Use more devices; `python -m" in error
     assert not (folder / "large").exists()

@@ -39,6 +39,19 @@ def test_seconds_add_up_and_go_on_after_a_restart(tmp_path):
     assert [row["step"] for row in rows] == [3, 3]
 
 
+def test_what_this_process_spent_leaves_earlier_ones_out(tmp_path):
+    first = Monitor(tmp_path, process=0, hang_seconds=60.0)
+    spend(first, "compile", 0.3, None)
+    first.close()
+    second = Monitor(tmp_path, process=0, hang_seconds=60.0)
+    spend(second, "restore", 0.05, None)
+    spend(second, "compile", 0.02, None)
+    spent = second.spent()
+    assert set(spent) == {"start", "restore", "compile"}  # no section that was not entered
+    assert 0.05 <= spent["restore"] < 0.2 and 0.02 <= spent["compile"] < 0.2
+    second.close()
+
+
 def test_only_process_0_writes_goodput_and_each_has_a_heartbeat(tmp_path):
     monitor = Monitor(tmp_path, process=1, hang_seconds=60.0)
     monitor.enter("step", 7)

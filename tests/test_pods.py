@@ -19,7 +19,6 @@ from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.models.attention import splash
 from easyanimate_jax.pods import hlo
-from easyanimate_jax.pods.chips import chip_of
 from easyanimate_jax.pods.compile import (
     compile_step,
     stage_reports,
@@ -30,6 +29,7 @@ from easyanimate_jax.pods.gpu import model_step
 from easyanimate_jax.pods.predict import predict
 from easyanimate_jax.pods.report import markdown, page, table, to_json
 from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.training.chips import chip_of
 from easyanimate_jax.training.compile import StageReport, model_flops
 from easyanimate_jax.training.post.objectives import SegmentDistillation
 from easyanimate_jax.training.program import COMPILER_OPTIONS
@@ -288,6 +288,7 @@ def test_stages_of_equal_sizes_share_a_report_and_those_of_another_objective_do_
     def report_of(config, stage):
         asked.append(stage.name)
         sizes = {"batch_size": 1, "microbatch": 1, "accumulate": 1, "tokens": 1, "text_tokens": 1}
+        sizes |= {"save": ()}
         own = {"fits": True, "hbm_bytes": 1, "peak_bytes_per_chip": 1, "memory": {}, "steps": 1}
         more = {"topology": "", "mesh": {}, "model_flops": 1.0, "attention_share": 0.0}
         return StageReport(name=stage.name, task="t2v", **sizes, **own, **more)

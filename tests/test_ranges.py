@@ -325,6 +325,9 @@ CLASSES = {
             "guided": (((0.0, 1.0),), ((-ABOVE_0, 1.0), (0.0, math.nextafter(1, 2)))),
             "guidance_every": COUNT,
             "teacache": RATE,
+            "magcache": SHARE,
+            "taylorseer": ((0, 2), (-1, 3)),
+            "cache_interval": COUNT,
         },
     ),
     Options: (

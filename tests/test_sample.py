@@ -26,6 +26,7 @@ from easyanimate_jax.diffusion import conditioning
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.generation import request
+from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.generation.inputs import read_inputs, read_trajectory
 from easyanimate_jax.generation.pipelines import LatentDiffusion
 from easyanimate_jax.generation.request import Asked, SampleRequest
@@ -156,6 +157,10 @@ REFUSED = [
     (["run", *X, "--guidance-every", "0"], "guidance_every is 0"),
     (["run", *X, "--teacache", "-1"], "teacache is -1"),
     (["run", *X, "--teacache", "0.1", "--guidance-every", "2"], "use one"),
+    (["run", *X, "--taylorseer", "3"], "taylorseer is 3"),
+    (["run", *X, "--taylorseer", "1", "--magcache", "0.1"], "magcache 0.1 and taylorseer 1 cannot"),
+    (["run", *X, "--magcache", "0.1"], "there is no run/calibration.json: run `python -m"),
+    (["v5", *X, "--taylorseer", "1", "--sampler", "pndm"], "pndm evaluates some times twice"),
     (["run", *X, "--sampler", "ddim"], "Flow has no sampler 'ddim'"),
     (["v5", *X, "--sampler", "adams"], "DDPM has no sampler 'adams'"),
     (["v5", *X, "--sampler", "euler", "--eta", "1"], "eta is 1.0 with 'euler'"),
@@ -244,6 +249,7 @@ WITHOUT_EFFECT = [
     (["--segment", "9"], "--segment 9 has no effect on a video of 5 frames"),  # the run's
     (["--batch", "4"], "--batch 4 has no effect without --prompts"),
     (["--frames", "1", "--fps", "4"], "--fps 4 has no effect on a picture"),
+    (["--cache-interval", "3", "--teacache", "0.1"], "--cache-interval has no effect without"),
     (["--fit", "stretch"], "--fit stretch has no effect without a picture or a film"),
     (["--tile", "64"], "--tile 64 has no effect on videos that are not larger"),
 ]
@@ -268,8 +274,9 @@ def test_options_with_effect_are_not_named(run, capfd, monkeypatch):
         assert capfd.readouterr().err == "sample.py: the run is loaded\n"
 
 
-def test_the_default_noise_on_pictures_is_that_of_the_pipelines():
+def test_defaults_that_are_written_twice_are_equal():
     assert request.PICTURE_NOISE == conditioning.SAMPLING_NOISE
+    assert Sampling().cache_interval == request.CACHE_INTERVAL
 
 
 def test_wrong_arguments_are_refused_before_jax_is_imported(run):

@@ -12,7 +12,6 @@ from configs.v5_12b import config as v5_12b
 from easyanimate_jax.commands import aot as command
 from easyanimate_jax.commands.parse import load_config
 from easyanimate_jax.pods import stages
-from easyanimate_jax.pods.chips import CHIPS
 from easyanimate_jax.pods.compile import StageReport
 from easyanimate_jax.pods.report import page, table
 from easyanimate_jax.pods.suggest import (
@@ -26,6 +25,7 @@ from easyanimate_jax.pods.suggest import (
 )
 from easyanimate_jax.runs.config import load
 from easyanimate_jax.sharding import MeshConfig
+from easyanimate_jax.training.chips import CHIPS
 
 V6E = next(chip for chip in CHIPS if chip.name == "v6e")
 STAGE = next(stage for stage in v5_12b.stages if stage.name == "13312_t2v")
@@ -42,6 +42,7 @@ def report(peak, seconds, mesh=(1, 32, 8, 1)):
         batch_size=768,
         microbatch=256,
         accumulate=3,
+        save=v5_12b.model.save,
         tokens=TOKENS,
         text_tokens=TEXT,
         fits=fits,
@@ -65,7 +66,7 @@ def of_choice(config, stage):
 
 
 def test_changes_lead_from_what_does_not_fit_to_what_was_compiled():
-    now = present(v5_12b, STAGE, 256)
+    now = present(v5_12b, STAGE, report(1, 1.0))
     assert now == Choice(MeshConfig(1, 32, 8, 1), v5_12b.model.save, 256)
     tried = []
 
@@ -139,12 +140,14 @@ def test_every_choice_splits_the_devices_and_the_batch():
         assert choice.mesh.data * choice.mesh.fsdp * choice.mesh.context == 128
         assert choice.microbatch <= STAGE.batch_size
         config, stage = choice.apply(v5_12b, STAGE)
-        assert present(config, stage, 128) == choice
+        assert (config.mesh, config.model.save) == (choice.mesh, choice.save)
+        assert stage.microbatch == choice.microbatch
 
 
 def test_the_estimate_is_near_what_the_compiler_said():
     """13312_t2v on 128 v5p chips takes 85.9 GB and is predicted 29.2 s (docs/pods.md)."""
     v5p = next(chip for chip in CHIPS if chip.name == "v5p")
-    memory, seconds = estimate(present(v5_12b, STAGE, 128), v5_12b, STAGE, TOKENS + TEXT, v5p)
+    choice = Choice(v5_12b.mesh, v5_12b.model.save, STAGE.microbatch)
+    memory, seconds = estimate(choice, v5_12b, STAGE, TOKENS + TEXT, v5p)
     assert memory == pytest.approx(85.9e9, rel=0.2)
     assert seconds == pytest.approx(29.2, rel=0.4)  # without what is element by element

@@ -130,6 +130,26 @@ go_on(60)
     assert starts(tmp_path, 0) == starts(tmp_path, 1) == 1
 
 
+def test_a_request_for_a_trace_is_passed_on_and_ends_nothing(tmp_path):
+    body = """
+traced = folder / f"traced-{rank}"
+signal.signal(signal.SIGUSR2, lambda *_: traced.write_text("yes"))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(42))
+go_on(60)
+"""
+    process = supervise(tmp_path, body, ranks=2)
+    for rank in (0, 1):
+        await_pid(tmp_path, rank)
+    process.send_signal(signal.SIGUSR2)
+    deadline = time.monotonic() + 30
+    while not all((tmp_path / f"traced-{rank}").is_file() for rank in (0, 1)):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    end(process, 42)
+    assert starts(tmp_path, 0) == starts(tmp_path, 1) == 1
+
+
 def test_ranks_die_with_their_supervisor(tmp_path):
     process = supervise(tmp_path, "go_on(60)")
     pid = await_pid(tmp_path, 0)

@@ -96,7 +96,7 @@ def config(data) -> VAETrainConfig:
 
 @pytest.fixture(scope="module")
 def trained(config):
-    assert train(config) == DONE
+    assert train(config, profile=range(2, 4)) == DONE
     return load_vae(config.output)
 
 
@@ -138,6 +138,11 @@ def left(output: Path) -> dict:
             for name in ("weights.safetensors", "config.json", "pictures/6.png", "pictures/8.png")
         },
     }
+
+
+def test_updates_are_traced_on_request(config, trained):
+    traces = (Path(config.output) / "profiles" / "plugins" / "profile").glob("*/*.xplane.pb")
+    assert [trace.parent.name for trace in traces] == ["2-3_process_0"]
 
 
 @pytest.mark.slow

@@ -120,7 +120,7 @@ def our_config(a):
         text_norm=False,
         round_time=False,
         dtype=a.dtype,
-        save=tuple(name for name in ACTIVATIONS if name != "qkv"),  # as in configs/v5_12b.py
+        save=tuple(ACTIVATIONS),  # what "auto" takes where the memory allows it
     )
 
 

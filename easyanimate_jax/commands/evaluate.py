@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.commands.jax_settings import set_up_jax
 from easyanimate_jax.diffusion.tasks import task_of
 from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.facts import MAX_SEED
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
 def _evaluate(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "evaluate", HELP)
     check(own)
-    from easyanimate_jax.commands.sample import mesh_of, set_up_jax
+    from easyanimate_jax.commands.sample import mesh_of
     from easyanimate_jax.disk.lock import FolderLock
 
     set_up_jax()

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.commands.jax_settings import set_up_jax
 from easyanimate_jax.diffusion.tasks import task_of
 from easyanimate_jax.facts import MAX_SEED
 from easyanimate_jax.generation.request import check_range
@@ -79,7 +80,7 @@ def main(arguments: Sequence[str]) -> int:
 def _pairs(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "pairs", HELP)
     check(own)
-    from easyanimate_jax.commands.sample import mesh_of, set_up_jax
+    from easyanimate_jax.commands.sample import mesh_of
     from easyanimate_jax.disk.lock import FolderLock
 
     set_up_jax()

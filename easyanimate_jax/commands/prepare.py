@@ -8,6 +8,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.commands.jax_settings import set_up_jax
 from easyanimate_jax.disk.lock import FolderLock
 from easyanimate_jax.training.safety.exits import DONE
 
@@ -31,6 +32,7 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the verb `prepare`; return the exit code."""
+    set_up_jax()
     return parse.run(partial(_prepare, arguments))
 
 

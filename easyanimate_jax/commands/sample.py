@@ -1,6 +1,5 @@
 """Generate videos and pictures with a run, or with weights in a folder."""
 
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -12,6 +11,7 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.commands.jax_settings import set_up_jax
 from easyanimate_jax.facts import MESH_AXES
 from easyanimate_jax.generation.outputs import Origin, finished, identity
 from easyanimate_jax.generation.request import (
@@ -29,7 +29,6 @@ NAME = "sample.py"
 HELP = """Generate videos and pictures with a run, or with weights in a folder.
 
   text to video    sample.py runs/demo/train --prompt "a red circle moves to the left"
-  text to picture  sample.py MODEL --prompt "..." --frames 1
   image to video   sample.py MODEL --prompt "..." --image start.png --end-image end.png
   longer           sample.py MODEL --prompt "..." --frames 97 --segment 49
   video to video   sample.py MODEL --prompt "..." --video film.mp4 --strength 0.7
@@ -38,8 +37,7 @@ HELP = """Generate videos and pictures with a run, or with weights in a folder.
   camera           sample.py MODEL --prompt "..." --camera poses.txt --reference look.png
   many             sample.py MODEL --prompts lines.jsonl
 
-Each sample is NUMBER.mp4 (or .png), a contact sheet, and NUMBER.json, which holds the command that
-reproduces it. A wrong request ends with one line and exit code 2 before a device starts."""
+Each sample is NUMBER.mp4, or .png for one frame, and NUMBER.json with the command to repeat it."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +93,6 @@ def main(arguments: Sequence[str]) -> int:
     return BAD_INPUT
 
 
-def set_up_jax() -> None:
-    """Have JAX use more of a GPU's memory, and keep compiled programs, unless the user says how."""
-    # JAX reserves 75 % of GPU memory by default.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if os.path.isabs(caches):  # else the user has no home
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{caches}/easyanimate_jax")
-
-
 def _sample(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "sample", HELP)
     todo = requests(own)
@@ -157,6 +146,9 @@ def origin_of(own: Options, opened) -> Origin:
         prints["transformer"] = weights_print(opened.model)
     if own.prompts:
         prints |= {name: weights_print(options[name]) for name in names[1:] if name in options}
+    place = opened.calibration.path
+    if own.request.magcache and place.is_file():  # else `examine` refuses the request
+        prints["calibration"] = weights_print(place)
     return Origin(own.model, options, prints, opened.meta)
 
 

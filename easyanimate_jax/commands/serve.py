@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.commands.jax_settings import set_up_jax
 from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.facts import CELL
 from easyanimate_jax.generation.request import check_range, check_tile
@@ -101,12 +102,11 @@ def _serve(arguments: Sequence[str]) -> int:
         raise ValueError(
             f"serve needs the package {error.name}: pip install 'easyanimate_jax[serve]'"
         ) from error
-    from easyanimate_jax.commands.sample import set_up_jax
+    set_up_jax()
     from easyanimate_jax.disk.lock import FolderLock
     from easyanimate_jax.serving.engine import Settings, open_model
     from easyanimate_jax.serving.server import serve
 
-    set_up_jax()
     low = own.memory == "low"
     settings = Settings(models, files, own.weights, own.weights_of, low, own.tile)
     opened = {name: open_model(settings, name) for name in models}

@@ -8,6 +8,7 @@ from pathlib import Path
 from tyro.conf import OmitArgPrefixes, Positional
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.commands.jax_settings import set_up_jax
 from easyanimate_jax.text.train_config import TextTrainConfig
 from easyanimate_jax.training.safety.exits import DONE
 
@@ -28,6 +29,7 @@ class Options:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the verb `text`; return the exit code."""
+    set_up_jax()
     return parse.run(partial(_train, arguments))
 
 

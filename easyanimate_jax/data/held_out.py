@@ -68,10 +68,13 @@ class HeldOut:
         keys = draw_keys(index["clip"][self.ids])
         self.keys = dict(zip(self.ids.tolist(), keys.tolist(), strict=True))
         bucket = np.searchsorted(lengths, tokens[self.ids])
+        self.buckets = [(lengths[b], self.ids[bucket == b]) for b in np.unique(bucket)]
+        self.split(batch_size)
+
+    def split(self, batch_size: int) -> None:
+        """Make batches of at most `batch_size` clips."""
         self.batches = [
-            (lengths[b], part)
-            for b in np.unique(bucket)
-            for part in _parts(self.ids[bucket == b], batch_size)
+            (length, part) for length, ids in self.buckets for part in _parts(ids, batch_size)
         ]
 
     def __len__(self) -> int:

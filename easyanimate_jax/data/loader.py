@@ -104,14 +104,14 @@ class Pages:
 class Loader:
     """Read `plan` from `records`, in microbatches of `microbatch` rows.
 
-    A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3). The control,
-    the reference (spec 7.2) and the start picture of a row are each replaced by zeros with the
-    probabilities `drops`. A batch of a set of pairs also has the worse clips.
     `rows` are the rows of each microbatch that this process's devices need; None means all. Other
     rows are not read, and their memory is never touched. The rows of a batch are read in parallel.
-    An unreadable record is replaced by the next of its bucket, and is logged in the file
-    `quarantine`. Raises ValueError if the set does not fit the task, or if too many records are
-    unreadable. If `draw_by` gives each record a number, the draws of a row depend on that alone.
+    A caption is replaced by the empty prompt with probability `text_drop` (spec 5.3). The control,
+    the reference (spec 7.2) and the start picture of a row are each replaced by zeros with the
+    probabilities `drops`. If `draw_by` gives each record a number, the draws of a row depend on
+    that alone. A batch of a set of pairs also has the worse clips. An unreadable record is replaced
+    by the next of its bucket, and is logged in the file `quarantine`. Raises ValueError if the set
+    does not fit the task, or if too many records are unreadable.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Loader:
     ):
         _check_task(records, plan.name, task)
         self.records, self.plan, self.task = records, plan, task
-        self.microbatch, self.text_drop, self.rows = microbatch, text_drop, rows
+        self.microbatch, self.rows, self.text_drop = microbatch, rows, text_drop
         self.drops, self.draw_by = drops, draw_by
         self.pairs = records.header["set"].get("pairs", False)
         empty = read_texts(records.folder.parent / "empty.safetensors")

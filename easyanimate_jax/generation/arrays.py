@@ -44,6 +44,9 @@ class Given(TypedDict, total=False):
     guided: tuple[float, float]  # first and last share of the steps with guidance (0, 1)
     guidance_every: int  # steps between two unconditional predictions (1)
     teacache: float  # threshold, for example 0.08; 0 is off (0)
+    magcache: float  # threshold, for example 0.1; 0 is off (0)
+    taylorseer: int  # order, 1 or 2; 0 is off (0)
+    cache_interval: int  # steps from one whole evaluation to the next, of the last two (2)
     progress: Callable[[int], None]  # called with the number of each finished evaluation
 
 

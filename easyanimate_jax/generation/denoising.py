@@ -9,7 +9,7 @@ Letters beyond the legend: P is the width of a token, 4 x channels; R is the num
 the tensors that a sampler keeps between evaluations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -25,14 +25,17 @@ from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.samplers import SAMPLERS, advance, walk
 from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
 from easyanimate_jax.facts import check_fields
+from easyanimate_jax.generation import caches
+from easyanimate_jax.generation.caches import History, Skips
+from easyanimate_jax.generation.calibration import CALIBRATE, Calibration
 from easyanimate_jax.generation.protocols import Denoiser
 from easyanimate_jax.memory import check_fit
-from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.sharding import shard
 
 Texts = tuple[Float[Array, "_ _ _"] | Float[np.ndarray, "_ _ _"], ...]
 Tokens = Float[Array, "B N P"]
 
+CACHES = ("teacache", "magcache", "taylorseer")  # the fields of `Sampling` that skip the blocks
 _SAMPLER_NAMES = tuple(dict.fromkeys(name for names in SAMPLERS.values() for name in names))
 FRESH = 2  # folded into a seed's key for the noise of stochastic samplers
 
@@ -75,6 +78,18 @@ class Sampling:
     teacache: float = 0.0
     """Threshold below which a step reuses the network's last residual (spec 10.2); 0 is never."""
 
+    magcache: float = 0.0
+    """Estimated error below which a step reuses the last residual, by the model's calibration
+    (spec 10.2); 0 is never."""
+
+    taylorseer: int = 0
+    """Order of the polynomial that extrapolates the residual between the steps that run the blocks
+    (spec 10.2); 0 runs them in every step."""
+
+    cache_interval: int = 2
+    """Number of steps from one that runs the blocks to the next: always with TaylorSeer, at most
+    with MagCache."""
+
     def __post_init__(self):
         low, high = self.guided
         if not 0 <= low < high <= 1:
@@ -92,13 +107,19 @@ class Sampling:
             guided="[0, 1]",
             guidance_every="[1, inf)",
             teacache="[0, inf)",
+            magcache="[0, 1]",
+            taylorseer="[0, 2]",
+            cache_interval="[1, inf)",
         )
         if self.sampler not in ("", *_SAMPLER_NAMES):
             raise ValueError(
                 f"Sampling.sampler is {self.sampler!r}; use one of {', '.join(_SAMPLER_NAMES)}"
             )
-        if self.guidance_every > 1 and self.teacache:
-            raise ValueError("teacache and guidance_every cannot be combined: use one of them")
+        chosen = [name for name in CACHES if getattr(self, name)]
+        chosen += ["guidance_every"] * (self.guidance_every > 1)
+        if len(chosen) > 1:
+            values = " and ".join(f"{name} {getattr(self, name):g}" for name in chosen)
+            raise ValueError(f"{values} cannot be combined: use one of them")
 
 
 class Source(NamedTuple):
@@ -144,7 +165,8 @@ class Step(NamedTuple):
     level: np.ndarray  # (2,), signal and sigma of x after the evaluation
     guidance: np.float32
     both: np.bool_  # True where the unconditional prediction is computed
-    whole: np.bool_  # True at the first and the last evaluation, which TeaCache never skips
+    whole: np.bool_  # True where the blocks run whatever TeaCache decides
+    weights: np.ndarray  # (M,), of the kept residuals where the blocks do not run
 
 
 class Plan(NamedTuple):
@@ -152,14 +174,12 @@ class Plan(NamedTuple):
 
     start: np.ndarray  # (2,), signal and sigma of x before the first evaluation
     steps: list[Step]
+    runs: np.ndarray  # (K,) bool, False where it is known that the blocks do not run
 
-
-class Teacache(NamedTuple):
-    """The state that lets TeaCache skip the blocks in a step (spec 10.2)."""
-
-    modulated: Float[Array, "B N D"]  # input of the first block's attention
-    residual: Float[Array, "B N D"]  # last layer's input minus the embedded tokens
-    distance: Float[Array, ""]  # change summed since the blocks last ran
+    @property
+    def evaluations(self) -> int:
+        """Return the number of steps that run the blocks; TeaCache may run fewer."""
+        return int(self.runs.sum())
 
 
 class Carry(NamedTuple):
@@ -167,22 +187,7 @@ class Carry(NamedTuple):
 
     registers: Float[Array, "R B N P"]  # the first register is x
     difference: Tokens  # the last conditional minus the unconditional prediction
-    cache: Teacache | None
-
-
-# Degree-4 polynomials, highest power first. They estimate the change of the output from the change
-# of the first block's input, and were published with the V5.1 models.
-POLYNOMIALS = {  # key: number of blocks, 48 in the 12B and 36 in the 7B
-    48: (-10.47857366, 8.33844143, -0.78477557, 0.68798618, 0.0136149),
-    36: (1.07862322, -4.19362456, 3.06725828, 0.33161686, 0.02374758),
-}
-V51_TEXT_WIDTHS = (3584,)
-
-
-def polynomial(config: MMDiTConfig) -> tuple[float, ...]:
-    """Return the coefficients of a V5.1 model's polynomial, and of f(x) = x for other models."""
-    of_v51 = POLYNOMIALS if config.text_widths == V51_TEXT_WIDTHS else {}
-    return of_v51.get(config.depth, (0.0, 0.0, 0.0, 1.0, 0.0))
+    history: History | None  # of the residuals, where steps are skipped
 
 
 def denoise(
@@ -192,38 +197,56 @@ def denoise(
     sampling: Sampling,
     *,
     strength: float = 1.0,
+    calibration: Calibration | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Tokens:
     """Return the latents that the noise of `given` becomes, as tokens.
 
     One network call evaluates both halves of the guidance, in the order [uncond, cond]. With a
-    `strength` below 1 the loop starts at a later step, from the noised source. `progress` is called
-    with the number of each finished evaluation; an exception that it raises ends the loop. Raises
-    ValueError for a strength below 1 without a source, and, before the first step, if a device has
-    too little memory.
+    `strength` below 1 the loop starts at a later step, from the noised source. `calibration` is the
+    model's, for MagCache. `progress` is called with the number of each finished evaluation; an
+    exception that it raises ends the loop. A step that the plan skips is no evaluation. Raises
+    ValueError for a strength below 1 without a source, for MagCache without a calibration, and,
+    before the first step, if a device has too little memory.
     """
-    plan = make_plan(process, sampling, strength)
+    plan = make_plan(process, sampling, strength, calibration)
     if strength < 1 and given.source is None:
         raise ValueError(f"strength is {strength} without a video to start from: use 1")
+    done = np.cumsum(plan.runs)
+    for number, carry in enumerate(states(model, plan, given, sampling)):
+        if progress is not None and plan.runs[number]:
+            jax.block_until_ready(carry)
+            progress(int(done[number]))
+    return _latents(carry)
+
+
+def states(model: Denoiser, plan: Plan, given: Given, sampling: Sampling) -> Iterator[Carry]:
+    """Yield the state after each step of a plan; the next step invalidates its arrays."""
     guided = given.negative_texts is not None
-    thrifty = guided and not sampling.teacache and not all(step.both for step in plan.steps)
+    kept = len(plan.steps[0].weights)
+    thrifty = guided and not kept and not all(step.both for step in plan.steps)
     threshold = np.float32(sampling.teacache) if sampling.teacache else None
     options = {"rescale": sampling.rescale, "thrifty": thrifty}
-    registers = len(plan.steps[0].move)
-    given, carry = _start(model, plan.start, given, threshold, registers=registers)
+    sizes = {"registers": len(plan.steps[0].move), "kept": kept}
+    given, carry = _start(model, plan.start, given, threshold, **sizes)
     rows, tokens, _ = given.noise.shape
     what = f"denoising {rows} x {tokens:,} tokens"
     check_fit(what, _evaluate, carry, plan.steps[0], model, given, threshold, **options)
     for step in plan.steps:
         carry = _evaluate(carry, step, model, given, threshold, **options)
-        if progress is not None:
-            jax.block_until_ready(carry)
-            progress(int(step.number) + 1)
-    return _latents(carry)
+        yield carry
 
 
-def make_plan(process: DDPM | Flow, sampling: Sampling, strength: float = 1.0) -> Plan:
-    """Return the coefficients of the sampler of `sampling`, and the guidance of each step."""
+def make_plan(
+    process: DDPM | Flow,
+    sampling: Sampling,
+    strength: float = 1.0,
+    calibration: Calibration | None = None,
+) -> Plan:
+    """Return the coefficients of the sampler, and guidance and skips of each step.
+
+    `calibration` is the model's, for MagCache. Raises ValueError if that is missing.
+    """
     times, moves, levels = walk(
         process,
         sampling.sampler,
@@ -237,31 +260,61 @@ def make_plan(process: DDPM | Flow, sampling: Sampling, strength: float = 1.0) -
     share = np.arange(count) / count
     guided = (sampling.guided[0] <= share) & (share < sampling.guided[1])
     number = np.cumsum(guided) - 1  # index among the guided steps
-    place = np.arange(count, dtype=np.int32)
+    skips = _skips(sampling, times, calibration)
     rows = zip(
-        place,
+        np.arange(count, dtype=np.int32),
         times,
         moves,
         levels[1:],
         np.where(guided, np.float32(sampling.guidance), np.float32(1)),
         guided & (number % sampling.guidance_every == 0),
-        (place == 0) | (place == count - 1),
+        *skips,
         strict=True,
     )
     start = levels[0] if strength < 1 else np.float32([0, 1])
-    return Plan(start, [Step(*row) for row in rows])
+    runs = np.ones(count, bool) if sampling.teacache else skips.whole
+    return Plan(start, [Step(*row) for row in rows], runs)
 
 
-@partial(jax.jit, static_argnames="registers")
-def _start(model, start, given: Given, threshold, *, registers: int) -> tuple[Given, Carry]:
-    """Return the inputs on the devices, and the state before the first evaluation."""
+def _skips(sampling: Sampling, times, calibration: Calibration | None) -> Skips:
+    """Return the steps that skip the blocks. Raises ValueError for what the method does not do."""
+    count, interval = len(times), sampling.cache_interval
+    if sampling.teacache:
+        return caches.teacache(count)
+    if not sampling.magcache and not sampling.taylorseer:
+        return caches.no_skips(count)
+    if not (np.diff(times) < 0).all():
+        raise ValueError(
+            f"{sampling.sampler} evaluates some times twice, and magcache and taylorseer need "
+            f"falling times: use another sampler, or teacache"
+        )
+    if sampling.taylorseer:
+        return caches.taylorseer(count, sampling.taylorseer, interval)
+    if calibration is None:
+        raise ValueError(
+            f"magcache is {sampling.magcache:g}, and the model has no calibration: {CALIBRATE}, or "
+            f"use teacache or taylorseer"
+        )
+    ratios = calibration.ratios_at(times, guided=sampling.guidance > 1)
+    return caches.magcache(ratios, sampling.magcache, interval)
+
+
+@partial(jax.jit, static_argnames=("registers", "kept"))
+def _start(model, start, given: Given, threshold, *, registers: int, kept: int):
+    """Return the inputs on the devices, and the state before the first evaluation.
+
+    `kept` is the number of residuals that the history holds; 0 is no history.
+    """
     given = jax.tree.map(_spread, given)
     x = given.noise
     if given.source is not None:
         x = start[0] * given.source.tokens + start[1] * x
     filled = jnp.zeros((registers, *x.shape)).at[0].set(x)
-    cache = None if threshold is None else _empty_cache(model.config, given)
-    return given, _placed(Carry(filled, jnp.zeros_like(x), cache))
+    history = None
+    if kept:
+        shape = given.halves * x.shape[0], x.shape[1], model.config.width
+        history = caches.empty_history(shape, model.config.dtype, kept, threshold is not None)
+    return given, _placed(Carry(filled, jnp.zeros_like(x), history))
 
 
 @partial(jax.jit, static_argnames=("rescale", "thrifty"), donate_argnames="carry")
@@ -269,9 +322,9 @@ def _evaluate(
     carry: Carry, step: Step, model, given: Given, threshold, *, rescale, thrifty
 ) -> Carry:
     """Return the state after one evaluation of the network."""
-    registers, difference, cache = carry
+    registers, difference, history = carry
     predict = Predictor(model, step, given, threshold, rescale, thrifty)
-    prediction, difference, cache = predict(registers[0], difference, cache)
+    prediction, difference, history = predict(registers[0], difference, history)
     num_registers, columns = step.move.shape
     inputs = [_fresh(given, step.number)] if columns == num_registers + 2 else []
     registers = advance(step.move, registers, prediction, *inputs)
@@ -281,7 +334,7 @@ def _evaluate(
         known = signal * source.tokens + sigma * given.noise
         x = source.keep * known + (1 - source.keep) * registers[0]
         registers = registers.at[0].set(x)
-    return _placed(Carry(registers, difference, cache))
+    return _placed(Carry(registers, difference, history))
 
 
 @jax.jit
@@ -291,10 +344,11 @@ def _latents(carry: Carry) -> Tokens:
 
 def _placed(carry: Carry) -> Carry:
     """Constrain the sharding, which must be the same before and after an evaluation."""
-    registers, *rest = jax.tree.leaves(carry)
-    registers = shard(registers, None, "batch", "tokens", None)
-    placed = [registers, *(shard(x, "batch", "tokens", None) if x.ndim else x for x in rest)]
-    return jax.tree.unflatten(jax.tree.structure(carry), placed)
+
+    def place(x):  # (..., B, N, width), or the number that TeaCache sums
+        return shard(x, *[None] * (x.ndim - 3), "batch", "tokens", None) if x.ndim else x
+
+    return jax.tree.map(place, carry)
 
 
 def _spread(x: Array) -> Array:
@@ -312,18 +366,11 @@ def _fresh(given: Given, number) -> Tokens:
     return jax.vmap(draw)(given.seeds)
 
 
-def _empty_cache(config: MMDiTConfig, given: Given) -> Teacache:
-    """Return a TeaCache state of zeros."""
-    rows, length, _ = given.noise.shape
-    zeros = jnp.zeros((given.halves * rows, length, config.width), config.dtype)
-    return Teacache(zeros, zeros, jnp.float32(0))
-
-
 class Predictor:
     """The guided network at one step.
 
     It can reuse the last difference between the conditional and the unconditional prediction, and
-    TeaCache's residual.
+    estimate the residual from those of earlier steps.
     """
 
     def __init__(self, model, step: Step, given: Given, threshold, rescale, thrifty: bool):
@@ -334,43 +381,44 @@ class Predictor:
             both = given.negative_texts, given.texts
             self.texts = jax.tree.map(lambda *x: jnp.concatenate(x), *both)
 
-    def __call__(self, x: Tokens, difference: Tokens, cache: Teacache | None):
-        """Return (guided prediction, difference, cache)."""
-        arguments = (x, difference, cache)
+    def __call__(self, x: Tokens, difference: Tokens, history: History | None):
+        """Return (guided prediction, difference, history)."""
+        arguments = (x, difference, history)
         if self.thrifty:
             both = self.step.both
-            cond, difference, cache = jax.lax.cond(both, self._full, self._half, *arguments)
+            cond, difference, history = jax.lax.cond(both, self._full, self._half, *arguments)
         else:
-            cond, difference, cache = self._full(*arguments)
+            cond, difference, history = self._full(*arguments)
         if self.given.halves == 2:
             where = jnp.broadcast_to(self.given.real, cond.shape)
             scale = self.step.guidance
             cond = guide(cond - difference, cond, scale, self.rescale, where=where)
-        return cond, difference, cache
+        return cond, difference, history
 
-    def _full(self, x, difference, cache):
-        """Return (conditional prediction, its difference from the unconditional one, cache)."""
-        both, cache = self._network(x, cache)
+    def _full(self, x, difference, history):
+        """Return (conditional prediction, its difference from the unconditional one, history)."""
+        both, history = self._network(x, history)
         if self.given.halves == 1:
-            return both, difference, cache
+            return both, difference, history
         uncond, cond = jnp.split(both, 2)
-        return cond, cond - uncond, cache
+        return cond, cond - uncond, history
 
-    def _half(self, x, difference, cache):
+    def _half(self, x, difference, history):
         inputs = self._inputs(x, self.given.texts, 1)
-        return self.model(*inputs).astype(jnp.float32), difference, cache
+        return self.model(*inputs).astype(jnp.float32), difference, history
 
-    def _network(self, x, cache):
-        """Return the predictions of all halves, [uncond, cond], and the cache."""
+    def _network(self, x, history):
+        """Return the predictions of all halves, [uncond, cond], and the history."""
         halves = self.given.halves
         inputs = self._inputs(x, self.texts, halves)
-        if self.threshold is None:
-            return self.model(*inputs).astype(jnp.float32), cache
+        if history is None:
+            return self.model(*inputs).astype(jnp.float32), None
         real = jnp.concatenate([self.given.real] * halves)
-        features, cache = _features(
-            self.model, cache, self.step.whole, self.threshold, real, *inputs
+        step = self.step
+        features, history = caches.features(
+            self.model, history, step.whole, step.weights, self.threshold, real, inputs
         )
-        return self.model.output.linear(features).astype(jnp.float32), cache
+        return self.model.output.linear(features).astype(jnp.float32), history
 
     def _inputs(self, x, texts, copies):
         """Return the network's arguments for `copies` copies of each row."""
@@ -380,39 +428,3 @@ class Predictor:
         time = jnp.full(copies * len(given.lengths), self.step.time)
         x, grid, lengths = (jnp.concatenate([a] * copies) for a in (x, given.grid, given.lengths))
         return x, grid, lengths, time, texts
-
-
-def _features(
-    model,
-    cache: Teacache,
-    must: Bool[Array, ""],
-    threshold: Float[Array, ""],
-    real: Bool[Array, "B N 1"],
-    inputs: Tokens,
-    grid: Int[Array, "B 3"],
-    lengths: Int[Array, "B"],
-    time: Float[Array, "B"],
-    texts: Texts,
-) -> tuple[Float[Array, "B N D"], Teacache]:
-    """Return the input of the last layer: computed by the blocks, or estimated by TeaCache.
-
-    The change is one number for the whole batch, as in the reference. So with TeaCache a video
-    depends a little on the other videos of its batch.
-    """
-    video, text, time = model.embed(inputs, time, texts)
-    norm = jax.tree.map(lambda x: x[0], model.blocks[0].norm1)
-    modulated = norm(video, text, time)[0]
-    size = lambda x: jnp.sum(jnp.abs(x.astype(jnp.float32)), where=real)  # noqa: E731
-    change = size(modulated - cache.modulated) / jnp.maximum(size(cache.modulated), 1e-12)
-    distance = cache.distance + jnp.polyval(jnp.array(polynomial(model.config)), change)
-    run = must | (distance >= threshold)
-
-    def blocks():
-        features = model.features(video, text, time, grid, lengths)
-        return features, features - video
-
-    def reuse():
-        return video + cache.residual, cache.residual
-
-    features, residual = jax.lax.cond(run, blocks, reuse)
-    return features, Teacache(modulated, residual, jnp.where(run, 0.0, distance))

@@ -23,6 +23,7 @@ from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.tasks import RAY_CHANNELS, numbers, task_of
 from easyanimate_jax.facts import LATENT_CHANNELS, PATCH, SPACE_FACTOR, TIME_FACTOR
+from easyanimate_jax.generation.calibration import Calibration
 from easyanimate_jax.generation.denoising import Given, Source, denoise
 from easyanimate_jax.generation.pixels import (
     Clips,
@@ -56,6 +57,7 @@ class LatentDiffusion(NamedTuple):
     model: MMDiT
     vae: CausalVAE
     process: DDPM | Flow
+    calibration: Calibration | None = None  # of the transformer, for MagCache
 
     @property
     def config(self) -> MMDiTConfig:
@@ -104,9 +106,10 @@ def _place(request: Request, start, end) -> tuple[Videos, Masks]:
     ]
     count = sum(pictures.shape[1] for pictures, _ in given)
     if not given or count >= frames:
+        least = (count + TIME_FACTOR - 1) // TIME_FACTOR * TIME_FACTOR + 1
         raise ValueError(
             f"{count} pictures and {frames} frames: image-to-video needs a start or an end "
-            f"picture, and at least {_frames_above(count)} frames for so many"
+            f"picture, and at least {least} frames for so many"
         )
     video = np.zeros((*request.shape, 3), np.uint8)
     mask = np.ones((*request.shape, 1), np.uint8)
@@ -119,11 +122,6 @@ def _place(request: Request, start, end) -> tuple[Videos, Masks]:
         place = slice(pictures.shape[1]) if at_start else slice(-pictures.shape[1], None)
         video[:, place], mask[:, place] = pictures, 0
     return video, mask
-
-
-def _frames_above(count: int) -> int:
-    """Return the smallest allowed number of frames above `count`."""
-    return (count + TIME_FACTOR - 1) // TIME_FACTOR * TIME_FACTOR + 1
 
 
 def video_to_video(
@@ -377,6 +375,30 @@ def denoise_latents(
     the result. Raises ValueError for a request or a condition that does not fit the model, and,
     before the first step, if a device has too little memory.
     """
+    sampling = request.sampling
+    latents = denoise(
+        diffusion.model,
+        diffusion.process,
+        given_of(diffusion, request, condition, source),
+        sampling,
+        strength=strength,
+        calibration=diffusion.calibration if sampling.magcache else None,
+        progress=request.progress,
+    )
+    grid = grid_of(*request.size)
+    return unpatchify(np.asarray(latents)[: len(request.seeds), : math.prod(grid)], grid)
+
+
+def given_of(
+    diffusion: Diffusion,
+    request: Request,
+    condition: Tokens | None = None,
+    source: Source | None = None,
+) -> Given:
+    """Return the inputs of the denoising loop, padded so that the mesh divides rows and tokens.
+
+    Arguments and errors are those of `denoise_latents`.
+    """
     request.check(diffusion.config)
     rows, grid = len(request.seeds), grid_of(*request.size)
     num_tokens = math.prod(grid)
@@ -394,7 +416,7 @@ def denoise_latents(
 
     seeds, width = np.asarray(request.seeds, np.uint32), PATCH**2 * LATENT_CHANNELS
     guided = request.sampling.guidance > 1
-    given = Given(
+    return Given(
         noise=fill(_noise(seeds, (num_tokens, width)), length),
         seeds=np.pad(seeds, (0, all_rows - rows)),
         grid=np.tile(np.asarray(grid, np.int32), (all_rows, 1)),
@@ -404,26 +426,14 @@ def denoise_latents(
         condition=None if condition is None else fill(condition, length),
         source=jax.tree.map(lambda x: fill(x, length), source),
     )
-    latents = denoise(
-        diffusion.model,
-        diffusion.process,
-        given,
-        request.sampling,
-        strength=strength,
-        progress=request.progress,
-    )
-    return unpatchify(np.asarray(latents)[:rows, :num_tokens], grid)
 
 
 def _condition(diffusion: Diffusion, request: Request, given: Tokens | None) -> Tokens | None:
     """Return the condition, checked: zeros if None is given, None if the model reads none."""
-    wanted = (
-        len(request.seeds),
-        math.prod(grid_of(*request.size)),
-        extra_channels(diffusion) * PATCH**2,
-    )
+    channels, num_tokens = extra_channels(diffusion), math.prod(grid_of(*request.size))
+    wanted = len(request.seeds), num_tokens, channels * PATCH**2
     if given is None:
-        return _no_tokens(request, extra_channels(diffusion)) if wanted[-1] else None
+        return _no_tokens(request, channels) if channels else None
     if given.shape != wanted:
         raise ValueError(
             f"a condition of shape {given.shape}: a model of {diffusion.config.in_channels} input "

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from easyanimate_jax.data.media import Frames, Picture, Probe
     from easyanimate_jax.diffusion.ddpm import DDPM
     from easyanimate_jax.diffusion.flow import Flow
+    from easyanimate_jax.generation.calibration import Calibration
     from easyanimate_jax.models.mmdit import MMDiTConfig
 
     class Denoiser(Protocol):
@@ -89,6 +90,11 @@ if TYPE_CHECKING:
         @property
         def process(self) -> DDPM | Flow:
             """Return the noise process."""
+            ...
+
+        @property
+        def calibration(self) -> Calibration | None:
+            """Return the transformer's calibration, which only MagCache reads."""
             ...
 
     class Files(Protocol):

@@ -52,21 +52,13 @@ RANGES = (
     ("overlap", 1, 100),
 )
 SAMPLING = (  # the same for all lines of a prompt file
-    *(
-        "steps",
-        "times",
-        "sampler",
-        "eta",
-        "shift",
-        "guidance",
-        "rescale",
-        "guided",
-        "guidance_every",
-    ),
-    "teacache",
+    *("steps", "times", "sampler", "eta", "shift"),
+    *("guidance", "rescale", "guided", "guidance_every"),
+    *("teacache", "magcache", "taylorseer", "cache_interval"),
 )
 OVERLAP = 4  # frames that neighbouring segments of a long video share
 LEAST_TILE = 64  # pixels; a quarter of a tile is blended with its neighbour
+CACHE_INTERVAL = 2  # Sampling.cache_interval of generation/denoising.py, which imports JAX
 PICTURE_NOISE = 0.0563  # SAMPLING_NOISE of diffusion/conditioning.py, which imports JAX
 
 
@@ -111,7 +103,7 @@ class SampleRequest:
     frames: int | None = None
     """4n+1, or 1 for a picture."""
     fps: int | None = None
-    """Frames a second, also of films; the model's."""
+    """Rate, also of films; the model's."""
     segment: int | None = None
     """Of a long video's segments, 4n+1."""
     overlap: int | None = None
@@ -136,6 +128,12 @@ class SampleRequest:
     """Steps per unconditional prediction."""
     teacache: float = 0.0
     """TeaCache threshold; 0 is off."""
+    magcache: float = 0.0
+    """MagCache threshold; 0 is off."""
+    taylorseer: int = 0
+    """TaylorSeer's order, 1 or 2; 0 is off."""
+    cache_interval: int = CACHE_INTERVAL
+    """Steps per evaluation by the two above."""
     picture_noise: float = PICTURE_NOISE
     """On given pictures: more motion."""
     seed: int = 43
@@ -288,6 +286,8 @@ def without_effect(request: SampleRequest) -> list[str]:
         found.append(f"--fps {request.fps} has no effect on a picture")
     if request.fit == "stretch" and not any(given(request, name) for name in PIXELS):
         found.append("--fit stretch has no effect without a picture or a film")
+    if request.cache_interval != CACHE_INTERVAL and not request.magcache + request.taylorseer:
+        found.append("--cache-interval has no effect without --magcache or --taylorseer")
     if request.segment is not None and request.frames <= request.segment:
         found.append(
             f"--segment {request.segment} has no effect on a video of {request.frames} frames"

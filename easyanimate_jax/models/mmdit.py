@@ -8,6 +8,7 @@ Letters beyond the legend: E, the width of the time embedding.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
-from easyanimate_jax.facts import ACTIVATIONS, LATENT_CHANNELS, PATCH, DTypes, check_fields
+from easyanimate_jax.facts import ACTIVATIONS, AUTO, LATENT_CHANNELS, PATCH, DTypes, check_fields
 from easyanimate_jax.models.attention import joint_attention
 from easyanimate_jax.models.borders import check_mesh, check_rows, check_tokens
 from easyanimate_jax.models.layers import layer_norm, linear, rms_norm, scan_blocks, sinusoid, stack
@@ -71,9 +72,10 @@ class MMDiTConfig:
     dtype: DTypes = "bfloat16"
     """Dtype of the computation; training stores the weights in float32."""
 
-    save: tuple[str, ...] = ("attention",)
+    save: Literal["auto"] | tuple[str, ...] = "auto"
     """Names of `ACTIVATIONS` that stay in device memory for the backward pass; those in neither
-    `save` nor `offload` are computed again."""
+    `save` nor `offload` are computed again. "auto" takes for each stage of a run the fastest choice
+    that fits the memory."""
 
     offload: tuple[str, ...] = ()
     """Names of `ACTIVATIONS` that wait in host memory for the backward pass."""
@@ -100,12 +102,17 @@ class MMDiTConfig:
                 f"MMDiTConfig: mmdit_depth={self.mmdit_depth} of depth={self.depth}: "
                 f"the first `mmdit_depth` of all blocks have text weights; use 0 to {self.depth}."
             )
-        unknown = set(self.save + self.offload) - set(ACTIVATIONS)
-        if unknown or set(self.save) & set(self.offload):
+        named = () if self.save == AUTO else self.save
+        if set(named + self.offload) - set(ACTIVATIONS) or set(named) & set(self.offload):
             raise ValueError(
                 f"MMDiTConfig: save={self.save} and offload={self.offload}: each takes names of "
                 f"{tuple(ACTIVATIONS)}; use each name in only one of them."
             )
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Return the names that `save` keeps; of "auto", those outside of a run."""
+        return ("attention",) if self.save == AUTO else self.save
 
     @property
     def width(self) -> int:
@@ -319,13 +326,8 @@ class MMDiT(nnx.Module):
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.patches = linear(
-            config.in_channels * PATCH**2,
-            config.width,
-            (None, "embed"),
-            dtype=config.dtype,
-            rngs=rngs,
-        )
+        d_in, dtype = config.in_channels * PATCH**2, config.dtype
+        self.patches = linear(d_in, config.width, (None, "embed"), dtype=dtype, rngs=rngs)
         self.time = TimeEmbedding(config, rngs=rngs)
         self.texts = nnx.List(
             [TextProjection(config, width, rngs=rngs) for width in config.text_widths]
@@ -421,7 +423,7 @@ class MMDiT(nnx.Module):
 
         for blocks in self.blocks:
             video, text = scan_blocks(
-                run, (video, text), blocks, save=config.save, offload=config.offload
+                run, (video, text), blocks, save=config.kept, offload=config.offload
             )
         (out,) = by_device(
             lambda output, video, time: (output.modulated(video, time),),

@@ -6,6 +6,7 @@ training/compile.py). A stage is compiled at its longest bucket, which decides w
 
 import dataclasses
 import importlib.util
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +17,18 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from easyanimate_jax.facts import MESH_AXES
-from easyanimate_jax.pods.chips import Chip, chip_of
 from easyanimate_jax.pods.hlo import Program, read_program
 from easyanimate_jax.pods.predict import Prediction, predict
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.training.auto import Choice, choose
+from easyanimate_jax.training.chips import Chip, chip_of
 from easyanimate_jax.training.compile import StageReport, compile_stage
+from easyanimate_jax.training.fits import memory_line
 from easyanimate_jax.training.program import samples_groups
 from easyanimate_jax.training.stages import Stage
+
+logger = logging.getLogger(__name__)
 
 # Keep libtpu from looking for a TPU, and from printing that there is none.
 ALONE = {
@@ -104,23 +109,41 @@ def stage_reports(
 
 
 def compile_step(
-    config: TrainConfig, stage: Stage, topology: str, *, num_slices: int = 1
+    config: TrainConfig,
+    stage: Stage,
+    topology: str,
+    *,
+    num_slices: int = 1,
+    tokens: int | None = None,
 ) -> tuple[StageReport, str]:
     """Return (report, text of the compiled program); the text is "" if the stage does not fit.
 
-    Raises ValueError if config, mesh and topology do not match.
+    By default the step is compiled at the stage's longest bucket, and the sampling of its videos is
+    added; at `tokens` it is the step alone. What is "auto" is chosen as in a run. Raises ValueError
+    if config, mesh and topology do not match.
     """
     mesh, chip = pod_mesh(config, topology, num_slices)
-    report, compiled = compile_stage(
-        config.step, stage, mesh, **longest(config, stage), memory=int(chip.memory)
-    )
+    sizes = longest(config, stage) | ({"tokens": tokens} if tokens else {})
+    made = {}
+
+    def compiles(choice: Choice) -> StageReport:
+        settled = choice.apply(config.step, stage)
+        made[choice] = compile_stage(*settled, mesh, **sizes, memory=int(chip.memory))
+        if not made[choice][0].fits:
+            logger.info("too large: %s", memory_line(made[choice][0]))
+        return made[choice][0]
+
+    with jax.set_mesh(mesh):
+        texts = sum(sizes["text_lengths"])
+        choice, report = choose(config.step, stage, mesh, sizes["tokens"], texts, compiles)
+    compiled, stage = made[choice][1], choice.apply(config.step, stage)[1]
     report.chips = mesh.size // chip.devices
     report.topology = topology if num_slices == 1 else f"{num_slices} x {topology}"
     if compiled is None:
         return report, ""
     text = compiled.as_text()
     _describe_program(report, read_program(text), chip, mesh, config.model.head_width)
-    if samples_groups(stage):
+    if samples_groups(stage) and not tokens:
         return _with_sampling(report, config, stage, mesh, chip), text
     return report, text
 

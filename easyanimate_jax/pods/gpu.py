@@ -7,58 +7,27 @@ Offloaded activations count no memory and no time. On a machine with GPUs, `trai
 step and reports its exact memory.
 """
 
-import dataclasses
 import math
 import re
-from dataclasses import dataclass
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from easyanimate_jax.facts import ACTIVATIONS, BLOCK_MATRICES, MESH_AXES
 from easyanimate_jax.models.mmdit import MMDiTConfig
-from easyanimate_jax.pods.chips import Chip
 from easyanimate_jax.pods.compile import describe_time, longest, suggest_mesh
 from easyanimate_jax.pods.predict import Prediction
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import token_axis
-from easyanimate_jax.training.compile import StageReport, describe_stage, model_flops
+from easyanimate_jax.training.auto import Choice, choose
+from easyanimate_jax.training.chips import GPUS, Gpu
+from easyanimate_jax.training.compile import TEMPORARIES, StageReport, describe_stage, model_flops
 from easyanimate_jax.training.stages import Stage
 
 # Measured on an H200 for a block of the 12B model. HELD: values per token that the backward pass
 # holds at once. PASSED: values per token that both passes read and write outside of products and
 # attention. The others: how often both passes, and the update, read or write the weights.
 HELD, PASSED, WEIGHTS_PASSED, UPDATE_PASSED = 30, 216, 4, 11
-
-
-@dataclass(frozen=True, kw_only=True)
-class Gpu(Chip):
-    """A GPU. `link` is a quarter of the rate at which it sends to the other GPUs of its host."""
-
-    matmul: float  # FLOP/s that matrix products reach
-    bandwidth: float  # bytes a second of its memory, reading and writing
-    network: float  # bytes a second that each device sends to other hosts
-
-
-GPUS = tuple(
-    Gpu(
-        name,
-        kind,
-        989e12,
-        0.95 * memory * 2**20,
-        1.98e9,
-        1,
-        112.5e9,
-        *(430e12, 334e12, 334e12),  # the backward pass as useful FLOPs, twice the forward pass's
-        matmul=800e12,
-        bandwidth=bandwidth,
-        network=50e9,  # 400 Gb/s: an assumption
-    )
-    for name, kind, memory, bandwidth in (
-        ("h100", "NVIDIA H100 80GB HBM3", 81559, 2.4e12),  # scaled by the data sheets
-        ("h200", "NVIDIA H200", 143771, 3.3e12),
-    )
-)
 
 
 def parse(topology: str) -> tuple[Gpu, int, int] | None:
@@ -90,14 +59,22 @@ def model_step(
     mesh = AbstractMesh(
         shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), abstract_device=device
     )
+    sizes = longest(config, stage) | ({"tokens": tokens} if tokens else {})
+
+    def modelled(choice: Choice) -> StageReport:
+        settings, settled = choice.apply(config.step, stage)
+        report, *_ = describe_stage(settings, settled, mesh, **sizes, memory=int(gpu.memory))
+        model = settings.with_channels(stage.in_channels).model
+        report.memory[TEMPORARIES] = _temporaries(report, model)
+        report.peak_bytes_per_chip = sum(report.memory.values())
+        report.fits = report.peak_bytes_per_chip <= report.hbm_bytes
+        return report
+
     with jax.sharding.use_abstract_mesh(mesh):
-        sizes = longest(config, stage) | ({"tokens": tokens} if tokens else {})
-        report, *_ = describe_stage(config.step, stage, mesh, **sizes, memory=int(gpu.memory))
+        texts = sum(sizes["text_lengths"])
+        choice, report = choose(config.step, stage, mesh, sizes["tokens"], texts, modelled)
     report.topology, report.chips, report.modelled = topology, hosts * per_host, True
-    model = dataclasses.replace(config.model, in_channels=stage.in_channels)
-    report.memory["activations and temporaries"] = _temporaries(report, model)
-    report.peak_bytes_per_chip = sum(report.memory.values())
-    report.fits = report.peak_bytes_per_chip <= report.hbm_bytes
+    model = choice.apply(config.step, stage)[0].with_channels(stage.in_channels).model
     exchanged = token_axis(mesh, report.microbatch) is not None
     describe_time(report, _seconds(report, model, gpu, hosts, per_host, exchanged), gpu)
     return report
@@ -114,7 +91,7 @@ def _stream(report: StageReport, model: MMDiTConfig) -> float:
 def _temporaries(report: StageReport, model: MMDiTConfig) -> int:
     stream, tensor = _stream(report, model), report.mesh["tensor"]
     # The input of a block is always kept.
-    kept = 1 + sum(ACTIVATIONS[name].values for name in model.save) / tensor
+    kept = 1 + sum(ACTIVATIONS[name].values for name in model.kept) / tensor
     gradients = report.memory["weights"] * (2 if report.accumulate > 1 else 1)
     gathered = 2 * 2 * _block_weights(model) / tensor if _devices(report) > 1 else 0  # bfloat16
     return int(gradients + gathered + stream * (model.depth * kept + HELD / tensor))
@@ -136,8 +113,8 @@ def _seconds(
     passes = (2 + trained) * BLOCK_MATRICES  # of the blocks' matrices in a step
     # Padding rows of a microbatch are computed too.
     flops *= report.microbatch * times / _devices(report)
-    again = BLOCK_MATRICES - sum(ACTIVATIONS[name].matrices for name in model.save)
-    attention = flops * share / 3 * (1 if "attention" in model.save else 2) / gpu.attention_forward
+    again = BLOCK_MATRICES - sum(ACTIVATIONS[name].matrices for name in model.kept)
+    attention = flops * share / 3 * (1 if "attention" in model.kept else 2) / gpu.attention_forward
     attention += flops * share / 3 * 2 / gpu.attention_backward
     block = _block_weights(model)
     moved = model.depth * (stream * PASSED + 4 * block * WEIGHTS_PASSED) / tensor * times

@@ -8,8 +8,8 @@ slower.
 import math
 from dataclasses import dataclass
 
-from easyanimate_jax.pods.chips import Chip
 from easyanimate_jax.pods.hlo import Collective, Kernel, Program
+from easyanimate_jax.training.chips import Chip
 
 FASTER, SLOWER = 0.8, 1.33
 SLICE_LINK = 6.25e9  # bytes a second per chip between slices: an assumption

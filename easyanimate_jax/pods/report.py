@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 
 from easyanimate_jax.evaluation import web
-from easyanimate_jax.training.compile import StageReport
+from easyanimate_jax.training import speed
+from easyanimate_jax.training.compile import TEMPORARIES, StageReport
 from easyanimate_jax.training.fits import gb, memory_parts
 
 COLUMNS = (
@@ -30,8 +31,7 @@ COLUMNS = (
 
 def row(report: StageReport) -> tuple[str, ...]:
     """Return the cells of one stage for COLUMNS; unknown figures are "-"."""
-    rest = "activations and temporaries"
-    state = sum(size for part, size in report.memory.items() if part != rest)
+    state = sum(size for part, size in report.memory.items() if part != TEMPORARIES)
     start = (
         report.name,
         f"{report.tokens}+{report.text_tokens}",
@@ -40,7 +40,7 @@ def row(report: StageReport) -> tuple[str, ...]:
         ("yes" if report.fits else "NO") + (", modelled" if report.modelled else ""),
         f"{gb(report.peak_bytes_per_chip)} of {gb(report.hbm_bytes)}",
         gb(state),
-        gb(report.memory.get(rest)),
+        gb(report.memory.get(TEMPORARIES)),
         gb(sum(report.collective_bytes.values()) or None),
         f"{report.model_flops / 1e15:.0f}",
         f"{report.attention_share:.0%}",
@@ -59,9 +59,7 @@ def row(report: StageReport) -> tuple[str, ...]:
 
 def table(reports: Sequence[StageReport]) -> str:
     """Return a table for the terminal, followed by the details of each stage."""
-    rows = [COLUMNS, *map(row, reports)]
-    widths = [max(len(r[i]) for r in rows) for i in range(len(COLUMNS))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)) for r in rows]
+    lines = [speed.table(COLUMNS, list(map(row, reports)))]
     for report in reports:
         lines += ["", *details(report)]
     return "\n".join(lines)
@@ -114,9 +112,8 @@ MODEL_LEGEND = (
 def _memory_parts(report: StageReport) -> dict[str, int]:
     """Return {part: bytes}; after a refusal the rest is the needed memory minus the state."""
     state = dict(report.memory)
-    rest = "activations and temporaries"
-    if report.peak_bytes_per_chip and rest not in state:
-        state[rest] = report.peak_bytes_per_chip - sum(state.values())
+    if report.peak_bytes_per_chip and TEMPORARIES not in state:
+        state[TEMPORARIES] = report.peak_bytes_per_chip - sum(state.values())
     return state
 
 
@@ -145,6 +142,8 @@ def details(report: StageReport) -> list[str]:
         f"{change.predicted_step_seconds:.1f} s a step"
         for change in report.changes
     ]
+    kept = ", ".join(report.save) or "nothing"
+    lines += [f"  keeps {kept} for the backward pass, of {report.microbatch} rows at once"]
     lines += [f"  memory: {memory_parts(report)}"]
     if report.predicted_parts and not report.modelled:
         for by in (report.collective_bytes, report.collective_bytes_per_axis):

@@ -7,16 +7,17 @@ from functools import partial
 from pathlib import Path
 
 from easyanimate_jax.pods import gpu
-from easyanimate_jax.pods.chips import Chip, chip_of
 from easyanimate_jax.pods.compile import StageReport, compile_step, stage_reports, topology_devices
 from easyanimate_jax.pods.report import row
 from easyanimate_jax.pods.suggest import changes_that_fit, fastest, variant
 from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.training.chips import Chip, chip_of
+from easyanimate_jax.training.speed import Speed
 from easyanimate_jax.training.stages import Stage
 
 logger = logging.getLogger(__name__)
 
-ReportOf = Callable[[TrainConfig, Stage], StageReport]
+ReportOf = Callable[..., StageReport]  # of (config, stage), and `tokens` if not the longest
 
 
 def predict(
@@ -52,6 +53,37 @@ def predict(
             yield reports
 
 
+BESIDE = ("predicted s/step", "range", "predicted MFU", "measured/predicted")
+
+
+def beside(
+    config: TrainConfig, topology: str, slices: int, found: Sequence[Speed]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return (columns, their cells for each measured speed): what is predicted for its step.
+
+    Raises ValueError for an unknown topology.
+    """
+    names = ", ".join(dict.fromkeys(speed.stage for speed in found))
+    _, report_of = _means(topology, slices, names)
+    rows = []
+    for speed in found:
+        stage = next(stage for stage in config.stages if stage.name == speed.stage)
+        report = report_of(config, stage, tokens=speed.tokens)
+        if report.predicted_step_seconds is None:
+            rows.append(("-",) * len(BESIDE))
+            continue
+        low, high = report.predicted_step_seconds_range
+        rows.append(
+            (
+                f"{report.predicted_step_seconds:.3g}",
+                f"{low:.3g}-{high:.3g}",
+                f"{report.predicted_mfu:.1%}",
+                f"{speed.seconds / report.predicted_step_seconds:.2f}",
+            )
+        )
+    return BESIDE, rows
+
+
 def _means(topology: str, slices: int, names: str) -> tuple[Chip, ReportOf]:
     """Return (chip of a topology, function that reports on a stage by a compiler or a model)."""
     found = gpu.parse(topology)
@@ -62,8 +94,8 @@ def _means(topology: str, slices: int, names: str) -> tuple[Chip, ReportOf]:
     devices = topology_devices(topology, slices)
     logger.info("compiling %s for %s: minutes per stage", names, topology)
 
-    def compiled(config: TrainConfig, stage: Stage) -> StageReport:
-        return compile_step(config, stage, topology, num_slices=slices)[0]
+    def compiled(config: TrainConfig, stage: Stage, tokens: int | None = None) -> StageReport:
+        return compile_step(config, stage, topology, num_slices=slices, tokens=tokens)[0]
 
     return chip_of(devices[0].device_kind), compiled
 

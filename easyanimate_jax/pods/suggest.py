@@ -12,15 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from easyanimate_jax.facts import ACTIVATIONS, BLOCK_MATRICES
-from easyanimate_jax.pods.chips import Chip
 from easyanimate_jax.pods.compile import suggest_mesh
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import MeshConfig
+from easyanimate_jax.training.auto import MATMUL_SHARE, activation_bytes
+from easyanimate_jax.training.chips import Chip
 from easyanimate_jax.training.compile import Change, StageReport, model_flops
 from easyanimate_jax.training.stages import Stage
 
-TRANSIENTS = 40  # values of model width per token that one block's backward pass holds
-MATMUL_SHARE = 0.8  # of the peak FLOP/s
 HOPELESS = 1.1  # choices with an estimate above this multiple of the memory are not compiled
 CHANGES, TRIES = 3, 8  # changes to find, and programs to compile for them, at most
 
@@ -52,10 +51,10 @@ class Choice:
         return words
 
 
-def present(config: TrainConfig, stage: Stage, num_devices: int) -> Choice:
-    """Return the choice that the config makes on `num_devices` devices."""
-    rows = min(stage.microbatch or stage.batch_size, stage.batch_size)
-    return Choice(suggest_mesh(config.mesh, num_devices), config.model.save, rows)
+def present(config: TrainConfig, stage: Stage, report: StageReport) -> Choice:
+    """Return the choice that `report` describes; it also holds what is "auto" in the config."""
+    mesh = suggest_mesh(config.mesh, math.prod(report.mesh.values()))
+    return Choice(mesh, report.save, min(report.microbatch, stage.batch_size))
 
 
 def choices(config: TrainConfig, stage: Stage, num_devices: int) -> Iterator[Choice]:
@@ -93,11 +92,9 @@ def estimate(
     parts = mesh.fsdp * mesh.context * tensor
     local = rows * tokens / (groups * mesh.context)  # tokens of a device in a microbatch
 
-    kept = 1 + sum(ACTIVATIONS[name].values for name in choice.save)
-    kept += "attention" in choice.save and model.head_width < 128  # padded to 128 lanes
     value = 2 * local * model.width / tensor
     memory = 24 * num_weights / parts + 4 * num_weights / model.depth / tensor
-    memory += value * (model.depth * kept + TRANSIENTS)
+    memory += activation_bytes(model, choice.save, local, tensor=tensor, padded=True)
 
     flops, share = model_flops(model, tokens, 0)
     again = BLOCK_MATRICES - sum(ACTIVATIONS[name].matrices for name in choice.save)
@@ -120,7 +117,7 @@ def ordered(
     the compiler's figure for the present choice.
     """
     num_devices = math.prod(report.mesh.values())
-    now = present(config, stage, num_devices)
+    now = present(config, stage, report)
     tokens = report.tokens + report.text_tokens
 
     def rough(choice: Choice) -> tuple[float, float]:
@@ -149,7 +146,7 @@ def changes_that_fit(
     Each changes one setting; if no such change fits, several.
     """
     index = [s.name for s in config.stages].index(stage.name)
-    now = present(config, stage, math.prod(report.mesh.values()))
+    now = present(config, stage, report)
     fitting = []
     for one_change in (True, False):
         for choice in ordered(config, stage, chip, report, one_change=one_change)[:TRIES]:
@@ -177,7 +174,7 @@ def fastest(
     It compiles the first choices of the estimate; the present choice is also compared. Raises
     ValueError if none of them fits.
     """
-    now = present(config, stage, math.prod(report.mesh.values()))
+    now = present(config, stage, report)
     tried = [(now, report)]
     for choice in ordered(config, stage, chip, report, one_change=False)[:TRIES]:
         tried.append((choice, compile_choice(*choice.apply(config, stage))))

@@ -98,6 +98,14 @@ def with_empty(batch: Batch, stage: Stage, loader: Loader) -> Batch:
     return batch._replace(empty=empty)
 
 
+def split(loader: Loader, stage: Stage, mesh: Mesh) -> None:
+    """Make the microbatches of a loader, from now on, those of its stage, whose choice is made."""
+    loader.microbatch = microbatch_rows(stage, mesh)
+    loader.rows = held_rows(stage, mesh, jax.process_index())
+    if isinstance(loader.plan, HeldOut):
+        loader.plan.split(loader.microbatch)
+
+
 def held_rows(stage: Stage, mesh: Mesh, process: int) -> frozenset[int]:
     """Return the rows of a microbatch that the devices of a process hold.
 

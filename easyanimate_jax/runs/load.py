@@ -16,6 +16,7 @@ from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.tasks import numbers, task_of
 from easyanimate_jax.generation.arrays import Given, as_rows, size_of
+from easyanimate_jax.generation.calibration import Calibration
 from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.generation.pipelines import (
     image_to_video,
@@ -73,6 +74,11 @@ class Resident:
     def vae(self) -> CausalVAE:
         """Return the video autoencoder."""
         return self._part("vae")
+
+    @property
+    def calibration(self) -> Calibration:
+        """Return the transformer's calibration, for MagCache. Raises ValueError without one."""
+        return self._read["calibration"]()
 
     def _part(self, name: str):
         if name not in self._parts:
@@ -261,7 +267,7 @@ def load_opened(
 def _readers(
     opened: Opened, mesh, dtype, int8: bool, loras: Sequence[Weighted]
 ) -> dict[str, Callable]:
-    """Return {part: function that loads it} for the three parts of a model."""
+    """Return {part: function that loads it} for the parts of a model and its calibration."""
 
     def read_encoder():
         with nullcontext() if mesh is None else jax.set_mesh(mesh):
@@ -283,7 +289,8 @@ def _readers(
     def read_vae():
         return as_computed(load_vae(opened.vae, dtype=dtype))
 
-    return {"encoder": read_encoder, "model": read_model, "vae": read_vae}
+    read = {"encoder": read_encoder, "model": read_model, "vae": read_vae}
+    return read | {"calibration": opened.calibration.read}
 
 
 def as_computed(vae: CausalVAE) -> CausalVAE:

@@ -7,7 +7,6 @@ same updates as an uninterrupted one.
 
 import contextlib
 import itertools
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +33,8 @@ from easyanimate_jax.runs.validation import Validator
 from easyanimate_jax.runs.visits import VisitLoader
 from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.training.checkpoint import NotFiniteError, StorageError, named_leaves
-from easyanimate_jax.training.metrics import now
+from easyanimate_jax.training.metrics import now, read_rows
+from easyanimate_jax.training.profiler import Profiler
 from easyanimate_jax.training.program import samples_groups
 from easyanimate_jax.training.safety.cloud_goodput import CloudGoodput, open_sink
 from easyanimate_jax.training.safety.divergence import DivergedError
@@ -51,33 +51,46 @@ from easyanimate_jax.weights.run_folder import complete_steps, read_step_meta
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, faults: Faults = NO_FAULTS) -> int:
+def train(
+    config: TrainConfig,
+    faults: Faults = NO_FAULTS,
+    *,
+    profile: range = range(0),
+    began: float | None = None,
+) -> int:
     """Run the schedule to its end, or until SIGTERM; return the process's exit code.
 
-    The run resumes from the newest checkpoint of `config.run` if there is one. Raises ValueError,
-    before anything is written, for data, models or checkpoints that do not fit the config, for a
-    run folder in use, and for a step that does not fit the devices' memory.
+    The run resumes from the newest checkpoint of `config.run` if there is one. The updates
+    `profile`, counted from 1, are traced. The time to the first update counts from `began` on the
+    clock `metrics.now`, by default from this call. Raises ValueError, before anything is written,
+    for data, models or checkpoints that do not fit the config, for a run folder in use, and for a
+    step that does not fit the devices' memory.
     """
-    folder, main = Path(config.run), jax.process_index() == 0
+    folder, main, called = Path(config.run), jax.process_index() == 0, now()
     check_trackers(config.trackers)
     mesh = make_mesh(config.mesh)
     loaders = make_loaders(config, mesh)
     held_out = held_out_loaders(config, mesh, loaders)
     check_newest(config, loaders)
     sink = open_sink(config.goodput_job, process=jax.process_index())
-    stop = Preemption()
+    stop, profiler = Preemption(), Profiler(folder, profile)
     try:
         check_groups(config, loaders)
         with contextlib.ExitStack() as stack:
             lock = stack.enter_context(run_lock(config)) if main else None
+            setup = now() - called
             monitor = stack.enter_context(open_monitor(config, sink))
+            stack.enter_context(profiler)
             stack.enter_context(jax.set_mesh(mesh))
             run = Run(config, mesh, loaders, monitor, faults, held_out=held_out)
+            before = {"imports": called - (began or called), "setup": setup}
+            run.journal.startup = lambda: before | monitor.spent()
             step, state = run.states.newest() or (0, run.states.first())
             if main:
                 lock.begun = True
                 replace_text(folder / "config.json", to_json(config))
-            finished, step = run.stages(step, state, stop)
+            profiler.begin(step)
+            finished, step = run.stages(step, state, stop, profiler)
             monitor.enter("save")
             run.states.checkpoints.close(step)
     except DivergedError as error:
@@ -142,19 +155,22 @@ class Run:
         self.encoders = {x.encoder for x in loaders.values() if isinstance(x, VisitLoader)}
         for encoder in self.encoders:
             encoder.announce = self._encode_program
-        self.programs = Programs(config.step, mesh, loaders, monitor)
+        held = held_out or {}
+        self.programs = Programs(config.step, mesh, loaders, monitor, Path(config.run), held)
         checkpoints = open_checkpoints(config, faults=faults)
         self.states = States(
             config, mesh, self.key, plan_hashes(loaders), self.programs, checkpoints, monitor
         )
         self.recovery = Recovery(config, loaders)
-        self.journal = Journal(config)
-        self.sampler = Sampler(config, mesh, held_out or {})
-        self.validator = Validator(config, mesh, held_out or {})
+        self.journal = Journal(config, mesh)
+        self.sampler = Sampler(config, mesh, held)
+        self.validator = Validator(config, mesh, held)
         self.groups = GroupSampler(config, mesh, loaders, self.programs, monitor)
         self.save_clock = SaveClock(config.save_minutes)
 
-    def stages(self, step: int, state: TrainState, stop: Preemption) -> tuple[bool, int]:
+    def stages(
+        self, step: int, state: TrainState, stop: Preemption, profiler: Profiler
+    ) -> tuple[bool, int]:
         """Make all updates after the first `step`; return (schedule finished, updates made).
 
         After a stop request the state is saved and the schedule is not finished.
@@ -170,10 +186,12 @@ class Run:
             for length, batch, waited in self.batches(where):
                 where = position_at(self.config, step)
                 try:
-                    state = self.update(where, length, batch, waited, state)
+                    with profiler.update(where.made + 1, self.monitor):
+                        state = self.update(where, length, batch, waited, state)
                 except RewardError:  # before the step, so the state is whole
                     self._keep(step, state)
                     raise
+                profiler.ended(where.made + 1, state.step, self.monitor)
                 stopping = stop.asked()
                 self._save(where, state, due=stopping)
                 if self.recovery.reason:
@@ -220,14 +238,25 @@ class Run:
         self.faults.before_step(where.made)
         rate = stage.learning_rate_at(where.step)
         arrays = self._arrays(where, length, batch, state)
+        dispatched = now()
         state, metrics = program(state, arrays, self.key, jnp.float32(rate))
+        seconds = self.journal.meter.time(dispatched, metrics)
         self.recovery.see(self.journal.flush())
         bad = len(self.loaders[stage.name].bad)
-        self.journal.add(where, length, batch, rate, bad, metrics)
+        self.journal.add(
+            *(where, length, batch, rate, bad, metrics),
+            waited=waited,
+            flops=self.programs.flops(stage, length),
+            seconds=None if first else seconds,
+        )
         self.states.checkpoints.poll()
+        first_made = where.step == 0 or self.journal.startup is not None
+        shown = first_made or _every(self.config.log_every, where.made + 1)
+        if shown:
+            jax.block_until_ready(metrics)  # the wait is a part of this update's seconds
         tokens = batch.weight.size * length
         self.journal.progress.add(waited + now() - began, tokens, waited)
-        if _every(self.config.log_every, where.made + 1) or where.step == 0:
+        if shown:
             self.recovery.see(self.journal.flush())
             self.journal.show(where)
         return state
@@ -318,8 +347,7 @@ def replay(config: TrainConfig, step: int) -> int:
     folder = Path(config.run)
     mesh = make_mesh(config.mesh)
     loaders = make_loaders(config, mesh)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    logged = next((row for row in lines if row["step"] == step), None)
+    logged = next((row for row in read_rows(folder) if row["step"] == step), None)
     if logged is None:
         raise ValueError(f"{folder / 'metrics.jsonl'} has no step {step}; replay one that was made")
     with run_lock(config), open_monitor(config) as monitor:

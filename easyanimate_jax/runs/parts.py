@@ -16,6 +16,7 @@ from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.facts import FPS
 from easyanimate_jax.models.mmdit import MMDiTConfig
+from easyanimate_jax.runs.calibration import CalibrationFile
 from easyanimate_jax.runs.config import SampleConfig, TrainConfig, from_json
 from easyanimate_jax.text.encode import state_widths
 from easyanimate_jax.weights import files, run_folder
@@ -62,6 +63,11 @@ class Opened(NamedTuple):
     def training(self) -> TrainConfig | None:
         """Return the config of a run's training; None for a folder."""
         return None if self.meta is None else from_json(json.dumps(self.meta["config"]))
+
+    @property
+    def calibration(self) -> CalibrationFile:
+        """Return the file of the transformer's calibration, which may not exist."""
+        return CalibrationFile(self.model, self.step, self.weights, self.process)
 
     @property
     def fps(self) -> int:

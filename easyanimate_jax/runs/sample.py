@@ -52,11 +52,13 @@ def examine(
             request = complete(one.request, model, files)
             allow(request)
             strength = 1.0 if request.strength is None else request.strength
-            plan = make_plan(process, sampling_of(request), strength)
+            sampling = sampling_of(request)
+            calibration = opened.calibration.read() if sampling.magcache else None
+            plan = make_plan(process, sampling, strength, calibration)
             read_inputs(
                 request, files
             )  # only a check: films are too large to keep, so read again later
-        found.append(one._replace(request=request, evaluations=len(plan.steps)))
+        found.append(one._replace(request=request, evaluations=plan.evaluations))
     return found
 
 

@@ -24,6 +24,7 @@ from easyanimate_jax.training.step import (
     Judge,
     TrainState,
     input_channels,
+    keeping,
     whole,
     widen_state,
 )
@@ -113,6 +114,7 @@ class States:
             place = position_at(self.config, meta["step"])
             if place:
                 self.programs.check(place.stage)
+                self.monitor.enter("restore")
             return self._abstract(meta["in_channels"])[2]._replace(**GIVEN)
 
         found = self.checkpoints.restore(like, before=before)
@@ -171,7 +173,8 @@ class States:
         return found[1]
 
     def for_stage(self, state: TrainState, stage: Stage) -> TrainState:
-        """Return the state with as many input channels as the stage's task reads."""
+        """Return the state with the input channels and the kept activations of a stage."""
+        state = keeping(state, self.config.step.model.save)
         have = input_channels(state)
         if have != stage.in_channels:
             _, placed, _ = self._abstract(stage.in_channels)
@@ -179,7 +182,7 @@ class States:
             state = widen(state, stage.in_channels)
             logger.info("stage %r: input channels %d -> %d", stage.name, have, stage.in_channels)
         self.programs.check(stage)
-        return state
+        return keeping(state, self.programs.settled(stage)[0].model.save)
 
     def save(self, place: Position, state: TrainState) -> None:
         """Start to write the state after the update at `place`.

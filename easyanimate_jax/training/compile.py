@@ -33,6 +33,8 @@ from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.weights.module import named_weights
 
+TEMPORARIES = "activations and temporaries"  # the part of a step's memory besides its arguments
+
 
 @dataclass(frozen=True)
 class Change:
@@ -54,6 +56,7 @@ class StageReport:
     batch_size: int
     microbatch: int
     accumulate: int
+    save: tuple[str, ...]  # names of the activations that are kept
     tokens: int
     text_tokens: int
     fits: bool
@@ -165,6 +168,7 @@ def describe_stage(
         batch_size=stage.batch_size,
         microbatch=rows,
         accumulate=batch.weight.shape[0],
+        save=config.model.kept,
         tokens=tokens,
         text_tokens=sum(text_lengths),
         fits=False,
@@ -200,10 +204,14 @@ def _compile(lowered, mesh: Mesh, report: StageReport) -> jax.stages.Compiled | 
         report.peak_bytes_per_chip = _needed_bytes(str(error))
         return None
     report.compile_seconds = time.perf_counter() - began
-    report.peak_bytes_per_chip = peak_bytes(compiled, mesh.devices.flat[0].platform)
-    report.fits = report.peak_bytes_per_chip <= report.hbm_bytes
-    arguments = sum(report.memory.values())
-    report.memory["activations and temporaries"] = report.peak_bytes_per_chip - arguments
+    platform = mesh.devices.flat[0].platform
+    peak = peak_bytes(compiled, platform)
+    report.memory[TEMPORARIES] = peak - sum(report.memory.values())
+    if platform == "cpu":  # a checkpoint is written from the buffers of the state
+        trained = sum(report.memory[name] for name in ("weights", "average", "optimizer"))
+        report.memory["checkpoint in writing"] = trained
+        peak += trained
+    report.peak_bytes_per_chip, report.fits = peak, peak <= report.hbm_bytes
     return compiled
 
 

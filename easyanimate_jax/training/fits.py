@@ -6,7 +6,8 @@ from easyanimate_jax.training.compile import StageReport
 def memory_line(report: StageReport) -> str:
     """Return one line with the memory that a stage needs per device."""
     return (
-        f"stage {report.name!r} at {report.tokens} tokens needs {gb(report.peak_bytes_per_chip)} "
+        f"stage {report.name!r} at {report.tokens} tokens, {report.microbatch} rows at once, "
+        f"keeping {', '.join(report.save) or 'nothing'}, needs {gb(report.peak_bytes_per_chip)} "
         f"GB of a device's {gb(report.hbm_bytes)} GB"
     )
 
@@ -18,10 +19,13 @@ def memory_parts(report: StageReport) -> str:
 
 def refusal(report: StageReport) -> str:
     """Return the error of a run that does not fit: the memory, its parts, and the repair."""
+    rows = report.mesh["data"] * report.mesh["fsdp"]
+    repairs = ["more devices"]
+    repairs += ["a smaller microbatch"] if report.microbatch > rows else []
+    repairs += ["less in `model.save`"] if report.save else []
     return (
-        f"{memory_line(report)} ({memory_parts(report)}). Use more devices, a smaller microbatch, "
-        f"or keep less in `model.save`; `python -m easyanimate_jax aot CONFIG --topology ... "
-        f"--suggest FILE` finds what fits."
+        f"{memory_line(report)} ({memory_parts(report)}). Use {' or '.join(repairs)}; `python -m "
+        f"easyanimate_jax aot CONFIG --topology ... --suggest FILE` finds what fits."
     )
 
 

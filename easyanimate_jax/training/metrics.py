@@ -15,6 +15,9 @@ from easyanimate_jax.training.trackers import Tracker
 
 logger = logging.getLogger(__name__)
 
+# Numbers of a row that are comparable only at one token length (training/speed.py).
+OF_LENGTH = ("step_seconds", "tokens_per_second", "tflops", "mfu")
+
 
 class MetricsWriter:
     """Appends one JSON line per step; a resumed run first drops the lines of steps it repeats."""
@@ -34,7 +37,9 @@ class MetricsWriter:
         except OSError as error:  # a full disk costs the row, not the run
             logger.warning(f"the metrics of step {row['step']} were not written: {error}")
         numbers = {n: v for n, v in row.items() if n != "step" and isinstance(v, int | float)}
-        self.numbers(row["step"], numbers)
+        # Speeds of different token lengths are different curves, such as "mfu/13312".
+        names = {n: f"{n}/{row['bucket']}" if n in OF_LENGTH else n for n in numbers}
+        self.numbers(row["step"], {names[n]: v for n, v in numbers.items()})
 
     def numbers(self, step: int, values: Mapping[str, float | int]) -> None:
         """Add numbers to the trackers alone."""
@@ -56,6 +61,12 @@ class MetricsWriter:
         self.file.close()
         for tracker in self.trackers:
             tracker.close()
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """Return the rows of a run's `metrics.jsonl`, without lines that a kill cut short."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines if _step(line) < sys.maxsize]
 
 
 def _step(line: str) -> int:

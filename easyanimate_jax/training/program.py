@@ -18,7 +18,7 @@ from jaxtyping import PRNGKeyArray
 from easyanimate_jax.data.loader import Batch, Group, Worse
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
-from easyanimate_jax.facts import LATENT_CHANNELS, PATCH
+from easyanimate_jax.facts import AUTO, LATENT_CHANNELS, PATCH
 from easyanimate_jax.models.layers import matches
 from easyanimate_jax.models.lora import LoRAConfig, attach, fill, is_adapter
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -250,9 +250,14 @@ def _abstract_group(
 
 
 def microbatch_rows(stage: Stage, mesh: AnyMesh) -> int:
-    """Return the rows of a microbatch, padded to a multiple of the devices that shard rows."""
+    """Return the rows of a microbatch, padded to a multiple of the devices that shard rows.
+
+    "auto" stands for the whole batch until a run has chosen (training/auto.py).
+    """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = min(stage.microbatch or stage.batch_size, stage.batch_size)
+    rows = stage.batch_size
+    if stage.microbatch not in (None, AUTO):
+        rows = min(stage.microbatch, rows)
     return -(-rows // parts) * parts
 
 

@@ -31,9 +31,9 @@ class Stage:
     task: TaskName = "t2v"
     """Task that the stage trains; it decides the network's input channels (spec 0)."""
 
-    microbatch: int | None = None
+    microbatch: int | Literal["auto"] | None = "auto"
     """Clips that go through the network at once; gradients are summed over the microbatches of a
-    batch. None is the whole batch."""
+    batch. None is the whole batch, "auto" the fastest number that fits the memory."""
 
     learning_rate: float = 2e-5
     """Learning rate after warm-up; the default is that of the released scripts (spec 9.1)."""

@@ -182,6 +182,19 @@ def widen_state(state, in_channels: int):
     return jax.tree.map(widen, state, is_leaf=has_patches)
 
 
+def keeping(state, save: str | tuple[str, ...]):
+    """Return the tree with `save` in the config of each of its transformers; no array is copied."""
+
+    def change(model):
+        if not isinstance(model, MMDiT) or model.config.save == save:
+            return model
+        model = jax.tree.map(lambda x: x, model)  # a copy of the module, not of the arrays
+        model.config = dataclasses.replace(model.config, save=save)
+        return model
+
+    return jax.tree.map(change, state, is_leaf=lambda x: isinstance(x, MMDiT))
+
+
 class Drawn(NamedTuple):
     """The rows of a microbatch in float32, with latents and noise drawn for this update."""
 

@@ -6,7 +6,7 @@ a step that starts again. `goodput.jsonl` is independent of this module.
 """
 
 # These sections interrupt the steps, so they are separate events, named as in goodput.jsonl.
-EVENTS = ("restore", "compile", "save", "sample", "validate", "reward")
+EVENTS = ("restore", "compile", "save", "sample", "validate", "reward", "profile")
 
 
 def open_sink(job: str, *, process: int) -> "CloudGoodput | None":

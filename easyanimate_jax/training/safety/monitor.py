@@ -30,9 +30,9 @@ BEAT = 0.5  # seconds between heartbeats
 WRITE = 10.0  # seconds between lines of goodput.jsonl
 
 # "step" is productive; "rework" repeats an earlier step; "down" is the time between processes; in
-# "reward" videos are sampled for an update, and rated.
+# "reward" videos are sampled for an update, and rated; in "profile" a trace is begun or written.
 SECTIONS = ["start", "restore", "compile", "step", "rework", "data", "save", "sample", "validate"]
-SECTIONS += ["reward", "down"]
+SECTIONS += ["reward", "profile", "down"]
 
 
 class Monitor:
@@ -57,6 +57,7 @@ class Monitor:
         self.heartbeat /= f"{process}.json"
         self.total, self.furthest, ended = _last_line(self.file)
         self.total["down"] += max(0.0, time.time() - ended) if ended else 0.0
+        self.before = dict(self.total)  # seconds of earlier processes
         self.section, self.since, self.step = "start", time.monotonic(), 0
         self.recent_steps = deque(maxlen=200)  # seconds
         self.windows = deque([(time.time(), dict(self.total))], maxlen=60)
@@ -88,6 +89,12 @@ class Monitor:
         self.furthest = max(self.furthest, self.step)
         if time.time() - self.windows[-1][0] > WRITE:
             self.write()
+
+    def spent(self) -> dict[str, float]:
+        """Return the seconds by section since the monitor was opened, without empty sections."""
+        found = {name: value - self.before[name] for name, value in self.total.items()}
+        found[self.section] += time.monotonic() - self.since
+        return {name: value for name, value in found.items() if value}
 
     def write(self) -> None:
         """Write a line of goodput.jsonl: totals of the whole run, and recent shares."""

@@ -11,8 +11,9 @@ help, it exits with the code of the ranks:
     0 done   2 bad input   3 diverged   4 hang   5 storage   6 another process is gone
     42 preempted: run again to resume
 
-It forwards SIGTERM to the ranks, which save and exit. On a cluster run one supervisor per host, or
-let the scheduler watch the hosts: docs/reliability.md.
+It forwards SIGTERM to the ranks, which save and exit, and SIGUSR2, after which they trace some
+updates (training/profiler.py). On a cluster run one supervisor per host, or let the scheduler watch
+the hosts: docs/reliability.md.
 """
 
 import contextlib
@@ -46,6 +47,7 @@ class Supervisor:
         self.ranks: list[subprocess.Popen] = []
         self.terminated = False
         signal.signal(signal.SIGTERM, self._terminate)
+        signal.signal(signal.SIGUSR2, lambda how, _: self._signal(how))
 
     def run(self) -> int:
         """Run the ranks until they finish or a restart cannot help; return the exit code."""

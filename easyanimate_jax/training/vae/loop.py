@@ -29,6 +29,7 @@ from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh
 from easyanimate_jax.training.checkpoint import Checkpoints, NotFiniteError, StorageError
 from easyanimate_jax.training.metrics import MetricsWriter, Progress, now
+from easyanimate_jax.training.profiler import Profiler
 from easyanimate_jax.training.safety.exits import DIVERGED, DONE, PREEMPTED, STORAGE
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
 from easyanimate_jax.training.safety.monitor import Monitor
@@ -50,12 +51,13 @@ FREE = {"data", "output", "save_every", "save_minutes", "log_every", "picture_ev
 FREE |= {"hang_seconds"}
 
 
-def train(config: VAETrainConfig, faults: Faults = NO_FAULTS) -> int:
+def train(config: VAETrainConfig, faults: Faults = NO_FAULTS, *, profile: range = range(0)) -> int:
     """Run the schedule to its end, or until SIGTERM; return the process's exit code.
 
-    The training resumes from the newest checkpoint in `config.output` if there is one. It writes
-    the finished model, its latent statistics and `vae_report.json` there. Raises ValueError, before
-    anything is written, if data, `init` or checkpoints do not fit the config.
+    The training resumes from the newest checkpoint in `config.output` if there is one. The updates
+    `profile`, counted from 1, are traced. It writes the finished model, its latent statistics and
+    `vae_report.json` there. Raises ValueError, before anything is written, if data, `init` or
+    checkpoints do not fit the config.
     """
     check_trackers(config.trackers)
     output, mesh = Path(config.output), make_mesh(MeshConfig())
@@ -64,7 +66,7 @@ def train(config: VAETrainConfig, faults: Faults = NO_FAULTS) -> int:
     start = _load_start(config, mesh)
     position = Position(config, config.vae if start is None else start.config, clips.digest)
     position.check_newest(output)
-    stop, process = Preemption(), jax.process_index()
+    stop, process, profiler = Preemption(), jax.process_index(), Profiler(output, profile)
     try:
         with contextlib.ExitStack() as stack:
             if _main():
@@ -81,7 +83,8 @@ def train(config: VAETrainConfig, faults: Faults = NO_FAULTS) -> int:
             state = found or first_state(config, mesh, start)
             del start  # its arrays are in the state, or not needed
             training = Training(position, mesh, clips, checkpoints, monitor, state, faults)
-            ended = training.run(stop)
+            profiler.begin(training.step)
+            ended = training.run(stop, stack.enter_context(profiler))
             monitor.enter("save")
             checkpoints.close(training.step)
             if ended:
@@ -241,7 +244,7 @@ class Training:
         self.save_clock = SaveClock(self.config.save_minutes)
         self.programs = {}  # (rows, frames, size, whether adversarial) -> compiled step
 
-    def run(self, stop: Preemption) -> bool:
+    def run(self, stop: Preemption, profiler: Profiler) -> bool:
         """Make all remaining steps. Return False after a stop request; the state is then saved."""
         config = self.config
         crops = Crops(self.clips.trained_on, config.seed, config.controls, config.hidden_frames)
@@ -251,7 +254,9 @@ class Training:
             self.monitor.enter("data", self.step)
             began = now()
             frames = next(feed)
-            self._update(frames, now() - began)
+            with profiler.update(self.step + 1, self.monitor):
+                self._update(frames, now() - began)
+            profiler.ended(self.step, self.state.step, self.monitor)
             stopping = stop.asked()
             self._tell()
             due = stopping or self.step == config.steps or _due(self.step, config.save_every)
