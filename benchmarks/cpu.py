@@ -33,8 +33,8 @@ def main() -> None:
         f"{a.rounds} alternating rounds of {a.repeats}. Memory is what the process grew by over "
         "what it held after its imports, at most, while it was timed; planned is what arguments, "
         "results and temporaries of our program take of it, the rest is the compiler's and the "
-        "runtime's. A training step of ours keeps all named activations, as a run does that has the "
-        "memory; it computes norms and GELUs again. diffusers' keeps all.",
+        "runtime's. A training step of ours keeps all named activations, as a run does that has "
+        "the memory; it computes norms and GELUs again. diffusers' keeps all.",
         "",
         "| task | tokens | ours, s | diffusers, s | time ratio | ours, MB (planned) "
         "| diffusers, MB | memory ratio |",
