@@ -56,7 +56,7 @@ def _rows_product(kind: str, x: Shaped[Array, "... in"], kernel: Shaped[Array, "
     return y.reshape(*x.shape[:-1], -1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(
     kind: str, x: Float[Array, "rows in"], kernel: Shaped[Array, "in out"]
 ) -> Float[Array, "rows out"]:
@@ -73,7 +73,8 @@ def _forward(kind, x, kernel):
 
 def _backward(kind, operands, dy):
     x, kernel = operands
-    dy_8, dy_scale = quantized(dy, 1, GRADIENT[kind], stochastic=True)
+    up = thresholds(dy) if kind == "int8" else None
+    dy_8, dy_scale = quantized(dy, 1, GRADIENT[kind], up)
     kernel_8, kernel_scale = quantized(kernel, 1, FORWARD[kind])
     dx = jnp.einsum("no,io->ni", dy_8, kernel_8, preferred_element_type=SUM[kind])
     dx = dx.astype(jnp.float32) * dy_scale * kernel_scale.T
@@ -81,7 +82,7 @@ def _backward(kind, operands, dy):
         return dx.astype(x.dtype), np.zeros(kernel.shape, jax.dtypes.float0)
 
     x_8, x_scale = quantized(x, 0, FORWARD[kind])
-    dy_8, dy_scale = quantized(dy, 0, GRADIENT[kind], stochastic=True)
+    dy_8, dy_scale = quantized(dy, 0, GRADIENT[kind], up)
     dkernel = jnp.einsum("ni,no->io", x_8, dy_8, preferred_element_type=SUM[kind])
     dkernel = dkernel.astype(jnp.float32) * x_scale.T * dy_scale
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
@@ -91,38 +92,39 @@ product.defvjp(_forward, _backward)
 
 
 def quantized(
-    x: Shaped[Array, "a b"], axis: int, dtype, *, stochastic: bool = False
+    x: Shaped[Array, "a b"], axis: int, dtype, up: Float[Array, "a b"] | None = None
 ) -> tuple[Shaped[Array, "a b"], Float[Array, "_ _"]]:
     """Return (8-bit values, float32 scale) whose product is about `x`; `axis` shares a scale.
 
     A vector with a value that is not finite has such a scale, which makes its products NaN.
-    `stochastic` is for integers: they round up with the probability of their fraction.
+    Integers with `up` round up where their fraction and `up` are at least 1, else to the nearest.
     """
     if x.dtype == dtype:
         return x, jnp.ones([1 if n == axis else size for n, size in enumerate(x.shape)])
+    largest = jnp.max(jnp.abs(x), axis=axis, keepdims=True).astype(jnp.float32)
+    largest = jnp.maximum(largest, SMALLEST)
     x = x.astype(jnp.float32)
-    largest = jnp.maximum(jnp.max(jnp.abs(x), axis=axis, keepdims=True), SMALLEST)
     if dtype != jnp.int8:
-        scale = largest / float(jnp.finfo(dtype).max)
-        return (x / scale).astype(dtype), scale
+        most = float(jnp.finfo(dtype).max)
+        return (x * (most / largest)).astype(dtype), largest / most
     # With more than 133,144 values in a vector, products of 127 x 127 could overflow the int32 sum.
     most = min(127, math.isqrt((2**31 - 1) // x.shape[axis]))
-    scale = largest / most
-    x = x / scale
-    x = jnp.floor(x + thresholds(x)) if stochastic else jnp.rint(x)
-    return jnp.clip(x, -most, most).astype(dtype), scale  # a quotient may exceed `most` by one ulp
+    x = x * (most / largest)  # a multiplication: TPUs divide in several steps
+    # The largest value may come out as one ulp above `most`.
+    x = jnp.rint(x) if up is None else jnp.clip(jnp.floor(x + up), -most, most)
+    return x.astype(dtype), largest / most
 
 
 def thresholds(x: Float[Array, "a b"]) -> Float[Array, "a b"]:
     """Return numbers of [0, 1) that look random: multiples of 2^-16, from each value and its place.
 
-    The model has no key, and the numbers must be the same when a step is repeated. The bits of `x`,
-    a gradient divided by its scale, differ from update to update; the place makes equal values of
-    one array round independently. The mixing is the finalizer of MurmurHash3.
+    The model has no key, and the numbers must be the same when a step is repeated. The bits of a
+    gradient differ from update to update; the place makes equal values of one array round
+    independently. The mixing is the finalizer of MurmurHash3.
     """
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     for axis, odd in enumerate((0x9E3779B1, 0x85EBCA77)):
         bits = bits + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(odd)
-    for shift, odd in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+    for shift, odd in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(odd)
     return (bits >> 16).astype(jnp.float32) / 2**16
