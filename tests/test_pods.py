@@ -175,6 +175,19 @@ def test_the_model_of_a_gpu_is_near_what_was_measured(blocks, tokens, rows, giga
     assert report.predicted_step_seconds == pytest.approx(seconds, rel=0.1)
 
 
+def test_products_in_8_bits_take_half_the_time_on_a_gpu_and_their_scales_take_some():
+    reports = {}
+    for products in ("full", "fp8"):
+        model = dataclasses.replace(v5_12b.model, products=products, save=("attention",))
+        config = dataclasses.replace(v5_12b, model=model)
+        stage = dataclasses.replace(v5_12b.stages[2], microbatch=64)
+        reports[products] = model_step(config, stage, "h200:64").predicted_parts
+    full, low = reports["full"], reports["fp8"]
+    assert low["matmul"] == pytest.approx(full["matmul"] / 2)
+    assert full["elementwise"] < low["elementwise"] < 2 * full["elementwise"]
+    assert low["attention"] == full["attention"] and low["collectives"] == full["collectives"]
+
+
 def test_more_gpus_hold_less_each_and_are_described_as_a_model(tmp_path, capsys):
     figures = tmp_path / "figures.json"
     words = ["configs/v5_12b.py", "--stage", "13312_t2v", "--json", str(figures), "--topology"]
