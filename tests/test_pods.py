@@ -1,9 +1,11 @@
 """Train steps compiled for TPUs that are not there: they fit, with the kernel, and no surprises."""
 
+import collections
 import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -99,6 +101,21 @@ def test_a_narrow_step_compiles_for_a_pod(topology, num_slices, mesh, stage, cap
     )
     for text in (table([report]), markdown([report]), page(topology, [report])):
         assert stage in text and "yes" in text
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_products_of_integers_are_integers_in_the_compiled_step():
+    model = dataclasses.replace(NARROW.model, products="int8", save=("attention", "mlp"))
+    config = dataclasses.replace(NARROW, model=model, mesh=MeshConfig(1, 2, 2, 1))
+    _, text = compile_step(config, config.stages[0], "v6e:2x2")
+    types = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", text))
+    products = re.findall(r"= (\w+)\[\S* (?:convolution|dot)\(%([\w.\-]+), %([\w.\-]+)", text)
+    found = collections.Counter((result, types[a], types[b]) for result, a, b in products)
+    matrices = 6 * 2  # q, k, v, out, up, down of both streams
+    again = matrices - 2  # "up" is kept
+    assert found["s32", "s8", "s8"] == 3 * matrices + again
+    assert {kind[0] for kind in found} == {"s32", "bf16", "f32"}
 
 
 def _crosses_slices(collective: hlo.Collective, num_slices: int) -> bool:
