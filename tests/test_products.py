@@ -158,6 +158,13 @@ def test_stochastic_rounding_is_right_on_average():
         assert abs(rose[chosen].mean() - expected) < 4 * sigma
 
 
+def test_the_largest_value_does_not_leave_the_range_of_int8():
+    for sign in (1, -1):
+        up = jnp.full((2, 3), 0.5 + 0.501 * sign)  # a little outside of [0, 1)
+        values, _ = quantized(sign * jnp.ones((2, 3)), 1, jnp.int8, up)
+        assert set(np.unique(values)) == {sign * 127}
+
+
 @pytest.mark.parametrize("kind", LOW)
 def test_zeros_stay_zeros_and_other_rows_do_not_matter(kind):
     x, dy = X.copy(), DY.copy()

@@ -110,7 +110,7 @@ def quantized(
     # With more than 133,144 values in a vector, products of 127 x 127 could overflow the int32 sum.
     most = min(127, math.isqrt((2**31 - 1) // x.shape[axis]))
     x = x * (most / largest)  # a multiplication: TPUs divide in several steps
-    # The largest value may come out as one ulp above `most`.
+    # The largest value may come out above `most`, by the ulps of the device's division.
     x = jnp.rint(x) if up is None else jnp.clip(jnp.floor(x + up), -most, most)
     return x.astype(dtype), largest / most
 
