@@ -1,9 +1,11 @@
 """Train steps compiled for TPUs that are not there: they fit, with the kernel, and no surprises."""
 
+import collections
 import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -101,6 +103,21 @@ def test_a_narrow_step_compiles_for_a_pod(topology, num_slices, mesh, stage, cap
         assert stage in text and "yes" in text
 
 
+@needs_compiler
+@pytest.mark.slow
+def test_products_of_integers_are_integers_in_the_compiled_step():
+    model = dataclasses.replace(NARROW.model, products="int8", save=("attention", "mlp"))
+    config = dataclasses.replace(NARROW, model=model, mesh=MeshConfig(1, 2, 2, 1))
+    _, text = compile_step(config, config.stages[0], "v6e:2x2")
+    types = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", text))
+    products = re.findall(r"= (\w+)\[\S* (?:convolution|dot)\(%([\w.\-]+), %([\w.\-]+)", text)
+    found = collections.Counter((result, types[a], types[b]) for result, a, b in products)
+    matrices = 6 * 2  # q, k, v, out, up, down of both streams
+    again = matrices - 2  # "up" is kept
+    assert found["s32", "s8", "s8"] == 3 * matrices + again
+    assert {kind[0] for kind in found} == {"s32", "bf16", "f32"}
+
+
 def _crosses_slices(collective: hlo.Collective, num_slices: int) -> bool:
     """Whether a group holds devices of both slices of four."""
     return num_slices > 1 and len({device // 4 for device in collective.group}) > 1
@@ -173,6 +190,19 @@ def test_the_model_of_a_gpu_is_near_what_was_measured(blocks, tokens, rows, giga
     assert report.memory["weights"] == 4 * count_parameters(model)
     assert report.peak_bytes_per_chip == pytest.approx(1e9 * gigabytes, rel=0.05)
     assert report.predicted_step_seconds == pytest.approx(seconds, rel=0.1)
+
+
+def test_products_in_8_bits_take_half_the_time_on_a_gpu_and_their_scales_take_some():
+    reports = {}
+    for products in ("full", "fp8"):
+        model = dataclasses.replace(v5_12b.model, products=products, save=("attention",))
+        config = dataclasses.replace(v5_12b, model=model)
+        stage = dataclasses.replace(v5_12b.stages[2], microbatch=64)
+        reports[products] = model_step(config, stage, "h200:64").predicted_parts
+    full, low = reports["full"], reports["fp8"]
+    assert low["matmul"] == pytest.approx(full["matmul"] / 2)
+    assert full["elementwise"] < low["elementwise"] < 2 * full["elementwise"]
+    assert low["attention"] == full["attention"] and low["collectives"] == full["collectives"]
 
 
 def test_more_gpus_hold_less_each_and_are_described_as_a_model(tmp_path, capsys):

@@ -73,6 +73,11 @@ def test_the_same_config_goes_on_without_a_word():
         (5, stage(1, steps=2), "steps of stage 'small_t2v', which has begun: 4 -> 2"),
         (7, stage(1, steps=9), "steps of stage 'small_t2v', which has begun: 4 -> 9"),
         (5, stage(1, learning_rate=1e-4), "learning_rate of stage 'small_t2v'"),
+        (
+            5,
+            replace(CONFIG, model=replace(CONFIG.model, products="int8")),
+            "products of model: full",
+        ),
         (5, replace(CONFIG, ema_decay=0.9), "ema_decay: 0.99 -> 0.9"),
         (5, replace(CONFIG, optimizer=replace(CONFIG.optimizer, b2=0.9)), "optimizer.b2: 0.99"),
         (5, replace(CONFIG, process=replace(CONFIG.process, train_shift=1.0)), "process.train_sh"),

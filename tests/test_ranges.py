@@ -483,6 +483,7 @@ def test_a_number_without_a_range_and_a_range_without_a_number_are_mistakes():
         (VAETrainConfig, "matrices", "lion", "'adam', 'muon'"),
         (TrainConfig, "frozen", "float8", "'float32', 'bfloat16', 'int8'"),
         (MMDiTConfig, "dtype", "float8", "'bfloat16', 'float16', 'float32'"),
+        (MMDiTConfig, "products", "int4", "'full', 'int8', 'fp8'"),
         (VAEConfig, "dtype", "float64", "'bfloat16', 'float16', 'float32'"),
         (VAEConfig, "norm", "batch", "'group', 'rms'"),
         (Sampling, "sampler", "heun", "ddim, euler"),

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.extend.core.primitives import name_p
 from jaxtyping import Array, Float
 
+from easyanimate_jax.models.products import DOT_GENERAL, Products
 from easyanimate_jax.sharding import shard
 
 LECUN_NORMAL = nnx.initializers.lecun_normal()
@@ -27,7 +28,8 @@ class Linear(nnx.Linear):
     """A dense layer whose kernel may be 8-bit integers, and may have an adapter beside it.
 
     `scale` is float32 of shape (d_out,), one factor for each column of an 8-bit kernel
-    (models/int8.py). `adapter` is a low-rank product that is added to the output (models/lora.py).
+    (models/storage.py). `adapter` is a low-rank product that is added to the output
+    (models/lora.py). `dot_general` multiplies by the kernel (models/products.py).
     """
 
     scale: nnx.Param | None = None
@@ -37,11 +39,11 @@ class Linear(nnx.Linear):
         if self.scale is None:
             y = super().__call__(x)
         else:
-            kernel, scale, bias = (
-                w.get_value().astype(self.dtype) for w in (self.kernel, self.scale, self.bias)
-            )
+            scale, bias = (w.get_value().astype(self.dtype) for w in (self.scale, self.bias))
             columns = (*[1] * (x.ndim - 1), -1)
-            y = x.astype(self.dtype) @ kernel * scale.reshape(columns) + bias.reshape(columns)
+            contracted = ((x.ndim - 1,), (0,)), ((), ())
+            y = self.dot_general(x.astype(self.dtype), self.kernel.get_value(), contracted)
+            y = y * scale.reshape(columns) + bias.reshape(columns)
         return y if self.adapter is None else y + self.adapter(x)
 
 
@@ -54,14 +56,19 @@ def linear(
     rngs: nnx.Rngs,
     use_bias: bool = True,
     kernel_init: nnx.Initializer = LECUN_NORMAL,
+    products: Products = "full",
 ) -> Linear:
-    """Return a dense layer: float32 weights, computation in `dtype`, kernel axes (in, out)."""
+    """Return a dense layer: float32 weights, computation in `dtype`, kernel axes (in, out).
+
+    `products` names the type in which it multiplies by the kernel.
+    """
     return Linear(
         d_in,
         d_out,
         use_bias=use_bias,
         dtype=dtype,
         kernel_init=kernel_init,
+        dot_general=DOT_GENERAL[products],
         rngs=rngs,
         kernel_metadata=axes(*names),
         bias_metadata=axes(names[1]),

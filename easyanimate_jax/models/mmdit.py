@@ -8,6 +8,7 @@ Letters beyond the legend: E, the width of the time embedding.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import jax
@@ -22,6 +23,7 @@ from easyanimate_jax.facts import ACTIVATIONS, AUTO, LATENT_CHANNELS, PATCH, DTy
 from easyanimate_jax.models.attention import joint_attention
 from easyanimate_jax.models.borders import check_mesh, check_rows, check_tokens
 from easyanimate_jax.models.layers import layer_norm, linear, rms_norm, scan_blocks, sinusoid, stack
+from easyanimate_jax.models.products import Products
 from easyanimate_jax.models.rope import Angles, rotary_angles, rotate
 from easyanimate_jax.sharding import by_device, token_axis
 
@@ -71,6 +73,10 @@ class MMDiTConfig:
 
     dtype: DTypes = "bfloat16"
     """Dtype of the computation; training stores the weights in float32."""
+
+    products: Products = "full"
+    """Type of the matrix products of the blocks' dense layers, forward and backward: `dtype` with
+    "full", else 8 bits with scales (models/products.py). Modulation and attention stay full."""
 
     save: Literal["auto"] | tuple[str, ...] = "auto"
     """Names of `ACTIVATIONS` that stay in device memory for the backward pass; those in neither
@@ -156,12 +162,11 @@ class QKVO(nnx.Module):
     """The four projections of an attention, and the norms of queries and keys (spec 2.4)."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
-        D, K, dtype = config.width, config.head_width, config.dtype
+        D, K = config.width, config.head_width
+        dense = partial(linear, dtype=config.dtype, products=config.products, rngs=rngs)
         self.head_width = K
-        self.q, self.k, self.v = (
-            linear(D, D, ("embed", "heads"), dtype=dtype, rngs=rngs) for _ in range(3)
-        )
-        self.out = linear(D, D, ("heads", "embed"), dtype=dtype, rngs=rngs)
+        self.q, self.k, self.v = (dense(D, D, ("embed", "heads")) for _ in range(3))
+        self.out = dense(D, D, ("heads", "embed"))
         self.q_norm = layer_norm(K, eps=QK_NORM_EPS, rngs=rngs)
         self.k_norm = layer_norm(K, eps=QK_NORM_EPS, rngs=rngs)
 
@@ -202,9 +207,10 @@ class MLP(nnx.Module):
     """Two dense layers with a tanh-approximated GELU; the hidden width is 4 D."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
-        D, dtype = config.width, config.dtype
-        self.up = linear(D, 4 * D, ("embed", "mlp"), dtype=dtype, rngs=rngs)
-        self.down = linear(4 * D, D, ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        D = config.width
+        dense = partial(linear, dtype=config.dtype, products=config.products, rngs=rngs)
+        self.up = dense(D, 4 * D, ("embed", "mlp"))
+        self.down = dense(4 * D, D, ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
         up = name(self.up(x), "mlp")
@@ -301,18 +307,12 @@ class Output(nnx.Module):
     """Two LayerNorms, the second modulated (shift first), and the projection to patches."""
 
     def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
-        self.dtype = config.dtype
+        self.dtype = dtype = config.dtype
         self.final_norm = layer_norm(config.width, eps=config.norm_eps, rngs=rngs)
         self.norm = layer_norm(config.width, eps=config.norm_eps, rngs=rngs)
         self.modulation = modulation(config, 2, rngs=rngs)
-        self.linear = linear(
-            config.width,
-            LATENT_CHANNELS * PATCH**2,
-            ("embed", None),
-            dtype=config.dtype,
-            rngs=rngs,
-            kernel_init=nnx.initializers.zeros,
-        )
+        sizes, zeros = (config.width, LATENT_CHANNELS * PATCH**2), nnx.initializers.zeros
+        self.linear = linear(*sizes, ("embed", None), dtype=dtype, rngs=rngs, kernel_init=zeros)
 
     def modulated(self, video: Video, time: Time) -> Video:
         """Return the input of the projection."""
@@ -359,13 +359,9 @@ class MMDiT(nnx.Module):
         video, text, time = self.embed(tokens, time, texts)
         check_rows(tokens=tokens, grid=grid, lengths=lengths)
         features = self.features(video, text, time, grid, lengths)
+        last, dtype = self.output.linear, self.config.dtype
         (out,) = by_device(
-            lambda linear, x: (linear(x),),
-            self.output.linear,
-            (features,),
-            (STREAM,),
-            (STREAM,),
-            dtype=self.config.dtype,
+            lambda last, x: (last(x),), last, (features,), (STREAM,), (STREAM,), dtype=dtype
         )
         return out
 

@@ -28,6 +28,11 @@ from easyanimate_jax.training.stages import Stage
 # holds at once. PASSED: values per token that both passes read and write outside of products and
 # attention. The others: how often both passes, and the update, read or write the weights.
 HELD, PASSED, WEIGHTS_PASSED, UPDATE_PASSED = 30, 216, 4, 11
+# Counted, not measured: what both passes read and write besides to make operands 8-bit. Each is
+# read twice and written in half of its bytes: x of the products (7 values of model width a token,
+# in both passes by row and in one by column), dy (9, once for each of its two products), and the
+# weights, gathered in bfloat16, three times.
+QUANTIZED, WEIGHTS_QUANTIZED = 2.5 * (7 + 7 + 7 + 9 + 9), 2.5 * 3 / 2
 
 
 def parse(topology: str) -> tuple[Gpu, int, int] | None:
@@ -116,8 +121,11 @@ def _seconds(
     again = BLOCK_MATRICES - sum(ACTIVATIONS[name].matrices for name in model.kept)
     attention = flops * share / 3 * (1 if "attention" in model.kept else 2) / gpu.attention_forward
     attention += flops * share / 3 * 2 / gpu.attention_backward
-    block = _block_weights(model)
-    moved = model.depth * (stream * PASSED + 4 * block * WEIGHTS_PASSED) / tensor * times
+    block, passed, weights_passed, rate = _block_weights(model), PASSED, WEIGHTS_PASSED, gpu.matmul
+    if model.products != "full":
+        passed, weights_passed = passed + QUANTIZED, weights_passed + WEIGHTS_QUANTIZED
+        rate = gpu.matmul_8_bits
+    moved = model.depth * (stream * passed + 4 * block * weights_passed) / tensor * times
     moved += report.memory["weights"] * UPDATE_PASSED
     sent = 0.0
     if _devices(report) > 1:  # gathered twice and summed once, in bfloat16
@@ -126,7 +134,7 @@ def _seconds(
         sent += 24 * stream * model.depth
     between = (hosts - 1) / hosts / (per_host * gpu.network)
     return Prediction(
-        matmul=flops * (1 - share) * (1 + again / passes) / gpu.matmul,
+        matmul=flops * (1 - share) * (1 + again / passes) / rate,
         attention=attention,
         elementwise=moved / gpu.bandwidth,
         collectives=sent * times * (1 / (4 * gpu.link) + between),

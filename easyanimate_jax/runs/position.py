@@ -17,7 +17,8 @@ from easyanimate_jax.training.stages import Stage, stage_at
 # Fields that may change in a stage that has begun: they concern only its later steps.
 FREE_OF_STAGE = ("steps", "microbatch", "learning_rate", "end_learning_rate", "warmup", "decay")
 FREE_OF_STAGE += ("decay_power", "control_drop", "reference_drop")
-FREE_OF_MODEL = ("save", "offload", "dtype", "in_channels")  # how it computes; a stage's channels
+# How the model computes, and the channels of a stage.
+FREE_OF_MODEL = ("save", "offload", "dtype", "products", "in_channels")
 FREE_OF_FINISHED = ("microbatch",)  # changes no number
 # Fields of a config that decide its updates; the others say where and how a run computes and saves.
 OF_SCHEDULE = ("model", "process", "sets", "stages", "optimizer", "ema_decay", "text_drop", "seed")

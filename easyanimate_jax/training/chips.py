@@ -4,7 +4,8 @@ Peaks, memory sizes and link rates are the makers' figures. The attention rates 
 measured on a chip. They come from the bundles (cycles) in the static schedule of the compiled
 Splash kernel, for a block of 512 queries and 1536 keys with head width 64, at the clock that gives
 the peak. Head width 128 takes as many bundles for twice the work. The rates of GPUs were measured
-on an H200 (benchmarks/results/gpu.md).
+on an H200 (benchmarks/results/gpu.md), but for that of 8 bits. TPUs need none for products: the
+compiler's cycles are those of the products' own type.
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ class Gpu(Chip):
     """A GPU. `link` is a quarter of the rate at which it sends to the other GPUs of its host."""
 
     matmul: float  # FLOP/s that matrix products reach
+    matmul_8_bits: float  # the same in int8 or fp8
     bandwidth: float  # bytes a second of its memory, reading and writing
     network: float  # bytes a second that each device sends to other hosts
 
@@ -55,6 +57,7 @@ GPUS = tuple(
         112.5e9,
         *(430e12, 334e12, 334e12),  # the backward pass as useful FLOPs, twice the forward pass's
         matmul=800e12,
+        matmul_8_bits=1600e12,  # not measured: the same share of the data sheet's 1,979e12
         bandwidth=bandwidth,
         network=50e9,  # 400 Gb/s: an assumption
     )
