@@ -45,9 +45,18 @@ def test_the_whole_batch_with_everything_kept_comes_first_and_less_of_both_later
     assert found[0] == Choice(EVERYTHING, 1536) and len(set(found)) == len(found)
     assert {choice.save for choice in found} == {EVERYTHING[:n] for n in range(6)}
     assert min(choice.microbatch for choice in found) == 16  # a row for each group of devices
+    # To compute again what half of the rows could keep takes longer than to gather twice.
+    assert found.index(Choice(EVERYTHING, 768)) < found.index(Choice(("attention",), 1536))
     for choice in found:
         assert choice.microbatch % 16 == 0 and choice.microbatch <= 1536
         assert found.index(choice) <= found.index(Choice(choice.save[:-1], choice.microbatch))
+
+
+def test_a_batch_is_split_into_microbatches_of_equal_size():
+    six, one = replace(STAGE, batch_size=6), AbstractMesh((1, 1, 1, 1), MESH_AXES)
+    assert {choice.microbatch for choice in choices(FREE, six, one, 3328, 333)} == {6, 3, 2, 1}
+    odd = replace(STAGE, batch_size=50)  # of 16 groups: 4 rows each, the last of padding
+    assert {choice.microbatch for choice in choices(FREE, odd, POD, 3328, 333)} == {50, 32, 16}
 
 
 def test_a_setting_that_is_given_is_not_chosen():
