@@ -47,6 +47,8 @@ def test_the_whole_batch_with_everything_kept_comes_first_and_less_of_both_later
     assert min(choice.microbatch for choice in found) == 16  # a row for each group of devices
     # To compute again what half of the rows could keep takes longer than to gather twice.
     assert found.index(Choice(EVERYTHING, 768)) < found.index(Choice(("attention",), 1536))
+    short = choices(FREE, STAGE, POD, 16, 4)  # tokens; here to gather 96 times takes longer
+    assert short.index(Choice(("attention",), 1536)) < short.index(Choice(EVERYTHING, 16))
     for choice in found:
         assert choice.microbatch % 16 == 0 and choice.microbatch <= 1536
         assert found.index(choice) <= found.index(Choice(choice.save[:-1], choice.microbatch))
