@@ -15,6 +15,7 @@ from easyanimate_jax.facts import ACTIVATIONS, MESH_AXES
 from easyanimate_jax.pods.gpu import model_step
 from easyanimate_jax.runs import programs
 from easyanimate_jax.runs.loop import train
+from easyanimate_jax.runs.states import States
 from easyanimate_jax.training import auto
 from easyanimate_jax.training.auto import Choice, choices, choose, is_auto
 from easyanimate_jax.training.compile import StageReport
@@ -144,6 +145,10 @@ def go(config, name: str, steps: int):
     return config
 
 
+def raise_error():
+    raise ValueError("other weights")
+
+
 def chosen(config) -> dict:
     """What a run remembers of its stage."""
     return list(json.loads((Path(config.run) / programs.CHOSEN).read_text()).values())[-1]
@@ -162,6 +167,11 @@ def test_a_run_remembers_its_choice_and_chooses_again_where_that_no_longer_fits(
     config, peaks, monkeypatch, caplog
 ):
     config = replace(config, model=replace(config.model, save=("attention",)))
+    with monkeypatch.context() as patch:  # weights that do not fit, after the choice
+        patch.setattr(States, "_start", lambda *_: raise_error())
+        with pytest.raises(ValueError, match="other weights"):
+            go(config, "run", 1)
+    assert not (Path(config.run).parent / "run").exists()
     run = go(config, "run", 1)
     assert chosen(run) == {"save": ["attention"], "microbatch": 16}
     limit = peaks[16] - 1
