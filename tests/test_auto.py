@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
@@ -143,6 +144,57 @@ def go(config, name: str, steps: int):
     config = replace(config, run=str(Path(config.run).parent / name), stages=stages)
     assert train(config) == 0
     return config
+
+
+def remembered(folder: Path) -> dict[str, Choice]:
+    """What the programs of a run in a folder remember."""
+    made = object.__new__(programs.Programs)
+    made.path, made.chosen = folder / programs.CHOSEN, {}
+    return made._remembered()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": {"save": ["attention"], "microbatch": 0}}',
+        '{"a": {"save": ["attention"], "microbatch": "8"}}',
+        '{"a": {"save": ["attention", "all"], "microbatch": 8}}',
+        '{"a": {"save": "attention", "microbatch": 8}}',
+        '{"a": {"save": []}}',
+        '["a"]',
+        "",
+    ],
+)
+def test_a_file_that_holds_no_choices_is_not_used(tmp_path, caplog, text):
+    (tmp_path / programs.CHOSEN).write_text(text)
+    assert remembered(tmp_path) == {} and "chosen again" in caplog.text
+
+
+def test_all_processes_read_what_process_0_finds(tmp_path, monkeypatch):
+    """The others have no file; their parts of an exchange have the length of process 0's."""
+    choice = Choice(("attention", "mlp out"), 8)
+    text = json.dumps({f"stage {n}": choice._asdict() for n in range(300)})
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / programs.CHOSEN).write_text(text)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(programs.processes, "wait", lambda _: None)
+    sent, found = [], []
+
+    def same_for_all(value):
+        value = np.asarray(value)
+        if jax.process_index() == 0:
+            sent.append(value)
+        told = sent[len(received)] if jax.process_index() else value
+        received.append(told)
+        assert told.shape == value.shape
+        return told
+
+    monkeypatch.setattr(programs, "same_for_all", same_for_all)
+    for process, folder in enumerate(("first", "second")):
+        received = []
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        found.append(remembered(tmp_path / folder))
+    assert found[0] == found[1] == {f"stage {n}": choice for n in range(300)}
 
 
 def raise_error():

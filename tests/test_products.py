@@ -11,6 +11,7 @@ import pytest
 from arrays import flat_weights
 from fakes import some_texts
 from flax import nnx
+from test_step import TINY as TWO_BLOCKS
 
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.diffusion.ddpm import DDPM
@@ -19,24 +20,14 @@ from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.generation.pipelines import LatentDiffusion, Request, denoise_latents
 from easyanimate_jax.models.layers import axes, linear, linears
 from easyanimate_jax.models.lora import LoRAConfig, attach, is_adapter
-from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
+from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.models.products import DOT_GENERAL, product, quantized, thresholds
 from easyanimate_jax.models.storage import store
 from easyanimate_jax.sharding import MeshConfig, batch_sharding, make_mesh, shardings
 from easyanimate_jax.training.optimizer import OptimizerConfig, make_optimizer
 from easyanimate_jax.training.step import init_state, train_step
 
-TINY = MMDiTConfig(
-    depth=1,
-    mmdit_depth=1,
-    heads=2,
-    head_width=16,
-    text_widths=(8, 12),
-    text_norm=False,
-    round_time=False,
-    time_width=16,
-    dtype="float32",
-)
+TINY = dataclasses.replace(TWO_BLOCKS, depth=1)
 LOW = ("int8", "fp8")
 MOST = {np.int8: 127, ml_dtypes.float8_e4m3fn: 448, ml_dtypes.float8_e5m2: 57344}
 TYPES = {  # of x and kernel, and of the gradient

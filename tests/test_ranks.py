@@ -40,7 +40,8 @@ def ranks(count: int, folder: Path, run: str, *options: str) -> list[str]:
 @pytest.fixture(scope="module")
 def pair(folder):
     """Nobody disturbs it; all its checkpoints are kept."""
-    end(start(ranks(2, folder, "pair", "--keep-every", "4"), 2))
+    output = end(start(ranks(2, folder, "pair", "--keep-every", "4"), 2))
+    assert "rows at once" in output and "cannot be read" not in output  # what is "auto"
     return prints(folder, "pair")
 
 

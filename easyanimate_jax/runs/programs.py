@@ -7,6 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -26,7 +27,6 @@ from easyanimate_jax.training.stages import Stage
 logger = logging.getLogger(__name__)
 
 CHOSEN = "chosen.json"  # file of a run with the choices for what is "auto" in its config
-FILE = 2**14  # bytes that the file has at most
 
 
 class Programs:
@@ -52,6 +52,7 @@ class Programs:
         self.model_flops: dict[tuple, float] = {}
         self.ran: set[tuple] = set()
         self.chosen: dict[str, Choice] = {}  # by the key of a stage
+        self.memory: int | None = None  # bytes of a device
 
     def __len__(self) -> int:
         return len(self.compiled)
@@ -165,25 +166,28 @@ class Programs:
 
     def _remembered(self) -> dict[str, Choice]:
         """Return the choices that process 0 finds in the run, in every process."""
-        text = b""
+        text = b"{}"
         if jax.process_index() == 0 and self.path.is_file():
             text = self.path.read_bytes()
         if jax.process_count() > 1:
             processes.wait(f"choice {len(self.chosen)}")
-            text = bytes(same_for_all(list((text or b"{}").ljust(FILE))))
+            letters = np.zeros(int(same_for_all(len(text))), np.int32)
+            letters[: len(text)] = list(text)[: len(letters)]
+            text = np.asarray(same_for_all(letters)).astype(np.uint8).tobytes()
         try:
-            found = json.loads(text or b"{}")
-            return {n: Choice(tuple(c["save"]), int(c["microbatch"])) for n, c in found.items()}
+            return {name: Choice.read(fields) for name, fields in json.loads(text).items()}
         except (ValueError, TypeError, KeyError, AttributeError):
             logger.warning(f"{self.path} cannot be read: what is 'auto' is chosen again")
             return {}
 
     def _memory(self) -> int:
         """Return the memory of a device, in bytes, which is the smallest of all processes'."""
-        memory = device_memory()
-        if jax.process_count() > 1:
-            memory = int(multihost_utils.process_allgather(float(memory)).min())
-        return memory
+        if self.memory is None:
+            self.memory = device_memory()
+            if jax.process_count() > 1:
+                processes.wait("memory")
+                self.memory = int(multihost_utils.process_allgather(float(self.memory)).min())
+        return self.memory
 
     def _text_lengths(self, stage: Stage) -> tuple[int, ...]:
         return tuple(len(text) for text in self.loaders[stage.name].empty)

@@ -7,7 +7,7 @@ memory, scaled by the compiler's figures, passes over ways that are far too larg
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from easyanimate_jax.facts import ACTIVATIONS, AUTO, BLOCK_MATRICES
@@ -33,6 +33,14 @@ class Choice(NamedTuple):
 
     save: tuple[str, ...]  # names of `ACTIVATIONS` that are kept
     microbatch: int  # rows that go through the network at once
+
+    @classmethod
+    def read(cls, fields: Mapping) -> "Choice":
+        """Return the choice of a file's fields. Raises an error for those of no choice."""
+        save, microbatch = tuple(fields["save"]), fields["microbatch"]
+        if set(save) - set(ACTIVATIONS) or type(microbatch) is not int or microbatch < 1:
+            raise ValueError(f"{fields} is no choice")
+        return cls(save, microbatch)
 
     def apply(self, config: StepConfig, stage: Stage) -> tuple[StepConfig, Stage]:
         """Return the settings and the stage with this choice."""

@@ -15,7 +15,7 @@ Reward = str | tuple[tuple[str, float], ...]  # a name, or pairs of a name and a
 
 
 class Rewarded:
-    """What the objectives share that sample videos and have a `reward`."""
+    """The properties of all objectives that sample videos and have a `reward`."""
 
     @property
     def rewards(self) -> dict[str, float]:
