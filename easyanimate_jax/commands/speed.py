@@ -53,7 +53,8 @@ def _speed(arguments: Sequence[str]) -> int:
     if not found:
         raise ValueError(
             f"{own.run} has no measured step{' of ' + ', '.join(own.stage) if own.stage else ''}; "
-            f"the first step of each program is not measured, nor are runs of a VAE"
+            f"the first step of each program is not measured, nor are runs of a VAE and runs of an "
+            f"earlier version"
         )
     columns, rows = COLUMNS, [cells(speed) for speed in found]
     if own.topology:

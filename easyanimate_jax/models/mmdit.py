@@ -112,7 +112,7 @@ class MMDiTConfig:
         if set(named + self.offload) - set(ACTIVATIONS) or set(named) & set(self.offload):
             raise ValueError(
                 f"MMDiTConfig: save={self.save} and offload={self.offload}: each takes names of "
-                f"{tuple(ACTIVATIONS)}; use each name in only one of them."
+                f"{tuple(ACTIVATIONS)}; use each name in only one of them, or save='auto'."
             )
 
     @property
