@@ -33,7 +33,7 @@ from demos.generate import reconstruct
 from demos.score import MIN_CONTRAST, attributes
 from demos.world import BACKGROUNDS, COLOURS, DIRECTIONS, SHAPES, SPEEDS, Attributes, Prompt
 from easyanimate_jax import TextEncoder
-from easyanimate_jax.disk import whole
+from easyanimate_jax.storage import whole
 from easyanimate_jax.weights.folder import load_vae
 
 FILE = Path("runs/demo_reward/judge.safetensors")

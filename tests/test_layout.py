@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "easyanimate_jax"
 ROWS = [
     {"facts"},
-    {"diffusion", "disk", "sharding", "memory", "processes"},
+    {"diffusion", "storage", "sharding", "memory", "processes"},
     {"models"},
     {"weights"},
     {"data", "text"},

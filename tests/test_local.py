@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from test_ranges import DEMO, VAE_TRAIN
 
-from easyanimate_jax.disk.local import LONGEST_NAME, local_path, shown
 from easyanimate_jax.generation.request import FILES, SampleRequest, read_lines
+from easyanimate_jax.storage.local import LONGEST_NAME, local_path, shown
 from easyanimate_jax.training.vae.config import VAETrainConfig
 
 HOME = os.path.expanduser("~")

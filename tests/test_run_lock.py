@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 
 from easyanimate_jax.__main__ import main
-from easyanimate_jax.disk import lock as locks
-from easyanimate_jax.disk import whole
-from easyanimate_jax.disk.lock import FolderLock
+from easyanimate_jax.storage import lock as locks
+from easyanimate_jax.storage import whole
+from easyanimate_jax.storage.lock import FolderLock
 
 ROOT = Path(__file__).parent.parent
 HOLDER = """
 import sys, time
 from pathlib import Path
-from easyanimate_jax.disk.lock import FolderLock
+from easyanimate_jax.storage.lock import FolderLock
 part = tuple(map(int, sys.argv[2:4])) or (0, 1)
 with FolderLock(Path(sys.argv[1]), option="--run", part=part):
     print("held", flush=True)

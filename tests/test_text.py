@@ -15,8 +15,8 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from demos.world import image_prompts, prompts
-from easyanimate_jax.disk.lock import FolderLock
 from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.storage.lock import FolderLock
 from easyanimate_jax.text.bert import Bert, load_bert, save_bert
 from easyanimate_jax.text.encode import TextConfig, TextEncoder, clean
 from easyanimate_jax.text.t5 import load_t5, relative_buckets, save_t5
@@ -230,7 +230,7 @@ def test_two_encoders_are_made_from_captions_alone(folder):
 def test_two_trainings_of_encoders_do_not_share_a_folder(tmp_path, monkeypatch):
     (tmp_path / "metadata.json").write_text(json.dumps(rows("a.mp4", ["a", "b"])))
     out = tmp_path / "out"
-    monkeypatch.setattr("easyanimate_jax.disk.lock.PATIENCE", 0.0)
+    monkeypatch.setattr("easyanimate_jax.storage.lock.PATIENCE", 0.0)
     with FolderLock(out, option="OUT"):
         with pytest.raises(ValueError, match=r"out is in use by process \d+ on .* \(OUT\)"):
             train(tmp_path, out, TextTrainConfig(width=8, layers=1, heads=1, steps=1, batch=1))

@@ -11,9 +11,9 @@ from tyro.conf import Positional, arg
 from easyanimate_jax.commands import parse
 from easyanimate_jax.commands.jax_settings import set_up_jax
 from easyanimate_jax.diffusion.tasks import task_of
-from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.facts import MAX_SEED
 from easyanimate_jax.generation.request import check_range
+from easyanimate_jax.storage.local import local_path
 from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Measure a model on captioned clips that it was not trained on.
@@ -75,7 +75,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "evaluate", HELP)
     check(own)
     from easyanimate_jax.commands.sample import mesh_of
-    from easyanimate_jax.disk.lock import FolderLock
+    from easyanimate_jax.storage.lock import FolderLock
 
     set_up_jax()
     import jax
@@ -132,8 +132,8 @@ def check(own: Options) -> None:
 
 def features_of(text: str | None):
     """Return the `Features` that --features names, or None. Raises ValueError."""
-    from easyanimate_jax.disk.functions import named_function
     from easyanimate_jax.runs.evaluate import Features, features_in
+    from easyanimate_jax.storage.functions import named_function
 
     if text is None:
         return None

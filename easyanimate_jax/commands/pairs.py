@@ -81,7 +81,7 @@ def _pairs(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "pairs", HELP)
     check(own)
     from easyanimate_jax.commands.sample import mesh_of
-    from easyanimate_jax.disk.lock import FolderLock
+    from easyanimate_jax.storage.lock import FolderLock
 
     set_up_jax()
     import jax

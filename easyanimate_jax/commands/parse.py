@@ -2,9 +2,9 @@
 
 The help text of an option is the string below its field. If the first argument of a verb is a
 config, the config's fields are options too: `train CONFIG --stages.0.steps 10`. An option of type
-Path is a local path (disk/local.py). Wrong arguments raise ValueError with one line; `run` prints
-it and returns exit code 2. A full disk is one line and exit code 5. `--help` prints to stdout and
-ends the program with exit code 0. Nothing here imports JAX before a config is read.
+Path is a local path (storage/local.py). Wrong arguments raise ValueError with one line; `run`
+prints it and returns exit code 2. A full disk is one line and exit code 5. `--help` prints to
+stdout and ends the program with exit code 0. Nothing here imports JAX before a config is read.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from typing import Annotated
 import tyro
 
 from easyanimate_jax import processes
-from easyanimate_jax.disk.local import local_path
+from easyanimate_jax.storage.local import local_path
 from easyanimate_jax.training.safety.exits import BAD_INPUT, STORAGE
 
 HELP = ("-h", "--help")

@@ -9,7 +9,7 @@ from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
 from easyanimate_jax.commands.jax_settings import set_up_jax
-from easyanimate_jax.disk.lock import FolderLock
+from easyanimate_jax.storage.lock import FolderLock
 from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Encode the clips of a config to records: latents and text states, for every set.

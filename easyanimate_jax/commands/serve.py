@@ -14,9 +14,9 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from easyanimate_jax.commands import parse
 from easyanimate_jax.commands.jax_settings import set_up_jax
-from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.facts import CELL
 from easyanimate_jax.generation.request import check_range, check_tile
+from easyanimate_jax.storage.local import local_path
 from easyanimate_jax.training.safety.exits import DONE
 
 if TYPE_CHECKING:
@@ -103,9 +103,9 @@ def _serve(arguments: Sequence[str]) -> int:
             f"serve needs the package {error.name}: pip install 'easyanimate_jax[serve]'"
         ) from error
     set_up_jax()
-    from easyanimate_jax.disk.lock import FolderLock
     from easyanimate_jax.serving.engine import Settings, open_model
     from easyanimate_jax.serving.server import serve
+    from easyanimate_jax.storage.lock import FolderLock
 
     low = own.memory == "low"
     settings = Settings(models, files, own.weights, own.weights_of, low, own.tile)

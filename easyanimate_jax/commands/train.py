@@ -17,7 +17,7 @@ from tyro.conf import Positional
 from easyanimate_jax import processes
 from easyanimate_jax.commands import STARTED, parse
 from easyanimate_jax.commands.jax_settings import set_up_jax
-from easyanimate_jax.disk.errors import is_of_jax
+from easyanimate_jax.storage.errors import is_of_jax
 from easyanimate_jax.training.safety.exits import DONE, FOUND, PEERS_LOST, PREEMPTED
 from easyanimate_jax.training.safety.faults import Faults
 

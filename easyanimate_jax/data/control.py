@@ -25,10 +25,10 @@ from easyanimate_jax.data import media, paths
 from easyanimate_jax.data.buckets import whole_frames
 from easyanimate_jax.data.contents import Contents, key
 from easyanimate_jax.data.times import frames_in
-from easyanimate_jax.disk.local import local_path, shown
-from easyanimate_jax.disk.lock import FolderLock
-from easyanimate_jax.disk.whole import replace_text
 from easyanimate_jax.facts import FPS
+from easyanimate_jax.storage.local import local_path, shown
+from easyanimate_jax.storage.lock import FolderLock
+from easyanimate_jax.storage.whole import replace_text
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-from easyanimate_jax.disk.local import SCHEME, local_path, quoted, shown
+from easyanimate_jax.storage.local import SCHEME, local_path, quoted, shown
 
 
 def check_name(name: str) -> None:

@@ -29,9 +29,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from easyanimate_jax.data.buckets import Budget
-from easyanimate_jax.disk.errors import is_of_the_system
-from easyanimate_jax.disk.whole import remove_left, replace, replace_text
 from easyanimate_jax.facts import FPS, check_fields
+from easyanimate_jax.storage.errors import is_of_the_system
+from easyanimate_jax.storage.whole import remove_left, replace, replace_text
 from easyanimate_jax.weights.files import DTYPES
 
 VERSION = 1

@@ -30,9 +30,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from easyanimate_jax.data import media
-from easyanimate_jax.disk.functions import named_function
-from easyanimate_jax.disk.whole import replace_text
 from easyanimate_jax.facts import FPS, check_fields, to_bytes
+from easyanimate_jax.storage.functions import named_function
+from easyanimate_jax.storage.whole import replace_text
 
 logger = logging.getLogger(__name__)
 

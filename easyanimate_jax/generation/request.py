@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from easyanimate_jax.data.buckets import check_size
-from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.facts import CELL, FPS, MAX_SEED
+from easyanimate_jax.storage.local import local_path
 
 FILES = ("image", "end_image", "video", "mask", "control", "trajectory", "camera", "reference")
 WORDS = ("prompt", "negative_prompt", "operator")

@@ -34,13 +34,13 @@ from easyanimate_jax.data.decode import Decoders
 from easyanimate_jax.data.sources import clip_table
 from easyanimate_jax.data.sources.read import row_fault, rows_of
 from easyanimate_jax.data.sources.rows import NO_TEXT, Problem, caption_of
-from easyanimate_jax.disk.local import local_path, shown
-from easyanimate_jax.disk.lock import FolderLock
-from easyanimate_jax.disk.whole import replace, replace_text
 from easyanimate_jax.facts import check_fields
 from easyanimate_jax.prepare import funnel
 from easyanimate_jax.prepare.scores import SCORES, Score, picture_hash
 from easyanimate_jax.prepare.shots import Span, Splitting, find_cuts, split
+from easyanimate_jax.storage.local import local_path, shown
+from easyanimate_jax.storage.lock import FolderLock
+from easyanimate_jax.storage.whole import replace, replace_text
 
 SMALL, LARGE = 160, 512  # pixels of the longer side: for cuts and motion, and for stills
 MAX_FRAMES = 20_000  # frames of a film, at most: all are held in memory at the small size

@@ -33,13 +33,13 @@ from easyanimate_jax.data.contents import Contents, key
 from easyanimate_jax.data.records import LatentSet, Texts, write_texts
 from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.data.sources.rows import Clip
-from easyanimate_jax.disk.local import local_path, shown
-from easyanimate_jax.disk.lock import FolderLock
-from easyanimate_jax.disk.whole import replace_text
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.prepare.clips import Job, Pixels, frames_of, make_job, read_pixels
 from easyanimate_jax.prepare.encode import Encoder, encode_pixels
 from easyanimate_jax.prepare.sets import SetMaker
+from easyanimate_jax.storage.local import local_path, shown
+from easyanimate_jax.storage.lock import FolderLock
+from easyanimate_jax.storage.whole import replace_text
 
 logger = logging.getLogger(__name__)
 

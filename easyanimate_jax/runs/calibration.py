@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
-from easyanimate_jax.disk.whole import replace_text
 from easyanimate_jax.generation import calibration
 from easyanimate_jax.generation.caches import magnitude_ratios
 from easyanimate_jax.generation.calibration import CALIBRATE, Calibration
@@ -21,6 +20,7 @@ from easyanimate_jax.generation.pipelines import given_of
 from easyanimate_jax.generation.protocols import Diffusion
 from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.runs.config import to_json
+from easyanimate_jax.storage.whole import replace_text
 from easyanimate_jax.weights.folder import Weights
 from easyanimate_jax.weights.identity import weights_print
 from easyanimate_jax.weights.run_folder import is_run

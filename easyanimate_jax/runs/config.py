@@ -17,13 +17,13 @@ from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.diffusion.times import NUM_TRAIN_TIMES
-from easyanimate_jax.disk.local import local_path, resolve_fields
 from easyanimate_jax.facts import MAX_STEPS, SEEDS, TrackerName, check_fields
 from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.runs.stage_checks import check_stages, rewards_of
 from easyanimate_jax.sharding import MeshConfig
+from easyanimate_jax.storage.local import local_path, resolve_fields
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates
 from easyanimate_jax.training.post.objectives import (
     DirectPreference,

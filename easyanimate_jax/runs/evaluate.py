@@ -32,7 +32,6 @@ from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.data.records import LatentSet, Records, read_texts
 from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.diffusion.tasks import TASKS, task_of
-from easyanimate_jax.disk import whole
 from easyanimate_jax.evaluation import report
 from easyanimate_jax.evaluation.measures import frechet_interval, mean, psnr, ssim
 from easyanimate_jax.facts import FPS, to_bytes
@@ -47,6 +46,7 @@ from easyanimate_jax.runs.load import Pipeline
 from easyanimate_jax.runs.parts import Opened
 from easyanimate_jax.runs.samples import made_again, rebuilt, rows_of
 from easyanimate_jax.runs.validation import loss_program, losses_of, summary
+from easyanimate_jax.storage import whole
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.identity import fingerprint, weights_print
 

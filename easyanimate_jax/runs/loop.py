@@ -17,8 +17,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from easyanimate_jax.data.loader import Batch, Loader
-from easyanimate_jax.disk.lock import FolderLock
-from easyanimate_jax.disk.whole import replace_text
 from easyanimate_jax.evaluation.rewards import RewardError
 from easyanimate_jax.runs.batches import held_out_loaders, make_loaders, place, with_empty
 from easyanimate_jax.runs.config import TrainConfig, to_json
@@ -32,6 +30,8 @@ from easyanimate_jax.runs.states import States, open_checkpoints
 from easyanimate_jax.runs.validation import Validator
 from easyanimate_jax.runs.visits import VisitLoader
 from easyanimate_jax.sharding import make_mesh
+from easyanimate_jax.storage.lock import FolderLock
+from easyanimate_jax.storage.whole import replace_text
 from easyanimate_jax.training.checkpoint import NotFiniteError, StorageError, named_leaves
 from easyanimate_jax.training.metrics import now, read_rows
 from easyanimate_jax.training.profiler import Profiler

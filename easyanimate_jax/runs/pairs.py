@@ -24,13 +24,13 @@ from tqdm import tqdm
 from easyanimate_jax.data import media
 from easyanimate_jax.data.contents import key
 from easyanimate_jax.data.sources.rows import caption_of
-from easyanimate_jax.disk import whole
 from easyanimate_jax.evaluation import pairs
 from easyanimate_jax.evaluation.pairs import Group
 from easyanimate_jax.evaluation.rewards import Received, Reward, RewardServer, check_dropped
 from easyanimate_jax.runs.evaluate import Asked, begin, make_films
 from easyanimate_jax.runs.load import Pipeline
 from easyanimate_jax.runs.parts import Opened
+from easyanimate_jax.storage import whole
 
 logger = logging.getLogger(__name__)
 

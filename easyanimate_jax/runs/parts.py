@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.diffusion.flow import Flow
-from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.facts import FPS
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.runs.calibration import CalibrationFile
 from easyanimate_jax.runs.config import SampleConfig, TrainConfig, from_json
+from easyanimate_jax.storage.local import local_path
 from easyanimate_jax.text.encode import state_widths
 from easyanimate_jax.weights import files, run_folder
 from easyanimate_jax.weights.adapters import Weighted

@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 
 from easyanimate_jax import processes
 from easyanimate_jax.data.loader import Loader
-from easyanimate_jax.disk.whole import replace_text
 from easyanimate_jax.memory import device_memory
 from easyanimate_jax.runs.batches import split
+from easyanimate_jax.storage.whole import replace_text
 from easyanimate_jax.training.auto import Choice, choose, is_auto
 from easyanimate_jax.training.checkpoint import same_for_all
 from easyanimate_jax.training.compile import StageReport, compile_stage

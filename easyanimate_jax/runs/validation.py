@@ -19,9 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
 from easyanimate_jax.data.loader import Loader
-from easyanimate_jax.disk.whole import replace_text
 from easyanimate_jax.runs.batches import place
 from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.storage.whole import replace_text
 from easyanimate_jax.training.checkpoint import same_for_all
 from easyanimate_jax.training.metrics import MetricsWriter, now
 from easyanimate_jax.training.program import graph_of

@@ -18,8 +18,8 @@ import numpy as np
 import transformers
 from jaxtyping import Float, Int
 
-from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.sharding import num_parts, shard, shardings
+from easyanimate_jax.storage.local import local_path
 from easyanimate_jax.text import weights
 from easyanimate_jax.text.bert import Bert, load_bert
 from easyanimate_jax.text.qwen2 import Qwen2, load_qwen2

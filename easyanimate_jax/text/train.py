@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Int
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
-from easyanimate_jax.disk.local import local_path
-from easyanimate_jax.disk.lock import FolderLock
-from easyanimate_jax.disk.whole import replace_text
+from easyanimate_jax.storage.local import local_path
+from easyanimate_jax.storage.lock import FolderLock
+from easyanimate_jax.storage.whole import replace_text
 from easyanimate_jax.text.bert import Bert, BertConfig, save_bert
 from easyanimate_jax.text.encode import token_ids
 from easyanimate_jax.text.t5 import T5, T5Config, save_t5

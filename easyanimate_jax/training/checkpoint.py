@@ -25,8 +25,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from easyanimate_jax.disk.errors import is_of_jax, is_of_the_system
-from easyanimate_jax.disk.local import without_patterns
+from easyanimate_jax.storage.errors import is_of_jax, is_of_the_system
+from easyanimate_jax.storage.local import without_patterns
 from easyanimate_jax.training.retention import Retention, remove_leftovers, set_aside
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
 from easyanimate_jax.weights.fingerprint import fingerprint

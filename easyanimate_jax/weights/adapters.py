@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.models.layers import linears
 from easyanimate_jax.models.lora import Adapter, LoRAConfig, chosen
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.sharding import shardings
+from easyanimate_jax.storage.local import local_path
 from easyanimate_jax.weights import files
 from easyanimate_jax.weights.defaults import Defaults, of_run
 from easyanimate_jax.weights.lazy import Tensor

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from easyanimate_jax.diffusion.tasks import task_of
-from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.facts import DTypes, check_fields
+from easyanimate_jax.storage.local import local_path
 from easyanimate_jax.weights import (
     defaults,
     files,

@@ -15,10 +15,10 @@ from typing import Literal, NamedTuple
 
 from jax.sharding import Mesh
 
-from easyanimate_jax.disk.local import local_path
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.storage import Kernels
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
+from easyanimate_jax.storage.local import local_path
 from easyanimate_jax.weights import adapters, files, mmdit_table, run_folder, vae_table
 from easyanimate_jax.weights.identity import weights_print
 from easyanimate_jax.weights.lazy import Tensor

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from easyanimate_jax.disk.local import local_path
+from easyanimate_jax.storage.local import local_path
 from easyanimate_jax.weights import files
 from easyanimate_jax.weights.lazy import Tensor, all_finite, is_float
 from easyanimate_jax.weights.mmdit_table import MMDIT_BLOCK, MODEL, TEXTS, TO_DIFFUSERS

@@ -34,7 +34,7 @@ from easyanimate_jax.data.buckets import name_word
 from easyanimate_jax.data.decode import decoders
 from easyanimate_jax.data.sources import clip_table, layouts, parquets, tars, tfds
 from easyanimate_jax.data.sources.rows import KINDS, Clip, Problem, Row, caption_of
-from easyanimate_jax.disk.local import local_path, quoted, shown
+from easyanimate_jax.storage.local import local_path, quoted, shown
 
 logger = logging.getLogger(__name__)
 

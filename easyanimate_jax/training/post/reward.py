@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from easyanimate_jax.data.loader import Batch
 from easyanimate_jax.diffusion.conditioning import guide
 from easyanimate_jax.diffusion.samplers import Walk, walk
-from easyanimate_jax.disk.functions import named_function
 from easyanimate_jax.models.mmdit import MMDiT, unpatchify
+from easyanimate_jax.storage.functions import named_function
 from easyanimate_jax.training.post.distill import Metrics, Tokens, empty_texts
 from easyanimate_jax.training.post.objectives import RewardBackpropagation
 from easyanimate_jax.training.step import (

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from easyanimate_jax.data.control import OPERATORS
-from easyanimate_jax.disk.local import resolve_fields
 from easyanimate_jax.facts import MAX_STEPS, SEEDS, TrackerName, check_fields
 from easyanimate_jax.models.borders import check_video
 from easyanimate_jax.models.vae import VAEConfig
+from easyanimate_jax.storage.local import resolve_fields
 from easyanimate_jax.training.optimizer import Matrices
 
 PYRAMID_LEVELS = 4  # scales of the perceptual term; each halves the crop

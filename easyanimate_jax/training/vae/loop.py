@@ -23,10 +23,10 @@ from jaxtyping import UInt8
 
 from easyanimate_jax import processes
 from easyanimate_jax.data import media
-from easyanimate_jax.disk.lock import FolderLock
 from easyanimate_jax.facts import SPACE_FACTOR, TIME_FACTOR
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.storage.lock import FolderLock
 from easyanimate_jax.training.checkpoint import Checkpoints, NotFiniteError, StorageError
 from easyanimate_jax.training.metrics import MetricsWriter, Progress, now
 from easyanimate_jax.training.profiler import Profiler
