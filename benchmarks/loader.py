@@ -1,7 +1,7 @@
-"""Compare the loader with a bare ArrayRecord reader, and with torch's DataLoader with PyAV.
+"""Compare the loader with bare reads of its shards, and with torch's DataLoader with PyAV.
 
-Cached latents: batches of `Loader` against the bare reader on the same records in the same order,
-one thread each. Pixels: our decoding processes (decode, resize, crop) against a DataLoader with as
+Cached latents: batches of `Loader` against bare reads of the same entries in the same order, one
+thread each. Pixels: our decoding processes (decode, resize, crop) against a DataLoader with as
 many workers that do the same with PyAV. Its workers resize with FFmpeg's scaler, whose pixels must
 equal ours bit for bit, with Pillow, or with torch. Rounds alternate. CPU seconds are compared,
 because other work on the machine affects them less than wall time. Writes
@@ -22,7 +22,8 @@ import numpy as np
 from setting import setting
 
 from easyanimate_jax.data import media
-from easyanimate_jax.data.records import INDEX_TYPES, Writer, write_texts
+from easyanimate_jax.data.index import INDEX_TYPES
+from easyanimate_jax.data.records import write_set, write_texts
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "loader.md"
@@ -47,13 +48,17 @@ def make_loader():
     return Loader(records, make_plan(records), task="t2v", microbatch=batch, text_drop=0.1)
 """
 BARE = """
+from easyanimate_jax.storage.stores import read_ranges
+
 records = Records(folder)
-plan, shard = make_plan(records), records.header["shards"][0]
+plan = make_plan(records)
 
 def done():
     for step in range(steps):
         for record in plan(step)[1]:
-            records.readers[record // shard].read([int(record % shard)])
+            for entry in (0, 1):  # latents, and a text
+                file, begin, size, _ = records.index.spot(int(record), entry)
+                read_ranges(records.folder / file, [(begin, begin + size)])
 """
 BATCHES = """
 loader, pages = make_loader(), Pages()
@@ -74,8 +79,8 @@ next(make_loader().batches(123_456))
 print(json.dumps({"cpu": cpu, "first": time.perf_counter() - began}))
 """
 CACHED = {
-    "bare ArrayRecord reader": BARE,
-    "bare ArrayRecord reader, malloc as the loader sets it": BARE + "keep_memory()",
+    "bare reads": BARE,
+    "bare reads, malloc as the loader sets it": BARE + "keep_memory()",
     "our batches": BATCHES,
 }
 OURS = """
@@ -213,21 +218,19 @@ def main() -> None:
 def cached_latents(folder: Path, rounds: int) -> tuple[dict[str, float], float, int]:
     """Return (CPU seconds per record, seconds to the first batch of a resume, bytes per record)."""
     rng, tokens = np.random.default_rng(0), int(np.prod(GRID))
-    writer = Writer(folder / "set", {"set": {"condition_draws": 0}})
     row = dict.fromkeys(INDEX_TYPES, 0) | {"clip": "a", "kind": "video", "tokens": tokens}
     row |= dict(zip(("T", "gh", "gw"), GRID, strict=True)) | {"num_captions": 1}
-    for shard in range(SHARDS):
-        some = [
-            {
-                "mean": rng.standard_normal((tokens, 64), np.float32).astype(np.float16),
-                "logvar": rng.standard_normal((tokens, 64), np.float32).astype(np.float16),
-                "text0": np.ones((1, 77, 1024), np.float16),
-                "text1": np.ones((1, 256, 2048), np.float16),
-            }
-            for _ in range(SHARD)
-        ]
-        writer.write(shard, some, [row] * SHARD)
-    writer.finish(SHARDS)
+    some = [
+        {
+            "mean": rng.standard_normal((tokens, 64), np.float32).astype(np.float16),
+            "logvar": rng.standard_normal((tokens, 64), np.float32).astype(np.float16),
+            "text0": rng.standard_normal((1, 77, 1024), np.float32).astype(np.float16),
+            "text1": rng.standard_normal((1, 256, 2048), np.float32).astype(np.float16),
+        }
+        for _ in range(SHARDS * SHARD)
+    ]
+    made_of = {"set": {"condition_draws": 0}}
+    write_set(folder / "set", made_of, some, [row] * len(some), shard_size=SHARD)
     empty = (np.zeros((1, 77, 1024), np.float16), np.zeros((1, 256, 2048), np.float16))
     write_texts(folder / "empty.safetensors", empty)
     size = sum(a.nbytes for a in some[0].values())

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from easyanimate_jax.data.records import INDEX_TYPES, Writer, write_texts
+from easyanimate_jax.data.index import INDEX_TYPES
+from easyanimate_jax.data.records import write_set, write_texts
 
 
 def random_latents(
@@ -29,7 +30,6 @@ def random_latents(
     for name, (T, gh, gw) in grids.items():
         draws = 2 * (name in ("medium", "large"))
         made = {"condition_draws": draws} | ({"pairs": True} if pairs else {})
-        writer = Writer(folder / name, {"set": made, **meta})
         records, rows = [], []
         for clip in range(5):
             N = T * gh * gw
@@ -52,7 +52,6 @@ def random_latents(
             sizes = (4 * T - 3, 16 * gh, 16 * gw, T, gh, gw, N, 512, 512)
             values = (f"{clip}.mp4", kind, *sizes, 2, "")
             rows.append(dict(zip(INDEX_TYPES, values, strict=True)))
-        writer.write(0, records, rows)
-        writer.finish(1)
+        write_set(folder / name, {"set": made, **meta}, records, rows)
     empty = np.zeros((1, 4, widths[0])), np.zeros((1, 3, widths[1]))
     write_texts(folder / "empty.safetensors", empty)

@@ -44,7 +44,8 @@ config = replace(
 
 def write_latents() -> None:
     """Write random prepared latents; the first token of a record holds its number."""
-    from easyanimate_jax.data.records import INDEX_TYPES, Writer, write_texts
+    from easyanimate_jax.data.index import INDEX_TYPES
+    from easyanimate_jax.data.records import write_set, write_texts
 
     rng = np.random.default_rng(0)
     for name, lengths in LENGTHS.items():
@@ -59,9 +60,7 @@ def write_latents() -> None:
             values = (f"{number}", "image", 1, 64, 16 * tokens // 4, 1, 4, tokens // 4, tokens)
             row = dict(zip(INDEX_TYPES, (*values, 512, 512, 2, ""), strict=True))
             rows.append(row)
-        writer = Writer(FOLDER / "latents" / name, {"set": {"condition_draws": 0}})
-        writer.write(0, records, rows)
-        writer.finish(1)
+        write_set(FOLDER / "latents" / name, {"set": {"condition_draws": 0}}, records, rows)
     empty = (np.zeros((1, 4, 8)), np.zeros((1, 3, 12)))
     write_texts(FOLDER / "latents" / "empty.safetensors", empty)
 

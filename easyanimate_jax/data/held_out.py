@@ -7,20 +7,27 @@ clips, the split of the work, the seed, nor other clips. All spans of a film are
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from easyanimate_jax.data.index import Column
+
+CHUNK = 2**18  # names in memory at a time
 SPAN = re.compile(rb"#\d+-\d+$")  # of a clip in a curated film, as `curate` names it
 
 
-def places(clips: np.ndarray) -> np.ndarray:
+def places(clips: Column) -> np.ndarray:
     """Return a number from 0 to 1 for each clip name, float64; clips below a share are held out."""
-    files = (SPAN.sub(b"", _bytes(name)) for name in clips.tolist())
-    return np.array([_hash(file) for file in files], np.uint64) / 2.0**64
+    found = np.empty(len(clips))
+    for first in range(0, len(clips), CHUNK):
+        part = clips[first : first + CHUNK].tolist()
+        files = (SPAN.sub(b"", _bytes(name)) for name in part)
+        found[first : first + CHUNK] = np.array([_hash(f) for f in files], np.uint64) / 2.0**64
+    return found
 
 
-def draw_keys(clips: np.ndarray) -> np.ndarray:
+def draw_keys(clips: Column) -> np.ndarray:
     """Return the key of each clip's own random draws, uint32; it follows from its name."""
     return np.array([_hash(_bytes(name)) >> 32 for name in clips.tolist()], np.uint32)
 
@@ -43,7 +50,7 @@ class HeldOut:
 
     def __init__(
         self,
-        index: dict[str, np.ndarray],
+        index: Mapping[str, Column],
         *,
         lengths: Sequence[int],
         batch_size: int,

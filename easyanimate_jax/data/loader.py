@@ -27,17 +27,16 @@ from absl import flags
 
 from easyanimate_jax.data.held_out import HeldOut
 from easyanimate_jax.data.plan.plan import Plan
-from easyanimate_jax.data.records import Records, read_texts
+from easyanimate_jax.data.records import Cells, Records, padded, read_texts
 from easyanimate_jax.diffusion.tasks import TASKS, TaskName
 
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # the buffer holds batches
 FOREVER = 2**40  # steps
-READERS = 16  # records of a batch that are read in parallel
+READERS = 64  # rows of a batch that are read in parallel: a store answers after milliseconds
 MAX_BAD, FEW_BAD = 1e-3, 3  # limits of unreadable records: a share, and a minimum number
 PR_SET_PDEATHSIG = 1  # from Linux's prctl
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's mallopt
 WORSE = "worse_"  # begins the names of the worse clip's arrays in a record of a pair
-MEANS = ("mean", f"{WORSE}mean")
 KEPT = 2**25  # bytes; no record is larger, and glibc's limit is the same
 
 
@@ -232,23 +231,23 @@ class Loader:
         )
 
     def _row(self, step: int, row: int, record: int) -> dict:
-        record, arrays = self._instead(record, self._arrays)
-        return self._fields(step, row, record, arrays)
+        def read(candidate: int) -> dict:
+            cells = self.records.cells(candidate)
+            self._check_tokens(candidate, cells)
+            return self._fields(step, row, candidate, cells)
 
-    def _fields(self, step: int, row: int, record: int, arrays: dict[str, np.ndarray]) -> dict:
+        return self._instead(record, read)[1]
+
+    def _fields(self, step: int, row: int, record: int, cells: Cells) -> dict:
         """Return the record's arrays that the row uses, chosen by the row's own random draws."""
         rng = np.random.default_rng(self._words(step, row, record))
         number = self._draw_caption(rng, record)
-        texts = [
-            empty if number is None else arrays[f"text{i}"][number]
-            for i, empty in enumerate(self.empty)
-        ]
+        texts = self.empty if number is None else list(padded(cells(f"text {number}"))[:-1])
         fields = {"grid": self._grid(record), "texts": texts}
         again = copy.deepcopy(rng) if self.pairs else rng
-        fields |= _latents(rng, arrays, self.task, self.drops)
+        fields |= _latents(rng, cells, self.task, self.drops)
         if self.pairs:
-            worse = {n.removeprefix(WORSE): x for n, x in arrays.items() if n.startswith(WORSE)}
-            found = _latents(again, arrays | worse, self.task, self.drops)
+            found = _latents(again, _worse(cells), self.task, self.drops)
             fields |= {f"{WORSE}{name}": x for name, x in found.items()}
         return fields
 
@@ -272,14 +271,14 @@ class Loader:
             f"again"
         )
 
-    def _arrays(self, record: int) -> dict[str, np.ndarray]:
-        arrays, tokens = self.records[record], self.records.index["tokens"][record]
-        if not all(len(arrays[name]) == tokens for name in arrays if name in MEANS):
+    def _check_tokens(self, record: int, cells: Cells) -> None:
+        arrays, tokens = cells("latents"), int(self.records.index["tokens"][record])
+        wrong = [n for n, x in arrays.items() if n.endswith("mean") and len(x) != tokens]
+        if wrong:
             raise ValueError(
-                f"{self.records.folder}: record {record} has {len(arrays['mean'])} "
-                f"tokens, and its index row {tokens}; prepare the set again"
+                f"{self.records.folder}: record {record} has {len(arrays[wrong[0]])} tokens, and "
+                f"its index row {tokens}; prepare the set again"
             )
-        return arrays
 
     def _leave_out(self, record: int, reason: str) -> None:
         if self.bad.setdefault(record, reason) is not reason:
@@ -302,21 +301,18 @@ class Loader:
 def captions(loader: Loader, step: int) -> dict[int, str]:
     """Return {row: caption} of the rows of a loader's step that this process's devices hold.
 
-    It is the caption of which the batch has the states. Raises ValueError for a set of an earlier
-    version, which holds no captions.
+    It is the caption of which the batch has the states.
     """
     ids = loader.plan(step)[1]
 
     def caption(row: int) -> str:
-        record, arrays = loader._instead(int(ids[row]), lambda candidate: loader.records[candidate])
-        if "captions" not in arrays:
-            raise ValueError(
-                f"{loader.records.folder} was prepared by an earlier version, which did not store "
-                f"the words of captions; prepare the set again in another folder"
-            )
-        rng = np.random.default_rng(loader._words(step, row, record))
-        number = loader._draw_caption(rng, record)
-        return "" if number is None else json.loads(arrays["captions"].tobytes())[number]
+        def read(candidate: int) -> str:
+            rng = np.random.default_rng(loader._words(step, row, candidate))
+            number = loader._draw_caption(rng, candidate)
+            cells = loader.records.cells(candidate)
+            return "" if number is None else padded(cells(f"text {number}"))[-1]
+
+        return loader._instead(int(ids[row]), read)[1]
 
     own = [row for row in range(len(ids)) if loader._holds(row)]
     with ThreadPoolExecutor(READERS) as pool:
@@ -354,50 +350,62 @@ def _check_task(records: Records, name: str, task: TaskName) -> None:
         )
 
 
+def _worse(cells: Cells) -> Cells:
+    """Return the entries of a record with the arrays of the worse clip in place of the better."""
+
+    def read(slot: str) -> dict[str, np.ndarray]:
+        arrays = cells(slot)
+        worse = {n.removeprefix(WORSE): x for n, x in arrays.items() if n.startswith(WORSE)}
+        return arrays | worse
+
+    return Cells(read, cells.slots)
+
+
 def _latents(
-    rng: np.random.Generator, arrays: dict[str, np.ndarray], task: TaskName, drops: Sequence[float]
+    rng: np.random.Generator, cells: Cells, task: TaskName, drops: Sequence[float]
 ) -> dict[str, np.ndarray]:
     """Return mean and log-variance of a clip, and its condition if the task has one."""
+    arrays = cells("latents")
     fields = {"mean": arrays["mean"], "logvar": arrays["logvar"]}
     if task == "i2v":
         kept = not drops[2] or rng.random() >= drops[2]
-        fields["condition"] = kept * _condition(rng, arrays)
+        fields["condition"] = kept * _condition(rng, cells)
     if TASKS[task].is_control:
-        fields["condition"] = _control(rng, arrays, task, drops[:2])
+        fields["condition"] = _control(rng, cells, task, drops[:2])
     return fields
 
 
-def _condition(rng: np.random.Generator, arrays: dict[str, np.ndarray]) -> np.ndarray:
+def _condition(rng: np.random.Generator, cells: Cells) -> np.ndarray:
     """Return one of the clip's conditions (spec 6.1), (N, 4 + P): mask, then masked latents.
 
     The latents are a sample of the masked video's posterior. All values are 0 if the flag is 0.
     """
-    draw = rng.integers(len(arrays["condition_flag"]))
+    arrays = cells(f"condition {rng.integers(cells.count('condition'))}")
     mean, logvar, mask, flag = (
-        arrays[f"condition_{name}"][draw].astype(np.float32)
+        arrays[f"condition_{name}"].astype(np.float32)
         for name in ("mean", "logvar", "mask", "flag")
     )
     return flag * np.concatenate([mask, _sample(rng, mean, logvar)], axis=-1)
 
 
 def _control(
-    rng: np.random.Generator, arrays: dict[str, np.ndarray], task: str, drops: Sequence[float]
+    rng: np.random.Generator, cells: Cells, task: str, drops: Sequence[float]
 ) -> np.ndarray:
     """Return the control signal (spec 7.2): control latents or camera rays, then the reference.
 
     The latents of the reference frame occupy the tokens of latent frame 0; the others are 0.
     """
 
-    def latents(name: str, which=slice(None)) -> np.ndarray:
-        parts = (arrays[f"{name}_{part}"][which].astype(np.float32) for part in ("mean", "logvar"))
+    def latents(slot: str) -> np.ndarray:
+        name, arrays = slot.split()[0], cells(slot)
+        parts = (arrays[f"{name}_{part}"].astype(np.float32) for part in ("mean", "logvar"))
         return _sample(rng, *parts)
 
     keep_control, keep_reference = rng.random(2) >= drops
     if "camera" in TASKS[task].holds:
-        control, keep_reference = arrays["control_rays"].astype(np.float32), True
+        control, keep_reference = cells("control 0")["control_rays"].astype(np.float32), True
     else:
-        which = rng.integers(len(arrays["control_mean"]))
-        control = keep_control * latents("control", which)
+        control = keep_control * latents(f"control {rng.integers(cells.count('control'))}")
     if "reference picture" not in TASKS[task].holds:
         return control
     reference = keep_reference * latents("reference")

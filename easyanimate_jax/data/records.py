@@ -1,58 +1,49 @@
-"""Encoded examples on disk: ArrayRecord shards, an index, a header.
+"""Prepared sets: the encoded clips of a source, read by record.
 
-    SET/shard-00000-KEY.arrayrecord   each record: the safetensors bytes of a dict of arrays
-    SET/shard-00000-KEY.npz       the shard's rows of the index, with the keys of its records
-    SET/index.npz                 one row per record; a record's id is its row
-    SET/header.json               the inputs of the set; key, records and bytes of every shard
+    SET/header.json               what the set was made of, and how many records it has
+    SET/index.parquet             a row per record, with the places of its entries (data/index.py)
+    SET/shards/ab/NAME.shard      latents, conditions, controls and references (data/shards.py)
+    SET/../texts/shards/...       captions and their text states, for all sets of a folder
 
-Every file is written completely or not at all, so writing resumes at the first missing shard. KEY
-is the key of a shard's content (data/contents.py): when a file of the source changes, its shard
-gets another name, and the records of files that did not change are copied (`Kept`).
+A record has entries that are kept and read one by one, by the key of their content: a caption, a
+condition or a control that is new or changed is a new entry, and what did not change stays where it
+is. Training reads the latents of a row, and of the others only those that the row's draws choose.
 """
 
 import errno
+import hashlib
 import json
 import os
 import re
-import threading
-import zipfile
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+import pyarrow
+import pyarrow.compute
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.contents import key
+from easyanimate_jax.data.index import INDEX_TYPES, Column, read_index, write_index
+from easyanimate_jax.data.shards import (
+    Arrays,
+    Shards,
+    key_array,
+    read_entry,
+    shard_name,
+    write_shard,
+)
 from easyanimate_jax.facts import FPS, check_fields
-from easyanimate_jax.storage.errors import is_of_the_system
-from easyanimate_jax.storage.whole import remove_left, replace, replace_text
-from easyanimate_jax.weights.files import DTYPES
+from easyanimate_jax.storage.local import cache_folder
+from easyanimate_jax.storage.stores import Place, Remote, place, replace_bytes, replace_text
 
-VERSION = 1
-KEYED = re.compile(r"shard-\d{5,}-[0-9a-f]{32}\.(npz|arrayrecord)")
-READERS = 64  # maximum number of open shards
-LOOKED_INTO = 256  # sets of at most this many shards have every shard opened and checked
-INDEX_TYPES = {
-    "clip": str,  # file name in the source folder
-    "kind": str,  # "video" or "image"
-    "frames": np.int32,  # as encoded, like height and width
-    "height": np.int32,
-    "width": np.int32,
-    "T": np.int32,
-    "gh": np.int32,
-    "gw": np.int32,
-    "tokens": np.int32,
-    "source_height": np.int32,
-    "source_width": np.int32,
-    "num_captions": np.int32,
-    "source": str,  # name of the source in a mixture, or ""
-}
+VERSION = 2
+LOOKED_INTO = 256  # the files of sets of at most this many shards are looked at when one is opened
+SHARDS, TEXTS = "shards", "../texts/shards"  # folders, relative to the set's
+NUMBERED = re.compile(r"(worse_)?(condition|control)_(?!rays)")
 
 Texts = tuple[Float[np.ndarray, "_rows _L _width"], ...]
 
@@ -65,7 +56,7 @@ class LatentSet:
     """The clips of one source, encoded under one budget."""
 
     name: str
-    """Name of the set, and of its folder in the config's `prepared`."""
+    """Name of the set, and of its folder in the config's `prepared`; not "texts"."""
 
     budget: Budget
     """Token lengths and resolutions to which the clips are cropped."""
@@ -121,6 +112,8 @@ class LatentSet:
                 f"set {self.name!r}: reference_rate reads about {FPS} frames a second, and fps is "
                 f"{self.fps}: leave one of them out"
             )
+        if self.name == "texts":
+            raise ValueError("no set may have the name 'texts': the states of captions are there")
         if isinstance(self.control, str):
             object.__setattr__(self, "control", (self.control,) if self.control else ())
         for control in self.control:
@@ -140,145 +133,36 @@ class LatentSet:
             )
 
 
-class Origin(NamedTuple):
-    """The content that a record was made from: keys of its pixels and of its captions."""
+class Cells:
+    """The entries of a record, by slot: each is read when it is first asked for.
 
-    pixels: str
-    captions: str
-
-
-def check_identity(folder: Path, identity: dict) -> None:
-    """Raise ValueError if the set in `folder` was begun with another identity."""
-    path = folder / "identity.json"
-    before = json.loads(path.read_text()) if path.is_file() else identity
-    if "jobs" in before:
-        raise ValueError(
-            f"{folder} was begun by an earlier version, which did not record the content of its "
-            f"files: train on it as it is, or prepare again in another folder (--prepared)"
-        )
-    changed = [k for k in identity | before if identity.get(k) != before.get(k)]
-    if changed:
-        raise ValueError(
-            f"{folder} was begun with another {', '.join(changed)}; remove the folder, or "
-            f"choose another one, to prepare the set again"
-        )
-
-
-class Writer:
-    """Write a set shard by shard.
-
-    `identity` holds the inputs that all records depend on. Raises ValueError if the folder was
-    begun with another identity. `key` is the key of a shard's content; without it a shard is known
-    by its number alone.
+    Slots are "latents", "condition 0", "control 0", "reference", "place" and "text 0"; those with
+    a number are counted from 0.
     """
 
-    def __init__(self, folder: Path, identity: dict):
-        check_identity(folder, identity)
-        self.folder, self.identity = folder, identity
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_left(folder)
-        replace_text(folder / "identity.json", json.dumps(identity, indent=1))
+    def __init__(self, read: Callable[[str], Arrays], slots: Collection[str]):
+        self.read, self.slots, self.known = read, slots, {}
 
-    def has(self, shard: int, key: str = "") -> bool:
-        """Return True if the shard has been written."""
-        return _shard_path(self.folder, shard, key).is_file()
+    def __call__(self, slot: str) -> Arrays:
+        """Return the arrays of an entry. Raises ValueError if it is damaged."""
+        if slot not in self.known:
+            self.known[slot] = self.read(slot)
+        return self.known[slot]
 
-    def write(
-        self,
-        shard: int,
-        records: Sequence[dict[str, np.ndarray]],
-        rows: list[dict],
-        key: str = "",
-        origins: Sequence[Origin] = (),
-        left_out: Sequence[str] = (),
-    ) -> None:
-        """Write one shard: its records, and for each a row of the index and its origin.
-
-        `left_out` are lines for the files that gave no record. The set is unfinished from now on.
-        """
-        path = _shard_path(self.folder, shard, key)
-        (self.folder / "header.json").unlink(missing_ok=True)
-        columns = {
-            name: np.array([row[name] for row in rows], kind) for name, kind in INDEX_TYPES.items()
-        }
-        for name in Origin._fields:
-            columns[name] = np.array([getattr(origin, name) for origin in origins], "S32")
-        columns["left_out"] = np.array(left_out, str)
-        replace(path.with_suffix(".npz"), lambda new: _save_columns(new, columns))
-        replace(path, lambda new: _write_records(new, records))
-
-    def finish(self, num_shards: int, keys: Sequence[str] = (), **more) -> list[str]:
-        """Join the rows of all shards into the index, then write the header; `more` goes into it.
-
-        Return the lines for files that were left out. The header is written last: a set without it
-        is not readable. Then shards that are out of date are deleted.
-        """
-        paths = [
-            _shard_path(self.folder, shard, keys[shard] if keys else "")
-            for shard in range(num_shards)
-        ]
-        parts = [_load_columns(path.with_suffix(".npz")) for path in paths]
-        for part in parts:  # shards of earlier versions, without mixtures, name no source
-            part.setdefault("source", np.full(len(part["clip"]), ""))
-        index = {name: np.concatenate([part[name] for part in parts]) for name in INDEX_TYPES}
-        header = {
-            "version": VERSION,
-            **self.identity,
-            **more,
-            "records": len(index["clip"]),
-            "shards": [len(part["clip"]) for part in parts],
-            "keys": list(keys),
-            "bytes": [path.stat().st_size for path in paths],
-        }
-        replace(self.folder / "index.npz", lambda new: _save_columns(new, index))
-        replace_text(self.folder / "header.json", json.dumps(header, indent=1))
-        current = {path.stem for path in paths}
-        for path in self.folder.iterdir():
-            if KEYED.fullmatch(path.name) and path.stem not in current:
-                path.unlink(missing_ok=True)
-        return [line for part in parts for line in part.get("left_out", np.array([])).tolist()]
-
-
-class Kept:
-    """The records in the shards of a set's folder, current or not, by the key of their pixels."""
-
-    def __init__(self, folder: Path):
-        self.places: dict[str, tuple[Path, int, str]] = {}
-        self.open: tuple[Path | None, ArrayRecordReader | None] = (None, None)
-        for path in sorted(folder.glob("shard-*.npz")):
-            try:
-                columns = _load_columns(path)
-            except (OSError, ValueError, zipfile.BadZipFile):  # damaged: its records are made again
-                continue
-            pixels, captions = (columns.get(name, np.array([])) for name in Origin._fields)
-            for row, found in enumerate(zip(pixels.tolist(), captions.tolist(), strict=True)):
-                one, words = (value.decode() for value in found)
-                self.places[one] = path.with_suffix(".arrayrecord"), row, words
-
-    def get(self, pixels: str) -> tuple[dict[str, np.ndarray], str] | None:
-        """Return (record, key of its captions) of some pixels; None if no readable shard has it."""
-        path, row, captions = self.places.get(pixels, (None, 0, ""))
-        if path is None or not path.is_file():
-            return None
-        try:
-            if self.open[0] != path:
-                self.open = path, ArrayRecordReader(str(path), "readahead_buffer_size:0")
-            return _arrays(self.open[1].read([row])[0]), captions
-        except (RuntimeError, ValueError, KeyError, TypeError, IndexError):  # damaged
-            return None
+    def count(self, kind: str) -> int:
+        """Return the number of entries of a kind, such as "condition"."""
+        return sum(slot.startswith(f"{kind} ") for slot in self.slots)
 
 
 class Records:
-    """A finished set: its `index` columns, its `header`, and its records by id, from any thread.
+    """A finished set: its `index`, its `header`, and its records by id, from any thread.
 
-    A shard is opened when one of its records is read; at most `READERS` shards are open at once.
-    Opening a set checks the file size of every shard. In sets of at most `LOOKED_INTO` shards it
-    also checks their record counts. Raises ValueError for a set that is missing, unfinished or
-    damaged.
+    Nothing is opened before it is read; of a local set of at most `LOOKED_INTO` shards the sizes
+    are checked. Raises ValueError for a set that is missing, unfinished or damaged.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike | Remote):
+        self.folder = place(folder)
         if not (self.folder / "header.json").is_file():
             raise ValueError(
                 f"{folder} holds no finished set; run python -m easyanimate_jax prepare"
@@ -287,86 +171,239 @@ class Records:
         if self.header["version"] != VERSION:
             raise ValueError(
                 f"{folder} has version {self.header['version']}, but this code reads version "
-                f"{VERSION}; prepare the set again"
+                f"{VERSION}; prepare the set again in another folder"
             )
-        self.index = _load_columns(self.folder / "index.npz")
-        self.ends = np.cumsum(self.header["shards"])
-        if len(self) != self.ends[-1]:
+        self.index = read_index(self.folder / "index.parquet", cache_folder() / "indices")
+        if self.index.about["content"] != self.header["content"]:
             raise ValueError(
-                f"{self.folder / 'index.npz'} has {len(self)} rows, and the header counts "
-                f"{self.ends[-1]} records; prepare the set again"
+                f"{self.folder / 'index.parquet'} is not the index of header.json; a process "
+                f"prepares the set now, or was stopped: prepare the set again"
             )
-        self.readers: OrderedDict[int, ArrayRecordReader] = OrderedDict()  # last used at the end
-        self.lock = threading.Lock()
-        sizes = self.header.get("bytes", [None] * len(self.ends))
-        for shard, size in enumerate(sizes):
-            self._look_at(shard, size)
-            if len(sizes) <= LOOKED_INTO:
-                self._open(shard).close()
+        files = self.index.about["files"]
+        if isinstance(self.folder, Path) and len(files) <= LOOKED_INTO:
+            for name, size in files:
+                self._look_at(self.folder / name, size)
 
     def __len__(self) -> int:
-        return len(self.index["clip"])
+        return self.header["records"]
 
-    def __reduce__(self):  # a process opens its own readers
+    def __reduce__(self):  # another process maps the same index
         return Records, (self.folder,)
 
+    def cells(self, record: int) -> Cells:
+        """Return the entries of a record."""
+        texts = [f"text {i}" for i in range(self.index["num_captions"][record])]
+        slots = [*self.header["slots"], *texts]
+        places = {slot: number for number, slot in enumerate(slots)}
+        return Cells(lambda slot: self._read(record, places[slot]), slots)
+
     def __getitem__(self, record: int) -> dict[str, np.ndarray]:
-        shard = int(np.searchsorted(self.ends, record, side="right"))
-        first = self.ends[shard] - self.header["shards"][shard]
+        """Return all arrays of a record; conditions, controls and texts are on a first axis."""
+        if not -len(self) <= record < len(self):
+            raise IndexError(record)
+        cells = self.cells(record)
+        return join({slot: cells(slot) for slot in cells.slots})
+
+    def _read(self, record: int, number: int) -> Arrays:
+        spot = self.index.spot(record, number)
         try:
-            return _arrays(self._reader(shard).read([int(record - first)])[0])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(self._damaged(shard, f"record {record}: {error}")) from error
-
-    def _reader(self, shard: int) -> ArrayRecordReader:
-        """Return the shard's reader.
-
-        A reader removed here closes once no other thread uses it.
-        """
-        with self.lock:
-            if shard not in self.readers:
-                self.readers[shard] = self._open(shard)
-                if len(self.readers) > READERS:
-                    self.readers.popitem(last=False)
-            self.readers.move_to_end(shard)
-            return self.readers[shard]
-
-    def _look_at(self, shard: int, size: int | None) -> None:
-        path = self._path(shard)
-        if not path.is_file():
-            raise ValueError(self._damaged(shard, "the file is missing"))
-        if size is not None and path.stat().st_size != size:
-            raise ValueError(self._damaged(shard, f"{path.stat().st_size} of {size} bytes"))
-
-    def _open(self, shard: int) -> ArrayRecordReader:
-        path, count = self._path(shard), self.header["shards"][shard]
-        try:
-            path.open("rb").close()  # ArrayRecordReader would hide the reason of a failure
+            return read_entry(self.folder, spot)
+        except FileNotFoundError as error:
+            raise ValueError(_damaged(self.folder / spot.file, "the file is missing")) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(_damaged(self.folder / spot.file, str(error))) from error
         except OSError as error:
-            if not is_of_the_system(error):
-                raise ValueError(self._damaged(shard, str(error))) from error
             if error.errno != errno.EMFILE:
                 raise
             raise OSError(
                 errno.EMFILE,
-                f"{path} cannot be opened: this process may open no more files; raise "
-                f"`ulimit -n` (now {_most_files()})",
+                f"{self.folder / spot.file} cannot be opened: this process may open no more "
+                f"files; raise `ulimit -n` (now {_most_files()})",
             ) from error
-        # A damaged file opens without an error and reports 0 records.
-        reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
-        if reader.num_records() != count:
-            raise ValueError(self._damaged(shard, f"{reader.num_records()} of {count} records"))
-        return reader
 
-    def _damaged(self, shard: int, what: str) -> str:
-        return (
-            f"{self._path(shard)} is damaged ({what}); remove it and run "
-            f"python -m easyanimate_jax prepare again"
+    def _look_at(self, path: Path, size: int) -> None:
+        if not path.is_file():
+            raise ValueError(_damaged(path, "the file is missing"))
+        if path.stat().st_size != size:
+            raise ValueError(_damaged(path, f"{path.stat().st_size} of {size} bytes"))
+
+
+def _damaged(path: Place, what: str) -> str:
+    return f"{path} is damaged ({what}); remove it and run python -m easyanimate_jax prepare again"
+
+
+def split(arrays: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
+    """Return the entries of a record without its texts, by slot; `join` undoes it."""
+    slots: dict[str, Arrays] = {}
+    for name, array in arrays.items():
+        if match := NUMBERED.match(name):
+            for number, part in enumerate(array):
+                slots.setdefault(f"{match[2]} {number}", {})[name] = np.asarray(part, order="C")
+        else:
+            slots.setdefault(_slot_of(name), {})[name] = np.asarray(array, order="C")
+    return slots
+
+
+def _slot_of(name: str) -> str:
+    if name == "control_rays":
+        return "control 0"
+    return "place" if name == "place" else "reference" if "reference_" in name else "latents"
+
+
+def join(slots: Mapping[str, Arrays]) -> dict[str, np.ndarray]:
+    """Return the arrays of all entries of a record, with conditions, controls, texts stacked."""
+    arrays, stacks = {}, {}
+    for slot, entry in slots.items():
+        if slot.startswith("text "):
+            *states, caption = padded(entry)
+            stacks.setdefault("caption", []).append(caption)
+            for number, states_of_one in enumerate(states):
+                stacks.setdefault(f"text{number}", []).append(states_of_one)
+            continue
+        for name, array in entry.items():
+            if NUMBERED.match(name):
+                stacks.setdefault(name, []).append(array)
+            else:
+                arrays[name] = array
+    words = json.dumps(stacks.pop("caption", []), ensure_ascii=False).encode()
+    arrays |= {name: np.stack(parts) for name, parts in stacks.items()}
+    return arrays | {"captions": np.frombuffer(words, np.uint8)}
+
+
+def text_entry(states: Sequence[Float[np.ndarray, "_L _width"]], caption: str) -> Arrays:
+    """Return the entry of a caption: its states, and its words.
+
+    An encoder whose padding is masked gives the same state to all padding: it is stored once.
+    """
+    entry = {f"text{i}": _trimmed(x) for i, x in enumerate(states)}
+    words = np.frombuffer(caption.encode(), np.uint8)
+    return entry | {"lengths": np.array([len(x) for x in states], np.int32), "caption": words}
+
+
+def padded(entry: Arrays) -> tuple:
+    """Return the states of a text entry, one array (L, width) per encoder, and its caption."""
+    states = []
+    for number, length in enumerate(entry["lengths"].tolist()):
+        some = entry[f"text{number}"]
+        rest = np.broadcast_to(some[-1:], (length - len(some), some.shape[1]))
+        states.append(np.concatenate([some, rest]) if len(rest) else some)
+    return *states, entry["caption"].tobytes().decode()
+
+
+def _trimmed(states: Float[np.ndarray, "L width"]) -> np.ndarray:
+    """Return the states without the rows at the end that equal the row before them."""
+    same = (states == states[-1:]).all(axis=1)
+    different = np.flatnonzero(~same)
+    return np.ascontiguousarray(states[: different[-1] + 2 if len(different) else 1])
+
+
+def write_set(
+    folder: Place,
+    made_of: dict,
+    records: Sequence[Mapping[str, np.ndarray]],
+    rows: Sequence[Mapping],
+    *,
+    shard_size: int = 128,
+) -> None:
+    """Write a finished set of records that are at hand, with the arrays that `Records` returns.
+
+    `rows` are the rows of the index, and `made_of` is told in the header. For what is not made from
+    clips: tests and benchmarks.
+    """
+    tables = {SHARDS: [], TEXTS: []}
+    slots, keys, counts = (), [], []
+    for number, record in enumerate(records):
+        texts = {n: x for n, x in record.items() if n.startswith("text") or n == "captions"}
+        entries = split({n: x for n, x in record.items() if n not in texts})
+        slots = slots or tuple(entries)
+        captions = json.loads(texts.pop("captions", np.zeros(0, np.uint8)).tobytes() or "[]")
+        count = rows[number]["num_captions"]
+        words = captions or [f"caption {i} of record {number}" for i in range(count)]
+        states = [[texts[n][i] for n in sorted(texts)] for i in range(count)]
+        told = [text_entry(*one) for one in zip(states, words, strict=True)]
+        mine = [key(number, slot) for slot in entries], [key(number, i) for i in range(count)]
+        tables[SHARDS] += zip(mine[0], entries.values(), strict=True)
+        tables[TEXTS] += zip(mine[1], told, strict=True)
+        keys += [*mine[0], *mine[1]]
+        counts.append(len(mine[0]) + len(mine[1]))
+    for name, entries in tables.items():
+        for first in range(0, len(entries), shard_size):
+            some = entries[first : first + shard_size]
+            write_shard(folder / name / shard_name([k for k, _ in some]), some, {})
+    columns = {n: np.array([row[n] for row in rows], kind) for n, kind in INDEX_TYPES.items()}
+    known = np.array([bytes.fromhex(one) for one in keys], "S16")
+    finish_set(folder, made_of, slots, columns, known, np.array(counts, int))
+
+
+def finish_set(
+    folder: Place,
+    made_of: dict,
+    slots: Sequence[str],
+    columns: Mapping[str, Column],
+    keys: np.ndarray,
+    counts: np.ndarray,
+    spare: Collection[str] = (),
+) -> np.ndarray:
+    """Write the index and the header of a set; return which rows of `columns` are records.
+
+    `keys` (S16) are those of the entries of all rows, `counts` how many each row has: its slots,
+    then its captions. A row without one of its slots is left out. The header is written last, and
+    then the shards that hold nothing of the set are deleted, but for those in `spare`. Raises
+    ValueError if a text is missing.
+    """
+    found, names = _find(folder, keys)
+    row = np.repeat(np.arange(len(counts)), counts)
+    place_in_row = np.arange(len(keys)) - np.repeat(np.cumsum(counts) - counts, counts)
+    missing = found["file"] < 0
+    if np.any(missing & (place_in_row >= len(slots))):
+        raise ValueError(
+            f"{folder}: texts are missing; run python -m easyanimate_jax prepare again"
         )
+    good = np.ones(len(counts), bool)
+    good[row[missing]] = False
+    kept = good[row]
+    used, file = np.unique(found["file"][kept], return_inverse=True)
+    spots = {name: column[kept] for name, column in found.items()} | {"file": file}
+    content = hashlib.blake2b(keys[kept].tobytes(), digest_size=16).hexdigest()
+    files = [names[number] for number in used.tolist()]
+    chosen = np.flatnonzero(good)
+    columns = {name: _taken(columns[name], chosen) for name in INDEX_TYPES}
+    about = {"content": content, "files": files}
+    write_index(folder / "index.parquet", columns, spots, counts[good], about)
+    header = {"version": VERSION, **made_of, "records": len(chosen), "slots": list(slots)}
+    replace_text(folder / "header.json", json.dumps(header | {"content": content}, indent=1))
+    current = {name for name, _ in files} | set(spare)
+    for name, _ in names:
+        if name.startswith(f"{SHARDS}/") and name not in current:
+            (folder / name).unlink(missing_ok=True)
+    return good
 
-    def _path(self, shard: int) -> Path:
-        keys = self.header.get("keys")  # sets of earlier versions have none
-        return _shard_path(self.folder, shard, keys[shard] if keys else "")
+
+def _find(folder: Place, keys: np.ndarray) -> tuple[dict[str, np.ndarray], list]:
+    """Return the places of keys in the shards (file -1 if there is none), and the (name, bytes)."""
+    tables, names = [], []
+    for below in (SHARDS, TEXTS):
+        shards = Shards(folder / below)
+        table, _ = shards.tables()
+        file = pyarrow.compute.add(table["file"].cast(pyarrow.int64()), len(names))
+        tables.append(table.set_column(table.column_names.index("file"), "file", file))
+        names += [[f"{below}/{name}", size] for name, size in shards.sizes.items()]
+    table = pyarrow.concat_tables(tables)
+    have = key_array(table["key"])
+    order = np.argsort(have, kind="stable")  # of equal ones the first
+    at = np.searchsorted(have, keys, sorter=order)
+    at = order[np.minimum(at, len(order) - 1)] if len(order) else np.zeros(len(keys), int)
+    known = have[at] == keys if len(order) else np.zeros(len(keys), bool)
+    found = {}
+    for name in ("file", "begin", "size", "checksum"):
+        column = table[name].to_numpy().astype(np.int64)
+        found[name] = np.where(known, column[at] if len(order) else 0, -1)
+    return found, names
+
+
+def _taken(column, chosen: np.ndarray):
+    known = isinstance(column, pyarrow.Array | pyarrow.ChunkedArray)
+    return column.take(chosen) if known else np.asarray(column)[chosen]
 
 
 def _most_files() -> str:
@@ -377,59 +414,24 @@ def _most_files() -> str:
     return str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-def write_texts(path: Path, texts: Texts, key: str = "") -> None:
+def write_texts(path: Place, texts: Texts, key: str = "") -> None:
     """Write text states, one array per encoder, and the key of their prompts."""
-    content = save({f"text{i}": text for i, text in enumerate(texts)}, {"key": key})
-    replace(path, lambda new: new.write_bytes(content))
+    replace_bytes(path, save({f"text{i}": text for i, text in enumerate(texts)}, {"key": key}))
 
 
-def texts_key(path: str | os.PathLike) -> str:
+def texts_key(path: Place) -> str:
     """Return the key of the prompts of text states; "" for a file of an earlier version."""
-    with safe_open(path, framework="numpy") as file:
-        return (file.metadata() or {}).get("key", "")
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return header.get("__metadata__", {}).get("key", "")
 
 
-def read_texts(path: str | os.PathLike) -> Texts:
+def read_texts(path: str | os.PathLike | Remote) -> Texts:
     """Return text states as float32, one array (rows, L, width) per encoder.
 
     Raises ValueError if the file is missing.
     """
-    if not Path(path).is_file():
+    file = place(path)
+    if not file.is_file():
         raise ValueError(f"{path} is missing; run python -m easyanimate_jax prepare")
-    return tuple(text.astype(np.float32) for _, text in sorted(load_file(path).items()))
-
-
-def _shard_path(folder: Path, shard: int, key: str) -> Path:
-    return folder / f"shard-{shard:05d}{f'-{key}' if key else ''}.arrayrecord"
-
-
-def _write_records(path: Path, records: Sequence[dict[str, np.ndarray]]) -> None:
-    try:
-        writer = ArrayRecordWriter(str(path), "group_size:1")
-        for record in records:
-            writer.write(save(record))
-        writer.close()
-    except RuntimeError as error:  # of a full disk, too
-        raise OSError(errno.EIO, f"cannot be written ({error})") from error
-
-
-def _arrays(content: bytes) -> dict[str, np.ndarray]:
-    """Return the arrays of a record as views into its safetensors bytes, without copying."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    body, arrays = memoryview(content)[start:], {}
-    for name, field in json.loads(content[8:start]).items():
-        if name != "__metadata__":
-            begin, end = field["data_offsets"]
-            values = np.frombuffer(body[begin:end], DTYPES[field["dtype"]])
-            arrays[name] = values.reshape(field["shape"])
-    return arrays
-
-
-def _save_columns(path: Path, columns: dict[str, np.ndarray]) -> None:
-    with open(path, "wb") as file:  # np.savez would append .npz to a name
-        np.savez(file, **columns)
-
-
-def _load_columns(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as columns:
-        return dict(columns)
+    return tuple(text.astype(np.float32) for _, text in sorted(load(file.read_bytes()).items()))

@@ -6,7 +6,7 @@ a program, P token width.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from easyanimate_jax.sharding import batch_sharding
 
 PIXELS = 2**24  # pixels encoded at once, at most
 SHARED = ("condition_mask", "condition_flag", "control_rays")  # equal in both clips of a pair
+KINDS = ("latents", "condition", "control", "reference")  # of the entries of a record
 CPU_PIXELS = 2**17  # on CPUs: one clip uses all cores, and a padding row costs as much as a clip
 
 Tokens = Float[np.ndarray, "_rows N P"]
@@ -76,11 +77,14 @@ class Encoder:
         return self.programs[shape]
 
 
-def encode_pixels(encoder: Encoder, clips: Sequence[Pixels]) -> list[dict[str, np.ndarray]]:
-    """Return a record of each clip: float16 latents of it, its conditions and its controls.
+def encode_pixels(
+    encoder: Encoder, clips: Sequence[Pixels], kinds: Collection[str] = KINDS
+) -> list[dict[str, np.ndarray]]:
+    """Return a record of each clip: float16 latents of it, its conditions, controls and reference.
 
-    The clips have one shape. The fields of the worse clip of a pair begin with "worse_"; its masks
-    are those of the better one. Raises ValueError if a value is not finite in float16.
+    `kinds` are those that are wanted. The clips have one shape. The fields of the worse clip of a
+    pair begin with "worse_"; its masks are those of the better one. Raises ValueError if a value is
+    not finite in float16.
     """
 
     def encoded(name: str, videos: list) -> dict[str, np.ndarray]:
@@ -92,18 +96,18 @@ def encode_pixels(encoder: Encoder, clips: Sequence[Pixels]) -> list[dict[str, n
         columns = [encoded(name, list(videos)) for videos in kinds]
         return {field: np.stack([c[field] for c in columns], axis=1) for field in columns[0]}
 
-    fields = encoded("", [clip.video for clip in clips])
+    fields = encoded("", [clip.video for clip in clips]) if "latents" in kinds else {}
     draws = list(zip(*(clip.conditions for clip in clips), strict=True))
-    if draws:
+    if draws and "condition" in kinds:
         fields |= each("condition_", [[c.given for c in draw] for draw in draws])
         for name in ("mask", "flag"):
             drawn = [np.array([getattr(c, name) for c in clip.conditions]) for clip in clips]
             fields[f"condition_{name}"] = np.stack(drawn)
-    if clips[0].controls:
+    if clips[0].controls and "control" in kinds:
         fields |= each("control_", zip(*(clip.controls for clip in clips), strict=True))
-    if clips[0].rays is not None:
+    if clips[0].rays is not None and "control" in kinds:
         fields["control_rays"] = np.stack([clip.rays for clip in clips])
-    if clips[0].reference is not None:
+    if clips[0].reference is not None and "reference" in kinds:
         fields |= encoded("reference_", [clip.reference for clip in clips])
     halves = {name: np.asarray(field, np.float16) for name, field in fields.items()}
     for name, field in halves.items():
@@ -112,10 +116,9 @@ def encode_pixels(encoder: Encoder, clips: Sequence[Pixels]) -> list[dict[str, n
             raise ValueError(f"{name} of {names} is not finite in float16")
     records = [{name: field[i] for name, field in halves.items()} for i in range(len(clips))]
     if clips[0].worse is not None:
-        for record, worse in zip(
-            records, encode_pixels(encoder, [clip.worse for clip in clips]), strict=True
-        ):
-            record |= {f"worse_{n}": x for n, x in worse.items() if n not in SHARED}
+        worse = encode_pixels(encoder, [clip.worse for clip in clips], kinds)
+        for record, other in zip(records, worse, strict=True):
+            record |= {f"worse_{n}": x for n, x in other.items() if n not in SHARED}
     return records
 
 

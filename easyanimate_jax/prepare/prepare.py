@@ -6,53 +6,63 @@ noised references (spec 6.1) are drawn per clip. A set with `pixels` has only it
 (see runs/visits.py).
 
     OUT/SET/                  the records of one latent set, see data/records.py
+    OUT/texts/                the text states of all captions, see prepare/texts.py
     OUT/empty.safetensors     text states of the empty prompt
     OUT/prompts.safetensors   text states of the config's sample prompts
     OUT/quarantine.jsonl      rows and clips that were left out, with the reason
     OUT/cut.jsonl             captions that are too long for a text encoder
     OUT/contents.jsonl        hashes of the files of the source, see data/contents.py
 
-The same command again makes what is missing, and makes again what was made from other content.
+The work has two steps. `plan_sets` reads the source and writes manifests (prepare/manifest.py):
+which entries are missing, and which shard makes each. `make_sets` makes shards, on any number of
+processes and machines at once; a shard is created whole, by the first that has it. The last process
+to finish writes the index. The same command again makes what is missing, or was made from other
+content.
 """
 
 import hashlib
 import itertools
 import json
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
 from easyanimate_jax.data.contents import Contents, key
-from easyanimate_jax.data.records import LatentSet, Texts, write_texts
+from easyanimate_jax.data.records import LatentSet, write_texts
+from easyanimate_jax.data.shards import Shards, key_array
 from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.data.sources.rows import Clip
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.prepare.clips import Job, Pixels, frames_of, make_job, read_pixels
 from easyanimate_jax.prepare.encode import Encoder, encode_pixels
 from easyanimate_jax.prepare.sets import SetMaker
-from easyanimate_jax.storage.local import local_path, shown
+from easyanimate_jax.prepare.texts import TextMaker
+from easyanimate_jax.storage.local import cache_folder, shown
 from easyanimate_jax.storage.lock import FolderLock
-from easyanimate_jax.storage.whole import replace_text
+from easyanimate_jax.storage.stores import Place, Remote, place, replace_text
 
 logger = logging.getLogger(__name__)
 
-SHARD_SIZE = 128  # records
 ROWS = 16  # clips encoded at once, at most
-TEXT_ROWS, TEXT_CACHE = 128, 2**30  # prompts encoded at once; bytes of text states in the cache
+AHEAD = 2  # groups of clips that are decoded while another one is encoded
 SHOWN = 10  # clips that a message names
 MAX_BAD = 0.05  # share of a set's clips that may be unreadable
 
+Source = str | Path | Remote | tuple
+
 
 def prepare(
-    source: str | Path | tuple[str | Path, str | Path],
-    output: str | Path,
+    source: Source,
+    output: str | Path | Remote,
     sets: Sequence[LatentSet],
     vae: CausalVAE,
     text_encoder,
@@ -60,55 +70,171 @@ def prepare(
     seed: int,
     *,
     weights: dict[str, str],
-    shard_size: int = SHARD_SIZE,
+    shard_size: int = 0,
     part: tuple[int, int] = (0, 1),
 ) -> bool:
     """Encode the clips of `source` for every set; return whether all sets are complete.
 
-    `source` may be a pair: the source, and a folder that its links may lead into. A record is kept
-    if its film, its control and its captions have the content that it was made from.
+    `source` may be a pair: the source, and a folder that its links may lead into. A record's
+    entries are kept if its film, its control and its captions have the content that they were made
+    from. `shard_size` are records of a shard; 0 chooses by bytes.
 
     `part` (k, n) makes every n-th shard from the k-th on, so n processes on any hosts can share the
-    work. The last process to finish writes the index.
+    work. The last process to finish writes the index. `plan_sets` and `make_sets` are its steps.
 
     `text_encoder.encode(prompts)` returns one array of states per encoder. `weights` are the
-    fingerprints of the folders of VAE and text encoders; records made with other models are not
-    mixed in. Raises ValueError if another process makes this part, and if more than `MAX_BAD` of
-    the clips of a set or part are unreadable.
+    fingerprints of the folders of VAE and text encoders. Raises ValueError if another process makes
+    this part, and if more than `MAX_BAD` of the clips of a set or part are unreadable.
     """
-    output = local_path(output)
-    with FolderLock(output, option="--prepared", part=part) as lock:
+    plan_sets(source, output, sets, seed, weights=weights, shard_size=shard_size, part=part)
+    models = vae, text_encoder, prompts
+    return make_sets(output, sets, *models, seed, weights=weights, part=part)
+
+
+def plan_sets(
+    source: Source,
+    output: str | Path | Remote,
+    sets: Sequence[LatentSet],
+    seed: int,
+    *,
+    weights: dict[str, str],
+    shard_size: int = 0,
+    part: tuple[int, int] = (0, 1),
+) -> None:
+    """Read the source and write the manifests of all sets; no model and no device is needed."""
+    output = place(output)
+    with _locked(output, part) as lock:
         clips, problems = read_clips(*source if isinstance(source, tuple) else (source,))
-        contents = Contents(output / "contents.jsonl")
-        made_of = {"weights": weights, "seed": seed, "shard_size": shard_size}
-        makers = [
-            SetMaker(output / s.name, s, select(s, clips, seed), contents, made_of) for s in sets
-        ]
+        makers = [SetMaker(output / s.name, s, {"weights": weights, "seed": seed}) for s in sets]
+        jobs = [select(s, clips, seed) for s in sets]
         lock.begun = True  # all settings are accepted
-        quarantine = Quarantine(output / "quarantine.jsonl")
+        cache = output if isinstance(output, Path) else cache_folder()
+        contents = Contents(cache / "contents.jsonl")
         lines = [_line(problem._asdict()) for problem in problems]
+        texts = TextMaker(output / "texts", None, weights.get("text"))
+        captions = {text for some in jobs for job in some for text in job.clip.captions}
+        texts.plan(captions, shard_size, lines)
+        for maker, some in zip(makers, jobs, strict=True):
+            maker.plan(some, contents, texts.key, shard_size)
+        quarantine = Quarantine(output / "quarantine.jsonl")
         for line in lines if part[0] == 0 else ():
             quarantine.add(line)
-        texts = TextStates(text_encoder, Quarantine(output / "cut.jsonl"))
-        encoder = Encoder(vae, jax.local_devices(), most=ROWS, announce=logger.info)
-        write_texts(output / "empty.safetensors", texts([""]))
+
+
+def make_sets(
+    output: str | Path | Remote,
+    sets: Sequence[LatentSet],
+    vae: CausalVAE,
+    text_encoder,
+    prompts: Sequence[str],
+    seed: int,
+    *,
+    weights: dict[str, str],
+    part: tuple[int, int] = (0, 1),
+) -> bool:
+    """Make this part of the shards of the latest manifests; return whether all sets are complete.
+
+    Only the manifests are read, not the source's tables. The arguments are those of `prepare`.
+    """
+    output = place(output)
+    with _locked(output, part) as lock:
+        makers = [SetMaker(output / s.name, s, {"weights": weights, "seed": seed}) for s in sets]
+        texts = TextMaker(output / "texts", text_encoder, weights.get("text"))
+        work = Work(output, makers, texts, part)
+        lock.begun = True
+        work.texts(prompts, prompts_key(prompts, weights))
+        work.pixels(vae, seed)
+        return work.finish(prompts)
+
+
+def _locked(output: Place, part: tuple[int, int]):
+    """Return a lock of this part; in a store, where a shard has one maker anyway, it is none."""
+    if isinstance(output, Path):
+        return FolderLock(output, option="--prepared", part=part)
+    return nullcontext(SimpleNamespace(begun=False))
+
+
+class Work:
+    """The work of one process: its part of the shards of all manifests."""
+
+    def __init__(self, output: Place, makers: Sequence[SetMaker], texts: TextMaker, part):
+        self.output, self.makers, self.maker_of_texts, self.part = output, makers, texts, part
+        self.quarantine = Quarantine(output / "quarantine.jsonl")
+        self.told = texts.open()
+        self.manifests = [maker.open() for maker in makers]
+        self.made = 0  # shards of texts
+
+    def texts(self, prompts: Sequence[str], about: str) -> None:
+        """Encode the empty prompt, the sample prompts, and this part's captions."""
+        maker = self.maker_of_texts
+        write_texts(self.output / "empty.safetensors", maker.batch([""]))
         if prompts:
-            about = prompts_key(prompts, weights)
-            write_texts(output / "prompts.safetensors", texts(prompts), about)
-            texts.note_cut([("sample prompt", prompt) for prompt in prompts])
-        whole = []
-        for maker in makers:
-            count, name = maker.jobs(part), maker.latent_set.name
-            with tqdm(total=count, desc=name, unit="clip") as progress:
-                read = Reader(maker.latent_set, count, encoder, quarantine, seed, progress)
-                whole.append(maker.make(part, read, texts, progress))
-        if all(whole):
-            lines += [line for maker in makers for line in maker.left_out]
-            files = {clip.name for clip in clips} | {problem.file for problem in problems}
-            quarantine.forget(files, but=lines)
-            texts.forget_cut(clips)
-        texts.say_cut()
-        return all(whole)
+            write_texts(self.output / "prompts.safetensors", maker.batch(prompts), about)
+        mine = self._missing(self.told, maker.folder)
+        for shard in tqdm(mine, desc="captions", unit="shard", disable=not mine):
+            maker.make(self.told, shard)
+        self.made = len(mine)
+
+    def pixels(self, vae: CausalVAE | None, seed: int) -> None:
+        """Encode the clips of this part."""
+        encoder = None
+        for maker, manifest in zip(self.makers, self.manifests, strict=True):
+            mine = self._missing(manifest, maker.folder)
+            rows = {shard: len(manifest.rows(shard)) for shard in mine}
+            total = sum(rows.values())
+            if encoder is None and not maker.latent_set.pixels:
+                encoder = Encoder(vae, jax.local_devices(), most=ROWS, announce=logger.info)
+            with tqdm(total=total, desc=maker.latent_set.name, unit="clip") as progress:
+                read = Reader(maker.latent_set, total, encoder, self.quarantine, seed, progress)
+                for shard in mine:
+                    maker.make(manifest, shard, read)
+
+    def finish(self, prompts: Sequence[str]) -> bool:
+        """Write the indices if all shards exist; return whether they do."""
+        if not self.maker_of_texts.is_whole(self.told):
+            return False
+        lines = [m.finish(one) for m, one in zip(self.makers, self.manifests, strict=True)]
+        if None in lines:
+            return False
+        lines = [*self.told.about["problems"], *itertools.chain.from_iterable(lines)]
+        names = itertools.chain.from_iterable(
+            one.columns(["clip"])["clip"].to_pylist() for one in self.manifests
+        )
+        self.quarantine.forget({*names, *map(_file_of, lines)}, but=lines)
+        self._note_cut(prompts)
+        return True
+
+    def _missing(self, manifest, folder: Place) -> list[int]:
+        """Return this part's shards that do not exist."""
+        have = Shards(folder / "shards").sizes
+        mine = range(self.part[0], len(manifest.shards), self.part[1])
+        return [shard for shard in mine if manifest.shards[shard] not in have]
+
+    def _note_cut(self, prompts: Sequence[str]) -> None:
+        """Write the captions whose end no encoder reads; say so if some were encoded now."""
+        encoder, cut = self.maker_of_texts.text_encoder, self.maker_of_texts.cut()
+        count, names = 0, set()
+        pairs = {("sample prompt", p): None for p in prompts if encoder.is_cut(p)}
+        for manifest in self.manifests:
+            table = manifest.columns(["clip", "captions", "texts"])
+            lists, captions = table["texts"].combine_chunks(), table["captions"].combine_chunks()
+            keys = key_array(lists.flatten())
+            row = np.repeat(np.arange(len(table)), np.diff(lists.offsets.to_numpy()))
+            count += len(keys)
+            names |= set(table["clip"].to_pylist())
+            at = np.flatnonzero(np.isin(keys, np.array(sorted(cut), "S16")))
+            words, clips = captions.flatten().take(at), table["clip"].take(row[at])
+            pairs |= dict.fromkeys(zip(clips.to_pylist(), words.to_pylist(), strict=True))
+        file = Quarantine(self.output / "cut.jsonl")
+        lines = [_line({"file": clip, "caption": text}) for clip, text in pairs]
+        file.forget(names | {"sample prompt"}, but=lines)
+        if pairs and self.made:
+            some = ", ".join(list(dict.fromkeys(clip for clip, _ in pairs))[:SHOWN])
+            logger.warning(
+                f"{len(pairs):,} of {count + len(prompts):,} captions are too long for a text "
+                f"encoder, which does not read their end: {some}{', ...' * (len(pairs) > SHOWN)}. "
+                f"{file.path} holds all of them; shorten them, or go on"
+            )
 
 
 def prompts_key(prompts: Sequence[str], weights: dict[str, str]) -> str:
@@ -160,9 +286,12 @@ def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]
 
 
 class Quarantine:
-    """A JSON-lines file of what was left out of rows and clips; no line stands in it twice."""
+    """A JSON-lines file of what was left out of rows and clips; no line stands in it twice.
 
-    def __init__(self, path: Path):
+    A store cannot append: there the file is written at the end.
+    """
+
+    def __init__(self, path: Place):
         self.path = path
         text = path.read_text("utf-8") if path.is_file() else ""
         self.lines = dict.fromkeys(filter(None, text.split("\n")))
@@ -172,6 +301,8 @@ class Quarantine:
         if line in self.lines:
             return
         self.lines[line] = None
+        if isinstance(self.path, Remote):
+            return
         content = (line + "\n").encode()
         with open(self.path, "ab", buffering=0) as file:
             size = file.tell()
@@ -184,66 +315,17 @@ class Quarantine:
                 raise
 
     def forget(self, files: Collection[str], *, but: Sequence[str]) -> None:
-        """Remove the lines of these files, except the lines `but`, which the file then has."""
+        """Remove the lines of these files, except the lines `but`, which the file then has.
+
+        A file without a line is removed.
+        """
         old = [line for line in self.lines if _file_of(line) not in files]
         lines = dict.fromkeys([*but, *old])
-        if set(lines) != set(self.lines):
+        if lines and (set(lines) != set(self.lines) or isinstance(self.path, Remote)):
             replace_text(self.path, "".join(f"{line}\n" for line in lines))
-            self.lines = lines
-
-
-class TextStates:
-    """Text states as float16, with a cache: each distinct prompt in it is encoded once.
-
-    Captions whose end no encoder reads are noted in the file `cut`.
-    """
-
-    def __init__(self, text_encoder, cut: Quarantine):
-        self.text_encoder, self.cache = text_encoder, {}
-        self.cut, self.long, self.number = cut, [], 0
-
-    def __call__(self, prompts: Sequence[str]) -> Texts:
-        """Return the states of `prompts`, one array per encoder.
-
-        Raises ValueError if a state is not finite in float16.
-        """
-        new = [p for p in dict.fromkeys(prompts) if p not in self.cache]
-        for i in range(0, len(new), TEXT_ROWS):
-            some = new[i : i + TEXT_ROWS]
-            states = [np.asarray(s, np.float16) for s in self.text_encoder.encode(some)]
-            if not all(np.isfinite(s).all() for s in states):
-                raise ValueError(f"text states of {some} are not finite in float16")
-            self.cache |= {p: tuple(s[row] for s in states) for row, p in enumerate(some)}
-        rows = [self.cache[prompt] for prompt in prompts]
-        if len(self.cache) * sum(s.nbytes for s in rows[0]) > TEXT_CACHE:
-            self.cache = {}
-        return tuple(np.stack(column) for column in zip(*rows, strict=True))
-
-    def note_cut(self, captions: Sequence[tuple[str, str]]) -> None:
-        """Note which (clip, caption) pairs have captions that are too long for an encoder."""
-        self.number += len(captions)
-        for clip, caption in captions:
-            if self.text_encoder.is_cut(caption):
-                self.long.append(clip)
-                self.cut.add(_line({"file": clip, "caption": caption}))
-
-    def forget_cut(self, clips: Sequence[Clip]) -> None:
-        """Remove the lines of captions that these clips do not have any more."""
-        self.cut = Quarantine(self.cut.path)  # other processes have added lines
-        pairs = ({"file": clip.name, "caption": text} for clip in clips for text in clip.captions)
-        now = set(map(_line, pairs))
-        kept = [line for line in self.cut.lines if line in now]
-        self.cut.forget({clip.name for clip in clips}, but=kept)
-
-    def say_cut(self) -> None:
-        """Log how many captions were cut, and of which clips."""
-        if self.long:
-            some = ", ".join(dict.fromkeys(self.long[:SHOWN]))
-            logger.warning(
-                f"{len(self.long):,} of {self.number:,} captions are too long for a text encoder, "
-                f"which does not read their end: {some}{', ...' * (len(self.long) > SHOWN)}. "
-                f"{self.cut.path} holds all of them; shorten them, or go on"
-            )
+        elif not lines:
+            self.path.unlink(missing_ok=True)
+        self.lines = lines
 
 
 class Reader:
@@ -253,27 +335,39 @@ class Reader:
         self.latent_set, self.jobs, self.encoder, self.seed = latent_set, jobs, encoder, seed
         self.quarantine, self.progress, self.bad = quarantine, progress, 0
 
-    def __call__(self, jobs: Sequence[Job]) -> list[dict[str, np.ndarray] | str]:
-        """Return a record of each job, or its line in the quarantine if it is unreadable."""
-        results = []
+    def __call__(self, jobs: Sequence[Job], kinds: Sequence[Collection[str]]) -> list:
+        """Return for each job its entries of some kinds, or its line in the quarantine.
+
+        While a group of clips is encoded, the next ones are decoded.
+        """
+        results, waiting = [], deque()
+        groups = self._groups(jobs, kinds)
         with ThreadPoolExecutor() as pool:
-            for group in self._groups(jobs):
-                found = list(pool.map(self._read, group))
-                found = [
-                    self._leave_out(job, one) if isinstance(one, ValueError) else one
-                    for job, one in zip(group, found, strict=True)
-                ]
-                good = [one for one in found if not isinstance(one, str)]
-                made = iter(encode_pixels(self.encoder, good) if good else ())
-                results += [one if isinstance(one, str) else next(made) for one in found]
-                self.progress.update(len(group))
+            for group, wanted in groups:
+                waiting.append(([pool.submit(self._read, job) for job in group], group, wanted))
+                if len(waiting) > AHEAD:
+                    results += self._encoded(*waiting.popleft())
+            while waiting:
+                results += self._encoded(*waiting.popleft())
         return results
 
-    def _groups(self, jobs: Sequence[Job]) -> Iterator[list[Job]]:
-        """Yield groups of neighbouring jobs of one shape, as many as are encoded at once."""
-        for shape, same in itertools.groupby(jobs, key=lambda job: job.shape):
+    def _encoded(self, reads: Sequence[Future], group: Sequence[Job], wanted) -> list:
+        found = [read.result() for read in reads]
+        found = [
+            self._leave_out(job, one) if isinstance(one, ValueError) else one
+            for job, one in zip(group, found, strict=True)
+        ]
+        good = [one for one in found if not isinstance(one, str)]
+        made = iter(encode_pixels(self.encoder, good, wanted) if good else ())
+        self.progress.update(len(group))
+        return [one if isinstance(one, str) else next(made) for one in found]
+
+    def _groups(self, jobs: Sequence[Job], kinds: Sequence) -> Iterator[tuple]:
+        """Yield groups of neighbouring jobs of one shape and wanted kinds, encoded together."""
+        both = zip(jobs, kinds, strict=True)
+        for (shape, wanted), same in itertools.groupby(both, lambda one: (one[0].shape, one[1])):
             while group := list(itertools.islice(same, self.encoder.rows(shape))):
-                yield group
+                yield [job for job, _ in group], wanted
 
     def _read(self, job: Job) -> Pixels | ValueError:
         def rng(*names):

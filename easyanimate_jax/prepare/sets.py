@@ -1,147 +1,215 @@
-"""Make the shards of one latent set: encode what is new, and copy what did not change."""
+"""Make the records of one latent set: plan what is missing, encode it, and write the index."""
 
 import dataclasses
-import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 
-from easyanimate_jax.data.buckets import grid_of
+from easyanimate_jax.data.buckets import Shape, grid_of
 from easyanimate_jax.data.contents import Contents, key
-from easyanimate_jax.data.records import Kept, LatentSet, Origin, Writer, check_identity
+from easyanimate_jax.data.index import INDEX_TYPES
+from easyanimate_jax.data.records import SHARDS, LatentSet, finish_set, split
+from easyanimate_jax.data.shards import Shards, key_array, write_shard
 from easyanimate_jax.data.sources import places
 from easyanimate_jax.facts import FPS
 from easyanimate_jax.prepare.clips import Job
+from easyanimate_jax.prepare.manifest import KEYS, WHOLE, Manifest, latest, plan
+from easyanimate_jax.storage.stores import Place, make_folder, place, replace_text
 
-Record = dict[str, np.ndarray]
+# What may change in a set: the entries that it asks for are made, and the others stay.
+FREE = ("control", "condition_draws", "random_reference", "min_side", "min_quality", "kinds")
+LEAST, MOST = 128, 1024  # records of a shard
+BYTES = 2**30  # of a shard with more than LEAST records
+JOBS = {
+    "place": pyarrow.string(),  # of the clip, as JSON; see data/sources/places.py
+    "captions": pyarrow.list_(pyarrow.string()),
+    "start": pyarrow.float64(),
+    "stride": pyarrow.int32(),
+    "keys": KEYS,  # of its entries, slot by slot
+    "texts": KEYS,  # of its captions' text states
+}
+
+Made = dict[str, np.ndarray] | str  # the arrays of a job's entries, or why it has none
 
 
 class SetMaker:
-    """Makes the shards of a set, from its jobs in order.
+    """Makes the records of a set in a folder.
 
-    `made_of` holds weights, seed and shard_size. Raises ValueError, and writes nothing, if the
-    folder was begun with other settings.
+    `made_of` holds the fingerprints of the `weights`, and the `seed`. Raises ValueError, and writes
+    nothing, if the folder was begun with other settings; those of `FREE` and the text encoder may
+    change.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        latent_set: LatentSet,
-        jobs: Sequence[Job],
-        contents: Contents,
-        made_of: dict,
-    ):
-        self.folder, self.latent_set, self.contents = folder, latent_set, contents
-        self.seed, size = made_of["seed"], made_of["shard_size"]
-        self.root = places.root_of(job.clip for job in jobs)
-        self.identity = json.loads(json.dumps({"set": _told(latent_set), **made_of}))
-        check_identity(folder, self.identity)
-        self.shards = [jobs[i : i + size] for i in range(0, len(jobs), size)]
-        self.origins: dict[int, list[Origin]] = {}
-        self.left_out: list[str] = []
+    def __init__(self, folder: Place, latent_set: LatentSet, made_of: dict):
+        self.folder, self.latent_set = folder, latent_set
+        self.made_of = json.loads(json.dumps({"set": _told(latent_set), **made_of}))
+        self.slots = _slots(latent_set)
+        check_identity(folder, self.made_of)
 
-    def jobs(self, part: tuple[int, int]) -> int:
-        """Return the number of jobs of a part."""
-        return sum(map(len, self.shards[part[0] :: part[1]]))
+    def plan(
+        self, jobs: Sequence[Job], contents: Contents, text_key: Callable[[str], str], size: int
+    ) -> None:
+        """Write the manifest of these jobs, unless there is one; 0 records a shard: by bytes."""
+        make_folder(self.folder)
+        replace_text(self.folder / "identity.json", json.dumps(self.made_of, indent=1))
+        root = places.root_of(job.clip for job in jobs)
+        with ThreadPoolExecutor() as pool:
+            keys = list(pool.map(lambda job: self._keys(job, contents, root), jobs))
+        rows = [
+            _row(job, root)
+            | {"keys": [bytes.fromhex(k) for k in own]}
+            | {"texts": [bytes.fromhex(text_key(text)) for text in job.clip.captions]}
+            for job, own in zip(jobs, keys, strict=True)
+        ]
+        types = {
+            n: pyarrow.from_numpy_dtype(t) if t is not str else pyarrow.string()
+            for n, t in INDEX_TYPES.items()
+        }
+        table = pyarrow.table(
+            {n: pyarrow.array([row[n] for row in rows], t) for n, t in (types | JOBS).items()}
+        )
+        weights = self._weights(table["tokens"].to_numpy(), size)
+        plan(self.folder, table, weights, {"root": self._root_text(root), **self.made_of})
 
-    def make(self, part: tuple[int, int], read: Callable, texts: Callable, progress) -> bool:
-        """Make this part's shards that are missing or out of date; return whether all exist.
+    def open(self) -> Manifest:
+        """Return the manifest that was planned last. Raises ValueError if there is none."""
+        return latest(self.folder)
 
-        `read` returns for each job its record, or a line that says why it has none. If all shards
-        exist, write the index, and set `left_out` to the lines of the clips that are in no shard.
+    def make(self, manifest: Manifest, shard: int, read: Callable[[Sequence[Job], Sequence], list]):
+        """Make one shard.
+
+        `read` returns for each job the arrays of its wanted kinds of entries, or a line that says
+        why it has none.
         """
-        writer = Writer(self.folder, self.identity)
-        for number in range(part[0], len(self.shards), part[1]):
-            if writer.has(number, self.key(number)):
-                progress.update(len(self.shards[number]))
-            else:
-                self._make(number, read, texts, progress, writer)
-        begun = {path.name.split("-")[1] for path in self.folder.glob("shard-*.arrayrecord")}
-        if len(begun) < len(self.shards):  # do not hash the films of other parts
-            return False
-        keys = [self.key(number) for number in range(len(self.shards))]
-        if not all(itertools.starmap(writer.has, enumerate(keys))):
-            return False
-        more = {"root": self._relative_root()} if self.latent_set.pixels else {}
-        self.left_out = writer.finish(len(keys), keys, **more)
-        return True
-
-    def key(self, number: int) -> str:
-        """Return the key of a shard, from the content of its films, controls and captions."""
-        if number not in self.origins:
-            with ThreadPoolExecutor() as pool:
-                self.origins[number] = list(pool.map(self._origin, self.shards[number]))
-        return key(self.origins[number])
-
-    @cached_property
-    def kept(self) -> Kept:
-        """Return the records that the folder holds."""
-        return Kept(self.folder)
-
-    def _origin(self, job: Job) -> Origin:
-        clip, captions = job.clip, key(job.clip.captions)
-        if self.latent_set.pixels:  # the record has no pixels, but the place of the clip
-            place = places.to_bytes(clip, self.root).tobytes().decode()
-            return Origin(key(self.identity, self._relative_root(), place), captions)
-        led = clip.control and {"file", "camera"} & set(job.control)
-        content = [self.contents(clip.path), self.contents(clip.control) if led else None]
-        content += [self.contents(clip.worse)] if clip.worse else []
-        sizes = clip.first, clip.num_frames, clip.fps, clip.height, clip.width
-        made_by = job[1:-1]  # the rate is in the identity
-        return Origin(key(self.identity, clip.name, clip.kind, sizes, content, made_by), captions)
-
-    def _make(self, number: int, read: Callable, texts: Callable, progress, writer: Writer) -> None:
-        """Write one shard: records of known content are copied, the others are made."""
-        jobs, shard_key, origins = self.shards[number], self.key(number), self.origins[number]
-        found = [self.kept.get(origin.pixels) for origin in origins]
-        new = [job for job, old in zip(jobs, found, strict=True) if old is None]
-        progress.update(len(jobs) - len(new))
+        rows = manifest.rows(shard)
+        wanted = [[s for s, make in zip(self.slots, r["make"], strict=True) if make] for r in rows]
+        jobs = [self._job(row, manifest) for row in rows]
         if self.latent_set.pixels:
-            made = iter({"place": places.to_bytes(job.clip, self.root)} for job in new)
-            progress.update(len(new))
+            found = [{"place": np.frombuffer(row["place"].encode(), np.uint8)} for row in rows]
         else:
-            made = iter(read(new))
-        records, told, left_out = [], [], []
-        for job, origin, old in zip(jobs, origins, found, strict=True):
-            record, captions = old or (next(made), "")
-            if isinstance(record, str):
-                left_out.append(record)
+            found = read(jobs, [frozenset(s.split()[0] for s in slots) for slots in wanted])
+        entries, left_out = [], []
+        for row, slots, made in zip(rows, wanted, found, strict=True):
+            if isinstance(made, str):
+                left_out.append(made)
                 continue
-            if captions != origin.captions:
-                record = {n: x for n, x in record.items() if not n.startswith("text")}
-            records.append(record)
-            told.append((job, origin))
-        untold = [(job, r) for (job, _), r in zip(told, records, strict=True) if "text0" not in r]
-        _add_texts(untold, texts)
-        rows, kept = [_index_row(job) for job, _ in told], [origin for _, origin in told]
-        writer.write(number, records, rows, shard_key, kept, left_out)
+            parts = split(made)
+            keys = dict(zip(self.slots, row["keys"], strict=True))
+            entries += [(keys[slot].hex(), parts[slot]) for slot in slots]
+        notes = {"left_out": left_out}
+        write_shard(self.folder / SHARDS / manifest.shards[shard], entries, notes)
 
-    def _relative_root(self) -> str:
-        return os.path.relpath(self.root, os.path.realpath(self.folder))
+    def finish(self, manifest: Manifest) -> list[str] | None:
+        """Write the index; return the lines of the clips left out, or None if a shard is missing.
+
+        Raises ValueError if an entry is neither there nor left out.
+        """
+        shards = Shards(self.folder / SHARDS)
+        if not set(manifest.shards) <= set(shards.sizes):
+            return None
+        table = manifest.columns([*INDEX_TYPES, "keys", "texts"])
+        lists = [table[name].combine_chunks() for name in ("keys", "texts")]
+        keys, counts = _joined(*lists)
+        more = {"root": manifest.about["root"]} if self.latent_set.pixels else {}
+        spare = {f"{SHARDS}/{name}" for name in manifest.shards}
+        columns = {name: table[name] for name in INDEX_TYPES}
+        about = {**self.made_of, **more}
+        good = finish_set(self.folder, about, self.slots, columns, keys, counts, spare)
+        _, notes = shards.tables(manifest.shards)
+        lines = [line for name in manifest.shards for line in notes[name]["left_out"]]
+        if len(set(lines)) < len(good) - np.sum(good):
+            raise ValueError(
+                f"{self.folder} has lost entries of its shards; run python -m easyanimate_jax "
+                f"prepare again, which makes them again"
+            )
+        return lines
+
+    def _keys(self, job: Job, contents: Contents, root: Place) -> list[str]:
+        """Return the keys of a job's entries, slot by slot, from the content that they show."""
+        clip, of_clip = job.clip, (self.made_of["seed"], self.latent_set.name, job.clip.name)
+        if self.latent_set.pixels:  # the record has no pixels, but the place of the clip
+            where = places.to_bytes(clip, root).tobytes().decode()
+            return [key("place", self._root_text(root), where)]
+        content = [contents(clip.path)] + ([contents(clip.worse)] if clip.worse else [])
+        sizes = clip.kind, clip.first, clip.num_frames, clip.fps, clip.height, clip.width
+        how = job.shape, job.start, job.stride, job.rate, self.latent_set.reference_rate
+        latents = key("latents", self.made_of["weights"].get("vae"), content, sizes, how)
+        found = []
+        for slot in self.slots:
+            kind, _, number = slot.partition(" ")
+            if kind == "latents":
+                found.append(latents)
+            elif kind == "condition":
+                found.append(key(kind, latents, of_clip, int(number)))
+            elif kind == "control":
+                name = job.control[int(number)]
+                led = name in ("file", "camera") and clip.control
+                found.append(key(kind, latents, name, contents(clip.control) if led else None))
+            else:
+                found.append(key(kind, latents, of_clip if job.random_reference else None))
+        return found
+
+    def _job(self, row: dict, manifest: Manifest) -> Job:
+        """Return the job of a row of the manifest."""
+        root = self.folder / manifest.about["root"]
+        if "://" in manifest.about["root"]:
+            root = place(manifest.about["root"])
+        clip = places.from_bytes(np.frombuffer(row["place"].encode(), np.uint8), root)
+        clip = dataclasses.replace(clip, captions=tuple(row["captions"]))
+        shape, latent_set = Shape(*(row[name] for name in Shape._fields)), self.latent_set
+        led = latent_set.control, latent_set.random_reference, latent_set.fps
+        return Job(clip, shape, row["start"], row["stride"], *led)
+
+    def _weights(self, tokens: np.ndarray, size: int) -> np.ndarray:
+        """Return the weight of each record in a shard that is full at WHOLE."""
+        if size:
+            return np.full(len(tokens), -(-WHOLE // size))
+        record = tokens * 256 * max(1, len(self.slots))  # two float16 of 64 numbers a token
+        return WHOLE // np.clip(BYTES // record, LEAST, MOST)
+
+    def _root_text(self, root: Place) -> str:
+        """Return the root of the source, relative to the set's folder if both are local."""
+        both = isinstance(root, Path) and isinstance(self.folder, Path)
+        return os.path.relpath(root, os.path.realpath(self.folder)) if both else str(root)
 
 
-def _add_texts(records: list[tuple[Job, Record]], texts: Callable) -> None:
-    """Add its captions and their text states to every record.
+def check_identity(folder: Place, made_of: dict) -> None:
+    """Raise ValueError if the set in `folder` was begun with other settings than may change."""
+    path = folder / "identity.json"
+    before = json.loads(path.read_text()) if path.is_file() else made_of
+    if "shard_size" in before or "jobs" in before:
+        raise ValueError(
+            f"{folder} was begun by an earlier version, whose records have another form: prepare "
+            f"again in another folder (--prepared)"
+        )
+    fixed = [_fixed(made_of), _fixed(before)]
+    changed = [k for k in made_of if fixed[0].get(k) != fixed[1].get(k)]
+    if changed:
+        raise ValueError(
+            f"{folder} was begun with another {', '.join(changed)}; remove the folder, or "
+            f"choose another one, to prepare the set again"
+        )
 
-    The captions of a shard are encoded together, so that batches are full.
-    """
-    if not records:
-        return
-    captions = [(job.clip.name, text) for job, _ in records for text in job.clip.captions]
-    states = texts([text for _, text in captions])
-    texts.note_cut(captions)
-    first = 0
-    for job, record in records:
-        last = first + len(job.clip.captions)
-        record |= {f"text{i}": s[first:last] for i, s in enumerate(states)}
-        words = json.dumps(job.clip.captions, ensure_ascii=False).encode()
-        record["captions"] = np.frombuffer(words, np.uint8)
-        first = last
+
+def _fixed(made_of: dict) -> dict:
+    """Return the settings of a set that may not change."""
+    weights = {k: v for k, v in made_of.get("weights", {}).items() if k != "text"}
+    fields = {k: v for k, v in made_of.get("set", {}).items() if k not in FREE}
+    return made_of | {"weights": weights, "set": fields}
+
+
+def _slots(latent_set: LatentSet) -> list[str]:
+    """Return the slots of a set's records, in the order of their entries in the index."""
+    if latent_set.pixels:
+        return ["place"]
+    slots = ["latents", *(f"condition {i}" for i in range(latent_set.condition_draws))]
+    slots += [f"control {i}" for i in range(len(latent_set.control))]
+    return slots + (["reference"] if latent_set.control else [])
 
 
 def _told(latent_set: LatentSet) -> dict:
@@ -159,7 +227,8 @@ def _told(latent_set: LatentSet) -> dict:
     return {name: value for name, value in fields.items() if name not in unknown}
 
 
-def _index_row(job: Job) -> dict:
+def _row(job: Job, root: Place) -> dict:
+    """Return the row of a job in the manifest, without its keys."""
     T, gh, gw = grid_of(*job.shape)
     return {
         "clip": job.clip.name,
@@ -173,4 +242,17 @@ def _index_row(job: Job) -> dict:
         "source_width": job.clip.width,
         "num_captions": len(job.clip.captions),
         "source": job.clip.source,
+        "place": places.to_bytes(job.clip, root).tobytes().decode(),
+        "captions": job.clip.captions,
+        "start": job.start,
+        "stride": job.stride,
     }
+
+
+def _joined(slots: pyarrow.ListArray, texts: pyarrow.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the keys of all rows, those of the slots before those of the texts, and the counts."""
+    counts = [np.diff(part.offsets.to_numpy()) for part in (slots, texts)]
+    flat = [key_array(part.flatten()) for part in (slots, texts)]
+    row = [np.repeat(np.arange(len(slots)), count) for count in counts]
+    order = np.argsort(np.concatenate(row), kind="stable")
+    return np.concatenate(flat)[order], sum(counts)

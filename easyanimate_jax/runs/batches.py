@@ -16,6 +16,7 @@ from easyanimate_jax.prepare.prepare import prompts_key
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.runs.visits import VisitLoader
 from easyanimate_jax.sharding import activation_spec
+from easyanimate_jax.storage.stores import place as place_of
 from easyanimate_jax.training.program import batch_shardings, microbatch_rows, reads_empty
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.folder import load_vae
@@ -29,7 +30,7 @@ def make_loaders(config: TrainConfig, mesh) -> dict[str, Loader]:
 
     Raises ValueError for latent sets that are missing or were prepared with other models.
     """
-    records = {s.name: Records(Path(config.prepared) / s.name) for s in _used(config)}
+    records = {s.name: Records(place_of(config.prepared) / s.name) for s in _used(config)}
     _check(config, records)
     encoder = None
     if any(latents.pixels for latents in _used(config)):
@@ -151,7 +152,7 @@ def _check(config: TrainConfig, records: dict[str, Records]) -> None:
 
 def _check_prompts(config: TrainConfig, weights: dict[str, str]) -> None:
     """Raise ValueError unless `prepare` has encoded the config's sample prompts."""
-    prompts, path = config.samples.prompts, Path(config.prepared) / "prompts.safetensors"
+    prompts, path = config.samples.prompts, place_of(config.prepared) / "prompts.safetensors"
     if not (prompts and config.samples.every):
         return
     have = texts_key(path) if path.is_file() else "none"

@@ -101,7 +101,7 @@ class Evaluation:
         Raises ValueError for a folder that was begun with another model, clips or settings.
         """
         self._encode()
-        settings = begin(self.output, self.opened, self.asked, clips=self.keys)
+        settings = begin(self.output, self.opened, self.asked, clips=self.content)
         results = {"settings": settings, "loss": self._losses()}
         rows = self._films()
         for name in ("psnr", "ssim"):
@@ -132,7 +132,7 @@ class Evaluation:
         records = Records(Path(config.prepared) / NAME)
         self.loader = held_out_loader(config, self.stage, self.mesh, records, 1.0)
         self.numbers = {record: i for i, record in enumerate(self.loader.plan.ids.tolist(), 1)}
-        self.names, self.keys = records.index["clip"].tolist(), records.header["keys"]
+        self.names, self.content = records.index["clip"].tolist(), records.header["content"]
 
     def _losses(self) -> dict:
         """Return the loss on the clips: its mean, its standard error, by time and by length."""

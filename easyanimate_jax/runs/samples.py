@@ -32,6 +32,7 @@ from easyanimate_jax.generation.pixels import decode
 from easyanimate_jax.models.mmdit import MMDiT, unpatchify
 from easyanimate_jax.runs.batches import place
 from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.storage.stores import place as place_of
 from easyanimate_jax.training.metrics import MetricsWriter
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.defaults import RELEASED, Defaults, of_objective, of_source
@@ -88,9 +89,9 @@ class Sampler:
         self.teacher = of_source(Path(init), config.init_step) if init else RELEASED
         if self.wanted:
             self.vae = load_vae(config.vae, mesh=mesh)
-            self.empty = records.read_texts(Path(config.prepared) / "empty.safetensors")
+            self.empty = records.read_texts(place_of(config.prepared) / "empty.safetensors")
         if self.wanted and config.samples.prompts:
-            self.texts = records.read_texts(Path(config.prepared) / "prompts.safetensors")
+            self.texts = records.read_texts(place_of(config.prepared) / "prompts.safetensors")
 
     def __call__(self, stage: Stage, model: MMDiT, step: int) -> None:
         """Sample what the model of a stage can show, after `step` updates."""

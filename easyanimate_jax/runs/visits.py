@@ -17,7 +17,7 @@ from easyanimate_jax.data.buckets import Shape, grid_of
 from easyanimate_jax.data.held_out import HeldOut
 from easyanimate_jax.data.loader import Batch, Loader, Pages
 from easyanimate_jax.data.plan.plan import Plan
-from easyanimate_jax.data.records import LatentSet, Records
+from easyanimate_jax.data.records import Cells, LatentSet, Records, split
 from easyanimate_jax.data.sources import places
 from easyanimate_jax.diffusion.tasks import TASKS
 from easyanimate_jax.prepare.clips import Pixels, frames_of, make_job, read_pixels
@@ -32,7 +32,7 @@ class Visit(NamedTuple):
     row: int
     record: int
     shape: Shape
-    texts: dict[str, np.ndarray]
+    cells: Cells
     pixels: Pixels
 
 
@@ -81,7 +81,11 @@ class VisitLoader(Loader):
             same = [visit for visit in visits if visit.shape == shape]
             latents = encode_pixels(self.encoder, [visit.pixels for visit in same])
             for visit, arrays in zip(same, latents, strict=True):
-                fields = self._fields(step, visit.row, visit.record, visit.texts | arrays)
+                made = split(arrays)
+                texts = [slot for slot in visit.cells.slots if slot.startswith("text ")]
+                read = lambda slot, m=made, v=visit: m.get(slot) or v.cells(slot)  # noqa: E731
+                cells = Cells(read, [*made, *texts])
+                fields = self._fields(step, visit.row, visit.record, cells)
                 rows[visit.row] = fields | {"grid": np.array(grid_of(*shape), np.int32)}
         return length, self._assemble(length, ids, rows.items(), pages)
 
@@ -89,15 +93,18 @@ class VisitLoader(Loader):
         def read(candidate: int) -> tuple:
             words = self._words(step, row, candidate)
             rng = np.random.default_rng([*words, 1])  # 1: _fields has other draws
-            arrays = self.records[candidate]
-            clip = places.from_bytes(arrays.pop("place"), self.root)
+            cells = self.records.cells(candidate)
+            clip = places.from_bytes(cells("place")["place"], self.root)
             frames = frames_of(self.latent_set, clip)
             shapes = self._shapes(candidate, frames, clip.height, clip.width)
             shape = shapes[rng.integers(len(shapes))]
             job = make_job(self.latent_set, clip, shape, rng)
             leads = job.control if TASKS[self.task].is_control else ()
             job = job._replace(control=leads and (leads[rng.integers(len(leads))],))
-            return shape, arrays, read_pixels(job, [rng] if self.task == "i2v" else [], rng)
+            number = self._draw_caption(np.random.default_rng(words), candidate)
+            if number is not None:  # a text that does not read is found here
+                cells(f"text {number}")
+            return shape, cells, read_pixels(job, [rng] if self.task == "i2v" else [], rng)
 
         candidate, found = self._instead(record, read)
         return Visit(row, candidate, *found)

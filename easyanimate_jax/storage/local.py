@@ -7,6 +7,7 @@ folder. Environment variables are not expanded.
 
 import os
 import re
+import tempfile
 from pathlib import Path
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # `Path` joins slashes; "C:/" is a drive
@@ -41,6 +42,13 @@ def resolve_fields(config, *names: str) -> None:
                 object.__setattr__(config, name, str(local_path(value)))
             except ValueError as error:
                 raise ValueError(f"{type(config).__name__}.{name}: {error}") from error
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again, such as compiled programs; it may not exist."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    root = caches if os.path.isabs(caches) else tempfile.gettempdir()  # a user without a home
+    return Path(root, "easyanimate_jax")
 
 
 def shown(name: str) -> str:

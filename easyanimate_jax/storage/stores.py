@@ -15,7 +15,9 @@ import contextlib
 import errno
 import io
 import json
+import mmap
 import os
+import posixpath
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +25,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from easyanimate_jax.storage import whole
 from easyanimate_jax.storage.local import SCHEME, local_path, quoted
@@ -62,8 +64,8 @@ class Remote:
         return f"{self.scheme}://{self.bucket}/{self.key}"
 
     def __truediv__(self, name: str | os.PathLike) -> "Remote":
-        parts = [part for part in os.fspath(name).split("/") if part not in ("", ".")]
-        return Remote(self.scheme, self.bucket, "/".join(filter(None, [self.key, *parts])))
+        key = posixpath.normpath(posixpath.join("/", self.key, os.fspath(name)))
+        return Remote(self.scheme, self.bucket, key.lstrip("/"))
 
     @property
     def name(self) -> str:
@@ -215,17 +217,34 @@ def create(target: Place, content: bytes) -> bool:
     contents one gets True. A caller whose first answer was lost reads its own bytes back, so the
     content must tell the callers apart if they must be told apart.
     """
-    if isinstance(target, Remote):
-        try:
-            with _told(target):
-                _obstore().put(
-                    _store(target), target.key, content, mode="create", use_multipart=False
-                )
-            return True
-        except FileExistsError:
-            return target.read_bytes() == content
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return whole.create(target, content)
+    made = create_file(target, lambda new: new.write(content))
+    return made or target.read_bytes() == content
+
+
+def create_file(target: Place, write: Callable[[BinaryIO], object]) -> bool:
+    """Write a file by `write(open file)` if there is none; return whether there was none.
+
+    A store gets it as one request, so it takes at most 5 GB.
+    """
+    if not isinstance(target, Remote):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        return whole.create(target, write)
+    with tempfile.TemporaryFile() as file:
+        write(file)
+        file.flush()
+        if not os.fstat(file.fileno()).st_size:  # nothing to map
+            return _create(target, b"")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _create(target, content)
+
+
+def _create(target: Remote, content: bytes | mmap.mmap) -> bool:
+    try:
+        with _told(target), memoryview(content) as view:
+            _obstore().put(_store(target), target.key, view, mode="create", use_multipart=False)
+        return True
+    except FileExistsError:
+        return False
 
 
 def replace_bytes(target: Place, content: bytes) -> None:

@@ -1,5 +1,6 @@
 """Write a file completely or not at all, also if several processes write the same one."""
 
+import errno
 import os
 import re
 import socket
@@ -7,8 +8,10 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 LEFT = re.compile(r".+\..+-(\d+)\.new")  # NAME.THREAD.HOST-PID.new
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK}
 OLD = 86400.0  # seconds after which a temporary file of another host was left by a killed process
 
 
@@ -33,25 +36,40 @@ def replace_text(path: Path, text: str) -> None:
     replace(path, lambda new: new.write_text(text, "utf-8"))
 
 
-def create(path: Path, content: bytes) -> bool:
-    """Write a file if there is none; return True if it now holds `content`.
+def create(path: Path, write: Callable[[BinaryIO], object]) -> bool:
+    """Write a file by `write(open file)` if there is none of its name; return whether there was.
 
     The file and its name are on the disk when this returns.
     """
     new = _temporary(path)
     try:
         with open(new, "wb") as file:
-            file.write(content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
-        try:
-            os.link(new, path)
-        except FileExistsError:
-            return path.read_bytes() == content
+        made = _link(new, path)
         _sync(path.parent)
-        return True
+        return made
+    except OSError as error:
+        error.filename = str(path)
+        raise
     finally:
         new.unlink(missing_ok=True)
+
+
+def _link(new: Path, path: Path) -> bool:
+    """Give a file its name if no other file has it; return whether none had."""
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if path.exists():  # a file system without links: two makers at one moment may both win
+            return False
+        os.replace(new, path)
+    return True
 
 
 def _temporary(path: Path) -> Path:

@@ -7,11 +7,12 @@ permutations, one per epoch. The buckets take turns, evenly spread, in proportio
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from easyanimate_jax.data.held_out import places
+from easyanimate_jax.data.index import Column
 
 CYCLE = 1000  # steps after which the order of the buckets repeats
 CHUNK = 2**18  # rows of the index processed at a time; ten million rows then need little memory
@@ -28,7 +29,7 @@ class Plan:
 
     def __init__(
         self,
-        index: dict[str, np.ndarray],
+        index: Mapping[str, Column],
         *,
         lengths: tuple[int, ...],
         batch_size: int,
@@ -95,7 +96,7 @@ class Plan:
     def _words(self) -> tuple[int, int]:
         return self.seed, int.from_bytes(hashlib.blake2b(self.name.encode()).digest()[:8], "little")
 
-    def _hash(self, clips: np.ndarray, tokens: np.ndarray) -> str:
+    def _hash(self, clips: Column, tokens: np.ndarray) -> str:
         """Return a hash of all inputs that the plan depends on; equal hashes mean equal plans."""
         digest = hashlib.blake2b(digest_size=8)
         digest.update(repr((self.seed, self.name, self.batch_size, self.lengths)).encode())
@@ -188,8 +189,9 @@ def _sort(index, lengths, kinds, min_side, weights) -> tuple[np.ndarray, np.ndar
     return bucket, group
 
 
-def _is(column: np.ndarray, name: str) -> np.ndarray:
-    return column == (name.encode() if column.dtype.kind == "S" else name)
+def _is(column, name: str) -> np.ndarray:
+    kind = getattr(column, "dtype", np.dtype(str)).kind
+    return column == (name.encode() if kind == "S" else name)
 
 
 def _weight(code: int, weights) -> float:
