@@ -336,17 +336,20 @@ def test_the_command_is_typed_by_the_rules(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_near_duplicates_differ_in_few_bits_and_the_largest_stays():
-    row = lambda name, bits, side: {  # noqa: E731
-        "clip": name, "kind": "video", "hash": bits, "height": side, "width": side
+def test_of_near_duplicates_of_a_kind_the_largest_stays_then_the_first():
+    row = lambda name, kind, bits, side: {  # noqa: E731
+        "clip": name, "kind": kind, "hash": bits, "height": side, "width": side
     }  # fmt: skip
-    rng = np.random.default_rng(0)
-    base = int(rng.integers(2**62))
-    flip = lambda n: base ^ sum(1 << int(i) for i in rng.choice(64, n, replace=False))  # noqa: E731
-    for _ in range(50):
-        rows = [row("small", base, 1), row("large", flip(5), 9), row("far", flip(6), 5)]
-        found = curation._near_duplicates(rows)
-        assert "large" not in found and "small" in found
+    base = 0x0123_4567_89AB_CDEF
+    rows = [
+        row("small", "video", base, 1),
+        row("picture", "image", base, 1),
+        row("large", "video", base ^ 0b11111, 9),
+        row("as large", "video", base ^ 0b11, 9),
+        row("far", "video", base ^ 0b111111 << 20, 5),
+    ]
+    found = curation._near_duplicates(rows)
+    assert [r["clip"] for r in found] == ["as large", "small"]
 
 
 def test_scores_tell_what_they_are_named_for():

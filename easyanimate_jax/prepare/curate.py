@@ -36,6 +36,7 @@ from easyanimate_jax.data.sources.read import row_fault, rows_of
 from easyanimate_jax.data.sources.rows import NO_TEXT, Problem, caption_of
 from easyanimate_jax.facts import check_fields
 from easyanimate_jax.prepare import funnel
+from easyanimate_jax.prepare.duplicates import find_repeats
 from easyanimate_jax.prepare.scores import SCORES, Score, picture_hash
 from easyanimate_jax.prepare.shots import Span, Splitting, find_cuts, split
 from easyanimate_jax.storage.local import local_path, shown
@@ -45,7 +46,6 @@ from easyanimate_jax.storage.whole import replace, replace_text
 SMALL, LARGE = 160, 512  # pixels of the longer side: for cuts and motion, and for stills
 MAX_FRAMES = 20_000  # frames of a film, at most: all are held in memory at the small size
 SECONDS = 600.0  # time limit for decoding a film
-NEAR = 5  # hashes of near-duplicates differ in at most this many bits
 
 # Still frames of a clip -> its captions. It raises ValueError for a clip that gets none, and
 # ConnectionError if it does not serve any clip now.
@@ -328,8 +328,8 @@ def _judge(rows: list[dict], rules: Rules, scores: Sequence[Score]) -> None:
 
     least = rules.min_pixels
     drop(f"fewer than {least:,} pixels a frame", lambda row: row["height"] * row["width"] < least)
-    repeated = _near_duplicates([row for row in rows if not row["left_out"]])
-    drop("near-duplicate of another clip", lambda row: row["clip"] in repeated)
+    for row in _near_duplicates([row for row in rows if not row["left_out"]]):
+        row["left_out"] = "near-duplicate of another clip"
     for score in scores:
         drop(
             f"{score.name} outside {score.low:g} to {score.high:g}",
@@ -358,26 +358,16 @@ def _rank(values: Sequence[float] | np.ndarray) -> np.ndarray:
     return np.searchsorted(np.sort(values), values)
 
 
-def _near_duplicates(rows: list[dict]) -> set[str]:
-    """Return the names of clips whose picture is that of a larger or earlier clip of their kind.
-
-    Hashes that differ in at most NEAR bits agree in one of NEAR + 1 bands of bits. So only hashes
-    with an equal band are compared.
-    """
-    bands, repeated = {}, set()
-    edges = np.linspace(0, 64, NEAR + 2).astype(int).tolist()
-    for row in sorted(rows, key=lambda r: -r["height"] * r["width"]):
-        keys = [
-            (row["kind"], a, row["hash"] >> a & ((1 << b - a) - 1))
-            for a, b in itertools.pairwise(edges)
-        ]
-        near = (other for band in keys for other in bands.get(band, ()))
-        if any((row["hash"] ^ other).bit_count() <= NEAR for other in near):
-            repeated.add(row["clip"])
-            continue
-        for band in keys:
-            bands.setdefault(band, []).append(row["hash"])
-    return repeated
+def _near_duplicates(rows: list[dict]) -> list[dict]:
+    """Return the rows whose picture is that of a larger or earlier clip of their kind."""
+    found = []
+    for kind in ("image", "video"):
+        same = sorted(
+            (row for row in rows if row["kind"] == kind), key=lambda r: -r["height"] * r["width"]
+        )
+        hashes = np.fromiter((row["hash"] for row in same), np.uint64, len(same))
+        found += itertools.compress(same, find_repeats(hashes).repeated)
+    return found
 
 
 def _write(path: Path, rows: list[dict], root: str, scores: Sequence[Score]) -> None:
