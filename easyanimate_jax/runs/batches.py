@@ -16,6 +16,7 @@ from easyanimate_jax.prepare.prepare import prompts_key
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.runs.visits import VisitLoader
 from easyanimate_jax.sharding import activation_spec
+from easyanimate_jax.storage import stores
 from easyanimate_jax.training.program import batch_shardings, microbatch_rows, reads_empty
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.folder import load_vae
@@ -142,7 +143,7 @@ def _check(config: TrainConfig, records: dict[str, Records]) -> None:
         return
     for kind, folder in (("vae", config.vae), ("text", config.text)):
         prints = {r.header.get("weights", {}).get(kind) for r in records.values()} - {None}
-        if prints and Path(folder).is_dir() and prints != {fingerprint(folder)}:
+        if prints and stores.place(folder).is_dir() and prints != {fingerprint(folder)}:
             raise ValueError(
                 f"{config.prepared} was prepared with another {kind} than {folder} now holds; "
                 f"restore the model, or prepare again in another folder"

@@ -27,6 +27,12 @@ def is_of_the_system(error: BaseException | None) -> bool:
     return False
 
 
+def raise_if_of_the_system(error: BaseException) -> None:
+    """Raise an OSError that says nothing about the files: their disk or their store fails."""
+    if isinstance(error, OSError) and is_of_the_system(error):
+        raise error
+
+
 def is_of_jax(error: BaseException | None) -> bool:
     """Return True if the cause is a device without memory, or a process of the run that is gone."""
     while error is not None and type(error).__name__ != "JaxRuntimeError":
