@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from easyanimate_jax.storage import whole
+from easyanimate_jax.storage.errors import of_store
 from easyanimate_jax.storage.local import SCHEME, local_path, quoted
 from easyanimate_jax.storage.ranges import BUFFER, Part, Ranges
 
@@ -33,8 +34,6 @@ SCHEMES = {"gs": "Google Cloud Storage", "s3": "S3"}
 RETRY = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
 TOGETHER = 16  # requests of one call at once, at most
 ALIKE = 64 * 1024  # ranges with at most this many bytes between them are one request
-
-ASK = "see `gcloud auth application-default login`, `aws configure`, and the rights of the account"
 
 
 class Found(NamedTuple):
@@ -403,33 +402,18 @@ def _aws_config() -> dict | None:
 
 @contextlib.contextmanager
 def _told(remote: Remote) -> Iterator[None]:
-    """Turn obstore's errors into OSErrors that name the object, as those of a local file do."""
-    from obstore import exceptions as known
+    """Turn obstore's errors into OSErrors that name the object, as those of a local file do.
 
-    kinds = [
-        (known.NotFoundError, errno.ENOENT, "there is no such object"),
-        (known.AlreadyExistsError, errno.EEXIST, "the object exists"),
-        (known.PermissionDeniedError, errno.EACCES, f"the store refuses these credentials; {ASK}"),
-        (known.UnauthenticatedError, errno.EACCES, f"the store wants credentials; {ASK}"),
-        (known.BaseError, errno.ETIMEDOUT, "the store did not answer; run the same command again"),
-    ]
+    Raises ValueError for a range after the end of the object.
+    """
+    from obstore.exceptions import BaseError
+
     try:
         yield
-    except FileNotFoundError as error:  # obstore's readers raise it by themselves
-        raise FileNotFoundError(errno.ENOENT, kinds[0][2], str(remote)) from error
-    except known.BaseError as error:
+    except (BaseError, FileNotFoundError) as error:  # obstore's readers raise the second
         if "416 Range" in str(error):
             raise ValueError(f"{remote} ends before the bytes that are wanted") from error
-        # Without credentials, a client asks the machine for some, at this address of the clouds.
-        kind = known.UnauthenticatedError if "169.254.169.254" in str(error) else type(error)
-        code, text = next((code, text) for one, code, text in kinds if issubclass(kind, one))
-        detail = "" if code in (errno.ENOENT, errno.EEXIST) else f" ({_short(error)})"
-        raise OSError(code, f"{text}{detail}", str(remote)) from error
-
-
-def _short(error: Exception) -> str:
-    """Return the first line of a long report."""
-    return " ".join(str(error).splitlines()[0].split())[:300]
+        raise of_store(error, str(remote)) from error
 
 
 def _tag(meta: dict) -> str:
