@@ -31,6 +31,8 @@ class Ranges(io.RawIOBase):
     decoder asks for it, because decoders turn an error of their file into one of their own.
     """
 
+    mode = "rb"
+
     def __init__(self, name: str, fetch: Callable[[int, int], Part]):
         self.name, self.fetch, self.error = name, fetch, None
         self.at, self.ahead = 0, FIRST
