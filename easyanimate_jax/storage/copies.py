@@ -58,7 +58,7 @@ def _place(source: Remote, found: Sequence[Found]) -> Path:
     """Return the path of a copy."""
     cache = cache_folder()
     if cache is None:
-        raise ValueError(f"{source} is copied, and there is no folder for it; set XDG_CACHE_HOME")
+        raise ValueError(f"{source} needs a folder for its copy; let XDG_CACHE_HOME name one")
     files = [[f.name, f.size, f.tag] for f in found]
     told = json.dumps([source.scheme, source.bucket, source.key, files]).encode()
     key = hashlib.blake2b(told, digest_size=16).hexdigest()
