@@ -353,8 +353,8 @@ def test_what_a_link_became_meanwhile_is_not_followed(tmp_path, monkeypatch):
     (tmp_path / "a").unlink()
     (tmp_path / "a").symlink_to("secret")
     monkeypatch.setattr(os.path, "realpath", str)  # the link comes after the look
-    with pytest.raises(ValueError, match="symbolic links"):
-        paths.open_regular(path)
+    with pytest.raises(ValueError, match="symbolic links"), paths.open_regular(path):
+        pass
 
 
 def add(tar, name, content=b"", **fields):

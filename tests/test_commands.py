@@ -216,10 +216,10 @@ def test_a_url_is_refused_by_every_command_and_leaves_nothing(words, capsys, tmp
     for name in ("configs", "demos"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    assert code_of(*(word.format("gs://bucket/a [b]") for word in words)) == 2
+    assert code_of(*(word.format("hf://bucket/a [b]") for word in words)) == 2
     out, error = capsys.readouterr()
     assert out == "" and error.count("\n") == 1
-    assert "'gs://bucket/a [b]' is no local path, and gs:// is not supported" in error
+    assert "'hf://bucket/a [b]' is no local path, and hf:// is not supported" in error
     assert {path.name for path in tmp_path.iterdir()} == {"configs", "demos"}
 
 

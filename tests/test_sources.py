@@ -359,8 +359,8 @@ def test_links_lead_only_where_the_user_says(tmp_path):
 
 
 def test_a_mixture_names_the_source_that_is_a_url(tmp_path):
-    (tmp_path / "m.toml").write_text('films = "gs://bucket/films"')
-    with pytest.raises(ValueError, match=r"m.toml: films: .*gs:// is not supported"):
+    (tmp_path / "m.toml").write_text('films = "hf://bucket/films"')
+    with pytest.raises(ValueError, match=r"m.toml: films: .*hf:// is not supported"):
         read.read_clips(tmp_path / "m.toml")
 
 

@@ -1,7 +1,7 @@
 """Convert weights between EasyAnimate's layouts: ours, diffusers' and the original repository's."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -9,6 +9,7 @@ from typing import Literal
 from tyro.conf import Positional, UseAppendAction
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Convert weights between EasyAnimate's layouts: ours, diffusers' and the original code's.
@@ -33,13 +34,13 @@ Part = Literal[
 class Options:
     """The arguments of `convert`."""
 
-    source: Positional[Path]
+    source: Positional[Place]
     """Pipeline folder, folder or file of one model, run folder, or LoRA file or folder."""
     target: Positional[Path]
     """New folder to write; for a LoRA, or the adapters of a run, a new .safetensors file."""
     to: Literal["jax", "diffusers", "original", "comfyui"]
     """Layout to write; comfyui is for LoRA files."""
-    lora: UseAppendAction[tuple[Path, ...]] = ()
+    lora: UseAppendAction[tuple[Place, ...]] = ()
     """LoRA file to add to the transformer's weights, as FILE or FILE:WEIGHT; may be repeated."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Cast all weights to this dtype; by default each tensor keeps its own."""
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _convert(arguments: Sequence[str]) -> int:
-    own = asdict(parse.options(Options, arguments, "convert", HELP))
+    own = dict(vars(parse.options(Options, arguments, "convert", HELP)))
     import jax
     from tqdm import tqdm
 

@@ -11,6 +11,8 @@ import time
 from collections.abc import MutableMapping
 from pathlib import Path
 
+from easyanimate_jax.storage.local import cache_folder
+
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 10 * 2**30  # of the cache; beyond it JAX deletes what was not used for longest
@@ -28,10 +30,10 @@ def set_up_jax(environment: MutableMapping[str, str] = os.environ) -> None:
     environment.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(MIN_SECONDS))
     if "JAX_COMPILATION_CACHE_DIR" in environment:
         return
-    caches = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(caches):  # the user has no home
+    caches = cache_folder(environment)
+    if caches is None:  # the user has no home
         return
-    folder = Path(caches, "easyanimate_jax", "compiled")
+    folder = caches / "compiled"
     try:
         # Programs are code: other users must not write them.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -21,7 +21,9 @@ from typing import Annotated
 import tyro
 
 from easyanimate_jax import processes
+from easyanimate_jax.storage import stores
 from easyanimate_jax.storage.local import local_path
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import BAD_INPUT, STORAGE
 
 HELP = ("-h", "--help")
@@ -32,21 +34,23 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # a disk that ta
 # Paths that cannot be written, and too few open files: a restart does not help.
 OF_SETTINGS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS}
 OF_SETTINGS |= {errno.EMFILE}
+AWAY = {errno.ETIMEDOUT, errno.ESTALE}  # a store or a mount that does not answer now
 
 
 def registry() -> tyro.constructors.ConstructorRegistry:
-    """Return tyro's rules, and the rule that options of type Path are local paths."""
+    """Return tyro's rules, and those for options of the types Path and Place."""
     rules = tyro.constructors.ConstructorRegistry()
 
     @rules.primitive_rule
     def path(info: tyro.constructors.PrimitiveTypeInfo):
-        if info.type is not Path:
+        read = {Path: local_path, Place: stores.place, Place | None: stores.place}.get(info.type)
+        if read is None:
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
-            metavar="PATH",
-            instance_from_str=lambda words: local_path(words[0]),
-            is_instance=lambda value: isinstance(value, Path),
+            metavar="PATH" if info.type is Path else "PATH|URL",
+            instance_from_str=lambda words: read(words[0]),
+            is_instance=lambda value: isinstance(value, info.type),
             str_from_instance=lambda value: [str(value)],
         )
 
@@ -57,7 +61,7 @@ def run(work: Callable[[], int], prefix: str = "error") -> int:
     """Return the exit code of a verb's work.
 
     For a ValueError, a path that cannot be written and too few open files, print one line and
-    return 2. If the disk takes no more, print one line and return 5.
+    return 2. If the disk takes no more, or a store does not answer, print one line and return 5.
     """
     if not processes.several_processes(os.environ):  # else the verb does so once it knows its rank
         processes.start_logging()
@@ -74,6 +78,9 @@ def run(work: Callable[[], int], prefix: str = "error") -> int:
                 f"command again",
                 file=sys.stderr,
             )
+            return STORAGE
+        if error.errno in AWAY:
+            print(f"{prefix}: {error.filename}: {error.strerror}", file=sys.stderr)
             return STORAGE
         if error.errno in OF_SETTINGS:
             more = error.errno == errno.EMFILE and "ulimit" not in str(error)

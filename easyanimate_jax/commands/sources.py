@@ -8,6 +8,7 @@ from pathlib import Path
 from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Print the contents of a source of clips: clips, sizes, durations, captions, and every
@@ -18,8 +19,9 @@ problem with its row or line."""
 class Options:
     """The arguments of `sources`."""
 
-    source: Positional[Path]
-    """Folder with a metadata.json or csv, tar files, TFDS data set, or parquet table."""
+    source: Positional[Place]
+    """Folder with a metadata.json or csv, tar files, TFDS data set, or parquet table; also gs://
+    and s3://."""
     links: Path | None = None
     """Folder that links in the source may lead into, such as the cache of a hub."""
 

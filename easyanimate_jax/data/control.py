@@ -26,8 +26,11 @@ from easyanimate_jax.data.buckets import whole_frames
 from easyanimate_jax.data.contents import Contents, key
 from easyanimate_jax.data.times import frames_in
 from easyanimate_jax.facts import FPS
+from easyanimate_jax.storage import stores
+from easyanimate_jax.storage.errors import raise_if_of_the_system
 from easyanimate_jax.storage.local import local_path, shown
 from easyanimate_jax.storage.lock import FolderLock
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.storage.whole import replace_text
 
 logger = logging.getLogger(__name__)
@@ -153,15 +156,17 @@ class Camera(NamedTuple):
     poses: Float[np.ndarray, "rows 3 4"]
 
 
-def read_camera(path: str | Path) -> Camera:
+def read_camera(path: str | Place) -> Camera:
     """Read a pose file (spec 7.1): a title line, then one row of 19 numbers per frame.
 
-    The title may be missing. Raises ValueError, naming the line, for anything else.
+    The title may be missing. Raises ValueError, naming the line, for anything else, and OSError if
+    a store does not answer.
     """
     rows = []
     try:
-        text = Path(path).read_text("utf-8-sig")
+        text = stores.place(path).read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
+        raise_if_of_the_system(error)
         raise ValueError(f"{path} cannot be read as a pose file: {error}") from error
     for number, line in enumerate(text.splitlines(), start=1):
         try:

@@ -4,7 +4,9 @@ A damaged or hostile file can only kill a worker, not the run: the caller gets a
 the reason, and the next file a new worker. Requests and answers are a line of JSON and raw bytes,
 so an answer cannot run code. The time limit grows with the pixels to decode and counts processor
 time, so a busy machine gives the same result. A worker that uses no processor time is killed as
-stuck; one whose parent has ended exits.
+stuck; one whose parent has ended exits. A worker opens a local file or an object of a store by its
+name, and gets the bytes of a file inside another one. If the store or the system fails, the caller
+gets that `OSError`, and not a `ValueError` about the file.
 
     python -m easyanimate_jax.data.decode SECONDS BYTES     one worker, on stdin and stdout
 """
@@ -25,6 +27,8 @@ import numpy as np
 from easyanimate_jax.data import media
 from easyanimate_jax.data.media import Content, File, Frames, Picture, Probe
 from easyanimate_jax.facts import FPS
+from easyanimate_jax.storage.errors import is_of_the_system
+from easyanimate_jax.storage.stores import Place, Remote, place
 
 SECONDS = 10.0  # processor time for one file, plus 1 s for every
 PIXELS = 5e6  # pixels to decode; H.264 on one core decodes 20 to 60 times as many in 1 s
@@ -40,7 +44,8 @@ class Decoders:
 
     A file may use `seconds` of processor time, and 1 s more for every `PIXELS` that it must decode.
     `memory` limits a worker's address space in bytes. After `stuck` seconds without processor time
-    a worker is killed. All methods raise ValueError, naming the file, if it cannot be decoded.
+    a worker is killed. All methods raise ValueError, naming the file, if it cannot be decoded, and
+    OSError if its store does not answer.
     """
 
     def __init__(
@@ -101,10 +106,10 @@ class Decoders:
         try:
             if worker is None or worker.poll() is not None:  # killed between two files
                 worker = self._start(path)
-            content = b"" if isinstance(path, Path) else path.read()
-            size = None if isinstance(path, Path) else len(content)
+            content = b"" if isinstance(path, Place) else path.read()
+            head = [str(path), _kind(path), len(content), *request]
             try:
-                worker.stdin.write(json.dumps([str(path), size, *request]).encode() + b"\n")
+                worker.stdin.write(json.dumps(head).encode() + b"\n")
                 worker.stdin.write(content)
                 worker.stdin.flush()
                 answer = _receive(worker, self.stuck)
@@ -132,6 +137,8 @@ class Decoders:
                 raise
         finally:
             self.free.put(worker)
+        if "errno" in answer:
+            raise OSError(answer["errno"], answer["error"], answer["file"])
         if "error" in answer:
             raise ValueError(answer["error"])
         return answer
@@ -143,6 +150,7 @@ class Decoders:
             "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
             "OMP_NUM_THREADS": "1",  # the stack of each thread would use address space
             "OPENBLAS_NUM_THREADS": "1",
+            "TOKIO_WORKER_THREADS": "2",  # of the client of a store
         }
         worker = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, pipesize=PIPE
@@ -224,6 +232,13 @@ def _end(worker: subprocess.Popen) -> int:
     return code
 
 
+def _kind(path: File) -> str:
+    """Return how a worker gets a file: "local" and "remote" are opened by name."""
+    if isinstance(path, Path):
+        return "local"
+    return "remote" if isinstance(path, Remote) else "content"
+
+
 def _answer(path: File, kind: str, *arguments, allow) -> tuple[dict, np.ndarray | None]:
     if kind == "probe":
         return {"probe": media.probe(path)}, None
@@ -264,8 +279,11 @@ def _work(seconds: float, memory: int) -> None:
     output.write(b"{}\n")
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, seconds)
-        name, size, *request = json.loads(line)
-        path = Path(name) if size is None else Content(sys.stdin.buffer.read(size), name)
+        name, kind, size, *request = json.loads(line)
+        if kind == "content":
+            path = Content(sys.stdin.buffer.read(size), name)
+        else:
+            path = place(name) if kind == "remote" else Path(name)
         frames = None
         try:
             answer, frames = _answer(path, *request, allow=_allow)
@@ -273,6 +291,8 @@ def _work(seconds: float, memory: int) -> None:
             answer = {"error": str(error)}
         except Exception as error:  # a bad file may raise any exception
             answer = {"error": f"{name}: {type(error).__name__}: {error}"}
+            if isinstance(error, OSError) and is_of_the_system(error):
+                answer = {"errno": error.errno, "error": error.strerror, "file": name}
         signal.setitimer(signal.ITIMER_PROF, 0)
         output.write(json.dumps(answer).encode() + b"\n")
         if frames is not None:

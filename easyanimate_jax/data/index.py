@@ -143,21 +143,21 @@ def write_index(
     stores.replace(target, write)
 
 
-def read_index(source: Place, cache: Path) -> Index:
-    """Return an index. One of many rows is mapped from a file that is made in `cache` if missing.
+def read_index(source: Place, cache: Path | None) -> Index:
+    """Return an index. One of many rows is mapped from a file in `cache`, made if it is missing.
 
     Raises ValueError for a file that is damaged, FileNotFoundError if there is none.
     """
     with _opened(source) as file:
         try:
             parquet = pyarrow.parquet.ParquetFile(file)
-            if parquet.metadata.num_rows <= MAPPED:
+            if parquet.metadata.num_rows <= MAPPED or cache is None:
                 return Index(parquet.read(use_threads=False))
             metadata = parquet.metadata.metadata[b"about"]
             name = hashlib.blake2b(metadata, digest_size=16).hexdigest()
-            target = cache / f"{name}.arrow"
+            target = cache / "indices" / f"{name}.arrow"
             if not target.is_file():
-                cache.mkdir(parents=True, exist_ok=True)
+                target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 whole.replace(target, lambda new: _convert(parquet, new))
         except (pyarrow.ArrowInvalid, KeyError) as error:
             raise ValueError(f"{source} is damaged ({error}); prepare the set again") from error

@@ -9,7 +9,7 @@ never gives a short clip. The rules are in data/times.py (which frame is shown w
 
 import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -21,7 +21,7 @@ from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image
 
-from easyanimate_jax.data.paths import open_regular
+from easyanimate_jax.data.paths import open_regular, read_part
 from easyanimate_jax.data.pictures import (
     Picture,
     fill,
@@ -36,6 +36,7 @@ from easyanimate_jax.data.shown import SCALING
 from easyanimate_jax.data.streams import Allow, free, open_film
 from easyanimate_jax.data.times import Timeline
 from easyanimate_jax.facts import FPS
+from easyanimate_jax.storage.stores import Place
 
 MAX_PIXELS = 2**29  # pixels of one clip in memory: 1.6 GB
 MAX_BYTES = 2**30  # bytes of a file inside an archive
@@ -65,7 +66,7 @@ Frames = UInt8[np.ndarray, "F H W 3"]
 class Member(NamedTuple):
     """A file inside another one, such as a tar; it is read in place, never extracted."""
 
-    archive: Path
+    archive: Place
     offset: int
     size: int  # bytes
     name: str
@@ -77,14 +78,7 @@ class Member(NamedTuple):
         """Return the bytes. Raises ValueError if the file is too large or incomplete."""
         if self.size > MAX_BYTES:
             raise ValueError(f"{self} has {self.size:,} bytes; use at most {MAX_BYTES:,}")
-        with open_regular(self.archive) as file:
-            file.seek(self.offset)
-            content = file.read(self.size)
-        if len(content) < self.size:
-            raise ValueError(
-                f"{self}: only {len(content):,} of {self.size:,} bytes exist; replace the archive"
-            )
-        return content
+        return read_part(self.archive, self.offset, self.size)
 
 
 class Example(NamedTuple):
@@ -107,7 +101,7 @@ class Example(NamedTuple):
 class Cell(NamedTuple):
     """A file in a cell of a parquet table; it is read in place, see data/cells.py."""
 
-    table: Path
+    table: Place
     leaf: str  # the values: `video` or `video.bytes`
     group: int  # of rows
     row: int  # in its group
@@ -137,7 +131,7 @@ class Content(NamedTuple):
         return self.content
 
 
-File = Path | Member | Example | Cell | Content
+File = Place | Member | Example | Cell | Content
 
 
 class Probe(NamedTuple):
@@ -397,5 +391,5 @@ def _is_mjpeg(file: BinaryIO) -> bool:
     return b"\xff\xd9\xff\xd8\xff" in content and b"MPF\0" not in content[: 2**16]
 
 
-def _bytes(path: File) -> BinaryIO:
-    return open_regular(path) if isinstance(path, Path) else io.BytesIO(path.read())
+def _bytes(path: File) -> AbstractContextManager[BinaryIO]:
+    return open_regular(path) if isinstance(path, Place) else io.BytesIO(path.read())

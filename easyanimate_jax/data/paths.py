@@ -4,21 +4,27 @@ Names come from metadata rows, archive members and file lists. FFmpeg interprets
 and scripts, and archives can name files outside themselves. A name must be a path that stays below
 its root, and only regular files are opened. A name with a colon, or one that begins with `~`, is
 that of a file only if this file exists.
+
+A root may lie in a store. Then a name is a key below that of the root. A store has no links.
 """
 
 import os
+import posixpath
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from easyanimate_jax.storage.local import SCHEME, local_path, quoted, shown
+from easyanimate_jax.storage.local import SCHEME, quoted, shown
+from easyanimate_jax.storage.stores import Place, Remote, place, read_ranges
 
 
 def check_name(name: str) -> None:
     """Raise ValueError unless `name` is a plain relative path."""
     _check_text(name)
     if "://" in name:
-        raise ValueError(f"file name {name!r} is not a relative path; URLs are not read")
+        raise ValueError(f"file name {name!r} is not a relative path below its folder; correct it")
     if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
         raise ValueError(f"file name {name!r} leaves the data folder; move the file into it")
 
@@ -32,20 +38,25 @@ def name_fault(name: str) -> str:
     return ""
 
 
-def relative_name(root: str | os.PathLike, name: str) -> str:
-    """Return the name relative to `root` of an absolute path or `file:` URL below it.
+def relative_name(root: Place, name: str) -> str:
+    """Return the name relative to `root` of an absolute path or URL below it.
 
     In a name that no file has, backslashes become slashes, as Windows writes them. Other names are
     returned as they are.
     """
-    if "\\" in name and not os.path.lexists(os.path.join(root, name)):
+    if "\\" in name and not is_there(root, name):
         name = name.replace("\\", "/")
-    scheme = SCHEME.match(name)
-    if scheme and scheme[1].lower() == "file":
-        try:
-            name = str(local_path(name))
-        except ValueError:  # a file of another machine: `check_name` refuses its name
-            return name
+    try:
+        named = place(name) if SCHEME.match(name) else Path(name)
+    except ValueError:  # of another scheme, or of another machine: `check_name` refuses it
+        return name
+    if isinstance(root, Remote):
+        below = isinstance(named, Remote) and f"{named}".startswith(f"{root}".rstrip("/") + "/")
+        return named.key[len(root.key) :].lstrip("/") if below else name
+    if isinstance(named, Remote):
+        return name
+    if SCHEME.match(name):
+        name = str(named)
     if not name.startswith("/"):
         return name
     real = os.path.realpath(root)
@@ -55,19 +66,28 @@ def relative_name(root: str | os.PathLike, name: str) -> str:
     return name
 
 
-def safe_path(root: str | os.PathLike, name: str, links: str | os.PathLike | None = None) -> Path:
+def is_there(root: Place, name: str) -> bool:
+    """Return True if a file, or a link, has this name below `root`."""
+    if isinstance(root, Remote):
+        return (root / name).is_file()
+    return os.path.lexists(os.path.join(root, name))
+
+
+def safe_path(root: Place, name: str, links: str | os.PathLike | None = None) -> Place:
     """Return `root/name`, with all links followed.
 
     Raises ValueError unless it is inside `root`, or inside `links`, a folder that links may lead
-    into.
+    into. In a store nothing is asked for: the object may be missing.
     """
     _check_text(name)
     name = relative_name(root, name)
     check_name(name)
+    if isinstance(root, Remote):
+        return root / name
     path = os.path.join(root, name)
     odd = ":" in name.split("/")[0] or name.startswith("~")
     if odd and not os.path.lexists(path):
-        raise ValueError(f"file name {name!r} is no file in {root}; URLs are not read")
+        raise ValueError(f"file name {name!r} is no file in {root}; correct it")
     path = Path(os.path.realpath(path))
     allowed = [Path(os.path.realpath(folder)) for folder in (root, links) if folder]
     if not any(folder in path.parents for folder in allowed):
@@ -78,11 +98,62 @@ def safe_path(root: str | os.PathLike, name: str, links: str | os.PathLike | Non
     return path
 
 
-def open_regular(path: str | os.PathLike) -> BinaryIO:
-    """Open the regular file `path` for reading, without ever waiting for a pipe or a device.
+def beside(folder: Place, text: str) -> Place:
+    """Return the place that `text` names: a URL, an absolute path, or one relative to `folder`.
 
-    Raises ValueError if it is not a regular file or cannot be opened.
+    Raises ValueError as `place` does, and for a relative path that leaves its bucket.
     """
+    named = place(text)
+    if isinstance(named, Remote) or isinstance(folder, Path):
+        return named if isinstance(named, Remote) else folder / named
+    if named.is_absolute():
+        return named
+    key = posixpath.normpath(posixpath.join("/", folder.key, named.as_posix()))
+    if posixpath.normpath(posixpath.join(folder.key, named.as_posix())).startswith(".."):
+        raise ValueError(f"{quoted(text)} leaves the bucket of {folder}; give its whole URL")
+    return Remote(folder.scheme, folder.bucket, key.lstrip("/"))
+
+
+@contextmanager
+def open_regular(path: Place) -> Iterator[BinaryIO]:
+    """Yield a regular file or an object, open for reading; close it at the end.
+
+    Raises ValueError if it is missing, cannot be opened, or is not a regular file. Raises OSError
+    if its store fails, now or in a read, whatever a decoder made of that read.
+    """
+    if isinstance(path, Path):
+        with _open_local(path) as file:
+            yield file
+        return
+    try:
+        file = path.open()
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: {error.strerror}; correct its name, or upload it") from error
+    with file:
+        try:
+            yield file
+        finally:
+            if file.raw.error:
+                raise file.raw.error
+
+
+def read_part(path: Place, offset: int, size: int) -> bytes:
+    """Return `size` bytes of a file. Raises ValueError if it has fewer, and as `open_regular`."""
+    if isinstance(path, Remote):
+        try:
+            return read_ranges(path, [(offset, offset + size)])[0]
+        except FileNotFoundError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+    with _open_local(path) as file:
+        file.seek(offset)
+        content = file.read(size)
+    if len(content) < size:
+        raise ValueError(f"{path} ends before byte {offset + size:,}; replace it")
+    return content
+
+
+def _open_local(path: Path) -> BinaryIO:
+    """Open a regular file, without ever waiting for a pipe or a device."""
     try:
         # Links are resolved first; a link that replaces the file afterwards is refused.
         # Windows has no links and pipes of this kind, and reads text unless told otherwise.

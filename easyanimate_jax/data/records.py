@@ -173,7 +173,7 @@ class Records:
                 f"{folder} has version {self.header['version']}, but this code reads version "
                 f"{VERSION}; prepare the set again in another folder"
             )
-        self.index = read_index(self.folder / "index.parquet", cache_folder() / "indices")
+        self.index = read_index(self.folder / "index.parquet", cache_folder())
         if self.index.about["content"] != self.header["content"]:
             raise ValueError(
                 f"{self.folder / 'index.parquet'} is not the index of header.json; a process "
@@ -230,6 +230,11 @@ class Records:
 
 def _damaged(path: Place, what: str) -> str:
     return f"{path} is damaged ({what}); remove it and run python -m easyanimate_jax prepare again"
+
+
+def root_of_text(folder: Place, text: str | None) -> Place | None:
+    """Return the root of a set's source, as the set tells it: relative to its folder, or a URL."""
+    return place(text) if text and "://" in text else text and folder / text
 
 
 def split(arrays: Mapping[str, np.ndarray]) -> dict[str, Arrays]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ from easyanimate_jax.generation.request import (
     option,
     read_times,
 )
+from easyanimate_jax.storage.stores import place
 from easyanimate_jax.weights.defaults import Defaults
 
 INPUTS = tuple(dict.fromkeys(name for task in TASKS.values() for name in task.inputs))
@@ -89,7 +89,7 @@ def _sides(request: SampleRequest, model: Model, files: Files) -> tuple[int, int
     shown = next((getattr(request, name) for name in PIXELS if given(request, name)), None)
     if shown is None:
         raise ValueError("--size like needs a picture or a film; give one, or leave it out")
-    like = files.probe(Path(shown))
+    like = files.probe(place(shown))
     scale = (model.height * model.width / (like.height * like.width)) ** 0.5
     if height or width:
         scale = height / like.height if height else width / like.width
@@ -99,7 +99,7 @@ def _sides(request: SampleRequest, model: Model, files: Files) -> tuple[int, int
 
 def film_frames(path: str, fps: int = FPS, files: Files = media) -> int:
     """Return the number of frames of a film at `fps` frames a second."""
-    return int(frames_in(files.probe(Path(path)).seconds, fps))
+    return int(frames_in(files.probe(place(path)).seconds, fps))
 
 
 def read_inputs(request: SampleRequest, files: Files = media) -> dict[str, np.ndarray]:
@@ -110,7 +110,7 @@ def read_inputs(request: SampleRequest, files: Files = media) -> dict[str, np.nd
     inputs = {}
     for name, argument in (("image", "start"), ("end_image", "end"), ("reference", "reference")):
         if given(request, name):
-            picture = files.read_image(Path(getattr(request, name)))
+            picture = files.read_image(place(getattr(request, name)))
             inputs[argument] = sized(picture[None], request, Image.Resampling.BICUBIC)[0]
     if request.video:
         inputs["video"] = read_film(request.video, request, files)
@@ -148,7 +148,7 @@ def read_film(path: str, request: SampleRequest, files: Files = media) -> np.nda
             f"{path} has {have} frames at {request.fps} a second, and --frames is "
             f"{request.frames}; use --frames {whole_frames(have)}"
         )
-    frames = files.read_at(Path(path), 0, request.frames, None, fps=request.fps)
+    frames = files.read_at(place(path), 0, request.frames, None, fps=request.fps)
     return sized(frames, request, Image.Resampling.BILINEAR)
 
 
@@ -158,7 +158,7 @@ def read_mask(request: SampleRequest, files: Files = media) -> np.ndarray:
     A picture applies to all frames. Raises ValueError for a mask of another size than the video, or
     without white.
     """
-    mask, video = (files.probe(Path(path)) for path in (request.mask, request.video))
+    mask, video = (files.probe(place(path)) for path in (request.mask, request.video))
     if (mask.height, mask.width) not in (
         (video.height, video.width),
         (request.height, request.width),
@@ -170,7 +170,7 @@ def read_mask(request: SampleRequest, files: Files = media) -> np.ndarray:
     if mask.kind == "video":
         frames = read_film(request.mask, request, files)
     else:
-        picture = files.read_image(Path(request.mask), mask=True)[None]
+        picture = files.read_image(place(request.mask), mask=True)[None]
         frames = np.repeat(
             sized(picture, request, Image.Resampling.BILINEAR), request.frames, axis=0
         )
@@ -188,7 +188,7 @@ def read_trajectory(request: SampleRequest) -> np.ndarray:
     from easyanimate_jax.data.control import trajectory_video
 
     try:
-        told = json.loads(Path(request.trajectory).read_bytes())
+        told = json.loads(place(request.trajectory).read_bytes())
         # The brackets around a single path are easily forgotten.
         paths = [np.array(path, float) for path in ([told] if np.ndim(told[0][0]) == 0 else told)]
         usable = all(p.ndim == 2 and p.shape[1] == 2 and np.isfinite(p).all() for p in paths)

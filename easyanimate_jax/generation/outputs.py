@@ -28,6 +28,8 @@ from easyanimate_jax.generation.request import (
     given,
     option,
 )
+from easyanimate_jax.storage import stores
+from easyanimate_jax.storage.stores import Place
 
 NUMBERED = re.compile(r"\.?([0-9]{8,})(?![0-9])")  # ASCII digits only: "²³" is no number
 VERSIONS = ("jax", "flax", "numpy", "easyanimate_jax")
@@ -36,7 +38,7 @@ VERSIONS = ("jax", "flax", "numpy", "easyanimate_jax")
 class Origin(NamedTuple):
     """The model that a sample comes from."""
 
-    path: Path  # a run or a folder, as you named it
+    path: Place  # a run or a folder, as you named it
     options: Mapping[str, object]  # options that choose the weights, by their names
     prints: Mapping[str, str] = {}  # hashes of the weights: of a LoRA by its name, of parts by path
     training: Mapping | None = None  # a run's record of its training
@@ -162,9 +164,8 @@ def write_as(
 def _hashes(request: SampleRequest) -> dict[str, str]:
     """Return the hash of each file of a request, by the name of its option."""
     paths = {option(name): getattr(request, name) for name in FILES if given(request, name)}
-    return {
-        name: hashlib.sha256(Path(path).read_bytes()).hexdigest() for name, path in paths.items()
-    }
+    files = {name: stores.place(path) for name, path in paths.items()}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
 
 
 def _reserve(folder: Path) -> tuple[str, Path]:

@@ -5,7 +5,6 @@ on a protocol reads all attributes, and reading one of `runs.load.Resident` load
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from easyanimate_jax.diffusion.flow import Flow
     from easyanimate_jax.generation.calibration import Calibration
     from easyanimate_jax.models.mmdit import MMDiTConfig
+    from easyanimate_jax.storage.stores import Place
 
     class Denoiser(Protocol):
         """The transformer, such as `models.mmdit.MMDiT`: predicts a value for each token."""
@@ -100,17 +100,17 @@ if TYPE_CHECKING:
     class Files(Protocol):
         """A reader of pictures and films: `data.media`, or `data.decode.Decoders`."""
 
-        def probe(self, path: Path) -> Probe:
+        def probe(self, path: Place) -> Probe:
             """Return kind, frame count, size and rate."""
             ...
 
         def read_at(
-            self, path: Path, start: float, count: int, size: None, *, fps: float
+            self, path: Place, start: float, count: int, size: None, *, fps: float
         ) -> Frames:
             """Return `count` frames of a film, from `start` seconds on, at `fps` a second."""
             ...
 
-        def read_image(self, path: Path, mask: bool = False) -> Picture:
+        def read_image(self, path: Place, mask: bool = False) -> Picture:
             """Return a picture as RGB; for a mask, its alpha channel as grey."""
             ...
 

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from easyanimate_jax.data.buckets import check_size
 from easyanimate_jax.facts import CELL, FPS, MAX_SEED
-from easyanimate_jax.storage.local import local_path
+from easyanimate_jax.storage.stores import place
 
 FILES = ("image", "end_image", "video", "mask", "control", "trajectory", "camera", "reference")
 WORDS = ("prompt", "negative_prompt", "operator")
@@ -143,7 +143,7 @@ class SampleRequest:
         for name in FILES:
             if given(self, name):
                 try:
-                    object.__setattr__(self, name, str(local_path(getattr(self, name))))
+                    object.__setattr__(self, name, str(place(getattr(self, name))))
                 except ValueError as error:
                     raise ValueError(f"--{option(name)}: {error}") from error
 
@@ -247,7 +247,7 @@ def check(request: SampleRequest) -> None:
             "--frames 1 makes one picture, and pictures are given; use 5 frames or more"
         )
     for name in FILES:
-        if given(request, name) and not Path(getattr(request, name)).is_file():
+        if given(request, name) and not place(getattr(request, name)).is_file():
             raise ValueError(f"--{option(name)}: there is no file {getattr(request, name)}")
 
 

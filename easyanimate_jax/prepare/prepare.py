@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 import logging
+import tempfile
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -108,7 +109,8 @@ def plan_sets(
         makers = [SetMaker(output / s.name, s, {"weights": weights, "seed": seed}) for s in sets]
         jobs = [select(s, clips, seed) for s in sets]
         lock.begun = True  # all settings are accepted
-        cache = output if isinstance(output, Path) else cache_folder()
+        cache = output if isinstance(output, Path) else cache_folder() or Path(tempfile.mkdtemp())
+        cache.mkdir(parents=True, exist_ok=True)
         contents = Contents(cache / "contents.jsonl")
         lines = [_line(problem._asdict()) for problem in problems]
         texts = TextMaker(output / "texts", None, weights.get("text"))

@@ -13,13 +13,13 @@ import pyarrow
 from easyanimate_jax.data.buckets import Shape, grid_of
 from easyanimate_jax.data.contents import Contents, key
 from easyanimate_jax.data.index import INDEX_TYPES
-from easyanimate_jax.data.records import SHARDS, LatentSet, finish_set, split
+from easyanimate_jax.data.records import SHARDS, LatentSet, finish_set, root_of_text, split
 from easyanimate_jax.data.shards import Shards, key_array, write_shard
 from easyanimate_jax.data.sources import places
 from easyanimate_jax.facts import FPS
 from easyanimate_jax.prepare.clips import Job
 from easyanimate_jax.prepare.manifest import KEYS, WHOLE, Manifest, latest, plan
-from easyanimate_jax.storage.stores import Place, make_folder, place, replace_text
+from easyanimate_jax.storage.stores import Place, make_folder, replace_text
 
 # What may change in a set: the entries that it asks for are made, and the others stay.
 FREE = ("control", "condition_draws", "random_reference", "min_side", "min_quality", "kinds")
@@ -58,6 +58,11 @@ class SetMaker:
         make_folder(self.folder)
         replace_text(self.folder / "identity.json", json.dumps(self.made_of, indent=1))
         root = places.root_of(job.clip for job in jobs)
+        if root is None and self.latent_set.pixels:
+            raise ValueError(
+                f"set {self.latent_set.name!r} has pixels=True, and its clips lie in several "
+                f"buckets, or on disks and in stores; put all of them below one folder"
+            )
         with ThreadPoolExecutor() as pool:
             keys = list(pool.map(lambda job: self._keys(job, contents, root), jobs))
         rows = [
@@ -129,7 +134,7 @@ class SetMaker:
             )
         return lines
 
-    def _keys(self, job: Job, contents: Contents, root: Place) -> list[str]:
+    def _keys(self, job: Job, contents: Contents, root: Place | None) -> list[str]:
         """Return the keys of a job's entries, slot by slot, from the content that they show."""
         clip, of_clip = job.clip, (self.made_of["seed"], self.latent_set.name, job.clip.name)
         if self.latent_set.pixels:  # the record has no pixels, but the place of the clip
@@ -156,9 +161,7 @@ class SetMaker:
 
     def _job(self, row: dict, manifest: Manifest) -> Job:
         """Return the job of a row of the manifest."""
-        root = self.folder / manifest.about["root"]
-        if "://" in manifest.about["root"]:
-            root = place(manifest.about["root"])
+        root = root_of_text(self.folder, manifest.about["root"])
         clip = places.from_bytes(np.frombuffer(row["place"].encode(), np.uint8), root)
         clip = dataclasses.replace(clip, captions=tuple(row["captions"]))
         shape, latent_set = Shape(*(row[name] for name in Shape._fields)), self.latent_set
@@ -172,8 +175,10 @@ class SetMaker:
         record = tokens * 256 * max(1, len(self.slots))  # two float16 of 64 numbers a token
         return WHOLE // np.clip(BYTES // record, LEAST, MOST)
 
-    def _root_text(self, root: Place) -> str:
+    def _root_text(self, root: Place | None) -> str | None:
         """Return the root of the source, relative to the set's folder if both are local."""
+        if root is None:
+            return None
         both = isinstance(root, Path) and isinstance(self.folder, Path)
         return os.path.relpath(root, os.path.realpath(self.folder)) if both else str(root)
 
@@ -227,7 +232,7 @@ def _told(latent_set: LatentSet) -> dict:
     return {name: value for name, value in fields.items() if name not in unknown}
 
 
-def _row(job: Job, root: Place) -> dict:
+def _row(job: Job, root: Place | None) -> dict:
     """Return the row of a job in the manifest, without its keys."""
     T, gh, gw = grid_of(*job.shape)
     return {

@@ -143,7 +143,7 @@ def _check(config: TrainConfig, records: dict[str, Records]) -> None:
         return
     for kind, folder in (("vae", config.vae), ("text", config.text)):
         prints = {r.header.get("weights", {}).get(kind) for r in records.values()} - {None}
-        if prints and Path(folder).is_dir() and prints != {fingerprint(folder)}:
+        if prints and place_of(folder).is_dir() and prints != {fingerprint(folder)}:
             raise ValueError(
                 f"{config.prepared} was prepared with another {kind} than {folder} now holds; "
                 f"restore the model, or prepare again in another folder"

@@ -24,6 +24,7 @@ from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.runs.stage_checks import check_stages, rewards_of
 from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.storage.local import local_path, resolve_fields
+from easyanimate_jax.storage.stores import place
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates
 from easyanimate_jax.training.post.objectives import (
     DirectPreference,
@@ -129,7 +130,8 @@ class ValidationConfig:
         )
 
 
-PLACES = ("source", "prepared", "vae", "text", "run", "links", "init", "init_lora")  # local paths
+PLACES = ("source", "vae", "text", "init", "init_lora")  # local paths, gs:// and s3://
+LOCAL = ("prepared", "run", "links")  # local paths
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,8 @@ class TrainConfig:
             hang_seconds="[0, inf)",
             log_every="[0, inf)",
         )
-        resolve_fields(self, *PLACES)
+        resolve_fields(self, *PLACES, by=place)
+        resolve_fields(self, *LOCAL)
         steps = sum(stage.steps for stage in self.stages)
         if not 1 <= steps <= MAX_STEPS:
             raise ValueError(

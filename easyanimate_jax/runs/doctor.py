@@ -27,6 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from easyanimate_jax.memory import device_memory
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import make_mesh
+from easyanimate_jax.storage.stores import Place, list_files, place
 from easyanimate_jax.training.program import abstract_state
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")
@@ -199,20 +200,20 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _inputs(config: TrainConfig) -> list[Path]:
+def _inputs(config: TrainConfig) -> list[Place]:
     """Return the folders that training reads."""
     names = dict.fromkeys(stage.data for stage in config.stages)
     folders = [Path(config.prepared) / name for name in names]
-    folders += [Path(config.vae)] if config.samples.prompts else []
-    folders += [Path(config.init)] if config.init else []
+    folders += [place(config.vae)] if config.samples.prompts else []
+    folders += [place(config.init)] if config.init else []
     return folders
 
 
-def _listing(folder: Path) -> str | None:
+def _listing(folder: Place) -> str | None:
     """Return a digest of the names and sizes of a folder's files; None if it does not exist."""
     if not folder.exists():
         return None
-    files = sorted((p.name, p.stat().st_size) for p in folder.iterdir() if p.is_file())
+    files = sorted(found[:2] for found in list_files(folder) if "/" not in found.name)
     return hashlib.sha256(repr(files).encode()).hexdigest()[:12]
 
 

@@ -17,10 +17,11 @@ from easyanimate_jax.facts import FPS
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.runs.calibration import CalibrationFile
 from easyanimate_jax.runs.config import SampleConfig, TrainConfig, from_json
-from easyanimate_jax.storage.local import local_path
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.text.encode import state_widths
 from easyanimate_jax.weights import files, run_folder
 from easyanimate_jax.weights.adapters import Weighted
+from easyanimate_jax.weights.at_hand import at_hand
 from easyanimate_jax.weights.defaults import Defaults, of_metadata, of_run, of_source
 from easyanimate_jax.weights.folder import Weights, open_model, read_json
 from easyanimate_jax.weights.identity import fingerprint
@@ -36,9 +37,9 @@ from easyanimate_jax.weights.schedulers import (
 class Parts(NamedTuple):
     """Paths of single parts that replace those of a model; None keeps the model's own."""
 
-    transformer: str | Path | None = None  # a file, a folder of any layout, or a run
-    vae: str | Path | None = None  # likewise
-    text: str | Path | None = None  # a folder with the text encoders and their tokenizers
+    transformer: str | Place | None = None  # a file, a folder of any layout, or a run
+    vae: str | Place | None = None  # likewise
+    text: str | Place | None = None  # a folder with the text encoders and their tokenizers
 
 
 OWN = Parts()
@@ -49,8 +50,8 @@ class Opened(NamedTuple):
 
     path: Path  # of the whole model
     model: Path
-    vae: Path
-    text: Path
+    vae: Place
+    text: Place
     config: MMDiTConfig
     process: DDPM | Flow
     samples: SampleConfig = SampleConfig()  # default: the released models'
@@ -79,7 +80,7 @@ class Opened(NamedTuple):
 
 
 def open_parts(
-    path: str | Path,
+    path: str | Place,
     parts: Parts = OWN,
     *,
     step: int | None = None,
@@ -90,8 +91,8 @@ def open_parts(
 
     The arguments and errors are those of `load_pipeline`.
     """
-    path = local_path(path)
-    parts = Parts(*(part and local_path(part) for part in parts))
+    path = at_hand(path)
+    parts = Parts(*(part and at_hand(part) for part in parts))
     for name, part in parts._asdict().items():
         if part and not part.exists():
             raise ValueError(f"{name}: there is no {part}; give a file or a folder")

@@ -86,7 +86,7 @@ class Sampler:
         self.writer: MetricsWriter | None = None
         self.wanted = bool(config.samples.every and (config.samples.prompts or self.held_out))
         init = config.init if config.step.taught else ""
-        self.teacher = of_source(Path(init), config.init_step) if init else RELEASED
+        self.teacher = of_source(init, config.init_step) if init else RELEASED
         if self.wanted:
             self.vae = load_vae(config.vae, mesh=mesh)
             self.empty = records.read_texts(place_of(config.prepared) / "empty.safetensors")

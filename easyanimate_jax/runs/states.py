@@ -61,7 +61,7 @@ class States:
         # The identity of the frozen weights, which no checkpoint holds.
         frozen = config.step.partial or config.step.taught
         self.base = weights_print(config.init, config.init_step) if frozen else None
-        taught = of_source(Path(config.init), config.init_step) if config.step.taught else None
+        taught = of_source(config.init, config.init_step) if config.step.taught else None
         self.teacher = taught and taught._asdict()  # how the teacher is sampled
 
     def first(self) -> TrainState:

@@ -27,6 +27,33 @@ def is_of_the_system(error: BaseException | None) -> bool:
     return False
 
 
+def raise_if_of_the_system(error: BaseException) -> None:
+    """Raise an OSError that says nothing about the files: their disk or their store fails."""
+    if isinstance(error, OSError) and is_of_the_system(error):
+        raise error
+
+
+def of_store(error: Exception, name: str) -> OSError:
+    """Return an error of obstore as an OSError that names the object."""
+    from obstore import exceptions as known
+
+    ask = "see `gcloud auth application-default login`, `aws configure`, the rights of the account"
+    kinds = [
+        (known.NotFoundError, errno.ENOENT, "there is no such object"),
+        (known.AlreadyExistsError, errno.EEXIST, "the object exists"),
+        (known.PermissionDeniedError, errno.EACCES, f"the store refuses these credentials; {ask}"),
+        (known.UnauthenticatedError, errno.EACCES, f"the store wants credentials; {ask}"),
+        (known.BaseError, errno.ETIMEDOUT, "the store did not answer; run the same command again"),
+    ]
+    kind = known.NotFoundError if isinstance(error, FileNotFoundError) else type(error)
+    if "169.254.169.254" in str(error):  # where clients ask a machine of a cloud for credentials
+        kind = known.UnauthenticatedError
+    code, text = next((code, text) for one, code, text in kinds if issubclass(kind, one))
+    if code in (errno.EACCES, errno.ETIMEDOUT):
+        text += f" ({' '.join(str(error).splitlines()[0].split())[:300]})"
+    return OSError(code, text, name)
+
+
 def is_of_jax(error: BaseException | None) -> bool:
     """Return True if the cause is a device without memory, or a process of the run that is gone."""
     while error is not None and type(error).__name__ != "JaxRuntimeError":

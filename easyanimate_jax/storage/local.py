@@ -1,13 +1,13 @@
 """Resolve the paths that a user names, in a config or on the command line, to local paths.
 
-A path is not a URL: `gs://`, `s3://`, `hf://` and all other schemes are refused by name, because
-nothing in the package reads or writes them. `file:///x` is the local path `/x`, and `~` is a home
-folder. Environment variables are not expanded.
+A path is not a URL: `local_path` refuses all schemes by name. `storage.stores.place` takes `gs://`
+and `s3://` where they are allowed. `file:///x` is the local path `/x`, and `~` is a home folder.
+Environment variables are not expanded.
 """
 
 import os
 import re
-import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # `Path` joins slashes; "C:/" is a drive
@@ -31,24 +31,23 @@ def local_path(path: str | os.PathLike) -> Path:
     return found.absolute() if special else found
 
 
-def resolve_fields(config, *names: str) -> None:
-    """Replace fields of a frozen dataclass by their local paths, as text; "" and None stay.
+def resolve_fields(config, *names: str, by: Callable[[str], object] = local_path) -> None:
+    """Replace fields of a frozen dataclass by what `by` makes of them, as text; "" and None stay.
 
-    Raises ValueError, naming the field, as `local_path` does.
+    Raises ValueError, naming the field, as `by` does.
     """
     for name in names:
         if value := getattr(config, name):
             try:
-                object.__setattr__(config, name, str(local_path(value)))
+                object.__setattr__(config, name, str(by(value)))
             except ValueError as error:
                 raise ValueError(f"{type(config).__name__}.{name}: {error}") from error
 
 
-def cache_folder() -> Path:
-    """Return the folder for what can be made again, such as compiled programs; it may not exist."""
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    root = caches if os.path.isabs(caches) else tempfile.gettempdir()  # a user without a home
-    return Path(root, "easyanimate_jax")
+def cache_folder(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Return this package's folder among the user's caches; None for a user without a home."""
+    caches = environment.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches, "easyanimate_jax") if os.path.isabs(caches) else None
 
 
 def shown(name: str) -> str:
@@ -70,8 +69,8 @@ def _from_url(text: str) -> str:
     scheme, _, rest = text.partition(":")
     if scheme.lower() != "file":
         raise ValueError(
-            f"{quoted(text)} is no local path, and {scheme}:// is not supported; copy it to a "
-            f"local disk, or mount it, and give that path (a local folder named {scheme + ':'!r} "
+            f"{quoted(text)} is no local path, and {scheme}:// is not supported here; copy it to "
+            f"a local disk, or mount it, and give that path (a local folder named {scheme + ':'!r} "
             f"needs its absolute path)"
         )
     if rest.startswith("//"):

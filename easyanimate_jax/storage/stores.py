@@ -21,19 +21,20 @@ import posixpath
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from easyanimate_jax.storage import whole
+from easyanimate_jax.storage.errors import of_store
 from easyanimate_jax.storage.local import SCHEME, local_path, quoted
+from easyanimate_jax.storage.ranges import BUFFER, Part, Ranges
 
 SCHEMES = {"gs": "Google Cloud Storage", "s3": "S3"}
 RETRY = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
 TOGETHER = 16  # requests of one call at once, at most
-BUFFER = 2**20  # bytes that an open object asks for at once, at least
 ALIKE = 64 * 1024  # ranges with at most this many bytes between them are one request
 
 
@@ -43,6 +44,7 @@ class Found(NamedTuple):
     name: str  # relative to the folder that was listed, with slashes
     size: int  # bytes
     changed: float  # seconds since 1970
+    tag: str = ""  # the store's ETag; a local file has none
 
 
 class Version(NamedTuple):
@@ -59,6 +61,7 @@ class Remote:
     scheme: str
     bucket: str
     key: str  # without a slash at its end; "" is the whole bucket
+    listed: Version | None = field(default=None, compare=False, repr=False)  # see `stamp`
 
     def __str__(self) -> str:
         return f"{self.scheme}://{self.bucket}/{self.key}"
@@ -111,6 +114,20 @@ class Remote:
             return None
         return Version(meta["size"], str(meta["version"] or meta["e_tag"]))
 
+    def stamp(self) -> Version | None:
+        """Return size and ETag, as the listing that found the object said; else ask for them.
+
+        An ETag changes with the content. Listings state it, but no generation.
+        """
+        if self.listed:
+            return self.listed
+        try:
+            with _told(self):
+                meta = _obstore().head(_store(self), self.key)
+        except FileNotFoundError:
+            return None
+        return Version(meta["size"], _tag(meta))
+
     def read_bytes(self) -> bytes:
         with _told(self):
             return bytes(_obstore().get(_store(self), self.key).bytes())
@@ -119,11 +136,21 @@ class Remote:
         return self.read_bytes().decode(encoding)
 
     def open(self) -> io.BufferedReader:
-        """Return a file to read, with seek and tell; it asks for a megabyte at a time."""
-        version = self.version()
-        if version is None:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
-        return io.BufferedReader(_Reader(self, version.size), BUFFER)
+        """Return a file to read, with seek and tell; storage/ranges.py says what it asks for."""
+        return io.BufferedReader(Ranges(str(self), self._range), BUFFER)
+
+    def _range(self, begin: int, end: int) -> Part:
+        """Return the bytes of a range; its end may lie after the end of the object."""
+        from obstore.exceptions import GenericError
+
+        with _told(self):
+            try:
+                found = _obstore().get(_store(self), self.key, options={"range": (begin, end)})
+            except GenericError as error:
+                if "416 Range" not in str(error):
+                    raise
+                return Part(b"", *self.stamp())  # a store refuses every range of an empty object
+            return Part(bytes(found.bytes()), found.meta["size"], _tag(found.meta))
 
     def unlink(self, missing_ok: bool = False) -> None:
         if not missing_ok and not self.is_file():
@@ -135,35 +162,6 @@ class Remote:
 Place = Path | Remote
 
 
-class _Reader(io.RawIOBase):
-    """Reads an object by ranges."""
-
-    def __init__(self, source: Remote, size: int):
-        self.source, self.size, self.at = source, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
-        return self.at
-
-    def readinto(self, buffer) -> int:
-        end = min(self.at + len(buffer), self.size)
-        if end <= self.at:
-            return 0
-        part = read_ranges(self.source, [(self.at, end)])[0]
-        buffer[: len(part)] = part
-        self.at = end
-        return len(part)
-
-
 def place(text: str | os.PathLike | Remote) -> Place:
     """Return the place that a path or a URL names.
 
@@ -172,9 +170,15 @@ def place(text: str | os.PathLike | Remote) -> Place:
     if isinstance(text, Remote):
         return text
     match = SCHEME.match(os.fspath(text))
-    if not match or match[1].lower() not in SCHEMES:
+    scheme = match[1].lower() if match else "file"
+    if scheme == "file":
         return local_path(text)
-    scheme, rest = match[1].lower(), os.fspath(text)[match.end() :]
+    if scheme not in SCHEMES:
+        raise ValueError(
+            f"{quoted(os.fspath(text))} is no local path, and {scheme}:// is not supported; give a "
+            f"local path, {' or '.join(f'{known}://BUCKET/NAME' for known in SCHEMES)}"
+        )
+    rest = os.fspath(text)[match.end() :]
     bucket, _, key = rest.partition("/")
     parts = [part for part in key.split("/") if part]
     slashes = match[0].count("/")
@@ -278,13 +282,25 @@ def upload(source: Path, target: Remote) -> None:
         _obstore().put(_store(target), target.key, source, max_concurrency=TOGETHER)
 
 
-def download(source: Remote, target: Path) -> None:
-    """Copy an object to a local file, completely or not at all."""
+def download(
+    source: Remote,
+    target: Path,
+    tag: str | None = None,
+    progress: Callable[[int], object] = lambda size: None,
+) -> None:
+    """Copy an object to a local file, completely or not at all; `progress` gets numbers of bytes.
+
+    With a `tag`, raises OSError if the object has another ETag now.
+    """
 
     def write(new: Path) -> None:
         with _told(source), open(new, "wb") as file:
-            for chunk in _obstore().get(_store(source), source.key).stream(2**23):
-                file.write(chunk)
+            found = _obstore().get(_store(source), source.key)
+            if tag not in (None, _tag(found.meta)):
+                told = "the object was overwritten meanwhile; run the same command again"
+                raise OSError(errno.ESTALE, told, str(source))
+            for chunk in found.stream(2**23):
+                progress(file.write(chunk))
 
     whole.replace(target, write)
 
@@ -292,12 +308,17 @@ def download(source: Remote, target: Path) -> None:
 def list_files(folder: Place) -> Iterator[Found]:
     """Yield the files below a folder, also those in folders of it."""
     if isinstance(folder, Remote):
-        prefix = _folder(folder.key)
+        prefix, before = _folder(folder.key), None
         with _told(folder):
             for page in _obstore().list(_store(folder), prefix or None):
                 for meta in page:
-                    name = meta["path"].removeprefix(prefix)
-                    yield Found(name, meta["size"], meta["last_modified"].timestamp())
+                    name, changed = meta["path"].removeprefix(prefix), meta["last_modified"]
+                    found = Found(name, meta["size"], changed.timestamp(), _tag(meta))
+                    if before and not (before.size == 0 and name.startswith(f"{before.name}/")):
+                        yield before  # else it stands for the folder itself, as consoles make them
+                    before = found if meta["path"].startswith(prefix) else None
+            if before:
+                yield before
         return
     for root, _, names in os.walk(folder):
         for name in names:
@@ -400,29 +421,22 @@ def _aws_config() -> dict | None:
 
 @contextlib.contextmanager
 def _told(remote: Remote) -> Iterator[None]:
-    """Turn obstore's errors into OSErrors that name the object, as those of a local file do."""
-    from obstore import exceptions as known
+    """Turn obstore's errors into OSErrors that name the object, as those of a local file do.
 
-    kinds = [
-        (known.NotFoundError, errno.ENOENT, "there is no such object"),
-        (known.AlreadyExistsError, errno.EEXIST, "the object exists"),
-        (known.PermissionDeniedError, errno.EACCES, "the store refuses these credentials"),
-        (known.UnauthenticatedError, errno.EACCES, "the store wants credentials"),
-        (known.BaseError, errno.ETIMEDOUT, "the store did not answer"),
-    ]
+    Raises ValueError for a range after the end of the object.
+    """
+    from obstore.exceptions import BaseError
+
     try:
         yield
-    except FileNotFoundError as error:  # obstore's readers raise it by themselves
-        raise FileNotFoundError(errno.ENOENT, kinds[0][2], str(remote)) from error
-    except known.BaseError as error:
-        code, text = next((code, text) for kind, code, text in kinds if isinstance(error, kind))
-        detail = "" if code in (errno.ENOENT, errno.EEXIST) else f" ({_short(error)})"
-        raise OSError(code, f"{text}{detail}", str(remote)) from error
+    except (BaseError, FileNotFoundError) as error:  # obstore's readers raise the second
+        if "416 Range" in str(error):
+            raise ValueError(f"{remote} ends before the bytes that are wanted") from error
+        raise of_store(error, str(remote)) from error
 
 
-def _short(error: Exception) -> str:
-    """Return the first line of a long report."""
-    return " ".join(str(error).splitlines()[0].split())[:300]
+def _tag(meta: dict) -> str:
+    return (meta["e_tag"] or "").strip('"')
 
 
 def _folder(key: str) -> str:

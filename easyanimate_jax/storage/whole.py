@@ -18,14 +18,15 @@ OLD = 86400.0  # seconds after which a temporary file of another host was left b
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write `path` by `write(temporary path)`, then rename it.
 
-    A failed `write` leaves nothing, and its OSError names `path`.
+    A failed `write` leaves nothing. Its OSError names `path`, unless it names what was read.
     """
     new = _temporary(path)
     try:
         write(new)
         os.replace(new, path)
     except OSError as error:
-        error.filename = str(path)
+        if error.filename in (None, str(new)):
+            error.filename = str(path)
         raise
     finally:
         new.unlink(missing_ok=True)

@@ -19,11 +19,12 @@ import transformers
 from jaxtyping import Float, Int
 
 from easyanimate_jax.sharding import num_parts, shard, shardings
-from easyanimate_jax.storage.local import local_path
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.text import weights
 from easyanimate_jax.text.bert import Bert, load_bert
 from easyanimate_jax.text.qwen2 import Qwen2, load_qwen2
 from easyanimate_jax.text.t5 import T5, load_t5
+from easyanimate_jax.weights.at_hand import at_hand
 
 Encoder = Bert | T5 | Qwen2
 
@@ -36,6 +37,7 @@ CHAT = (
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 CHAT_PAD = "<|endoftext|>"
+PARTS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")  # folders
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,14 @@ class TextEncoder:
         self._run = jax.jit(_states)
 
     @classmethod
-    def load(cls, folder: str | Path, *, dtype: str | None = None) -> "TextEncoder":
+    def load(cls, folder: str | Place, *, dtype: str | None = None) -> "TextEncoder":
         """Load the encoders of a folder to the current mesh, or to one device without a mesh.
 
         They compute in `dtype`. The default is bfloat16 if their config.json says so, as for the
-        released Qwen2-VL, and float32 otherwise. Raises ValueError for folders that do not fit.
+        released Qwen2-VL, and float32 otherwise. A folder in a store is copied first. Raises
+        ValueError for folders that do not fit.
         """
-        folder = local_path(folder)
+        folder = at_hand(folder, *PARTS)
         suffixes = _suffixes(folder)
         folders = [folder / f"text_encoder{suffix}" for suffix in suffixes]
         kinds = [_kind(one) for one in folders]
@@ -211,13 +214,13 @@ def place(encoder: Encoder) -> Encoder:
     return jax.device_put(encoder, None if mesh.empty else shardings(mesh, encoder))
 
 
-def state_widths(folder: str | Path) -> tuple[int, ...]:
+def state_widths(folder: str | Place) -> tuple[int, ...]:
     """Return the widths of the states of a folder's encoders, from their config.json alone.
 
     Raises ValueError if an encoder or its config is missing or is of an unknown kind.
     """
-    widths = []
-    for one in (Path(folder) / f"text_encoder{suffix}" for suffix in _suffixes(Path(folder))):
+    widths, folder = [], at_hand(folder, *PARTS)
+    for one in (folder / f"text_encoder{suffix}" for suffix in _suffixes(folder)):
         values = weights.read_config(one)
         values = {**values, **(values.get("text_config") or {})}
         width = values.get(_kind(one).width)

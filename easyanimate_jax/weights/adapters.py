@@ -20,7 +20,7 @@ from easyanimate_jax.models.layers import linears
 from easyanimate_jax.models.lora import Adapter, LoRAConfig, chosen
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.sharding import shardings
-from easyanimate_jax.storage.local import local_path
+from easyanimate_jax.storage.stores import Place, place
 from easyanimate_jax.weights import files
 from easyanimate_jax.weights.defaults import Defaults, of_run
 from easyanimate_jax.weights.lazy import Tensor
@@ -51,7 +51,7 @@ def named_weight(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def open_loras(wanted: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
+def open_loras(wanted: Iterable[tuple[str | Place, float]]) -> list[Weighted]:
     """Read LoRA files, given as (path, weight).
 
     Raises ValueError as `lora.read` does, and for a weight that is not finite.
@@ -60,7 +60,7 @@ def open_loras(wanted: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
     for path, weight in wanted:
         if not math.isfinite(weight):
             raise ValueError(f"{path} has weight {weight}; give a number such as 0.8")
-        path = local_path(path)
+        path = place(path)
         loras.append(Weighted(read(path), weight, str(path)))
     return loras
 
@@ -161,7 +161,7 @@ def add(model: MMDiT, loras: Sequence[Weighted], *, mesh: Mesh | None = None) ->
 
 
 def to_continue(
-    path: str | Path, config: MMDiTConfig, lora: LoRAConfig
+    path: str | Place, config: MMDiTConfig, lora: LoRAConfig
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Return {our layer: (down, up)} of a LoRA file from which a run trains on.
 

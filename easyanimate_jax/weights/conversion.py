@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 from easyanimate_jax.diffusion.tasks import task_of
 from easyanimate_jax.facts import DTypes, check_fields
 from easyanimate_jax.storage.local import local_path
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.weights import (
     defaults,
     files,
@@ -27,6 +28,7 @@ from easyanimate_jax.weights import (
     vae_table,
 )
 from easyanimate_jax.weights.adapters import Weighted, merged, open_loras, summary
+from easyanimate_jax.weights.at_hand import at_hand
 from easyanimate_jax.weights.defaults import Defaults
 from easyanimate_jax.weights.folder import KINDS, Model, Weights, open_model, read_json
 from easyanimate_jax.weights.lazy import Tensor
@@ -111,7 +113,7 @@ class Options:
 
 
 def convert(
-    source: str | Path,
+    source: str | Place,
     target: str | Path,
     options: Options,
     progress: Callable[[int, int], object] = lambda size, total: None,
@@ -124,7 +126,7 @@ def convert(
     `progress` is called with the bytes just written and the total bytes. Raises ValueError listing
     all problems; `target` does not exist then.
     """
-    began, source, target = time.perf_counter(), local_path(source), local_path(target)
+    began, source, target = time.perf_counter(), at_hand(source), local_path(target)
     problems = []
     if not source.exists():
         problems.append(f"{source} does not exist")
@@ -199,7 +201,9 @@ class Plan:
             config = meta["config"]
             self.process = config["process"]["class"]
             self.defaults = defaults.of_run(meta)
-            vae, text = (run_folder.frozen_model(source, config, name) for name in ("vae", "text"))
+            vae, text = (
+                at_hand(run_folder.frozen_model(source, config, name)) for name in ("vae", "text")
+            )
             texts = {name: text / name for name in TEXTS if (text / name).is_dir()}
             return {"transformer": source, "vae": vae, **texts}
         places = {name: source / name for name in PARTS if (source / name).is_dir()}

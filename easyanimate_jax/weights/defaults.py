@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from easyanimate_jax.storage.stores import Place
+from easyanimate_jax.weights.at_hand import at_hand
 from easyanimate_jax.weights.files import metadata_of
 from easyanimate_jax.weights.run_folder import is_run, read_meta
 
@@ -61,11 +63,12 @@ class Defaults(NamedTuple):
 RELEASED = Defaults()
 
 
-def of_source(source: Path, step: int | None = None) -> Defaults:
+def of_source(source: str | Place, step: int | None = None) -> Defaults:
     """Return the defaults of a run, at a checkpoint, or of a folder; `RELEASED` for a file.
 
     Raises ValueError for a run without such a checkpoint, and for a damaged file.
     """
+    source = at_hand(source, "transformer")
     if is_run(source):
         return of_run(read_meta(source, step)[1])
     return of_folder(source)

@@ -23,6 +23,7 @@ from typing import BinaryIO
 import ml_dtypes
 import numpy as np
 
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.weights.lazy import Box, Tensor, all_finite, dense
 from easyanimate_jax.weights.pickles import PICKLES, open_pickle
 from easyanimate_jax.weights.scales import scaled
@@ -431,7 +432,7 @@ def write_shards(
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def raise_all(about: str | os.PathLike, problems: Sequence[str]) -> None:
+def raise_all(about: str | Place, problems: Sequence[str]) -> None:
     """Raise ValueError with every problem on a line of its own, if there are any."""
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)

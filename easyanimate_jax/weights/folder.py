@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.storage import Kernels
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.storage.local import local_path
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.weights import adapters, files, mmdit_table, run_folder, vae_table
+from easyanimate_jax.weights.at_hand import at_hand
 from easyanimate_jax.weights.identity import weights_print
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import CONFIG, WEIGHTS, abstract, fill, misfits, without_removed
@@ -41,7 +42,7 @@ class Model(NamedTuple):
 
 
 def load_mmdit(
-    path: str | Path,
+    path: str | Place,
     *,
     dtype: str | None = None,
     kernels: Kernels = "float32",
@@ -54,6 +55,8 @@ def load_mmdit(
 ) -> MMDiT:
     """Return the transformer of a file, a folder of any layout, or a run.
 
+    A file or folder may be in a store: `gs://BUCKET/NAME`, `s3://BUCKET/NAME`.
+
     `dtype` is the compute dtype; None keeps the config's, which is bfloat16 for foreign weights.
     `kernels` is the dtype in which kernels are stored; "int8" stores those of the blocks, which
     cannot be trained then. With a mesh, each device reads only its own shard. `in_channels` adapts
@@ -61,9 +64,8 @@ def load_mmdit(
     a checkpoint of a run. `allow_pickle` permits torch's own files. `loras` are put beside the
     layers (`weights.adapters.open_loras`). Raises ValueError listing all problems.
     """
-    problems = []
-    place, options = local_path(path), {"weights": weights, "step": step}
-    model = open_model(place, "transformer", problems, allow_pickle=allow_pickle, **options)
+    problems, options = [], {"weights": weights, "step": step}
+    model = open_model(path, "transformer", problems, allow_pickle=allow_pickle, **options)
     files.raise_all(path, problems)
     model = _widened(model, in_channels)
     loaded = _load(MMDiT, model, problems, dtype, kernels, mesh)
@@ -72,7 +74,7 @@ def load_mmdit(
 
 
 def load_start(
-    path: str | Path,
+    path: str | Place,
     config: MMDiTConfig,
     *,
     mesh: Mesh,
@@ -88,7 +90,7 @@ def load_start(
     `load_mmdit` does.
     """
     problems = []
-    model = open_model(local_path(path), "transformer", problems, step=step)
+    model = open_model(path, "transformer", problems, step=step)
     files.raise_all(path, problems)
     model = _widened(model, config.in_channels)
     faults = misfits(model.tensors, abstract(MMDiT, config))
@@ -109,7 +111,7 @@ def _widened(model: Model, in_channels: int | None) -> Model:
 
 
 def load_vae(
-    path: str | Path,
+    path: str | Place,
     *,
     dtype: str | None = None,
     mesh: Mesh | None = None,
@@ -120,15 +122,15 @@ def load_vae(
     The options and errors are those of `load_mmdit`.
     """
     problems = []
-    model = open_model(local_path(path), "vae", problems, allow_pickle=allow_pickle)
+    model = open_model(path, "vae", problems, allow_pickle=allow_pickle)
     files.raise_all(path, problems)
     return _load(CausalVAE, model, problems, dtype, "float32", mesh)
 
 
-def vae_config(path: str | Path) -> VAEConfig:
+def vae_config(path: str | Place) -> VAEConfig:
     """Return the config of the VAE of a file or folder. Raises ValueError as `load_vae` does."""
     problems = []
-    model = open_model(local_path(path), "vae", problems)
+    model = open_model(path, "vae", problems)
     files.raise_all(path, problems)
     return model.config
 
@@ -140,7 +142,7 @@ def _load(model_class, model: Model, problems, dtype, kernels: Kernels, mesh):
 
 
 def open_model(
-    path: Path,
+    path: str | Place,
     name: Literal["transformer", "vae"],
     problems: list[str],
     *,
@@ -152,8 +154,10 @@ def open_model(
 ) -> Model | None:
     """Return the model `name` of a file or folder; weights are cast to `dtype` when they are read.
 
-    Faults are added to `problems`, now or during reading. Returns None if nothing can be read.
+    A folder in a store is copied first (`weights.at_hand`). Faults are added to `problems`, now or
+    during reading. Returns None if nothing can be read.
     """
+    path = at_hand(path, name)
     if run_folder.is_run(path):
         if name == "vae":
             _, meta = run_folder.read_meta(path, step)

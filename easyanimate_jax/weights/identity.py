@@ -8,7 +8,9 @@ import json
 import os
 from pathlib import Path
 
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.weights import run_folder
+from easyanimate_jax.weights.at_hand import at_hand
 
 MODEL_FILES = (
     "*.safetensors",
@@ -22,22 +24,23 @@ MODEL_FILES = (
 )
 
 
-def fingerprint(folder: str | Path) -> str:
+def fingerprint(folder: str | Place) -> str:
     """Return a hash of a model folder: of weights, configs and tokenizers, not of other files."""
+    folder = at_hand(folder)
     digest = hashlib.blake2b(digest_size=16)
-    found = (path for pattern in MODEL_FILES for path in Path(folder).rglob(pattern))
+    found = (path for pattern in MODEL_FILES for path in folder.rglob(pattern))
     for path in sorted(path for path in found if path.is_file()):
         digest.update(os.fsencode(path.relative_to(folder)) + b"\0" + _content(path))
     return digest.hexdigest()
 
 
-def weights_print(path: str | Path, step: int | None = None) -> str:
+def weights_print(path: str | Place, step: int | None = None) -> str:
     """Return a hash of the transformer's weights in a file, a folder of any layout, or a run.
 
     For a run it is that of the arrays of checkpoint `step`; None is the newest. Every byte of a
     file or folder is read. Raises ValueError if there is nothing.
     """
-    path = Path(path)
+    path = at_hand(path, "transformer")
     if run_folder.is_run(path):
         _, meta = run_folder.read_meta(path, step)
         arrays = json.dumps([meta.get("arrays"), meta.get("base")], sort_keys=True)

@@ -16,8 +16,9 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from easyanimate_jax.storage.local import local_path
+from easyanimate_jax.storage.stores import Place, Remote, place
 from easyanimate_jax.weights import files
+from easyanimate_jax.weights.at_hand import at_hand
 from easyanimate_jax.weights.lazy import Tensor, all_finite, is_float
 from easyanimate_jax.weights.mmdit_table import MMDIT_BLOCK, MODEL, TEXTS, TO_DIFFUSERS
 
@@ -63,14 +64,17 @@ class LoRA(NamedTuple):
     metadata: dict[str, str]
 
 
-def read(path: str | Path) -> LoRA:
+def read(path: str | Place) -> LoRA:
     """Read a LoRA file, or the folder that PEFT writes.
 
     Raises ValueError, which lists all problems: tensors that are not understood, halves without
     their other half, ranks that differ, values that are not finite, adapters of text encoders, and
     the kinds DoRA, LoHa and LoKr.
     """
-    path, problems = local_path(path), []
+    path, problems = place(path), []
+    if isinstance(path, Remote) and path.name == PEFT_WEIGHTS:  # the config beside it counts, too
+        path = path.parent
+    path = at_hand(path)
     config: Mapping = {}
     if path.is_dir():
         config = _json_of((path / CONFIG).read_text("utf-8")) if (path / CONFIG).is_file() else {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from easyanimate_jax.storage.errors import is_of_the_system
+from easyanimate_jax.storage.stores import Place, Remote, place
 from easyanimate_jax.weights import orbax_item
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import WEIGHTS
@@ -25,7 +26,7 @@ VAE = "CausalVAE"  # "class" in the meta of VAE checkpoints; transformer checkpo
 LEAF = ".value"  # orbax's names end in the attribute of an nnx variable
 
 
-def is_run(path: Path) -> bool:
+def is_run(path: Place) -> bool:
     """Return True for a folder with checkpoints and no finished model.
 
     A finished VAE training has both; its folder counts as a model.
@@ -67,29 +68,32 @@ def check_format(folder: Path) -> None:
         )
 
 
-def frozen_model(folder: str | Path, config: Mapping, name: Frozen) -> Path:
+def frozen_model(folder: str | Path, config: Mapping, name: Frozen) -> Place:
     """Return the path of a model that a run reads and does not train.
 
     It is the first of `frozen_places` that exists. If none exists, return the path that the config
     names.
     """
     places = frozen_places(folder, config, name)
-    found = next((place for place in places if place.exists()), places[0])
+    found = next((one for one in places if one.exists()), places[0])
     if found != places[0]:
         logger.info("%s: its %s is read from %s, not %s", folder, name, found, places[0])
     return found
 
 
-def frozen_places(folder: str | Path, config: Mapping, name: Frozen) -> list[Path]:
+def frozen_places(folder: str | Path, config: Mapping, name: Frozen) -> list[Place]:
     """Return the paths to search for a run's VAE, text encoders or first weights, in order.
 
     1. The path that `config` names (the JSON of the run's TrainConfig). 2. The same path relative
     to the run, for a run that was moved together with it. 3. The folder of that name beside the
     run. 4. The folder of that name in the run.
     """
-    run, named = Path(folder), Path(config[name])
-    moved = os.path.normpath(run / os.path.relpath(named, config["run"]))
-    return list(dict.fromkeys([named, Path(moved), run.parent / named.name, run / named.name]))
+    run, named = Path(folder), place(config[name])
+    places = [named, run.parent / named.name, run / named.name]
+    if not isinstance(named, Remote):
+        moved = os.path.normpath(run / os.path.relpath(named, config["run"]))
+        places.insert(1, Path(moved))
+    return list(dict.fromkeys(places))
 
 
 def complete_steps(folder: Path) -> list[int]:

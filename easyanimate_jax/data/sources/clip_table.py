@@ -13,8 +13,11 @@ import pyarrow.compute
 import pyarrow.parquet
 from pyarrow import types
 
-from easyanimate_jax.data.paths import safe_path
+from easyanimate_jax.data.paths import beside, open_regular, safe_path
 from easyanimate_jax.data.sources.rows import KINDS, Clip, Problem, caption_of
+from easyanimate_jax.storage import stores
+from easyanimate_jax.storage.errors import raise_if_of_the_system
+from easyanimate_jax.storage.stores import Place
 
 COLUMNS = {
     "clip": pyarrow.string(),  # the clip's name: its file, and its span if it is not the whole
@@ -38,16 +41,19 @@ NUMBERS = {  # column -> (least value, whether it is a whole number)
 }
 
 
-def is_table(path: str | Path) -> bool:
+def is_table(path: str | Place) -> bool:
     """Return True if `path` is a parquet file with the columns of spans of films.
 
     Raises ValueError if it has these and lacks others of a table of clips.
     """
-    if Path(path).suffix.lower() != ".parquet" or not Path(path).is_file():
+    path = stores.place(path)
+    if path.suffix.lower() != ".parquet":
         return False
     try:
-        have = set(pyarrow.parquet.read_schema(path).names)
-    except (OSError, pyarrow.ArrowException):
+        with open_regular(path) as file:
+            have = set(pyarrow.parquet.read_schema(file).names)
+    except (OSError, ValueError, pyarrow.ArrowException) as error:  # also no such file
+        raise_if_of_the_system(error)
         return False
     if not {"clip", "first"} <= have:
         return False
@@ -59,30 +65,29 @@ def is_table(path: str | Path) -> bool:
     return True
 
 
-def sizes(path: str | Path) -> tuple[dict[str, np.ndarray], list[Problem]]:
+def sizes(path: str | Place) -> tuple[dict[str, np.ndarray], list[Problem]]:
     """Return columns of the kept clips, and a `Problem` for each row that cannot be used.
 
     The columns are clip, kind, frames, fps, height, width and quality.
     """
     names = ["clip", "kind", "frames", "fps", "height", "width"]
-    columns, _, problems = _read(Path(path), names)
+    columns, _, problems, _ = _read(stores.place(path), names)
     for name in ("clip", "kind"):
         texts = [text.encode() for text in columns[name].to_pylist()]
         columns[name] = np.array(texts) if texts else np.zeros(0, "S1")
     return columns, problems
 
 
-def clips(path: str | Path, links: str | Path | None = None) -> tuple[list[Clip], list[Problem]]:
+def clips(path: str | Place, links: str | Path | None = None) -> tuple[list[Clip], list[Problem]]:
     """Return the clips of the table that are captioned and not left out, in its order.
 
     The second result has a `Problem` for each row that cannot be used. `links` is that of
     `read_clips`. Raises ValueError if there is no clip.
     """
-    path, found = Path(path), []
-    columns, rows, problems = _read(path, [*TEXTS, *NUMBERS, "captions"])
-    told = pyarrow.parquet.read_schema(path).metadata or {}
+    path, found = stores.place(path), []
+    columns, rows, problems, told = _read(path, [*TEXTS, *NUMBERS, "captions"])
     # `root` is the folder of the films, relative to the table's folder.
-    root = path.parent / told.get(b"root", b".").decode()
+    root = beside(path.parent, told.get(b"root", b".").decode())
     texts = zip(*(columns[name].to_pylist() for name in (*TEXTS, "captions")), strict=True)
     numbers = zip(*(columns[name].tolist() for name in (*NUMBERS, "quality")), strict=True)
     for number, (name, file, kind, captions), sized in zip(
@@ -92,7 +97,7 @@ def clips(path: str | Path, links: str | Path | None = None) -> tuple[list[Clip]
         first, frames, fps, height, width, quality = sized
         reasons = [f"captions: {reason}" for text in captions if (reason := caption_of(text))]
         try:
-            place = safe_path(root, file, links)
+            film = safe_path(root, file, links)
         except ValueError as error:
             reasons.append(f"file: {error}")
         if reasons:
@@ -100,7 +105,7 @@ def clips(path: str | Path, links: str | Path | None = None) -> tuple[list[Clip]
         elif captions:
             size = frames, height, width, fps
             captions = tuple(captions)
-            found.append(Clip(name, place, kind, captions, *size, first, quality=quality))
+            found.append(Clip(name, film, kind, captions, *size, first, quality=quality))
     problems.sort()
     if not found:
         listed = "".join(f"\n  row {p.row} {p.file}: {p.reason}" for p in problems[:20])
@@ -116,15 +121,17 @@ def clips(path: str | Path, links: str | Path | None = None) -> tuple[list[Clip]
     return found, problems
 
 
-def _read(path: Path, names: list[str]) -> tuple[dict, np.ndarray, list[Problem]]:
+def _read(path: Place, names: list[str]) -> tuple[dict, np.ndarray, list[Problem], dict]:
     """Return columns of the usable kept rows, the numbers of these rows, and the other kept rows.
 
-    Rows are numbered from 0. Numbers are NumPy arrays, and texts and captions pyarrow's. A table
-    without `quality` gives zeros.
+    The last result is the table's metadata. Rows are numbered from 0. Numbers are NumPy arrays, and
+    texts and captions pyarrow's. A table without `quality` gives zeros.
     """
-    have = pyarrow.parquet.read_schema(path).names
-    more = [name for name in ("quality", FILM_FRAMES, "left_out") if name in have]
-    table = pyarrow.parquet.read_table(path, columns=[*names, *more])
+    with open_regular(path) as file, pyarrow.parquet.ParquetFile(file) as parquet:
+        have = parquet.schema_arrow.names
+        more = [name for name in ("quality", FILM_FRAMES, "left_out") if name in have]
+        table = parquet.read([*names, *more])
+        metadata = parquet.schema_arrow.metadata or {}
     rows = np.flatnonzero(_kept(table, path))
     table, faults, columns = table.take(rows), {}, {"quality": np.zeros(len(rows))}
     for name in [*names, *(["quality"] if "quality" in have else [])]:
@@ -153,10 +160,10 @@ def _read(path: Path, names: list[str]) -> tuple[dict, np.ndarray, list[Problem]
         Problem(int(rows[place]), str(table["clip"][place].as_py()), reason)
         for place, reason in sorted(faults.items())
     ]
-    return columns, rows[good], problems
+    return columns, rows[good], problems, metadata
 
 
-def _kept(table: pyarrow.Table, path: Path) -> np.ndarray:
+def _kept(table: pyarrow.Table, path: Place) -> np.ndarray:
     """Return a mask of the rows that are not left out. Raises ValueError if it is not a text."""
     if "left_out" not in table.column_names:
         return np.ones(len(table), bool)

@@ -5,14 +5,17 @@ import csv
 import io
 import json
 import logging
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path, PurePosixPath
 
-from easyanimate_jax.data.paths import open_regular, safe_path
+from easyanimate_jax.data.paths import is_there, open_regular, safe_path
+from easyanimate_jax.data.sources.folders import Folder
 from easyanimate_jax.data.sources.rows import Problem, Row
+from easyanimate_jax.storage.stores import Place
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +30,11 @@ MEDIA = (
     *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".apng", ".avif", ".heic", ".tif", ".tiff"),
 )
 DELIMITERS = ",;\t|"
+TEXTS_AT_ONCE = 16  # files of captions that are read at the same time
 MANY = 20  # files of one ending; more are counted, not listed
 
 
-def metadata(path: Path) -> Iterator[Row | Problem]:
+def metadata(path: Place) -> Iterator[Row | Problem]:
     """Yield the rows of EasyAnimate's table, or of a table with usual column names.
 
     Raises ValueError if the file is not a table; a bad row yields a `Problem`.
@@ -41,7 +45,8 @@ def metadata(path: Path) -> Iterator[Row | Problem]:
         yield from _json_lines(path)
     else:
         try:
-            table = json.loads(open_regular(path).read())  # finds UTF-16 and marks of byte order
+            with open_regular(path) as file:
+                table = json.loads(file.read())  # finds UTF-16 and marks of byte order
         except (ValueError, RecursionError) as error:
             if isinstance(_first_object(path), dict):
                 yield from _json_lines(path)
@@ -55,7 +60,7 @@ def metadata(path: Path) -> Iterator[Row | Problem]:
             yield row_of(number, row)
 
 
-def lists(folder: Path) -> Iterator[Row | Problem]:
+def lists(folder: Place) -> Iterator[Row | Problem]:
     """Yield the rows of `videos.txt` and `prompt.txt` (or `prompts.txt`), one line per clip.
 
     Raises ValueError if there is no file of prompts.
@@ -73,60 +78,76 @@ def lists(folder: Path) -> Iterator[Row | Problem]:
             yield Row(number + 1, name, text)
 
 
-def side_by_side(folder: Path, links: str | Path | None) -> Iterator[Row | Problem]:
+def side_by_side(folder: Folder, links: str | Path | None) -> Iterator[Row | Problem]:
     """Yield every media file below the folder with the text file of its name, in sorted order.
 
     A row's number is its position in that order, and its text is None without a text file. Other
     files yield a `Problem`. Raises ValueError if there are no media files.
     """
-    files = sorted(folder.rglob("*"))
-    media = [path for path in files if path.suffix.lower() in MEDIA]
-    others = [path for path in files if path.suffix.lower() not in MEDIA and path.is_file()]
+    media = [name for name in folder.names if suffix_of(name) in MEDIA]
+    others = [n for n in folder.names if suffix_of(n) not in MEDIA and folder.has_file(n)]
     if not media:
-        endings = ", ".join(sorted({path.suffix for path in others})) or "nothing"
+        endings = ", ".join(sorted({PurePosixPath(name).suffix for name in others})) or "nothing"
         raise ValueError(
             f"{folder} holds neither metadata.json, .jsonl or .csv, nor videos.txt, tars, a TFDS "
             f"data set, or media files with a .txt beside them (endings found: {endings}); add one "
             f"of these"
         )
-    for number, path in enumerate(media):
-        name, text = str(path.relative_to(folder)), path.with_suffix(".txt")
+
+    def row(number: int, name: str) -> Row | Problem:
+        text, caption = str(PurePosixPath(name).with_suffix(".txt")), None
         try:
-            caption = None
-            if text.exists():
-                text = safe_path(folder, str(text.relative_to(folder)), links)
-                caption = decoded(open_regular(text).read()).strip()
-            yield Row(number, name, caption)
+            if folder.has(text):
+                with open_regular(safe_path(folder.place, text, links)) as file:
+                    caption = decoded(file.read()).strip()
+            return Row(number, name, caption, stamp=folder.stamp(name))
         except ValueError as error:
-            yield Problem(number, name, f"no text: {error}")
-    texts = [path for path in others if path.suffix.lower() == ".txt"]
-    known = {path.with_suffix("") for path in files if path not in texts}
-    lost = [path for path in texts if path.with_suffix("") not in known]
+            return Problem(number, name, f"no text: {error}")
+
+    with ThreadPoolExecutor(TEXTS_AT_ONCE) as pool:
+        for some in batched(enumerate(media)):
+            yield from pool.map(lambda one: row(*one), some)
+    texts = [name for name in others if suffix_of(name) == ".txt"]
+    known = {PurePosixPath(name).with_suffix("") for name in {*folder.names} - {*texts}}
+    lost = [name for name in texts if PurePosixPath(name).with_suffix("") not in known]
     yield from unread(folder, lost, "no film or picture has its name")
-    yield from unread(folder, [path for path in others if path not in texts])
+    yield from unread(folder, {*others} - {*texts})
 
 
-def has_media(folder: Path) -> bool:
+def has_media(folder: Folder) -> bool:
     """Return True if a file below the folder has the ending of a film or picture."""
-    return any(path.suffix.lower() in MEDIA for path in folder.rglob("*"))
+    return any(suffix_of(name) in MEDIA for name in folder.names)
+
+
+def batched(items: Iterable) -> Iterator[list]:
+    """Yield the items in lists, so that only so many are waited for at once."""
+    items = iter(items)
+    while some := list(islice(items, 16 * TEXTS_AT_ONCE)):
+        yield some
+
+
+def suffix_of(name: str) -> str:
+    """Return the ending of a name in small letters, with its dot."""
+    return PurePosixPath(name).suffix.lower()
 
 
 def unread(
-    folder: Path, files: Iterable[Path], why: str = "files of this kind are not read here"
+    folder: Folder, names: Iterable[str], why: str = "files of this kind are not read here"
 ) -> Iterator[Problem]:
     """Yield a `Problem` for each file, or one for each ending that more than `MANY` of them have.
 
     Hidden files are left out.
     """
     by_ending = defaultdict(list)
-    for path in files:
-        if path.is_file() and not path.name.startswith("."):
-            by_ending[path.suffix].append(str(path.relative_to(folder)))
-    for ending, names in sorted(by_ending.items()):
-        if len(names) > MANY:
-            yield Problem(0, f"*{ending}", f"{len(names):,} files: {why}")
+    for name in names:
+        path = PurePosixPath(name)
+        if folder.has_file(name) and not path.name.startswith("."):
+            by_ending[path.suffix].append(name)
+    for ending, some in sorted(by_ending.items()):
+        if len(some) > MANY:
+            yield Problem(0, f"*{ending}", f"{len(some):,} files: {why}")
         else:
-            yield from (Problem(0, name, why) for name in sorted(names))
+            yield from (Problem(0, name, why) for name in sorted(some))
 
 
 def decoded(content: bytes) -> str:
@@ -147,7 +168,7 @@ def _encoding(start: bytes) -> str:
     return "utf-8-sig"
 
 
-def _csv(path: Path) -> Iterator[Row | Problem]:
+def _csv(path: Place) -> Iterator[Row | Problem]:
     lines, some = _lines(path, keep_ends=True), []  # some: the lines of a row
     before, delimiter, columns = _header(path, lines)
     check_columns(path, columns)
@@ -175,18 +196,18 @@ def _csv(path: Path) -> Iterator[Row | Problem]:
         yield found
 
 
-def _spaced(folder: Path, row: dict, written: dict) -> dict:
+def _spaced(folder: Place, row: dict, written: dict) -> dict:
     """Return the names in a row, as written, that have spaces around them in the folder too."""
     found = {key: name for key in KNOWN & {*row} if isinstance(name := written.get(key), str)}
     return {
         key: name
         for key, name in found.items()
         if key not in TEXTS and name.strip() == row[key] != name
-        if os.path.lexists(folder / name)
+        if is_there(folder, name)
     }
 
 
-def _header(path: Path, lines: Iterator[str]) -> tuple[int, str, list[str]]:
+def _header(path: Place, lines: Iterator[str]) -> tuple[int, str, list[str]]:
     """Return the number of lines up to the header, the delimiter, and the columns.
 
     Empty lines may come before, and `sep=;`, by which Excel names the delimiter. Otherwise it is
@@ -210,7 +231,7 @@ def _header(path: Path, lines: Iterator[str]) -> tuple[int, str, list[str]]:
     return before, *max(found, key=lambda one: one[:2])[2:]
 
 
-def check_columns(path: Path, columns: list[str], files: bool = True) -> None:
+def check_columns(path: Place, columns: list[str], files: bool = True) -> None:
     """Log a table that has no column of captions.
 
     If it should have one of `files`, raises ValueError without one.
@@ -225,7 +246,7 @@ def check_columns(path: Path, columns: list[str], files: bool = True) -> None:
         logger.warning(f"{path} has no column of captions: {told}; name one {', '.join(TEXTS)}")
 
 
-def _lines(path: Path, keep_ends: bool = False) -> Iterator[str]:
+def _lines(path: Place, keep_ends: bool = False) -> Iterator[str]:
     # Bytes that are not UTF-8 become surrogates: only their row is refused, not the file.
     with open_regular(path) as file:
         encoding = _encoding(file.peek(4)[:4])
@@ -235,13 +256,13 @@ def _lines(path: Path, keep_ends: bool = False) -> Iterator[str]:
             yield line if keep_ends else line.rstrip("\r\n")
 
 
-def _json_lines(path: Path) -> Iterator[Row | Problem]:
+def _json_lines(path: Place) -> Iterator[Row | Problem]:
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             yield _json_row(number, line)
 
 
-def _first_object(path: Path) -> object:
+def _first_object(path: Place) -> object:
     """Return the first line of a file that is not empty, as JSON; None if it is none."""
     try:
         return json.loads(next((line for line in _lines(path) if line.strip()), ""))

@@ -5,7 +5,7 @@ place, see data/cells.py.
 """
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pyarrow
 import pyarrow.parquet
@@ -13,7 +13,7 @@ from pyarrow import types
 
 from easyanimate_jax.data.cells import check_group, empty_rows, leaf_of
 from easyanimate_jax.data.media import Cell
-from easyanimate_jax.data.paths import name_fault
+from easyanimate_jax.data.paths import name_fault, open_regular
 from easyanimate_jax.data.sources.layouts import (
     KNOWN,
     NAMES,
@@ -23,15 +23,17 @@ from easyanimate_jax.data.sources.layouts import (
     row_of,
 )
 from easyanimate_jax.data.sources.rows import Problem, Row
+from easyanimate_jax.storage.errors import raise_if_of_the_system
+from easyanimate_jax.storage.stores import Place
 
 
-def rows(path: Path) -> Iterator[Row | Problem]:
+def rows(path: Place) -> Iterator[Row | Problem]:
     """Yield a row for each caption of each row of a table.
 
     Raises ValueError for an unreadable table, and for one without a column of files.
     """
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with open_regular(path) as handle, pyarrow.parquet.ParquetFile(handle) as file:
             have = {key_of(name): name for name in file.schema_arrow.names}
             column = _column_of_files(path, have, file.schema_arrow)
             number = 0
@@ -45,10 +47,11 @@ def rows(path: Path) -> Iterator[Row | Problem]:
                             yield Row(number, found.name, text, row.get("type"), found)
                     number += 1
     except (OSError, pyarrow.ArrowException) as error:
+        raise_if_of_the_system(error)
         raise ValueError(f"{path} is not a readable parquet table: {error}") from error
 
 
-def _column_of_files(path: Path, have: dict[str, str], schema: pyarrow.Schema) -> str | None:
+def _column_of_files(path: Place, have: dict[str, str], schema: pyarrow.Schema) -> str | None:
     """Return the column whose cells hold files; None if the files are paths.
 
     Cells with files come before paths. Raises ValueError if there is neither, or if one cannot say
@@ -78,7 +81,7 @@ def _column_of_files(path: Path, have: dict[str, str], schema: pyarrow.Schema) -
 
 
 def _group(
-    path: Path, file: pyarrow.parquet.ParquetFile, group: int, have: dict, column: str | None
+    path: Place, file: pyarrow.parquet.ParquetFile, group: int, have: dict, column: str | None
 ) -> Iterator[tuple[dict, Cell | None]]:
     """Yield the known columns of each row of a group, and the cell of its file if it has one.
 

@@ -17,20 +17,31 @@ from easyanimate_jax.data.media import Cell, Example, File, Member
 from easyanimate_jax.data.paths import safe_path
 from easyanimate_jax.data.sources import tfds
 from easyanimate_jax.data.sources.rows import Clip
+from easyanimate_jax.storage import stores
+from easyanimate_jax.storage.stores import Place, Remote
 
 
-def root_of(clips: Iterable[Clip]) -> Path:
-    """Return the deepest folder that contains all files of the clips."""
+def root_of(clips: Iterable[Clip]) -> Place | None:
+    """Return the deepest folder that contains all files of the clips; None if there is none.
+
+    Files of several buckets, or of disks and stores, have none.
+    """
     files = {f for clip in clips for f in (_on_disk(clip.path), clip.control, clip.worse) if f}
-    return Path(os.path.commonpath({os.path.dirname(os.path.realpath(file)) for file in files}))
+    buckets = {(f.scheme, f.bucket) if isinstance(f, Remote) else None for f in files}
+    if buckets == {None}:
+        return Path(os.path.commonpath({os.path.dirname(os.path.realpath(f)) for f in files}))
+    if len(buckets) > 1:
+        return None
+    folders = {f"/{file.parent.key}" for file in files}
+    return Remote(*buckets.pop(), os.path.commonpath(folders).lstrip("/"))
 
 
-def to_bytes(clip: Clip, root: Path) -> UInt8[np.ndarray, "_bytes"]:
-    """Return the clip as JSON bytes, without its captions."""
+def to_bytes(clip: Clip, root: Place | None) -> UInt8[np.ndarray, "_bytes"]:
+    """Return the clip as JSON bytes, without its captions; without a root, files are absolute."""
     place = {f.name: getattr(clip, f.name) for f in dataclasses.fields(clip)}
     file = clip.path
     place["path"] = {"file": _below(_on_disk(file), root)}
-    if not isinstance(file, Path):
+    if not isinstance(file, Place):
         shown = {name: value for name, value in file._asdict().items() if name in _SHOWN}
         place["path"] |= shown
     place["control"] = clip.control and _below(clip.control, root)
@@ -40,11 +51,11 @@ def to_bytes(clip: Clip, root: Path) -> UInt8[np.ndarray, "_bytes"]:
     return np.frombuffer(json.dumps(place, ensure_ascii=False).encode(), np.uint8)
 
 
-def from_bytes(content: UInt8[np.ndarray, "_bytes"], root: Path) -> Clip:
+def from_bytes(content: UInt8[np.ndarray, "_bytes"], root: Place | None) -> Clip:
     """Return the clip, without captions. Raises ValueError for a file that is not below `root`."""
     place = json.loads(bytes(content))
     path = dict(place.pop("path"))
-    file: File = safe_path(root, path.pop("file"))
+    file: File = _found(root, path.pop("file"))
     if "offset" in path:
         file = Member(file, **path)
     elif "field" in path:
@@ -52,14 +63,14 @@ def from_bytes(content: UInt8[np.ndarray, "_bytes"], root: Path) -> Clip:
     elif "leaf" in path:
         file = Cell(file, **path)
     beside = {name: place.pop(name, None) for name in ("control", "worse")}
-    beside = {name: safe_path(root, path) if path else None for name, path in beside.items()}
+    beside = {name: _found(root, path) if path else None for name, path in beside.items()}
     return Clip(path=file, captions=(), **beside, **place)
 
 
 _SHOWN = ("offset", "size", "index", "field", "leaf", "group", "row", "name")
 
 
-def _on_disk(file: File) -> Path:
+def _on_disk(file: File) -> Place:
     """Return the file, or the archive, table or data set that contains it."""
     if isinstance(file, Member):
         return file.archive
@@ -68,5 +79,13 @@ def _on_disk(file: File) -> Path:
     return file.folder if isinstance(file, Example) else file
 
 
-def _below(path: Path, root: Path) -> str:
+def _found(root: Place | None, name: str) -> Place:
+    return stores.place(name) if root is None else safe_path(root, name)
+
+
+def _below(path: Place, root: Place | None) -> str:
+    if root is None:
+        return os.path.realpath(path) if isinstance(path, Path) else str(path)
+    if isinstance(root, Remote):
+        return f"./{path.key[len(root.key) :].lstrip('/')}"
     return f"./{os.path.relpath(os.path.realpath(path), root)}"

@@ -13,6 +13,8 @@
     FILE.parquet of `prepare.curate`     clips as spans of films, see sources/clip_table.py
     FILE.toml                            a mixture: lines NAME = "SOURCE", any of the above
 
+All of them may lie in a store (`gs://`, `s3://`) except TFDS data sets.
+
 Sizes and durations come from the files. Rows that name the same file are one clip with several
 captions, for example an English and a Chinese one. A row that cannot be used gives a `Problem` with
 its reason; it never raises an exception and is never dropped silently.
@@ -33,8 +35,10 @@ from easyanimate_jax.data import media, paths
 from easyanimate_jax.data.buckets import name_word
 from easyanimate_jax.data.decode import decoders
 from easyanimate_jax.data.sources import clip_table, layouts, parquets, tars, tfds
+from easyanimate_jax.data.sources.folders import Folder
 from easyanimate_jax.data.sources.rows import KINDS, Clip, Problem, Row, caption_of
 from easyanimate_jax.storage.local import local_path, quoted, shown
+from easyanimate_jax.storage.stores import Place, Remote, Version, place
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +52,15 @@ class _Mention(NamedTuple):
 
 
 def read_clips(
-    source: str | Path, links: str | Path | None = None
+    source: str | Place, links: str | Path | None = None
 ) -> tuple[list[Clip], list[Problem]]:
     """Return the usable clips in order of first mention, and a `Problem` for each unusable row.
 
-    Links may lead out of the source into the folder `links`, such as the cache of a hub. Raises
-    ValueError for an unknown layout, and for a source without any usable clip.
+    Links may lead out of a local source into the folder `links`, such as the cache of a hub. Raises
+    ValueError for an unknown layout, and for a source without any usable clip; OSError if a store
+    does not answer.
     """
-    source, links = local_path(source), local_path(links) if links else None
+    source, links = place(source), local_path(links) if links else None
     if source.suffix == ".toml":
         return _mixture(source, links)
     if clip_table.is_table(source):
@@ -64,6 +69,7 @@ def read_clips(
     files: dict[str, media.File | None] = {}
     controls: dict[str, object] = {}
     worse: dict[str, object] = {}
+    stamps: dict[str, Version | None] = {}
     mentions: dict[str, list[_Mention]] = {}
     problems = []
     for row in rows:
@@ -86,10 +92,11 @@ def read_clips(
             mention = _Mention(row.number, row.kind or "", row.text)
             mentions.setdefault(row.name, []).append(mention)
             controls[row.name] = row.control or controls.get(row.name)
+            stamps[row.name] = row.stamp
 
     clips = []
     with ThreadPoolExecutor() as pool:
-        named = ((n, files[n], controls[n], worse[n]) for n in mentions)
+        named = ((n, files[n], controls[n], worse[n], stamps[n]) for n in mentions)
         found = pool.map(lambda one: _probe(described.parent, links, *one), named)
         for (name, some), probed in zip(mentions.items(), found, strict=True):
             if isinstance(probed, ValueError):
@@ -120,10 +127,11 @@ def _captions(
     return tuple(captions)
 
 
-def _mixture(path: Path, links: str | Path | None) -> tuple[list[Clip], list[Problem]]:
+def _mixture(path: Place, links: str | Path | None) -> tuple[list[Clip], list[Problem]]:
     """Return the clips of several sources; a clip's name begins with that of its source."""
     try:
-        named = tomllib.loads(paths.open_regular(path).read().decode())
+        with paths.open_regular(path) as file:
+            named = tomllib.loads(file.read().decode())
     except ValueError as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
     clips, problems = [], []
@@ -131,7 +139,7 @@ def _mixture(path: Path, links: str | Path | None) -> tuple[list[Clip], list[Pro
         if not isinstance(source, str) or source.endswith(".toml"):
             raise ValueError(f'{path}: {name} must be a source in quotes, as in {name} = "films"')
         try:
-            found, bad = read_clips(path.parent / local_path(source), links)
+            found, bad = read_clips(paths.beside(path.parent, source), links)
         except ValueError as error:
             raise ValueError(f"{path}: {name}: {error}") from error
         clips += [replace(clip, name=f"{name}/{clip.name}", source=name) for clip in found]
@@ -141,7 +149,7 @@ def _mixture(path: Path, links: str | Path | None) -> tuple[list[Clip], list[Pro
     return clips, problems
 
 
-def table(source: str | Path, links: str | Path | None = None) -> dict[str, np.ndarray]:
+def table(source: str | Place, links: str | Path | None = None) -> dict[str, np.ndarray]:
     """Return the clips of a source as columns; `links` is that of `read_clips`.
 
     They are clip, kind, frames, fps, height, width, quality and word. A parquet table that
@@ -169,7 +177,7 @@ def table(source: str | Path, links: str | Path | None = None) -> dict[str, np.n
     return columns | {"word": np.fromiter(words, np.uint64, len(columns["clip"]))}
 
 
-def rows_of(source: Path, links: str | Path | None) -> tuple[Path, Iterator[Row | Problem]]:
+def rows_of(source: Place, links: str | Path | None) -> tuple[Place, Iterator[Row | Problem]]:
     """Return the source's description and its rows.
 
     The description is a file; relative names in the rows start in its folder. Raises ValueError
@@ -180,14 +188,17 @@ def rows_of(source: Path, links: str | Path | None) -> tuple[Path, Iterator[Row 
             if (source / name).is_file():
                 return source / name, layouts.metadata(source / name)
         if (source / "dataset_info.json").is_file():
+            if isinstance(source, Remote):
+                raise ValueError(f"{source} is a TFDS data set; copy it to a local disk")
             return source / "dataset_info.json", tfds.rows(source)
         if (source / "videos.txt").is_file():
             return source / "videos.txt", layouts.lists(source)
+        folder = Folder(source)
         for ending, read in ((".tar", tars.rows), (".parquet", parquets.rows)):
-            files = sorted(source.glob(f"*{ending}"))
-            if files and (ending == ".tar" or not layouts.has_media(source)):
-                return files[0], _files_of(source, files, read, links)
-        return source / "*.txt", layouts.side_by_side(source, links)
+            files = [name for name in folder.names if "/" not in name and name.endswith(ending)]
+            if files and (ending == ".tar" or not layouts.has_media(folder)):
+                return source / files[0], _files_of(folder, files, read, links)
+        return source / "*.txt", layouts.side_by_side(folder, links)
     suffix = source.suffix.lower()
     if suffix in (".json", ".jsonl", ".ndjson", ".csv", ".tsv"):
         return source, layouts.metadata(source)
@@ -201,15 +212,16 @@ def rows_of(source: Path, links: str | Path | None) -> tuple[Path, Iterator[Row 
 
 
 def _files_of(
-    source: Path, files: list[Path], read: Callable, links: str | Path | None
+    folder: Folder, files: list[str], read: Callable, links: str | Path | None
 ) -> Iterator[Row | Problem]:
     """Yield the rows of all tars or tables of a folder; other files in it are problems."""
-    yield from layouts.unread(source, [path for path in source.iterdir() if path not in files])
-    for file in files:
-        if clip_table.is_table(file):
-            raise ValueError(f"{source} holds the table of clips {file.name}; name that file")
-        paths.safe_path(source, file.name, links)  # links lead only where the user says
-        yield from read(file)
+    others = {name for name in folder.names if "/" not in name} - {*files}
+    yield from layouts.unread(folder, others)
+    for name in files:
+        if clip_table.is_table(folder.place / name):
+            raise ValueError(f"{folder} holds the table of clips {name}; name that file")
+        paths.safe_path(folder.place, name, links)  # links lead only where the user says
+        yield from read(folder.place / name)
 
 
 def row_fault(row: Row) -> str:
@@ -224,19 +236,22 @@ def row_fault(row: Row) -> str:
 
 
 def _probe(
-    folder: Path,
+    folder: Place,
     links: str | Path | None,
     name: str,
     file: media.File | None,
     control: object,
     worse: object,
-) -> tuple[media.File, media.Probe, Path | None, Path | None] | ValueError:
+    stamp: Version | None,
+) -> tuple[media.File, media.Probe, Place | None, Place | None] | ValueError:
     """Return the file, its properties, its control and the worse file of its pair.
 
     Returns a ValueError for a file that is missing or not readable, and for unlike files of a pair.
     """
     try:
         file = file or paths.safe_path(folder, name, links)
+        if stamp:
+            file = replace(file, listed=stamp)
         control, worse = (
             paths.safe_path(folder, str(path), links) if path else None for path in (control, worse)
         )
@@ -250,7 +265,7 @@ def _probe(
         return error
 
 
-def _check_pair(better: media.Probe, path: Path, worse: media.Probe) -> None:
+def _check_pair(better: media.Probe, path: Place, worse: media.Probe) -> None:
     """Raise ValueError unless the worse file of a pair has kind, length, size and rate of it."""
     if better[:4] != worse[:4] or not math.isclose(better.fps, worse.fps, rel_tol=RATES):
         told = (

@@ -7,11 +7,12 @@ import numpy as np
 
 from easyanimate_jax.data.sources import read
 from easyanimate_jax.data.sources.rows import KINDS
+from easyanimate_jax.storage.stores import Place
 
 SHOWN = 50  # problems
 
 
-def describe(source: str | Path, links: str | Path | None = None) -> str:
+def describe(source: str | Place, links: str | Path | None = None) -> str:
     """Return clips, sizes, durations, captions, and every problem with its row or line."""
     clips, problems = read.read_clips(source, links)
     lines = [f"{source}: {len(clips):,} clips, {sum(len(c.captions) for c in clips):,} captions"]

@@ -1,10 +1,10 @@
 """The common form of all layouts: rows that name a file and a caption, and their faults."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from easyanimate_jax.data.media import File
+from easyanimate_jax.storage.stores import Place, Version
 
 NO_TEXT = "no text"
 KINDS = ("image", "video")
@@ -25,8 +25,8 @@ class Clip:
     fps: float  # 0 for images
     first: int = 0  # first frame, counted in the file: a clip may be a span of a film
     source: str = ""  # name of its source in a mixture
-    control: Path | None = None  # a control video or picture, or a pose file
-    worse: Path | None = None  # the worse file of a pair, of the same size, length and rate
+    control: Place | None = None  # a control video or picture, or a pose file
+    worse: Place | None = None  # the worse file of a pair, of the same size, length and rate
     quality: float = 0.0  # the share of its table's clips that it beats; 0 if it has no rating
 
 
@@ -40,6 +40,7 @@ class Row(NamedTuple):
     file: File | None = None
     control: object = None  # relative to the source's folder
     worse: object = None  # likewise
+    stamp: Version | None = None  # size and ETag of an object, if a listing told them
 
 
 class Problem(NamedTuple):

@@ -3,6 +3,7 @@
 Nothing is extracted: the tar's headers are read once, and a clip is a range of its bytes.
 """
 
+import io
 import json
 import tarfile
 from collections import defaultdict
@@ -13,11 +14,13 @@ from easyanimate_jax.data.media import MAX_BYTES, Member
 from easyanimate_jax.data.paths import name_fault, open_regular
 from easyanimate_jax.data.sources.layouts import MANY, MEDIA, TEXTS, decoded
 from easyanimate_jax.data.sources.rows import MAX_CAPTION, Problem, Row
+from easyanimate_jax.storage.errors import raise_if_of_the_system
+from easyanimate_jax.storage.stores import Place
 
 MAX_TEXT = 8 * MAX_CAPTION  # bytes of a .txt or .json
 
 
-def rows(path: Path) -> Iterator[Row | Problem]:
+def rows(path: Place) -> Iterator[Row | Problem]:
     """Yield a row for each caption of each sample; a row's number is that of its media member.
 
     A damaged tar or sample yields a `Problem`.
@@ -65,9 +68,10 @@ def rows(path: Path) -> Iterator[Row | Problem]:
             yield Row(number, found.name, text, file=found)
 
 
-def _members(path: Path, file, problems: list[Problem]) -> Iterator[tarfile.TarInfo]:
+def _members(path: Place, file, problems: list[Problem]) -> Iterator[tarfile.TarInfo]:
     """Yield the headers of all members before the tar's end, or before its first damage."""
-    size, number, end = path.stat().st_size, 0, 0
+    size, number, end = file.seek(0, io.SEEK_END), 0, 0
+    file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for number, member in enumerate(tar):
@@ -80,6 +84,7 @@ def _members(path: Path, file, problems: list[Problem]) -> Iterator[tarfile.TarI
                 tar.members = []  # tarfile would keep millions of headers in memory
             end = tar.offset
     except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
+        raise_if_of_the_system(error)
         problems.append(Problem(number, "", f"{path} is damaged after {end:,} bytes: {error}"))
         return
     file.seek(end)  # tarfile also stops at a broken header; the true end is a block of zeros

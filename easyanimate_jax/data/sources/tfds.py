@@ -13,6 +13,7 @@ import numpy as np
 
 from easyanimate_jax.data.media import Example
 from easyanimate_jax.data.sources.rows import Problem, Row
+from easyanimate_jax.storage.stores import Place
 
 FILES = ("file", "video", "image")
 TEXTS = ("captions", "caption", "text", "title", "label")
@@ -68,7 +69,7 @@ def write_tfds(clips: Sequence, folder: Path, name: str = "captioned_clips") -> 
         def _generate_examples(self):
             for clip in clips:
                 content = (
-                    clip.path.read_bytes() if isinstance(clip.path, Path) else clip.path.read()
+                    clip.path.read_bytes() if isinstance(clip.path, Place) else clip.path.read()
                 )
                 yield (
                     clip.name,

@@ -7,6 +7,7 @@ from easyanimate_jax.facts import MAX_STEPS, SEEDS, TrackerName, check_fields
 from easyanimate_jax.models.borders import check_video
 from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.storage.local import resolve_fields
+from easyanimate_jax.storage.stores import place
 from easyanimate_jax.training.optimizer import Matrices
 
 PYRAMID_LEVELS = 4  # scales of the perceptual term; each halves the crop
@@ -152,7 +153,8 @@ class VAETrainConfig:
             hang_seconds="[0, inf)",
             **dict.fromkeys(FROM_0, "[0, inf)"),
         )
-        resolve_fields(self, "data", "output", "links", "init")
+        resolve_fields(self, "data", "init", by=place)
+        resolve_fields(self, "output", "links")
         if not 1 <= self.steps <= MAX_STEPS:
             raise ValueError(
                 f"VAETrainConfig.stages has {self.steps} steps in all; use 1 to {MAX_STEPS} steps"
