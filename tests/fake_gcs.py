@@ -98,7 +98,13 @@ def fake_gcs(monkeypatch):
 
 def variables(url: str) -> dict[str, str]:
     """Return the environment of a client."""
-    return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
+    return {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else it asks for the bucket's kind by gRPC
+        "NO_GCE_CHECK": "true",
+        "GCE_METADATA_ROOT": "127.0.0.1:9",
+    }
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -2,9 +2,10 @@
 
 The help text of an option is the string below its field. If the first argument of a verb is a
 config, the config's fields are options too: `train CONFIG --stages.0.steps 10`. An option of type
-Path is a local path (storage/local.py). Wrong arguments raise ValueError with one line; `run`
-prints it and returns exit code 2. A full disk is one line and exit code 5. `--help` prints to
-stdout and ends the program with exit code 0. Nothing here imports JAX before a config is read.
+Path is a local path (storage/local.py), and one of type Place may be in a store. Wrong arguments
+raise ValueError with one line; `run` prints it and returns exit code 2. A full disk is one line and
+exit code 5. `--help` prints to stdout and ends the program with exit code 0. Nothing here imports
+JAX before a config is read.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ import tyro
 
 from easyanimate_jax import processes
 from easyanimate_jax.storage.local import local_path
+from easyanimate_jax.storage.stores import Place, place
 from easyanimate_jax.training.safety.exits import BAD_INPUT, STORAGE
 
 HELP = ("-h", "--help")
@@ -35,18 +37,19 @@ OF_SETTINGS |= {errno.EMFILE}
 
 
 def registry() -> tyro.constructors.ConstructorRegistry:
-    """Return tyro's rules, and the rule that options of type Path are local paths."""
+    """Return tyro's rules; options of type Path are local paths, of type Place also stores'."""
     rules = tyro.constructors.ConstructorRegistry()
+    read = {Path: local_path, Place: place}
 
     @rules.primitive_rule
     def path(info: tyro.constructors.PrimitiveTypeInfo):
-        if info.type is not Path:
+        if info.type not in read:
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
             nargs=1,
             metavar="PATH",
-            instance_from_str=lambda words: local_path(words[0]),
-            is_instance=lambda value: isinstance(value, Path),
+            instance_from_str=lambda words: read[info.type](words[0]),
+            is_instance=lambda value: isinstance(value, info.type),
             str_from_instance=lambda value: [str(value)],
         )
 
@@ -128,14 +131,14 @@ def check_folder(name: str, path: str | Path) -> None:
 
     A folder that does not exist is not made yet.
     """
-    for place in (Path(path), *Path(path).absolute().parents):
-        if place.is_dir():
-            if not os.access(place, os.W_OK | os.X_OK):
-                raise ValueError(f"{name} {path}: {place} cannot be written; name another folder")
+    for found in (Path(path), *Path(path).absolute().parents):
+        if found.is_dir():
+            if not os.access(found, os.W_OK | os.X_OK):
+                raise ValueError(f"{name} {path}: {found} cannot be written; name another folder")
             return
-        if os.path.lexists(place):
-            where = "" if str(place) == str(path) else f": {place}"
-            what = "a link to nothing" if place.is_symlink() else "a file"
+        if os.path.lexists(found):
+            where = "" if str(found) == str(path) else f": {found}"
+            what = "a link to nothing" if found.is_symlink() else "a file"
             raise ValueError(f"{name} {path}{where} is {what}; name a folder")
 
 

@@ -22,9 +22,9 @@ from easyanimate_jax.data.loader import Loader
 from easyanimate_jax.runs.batches import place
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.storage.whole import replace_text
-from easyanimate_jax.training.checkpoint import same_for_all
 from easyanimate_jax.training.metrics import MetricsWriter, now
 from easyanimate_jax.training.program import graph_of
+from easyanimate_jax.training.saving import same_for_all
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import TrainState, row_losses, whole
 
