@@ -13,12 +13,13 @@ from test_checkpoint import LIKE, META, assert_is, make_state, read, write
 
 from easyanimate_jax.commands.checkpoint import main
 from easyanimate_jax.storage import stores
+from easyanimate_jax.storage.errors import AnotherRunError
 from easyanimate_jax.storage.stores import place
 from easyanimate_jax.training import saving
 from easyanimate_jax.training.checkpoint import Checkpoints, StorageError, damage
 from easyanimate_jax.training.safety.faults import Faults
 from easyanimate_jax.weights import array_item, run_folder, steps
-from easyanimate_jax.weights.steps import AnotherRunError, steps_in
+from easyanimate_jax.weights.steps import steps_in
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from typing import Literal
 from tyro.conf import Positional, UseAppendAction
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Convert weights between EasyAnimate's layouts: ours, diffusers' and the original code's.
@@ -33,7 +34,7 @@ Part = Literal[
 class Options:
     """The arguments of `convert`."""
 
-    source: Positional[Path]
+    source: Positional[Place]
     """Pipeline folder, folder or file of one model, run folder, or LoRA file or folder."""
     target: Positional[Path]
     """New folder to write; for a LoRA, or the adapters of a run, a new .safetensors file."""

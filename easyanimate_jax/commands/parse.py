@@ -23,7 +23,8 @@ import tyro
 
 from easyanimate_jax import processes
 from easyanimate_jax.storage.local import local_path
-from easyanimate_jax.storage.stores import Place, place
+from easyanimate_jax.storage.probe import check_store
+from easyanimate_jax.storage.stores import Place, Remote, place
 from easyanimate_jax.training.safety.exits import BAD_INPUT, STORAGE
 
 HELP = ("-h", "--help")
@@ -60,7 +61,7 @@ def run(work: Callable[[], int], prefix: str = "error") -> int:
     """Return the exit code of a verb's work.
 
     For a ValueError, a path that cannot be written and too few open files, print one line and
-    return 2. If the disk takes no more, print one line and return 5.
+    return 2. If the disk takes no more, or a store does not answer, print one line and return 5.
     """
     if not processes.several_processes(os.environ):  # else the verb does so once it knows its rank
         processes.start_logging()
@@ -77,6 +78,9 @@ def run(work: Callable[[], int], prefix: str = "error") -> int:
                 f"command again",
                 file=sys.stderr,
             )
+            return STORAGE
+        if error.errno == errno.ETIMEDOUT:
+            print(f"{prefix}: {error}; run the same command again", file=sys.stderr)
             return STORAGE
         if error.errno in OF_SETTINGS:
             more = error.errno == errno.EMFILE and "ulimit" not in str(error)
@@ -126,11 +130,14 @@ def options_and_config(
     return given.own, given.fields
 
 
-def check_folder(name: str, path: str | Path) -> None:
+def check_folder(name: str, path: str | Place) -> None:
     """Raise ValueError unless the option `name` is a folder that can be written, or can become one.
 
-    A folder that does not exist is not made yet.
+    A folder that does not exist is not made yet. In a store, an object is made and deleted.
     """
+    if isinstance(path, Remote):
+        check_store(name, path)
+        return
     for found in (Path(path), *Path(path).absolute().parents):
         if found.is_dir():
             if not os.access(found, os.W_OK | os.X_OK):

@@ -23,6 +23,7 @@ from easyanimate_jax.generation.request import (
     read_lines,
     without_effect,
 )
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import BAD_INPUT, DONE
 
 NAME = "sample.py"
@@ -44,7 +45,7 @@ Each sample is NUMBER.mp4, or .png for one frame, and NUMBER.json with the comma
 class Options:
     """The arguments of `sample`."""
 
-    model: Positional[Path]
+    model: Positional[Place]
     """Run, converted folder or released folder."""
     request: Annotated[SampleRequest, arg(name="")] = SampleRequest()
     """Options of each sample."""
@@ -66,7 +67,7 @@ class Options:
     """A checkpoint, not the newest one."""
     weights_of: Literal["ema", "raw"] = "ema"
     """A run's averaged or last weights."""
-    transformer: Path | None = None
+    transformer: Place | None = None
     """Another one: file, folder or run."""
     vae: Path | None = None
     """Another one: file, folder or run."""

@@ -28,6 +28,7 @@ from easyanimate_jax.generation.request import (
     given,
     option,
 )
+from easyanimate_jax.storage.stores import Place
 
 NUMBERED = re.compile(r"\.?([0-9]{8,})(?![0-9])")  # ASCII digits only: "²³" is no number
 VERSIONS = ("jax", "flax", "numpy", "easyanimate_jax")
@@ -36,7 +37,7 @@ VERSIONS = ("jax", "flax", "numpy", "easyanimate_jax")
 class Origin(NamedTuple):
     """The model that a sample comes from."""
 
-    path: Path  # a run or a folder, as you named it
+    path: Place  # a run or a folder, as you named it
     options: Mapping[str, object]  # options that choose the weights, by their names
     prints: Mapping[str, str] = {}  # hashes of the weights: of a LoRA by its name, of parts by path
     training: Mapping | None = None  # a run's record of its training

@@ -186,7 +186,7 @@ def _reader(config: TrainConfig, stage: Stage, mesh, records, plan, encoder, opt
         "task": stage.task,
         "microbatch": microbatch_rows(stage, mesh),
         "rows": held_rows(stage, mesh, jax.process_index()),
-        "quarantine": Path(config.run) / "quarantine.jsonl",
+        "quarantine": config.folder / "quarantine.jsonl",
     }
     latents = config.set(stage.data)
     if latents.pixels:

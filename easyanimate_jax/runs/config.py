@@ -24,6 +24,8 @@ from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.runs.stage_checks import check_stages, rewards_of
 from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.storage.local import local_path, resolve_fields
+from easyanimate_jax.storage.mirror import work_folder
+from easyanimate_jax.storage.stores import Place, Remote, place
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates
 from easyanimate_jax.training.post.objectives import (
     DirectPreference,
@@ -129,7 +131,8 @@ class ValidationConfig:
         )
 
 
-PLACES = ("source", "prepared", "vae", "text", "run", "links", "init", "init_lora")  # local paths
+PLACES = ("source", "prepared", "vae", "text", "links", "init_lora")  # local paths
+STORED = ("run", "init")  # these may also be in an object store
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class TrainConfig:
     """Folder of the tokenizers and text encoders; they are not trained."""
 
     run: str
-    """Folder of the run: its checkpoints, metrics and samples."""
+    """Folder of the run: its checkpoints, metrics and samples; also gs:// or s3://."""
 
     model: MMDiTConfig
     """Size of the transformer."""
@@ -259,6 +262,7 @@ class TrainConfig:
             log_every="[0, inf)",
         )
         resolve_fields(self, *PLACES)
+        resolve_fields(self, *STORED, resolve=place)
         steps = sum(stage.steps for stage in self.stages)
         if not 1 <= steps <= MAX_STEPS:
             raise ValueError(
@@ -293,6 +297,17 @@ class TrainConfig:
             any(isinstance(stage.objective, DistributionMatching) for stage in self.stages),
             (tuple(sorted(rewards_of(self))), self.vae) if rewarded else None,
         )
+
+    @property
+    def folder(self) -> Path:
+        """Return the local folder of the run's small files; a run in a store uploads them."""
+        run = place(self.run)
+        return work_folder(run) if isinstance(run, Remote) else run
+
+    @property
+    def checkpoints(self) -> Place:
+        """Return the folder of the run's checkpoints."""
+        return place(self.run) / "checkpoints"
 
     @property
     def adapters(self) -> LoRAConfig | None:

@@ -18,6 +18,7 @@ from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.runs.calibration import CalibrationFile
 from easyanimate_jax.runs.config import SampleConfig, TrainConfig, from_json
 from easyanimate_jax.storage.local import local_path
+from easyanimate_jax.storage.stores import Place, place
 from easyanimate_jax.text.encode import state_widths
 from easyanimate_jax.weights import files, run_folder
 from easyanimate_jax.weights.adapters import Weighted
@@ -36,7 +37,7 @@ from easyanimate_jax.weights.schedulers import (
 class Parts(NamedTuple):
     """Paths of single parts that replace those of a model; None keeps the model's own."""
 
-    transformer: str | Path | None = None  # a file, a folder of any layout, or a run
+    transformer: str | Place | None = None  # a file, a folder of any layout, or a run
     vae: str | Path | None = None  # likewise
     text: str | Path | None = None  # a folder with the text encoders and their tokenizers
 
@@ -47,8 +48,8 @@ OWN = Parts()
 class Opened(NamedTuple):
     """The paths and configs of a model, as its folder gives them before any weight is read."""
 
-    path: Path  # of the whole model
-    model: Path
+    path: Place  # of the whole model
+    model: Place
     vae: Path
     text: Path
     config: MMDiTConfig
@@ -79,7 +80,7 @@ class Opened(NamedTuple):
 
 
 def open_parts(
-    path: str | Path,
+    path: str | Place,
     parts: Parts = OWN,
     *,
     step: int | None = None,
@@ -90,8 +91,9 @@ def open_parts(
 
     The arguments and errors are those of `load_pipeline`.
     """
-    path = local_path(path)
-    parts = Parts(*(part and local_path(part) for part in parts))
+    path = place(path)
+    transformer, *others = parts
+    parts = Parts(transformer and place(transformer), *(p and local_path(p) for p in others))
     for name, part in parts._asdict().items():
         if part and not part.exists():
             raise ValueError(f"{name}: there is no {part}; give a file or a folder")
@@ -121,9 +123,9 @@ def open_parts(
     return opened._replace(weights=weights)
 
 
-def defaults_of(folder: Path, parts: Parts, step: int | None) -> Defaults:
+def defaults_of(folder: Place, parts: Parts, step: int | None) -> Defaults:
     """Return how a model is sampled: as its transformer's run or folder says."""
-    return of_source(Path(parts.transformer or folder), step)
+    return of_source(place(parts.transformer or folder), step)
 
 
 def with_loras(opened: Opened, loras: Sequence[Weighted]) -> Opened:
@@ -132,7 +134,7 @@ def with_loras(opened: Opened, loras: Sequence[Weighted]) -> Opened:
     return opened._replace(defaults=next(filter(None, own), opened.defaults))
 
 
-def _config_of(path: Path, step: int | None) -> MMDiTConfig:
+def _config_of(path: Place, step: int | None) -> MMDiTConfig:
     """Return the config of a transformer. Raises ValueError, listing all faults of its files."""
     problems: list[str] = []
     model = open_model(path, "transformer", problems, step=step)
@@ -140,7 +142,7 @@ def _config_of(path: Path, step: int | None) -> MMDiTConfig:
     return model.config
 
 
-def _open_run(folder: Path, parts: Parts, step: int | None) -> Opened:
+def _open_run(folder: Place, parts: Parts, step: int | None) -> Opened:
     """Return the model of a run's checkpoint.
 
     Raises ValueError if the run has no such checkpoint, or if its VAE or text encoders are missing
@@ -153,14 +155,14 @@ def _open_run(folder: Path, parts: Parts, step: int | None) -> Opened:
         places[name] = getattr(parts, name)
         if places[name]:
             continue
-        place = places[name] = run_folder.frozen_model(folder, meta["config"], name)
-        if not place.exists():
+        found = places[name] = run_folder.frozen_model(folder, meta["config"], name)
+        if not found.exists():
             tried = ", ".join(map(str, run_folder.frozen_places(folder, meta["config"], name)))
             raise ValueError(f"the {what} of {folder} are in none of {tried}: copy them there")
         recorded = meta.get("weights", {}).get(name)
-        if recorded and fingerprint(place) != recorded:
+        if recorded and fingerprint(found) != recorded:
             raise ValueError(
-                f"{place} holds other {what} than {folder} was trained with: their fingerprint is "
+                f"{found} holds other {what} than {folder} was trained with: their fingerprint is "
                 f"not {recorded}; put the right ones there"
             )
     config = dataclasses.replace(training.model, in_channels=meta["in_channels"])
@@ -218,21 +220,21 @@ def _process_of(folder: Path, config: MMDiTConfig, problems: list[str]) -> DDPM 
     In PyTorch's layouts it must be the process of the released model with these text encoders. In
     our layout `convert` wrote the process of the run, which may be another.
     """
-    place = folder / "scheduler" / SCHEDULER
-    fields = read_json(place, problems)
+    file = folder / "scheduler" / SCHEDULER
+    fields = read_json(file, problems)
     own = "class" in read_json(folder / "transformer" / CONFIG, [])
     if problems:
         return None
     try:
         process = process_of(fields)
     except ValueError as error:
-        problems.append(f"{place}: {error}")
+        problems.append(f"{file}: {error}")
         return None
     released = released_process(len(config.text_widths))
     if not own and type(process).__name__ != released:
         version = {"DDPM": "V5, two text encoders", "Flow": "V5.1, one text encoder"}[released]
         problems.append(
-            f"{place} is a {fields['_class_name']}, and the transformer is of {version}, which was "
+            f"{file} is a {fields['_class_name']}, and the transformer is of {version}, which was "
             f"released with the process {released}: put its own scheduler there, or give process= "
             f"if the weights were trained otherwise"
         )

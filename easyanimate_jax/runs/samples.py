@@ -32,6 +32,7 @@ from easyanimate_jax.generation.pixels import decode
 from easyanimate_jax.models.mmdit import MMDiT, unpatchify
 from easyanimate_jax.runs.batches import place
 from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.storage.stores import place as place_of
 from easyanimate_jax.training.metrics import MetricsWriter
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.defaults import RELEASED, Defaults, of_objective, of_source
@@ -81,11 +82,11 @@ class Sampler:
     def __init__(self, config: TrainConfig, mesh: Mesh, held_out: dict[str, Loader]):
         self.config, self.mesh = config, mesh
         self.held_out = held_out if config.samples.clips else {}
-        self.folder = Path(config.run) / "samples"
+        self.folder = config.folder / "samples"
         self.writer: MetricsWriter | None = None
         self.wanted = bool(config.samples.every and (config.samples.prompts or self.held_out))
         init = config.init if config.step.taught else ""
-        self.teacher = of_source(Path(init), config.init_step) if init else RELEASED
+        self.teacher = of_source(place_of(init), config.init_step) if init else RELEASED
         if self.wanted:
             self.vae = load_vae(config.vae, mesh=mesh)
             self.empty = records.read_texts(Path(config.prepared) / "empty.safetensors")

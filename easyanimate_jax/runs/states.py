@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -15,6 +14,7 @@ from easyanimate_jax.models.storage import Kernels
 from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.position import Position, check_resume, is_kept, position_at
 from easyanimate_jax.runs.programs import Programs
+from easyanimate_jax.storage.stores import place
 from easyanimate_jax.training.checkpoint import Checkpoints
 from easyanimate_jax.training.post.reward import reward_weights
 from easyanimate_jax.training.program import abstract_state, graph_of, make_state, with_adapters
@@ -61,7 +61,7 @@ class States:
         # The identity of the frozen weights, which no checkpoint holds.
         frozen = config.step.partial or config.step.taught
         self.base = weights_print(config.init, config.init_step) if frozen else None
-        taught = of_source(Path(config.init), config.init_step) if config.step.taught else None
+        taught = of_source(place(config.init), config.init_step) if config.step.taught else None
         self.teacher = taught and taught._asdict()  # how the teacher is sampled
 
     def first(self) -> TrainState:
@@ -211,8 +211,6 @@ class States:
 
 def open_checkpoints(config: TrainConfig, **options) -> Checkpoints:
     """Return the `Checkpoints` of a run folder, with the config's rules for which to keep."""
-    folder = Path(config.run) / "checkpoints"
     keep_if = partial(is_kept, config=config)
-    return Checkpoints(
-        folder, keep=config.keep, keep_every=config.keep_every, keep_if=keep_if, **options
-    )
+    rules = {"keep": config.keep, "keep_every": config.keep_every, "keep_if": keep_if}
+    return Checkpoints(config.checkpoints, **rules, **options)

@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +39,7 @@ class Validator:
     def __init__(self, config: TrainConfig, mesh: Mesh, loaders: dict[str, Loader]):
         self.config, self.mesh, self.loaders = config, mesh, loaders
         self.programs = {}  # number of input channels -> jitted function
-        self.path = Path(config.run) / "validation.jsonl"
+        self.path = config.folder / "validation.jsonl"
         self.done: set[tuple[int, str]] = set()  # (updates made, stage) of the file's lines
         self.writer: MetricsWriter | None = None
 

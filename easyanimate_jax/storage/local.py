@@ -7,6 +7,7 @@ folder. Environment variables are not expanded.
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")  # `Path` joins slashes; "C:/" is a drive
@@ -30,15 +31,16 @@ def local_path(path: str | os.PathLike) -> Path:
     return found.absolute() if special else found
 
 
-def resolve_fields(config, *names: str) -> None:
+def resolve_fields(config, *names: str, resolve: Callable = local_path) -> None:
     """Replace fields of a frozen dataclass by their local paths, as text; "" and None stay.
 
-    Raises ValueError, naming the field, as `local_path` does.
+    `stores.place` as `resolve` also takes URLs. Raises ValueError, naming the field, as `resolve`
+    does.
     """
     for name in names:
         if value := getattr(config, name):
             try:
-                object.__setattr__(config, name, str(local_path(value)))
+                object.__setattr__(config, name, str(resolve(value)))
             except ValueError as error:
                 raise ValueError(f"{type(config).__name__}.{name}: {error}") from error
 

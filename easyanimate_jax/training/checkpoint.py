@@ -25,15 +25,15 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from easyanimate_jax.storage.errors import is_of_jax, is_of_the_system
-from easyanimate_jax.storage.stores import Place, Remote, make_folder, place
+from easyanimate_jax.storage.errors import AnotherRunError, is_of_jax, is_of_the_system
+from easyanimate_jax.storage.stores import Place, make_folder, place
 from easyanimate_jax.training.retention import Retention
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
 from easyanimate_jax.training.saving import same_for_all, saver_for
 from easyanimate_jax.weights import array_item, orbax_item
 from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.run_folder import reader
-from easyanimate_jax.weights.steps import AnotherRunError, Steps, steps_in
+from easyanimate_jax.weights.steps import Steps, steps_in
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,9 @@ class Checkpoints:
     The last `keep` verified steps are kept (at least two), and all steps that are multiples of
     `keep_every` or whose metadata satisfies `keep_if`. A step is deleted only after a later one was
     saved and verified, never when the folder is opened. A failed save is logged and counted; after
-    three in a row the next save raises StorageError. In an object store, `before_commit` is called
-    in a thread of process 0 before a save becomes a step. Only tests pass `faults`.
+    three in a row the next save raises StorageError. In an object store, every process calls
+    `before_done` in a thread before it says that its part of a save is written. Only tests pass
+    `faults`.
     """
 
     def __init__(
@@ -76,11 +77,10 @@ class Checkpoints:
         keep: int,
         keep_every: int | None = None,
         keep_if: Callable[[dict], bool] = lambda meta: False,
-        before_commit: Callable[[], None] = lambda: None,
+        before_done: Callable[[], None] = lambda: None,
         faults: Faults = NO_FAULTS,
     ):
-        folder = place(folder)
-        self.folder = folder if isinstance(folder, Remote) else folder.absolute()
+        self.folder = place(folder).absolute()
         self.steps = steps_in(self.folder)
         self.retention = Retention(self.steps, max(2, keep), keep_every, keep_if, faults)
         self.faults = faults
@@ -92,7 +92,7 @@ class Checkpoints:
             make_folder(self.folder, mode=0o700)
             self.steps.remove_leftovers()
         _wait_for_all("checkpoints")
-        self.saver = saver_for(self.steps, faults, before_commit)
+        self.saver = saver_for(self.steps, faults, before_done)
         self.there = set(self.steps.complete())  # as this run knows
 
     def save(self, step: int, state: State, meta: dict) -> None:

@@ -54,12 +54,12 @@ class Saver(Protocol):
         """End the background work."""
 
 
-def saver_for(steps: Steps, faults: Faults, before_commit: Callable[[], None]) -> Saver:
-    """Return the saver of a place; `before_commit` is called in a thread of process 0."""
+def saver_for(steps: Steps, faults: Faults, before_done: Callable[[], None]) -> Saver:
+    """Return the saver of a place; a store's calls `before_done` in a thread."""
     if not isinstance(steps.folder, Remote):
         return FolderSaver(steps, faults)
     writer = OrbaxWriter() if steps.folder.scheme == "gs" else ArrayWriter()
-    return StoreSaver(steps, writer, faults, before_commit)
+    return StoreSaver(steps, writer, faults, before_done)
 
 
 class FolderSaver:
@@ -111,10 +111,10 @@ class StoreSaver:
         steps: StepCommits,
         writer: "OrbaxWriter | ArrayWriter",
         faults: Faults,
-        before_commit: Callable[[], None],
+        before_done: Callable[[], None],
     ):
         self.steps, self.writer, self.faults = steps, writer, faults
-        self.before_commit = before_commit
+        self.before_done = before_done
         self.process, self.processes = jax.process_index(), jax.process_count()
         self.thread, self.error = threading.Thread(), None
 
@@ -150,11 +150,11 @@ class StoreSaver:
         try:
             write()
             self.faults.kill("uploaded", step)
+            self.before_done()
             self.steps.done(name, self.process, self.processes)
             self.faults.kill("finalising", step)
             if self.process == 0:
                 self._await(partial(self._all_done, name), name)
-                self.before_commit()
                 self.steps.commit(step, meta)
             else:
                 self._await(partial(self.steps.is_committed, step, name), name)

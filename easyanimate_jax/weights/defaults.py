@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.weights.files import metadata_of
 from easyanimate_jax.weights.run_folder import is_run, read_meta
 
@@ -61,7 +62,7 @@ class Defaults(NamedTuple):
 RELEASED = Defaults()
 
 
-def of_source(source: Path, step: int | None = None) -> Defaults:
+def of_source(source: Place, step: int | None = None) -> Defaults:
     """Return the defaults of a run, at a checkpoint, or of a folder; `RELEASED` for a file.
 
     Raises ValueError for a run without such a checkpoint, and for a damaged file.

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.storage import Kernels
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.storage.local import local_path
+from easyanimate_jax.storage.stores import Place, Remote, place
 from easyanimate_jax.weights import adapters, files, mmdit_table, run_folder, vae_table
 from easyanimate_jax.weights.identity import weights_print
 from easyanimate_jax.weights.lazy import Tensor
@@ -41,7 +41,7 @@ class Model(NamedTuple):
 
 
 def load_mmdit(
-    path: str | Path,
+    path: str | Place,
     *,
     dtype: str | None = None,
     kernels: Kernels = "float32",
@@ -62,8 +62,8 @@ def load_mmdit(
     layers (`weights.adapters.open_loras`). Raises ValueError listing all problems.
     """
     problems = []
-    place, options = local_path(path), {"weights": weights, "step": step}
-    model = open_model(place, "transformer", problems, allow_pickle=allow_pickle, **options)
+    options = {"weights": weights, "step": step}
+    model = open_model(place(path), "transformer", problems, allow_pickle=allow_pickle, **options)
     files.raise_all(path, problems)
     model = _widened(model, in_channels)
     loaded = _load(MMDiT, model, problems, dtype, kernels, mesh)
@@ -72,7 +72,7 @@ def load_mmdit(
 
 
 def load_start(
-    path: str | Path,
+    path: str | Place,
     config: MMDiTConfig,
     *,
     mesh: Mesh,
@@ -88,7 +88,7 @@ def load_start(
     `load_mmdit` does.
     """
     problems = []
-    model = open_model(local_path(path), "transformer", problems, step=step)
+    model = open_model(place(path), "transformer", problems, step=step)
     files.raise_all(path, problems)
     model = _widened(model, config.in_channels)
     faults = misfits(model.tensors, abstract(MMDiT, config))
@@ -109,7 +109,7 @@ def _widened(model: Model, in_channels: int | None) -> Model:
 
 
 def load_vae(
-    path: str | Path,
+    path: str | Place,
     *,
     dtype: str | None = None,
     mesh: Mesh | None = None,
@@ -120,15 +120,15 @@ def load_vae(
     The options and errors are those of `load_mmdit`.
     """
     problems = []
-    model = open_model(local_path(path), "vae", problems, allow_pickle=allow_pickle)
+    model = open_model(place(path), "vae", problems, allow_pickle=allow_pickle)
     files.raise_all(path, problems)
     return _load(CausalVAE, model, problems, dtype, "float32", mesh)
 
 
-def vae_config(path: str | Path) -> VAEConfig:
+def vae_config(path: str | Place) -> VAEConfig:
     """Return the config of the VAE of a file or folder. Raises ValueError as `load_vae` does."""
     problems = []
-    model = open_model(local_path(path), "vae", problems)
+    model = open_model(place(path), "vae", problems)
     files.raise_all(path, problems)
     return model.config
 
@@ -140,7 +140,7 @@ def _load(model_class, model: Model, problems, dtype, kernels: Kernels, mesh):
 
 
 def open_model(
-    path: Path,
+    path: Place,
     name: Literal["transformer", "vae"],
     problems: list[str],
     *,
@@ -165,6 +165,9 @@ def open_model(
         fields = meta["config"]["model"] | {"in_channels": meta["in_channels"]}
         tensors = files.checked(tensors, problems, dtype)
         return _ours(MMDiT, _config(MMDiTConfig, fields), tensors, problems)
+    if isinstance(path, Remote):
+        problems.append(f"{path} holds no checkpoints; of gs:// and s3:// only runs are read")
+        return None
     if (path / name).is_dir():
         path = path / name
     if not path.exists():
@@ -173,8 +176,8 @@ def open_model(
     fields = read_json(path / CONFIG, problems) if (path / CONFIG).is_file() else {}
     found = len(problems)
     own = "class" in fields
-    place = path / WEIGHTS if own and (path / WEIGHTS).is_file() else path
-    tensors = files.open_weights(place, problems, allow_pickle, memory)
+    where = path / WEIGHTS if own and (path / WEIGHTS).is_file() else path
+    tensors = files.open_weights(where, problems, allow_pickle, memory)
     tensors = tensors if own else unwrapped(tensors, problems, name)
     if len(problems) > found:
         return None
@@ -195,17 +198,17 @@ def open_model(
 
 
 def _open_partial_run(
-    path: Path, meta: Mapping, tensors: Mapping[str, Tensor], problems: list[str], dtype
+    path: Place, meta: Mapping, tensors: Mapping[str, Tensor], problems: list[str], dtype
 ) -> Model | None:
     """Return the model that a run started from, with its trained weights and its adapters."""
-    place = run_folder.frozen_model(path, meta["config"], "init")
-    base = open_model(place, "transformer", problems, dtype=dtype, step=meta["config"]["init_step"])
+    init = run_folder.frozen_model(path, meta["config"], "init")
+    base = open_model(init, "transformer", problems, dtype=dtype, step=meta["config"]["init_step"])
     if base is None:
-        problems.append(f"{path} was trained beside the weights of {place}: put them there")
+        problems.append(f"{path} was trained beside the weights of {init}: put them there")
         return None
-    if weights_print(place, meta["config"]["init_step"]) != meta["base"]:
+    if weights_print(init, meta["config"]["init_step"]) != meta["base"]:
         problems.append(
-            f"{place} holds other weights than those beside which {path} was trained; their "
+            f"{init} holds other weights than those beside which {path} was trained; their "
             f"fingerprint is not {meta['base']}: put the right ones there"
         )
         return None

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+from easyanimate_jax.storage.stores import Place, place
 from easyanimate_jax.weights import run_folder
 
 MODEL_FILES = (
@@ -31,13 +32,13 @@ def fingerprint(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
-def weights_print(path: str | Path, step: int | None = None) -> str:
+def weights_print(path: str | Place, step: int | None = None) -> str:
     """Return a hash of the transformer's weights in a file, a folder of any layout, or a run.
 
     For a run it is that of the arrays of checkpoint `step`; None is the newest. Every byte of a
     file or folder is read. Raises ValueError if there is nothing.
     """
-    path = Path(path)
+    path = place(path)
     if run_folder.is_run(path):
         _, meta = run_folder.read_meta(path, step)
         arrays = json.dumps([meta.get("arrays"), meta.get("base")], sort_keys=True)

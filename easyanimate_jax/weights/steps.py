@@ -24,7 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from easyanimate_jax.storage.errors import is_of_the_system
+from easyanimate_jax.storage.errors import AnotherRunError, is_of_the_system
 from easyanimate_jax.storage.stores import (
     Place,
     Remote,
@@ -39,10 +39,6 @@ logger = logging.getLogger(__name__)
 LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
 OLD = 6 * 3600.0  # seconds without a new object, after which a save in a store has ended
 SAVE = re.compile(r"(\d+)-[0-9a-f]{8}")  # the name of a save: its step, and a random number
-
-
-class AnotherRunError(ValueError):
-    """Another run has saved a checkpoint in the same folder."""
 
 
 @runtime_checkable
