@@ -40,7 +40,7 @@ class Object(NamedTuple):
 class FakeGCS(ThreadingHTTPServer):
     """The server; its buckets need not be made.
 
-    `faults` are functions of (method, path) that return None, "503", or "cut": close the
+    `faults` are functions of (method, path) that return None, "503", "403", or "cut": close the
     connection after the request was done, so that the client does not learn of it.
     """
 
@@ -98,7 +98,13 @@ def fake_gcs(monkeypatch):
 
 def variables(url: str) -> dict[str, str]:
     """Return the environment of a client."""
-    return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
+    return {
+        "STORAGE_EMULATOR_HOST": url,
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # else it asks for the bucket's kind by gRPC
+        "NO_GCE_CHECK": "true",
+        "GCE_METADATA_ROOT": "127.0.0.1:9",
+    }
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -127,6 +133,8 @@ class Handler(BaseHTTPRequestHandler):
         self.cut = "cut" in faults
         if "503" in faults:
             return self._answer(503, b"try again")
+        if "403" in faults:
+            return self._answer(403, b"you may not")
         path = url.path
         if match := re.fullmatch(r"/storage/v1/b/([^/]+)", path):
             return self._json({"name": match[1], "kind": "storage#bucket"})

@@ -224,7 +224,7 @@ def test_a_sound_checkpoint_that_does_not_read_now_is_not_set_aside(
         message = message if not wrapped else "the reader failed"
         with pytest.raises((StorageError, RuntimeError), match=message):
             read(copy / "checkpoints")
-        patch.setattr(checkpoint, "fingerprint_on_disk", fail)
+        patch.setattr(orbax_item, "fingerprint_on_disk", fail)
         with pytest.raises(StorageError, match="nothing says that it is damaged"):
             checkpoint.damage(copy / "checkpoints" / "4")
         if isinstance(error, OSError):
@@ -257,7 +257,7 @@ def test_a_step_that_could_not_be_checked_stays_and_so_do_those_before(copy, mon
     def fail(*_):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    monkeypatch.setattr(checkpoint, "fingerprint_on_disk", fail)
+    monkeypatch.setattr(orbax_item, "fingerprint_on_disk", fail)
     checkpoints.save(6, make_state(6), META | {"step": 6})
     checkpoints.close(6)
     assert "checkpoint 6 was not checked" in caplog.text
@@ -306,7 +306,7 @@ def test_nothing_is_deleted_for_what_is_not_verified(tmp_path, monkeypatch):
     for step in (3, 4):
         checkpoints.save(step, make_state(step), META | {"step": step})
     checkpoints.finish()
-    checkpoints.checkpointer.close()
+    checkpoints.saver.close()
     assert run_folder.complete_steps(tmp_path) == [1, 2]
     assert len(list(tmp_path.glob("*.corrupt"))) == 2
 
@@ -342,7 +342,7 @@ def test_a_save_without_a_peer_is_no_fault_of_the_disk(copy, monkeypatch, lost):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(checkpoints.checkpointer, "save", fail)
+    monkeypatch.setattr(checkpoints.saver.checkpointer, "save", fail)
     checkpoints.processes = 2
     with pytest.raises(jax.errors.JaxRuntimeError if lost else StorageError, match=r"Gloo|output"):
         checkpoints.save(6, make_state(6), META)

@@ -47,7 +47,7 @@ def prints(folder: Path, run: str, step: int = STEPS) -> dict:
     assert run_folder.is_verified(path)
     left = [p.name for p in path.parent.iterdir()]
     assert all(name.isdigit() for name in left), left
-    return checkpoint.read_step_meta(path)["arrays"]
+    return run_folder.read_step_meta(path)["arrays"]
 
 
 def rows(folder: Path, run: str) -> list[dict]:

@@ -140,7 +140,7 @@ def test_what_is_not_there_is_named(folders, gcs, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="hf:// is not supported; give a local path, gs://BUCKET"):
         load_vae("hf://owner/name")
     stores.replace_bytes(place("gs://bucket/run/checkpoints/3/meta"), b"")
-    with pytest.raises(ValueError, match="gs://bucket/run is a run; copy it to a local disk"):
+    with pytest.raises(ValueError, match="gs://bucket/run holds no checkpoint; complete ones in"):
         load_mmdit("gs://bucket/run")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # as without a home
     with pytest.raises(ValueError, match="let XDG_CACHE_HOME name one"):

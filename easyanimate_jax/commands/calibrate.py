@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 from easyanimate_jax.commands import parse
 from easyanimate_jax.facts import MAX_SEED
 from easyanimate_jax.generation.request import check_range
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Measure how the residual of a model's blocks changes from step to step, for --magcache.
@@ -28,7 +29,7 @@ Calibrate with the guidance and the size that you sample with.
 class Options:
     """The arguments of `calibrate`."""
 
-    model: Positional[Path]
+    model: Positional[Place]
     """Run, or folder with the parts of a model."""
     prompts: Path | None = None
     """Text file with a prompt a line; by default the prompts of a run's config."""

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import DONE, FOUND
+from easyanimate_jax.weights.steps import Steps, steps_in
 
 HELP = """List, verify and compare the checkpoints of a run, without an accelerator.
 
@@ -26,7 +27,7 @@ class Options:
 
     action: Positional[Literal["list", "verify", "diff"]]
     """Action on the checkpoints."""
-    folder: Positional[Path]
+    folder: Positional[Place]
     """Run folder, or its folder `checkpoints`."""
     steps: Positional[tuple[int, ...]] = ()
     """Two steps; only for `diff`."""
@@ -41,48 +42,41 @@ def _checkpoint(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "checkpoint", HELP)
     if len(own.steps) != (2 if own.action == "diff" else 0):
         raise ValueError(f"{own.action} with steps {own.steps}: give two for diff, else none")
-    from easyanimate_jax.weights.run_folder import complete_steps
 
     inner = own.folder / "checkpoints"
-    folder = inner if inner.is_dir() else own.folder
-    if not complete_steps(folder):
+    steps = steps_in(inner if inner.is_dir() else own.folder)
+    if not steps.complete():
         raise ValueError(f"{own.folder} holds no checkpoints; give the folder of a run")
-    return {"list": _list, "verify": _verify, "diff": _diff}[own.action](folder, *own.steps)
+    return {"list": _list, "verify": _verify, "diff": _diff}[own.action](steps, *own.steps)
 
 
-def _list(folder: Path) -> int:
-    from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read_step_meta
-
-    for step in complete_steps(folder):
-        path = folder / str(step)
+def _list(steps: Steps) -> int:
+    for step in steps.complete():
         try:
-            meta = read_step_meta(path)
-            known = "verified" if is_verified(path) else "not verified yet"
+            meta = steps.meta(step)
+            known = "verified" if steps.is_verified(step) else "not verified yet"
             known = known if "arrays" in meta else "without fingerprints"
             print(f"{step:>8}  {meta.get('stage', '')}  {known}")
         except ValueError as error:
             print(f"{step:>8}  {error}")
-    for path in sorted(folder.glob("*.corrupt*")):
-        print(f"{path.name:>8}  {(path / 'reason').read_text().strip()}")
+    for name, reason in steps.damaged().items():
+        print(f"{name:>8}  {reason}")
     return DONE
 
 
-def _verify(folder: Path) -> int:
+def _verify(steps: Steps) -> int:
     from easyanimate_jax.training.checkpoint import damage
-    from easyanimate_jax.weights.run_folder import complete_steps
 
     bad = 0
-    for step in complete_steps(folder):
-        wrong = damage(folder / str(step))
+    for step in steps.complete():
+        wrong = damage(steps.folder / str(step))
         bad += bool(wrong)
         print(f"{step:>8}  {'; '.join(wrong) or 'as saved'}", flush=True)
     return FOUND if bad else DONE
 
 
-def _diff(folder: Path, first: int, second: int) -> int:
-    from easyanimate_jax.weights.run_folder import read_step_meta
-
-    metas = [read_step_meta(folder / str(step)) for step in (first, second)]
+def _diff(steps: Steps, first: int, second: int) -> int:
+    metas = [steps.meta(step) for step in (first, second)]
     if not all("arrays" in meta for meta in metas):
         raise ValueError(f"checkpoint {first} or {second} has no fingerprints; choose newer steps")
     one, two = (

@@ -9,6 +9,8 @@ from tyro.conf import Positional
 from easyanimate_jax import processes
 from easyanimate_jax.commands import parse
 from easyanimate_jax.commands.train import ending
+from easyanimate_jax.storage.probe import check_store
+from easyanimate_jax.storage.stores import Remote, place
 from easyanimate_jax.training.safety.exits import DONE, FOUND
 
 HELP = """Check the hosts of a run. Start this command on every host, as you start the training.
@@ -39,6 +41,9 @@ def _examine(arguments: Sequence[str]) -> int:
     import jax
 
     from easyanimate_jax.runs.doctor import examine, table
+
+    if config is not None and isinstance(run := place(config.run), Remote):
+        check_store("--run", run)
 
     processes.join()
     findings = examine(config)

@@ -14,6 +14,7 @@ from easyanimate_jax.commands.jax_settings import set_up_jax
 from easyanimate_jax.diffusion.tasks import task_of
 from easyanimate_jax.facts import MAX_SEED
 from easyanimate_jax.generation.request import check_range
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import DONE, PREEMPTED
 
 HELP = """Sample several videos of each prompt, rate them, and pair the best with the worst.
@@ -32,7 +33,7 @@ numbers, or the address of a server, http://... (docs/posttraining.md). Larger i
 class Options:
     """The arguments of `pairs`."""
 
-    model: Positional[Path]
+    model: Positional[Place]
     """Run, or folder with the parts of a model."""
     prompts: Path
     """Text file with a prompt a line."""

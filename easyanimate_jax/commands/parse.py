@@ -2,9 +2,10 @@
 
 The help text of an option is the string below its field. If the first argument of a verb is a
 config, the config's fields are options too: `train CONFIG --stages.0.steps 10`. An option of type
-Path is a local path (storage/local.py). Wrong arguments raise ValueError with one line; `run`
-prints it and returns exit code 2. A full disk is one line and exit code 5. `--help` prints to
-stdout and ends the program with exit code 0. Nothing here imports JAX before a config is read.
+Path is a local path (storage/local.py), and one of type Place may be in a store. Wrong arguments
+raise ValueError with one line; `run` prints it and returns exit code 2. A full disk is one line and
+exit code 5. `--help` prints to stdout and ends the program with exit code 0. Nothing here imports
+JAX before a config is read.
 """
 
 import dataclasses
@@ -21,9 +22,9 @@ from typing import Annotated
 import tyro
 
 from easyanimate_jax import processes
-from easyanimate_jax.storage import stores
 from easyanimate_jax.storage.local import local_path
-from easyanimate_jax.storage.stores import Place
+from easyanimate_jax.storage.probe import check_store
+from easyanimate_jax.storage.stores import Place, Remote, place
 from easyanimate_jax.training.safety.exits import BAD_INPUT, STORAGE
 
 HELP = ("-h", "--help")
@@ -38,12 +39,12 @@ AWAY = {errno.ETIMEDOUT, errno.ESTALE}  # a store or a mount that does not answe
 
 
 def registry() -> tyro.constructors.ConstructorRegistry:
-    """Return tyro's rules, and those for options of the types Path and Place."""
+    """Return tyro's rules; options of type Path are local paths, of type Place also stores'."""
     rules = tyro.constructors.ConstructorRegistry()
 
     @rules.primitive_rule
     def path(info: tyro.constructors.PrimitiveTypeInfo):
-        read = {Path: local_path, Place: stores.place, Place | None: stores.place}.get(info.type)
+        read = {Path: local_path, Place: place, Place | None: place}.get(info.type)
         if read is None:
             return None
         return tyro.constructors.PrimitiveConstructorSpec(
@@ -79,7 +80,7 @@ def run(work: Callable[[], int], prefix: str = "error") -> int:
                 file=sys.stderr,
             )
             return STORAGE
-        if error.errno in AWAY:
+        if error.errno in AWAY and error.filename:
             print(f"{prefix}: {error.filename}: {error.strerror}", file=sys.stderr)
             return STORAGE
         if error.errno in OF_SETTINGS:
@@ -130,19 +131,22 @@ def options_and_config(
     return given.own, given.fields
 
 
-def check_folder(name: str, path: str | Path) -> None:
+def check_folder(name: str, path: str | Place) -> None:
     """Raise ValueError unless the option `name` is a folder that can be written, or can become one.
 
-    A folder that does not exist is not made yet.
+    A folder that does not exist is not made yet. In a store, an object is made and deleted.
     """
-    for place in (Path(path), *Path(path).absolute().parents):
-        if place.is_dir():
-            if not os.access(place, os.W_OK | os.X_OK):
-                raise ValueError(f"{name} {path}: {place} cannot be written; name another folder")
+    if isinstance(path, Remote):
+        check_store(name, path)
+        return
+    for found in (Path(path), *Path(path).absolute().parents):
+        if found.is_dir():
+            if not os.access(found, os.W_OK | os.X_OK):
+                raise ValueError(f"{name} {path}: {found} cannot be written; name another folder")
             return
-        if os.path.lexists(place):
-            where = "" if str(place) == str(path) else f": {place}"
-            what = "a link to nothing" if place.is_symlink() else "a file"
+        if os.path.lexists(found):
+            where = "" if str(found) == str(path) else f": {found}"
+            what = "a link to nothing" if found.is_symlink() else "a file"
             raise ValueError(f"{name} {path}{where} is {what}; name a folder")
 
 

@@ -4,11 +4,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from tyro.conf import Positional, UseAppendAction
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Print the speed of a run by stage and token length: seconds of a step on the devices, real
@@ -24,7 +24,7 @@ each row is compiled for that, which takes minutes. Example:
 class Options:
     """The arguments of `speed`."""
 
-    run: Positional[Path]
+    run: Positional[Place]
     """Run folder."""
     topology: str | None = None
     """Chips of the run, as `aot` names them: v5p:4x4x8, h200:8, h100:16x8."""

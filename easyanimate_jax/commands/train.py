@@ -18,6 +18,7 @@ from easyanimate_jax import processes
 from easyanimate_jax.commands import STARTED, parse
 from easyanimate_jax.commands.jax_settings import set_up_jax
 from easyanimate_jax.storage.errors import is_of_jax
+from easyanimate_jax.storage.stores import place
 from easyanimate_jax.training.safety.exits import DONE, FOUND, PEERS_LOST, PREEMPTED
 from easyanimate_jax.training.safety.faults import Faults
 
@@ -91,7 +92,7 @@ def run_config(config, replay: int | None = None, profile: str | None = None) ->
     """
     is_vae = type(config).__name__ == "VAETrainConfig"
     name, folder = ("--output", config.output) if is_vae else ("--run", config.run)
-    parse.check_folder(name, Path(folder) / "checkpoints")
+    parse.check_folder(name, place(folder) / "checkpoints")
     from easyanimate_jax.training.profiler import span_of  # a config was read, so JAX is there
 
     span = span_of(profile, sum(stage.steps for stage in config.stages))

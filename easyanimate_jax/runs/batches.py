@@ -1,7 +1,6 @@
 """Loaders of a config's stages, and their batches as global arrays on its mesh."""
 
 import logging
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -187,7 +186,7 @@ def _reader(config: TrainConfig, stage: Stage, mesh, records, plan, encoder, opt
         "task": stage.task,
         "microbatch": microbatch_rows(stage, mesh),
         "rows": held_rows(stage, mesh, jax.process_index()),
-        "quarantine": Path(config.run) / "quarantine.jsonl",
+        "quarantine": config.folder / "quarantine.jsonl",
     }
     latents = config.set(stage.data)
     if latents.pixels:

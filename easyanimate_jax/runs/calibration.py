@@ -20,7 +20,7 @@ from easyanimate_jax.generation.pipelines import given_of
 from easyanimate_jax.generation.protocols import Diffusion
 from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.runs.config import to_json
-from easyanimate_jax.storage.whole import replace_text
+from easyanimate_jax.storage.stores import Place, replace_text
 from easyanimate_jax.weights.folder import Weights
 from easyanimate_jax.weights.identity import weights_print
 from easyanimate_jax.weights.run_folder import is_run
@@ -32,13 +32,13 @@ REPAIR = f"{CALIBRATE} with the same --step, --weights-of and --transformer"
 class CalibrationFile(NamedTuple):
     """The file with the calibration of a transformer; it may not exist."""
 
-    model: Path  # a run, a folder or a file of weights
+    model: Place  # a run, a folder or a file of weights
     step: int | None  # checkpoint of a run
     weights: Weights
     process: DDPM | Flow
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Place:
         """Return the place of the file: in the folder of the model, or beside its file."""
         if self.model.is_dir():
             return self.model / FILE
@@ -95,7 +95,7 @@ def measure(diffusion: Diffusion, requests: Sequence[Request]) -> Calibration:
     return Calibration(tuple(times), tuple(tuple(map(float, half)) for half in mean.T))
 
 
-def _print(model: Path, step: int | None) -> str:
+def _print(model: Place, step: int | None) -> str:
     """Return the `weights_print` of a model; bytes of a file or folder that is as before count."""
     if is_run(model):
         return weights_print(model, step)

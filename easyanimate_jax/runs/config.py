@@ -24,7 +24,8 @@ from easyanimate_jax.models.vae import VAEConfig
 from easyanimate_jax.runs.stage_checks import check_stages, rewards_of
 from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.storage.local import local_path, resolve_fields
-from easyanimate_jax.storage.stores import place
+from easyanimate_jax.storage.mirror import work_folder
+from easyanimate_jax.storage.stores import Place, Remote, place
 from easyanimate_jax.training.optimizer import OptimizerConfig, Rates
 from easyanimate_jax.training.post.objectives import (
     DirectPreference,
@@ -130,8 +131,8 @@ class ValidationConfig:
         )
 
 
-PLACES = ("source", "vae", "text", "init", "init_lora")  # local paths, gs:// and s3://
-LOCAL = ("prepared", "run", "links")  # local paths
+PLACES = ("source", "prepared", "vae", "text", "run", "init", "init_lora")  # also gs://, s3://
+LOCAL = ("links",)  # local paths
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class TrainConfig:
     """Folder of the tokenizers and text encoders; they are not trained."""
 
     run: str
-    """Folder of the run: its checkpoints, metrics and samples."""
+    """Folder of the run: its checkpoints, metrics and samples; also gs:// or s3://."""
 
     model: MMDiTConfig
     """Size of the transformer."""
@@ -296,6 +297,17 @@ class TrainConfig:
             any(isinstance(stage.objective, DistributionMatching) for stage in self.stages),
             (tuple(sorted(rewards_of(self))), self.vae) if rewarded else None,
         )
+
+    @property
+    def folder(self) -> Path:
+        """Return the local folder of the run's small files; a run in a store uploads them."""
+        run = place(self.run)
+        return work_folder(run) if isinstance(run, Remote) else run
+
+    @property
+    def checkpoints(self) -> Place:
+        """Return the folder of the run's checkpoints."""
+        return place(self.run) / "checkpoints"
 
     @property
     def adapters(self) -> LoRAConfig | None:

@@ -27,8 +27,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from easyanimate_jax.memory import device_memory
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.sharding import make_mesh
-from easyanimate_jax.storage.stores import Place, list_files, place
+from easyanimate_jax.storage.stores import (
+    Place,
+    Remote,
+    list_files,
+    list_names,
+    make_folder,
+    place,
+    replace_text,
+)
 from easyanimate_jax.training.program import abstract_state
+from easyanimate_jax.weights.run_folder import complete_steps
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")
 MAX_CLOCK_SPREAD = 1.0  # seconds; more disturbs logs, heartbeats and certificates
@@ -49,7 +58,7 @@ def examine(config: TrainConfig | None) -> list[Finding]:
     facts = gather(facts_here(config))
     findings = [*compare(facts), all_reduce()]
     if config is not None:
-        findings += [same_run_folder(Path(config.run)), *fits(config)]
+        findings += [same_run_folder(place(config.run)), *fits(config)]
     return findings
 
 
@@ -125,18 +134,18 @@ def all_reduce() -> Finding:
     return Finding("all-reduce", good, what if good else f"gives {result.ravel()[0]}, not {want}")
 
 
-def same_run_folder(folder: Path) -> Finding:
+def same_run_folder(folder: Place) -> Finding:
     """Check that every process can read what each process writes into the run folder."""
     token = gather({"token": uuid.uuid4().hex})[0]["token"]
     problem = ""
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(folder, mode=0o700)
         mine = folder / f"doctor.{token}.{jax.process_index()}"
-        mine.write_text(token)
+        replace_text(mine, token)
     except OSError as error:
         problem = f"cannot be written: {error}"
     multihost_utils.sync_global_devices("doctor wrote")
-    seen = sorted(p.name for p in folder.glob(f"doctor.{token}.*")) if folder.is_dir() else []
+    seen = [] if problem else [n for n in list_names(folder) if n.startswith(f"doctor.{token}.")]
     multihost_utils.sync_global_devices("doctor read")
     if not problem:
         mine.unlink()
@@ -163,8 +172,12 @@ def fits(config: TrainConfig) -> list[Finding]:
     memory = device_memory()
     saved = jax.tree.leaves(state._replace(frozen=None))
     needed = (max(2, config.keep) + 1) * sum(x.size * x.dtype.itemsize for x in saved)
-    place = next(p for p in (Path(config.run), *Path(config.run).absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
+    run, disk = place(config.run), []
+    if isinstance(run, Path):
+        nearest = next(p for p in (run, *run.absolute().parents) if p.exists())
+        free = shutil.disk_usage(nearest).free
+        what = f"{free / 1e9:.1f} GB free, {config.keep} + 1 checkpoints take {needed / 1e9:.1f} GB"
+        disk = [Finding("disk", free > needed, what)]
     shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     return [
         Finding("mesh", True, shape),
@@ -174,11 +187,7 @@ def fits(config: TrainConfig) -> list[Finding]:
             f"the state takes {local / 1e9:.2f} of {memory / 1e9:.1f} GB a device; train.py checks "
             f"the whole step",
         ),
-        Finding(
-            "disk",
-            free > needed,
-            f"{free / 1e9:.1f} GB free, {config.keep} + 1 checkpoints take {needed / 1e9:.1f} GB",
-        ),
+        *disk,
     ]
 
 
@@ -213,6 +222,10 @@ def _listing(folder: Place) -> str | None:
     """Return a digest of the names and sizes of a folder's files; None if it does not exist."""
     if not folder.exists():
         return None
+    if isinstance(folder, Remote):  # a run: the same for all who see its commits
+        return hashlib.sha256(repr(complete_steps(folder / "checkpoints")).encode()).hexdigest()[
+            :12
+        ]
     files = sorted(found[:2] for found in list_files(folder) if "/" not in found.name)
     return hashlib.sha256(repr(files).encode()).hexdigest()[:12]
 

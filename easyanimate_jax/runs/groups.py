@@ -12,7 +12,6 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -73,7 +72,7 @@ class GroupSampler:
         self.dropped = deque(maxlen=WINDOW)  # True for a caption without rewards
         process = jax.process_index()
         name = f"rewards-{process}.jsonl" if process else "rewards.jsonl"
-        self.received = Received(Path(config.run) / name) if self.rewards else None
+        self.received = Received(config.folder / name) if self.rewards else None
 
     def __call__(
         self, stage: Stage, length: int, position: int, state: TrainState, batch: Batch, draws

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -45,7 +44,7 @@ class Journal:
         if self.writer:
             self.writer.close()
         if self.main:
-            folder, config = Path(self.config.run), json.loads(to_json(self.config))
+            folder, config = self.config.folder, json.loads(to_json(self.config))
             trackers = open_trackers(self.config.trackers, folder, step, config)
             self.writer = MetricsWriter(folder, step, trackers)
 
@@ -100,7 +99,7 @@ class Journal:
         if self.main:
             self.writer.write(self.row)
             if self.ends_stage:
-                rows = read_rows(Path(self.config.run))
+                rows = read_rows(self.config.folder)
                 _tell(speeds(row for row in rows if row["stage"] == self.row["stage"]))
         return self.row
 
@@ -138,7 +137,7 @@ class Journal:
         if not self.main:
             return
         self.writer.close()
-        found = speeds(read_rows(Path(self.config.run)))
+        found = speeds(read_rows(self.config.folder))
         if not self.ends_stage:  # else it was logged
             _tell(speed for speed in found if speed.stage == self.row.get("stage"))
         seconds = now() - self.began
@@ -152,7 +151,7 @@ class Journal:
         if self.start_seconds:
             summary["first_step_seconds"] = sum(self.start_seconds.values())
             summary["start_seconds"] = self.start_seconds
-        (Path(self.config.run) / "summary.json").write_text(json.dumps(summary, indent=1))
+        (self.config.folder / "summary.json").write_text(json.dumps(summary, indent=1))
         logger.info("%d steps in %s, %d train programs", step, clock(seconds), programs)
 
     def _tokens(self, stage: Stage) -> int:

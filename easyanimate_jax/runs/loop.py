@@ -8,8 +8,7 @@ same updates as an uninterrupted one.
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ from easyanimate_jax.evaluation.rewards import RewardError
 from easyanimate_jax.runs.batches import held_out_loaders, make_loaders, place, with_empty
 from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.groups import GroupSampler, check_groups
+from easyanimate_jax.runs.home import open_home
 from easyanimate_jax.runs.journal import Journal
 from easyanimate_jax.runs.position import Position, check_resume, check_weights, position_at
 from easyanimate_jax.runs.programs import Programs
@@ -30,7 +30,6 @@ from easyanimate_jax.runs.states import States, open_checkpoints
 from easyanimate_jax.runs.validation import Validator
 from easyanimate_jax.runs.visits import VisitLoader
 from easyanimate_jax.sharding import make_mesh
-from easyanimate_jax.storage.lock import FolderLock
 from easyanimate_jax.storage.whole import replace_text
 from easyanimate_jax.training.checkpoint import NotFiniteError, StorageError, named_leaves
 from easyanimate_jax.training.metrics import now, read_rows
@@ -46,7 +45,7 @@ from easyanimate_jax.training.save_clock import SaveClock
 from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.training.trackers import check_trackers
 from easyanimate_jax.weights.fingerprint import fingerprint
-from easyanimate_jax.weights.run_folder import complete_steps, read_step_meta
+from easyanimate_jax.weights.steps import steps_in
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ def train(
     for data, models or checkpoints that do not fit the config, for a run folder in use, and for a
     step that does not fit the devices' memory.
     """
-    folder, main, called = Path(config.run), jax.process_index() == 0, now()
+    folder, called = config.folder, now()
     check_trackers(config.trackers)
     mesh = make_mesh(config.mesh)
     loaders = make_loaders(config, mesh)
@@ -77,17 +76,19 @@ def train(
     try:
         check_groups(config, loaders)
         with contextlib.ExitStack() as stack:
-            lock = stack.enter_context(run_lock(config)) if main else None
+            home = stack.enter_context(open_home(config))
             setup = now() - called
             monitor = stack.enter_context(open_monitor(config, sink))
             stack.enter_context(profiler)
             stack.enter_context(jax.set_mesh(mesh))
-            run = Run(config, mesh, loaders, monitor, faults, held_out=held_out)
+            run = Run(
+                config, mesh, loaders, monitor, faults, held_out=held_out, before_done=home.keep
+            )
             before = {"imports": called - (began or called), "setup": setup}
             run.journal.startup = lambda: before | monitor.spent()
             step, state = run.states.newest() or (0, run.states.first())
-            if main:
-                lock.begun = True
+            home.begun = True
+            if jax.process_index() == 0:
                 replace_text(folder / "config.json", to_json(config))
             profiler.begin(step)
             finished, step = run.stages(step, state, stop, profiler)
@@ -105,15 +106,10 @@ def train(
     return DONE if finished else PREEMPTED
 
 
-def run_lock(config: TrainConfig) -> FolderLock:
-    """Return the lock of the run folder."""
-    return FolderLock(Path(config.run), option="--run", mode=0o700)
-
-
 def open_monitor(config: TrainConfig, sink: CloudGoodput | None = None) -> Monitor:
     """Return the monitor of this process."""
     process = jax.process_index()
-    return Monitor(Path(config.run), process=process, hang_seconds=config.hang_seconds, sink=sink)
+    return Monitor(config.folder, process=process, hang_seconds=config.hang_seconds, sink=sink)
 
 
 def check_newest(config: TrainConfig, loaders: dict[str, Loader]) -> None:
@@ -121,10 +117,10 @@ def check_newest(config: TrainConfig, loaders: dict[str, Loader]) -> None:
 
     Damaged checkpoints are left to `Checkpoints.restore`.
     """
-    folder = Path(config.run) / "checkpoints"
-    for step in reversed(complete_steps(folder)):
+    steps = steps_in(config.checkpoints)
+    for step in reversed(steps.complete()):
         try:
-            meta = read_step_meta(folder / str(step))
+            meta = steps.meta(step)
         except ValueError:
             continue
         check_resume(meta, config, plan_hashes(loaders))
@@ -148,6 +144,7 @@ class Run:
         monitor: Monitor,
         faults: Faults = NO_FAULTS,
         held_out: dict[str, Loader] | None = None,
+        before_done: Callable[[], None] = lambda: None,
     ):
         self.config, self.mesh, self.loaders = config, mesh, loaders
         self.monitor, self.faults = monitor, faults
@@ -156,8 +153,8 @@ class Run:
         for encoder in self.encoders:
             encoder.announce = self._encode_program
         held = held_out or {}
-        self.programs = Programs(config.step, mesh, loaders, monitor, Path(config.run), held)
-        checkpoints = open_checkpoints(config, faults=faults)
+        self.programs = Programs(config.step, mesh, loaders, monitor, config.folder, held)
+        checkpoints = open_checkpoints(config, faults=faults, before_done=before_done)
         self.states = States(
             config, mesh, self.key, plan_hashes(loaders), self.programs, checkpoints, monitor
         )
@@ -344,13 +341,13 @@ def replay(config: TrainConfig, step: int) -> int:
     logged; nothing is saved. A difference on the same devices means a silent hardware error; then 1
     is returned. The run must not be in progress. Raises ValueError without such a checkpoint.
     """
-    folder = Path(config.run)
     mesh = make_mesh(config.mesh)
     loaders = make_loaders(config, mesh)
-    logged = next((row for row in read_rows(folder) if row["step"] == step), None)
-    if logged is None:
-        raise ValueError(f"{folder / 'metrics.jsonl'} has no step {step}; replay one that was made")
-    with run_lock(config), open_monitor(config) as monitor:
+    with open_home(config), open_monitor(config) as monitor:
+        rows = read_rows(config.folder)
+        logged = next((row for row in rows if row["step"] == step), None)
+        if logged is None:
+            raise ValueError(f"metrics.jsonl of {config.run} has no step {step}; replay a made one")
         with jax.set_mesh(mesh):
             run = Run(config, mesh, loaders, monitor)
             first, second = (run.replay(step, run.states.at(step)) for _ in range(2))

@@ -48,8 +48,8 @@ OWN = Parts()
 class Opened(NamedTuple):
     """The paths and configs of a model, as its folder gives them before any weight is read."""
 
-    path: Path  # of the whole model
-    model: Path
+    path: Place  # of the whole model
+    model: Place
     vae: Place
     text: Place
     config: MMDiTConfig
@@ -122,9 +122,9 @@ def open_parts(
     return opened._replace(weights=weights)
 
 
-def defaults_of(folder: Path, parts: Parts, step: int | None) -> Defaults:
+def defaults_of(folder: Place, parts: Parts, step: int | None) -> Defaults:
     """Return how a model is sampled: as its transformer's run or folder says."""
-    return of_source(Path(parts.transformer or folder), step)
+    return of_source(parts.transformer or folder, step)
 
 
 def with_loras(opened: Opened, loras: Sequence[Weighted]) -> Opened:
@@ -133,7 +133,7 @@ def with_loras(opened: Opened, loras: Sequence[Weighted]) -> Opened:
     return opened._replace(defaults=next(filter(None, own), opened.defaults))
 
 
-def _config_of(path: Path, step: int | None) -> MMDiTConfig:
+def _config_of(path: Place, step: int | None) -> MMDiTConfig:
     """Return the config of a transformer. Raises ValueError, listing all faults of its files."""
     problems: list[str] = []
     model = open_model(path, "transformer", problems, step=step)
@@ -141,7 +141,7 @@ def _config_of(path: Path, step: int | None) -> MMDiTConfig:
     return model.config
 
 
-def _open_run(folder: Path, parts: Parts, step: int | None) -> Opened:
+def _open_run(folder: Place, parts: Parts, step: int | None) -> Opened:
     """Return the model of a run's checkpoint.
 
     Raises ValueError if the run has no such checkpoint, or if its VAE or text encoders are missing
@@ -154,14 +154,14 @@ def _open_run(folder: Path, parts: Parts, step: int | None) -> Opened:
         places[name] = getattr(parts, name)
         if places[name]:
             continue
-        place = places[name] = run_folder.frozen_model(folder, meta["config"], name)
-        if not place.exists():
+        found = places[name] = run_folder.frozen_model(folder, meta["config"], name)
+        if not found.exists():
             tried = ", ".join(map(str, run_folder.frozen_places(folder, meta["config"], name)))
             raise ValueError(f"the {what} of {folder} are in none of {tried}: copy them there")
         recorded = meta.get("weights", {}).get(name)
-        if recorded and fingerprint(place) != recorded:
+        if recorded and fingerprint(found) != recorded:
             raise ValueError(
-                f"{place} holds other {what} than {folder} was trained with: their fingerprint is "
+                f"{found} holds other {what} than {folder} was trained with: their fingerprint is "
                 f"not {recorded}; put the right ones there"
             )
     config = dataclasses.replace(training.model, in_channels=meta["in_channels"])
@@ -219,21 +219,21 @@ def _process_of(folder: Path, config: MMDiTConfig, problems: list[str]) -> DDPM 
     In PyTorch's layouts it must be the process of the released model with these text encoders. In
     our layout `convert` wrote the process of the run, which may be another.
     """
-    place = folder / "scheduler" / SCHEDULER
-    fields = read_json(place, problems)
+    file = folder / "scheduler" / SCHEDULER
+    fields = read_json(file, problems)
     own = "class" in read_json(folder / "transformer" / CONFIG, [])
     if problems:
         return None
     try:
         process = process_of(fields)
     except ValueError as error:
-        problems.append(f"{place}: {error}")
+        problems.append(f"{file}: {error}")
         return None
     released = released_process(len(config.text_widths))
     if not own and type(process).__name__ != released:
         version = {"DDPM": "V5, two text encoders", "Flow": "V5.1, one text encoder"}[released]
         problems.append(
-            f"{place} is a {fields['_class_name']}, and the transformer is of {version}, which was "
+            f"{file} is a {fields['_class_name']}, and the transformer is of {version}, which was "
             f"released with the process {released}: put its own scheduler there, or give process= "
             f"if the weights were trained otherwise"
         )

@@ -17,11 +17,11 @@ from easyanimate_jax.memory import device_memory
 from easyanimate_jax.runs.batches import split
 from easyanimate_jax.storage.whole import replace_text
 from easyanimate_jax.training.auto import Choice, choose, is_auto
-from easyanimate_jax.training.checkpoint import same_for_all
 from easyanimate_jax.training.compile import StageReport, compile_stage
 from easyanimate_jax.training.fits import memory_line, refusal
 from easyanimate_jax.training.program import StepConfig, microbatch_rows, samples_groups
 from easyanimate_jax.training.safety.monitor import Monitor
+from easyanimate_jax.training.saving import same_for_all
 from easyanimate_jax.training.stages import Stage
 
 logger = logging.getLogger(__name__)

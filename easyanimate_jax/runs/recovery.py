@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 
@@ -23,7 +22,7 @@ class Recovery:
 
     def __init__(self, config: TrainConfig, loaders: Mapping[str, Loader]):
         self.config, self.loaders = config, loaders
-        self.returns = Returns(Path(config.run))
+        self.returns = Returns(config.folder)
         self.detector, self.reason = Detector(), None
 
     def enter(self) -> None:

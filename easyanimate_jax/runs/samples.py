@@ -10,7 +10,6 @@ writes.
 
 import logging
 import math
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -82,7 +81,7 @@ class Sampler:
     def __init__(self, config: TrainConfig, mesh: Mesh, held_out: dict[str, Loader]):
         self.config, self.mesh = config, mesh
         self.held_out = held_out if config.samples.clips else {}
-        self.folder = Path(config.run) / "samples"
+        self.folder = config.folder / "samples"
         self.writer: MetricsWriter | None = None
         self.wanted = bool(config.samples.every and (config.samples.prompts or self.held_out))
         init = config.init if config.step.taught else ""

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -211,8 +210,6 @@ class States:
 
 def open_checkpoints(config: TrainConfig, **options) -> Checkpoints:
     """Return the `Checkpoints` of a run folder, with the config's rules for which to keep."""
-    folder = Path(config.run) / "checkpoints"
     keep_if = partial(is_kept, config=config)
-    return Checkpoints(
-        folder, keep=config.keep, keep_every=config.keep_every, keep_if=keep_if, **options
-    )
+    rules = {"keep": config.keep, "keep_every": config.keep_every, "keep_if": keep_if}
+    return Checkpoints(config.checkpoints, **rules, **options)

@@ -10,7 +10,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +21,9 @@ from easyanimate_jax.data.loader import Loader
 from easyanimate_jax.runs.batches import place
 from easyanimate_jax.runs.config import TrainConfig
 from easyanimate_jax.storage.whole import replace_text
-from easyanimate_jax.training.checkpoint import same_for_all
 from easyanimate_jax.training.metrics import MetricsWriter, now
 from easyanimate_jax.training.program import graph_of
+from easyanimate_jax.training.saving import same_for_all
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.training.step import TrainState, row_losses, whole
 
@@ -40,7 +39,7 @@ class Validator:
     def __init__(self, config: TrainConfig, mesh: Mesh, loaders: dict[str, Loader]):
         self.config, self.mesh, self.loaders = config, mesh, loaders
         self.programs = {}  # number of input channels -> jitted function
-        self.path = Path(config.run) / "validation.jsonl"
+        self.path = config.folder / "validation.jsonl"
         self.done: set[tuple[int, str]] = set()  # (updates made, stage) of the file's lines
         self.writer: MetricsWriter | None = None
 

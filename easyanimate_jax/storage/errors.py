@@ -14,6 +14,10 @@ OF_THE_SYSTEM = {
 STATUS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
 
 
+class AnotherRunError(ValueError):
+    """Another run works in the same folder, and this one must not go on."""
+
+
 def is_of_the_system(error: BaseException | None) -> bool:
     """Return True if an error, or one that caused it, says nothing about the files."""
     while error is not None:

@@ -6,6 +6,9 @@ instead, and a file that was touched in the last 60 seconds is held.
 
 Between hosts, the lock needs a file system that shares kernel locks: NFS with its lock service,
 Lustre mounted with `flock`, GPFS. Where locks are local to a host, it protects only one host.
+
+In an object store the lock is an object, which is created if there is none. Its holder renews it,
+and one that was not renewed for 60 seconds is taken over.
 """
 
 import contextlib
@@ -16,11 +19,16 @@ import shutil
 import socket
 import threading
 import time
+import uuid
 from io import TextIOWrapper
 from pathlib import Path
 
+from easyanimate_jax.storage.errors import AnotherRunError
+from easyanimate_jax.storage.stores import Remote, create, read_tagged, replace_if
+
 PATIENCE = 10.0  # seconds to wait for a killed process to end
 FRESH, BEAT = 60.0, 5.0  # seconds; only on file systems without locks
+RENEW = 15.0  # seconds; a store takes about one write a second to a name
 NAMES = re.compile(r"lock(?:-(\d+)-of-(\d+))?")
 
 
@@ -59,7 +67,7 @@ class FolderLock:
             time.sleep(0.2)
         self.file, kernel = taken
         self.file.truncate(0)
-        self.file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()} | _now()))
+        self.file.write(json.dumps(_myself()))
         self.file.flush()
         if not kernel:
             threading.Thread(target=self._beat, daemon=True).start()
@@ -108,23 +116,106 @@ class FolderLock:
     def _refusal(self) -> str:
         others = self._others()
         path = others[0] if others else self.path
-        holder, who = _holder(path), "another process"
-        if holder:
-            who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-        where = str(self.folder)
+        where, holder = str(self.folder), _holder(path)
         if others:
             where = f"{self.folder}, shared in another number of parts ({path.name}),"
         elif self.parts > 1:
             where = f"part {self.part} of {self.parts} of {self.folder}"
-        return (
-            f"{where} is in use by {who}: wait until it ends, stop it, or name another folder "
-            f"({self.option})"
-        )
+        return _in_use(where, holder, self.option)
 
     def _beat(self) -> None:
         while not self.ended.wait(BEAT):
             with contextlib.suppress(OSError):
                 os.utime(self.path)
+
+
+class StoreLock:
+    """A context manager that locks a folder of a store for this process.
+
+    Raises ValueError if another process holds it, as `FolderLock` does; a holder that was killed
+    on another host is known after 60 seconds. `check` tells whether the lock is still held.
+    """
+
+    def __init__(self, folder: Remote, *, option: str, wait: float | None = None):
+        self.folder, self.option, self.path = folder, option, folder / "lock"
+        self.wait = RENEW + PATIENCE if wait is None else wait
+        self.mine = _myself() | {"id": uuid.uuid4().hex, "processes": _processes()}
+        self.taken_by: dict | None = None
+        self.ended = threading.Event()
+
+    def __enter__(self) -> "StoreLock":
+        end, first = time.monotonic() + self.wait, self._read()[0]
+        self.tag = self._take()
+        while self.tag is None:
+            body = self._read()[0]
+            # A holder that renews the lock lives. One that does not is dead after a minute.
+            if time.monotonic() > end and body not in (first, b""):
+                raise ValueError(_in_use(str(self.folder), _read_json(body), self.option))
+            time.sleep(0.5)
+            self.tag = self._take()
+        self.thread = threading.Thread(target=self._renew, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ended.set()
+        self.thread.join()
+        with contextlib.suppress(OSError):  # else it is free in a minute
+            if _read_json(self._read()[0]).get("id") == self.mine["id"]:
+                self.path.unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Raise AnotherRunError if another process has taken the lock over."""
+        if self.taken_by is not None:
+            raise AnotherRunError(
+                f"{self.folder} was taken over by {_who(self.taken_by)}, because this process did "
+                f"not renew {self.path} for {FRESH:.0f} s: end one of the two ({self.option})"
+            )
+
+    def _take(self) -> dict | None:
+        """Return the tag of the lock if this process holds it now; None if another does."""
+        if create(self.path, self._body()):
+            return self._read()[1]
+        body, tag = self._read()
+        holder = _read_json(body)
+        old = time.time() - holder.get("time", 0.0) > FRESH
+        if body and not old and not _is_dead(holder):
+            return None
+        return replace_if(self.path, self._body(), tag) if body else None
+
+    def _body(self) -> bytes:
+        return json.dumps(self.mine | {"time": time.time()}).encode()
+
+    def _read(self) -> tuple[bytes, dict]:
+        """Return content and tag of the object; nothing if it is gone."""
+        try:
+            return read_tagged(self.path)
+        except FileNotFoundError:
+            return b"", {}
+
+    def _renew(self) -> None:
+        while not self.ended.wait(RENEW):
+            with contextlib.suppress(OSError):  # the store does not answer: the next time may do
+                new = replace_if(self.path, self._body(), self.tag)
+                if new is None:
+                    self.taken_by = _read_json(self._read()[0])
+                    return
+                self.tag = new
+
+
+def _is_dead(holder: dict) -> bool:
+    """Return True if the holder was a process of this machine that has ended."""
+    here = holder.get("processes") and holder["processes"] == _processes()
+    return bool(here) and not os.path.isdir(f"/proc/{holder['pid']}")
+
+
+def _processes() -> str:
+    """Return what names this machine and its numbering of processes; "" where nothing does."""
+    try:
+        space = os.readlink("/proc/self/ns/pid")
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {space}"
+    except OSError:
+        return ""
 
 
 def _lock(path: Path, mode: str = "a+") -> tuple[TextIOWrapper, bool] | None:
@@ -156,10 +247,31 @@ def _is_fresh(path: Path) -> bool:
 
 def _holder(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):  # gone, empty, or cut short by a kill
+        return _read_json(path.read_bytes())
+    except OSError:  # gone
         return {}
 
 
-def _now() -> dict:
-    return {"since": time.strftime("%Y-%m-%d %H:%M:%S")}
+def _read_json(body: bytes) -> dict:
+    try:
+        return json.loads(body)
+    except ValueError:  # empty, or cut short by a kill
+        return {}
+
+
+def _myself() -> dict:
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+
+
+def _who(holder: dict) -> str:
+    if not holder:
+        return "another process"
+    return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+
+
+def _in_use(where: str, holder: dict, option: str) -> str:
+    return (
+        f"{where} is in use by {_who(holder)}: wait until it ends, stop it, or name another folder "
+        f"({option})"
+    )

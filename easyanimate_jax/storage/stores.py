@@ -105,6 +105,9 @@ class Remote:
     def exists(self) -> bool:
         return self.is_file() or self.is_dir()
 
+    def absolute(self) -> "Remote":
+        return self
+
     def version(self) -> Version | None:
         """Return size and tag of the object; None if there is none."""
         try:
@@ -260,6 +263,26 @@ def replace_bytes(target: Place, content: bytes) -> None:
         whole.replace(target, lambda new: new.write_bytes(content))
 
 
+def read_tagged(source: Remote) -> tuple[bytes, dict]:
+    """Return the content of an object and its tag, for `replace_if`."""
+    with _told(source):
+        found = _obstore().get(_store(source), source.key)
+        return bytes(found.bytes()), _condition(found.meta)
+
+
+def replace_if(target: Remote, content: bytes, tag: dict) -> dict | None:
+    """Write an object if it has still the tag, and return its new tag; None if it has not."""
+    from obstore.exceptions import PreconditionError
+
+    with contextlib.suppress(FileNotFoundError):
+        with _told(target), contextlib.suppress(PreconditionError):
+            how = {"mode": tag, "use_multipart": False}
+            return _condition(_obstore().put(_store(target), target.key, content, **how))
+        now, new = read_tagged(target)
+        return new if now == content else None  # as after an answer that was lost
+    return None
+
+
 def replace_text(target: Place, text: str) -> None:
     """Write a file as UTF-8 text, completely or not at all."""
     replace_bytes(target, text.encode())
@@ -368,6 +391,8 @@ def kvstore(folder: Place) -> dict:
     endpoint = _endpoint()
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
     where = {"endpoint": endpoint, "aws_region": region} if endpoint else {}
+    if os.environ.get("AWS_ACCESS_KEY_ID"):  # else tensorstore looks at more places, and says so
+        where["aws_credentials"] = {"type": "environment"}
     return {"driver": "s3", **spec, **where}
 
 
@@ -437,6 +462,11 @@ def _told(remote: Remote) -> Iterator[None]:
 
 def _tag(meta: dict) -> str:
     return (meta["e_tag"] or "").strip('"')
+
+
+def _condition(meta: dict) -> dict:
+    """Return what obstore wants to know of the version that an update replaces."""
+    return {name: meta[name] for name in ("e_tag", "version") if meta.get(name)}
 
 
 def _folder(key: str) -> str:

@@ -6,39 +6,38 @@
     RUN/checkpoints/500/verified-0-of-1    the files were read and hold the bits that were saved
     RUN/checkpoints/500.corrupt     a damaged step; the file `reason` inside says why
 
-orbax writes in the background and does not check what it reads. So the fingerprint of each array is
-computed on the device at the save. It is compared with the files after the write, and with the
-arrays after a restore. A step gets its name only when it is complete, and is removed by one rename.
+Arrays are written in the background, and no reader checks what it reads. So the fingerprint of each
+array is computed on the device at the save. It is compared with the files after the write, and with
+the arrays after a restore. A step gets its name only when it is complete, and is removed by one
+rename. In an object store, where nothing can be renamed, it is a commit (weights/steps.py).
 See also `python -m easyanimate_jax checkpoint verify|list|diff DIR`.
 """
 
 import logging
-import shutil
 import threading
 from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 
-from easyanimate_jax.storage.errors import is_of_jax, is_of_the_system
-from easyanimate_jax.storage.local import without_patterns
-from easyanimate_jax.training.retention import Retention, remove_leftovers, set_aside
+from easyanimate_jax.storage.errors import AnotherRunError, is_of_jax, is_of_the_system
+from easyanimate_jax.storage.stores import Place, make_folder, place
+from easyanimate_jax.training.retention import Retention
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
+from easyanimate_jax.training.saving import same_for_all, saver_for
+from easyanimate_jax.weights import array_item, orbax_item
 from easyanimate_jax.weights.fingerprint import fingerprint
-from easyanimate_jax.weights.orbax_item import fingerprint_on_disk, names
-from easyanimate_jax.weights.run_folder import complete_steps, read_step_meta, sealed
+from easyanimate_jax.weights.run_folder import reader
+from easyanimate_jax.weights.steps import Steps, steps_in
 
 logger = logging.getLogger(__name__)
 
-ITEMS = ("state", "ema")
-SLICE = 2**20  # bytes of a replicated array that a device writes at least
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint")
-SPARE_SPACE = 1.2  # required free disk space, as a multiple of the state's bytes
 MAX_FAILURES = 3  # saves in a row
 
 State = tuple  # a NamedTuple of pytrees; its field `ema` is saved as a separate item
@@ -66,70 +65,59 @@ class Checkpoints:
     The last `keep` verified steps are kept (at least two), and all steps that are multiples of
     `keep_every` or whose metadata satisfies `keep_if`. A step is deleted only after a later one was
     saved and verified, never when the folder is opened. A failed save is logged and counted; after
-    three in a row the next save raises StorageError. Only tests pass `faults`.
+    three in a row the next save raises StorageError. In an object store, every process calls
+    `before_done` in a thread before it says that its part of a save is written. Only tests pass
+    `faults`.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: str | Place,
         *,
         keep: int,
         keep_every: int | None = None,
         keep_if: Callable[[dict], bool] = lambda meta: False,
+        before_done: Callable[[], None] = lambda: None,
         faults: Faults = NO_FAULTS,
     ):
-        self.folder = Path(folder).absolute()
-        self.retention = Retention(self.folder, max(2, keep), keep_every, keep_if, faults)
+        self.folder = place(folder).absolute()
+        self.steps = steps_in(self.folder)
+        self.retention = Retention(self.steps, max(2, keep), keep_every, keep_if, faults)
         self.faults = faults
         self.process, self.processes = jax.process_index(), jax.process_count()
         self.writing: int | None = None  # the step whose save is not yet settled
-        self.latest = 0  # the step that orbax writes, or wrote last
-        self.checkpointer = ocp.AsyncCheckpointer(
-            _handler(),
-            timeout_secs=600,
-            # At this callback all files are written, but the step does not have its name yet.
-            async_options=ocp.options.AsyncOptions(
-                post_finalization_callback=lambda: faults.kill("finalising", self.latest)
-            ),
-        )
         self.failures = 0
         self.checking = threading.Thread()
         if self.process == 0:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            remove_leftovers(self.folder)
+            make_folder(self.folder, mode=0o700)
+            self.steps.remove_leftovers()
         _wait_for_all("checkpoints")
-        self.place = without_patterns(self.folder)
+        self.saver = saver_for(self.steps, faults, before_done)
+        self.there = set(self.steps.complete())  # as this run knows
 
     def save(self, step: int, state: State, meta: dict) -> None:
         """Start writing `state` as checkpoint `step`; do nothing if that step exists.
 
         Raises NotFiniteError, and saves nothing, if an array is not finite; the message names the
-        arrays. Raises StorageError after three failed saves in a row.
+        arrays. Raises StorageError after three failed saves in a row, and AnotherRunError if
+        another run has saved in this folder meanwhile.
         """
         self.settle()
         if self.failures >= MAX_FAILURES:
             raise StorageError(f"{self.failures} saves in a row failed; see the lines above")
-        if step in complete_steps(self.folder):
+        if step in self.there:
             return
         items = {item: named_leaves(part) for item, part in items_of(state).items()}
         meta = meta | {"versions": {name: version(name) for name in PACKAGES}}
         meta["arrays"] = {item: describe(named) for item, named in items.items()}
         size = sum(leaf.nbytes for named in items.values() for leaf in named.values())
-        free = shutil.disk_usage(self.folder).free
-        if not same_for_all(free >= SPARE_SPACE * size):
-            self._failed(step, f"{free / 1e9:.2f} GB are free, and {size / 1e9:.2f} GB to write")
+        if reason := self.saver.refusal(size):
+            self._failed(step, reason)
             return
-        self._clean()
         self.faults.limit_files(step)
-        self.writing = self.latest = step
+        self.writing = step
         try:
-            self.checkpointer.save(
-                self.place / str(step),
-                args=ocp.args.Composite(
-                    **{item: ocp.args.PyTreeSave(named) for item, named in items.items()},
-                    meta=ocp.args.JsonSave(sealed(meta)),
-                ),
-            )
+            self.saver.start(step, items, meta)
         except Exception as error:  # orbax, tensorstore and the file system raise different types
             self.writing = None
             self._failed(step, error)
@@ -141,10 +129,13 @@ class Checkpoints:
         if step is None:
             return
         try:
-            self.checkpointer.wait_until_finished()
+            self.saver.wait()
+        except AnotherRunError:
+            raise
         except Exception as error:  # as in save
             self._failed(step, error)
             return
+        self.there.add(step)
         self.faults.kill("written", step)
         if self.checking.ident:
             self.checking.join()
@@ -153,7 +144,7 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Settle the write in progress if it has finished; call this between steps."""
-        if self.writing is not None and (self.folder / str(self.writing)).is_dir():
+        if self.writing is not None and self.saver.finished():
             self.settle()
 
     def restore(
@@ -162,30 +153,29 @@ class Checkpoints:
         """Return (step, state, meta) of the newest step whose restored arrays have the saved bits.
 
         `like` takes the meta of a step and returns the abstract state: shapes and shardings, on any
-        mesh. It may raise ValueError for a checkpoint of another run. A damaged step is renamed to
-        STEP.corrupt. With `before`, only earlier steps count. Returns None if there is no step.
+        mesh. It may raise ValueError for a checkpoint of another run. A damaged step is set aside
+        as STEP.corrupt. With `before`, only earlier steps count. Returns None if there is no step.
         Raises StorageError if all steps are damaged: a run never starts over by itself. An error
         that says nothing about the files, as of a lost process, leaves them as they are.
         """
         self.finish()
         while (step := self._newest(before)) is not None:
-            path = self.folder / str(step)
             self.faults.kill("restoring", step)
             try:
-                state, meta = _load(path, like)
+                state, meta = _load(self.steps, step, like)
             except DamagedError as error:
                 if not (error.unreadable and self.processes > 1):
                     self._set_aside(step, str(error))
                     continue
-                if damage(path):  # else the reader failed for another reason
-                    set_aside(path, str(error))
+                if damage(self.folder / str(step)):  # else the reader failed for another reason
+                    self.steps.set_aside(step, str(error))
                 raise StorageError(f"checkpoint {step} {error}") from error  # others may wait
             if "arrays" not in meta:
                 logger.warning("checkpoint %d is from before fingerprints: used unverified", step)
             elif self.process == 0:
-                _mark(path, 0, 1)
+                self.steps.mark(step, 0, 1)
             return step, state, meta
-        damaged = sorted(path.name for path in self.folder.glob("*.corrupt*"))
+        damaged = self.steps.damaged()
         if damaged and before is None:
             raise StorageError(
                 f"no good checkpoint is left in {self.folder}, only {', '.join(damaged)}; bring "
@@ -197,6 +187,7 @@ class Checkpoints:
         """Delete all steps after `step`: the run went back and makes these updates again."""
         if self.process == 0:
             self.retention.drop_after(step)
+        self.there = {one for one in self.there if one <= step}
         _wait_for_all(f"dropped after {step}")
 
     def finish(self) -> None:
@@ -209,27 +200,26 @@ class Checkpoints:
         """Finish all work. Raises StorageError if the step `last` does not exist then."""
         self.finish()
         self._clean()
-        self.checkpointer.close()
-        if last is not None and last not in complete_steps(self.folder):
+        self.saver.close()
+        if last is not None and last not in self.steps.complete():
             raise StorageError(f"checkpoint {last} could not be saved in {self.folder}")
 
     def _check(self, step: int) -> None:
         """Compare this process's share of the arrays with the files; then delete old steps."""
-        path = self.folder / str(step)
         try:
-            wrong = damage(path, share=(self.process, self.processes))
-        except StorageError as error:  # it stays, unverified, and so do the steps before it
-            logger.error("checkpoint %d was not checked: %s", step, error)
-            return
-        if wrong:
-            self.failures += 1
-            set_aside(path, "; ".join(wrong))
-        else:
+            wrong = damage(self.folder / str(step), share=(self.process, self.processes))
+            if wrong:
+                self.failures += 1
+                self.there.discard(step)
+                self.steps.set_aside(step, "; ".join(wrong))
+                return
             self.failures = 0
-            _mark(path, self.process, self.processes)
+            self.steps.mark(step, self.process, self.processes)
             self.faults.kill("checked", step)
             if self.process == 0:
                 self.retention.prune()
+        except (StorageError, OSError) as error:  # it stays, and so do the steps before it
+            logger.error("checkpoint %d was not checked: %s", step, error)
 
     def _failed(self, step: int, error: Exception | str) -> None:
         self.failures += 1
@@ -244,17 +234,17 @@ class Checkpoints:
     def _clean(self) -> None:
         """Remove files of failed saves. Their threads may still write, so this is called again."""
         if self.process == 0:
-            remove_leftovers(self.folder)
+            self.steps.remove_leftovers()
 
     def _newest(self, before: int | None) -> int | None:
-        steps = complete_steps(self.folder)
-        fitting = [step for step in steps if before is None or step < before]
+        fitting = [step for step in self.steps.complete() if before is None or step < before]
         newest = same_for_all(fitting[-1] if fitting else -1)
         return None if newest < 0 else int(newest)
 
     def _set_aside(self, step: int, reason: str) -> None:
+        self.there.discard(step)
         if self.process == 0:
-            set_aside(self.folder / str(step), reason)
+            self.steps.set_aside(step, reason)
         _wait_for_all(f"set aside {step}")
 
 
@@ -286,28 +276,32 @@ def differing(meta: dict, parts: dict) -> list[str]:
     ]
 
 
-def damage(path: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """Return what is wrong with the files of a step, one line each; empty if all is well.
+def damage(path: Place, *, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """Return what is wrong with the files of the step FOLDER/STEP, one line each; [] if nothing is.
 
     `share` (k, n) reads every n-th array from the k-th on. No device is used. Raises StorageError
     if the system, and not the files, is the reason why they do not read.
     """
+    steps, step = steps_in(path.parent), int(path.name)
     try:
-        meta = read_step_meta(path)
+        meta = steps.meta(step)
+        items = reader(meta)
     except ValueError as error:
         return [str(error)]
+    except OSError as error:
+        raise StorageError(_not_now(path, error)) from error
     if "arrays" not in meta:
         return ["it is from before fingerprints: nothing to compare its arrays with"]
-    wrong = []
+    folder, wrong = steps.data(step, meta), []
     for item, expected in meta["arrays"].items():
         try:
-            missing = sorted(set(expected) ^ set(names(path / item)))
+            missing = sorted(set(expected) ^ set(items.names(folder / item)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             missing, expected = [f"the list of arrays ({error})"], {}
         wrong += [f"{item}.{name} is missing or unknown" for name in missing]
         for name in list(expected)[share[0] :: share[1]]:
             try:
-                same = f"{fingerprint_on_disk(path / item, name):08x}" == expected[name][0]
+                same = f"{items.fingerprint_on_disk(folder / item, name):08x}" == expected[name][0]
             except Exception as error:  # a reader may raise any type for damaged bytes
                 if is_of_the_system(error):
                     raise StorageError(_not_now(path, error)) from error
@@ -349,17 +343,6 @@ def _fingerprint_and_finite(x: jax.Array) -> jax.Array:
     return jnp.stack([fingerprint(x), jnp.isfinite(x).all().astype(jnp.uint32)])
 
 
-def _mark(path: Path, process: int, processes: int) -> None:
-    (path / f"verified-{process}-of-{processes}").touch()
-
-
-def same_for_all(value):
-    """Return the value of process 0 in every process."""
-    if jax.process_count() == 1:
-        return value
-    return multihost_utils.broadcast_one_to_all(np.asarray(value))
-
-
 def _wait_for_all(what: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
@@ -379,33 +362,22 @@ def _check_fit(step: int, meta: dict, wanted: dict) -> None:
             )
 
 
-def _handler() -> ocp.CompositeCheckpointHandler:
-    """Return orbax's handler of our items.
-
-    By default orbax splits every replicated array over its replicas, with a program for each shape.
-    With small arrays these programs would hold the first save up for seconds.
-    """
-    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    items = {item: ocp.PyTreeCheckpointHandler(type_handler_registry=registry) for item in ITEMS}
-    return ocp.CompositeCheckpointHandler(**items, meta=ocp.JsonCheckpointHandler())
-
-
-def _load(path: Path, like: Callable[[dict], State]) -> tuple[State, dict]:
-    """Return (state, metadata) of a step folder. Raises DamagedError where its bits differ.
+def _load(steps: Steps, step: int, like: Callable[[dict], State]) -> tuple[State, dict]:
+    """Return (state, metadata) of a step. Raises DamagedError where its bits differ.
 
     Raises StorageError if the system, and not the files, is the reason why they do not read.
     """
     try:
-        meta = read_step_meta(path)
+        meta = steps.meta(step)
     except ValueError as error:
         raise DamagedError(str(error)) from error
     abstract = like(meta)
     wanted = items_of(abstract)
-    _check_fit(int(path.name), meta, wanted)
+    _check_fit(step, meta, wanted)
+    path = steps.data(step, meta)
+    load = {orbax_item: _from_orbax, array_item: array_item.load}[reader(meta)]
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            parts = {item: _read(checkpointer, path / item, part) for item, part in wanted.items()}
+        parts = {item: _read(load, path / item, part) for item, part in wanted.items()}
     except Exception as error:  # a reader may raise any type for damaged bytes
         if is_of_jax(error):  # another process is gone, or the memory of a device is too small
             raise
@@ -418,7 +390,7 @@ def _load(path: Path, like: Callable[[dict], State]) -> tuple[State, dict]:
     return parts["state"]._replace(ema=parts.get("ema")), meta
 
 
-def _not_now(path: Path, error: Exception) -> str:
+def _not_now(path: Place, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
     return (
         f"{path} does not read now, and nothing says that it is damaged: {reason}; repair that "
@@ -426,10 +398,16 @@ def _not_now(path: Path, error: Exception) -> str:
     )
 
 
-def _read(checkpointer, path: Path, like):
-    named = named_leaves(like)
+def _from_orbax(item: Place, named: dict) -> dict[str, jax.Array]:
+    """Return the arrays of an orbax item, with the shapes and shardings of `named`."""
     args = ocp.checkpoint_utils.construct_restore_args(named)
-    read = checkpointer.restore(path, item=named, restore_args=args)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(epath.Path(str(item)), item=named, restore_args=args)
+
+
+def _read(load: Callable, item: Place, like):
+    named = named_leaves(like)
+    read = load(item, named)
     wrong = [
         f"{name}: {getattr(read.get(name), 'shape', 'missing')} for {leaf.shape}"
         for name, leaf in named.items()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.trackers import Tracker
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class MetricsWriter:
             tracker.close()
 
 
-def read_rows(folder: Path) -> list[dict]:
+def read_rows(folder: Place) -> list[dict]:
     """Return the rows of a run's `metrics.jsonl`, without lines that a kill cut short."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines if _step(line) < sys.maxsize]

@@ -1,17 +1,10 @@
-"""Which checkpoints of a folder are kept, how others are deleted, and damaged ones set aside."""
+"""Which checkpoints of a run are kept, and how others are deleted."""
 
-import logging
-import os
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 
+from easyanimate_jax.storage.stores import delete_folder
 from easyanimate_jax.training.safety.faults import Faults
-from easyanimate_jax.weights.run_folder import complete_steps, is_verified, read_step_meta
-
-logger = logging.getLogger(__name__)
-
-LEFTOVERS = ("*.orbax-checkpoint-tmp*", "*.deleting")
+from easyanimate_jax.weights.steps import Steps
 
 
 class Retention:
@@ -22,19 +15,19 @@ class Retention:
 
     def __init__(
         self,
-        folder: Path,
+        steps: Steps,
         keep: int,
         keep_every: int | None,
         keep_if: Callable[[dict], bool],
         faults: Faults,
     ):
-        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self.steps, self.keep, self.keep_every = steps, keep, keep_every
         self.keep_if, self.faults = keep_if, faults
 
     def prune(self) -> None:
         """Delete the steps that need not be kept, if there are at least two verified steps."""
-        steps = complete_steps(self.folder)
-        verified = [step for step in steps if is_verified(self.folder / str(step))]
+        steps = self.steps.complete()
+        verified = [step for step in steps if self.steps.is_verified(step)]
         if len(verified) < 2:
             return
         last = set(verified[-self.keep :])
@@ -44,7 +37,7 @@ class Retention:
 
     def drop_after(self, step: int) -> None:
         """Delete all steps after `step`."""
-        for later in complete_steps(self.folder):
+        for later in self.steps.complete():
             if later > step:
                 self._delete(later)
 
@@ -53,35 +46,13 @@ class Retention:
         if self.keep_every and step % self.keep_every == 0:
             return True
         try:
-            return self.keep_if(read_step_meta(self.folder / str(step)))
+            return self.keep_if(self.steps.meta(step))
         except ValueError:
             return True
 
     def _delete(self, step: int) -> None:
-        """Rename a step, then delete its files, so that no partial step has a valid name."""
-        path = self.folder / str(step)
-        doomed = path.with_name(f"{path.name}.deleting")
-        os.replace(path, doomed)
+        """Make a step no step any more, then delete its files, so that no part of it counts."""
+        doomed = self.steps.withdraw(step)
         self.faults.kill("deleting", step)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete the files that killed or failed saves and killed deletions left in `folder`."""
-    for pattern in LEFTOVERS:
-        for path in Path(folder).glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def set_aside(path: Path, reason: str) -> None:
-    """Rename a damaged step to STEP.corrupt, so that it is never restored, and store `reason`."""
-    target, number = path.with_name(f"{path.name}.corrupt"), 1
-    while target.exists():
-        number += 1
-        target = path.with_name(f"{path.name}.corrupt{number}")
-    try:
-        os.replace(path, target)
-    except FileNotFoundError:  # another process found the damage, too
-        return
-    (target / "reason").write_text(reason + "\n")
-    logger.error("checkpoint %s is damaged, set aside as %s: %s", path.name, target.name, reason)
+        for folder in doomed:
+            delete_folder(folder)

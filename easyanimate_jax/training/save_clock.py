@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from easyanimate_jax.training.checkpoint import same_for_all
+from easyanimate_jax.training.saving import same_for_all
 
 
 class SaveClock:

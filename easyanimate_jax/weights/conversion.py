@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from easyanimate_jax.diffusion.tasks import task_of
 from easyanimate_jax.facts import DTypes, check_fields
 from easyanimate_jax.storage.local import local_path
-from easyanimate_jax.storage.stores import Place
+from easyanimate_jax.storage.stores import Place, Remote
 from easyanimate_jax.weights import (
     defaults,
     files,
@@ -130,6 +130,8 @@ def convert(
     problems = []
     if not source.exists():
         problems.append(f"{source} does not exist")
+    elif isinstance(source, Remote) and not run_folder.is_run(source):
+        problems.append(f"{source} holds no checkpoints; of gs:// and s3:// only runs are read")
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         problems.append(f"{target} already exists; name a new folder, or remove it")
     files.raise_all(f"{source} -> {target}", problems)
@@ -163,7 +165,7 @@ class Plan:
         self.memory = files.Memory()
         self.loras = open_loras(options.loras)
 
-    def read(self, source: Path, *, alone: bool) -> None:
+    def read(self, source: Place, *, alone: bool) -> None:
         """Fill `parts` from a pipeline, a run, a model or a LoRA; add all faults to `problems`.
 
         `alone` asks for the adapters of a run without its model.
@@ -194,7 +196,7 @@ class Plan:
             if not self.problems:
                 self._add_pipeline_files(places)
 
-    def _places(self, source: Path) -> dict[str, Path]:
+    def _places(self, source: Place) -> dict[str, Place]:
         """Return the path of each part of a pipeline; {} for a single model."""
         if run_folder.is_run(source):
             _, meta = run_folder.read_meta(source, self.options.step)
@@ -239,7 +241,7 @@ class Plan:
         )
         return ""
 
-    def _add(self, name: str, place: Path, folder: str) -> None:
+    def _add(self, name: str, place: Place, folder: str) -> None:
         if name in KINDS:
             self._add_model(name, place, folder)
         elif name in TEXT_ENCODERS:
@@ -248,7 +250,7 @@ class Plan:
             copies = [path for path in place.iterdir() if path.is_file()]
             self.parts.append(Part(folder, copies=copies))
 
-    def _add_model(self, name: str, place: Path, folder: str) -> None:
+    def _add_model(self, name: str, place: Place, folder: str) -> None:
         options, kind = self.options, KINDS[name]
         found = len(self.problems)
         model = open_model(
@@ -309,9 +311,9 @@ class Plan:
 
     def _add_pipeline_files(self, places: Mapping[str, Path]) -> None:
         """Add the missing scheduler, the prompt lengths, and diffusers' index of the parts."""
-        for place in (places[name].parent / LENGTHS for name in places if name == "text_encoder"):
-            if place.is_file():
-                self.parts.append(Part("", copies=[place]))
+        for file in (places[name].parent / LENGTHS for name in places if name == "text_encoder"):
+            if file.is_file():
+                self.parts.append(Part("", copies=[file]))
         transformer = self.models.get("transformer")
         if not transformer:
             return
@@ -365,7 +367,7 @@ def _defaults_of(one: Weighted) -> Defaults | None:
     return defaults.of_metadata(one.lora.metadata) if one.weight else None
 
 
-def _adapters_part(source: Path, options: Options, problems: list[str]) -> list[Part]:
+def _adapters_part(source: Place, options: Options, problems: list[str]) -> list[Part]:
     """Return the file of the adapters of a run; [] after a problem."""
     model = open_model(source, "transformer", problems, weights=options.weights, step=options.step)
     _, meta = run_folder.read_meta(source, options.step)

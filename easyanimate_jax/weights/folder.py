@@ -177,8 +177,8 @@ def open_model(
     fields = read_json(path / CONFIG, problems) if (path / CONFIG).is_file() else {}
     found = len(problems)
     own = "class" in fields
-    place = path / WEIGHTS if own and (path / WEIGHTS).is_file() else path
-    tensors = files.open_weights(place, problems, allow_pickle, memory)
+    where = path / WEIGHTS if own and (path / WEIGHTS).is_file() else path
+    tensors = files.open_weights(where, problems, allow_pickle, memory)
     tensors = tensors if own else unwrapped(tensors, problems, name)
     if len(problems) > found:
         return None
@@ -199,17 +199,17 @@ def open_model(
 
 
 def _open_partial_run(
-    path: Path, meta: Mapping, tensors: Mapping[str, Tensor], problems: list[str], dtype
+    path: Place, meta: Mapping, tensors: Mapping[str, Tensor], problems: list[str], dtype
 ) -> Model | None:
     """Return the model that a run started from, with its trained weights and its adapters."""
-    place = run_folder.frozen_model(path, meta["config"], "init")
-    base = open_model(place, "transformer", problems, dtype=dtype, step=meta["config"]["init_step"])
+    init = run_folder.frozen_model(path, meta["config"], "init")
+    base = open_model(init, "transformer", problems, dtype=dtype, step=meta["config"]["init_step"])
     if base is None:
-        problems.append(f"{path} was trained beside the weights of {place}: put them there")
+        problems.append(f"{path} was trained beside the weights of {init}: put them there")
         return None
-    if weights_print(place, meta["config"]["init_step"]) != meta["base"]:
+    if weights_print(init, meta["config"]["init_step"]) != meta["base"]:
         problems.append(
-            f"{place} holds other weights than those beside which {path} was trained; their "
+            f"{init} holds other weights than those beside which {path} was trained; their "
             f"fingerprint is not {meta['base']}: put the right ones there"
         )
         return None

@@ -7,6 +7,7 @@ folder, an entry stops a process only once, however often the run is started.
     nan inf spike       fill a batch (by its position in the plan) with such numbers
     step                kill the process before a step
     writing finalising  kill it while a checkpoint is written, or before the checkpoint is named
+    uploaded            kill it after its arrays are in a store, before it says so
     written checked     kill it after the checkpoint is named, or after its files were compared
     deleting            kill it while an old checkpoint is deleted
     restoring           kill it as it begins to read a checkpoint, which the others read too
