@@ -18,6 +18,7 @@ import pytest
 from easyanimate_jax.__main__ import VERBS, main
 from easyanimate_jax.commands import parse
 from easyanimate_jax.runs.config import TrainConfig, VAETrainConfig
+from easyanimate_jax.storage.stores import Remote
 
 ROOT = Path(__file__).parent.parent
 CONFIG_VERBS = ("train", "describe", "doctor", "plan", "prepare", "aot")
@@ -244,7 +245,7 @@ def classes_below(kind) -> set:
         while todo:
             one = todo.pop()
             todo += typing.get_args(one)
-            if dataclasses.is_dataclass(one) and one not in found:
+            if dataclasses.is_dataclass(one) and one not in (*found, Remote):  # a URL is a word
                 found |= classes_below(one)
     return {kind} | found
 
@@ -357,6 +358,12 @@ def test_a_disk_that_takes_no_more_and_a_wrong_place_are_one_line(error, code, m
     assert parse.run(partial(_raise, error)) == code
     line = capsys.readouterr().err
     assert line.startswith("error: ") and line.count("\n") == 1 and message in line
+
+
+def test_a_store_that_does_not_answer_is_one_line_and_no_wrong_input(capsys):
+    error = TimeoutError(errno.ETIMEDOUT, "the store did not answer", "gs://b/x")
+    assert parse.run(partial(_raise, error)) == 5
+    assert capsys.readouterr().err == "error: gs://b/x: the store did not answer\n"
 
 
 def test_an_error_of_a_network_is_no_wrong_input():

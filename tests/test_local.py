@@ -87,24 +87,32 @@ def texts_of(config):
 
 
 @pytest.mark.parametrize(
-    ("config", "others"),
-    [(DEMO, {"goodput_job"}), (VAETrainConfig(**VAE_TRAIN), set())],
+    ("config", "others", "read"),
+    [
+        (DEMO, {"goodput_job"}, {"source", "vae", "text", "init", "init_lora"}),
+        (VAETrainConfig(**VAE_TRAIN), set(), {"data", "init"}),
+    ],
     ids=["train", "vae"],
 )
-def test_every_text_of_a_config_that_is_no_name_is_a_path(config, others):
+def test_every_text_of_a_config_that_is_no_name_is_a_path(config, others, read):
+    """Those that are only read may be in a store."""
     for name in texts_of(config) - others:
         assert getattr(dataclasses.replace(config, **{name: "file:///x"}), name) == "/x"
         assert getattr(dataclasses.replace(config, **{name: "~/x"}), name) == f"{HOME}/x"
-        with pytest.raises(ValueError, match=rf"TrainConfig.{name}: .*gs:// is not supported"):
-            dataclasses.replace(config, **{name: "gs://b/r"})
+        for url in ["hf://b/r"] if name in read else ["hf://b/r", "gs://b/r", "s3://b/r"]:
+            with pytest.raises(ValueError, match=rf"TrainConfig.{name}: .*:// is not supported"):
+                dataclasses.replace(config, **{name: url})
+        for url in ("gs://b/r", "s3://b/r") if name in read else ():
+            assert getattr(dataclasses.replace(config, **{name: url}), name) == url
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_file_of_a_request_is_a_local_path(name, tmp_path):
+def test_every_file_of_a_request_is_a_local_path_or_in_a_store(name, tmp_path):
     assert getattr(SampleRequest(**{name: "~/x"}), name) == f"{HOME}/x"
+    assert getattr(SampleRequest(**{name: "s3://b/r"}), name) == "s3://b/r"
     option = name.replace("_", "-")
-    with pytest.raises(ValueError, match=f"--{option}: .*s3:// is not supported"):
-        SampleRequest(**{name: "s3://b/r"})
+    with pytest.raises(ValueError, match=f"--{option}: .*https:// is not supported; give a local"):
+        SampleRequest(**{name: "https://b/r"})
     (tmp_path / "lines").write_text(f'{{"prompt": "a", "{name}": "hf://a/b"}}')
     with pytest.raises(ValueError, match=f"lines, line 1: --{option}: .*hf:// is not supported"):
         read_lines(tmp_path / "lines", SampleRequest())

@@ -267,7 +267,7 @@ def test_a_store_that_fails_while_a_file_is_decoded_is_no_damage(clips, gcs, nam
 
 
 def test_missing_things_are_named(clips, servers, capsys):
-    with pytest.raises(ValueError, match=r"gs://bucket/clips/x.mp4: there is no such object; corr"):
+    with pytest.raises(ValueError, match=r"bucket/clips/x\.mp4: there is no such object; corr"):
         decoders().probe(clips[1] / "x.mp4")
     for nothing in ("gs://bucket/nothing", "gs://bucket/nothing.csv"):
         assert sources([nothing]) == BAD_INPUT
@@ -282,10 +282,8 @@ def test_missing_things_are_named(clips, servers, capsys):
 def test_a_film_that_is_overwritten_while_it_is_read_is_no_damage(gcs):
     film = place("gs://bucket/changing")
     stores.replace_bytes(film, bytes(1_000_000))
-    with (
-        pytest.raises(OSError, match="overwritten while it was read") as caught,
-        paths.open_regular(film) as file,
-    ):
+    told = pytest.raises(OSError, match="overwritten while it was read")
+    with told as caught, paths.open_regular(film) as file:
         stores.replace_bytes(film, bytes(1_000_000))
         file.read()
     assert caught.value.errno == errno.ESTALE and caught.value.filename == str(film)

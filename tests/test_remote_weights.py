@@ -1,6 +1,5 @@
 """Weights in `gs://` and `s3://` are those of a local folder, copied once to a host."""
 
-import dataclasses
 import shutil
 import subprocess
 import sys
@@ -17,7 +16,6 @@ from test_lora import random_lora
 from easyanimate_jax.commands.convert import main as convert
 from easyanimate_jax.commands.parse import run as run_command
 from easyanimate_jax.models.mmdit import MMDiT
-from easyanimate_jax.runs.config import load
 from easyanimate_jax.storage import stores
 from easyanimate_jax.storage.stores import place
 from easyanimate_jax.text.encode import TextEncoder, state_widths
@@ -155,17 +153,6 @@ def test_a_lora_may_lie_in_a_store(servers, gcs, tmp_path):
     assert ours.name == f"{remote}" and ours.lora.pairs.keys() == local.lora.pairs.keys()
     for name in local.lora.pairs:
         same(ours.lora.pairs[name], local.lora.pairs[name])
-
-
-def test_a_config_names_stores_for_what_is_read(servers):
-    config = load("configs/demo.py")
-    for name in ("source", "vae", "text", "init", "init_lora"):
-        for url in ("gs://bucket/x", "s3://bucket/x"):
-            assert getattr(dataclasses.replace(config, **{name: url}), name) == url
-        with pytest.raises(ValueError, match=f"TrainConfig.{name}: .*hf:// is not supported; give"):
-            dataclasses.replace(config, **{name: "hf://a/b"})
-    with pytest.raises(ValueError, match=r"TrainConfig.links: .*gs:// is not supported here"):
-        dataclasses.replace(config, links="gs://bucket/x")
 
 
 def test_a_run_finds_the_models_that_it_was_trained_with_in_a_store(folders, gcs, tmp_path):

@@ -35,7 +35,8 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # a disk that ta
 # Paths that cannot be written, and too few open files: a restart does not help.
 OF_SETTINGS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS}
 OF_SETTINGS |= {errno.EMFILE}
-AWAY = {errno.ETIMEDOUT, errno.ESTALE}  # a store or a mount that does not answer now
+AWAY = {errno.ETIMEDOUT, errno.ESTALE}  # of a store: the same command may do later
+URLS = tuple(f"{scheme}://" for scheme in stores.SCHEMES)
 
 
 def registry() -> tyro.constructors.ConstructorRegistry:
@@ -80,9 +81,9 @@ def run(work: Callable[[], int], prefix: str = "error") -> int:
                 file=sys.stderr,
             )
             return STORAGE
-        if error.errno in AWAY and error.filename:
+        if str(error.filename).startswith(URLS):
             print(f"{prefix}: {error.filename}: {error.strerror}", file=sys.stderr)
-            return STORAGE
+            return STORAGE if error.errno in AWAY else BAD_INPUT
         if error.errno in OF_SETTINGS:
             more = error.errno == errno.EMFILE and "ulimit" not in str(error)
             repair = "; raise the limit (`ulimit -n`), then run the same command again"
