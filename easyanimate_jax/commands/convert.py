@@ -1,7 +1,7 @@
 """Convert weights between EasyAnimate's layouts: ours, diffusers' and the original repository's."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _convert(arguments: Sequence[str]) -> int:
-    own = asdict(parse.options(Options, arguments, "convert", HELP))
+    own = dict(vars(parse.options(Options, arguments, "convert", HELP)))
     import jax
     from tqdm import tqdm
 

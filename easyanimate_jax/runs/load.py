@@ -4,7 +4,6 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Unpack
 
 import jax
@@ -31,6 +30,7 @@ from easyanimate_jax.models.mmdit import MMDiT, MMDiTConfig
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.runs.parts import OWN, Opened, Parts, open_parts, with_loras
 from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.text.encode import TextEncoder
 from easyanimate_jax.weights.adapters import Weighted, check
 from easyanimate_jax.weights.folder import Weights, load_mmdit, load_vae
@@ -210,7 +210,7 @@ def _way(given: Mapping, frames: int) -> tuple[Callable, dict]:
 
 
 def load_pipeline(
-    path: str | Path,
+    path: str | Place,
     *,
     dtype: str | None = None,
     mesh: Mesh | MeshConfig | None = None,

@@ -431,7 +431,7 @@ def write_shards(
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def raise_all(about: str | os.PathLike, problems: Sequence[str]) -> None:
+def raise_all(about: object, problems: Sequence[str]) -> None:
     """Raise ValueError with every problem on a line of its own, if there are any."""
     if problems:
         lines = "".join(f"\n  {problem}" for problem in problems)
