@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from disk import write_run
+from stores_here import servers_here
 from test_export import MODEL, PROMPT, SIZE, random_module
 from test_export import parts as parts  # a fixture: VAE, text encoder and tokenizer
 from test_lora import random_lora
@@ -21,6 +22,7 @@ from easyanimate_jax.models.storage import quantized
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.runs.load import Resident, as_computed, load_pipeline
 from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.storage.stores import place
 from easyanimate_jax.text.encode import TextEncoder
 from easyanimate_jax.weights import lora
 
@@ -47,6 +49,21 @@ def whole(folder):
 def test_parts_that_take_turns_make_the_same_video(folder, whole):
     run = load_pipeline(folder, low_memory=True)
     np.testing.assert_array_equal(text_to_video(run.diffusion, request(run)), whole)
+
+
+def test_a_run_in_a_store_makes_the_same_video(parts, whole, tmp_path):
+    """Its VAE and text encoders are on a disk, where its config says."""
+    model = random_module(MMDiT, MODEL)
+    with servers_here():
+        write_run(place("gs://bucket/run"), [model, model], vae=parts / "vae", text=parts)
+        run = load_pipeline("gs://bucket/run")
+        np.testing.assert_array_equal(text_to_video(run.diffusion, request(run)), whole)
+        frames, height, width = map(str, SIZE)
+        size = ["--frames", frames, "--height", height, "--width", width, "--steps", "3"]
+        assert main(["gs://bucket/run", "--prompt", PROMPT, *size, "--output", str(tmp_path)]) == 0
+        assert main(["gs://bucket/none", "--prompt", PROMPT]) == 2
+    sidecar = json.loads((tmp_path / "00000001.json").read_text())
+    assert sidecar["model"] == "gs://bucket/run" and sidecar["options"]["step"] == 7
 
 
 def test_alone_memory_holds_the_part_that_was_asked_for_last():

@@ -24,7 +24,7 @@ import tyro
 from easyanimate_jax import processes
 from easyanimate_jax.storage.local import local_path
 from easyanimate_jax.storage.probe import check_store
-from easyanimate_jax.storage.stores import Place, Remote, place
+from easyanimate_jax.storage.stores import SCHEMES, Place, Remote, place
 from easyanimate_jax.training.safety.exits import BAD_INPUT, STORAGE
 
 HELP = ("-h", "--help")
@@ -36,7 +36,7 @@ NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}  # a disk that ta
 OF_SETTINGS = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS}
 OF_SETTINGS |= {errno.EMFILE}
 AWAY = {errno.ETIMEDOUT, errno.ESTALE}  # of a store: the same command may do later
-URLS = tuple(f"{scheme}://" for scheme in stores.SCHEMES)
+URLS = tuple(f"{scheme}://" for scheme in SCHEMES)
 
 
 def registry() -> tyro.constructors.ConstructorRegistry:

@@ -7,7 +7,7 @@ with their number. Checkpoints go to the store directly.
 
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 
@@ -21,6 +21,7 @@ GROWING = re.compile(r"[^/]+\.jsonl?")
 RETURNS = "divergence.jsonl"
 
 
+@runtime_checkable
 class Home(Protocol):
     """A context manager that holds the run's folder; set `begun` once the run has started."""
 
