@@ -8,7 +8,7 @@ from fake_gcs import fake_gcs
 from fake_s3 import fake_s3
 
 from easyanimate_jax.data.decode import decoders
-from easyanimate_jax.storage import stores
+from easyanimate_jax.storage import clients, stores
 from easyanimate_jax.storage.stores import Remote, place
 
 
@@ -16,13 +16,13 @@ from easyanimate_jax.storage.stores import Remote, place
 def fake_stores():
     """Serve both, and yield the one of Google."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(stores.RETRY, "max_retries", 2)  # requests that fail on purpose end soon
-        stores._client.cache_clear()
+        patch.setitem(clients.RETRY, "max_retries", 2)  # requests that fail on purpose end soon
+        clients._client.cache_clear()
         decoders().close()  # a worker keeps the environment of its start
         with fake_gcs(patch) as gcs, fake_s3(patch, "bucket"):
             yield gcs
         decoders().close()
-    stores._client.cache_clear()
+    clients._client.cache_clear()
 
 
 def upload(folder: Path, *targets: str) -> list[Remote]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from disk import write_run
-from stores_here import servers_here
+from fake_stores import fake_stores
 from test_export import MODEL, PROMPT, SIZE, random_module
 from test_export import parts as parts  # a fixture: VAE, text encoder and tokenizer
 from test_lora import random_lora
@@ -54,7 +54,7 @@ def test_parts_that_take_turns_make_the_same_video(folder, whole):
 def test_a_run_in_a_store_makes_the_same_video(parts, whole, tmp_path):
     """Its VAE and text encoders are on a disk, where its config says."""
     model = random_module(MMDiT, MODEL)
-    with servers_here():
+    with fake_stores():
         write_run(place("gs://bucket/run"), [model, model], vae=parts / "vae", text=parts)
         run = load_pipeline("gs://bucket/run")
         np.testing.assert_array_equal(text_to_video(run.diffusion, request(run)), whole)

@@ -89,13 +89,13 @@ def texts_of(config):
 @pytest.mark.parametrize(
     ("config", "others", "read"),
     [
-        (DEMO, {"goodput_job"}, {"source", "vae", "text", "init", "init_lora"}),
+        (DEMO, {"goodput_job"}, {"source", "prepared", "vae", "text", "run", "init", "init_lora"}),
         (VAETrainConfig(**VAE_TRAIN), set(), {"data", "init"}),
     ],
     ids=["train", "vae"],
 )
 def test_every_text_of_a_config_that_is_no_name_is_a_path(config, others, read):
-    """Those that are only read may be in a store."""
+    """Some may be in a store."""
     for name in texts_of(config) - others:
         assert getattr(dataclasses.replace(config, **{name: "file:///x"}), name) == "/x"
         assert getattr(dataclasses.replace(config, **{name: "~/x"}), name) == f"{HOME}/x"

@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from fake_stores import fake_stores
 from jax.sharding import NamedSharding, PartitionSpec
-from stores_here import servers_here
 from test_checkpoint import LIKE, META, assert_is, make_state, read, write
 
 from easyanimate_jax.commands.checkpoint import main
@@ -24,7 +24,7 @@ from easyanimate_jax.weights.steps import steps_in
 
 @pytest.fixture(scope="module")
 def servers():
-    with servers_here() as gcs:
+    with fake_stores() as gcs:
         yield gcs
 
 

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_stores import fake_stores
 from small_runs import DEMO
-from stores_here import servers_here
 
 from easyanimate_jax.__main__ import main
 from easyanimate_jax.storage import lock as locks
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def servers():
-    with servers_here() as gcs:
+    with fake_stores() as gcs:
         yield gcs
 
 

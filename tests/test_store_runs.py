@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from arrays import flat_weights
+from fake_stores import fake_stores
 from small_runs import rows, small_run
-from stores_here import servers_here
 from test_loop import folder, start  # noqa: F401
 from test_ranks import ranks
 from test_reliability import STEPS, SUPERVISED, command, end
@@ -34,7 +34,7 @@ STORES = ("gs", pytest.param("s3", marks=pytest.mark.slow))
 
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
-    with servers_here() as gcs, pytest.MonkeyPatch.context() as patch:
+    with fake_stores() as gcs, pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield gcs
 
@@ -97,8 +97,8 @@ def test_its_weights_load_convert_and_begin_another_run(local, stored, tmp_path)
     assert weights_print(tmp_path / "a") == weights_print(tmp_path / "b")
     config = replace(local, run=str(tmp_path / "next"), init=stored.run)
     assert config.init == stored.run
-    with pytest.raises(ValueError, match="holds no checkpoints; of gs:// and s3:// only runs"):
-        load_mmdit(stored.run + "/checkpoints")
+    with pytest.raises(ValueError, match=r"there is no .*/none; give a folder or a file"):
+        load_mmdit(stored.run + "/none")
 
 
 def test_a_finished_run_is_found_finished_and_a_changed_config_refused(stored, capsys):

@@ -3,8 +3,7 @@ import os
 import threading
 
 import pytest
-from fake_gcs import fake_gcs
-from fake_s3 import fake_s3
+from fake_stores import fake_stores
 
 from easyanimate_jax.storage import stores
 from easyanimate_jax.storage.stores import Remote, place
@@ -12,13 +11,8 @@ from easyanimate_jax.storage.stores import Remote, place
 
 @pytest.fixture(scope="module")
 def servers():
-    with pytest.MonkeyPatch.context() as patch:
-        # Requests that fail on purpose give up soon.
-        patch.setitem(stores.RETRY, "max_retries", 2)
-        stores._client.cache_clear()
-        with fake_gcs(patch) as gcs, fake_s3(patch, "bucket"):
-            yield gcs
-    stores._client.cache_clear()
+    with fake_stores() as gcs:
+        yield gcs
 
 
 @pytest.fixture(params=["local", "gs", "s3"])

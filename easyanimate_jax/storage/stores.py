@@ -4,17 +4,11 @@ A place is a `Path` or a `Remote`; `place` makes one of text. A `Remote` has the
 and no `__fspath__`: a library that opens local files refuses it. A store has objects and no
 folders, cannot rename, and cannot append. What both stores and disks can do is to create a file
 only if there is none (`create`), which is how everything that has one owner is committed.
-
-obstore does the requests. Google's credentials come from the environment, the application default
-or the machine; Amazon's from the environment, the shared credentials file or the machine.
-`STORAGE_EMULATOR_HOST` and `AWS_ENDPOINT_URL` name other servers of the same protocols.
 """
 
-import configparser
 import contextlib
 import errno
 import io
-import json
 import mmap
 import os
 import posixpath
@@ -22,18 +16,16 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
-from functools import cache
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from easyanimate_jax.storage import whole
+from easyanimate_jax.storage.clients import client_of, endpoint, obstore
 from easyanimate_jax.storage.errors import of_store
 from easyanimate_jax.storage.local import SCHEME, local_path, quoted
 from easyanimate_jax.storage.ranges import BUFFER, Part, Ranges
 
 SCHEMES = {"gs": "Google Cloud Storage", "s3": "S3"}
-RETRY = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
 TOGETHER = 16  # requests of one call at once, at most
 ALIKE = 64 * 1024  # ranges with at most this many bytes between them are one request
 
@@ -99,7 +91,7 @@ class Remote:
     def is_dir(self) -> bool:
         """Return True if an object below this name exists."""
         with _told(self):
-            pages = _obstore().list(_store(self), _folder(self.key), chunk_size=1)
+            pages = obstore().list(_client(self), _folder(self.key), chunk_size=1)
             return any(len(page) for page in pages)
 
     def exists(self) -> bool:
@@ -112,7 +104,7 @@ class Remote:
         """Return size and tag of the object; None if there is none."""
         try:
             with _told(self):
-                meta = _obstore().head(_store(self), self.key)
+                meta = obstore().head(_client(self), self.key)
         except FileNotFoundError:
             return None
         return Version(meta["size"], str(meta["version"] or meta["e_tag"]))
@@ -126,14 +118,14 @@ class Remote:
             return self.listed
         try:
             with _told(self):
-                meta = _obstore().head(_store(self), self.key)
+                meta = obstore().head(_client(self), self.key)
         except FileNotFoundError:
             return None
         return Version(meta["size"], _tag(meta))
 
     def read_bytes(self) -> bytes:
         with _told(self):
-            return bytes(_obstore().get(_store(self), self.key).bytes())
+            return bytes(obstore().get(_client(self), self.key).bytes())
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
@@ -148,7 +140,7 @@ class Remote:
 
         with _told(self):
             try:
-                found = _obstore().get(_store(self), self.key, options={"range": (begin, end)})
+                found = obstore().get(_client(self), self.key, options={"range": (begin, end)})
             except GenericError as error:
                 if "416 Range" not in str(error):
                     raise
@@ -159,7 +151,7 @@ class Remote:
         if not missing_ok and not self.is_file():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
         with contextlib.suppress(FileNotFoundError), _told(self):  # GCS says so, S3 does not
-            _obstore().delete(_store(self), self.key)
+            obstore().delete(_client(self), self.key)
 
 
 Place = Path | Remote
@@ -187,7 +179,7 @@ def place(text: str | os.PathLike | Remote) -> Place:
     slashes = match[0].count("/")
     if slashes > 2 or not bucket or {"..", "."} & set(parts) or "\0" in rest:
         raise ValueError(f"{quoted(os.fspath(text))} names no object: write {scheme}://BUCKET/NAME")
-    _obstore()
+    obstore()
     return Remote(scheme, bucket, "/".join(parts))
 
 
@@ -200,8 +192,8 @@ def read_ranges(source: Place, ranges: Sequence[tuple[int, int]]) -> list[bytes]
         asked = [(begin, end) for begin, end in ranges if end > begin]  # stores refuse empty ones
         options = {"starts": [b for b, _ in asked], "ends": [e for _, e in asked]}
         with _told(source):
-            found = asked and _obstore().get_ranges(
-                _store(source), source.key, **options, coalesce=ALIKE
+            found = asked and obstore().get_ranges(
+                _client(source), source.key, **options, coalesce=ALIKE
             )
         read = iter(found)
         parts = [bytes(next(read)) if end > begin else b"" for begin, end in ranges]
@@ -248,7 +240,7 @@ def create_file(target: Place, write: Callable[[BinaryIO], object]) -> bool:
 def _create(target: Remote, content: bytes | mmap.mmap) -> bool:
     try:
         with _told(target), memoryview(content) as view:
-            _obstore().put(_store(target), target.key, view, mode="create", use_multipart=False)
+            obstore().put(_client(target), target.key, view, mode="create", use_multipart=False)
         return True
     except FileExistsError:
         return False
@@ -258,7 +250,7 @@ def replace_bytes(target: Place, content: bytes) -> None:
     """Write a file completely or not at all; an earlier one of this name is gone."""
     if isinstance(target, Remote):
         with _told(target):
-            _obstore().put(_store(target), target.key, content)
+            obstore().put(_client(target), target.key, content)
     else:
         whole.replace(target, lambda new: new.write_bytes(content))
 
@@ -266,7 +258,7 @@ def replace_bytes(target: Place, content: bytes) -> None:
 def read_tagged(source: Remote) -> tuple[bytes, dict]:
     """Return the content of an object and its tag, for `replace_if`."""
     with _told(source):
-        found = _obstore().get(_store(source), source.key)
+        found = obstore().get(_client(source), source.key)
         return bytes(found.bytes()), _condition(found.meta)
 
 
@@ -277,7 +269,7 @@ def replace_if(target: Remote, content: bytes, tag: dict) -> dict | None:
     with contextlib.suppress(FileNotFoundError):
         with _told(target), contextlib.suppress(PreconditionError):
             how = {"mode": tag, "use_multipart": False}
-            return _condition(_obstore().put(_store(target), target.key, content, **how))
+            return _condition(obstore().put(_client(target), target.key, content, **how))
         now, new = read_tagged(target)
         return new if now == content else None  # as after an answer that was lost
     return None
@@ -302,7 +294,7 @@ def replace(target: Place, write: Callable[[Path], object]) -> None:
 def upload(source: Path, target: Remote) -> None:
     """Copy a local file into a store, completely or not at all, in parts if it is large."""
     with _told(target):
-        _obstore().put(_store(target), target.key, source, max_concurrency=TOGETHER)
+        obstore().put(_client(target), target.key, source, max_concurrency=TOGETHER)
 
 
 def download(
@@ -318,7 +310,7 @@ def download(
 
     def write(new: Path) -> None:
         with _told(source), open(new, "wb") as file:
-            found = _obstore().get(_store(source), source.key)
+            found = obstore().get(_client(source), source.key)
             if tag not in (None, _tag(found.meta)):
                 told = "the object was overwritten meanwhile; run the same command again"
                 raise OSError(errno.ESTALE, told, str(source))
@@ -333,7 +325,7 @@ def list_files(folder: Place) -> Iterator[Found]:
     if isinstance(folder, Remote):
         prefix, before = _folder(folder.key), None
         with _told(folder):
-            for page in _obstore().list(_store(folder), prefix or None):
+            for page in obstore().list(_client(folder), prefix or None):
                 for meta in page:
                     name, changed = meta["path"].removeprefix(prefix), meta["last_modified"]
                     found = Found(name, meta["size"], changed.timestamp(), _tag(meta))
@@ -358,7 +350,7 @@ def list_names(folder: Place) -> list[str]:
     if isinstance(folder, Remote):
         prefix = _folder(folder.key)
         with _told(folder):
-            found = _obstore().list_with_delimiter(_store(folder), prefix or None)
+            found = obstore().list_with_delimiter(_client(folder), prefix or None)
         paths = [meta["path"] for meta in found["objects"]] + list(found["common_prefixes"])
         return sorted(path.removeprefix(prefix).rstrip("/") for path in paths)
     return sorted(os.listdir(folder)) if folder.is_dir() else []
@@ -370,7 +362,7 @@ def delete_folder(folder: Place) -> None:
         keys = [f"{_folder(folder.key)}{found.name}" for found in list_files(folder)]
         with _told(folder):
             for first in range(0, len(keys), 1000):
-                _obstore().delete(_store(folder), keys[first : first + 1000])
+                obstore().delete(_client(folder), keys[first : first + 1000])
     else:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -388,60 +380,16 @@ def kvstore(folder: Place) -> dict:
     spec = {"bucket": folder.bucket, "path": _folder(folder.key)}
     if folder.scheme == "gs":
         return {"driver": "gcs", **spec}
-    endpoint = _endpoint()
+    server = endpoint()
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-    where = {"endpoint": endpoint, "aws_region": region} if endpoint else {}
+    where = {"endpoint": server, "aws_region": region} if server else {}
     if os.environ.get("AWS_ACCESS_KEY_ID"):  # else tensorstore looks at more places, and says so
         where["aws_credentials"] = {"type": "environment"}
     return {"driver": "s3", **spec, **where}
 
 
-@cache
-def _obstore():
-    try:
-        import obstore
-    except ImportError as error:
-        raise ValueError(
-            "gs:// and s3:// need the package obstore: pip install 'easyanimate_jax[stores]'"
-        ) from error
-    return obstore
-
-
-def _store(remote: Remote):
-    """Return the client of a bucket; the variables that choose a server may change in a test."""
-    server = os.environ.get("STORAGE_EMULATOR_HOST") if remote.scheme == "gs" else _endpoint()
-    return _client(remote.scheme, remote.bucket, server or "")
-
-
-@cache
-def _client(scheme: str, bucket: str, server: str):
-    from obstore.store import GCSStore, S3Store
-
-    options = {"client_options": {"allow_http": True}} if server.startswith("http:") else {}
-    if scheme == "s3":
-        return S3Store(bucket, retry_config=RETRY, config=_aws_config(), **options)
-    if server and "://" not in server:
-        server, options = f"http://{server}", {"client_options": {"allow_http": True}}
-    account = {"gcs_base_url": server, "disable_oauth": True, "private_key_id": ""}
-    account |= {"client_email": "", "private_key": ""}
-    config = {"service_account_key": json.dumps(account)} if server else None
-    return GCSStore(bucket, retry_config=RETRY, config=config, **options)
-
-
-def _endpoint() -> str | None:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-
-
-def _aws_config() -> dict | None:
-    """Return the profile of the shared credentials file, unless the environment has a key."""
-    shared = os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials")
-    parser = configparser.ConfigParser()
-    if os.environ.get("AWS_ACCESS_KEY_ID") or not parser.read(os.path.expanduser(shared)):
-        return None
-    profile = os.environ.get("AWS_PROFILE", "default")
-    names = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")
-    found = parser[profile] if parser.has_section(profile) else {}
-    return {name: found[name] for name in names if name in found} or None
+def _client(remote: Remote):
+    return client_of(remote.scheme, remote.bucket)
 
 
 @contextlib.contextmanager
