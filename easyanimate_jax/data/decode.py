@@ -1,10 +1,10 @@
 """Decode files in separate processes, with limits of processor time and memory.
 
 A damaged or hostile file can only kill a worker, not the run: the caller gets a `ValueError` with
-the reason, and the next file a new worker. Requests and answers are a line of JSON and raw bytes,
-so an answer cannot run code. The time limit grows with the pixels to decode and counts processor
-time, so a busy machine gives the same result. A worker that uses no processor time is killed as
-stuck; one whose parent has ended exits.
+the reason, and the next file a new worker. Requests and answers are JSON and raw bytes, so an
+answer cannot run code. The time limit grows with the bytes to read and the pixels to decode, and
+counts processor time, so a busy machine gives the same result. A worker that uses no processor time
+is killed as stuck; one whose parent has ended exits.
 
     python -m easyanimate_jax.data.decode SECONDS BYTES     one worker, on stdin and stdout
 """
@@ -18,12 +18,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from easyanimate_jax.data import media
-from easyanimate_jax.data.media import Content, File, Frames, Picture, Probe
+from easyanimate_jax.data.media import Content, File, Frames, Picture, Probe, Sample
 from easyanimate_jax.facts import FPS
 
 SECONDS = 10.0  # processor time for one file, plus 1 s for every
@@ -32,15 +34,17 @@ STUCK = 60.0  # seconds of wall clock without any processor time used
 BYTES = 2 * 2**30  # address space of a worker
 START_SECONDS = 60.0  # limit for the start of a worker on a busy machine
 PIPE = 2**20  # bytes of a pipe's buffer
+LENGTH = 4  # bytes of an answer's length
 MOST_ANSWER = 4 * media.MAX_PIXELS  # bytes
 
 
 class Decoders:
     """`workers` processes that decode for any number of threads; a worker serves one at a time.
 
-    A file may use `seconds` of processor time, and 1 s more for every `PIXELS` that it must decode.
-    `memory` limits a worker's address space in bytes. After `stuck` seconds without processor time
-    a worker is killed. All methods raise ValueError, naming the file, if it cannot be decoded.
+    A file may use `seconds` of processor time, and 1 s more for every `PIXELS` that it must decode;
+    the bytes of a film count, too (data/streams.py). `memory` limits a worker's address space in
+    bytes. After `stuck` seconds without processor time a worker is killed. All methods raise
+    ValueError, naming the file, if it cannot be decoded.
     """
 
     def __init__(
@@ -76,6 +80,15 @@ class Decoders:
         """Return `media.read_seconds(path)`, run in a worker."""
         return self._ask(path, "seconds")["seconds"]
 
+    def read_samples(self, path: File, samples: list[Sample]) -> Iterator[Picture]:
+        """Yield the pictures of `media.read_samples(...)`, run in a worker.
+
+        Close the iterator if you do not read it to its end; its worker serves nothing else before.
+        """
+        if samples:
+            for answer in self._answers(path, len(samples), "samples", samples):
+                yield answer["frames"]
+
     def read_frames(self, path: File, indices: list[int], side: int) -> Frames:
         """Return `media.read_frames(...)`, run in a worker."""
         return self._ask(path, "frames", indices, side)["frames"]
@@ -97,7 +110,12 @@ class Decoders:
             self.free.put(None)
 
     def _ask(self, path: File, *request) -> dict:
-        worker = self.free.get()
+        [answer] = self._answers(path, 1, *request)
+        return answer
+
+    def _answers(self, path: File, count: int, *request) -> Iterator[dict]:
+        """Yield the `count` answers to a request."""
+        worker, answer = self.free.get(), {}
         try:
             if worker is None or worker.poll() is not None:  # killed between two files
                 worker = self._start(path)
@@ -107,7 +125,11 @@ class Decoders:
                 worker.stdin.write(json.dumps([str(path), size, *request]).encode() + b"\n")
                 worker.stdin.write(content)
                 worker.stdin.flush()
-                answer = _receive(worker, self.stuck)
+                for _ in range(count):
+                    answer = _receive(worker, self.stuck)
+                    if "error" in answer:
+                        break
+                    yield answer
             except TimeoutError:
                 _end(worker)
                 worker = None
@@ -126,7 +148,7 @@ class Decoders:
                 raise ValueError(
                     f"{path}: the decoder died of it ({name}); replace the file"
                 ) from None
-            except BaseException:  # its answer would be read as the answer for the next file
+            except BaseException:  # also of a caller that has enough: the next would get its answer
                 _end(worker)
                 worker = None
                 raise
@@ -134,7 +156,6 @@ class Decoders:
             self.free.put(worker)
         if "error" in answer:
             raise ValueError(answer["error"])
-        return answer
 
     def _start(self, path: File) -> subprocess.Popen:
         command = [sys.executable, "-m", __spec__.name, str(self.seconds), str(self.memory)]
@@ -162,7 +183,7 @@ def decoders() -> Decoders:
 
 
 def _receive(worker: subprocess.Popen, stuck: float) -> dict:
-    """Return the answer: a line of JSON, and the bytes that it announces.
+    """Return the next answer: the length of its JSON, the JSON, and the bytes that it announces.
 
     Raises TimeoutError after `stuck` seconds without processor time, EOFError if the worker ends.
     """
@@ -176,29 +197,23 @@ def _receive(worker: subprocess.Popen, stuck: float) -> dict:
                 if used == before:
                     raise TimeoutError
 
-        line = b""
-        while b"\n" not in line:
-            wait()
-            part = os.read(worker.stdout.fileno(), 2**16)
-            if not part:
-                raise EOFError
-            line += part
-        line, _, rest = line.partition(b"\n")
-        answer = json.loads(line)
+        def read(count: int) -> np.ndarray:
+            content = np.empty(min(count, MOST_ANSWER), np.uint8)
+            view = memoryview(content)
+            while view:
+                wait()
+                part = os.readv(worker.stdout.fileno(), [view])
+                if not part:
+                    raise EOFError
+                view = view[part:]
+            return content
+
+        length = int.from_bytes(read(LENGTH).tobytes(), "big")
+        answer = json.loads(read(length).tobytes())
         shape = answer.get("shape")
         if shape is None:
             return answer
-        content = np.empty(min(int(np.prod(shape, dtype=object)), MOST_ANSWER), np.uint8)
-        view = memoryview(content)
-        view[: len(rest)] = rest
-        view = view[len(rest) :]
-        while view:
-            wait()
-            count = os.readv(worker.stdout.fileno(), [view])
-            if not count:
-                raise EOFError
-            view = view[count:]
-        return {"frames": content.reshape(shape)}
+        return {"frames": read(int(np.prod(shape, dtype=object))).reshape(shape)}
 
 
 def _ticks(pid: int) -> float | str:
@@ -224,11 +239,21 @@ def _end(worker: subprocess.Popen) -> int:
     return code
 
 
+def _made(path: File, kind: str, *arguments, allow) -> Iterator[tuple[dict, np.ndarray | None]]:
+    """Yield the answers to a request, with their frames."""
+    if kind == "samples":
+        samples = [(n, tuple(s) if isinstance(s, list) else s) for n, s in arguments[0]]
+        for picture in media.read_samples(path, samples, allow):
+            yield {"shape": picture.shape}, np.ascontiguousarray(picture)
+    else:
+        yield _answer(path, kind, *arguments, allow=allow)
+
+
 def _answer(path: File, kind: str, *arguments, allow) -> tuple[dict, np.ndarray | None]:
     if kind == "probe":
-        return {"probe": media.probe(path)}, None
+        return {"probe": media.probe(path, allow)}, None
     if kind == "seconds":
-        return {"seconds": media.read_seconds(path)}, None
+        return {"seconds": media.read_seconds(path, allow)}, None
     if kind == "clip":
         start, count, stride, size = arguments
         frames = media.read_clip(path, start, count, stride, size and tuple(size), allow)
@@ -261,24 +286,28 @@ def _work(seconds: float, memory: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     output = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # text that a library prints must not mix with answers
-    output.write(b"{}\n")
+    _send(output, {})
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, seconds)
         name, size, *request = json.loads(line)
         path = Path(name) if size is None else Content(sys.stdin.buffer.read(size), name)
-        frames = None
         try:
-            answer, frames = _answer(path, *request, allow=_allow)
+            for answer, frames in _made(path, *request, allow=_allow):
+                _send(output, answer, frames)
         except ValueError as error:
-            answer = {"error": str(error)}
+            _send(output, {"error": str(error)})
         except Exception as error:  # a bad file may raise any exception
-            answer = {"error": f"{name}: {type(error).__name__}: {error}"}
+            _send(output, {"error": f"{name}: {type(error).__name__}: {error}"})
         signal.setitimer(signal.ITIMER_PROF, 0)
-        output.write(json.dumps(answer).encode() + b"\n")
-        if frames is not None:
-            view = memoryview(frames).cast("B")
-            while view:
-                view = view[output.write(view) :]
+
+
+def _send(output: BinaryIO, answer: dict, frames: np.ndarray | None = None) -> None:
+    line = json.dumps(answer).encode()
+    parts = [len(line).to_bytes(LENGTH, "big") + line]
+    for part in parts if frames is None else [*parts, frames]:
+        view = memoryview(part).cast("B")
+        while view:
+            view = view[output.write(view) :]
 
 
 if __name__ == "__main__":
