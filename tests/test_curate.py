@@ -284,6 +284,89 @@ def test_another_measure_or_captioner_of_the_same_name_is_another_key(tmp_path):
     assert settings(captioner=moved) == settings(captioner=server)  # its captions are the same
 
 
+MINE = """
+from easyanimate_jax.prepare.scores import Score
+from more import FACTOR
+
+def measure(frames, scale):
+    return FACTOR * frames.mean()
+
+BRIGHT = Score("bright", measure, low={low}, better=1)
+TWICE = Score("sharpness", measure)
+COLUMN = Score("quality", measure)
+TEXT = Score("text", lambda frames, scale: "high")
+LOST = Score("lost", lambda frames, scale: float("nan"))
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A function that writes the module of scores `mine`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # and forget what is imported here
+    (tmp_path / "more.py").write_text("FACTOR = 1")
+
+    def write(low, end=""):
+        sys.modules.pop("mine", None)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        (tmp_path / "mine.py").write_text(MINE.format(low=low) + end)
+
+    yield write
+    sys.modules.pop("mine", None), sys.modules.pop("more", None)
+
+
+def test_a_score_of_the_user_has_a_column_and_a_limit(mine, films, tmp_path, monkeypatch):
+    mine(1)
+    words = [str(films[0]), str(tmp_path / "out"), "--min-seconds", "2.5", "--min-pixels", "0"]
+    words += ["--score", "mine:BRIGHT"]
+    assert command.main(words) == 0
+    made = len(list((tmp_path / "out" / "films").iterdir()))
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "clips.parquet").to_pylist()
+    by_name = {row["clip"]: row for row in table}
+    assert 1 < by_name["four.mp4#24-52"]["bright"] < 255
+    mine(300)  # only its limit is another one, but so is its module
+    assert command.main(words) == 0
+    assert len(list((tmp_path / "out" / "films").iterdir())) == 2 * made
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "clips.parquet").to_pylist()
+    assert "bright outside 300 to inf" in {row["left_out"] for row in table}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mine:NONE", "module 'mine' has no attribute 'NONE'"),
+        ("mine", "mine is not the MODULE:NAME of a Score; write NAME = Score("),
+        ("mine:measure", "mine:measure is not the MODULE:NAME of a Score"),
+        ("mine:TWICE", "score sharpness: another score has this name"),
+        ("mine:COLUMN", "score quality: a column of the table has this name"),
+        ("mine:TEXT", "mine:TEXT returns 'high' for two frames of noise; return a finite number"),
+        ("mine:LOST", "mine:LOST returns nan"),
+    ],
+)
+def test_a_score_that_cannot_be_used_is_refused_before_a_film_is_read(
+    mine, films, tmp_path, monkeypatch, capsys, name, message
+):
+    mine(1)
+    monkeypatch.setattr(curation, "film_rows", None)  # would fail
+    assert command.main([str(films[0]), str(tmp_path / "out"), "--score", name]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "my score"}, "Score.name is 'my score'; use letters"),
+        ({"frames": "all"}, "score s: frames is 'all'; use one of 'still', 'motion'"),
+        ({"better": 2}, "score s: better is 2; use one of -1, 0, 1"),
+        ({"low": 2.0, "high": 1.0}, "score s: low is 2.0 and high is 1.0"),
+        ({"low": float("nan")}, "low is nan"),
+    ],
+)
+def test_a_score_has_a_name_a_range_and_known_frames(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Score(**({"name": "s", "measure": max} | fields))
+
+
 def test_captions_of_a_source_go_to_its_clips(films, tmp_path):
     folder, described = films
     (folder / "metadata.json").write_text(json.dumps(described))
@@ -390,7 +473,8 @@ def test_the_command_is_typed_by_the_rules(tmp_path, monkeypatch, capsys):
     words = [str(tmp_path), "out", "--min-seconds", "1", "--min-pixels", "0"]
     words += ["captioner:server", "--captioner.url", "http://u", "--captioner.model", "m"]
     assert command.main(words) == 0
-    ((source, out, rules), more) = seen[0]
+    ((source, out, rules, used), more) = seen[0]
+    assert used == scores.SCORES
     assert (source, str(out)) == (tmp_path, "out") and more["captioner"].model == "m"
     assert rules == Rules(Splitting(min_seconds=1.0), min_pixels=0)
     monkeypatch.undo()

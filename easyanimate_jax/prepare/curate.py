@@ -35,7 +35,7 @@ from easyanimate_jax.prepare import funnel
 from easyanimate_jax.prepare.clip_rows import SMALL, Captioner, film_rows
 from easyanimate_jax.prepare.duplicates import find_repeats
 from easyanimate_jax.prepare.film_folder import FilmFolder
-from easyanimate_jax.prepare.scores import SCORES, Score
+from easyanimate_jax.prepare.scores import SCORES, Score, check_names
 from easyanimate_jax.prepare.shots import Splitting
 from easyanimate_jax.storage.local import local_path
 from easyanimate_jax.storage.lock import FolderLock
@@ -77,13 +77,13 @@ def curate(
     films that are not finished are left.
     """
     source, out = local_path(source), local_path(out)
+    check_names(scores, {*_fields(())})
     with FolderLock(out, option="OUT", part=(part, parts)) as lock:
         folder = FilmFolder(source, links)
         lock.begun = True
         films = Films(out, folder, rules, scores, captioner)
         mine = list(folder.films)[part::parts]
-        workers = workers or os.cpu_count()
-        decoders = Decoders(workers)
+        decoders = Decoders(workers or os.cpu_count())
         served = True  # by the captioner
 
         def work(name: str) -> None:
@@ -99,7 +99,7 @@ def curate(
             films.keep(name, made_of, found)
 
         try:
-            with ThreadPoolExecutor(workers) as pool:
+            with ThreadPoolExecutor(decoders.workers) as pool:
                 list(tqdm(pool.map(work, mine), total=len(mine), desc="films", unit="film"))
         except ConnectionError as error:
             left = f"{sum(films.rows(name) is None for name in mine)} of {len(folder.films)} films"
@@ -163,14 +163,20 @@ class Films:
 
 
 def _told(maker: object) -> object:
-    """Return what the results of a function or a captioner depend on, as JSON values."""
+    """Return what the results of a function or a captioner depend on, as JSON values.
+
+    For a function of this package, this is its source; for another one, the source of its module.
+    """
     if dataclasses.is_dataclass(maker):
         fields = [f.name for f in dataclasses.fields(maker) if f.compare]
         return [type(maker).__qualname__, {f: repr(getattr(maker, f)) for f in fields}]
+    made_by = maker if hasattr(maker, "__qualname__") else type(maker)
     try:
-        return inspect.getsource(maker)
+        if made_by.__module__.startswith(f"{__package__.partition('.')[0]}."):
+            return inspect.getsource(made_by)
+        return [made_by.__qualname__, Path(inspect.getsourcefile(made_by)).read_text("utf-8")]
     except (OSError, TypeError):  # typed at a prompt, or not written in Python
-        return getattr(maker, "__qualname__", type(maker).__qualname__)
+        return made_by.__qualname__
 
 
 def _judge(rows: list[dict], rules: Rules, scores: Sequence[Score]) -> None:
@@ -225,10 +231,15 @@ def _near_duplicates(rows: list[dict]) -> list[dict]:
     return found
 
 
-def _write(path: Path, rows: list[dict], root: str, scores: Sequence[Score]) -> None:
+def _fields(scores: Sequence[Score]) -> dict[str, pyarrow.DataType]:
+    """Return the columns of the table."""
     fields = dict(clip_table.COLUMNS) | {s.name: pyarrow.float64() for s in scores}
     fields |= {clip_table.FILM_FRAMES: pyarrow.int64(), "quality": pyarrow.float64()}
-    fields |= {"left_out": pyarrow.string()}
+    return fields | {"left_out": pyarrow.string()}
+
+
+def _write(path: Path, rows: list[dict], root: str, scores: Sequence[Score]) -> None:
+    fields = _fields(scores)
     columns = {name: [row.get(name) for row in rows] for name in fields}
     schema = pyarrow.schema(fields, metadata={"root": root})
     table = pyarrow.table(columns, schema)
