@@ -271,8 +271,8 @@ def test_another_measure_or_captioner_of_the_same_name_is_another_key(tmp_path):
         made = [Score("one", runpy.run_path(str(module))["measure"])]
         return curation.Films(tmp_path, folder, rules, made, captioner).settings
 
-    server = Server("http://one", "model")
-    moved = dataclasses.replace(server, url="http://two", tries=1, seconds=1.0)
+    server = Server(("http://one",), "model")
+    moved = dataclasses.replace(server, url=("http://two",), tries=1, seconds=1.0)
     other = [
         settings("2.0"),  # a measure of the same name
         settings(captioner=server),

@@ -24,7 +24,8 @@ behind an OpenAI-compatible server, end the command with
 
   captioner:server --captioner.url http://localhost:8000/v1 --captioner.model NAME
 
-If the server is down for minutes, the exit code is 42: run the same command again later."""
+Several addresses after --captioner.url share the clips. One that goes away is tried again; if none
+answers for 10 minutes, the exit code is 42: run the same command again later."""
 
 
 @dataclass(frozen=True)
