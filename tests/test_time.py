@@ -288,6 +288,12 @@ def test_samples_are_the_pictures_of_whole_reads(films, tmp_path):
                 a, b, c, d, e = read(path, samples)
                 np.testing.assert_array_equal(np.stack([a, c, d, e]), whole[[2, 3, 3, 11]])
                 np.testing.assert_array_equal(b, large[0])
+            worker = workers.free.queue[-1]
+            some = workers.read_samples(path, [(i, size) for i in range(12)])
+            for _ in range(12):
+                next(some)
+            some.close()
+            assert workers.free.queue[-1] is worker  # it had sent all
             some = workers.read_samples(path, [(i, size) for i in range(12)])
             next(some)
             some.close()

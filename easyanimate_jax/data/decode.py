@@ -115,7 +115,7 @@ class Decoders:
 
     def _answers(self, path: File, count: int, *request) -> Iterator[dict]:
         """Yield the `count` answers to a request."""
-        worker, answer = self.free.get(), {}
+        worker = self.free.get()
         try:
             if worker is None or worker.poll() is not None:  # killed between two files
                 worker = self._start(path)
@@ -125,11 +125,12 @@ class Decoders:
                 worker.stdin.write(json.dumps([str(path), size, *request]).encode() + b"\n")
                 worker.stdin.write(content)
                 worker.stdin.flush()
-                for _ in range(count):
+                for left in reversed(range(count)):
                     answer = _receive(worker, self.stuck)
                     if "error" in answer:
                         break
-                    yield answer
+                    if left:
+                        yield answer
             except TimeoutError:
                 _end(worker)
                 worker = None
@@ -156,6 +157,7 @@ class Decoders:
             self.free.put(worker)
         if "error" in answer:
             raise ValueError(answer["error"])
+        yield answer  # the last one, when the worker is free
 
     def _start(self, path: File) -> subprocess.Popen:
         command = [sys.executable, "-m", __spec__.name, str(self.seconds), str(self.memory)]
@@ -191,6 +193,8 @@ def _receive(worker: subprocess.Popen, stuck: float) -> dict:
         selector.register(worker.stdout, selectors.EVENT_READ)
 
         def wait() -> None:
+            if selector.select(0):  # as for most frames of a film
+                return
             used = _ticks(worker.pid)
             while not selector.select(stuck):
                 before, used = used, _ticks(worker.pid)
