@@ -17,6 +17,7 @@ from easyanimate_jax.commands.convert import main as convert
 from easyanimate_jax.commands.parse import run as run_command
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.storage import stores
+from easyanimate_jax.storage.copies import local_copy
 from easyanimate_jax.storage.stores import place
 from easyanimate_jax.text.encode import TextEncoder, state_widths
 from easyanimate_jax.training.safety.exits import BAD_INPUT, DONE
@@ -123,13 +124,19 @@ def test_a_copy_that_fails_leaves_no_half_file_and_goes_on(folders, gcs, tmp_pat
     assert set(gcs.reads.values()) == {1}
 
 
-def test_a_file_that_is_overwritten_after_the_listing_is_not_taken(folders, gcs, tmp_path):
-    stores.replace_bytes(place("gs://bucket/racing/a"), b"old")
-    (found,) = stores.list_files(place("gs://bucket/racing"))
-    stores.replace_bytes(place("gs://bucket/racing/a"), b"new")
+def test_a_file_that_is_overwritten_after_the_listing_is_not_taken(gcs):
+    racing = place("gs://bucket/racing")
+    stores.replace_bytes(racing / "a", b"old")
+
+    def overwrite(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("racing%2Fa"):
+            gcs.put("bucket", "racing/a", b"new", None)
+
+    gcs.faults.append(overwrite)
     with pytest.raises(OSError, match="overwritten meanwhile; run the same command again"):
-        stores.download(place("gs://bucket/racing/a"), tmp_path / "a", found.tag)
-    assert not (tmp_path / "a").exists()
+        local_copy(racing)
+    gcs.faults.clear()
+    assert (local_copy(racing) / "a").read_bytes() == b"new"
 
 
 def test_what_is_not_there_is_named(folders, gcs, monkeypatch, tmp_path):

@@ -14,6 +14,7 @@ from easyanimate_jax.diffusion.tasks import task_of
 from easyanimate_jax.facts import MAX_SEED
 from easyanimate_jax.generation.request import check_range
 from easyanimate_jax.storage.local import local_path
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Measure a model on captioned clips that it was not trained on.
@@ -36,9 +37,9 @@ PROMPTS is a text with a prompt a line, or VBench_full_info.json.
 class Options:
     """The arguments of `evaluate`."""
 
-    model: Positional[Path]
+    model: Positional[Place]
     """Run, or folder with the parts of a model."""
-    clips: Positional[Path]
+    clips: Positional[Place]
     """Folder, table or list of captioned clips."""
     output: Path = Path("evaluation")
     """Folder of the results."""
