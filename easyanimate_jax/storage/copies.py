@@ -23,7 +23,7 @@ from easyanimate_jax.storage.stores import Found, Place, Remote, download, list_
 
 logger = logging.getLogger(__name__)
 
-TOGETHER = 8  # files that are copied at once
+TOGETHER = 4  # files that are copied at once
 LARGE = 10**8  # bytes; a larger copy shows its progress
 SINGLE = "."  # name of a single file, relative to itself
 

@@ -18,7 +18,9 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
@@ -28,11 +30,12 @@ from typing import NamedTuple
 from easyanimate_jax.storage import whole
 from easyanimate_jax.storage.errors import of_store
 from easyanimate_jax.storage.local import SCHEME, local_path, quoted
-from easyanimate_jax.storage.ranges import BUFFER, Part, Ranges
+from easyanimate_jax.storage.ranges import BUFFER, MOST, Part, Ranges
 
 SCHEMES = {"gs": "Google Cloud Storage", "s3": "S3"}
 RETRY = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
 TOGETHER = 16  # requests of one call at once, at most
+PIECES = 4  # requests for parts of one file at once
 ALIKE = 64 * 1024  # ranges with at most this many bytes between them are one request
 
 
@@ -135,10 +138,10 @@ class Remote:
 
     def open(self) -> io.BufferedReader:
         """Return a file to read, with seek and tell; storage/ranges.py says what it asks for."""
-        return io.BufferedReader(Ranges(str(self), self._range), BUFFER)
+        return io.BufferedReader(Ranges(str(self), self.part), BUFFER)
 
-    def _range(self, begin: int, end: int) -> Part:
-        """Return the bytes of a range; its end may lie after the end of the object."""
+    def part(self, begin: int, end: int) -> Part:
+        """Return the bytes of a range, by one request; it may end after the object does."""
         from obstore.exceptions import GenericError
 
         with _told(self):
@@ -275,13 +278,19 @@ def download(
     """
 
     def write(new: Path) -> None:
-        with _told(source), open(new, "wb") as file:
-            found = _obstore().get(_store(source), source.key)
-            if tag not in (None, _tag(found.meta)):
-                told = "the object was overwritten meanwhile; run the same command again"
-                raise OSError(errno.ESTALE, told, str(source))
-            for chunk in found.stream(2**23):
-                progress(file.write(chunk))
+        with open(new, "wb") as file, ThreadPoolExecutor(PIECES) as pool:
+            first, lock = source.part(0, MOST), threading.Lock()
+
+            def copy(begin: int) -> None:
+                part = source.part(begin, begin + MOST) if begin else first
+                if part.tag != first.tag or tag not in (None, part.tag):
+                    told = "the object was overwritten meanwhile; run the same command again"
+                    raise OSError(errno.ESTALE, told, str(source))
+                with lock:
+                    file.seek(begin)
+                    progress(file.write(part.content))
+
+            list(pool.map(copy, range(0, first.size, MOST)))
 
     whole.replace(target, write)
 
