@@ -110,10 +110,10 @@ def beside(folder: Place, text: str) -> Place:
         return named if isinstance(named, Remote) else folder / named
     if named.is_absolute():
         return named
-    key = posixpath.normpath(posixpath.join("/", folder.key, named.as_posix()))
-    if posixpath.normpath(posixpath.join(folder.key, named.as_posix())).startswith(".."):
+    inside = posixpath.normpath(posixpath.join(folder.key, named.as_posix()))
+    if inside.split("/")[0] == "..":
         raise ValueError(f"{quoted(text)} leaves the bucket of {folder}; give its whole URL")
-    return Remote(folder.scheme, folder.bucket, key.lstrip("/"))
+    return Remote(folder.scheme, folder.bucket, "") / inside
 
 
 @contextmanager

@@ -413,12 +413,15 @@ def _aws_config() -> dict | None:
 def _told(remote: Remote) -> Iterator[None]:
     """Turn obstore's errors into OSErrors that name the object, as those of a local file do.
 
-    Raises ValueError for a range after the end of the object.
+    Raises ValueError for a range after the end of the object, and for names that are no paths.
     """
-    from obstore.exceptions import BaseError
+    from obstore.exceptions import BaseError, InvalidPathError
 
     try:
         yield
+    except InvalidPathError as error:  # of an object in a listing: a//b, a/../b
+        told = " ".join(str(error).split())[:200]
+        raise ValueError(f"{remote}: {told}; rename the object") from error
     except (BaseError, FileNotFoundError) as error:  # obstore's readers raise the second
         if "416 Range" in str(error):
             raise ValueError(f"{remote} ends before the bytes that are wanted") from error
