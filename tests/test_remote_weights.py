@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from fake_stores import fake_stores, upload
-from test_export import MODEL, PROMPT, random_module
+from test_export import MODEL, PROMPT, exported, loaded, random_module
 from test_export import parts as parts  # a fixture: VAE, text encoder and tokenizer
 from test_lora import random_lora
 
@@ -177,3 +177,10 @@ def test_the_command_converts_weights_of_a_store(folders, gcs, tmp_path, capsys)
     assert run_command(lambda: load_vae(folders[1])) not in (DONE, BAD_INPUT)
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("error: gs://bucket/model/")
+
+
+@pytest.mark.slow
+def test_a_model_in_a_store_makes_the_same_video(parts, gcs, tmp_path):
+    folder = exported(tmp_path, parts, random_module(MMDiT, MODEL))
+    (remote,) = upload(folder, "gs://bucket/pipeline")
+    np.testing.assert_array_equal(loaded(remote)(), loaded(folder)())
