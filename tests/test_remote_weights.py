@@ -1,9 +1,11 @@
 """Weights in `gs://` and `s3://` are those of a local folder, copied once to a host."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +17,8 @@ from test_lora import random_lora
 
 from easyanimate_jax.commands.convert import main as convert
 from easyanimate_jax.commands.parse import run as run_command
+from easyanimate_jax.generation.outputs import Origin, record
+from easyanimate_jax.generation.request import Asked, SampleRequest
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.storage import stores
 from easyanimate_jax.storage.copies import local_copy
@@ -177,6 +181,16 @@ def test_the_command_converts_weights_of_a_store(folders, gcs, tmp_path, capsys)
     assert run_command(lambda: load_vae(folders[1])) not in (DONE, BAD_INPUT)
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("error: gs://bucket/model/")
+
+
+def test_a_sample_says_from_which_store_it_is(gcs):
+    stores.replace_bytes(place("gs://bucket/given.png"), b"x")
+    request = SampleRequest("x", image="gs://bucket/given.png")
+    told = record(Asked(request), Origin(place("gs://bucket/model"), {}), Path("out"), 1.0)
+    assert told["model"] == "gs://bucket/model"
+    assert told["command"].startswith("python sample.py gs://bucket/model --")
+    assert "--image=gs://bucket/given.png" in told["command"]
+    assert told["files_sha256"] == {"image": hashlib.sha256(b"x").hexdigest()}
 
 
 @pytest.mark.slow

@@ -87,6 +87,9 @@ class Remote:
     def parent(self) -> "Remote":
         return Remote(self.scheme, self.bucket, self.key.rpartition("/")[0])
 
+    def absolute(self) -> "Remote":
+        return self
+
     def with_name(self, name: str) -> "Remote":
         return self.parent / name
 
