@@ -13,7 +13,8 @@ import pyarrow
 from easyanimate_jax.data.buckets import Shape, grid_of
 from easyanimate_jax.data.contents import Contents, key
 from easyanimate_jax.data.index import INDEX_TYPES
-from easyanimate_jax.data.records import SHARDS, LatentSet, finish_set, root_of_text, split
+from easyanimate_jax.data.paths import beside
+from easyanimate_jax.data.records import SHARDS, LatentSet, finish_set, split
 from easyanimate_jax.data.shards import Shards, key_array, write_shard
 from easyanimate_jax.data.sources import places
 from easyanimate_jax.facts import FPS
@@ -161,7 +162,7 @@ class SetMaker:
 
     def _job(self, row: dict, manifest: Manifest) -> Job:
         """Return the job of a row of the manifest."""
-        root = root_of_text(self.folder, manifest.about["root"])
+        root = manifest.about["root"] and beside(self.folder, manifest.about["root"])
         clip = places.from_bytes(np.frombuffer(row["place"].encode(), np.uint8), root)
         clip = dataclasses.replace(clip, captions=tuple(row["captions"]))
         shape, latent_set = Shape(*(row[name] for name in Shape._fields)), self.latent_set
