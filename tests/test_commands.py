@@ -18,6 +18,7 @@ import pytest
 from easyanimate_jax.__main__ import VERBS, main
 from easyanimate_jax.commands import parse
 from easyanimate_jax.runs.config import TrainConfig, VAETrainConfig
+from easyanimate_jax.storage.stores import Remote
 
 ROOT = Path(__file__).parent.parent
 CONFIG_VERBS = ("train", "describe", "doctor", "plan", "prepare", "aot")
@@ -216,10 +217,10 @@ def test_a_url_is_refused_by_every_command_and_leaves_nothing(words, capsys, tmp
     for name in ("configs", "demos"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
-    assert code_of(*(word.format("gs://bucket/a [b]") for word in words)) == 2
+    assert code_of(*(word.format("hf://bucket/a [b]") for word in words)) == 2
     out, error = capsys.readouterr()
     assert out == "" and error.count("\n") == 1
-    assert "'gs://bucket/a [b]' is no local path, and gs:// is not supported" in error
+    assert "'hf://bucket/a [b]' is no local path, and hf:// is not supported" in error
     assert {path.name for path in tmp_path.iterdir()} == {"configs", "demos"}
 
 
@@ -244,7 +245,7 @@ def classes_below(kind) -> set:
         while todo:
             one = todo.pop()
             todo += typing.get_args(one)
-            if dataclasses.is_dataclass(one) and one not in found:
+            if dataclasses.is_dataclass(one) and one is not Remote and one not in found:
                 found |= classes_below(one)
     return {kind} | found
 
@@ -361,7 +362,8 @@ def test_a_disk_that_takes_no_more_and_a_wrong_place_are_one_line(error, code, m
 
 def test_an_error_of_a_network_is_no_wrong_input():
     """A scheduler starts the run again, which it does not after exit code 2."""
-    for number in (errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET):
+    assert parse.run(partial(_raise, OSError(errno.ETIMEDOUT, "of a store"))) == 5
+    for number in (errno.ESTALE, errno.ECONNRESET):
         with pytest.raises(OSError):
             parse.run(partial(_raise, OSError(number, "of the network")))
 

@@ -95,8 +95,8 @@ def test_every_text_of_a_config_that_is_no_name_is_a_path(config, others):
     for name in texts_of(config) - others:
         assert getattr(dataclasses.replace(config, **{name: "file:///x"}), name) == "/x"
         assert getattr(dataclasses.replace(config, **{name: "~/x"}), name) == f"{HOME}/x"
-        with pytest.raises(ValueError, match=rf"TrainConfig.{name}: .*gs:// is not supported"):
-            dataclasses.replace(config, **{name: "gs://b/r"})
+        with pytest.raises(ValueError, match=rf"TrainConfig.{name}: .*hf:// is not supported"):
+            dataclasses.replace(config, **{name: "hf://b/r"})
 
 
 @pytest.mark.parametrize("name", FILES)
