@@ -13,6 +13,7 @@ from small_runs import DEMO
 from stores_here import servers_here
 
 from easyanimate_jax.__main__ import main
+from easyanimate_jax.runs.doctor import same_run_folder
 from easyanimate_jax.storage import lock as locks
 from easyanimate_jax.storage import mirror as mirrors
 from easyanimate_jax.storage import stores
@@ -188,6 +189,11 @@ def test_a_run_on_another_machine_has_its_files_in_the_cache(tmp_path, monkeypat
 def test_a_store_that_takes_everything_is_left_as_it_was(run):
     check_store("--run", run)
     assert stores.list_names(run) == []
+
+
+def test_the_doctor_sees_one_run_folder_in_a_store(run, gcs):
+    found = same_run_folder(run)
+    assert found.good and found.name == f"run {run}" and stores.list_names(run) == []
 
 
 REFUSED = {
