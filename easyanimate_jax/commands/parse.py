@@ -40,7 +40,7 @@ OF_SETTINGS |= {errno.EMFILE}
 def registry() -> tyro.constructors.ConstructorRegistry:
     """Return tyro's rules; options of type Path are local paths, of type Place also stores'."""
     rules = tyro.constructors.ConstructorRegistry()
-    read = {Path: local_path, Place: place}
+    read = {Path: local_path, Place: place, Place | None: place}
 
     @rules.primitive_rule
     def path(info: tyro.constructors.PrimitiveTypeInfo):
