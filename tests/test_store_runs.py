@@ -144,7 +144,8 @@ def test_r1_kills_in_the_worst_places_of_a_store_change_no_bit(folder, whole, sc
     output = end(start([*SUPERVISED, "--", *words], **faults))
     assert sorted(p.name for p in once.iterdir()) == sorted(FAULTS), output
     assert prints(run) == prints(whole) and losses(run) == losses(whole)
-    assert complete_steps(place(run) / "checkpoints") == [8, 10, 12]
+    steps = complete_steps(place(run) / "checkpoints")
+    assert steps[-3:] == [8, 10, 12] and steps[0] > 2  # what is left goes after the next check
 
 
 @pytest.mark.slow
