@@ -103,9 +103,6 @@ class Remote:
     def exists(self) -> bool:
         return self.is_file() or self.is_dir()
 
-    def absolute(self) -> "Remote":
-        return self
-
     def version(self) -> Version | None:
         """Return size and tag of the object; None if there is none."""
         try:
