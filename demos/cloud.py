@@ -98,7 +98,7 @@ def main(options: Options) -> None:
     commands = Commands(options.kills, options.seed)
     local = str(FOLDER / "local")
     _make_inputs(local)
-    for name in ("latents", "train", "sample.mp4"):
+    for name in ("latents", "train", "samples"):
         shutil.rmtree(f"{local}/{name}", ignore_errors=True)
     _whole_way(commands, local, "local", 0)
     rows = [_row("local", local)]
@@ -136,11 +136,11 @@ def _whole_way(commands: Commands, root: str, where: str, kills: int) -> None:
     paths = [word for name, below in FIELDS.items() for word in (f"--{name}", f"{root}/{below}")]
     share = {"prepare": kills * 3 // 10, "sample": kills // 10}
     share["train"] = kills - sum(share.values())
-    sample = [f"{root}/train", "--prompt", "a red circle", "--output", f"{root}/sample.mp4"]
+    sample = [f"{root}/train", "--prompt", "a red circle", "--output", f"{root}/samples"]
     for step, words in (
         ("prepare", (*VERB, "prepare", CONFIG, *paths)),
         ("train", (*PYTHON, "train.py", CONFIG, *paths)),
-        ("sample", (*PYTHON, "sample.py", *sample, "--seed", "3")),
+        ("sample", (*PYTHON, "sample.py", *sample, "--seed", "3", "--steps", "3")),
     ):
         commands(step, *words, where=where, killed=share[step])
 
@@ -156,13 +156,13 @@ def _compare(local: str, url: str) -> None:
         {r["step"]: r["loss"] for r in map(json.loads, text.splitlines())}
         for text in ((p / "train" / "metrics.jsonl").read_text() for p in (Path(local), there))
     ]
-    copy = FOLDER / "sample.mp4"
-    stores.download(there / "sample.mp4", copy)
-    frames = [media.read_clip(path, 0, 9, 1) for path in (Path(local, "sample.mp4"), copy)]
+    copy, name = FOLDER / "sample.mp4", "samples/00000001.mp4"
+    stores.download(there / name, copy)
+    frames = [media.read_clip(path, 0, 9, 1) for path in (Path(local, name), copy)]
     same = {
         "losses": losses[0] == losses[1],
         "weights": weights_print(f"{local}/train") == weights_print(f"{url}/train"),
-        "frames": (frames[0] == frames[1]).all(),
+        "frames": bool((frames[0] == frames[1]).all()),
     }
     if not all(same.values()):
         raise SystemExit(f"{url} differs from {local}: {same}")

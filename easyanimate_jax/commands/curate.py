@@ -11,6 +11,7 @@ from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 from easyanimate_jax.commands import parse
 from easyanimate_jax.prepare.captions import Server
 from easyanimate_jax.prepare.curate import Rules
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import DONE, PREEMPTED
 
 HELP = """Cut and score the films of SOURCE into the table OUT/clips.parquet.
@@ -32,9 +33,9 @@ answers for 10 minutes, the exit code is 42: run the same command again later.""
 class Options:
     """The arguments of `curate`."""
 
-    source: Positional[Path]
+    source: Positional[Place]
     """Source of clips, or a folder of films without captions."""
-    out: Positional[Path]
+    out: Positional[Place]
     """Folder to write the table to."""
     rules: OmitArgPrefixes[Rules] = Rules()
     """Limits that a clip must meet."""
@@ -56,7 +57,8 @@ def main(arguments: Sequence[str]) -> int:
 def _curate(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "curate", HELP)
     part, parts = parse.part_of(own.part)
-    parse.check_folder("OUT", own.out)
+    if isinstance(own.out, Path):
+        parse.check_folder("OUT", own.out)
     from easyanimate_jax.prepare import funnel
     from easyanimate_jax.prepare.curate import curate
     from easyanimate_jax.prepare.scores import SCORES, named_score

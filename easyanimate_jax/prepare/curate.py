@@ -27,7 +27,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 
 from easyanimate_jax.data import media
-from easyanimate_jax.data.contents import Contents, key
+from easyanimate_jax.data.contents import kept_contents, key
 from easyanimate_jax.data.decode import Decoders
 from easyanimate_jax.data.sources import clip_table
 from easyanimate_jax.facts import check_fields
@@ -37,9 +37,17 @@ from easyanimate_jax.prepare.duplicates import find_repeats
 from easyanimate_jax.prepare.film_folder import FilmFolder
 from easyanimate_jax.prepare.scores import SCORES, Score, check_names
 from easyanimate_jax.prepare.shots import Splitting
-from easyanimate_jax.storage.local import local_path
-from easyanimate_jax.storage.lock import FolderLock
-from easyanimate_jax.storage.whole import replace, replace_text
+from easyanimate_jax.storage.lock import part_lock
+from easyanimate_jax.storage.stores import (
+    Place,
+    list_names,
+    make_folder,
+    place,
+    replace,
+    replace_text,
+)
+
+READERS = 64  # files of finished films that are read at once
 
 
 @dataclass(frozen=True)
@@ -57,8 +65,8 @@ class Rules:
 
 
 def curate(
-    source: Path,
-    out: Path,
+    source: str | Place,
+    out: str | Place,
     rules: Rules = Rules(),
     scores: Sequence[Score] = SCORES,
     captioner: Captioner | None = None,
@@ -76,9 +84,9 @@ def curate(
     if another process makes this part, and ConnectionError if the captioner does not serve; the
     films that are not finished are left.
     """
-    source, out = local_path(source), local_path(out)
+    source, out = place(source), place(out)
     check_names(scores, {*_fields(())})
-    with FolderLock(out, option="OUT", part=(part, parts)) as lock:
+    with part_lock(out, "OUT", (part, parts)) as lock:
         folder = FilmFolder(source, links)
         lock.begun = True
         films = Films(out, folder, rules, scores, captioner)
@@ -113,7 +121,7 @@ def curate(
         rows += folder.unusable_rows()
         _judge(rows, rules, scores)
         _rate(rows, scores)
-        _write(out / "clips.parquet", rows, os.path.relpath(folder.root, out), scores)
+        _write(out / "clips.parquet", rows, _relative(folder.root, out), scores)
         funnel.write(out, rows, _thumbnails(folder, rows))
         return rows
 
@@ -121,10 +129,10 @@ def curate(
 class Films:
     """The finished films in OUT/films, one JSON file each: the key of its content, and its rows."""
 
-    def __init__(self, out: Path, folder: FilmFolder, rules: Rules, scores, captioner):
+    def __init__(self, out: Place, folder: FilmFolder, rules: Rules, scores, captioner):
         self.out, self.folder = out / "films", folder
-        self.out.mkdir(exist_ok=True)
-        self.contents = Contents(out / "contents.jsonl")
+        make_folder(self.out)
+        self.contents = kept_contents(out)
         measures = [(s.name, s.frames, _told(s.measure)) for s in scores]
         self.settings = key(dataclasses.asdict(rules), measures, _told(captioner))
         self.captioned = captioner is not None
@@ -143,12 +151,14 @@ class Films:
 
     def all_rows(self) -> list[dict] | None:
         """Return the rows of all films; None if one is not finished."""
-        if not all(self._path(name).is_file() for name in self.folder.films):
+        have = set(list_names(self.out))
+        if not all(self._path(name).name in have for name in self.folder.films):
             return None  # and do not hash the films of other parts
-        found = [self.rows(name) for name in self.folder.films]
+        with ThreadPoolExecutor(READERS) as pool:
+            found = list(pool.map(self.rows, self.folder.films))
         return None if None in found else list(itertools.chain.from_iterable(found))
 
-    def _path(self, name: str) -> Path:
+    def _path(self, name: str) -> Place:
         return self.out / f"{key(self.settings, name)}.json"
 
     def key(self, name: str) -> str:
@@ -160,6 +170,12 @@ class Films:
         film = self.folder.films[name]
         captions = None if self.captioned else film.captions
         return key(content, captions, sorted(film.kinds))
+
+
+def _relative(root: Place, out: Place) -> str:
+    """Return the folder of the films as the table names it: relative to the table, or a URL."""
+    local = isinstance(root, Path) and isinstance(out, Path)
+    return os.path.relpath(root, out) if local else str(root)
 
 
 def _told(maker: object) -> object:
@@ -238,7 +254,7 @@ def _fields(scores: Sequence[Score]) -> dict[str, pyarrow.DataType]:
     return fields | {"left_out": pyarrow.string()}
 
 
-def _write(path: Path, rows: list[dict], root: str, scores: Sequence[Score]) -> None:
+def _write(path: Place, rows: list[dict], root: str, scores: Sequence[Score]) -> None:
     fields = _fields(scores)
     columns = {name: [row.get(name) for row in rows] for name in fields}
     schema = pyarrow.schema(fields, metadata={"root": root})

@@ -10,6 +10,7 @@ from easyanimate_jax.data.sources import clip_table
 from easyanimate_jax.data.sources.read import row_fault, rows_of
 from easyanimate_jax.data.sources.rows import NO_TEXT, Problem, caption_of
 from easyanimate_jax.storage.local import shown
+from easyanimate_jax.storage.stores import Place
 
 
 class Film(NamedTuple):
@@ -22,11 +23,11 @@ class Film(NamedTuple):
 class FilmFolder:
     """The films of a source by the names of their files; `unusable` are its other rows."""
 
-    def __init__(self, source: Path, links: Path | None):
+    def __init__(self, source: Place, links: Path | None):
         self.root, self.links = source if source.is_dir() else source.parent, links
         self.films, self.unusable = _films(source, links)
 
-    def path(self, name: str) -> Path:
+    def path(self, name: str) -> Place:
         """Return the path of a film. Raises ValueError for one that leaves the folder."""
         return paths.safe_path(self.root, name, self.links)
 
@@ -44,7 +45,7 @@ def base_row(name: str, captions: Sequence[str] = ()) -> dict:
     return base
 
 
-def _films(source: Path, links: Path | None) -> tuple[dict[str, Film], list[Problem]]:
+def _films(source: Place, links: Path | None) -> tuple[dict[str, Film], list[Problem]]:
     """Return {file name: film} for the files that a source names, and its other rows.
 
     Raises ValueError for a source whose films are not files, or that names none.

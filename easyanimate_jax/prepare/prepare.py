@@ -24,20 +24,17 @@ import hashlib
 import itertools
 import json
 import logging
-import tempfile
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from easyanimate_jax.data.contents import Contents, key
+from easyanimate_jax.data.contents import kept_contents, key
 from easyanimate_jax.data.records import LatentSet, write_texts
 from easyanimate_jax.data.shards import Shards, key_array
 from easyanimate_jax.data.sources.read import read_clips
@@ -47,8 +44,8 @@ from easyanimate_jax.prepare.clips import Job, Pixels, frames_of, make_job, read
 from easyanimate_jax.prepare.encode import Encoder, encode_pixels
 from easyanimate_jax.prepare.sets import SetMaker
 from easyanimate_jax.prepare.texts import TextMaker
-from easyanimate_jax.storage.local import cache_folder, shown
-from easyanimate_jax.storage.lock import FolderLock
+from easyanimate_jax.storage.local import shown
+from easyanimate_jax.storage.lock import part_lock
 from easyanimate_jax.storage.stores import Place, Remote, place, replace_text
 
 logger = logging.getLogger(__name__)
@@ -104,14 +101,12 @@ def plan_sets(
 ) -> None:
     """Read the source and write the manifests of all sets; no model and no device is needed."""
     output = place(output)
-    with _locked(output, part) as lock:
+    with part_lock(output, "--prepared", part) as lock:
         clips, problems = read_clips(*source if isinstance(source, tuple) else (source,))
         makers = [SetMaker(output / s.name, s, {"weights": weights, "seed": seed}) for s in sets]
         jobs = [select(s, clips, seed) for s in sets]
         lock.begun = True  # all settings are accepted
-        cache = output if isinstance(output, Path) else cache_folder() or Path(tempfile.mkdtemp())
-        cache.mkdir(parents=True, exist_ok=True)
-        contents = Contents(cache / "contents.jsonl")
+        contents = kept_contents(output)
         lines = [_line(problem._asdict()) for problem in problems]
         texts = TextMaker(output / "texts", None, weights.get("text"))
         captions = {text for some in jobs for job in some for text in job.clip.captions}
@@ -139,7 +134,7 @@ def make_sets(
     Only the manifests are read, not the source's tables. The arguments are those of `prepare`.
     """
     output = place(output)
-    with _locked(output, part) as lock:
+    with part_lock(output, "--prepared", part) as lock:
         makers = [SetMaker(output / s.name, s, {"weights": weights, "seed": seed}) for s in sets]
         texts = TextMaker(output / "texts", text_encoder, weights.get("text"))
         work = Work(output, makers, texts, part)
@@ -147,13 +142,6 @@ def make_sets(
         work.texts(prompts, prompts_key(prompts, weights))
         work.pixels(vae, seed)
         return work.finish(prompts)
-
-
-def _locked(output: Place, part: tuple[int, int]):
-    """Return a lock of this part; in a store, where a shard has one maker anyway, it is none."""
-    if isinstance(output, Path):
-        return FolderLock(output, option="--prepared", part=part)
-    return nullcontext(SimpleNamespace(begun=False))
 
 
 class Work:

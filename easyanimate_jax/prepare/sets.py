@@ -1,6 +1,7 @@
 """Make the records of one latent set: plan what is missing, encode it, and write the index."""
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from easyanimate_jax.storage.stores import Place, make_folder, replace_text
 # What may change in a set: the entries that it asks for are made, and the others stay.
 FREE = ("control", "condition_draws", "random_reference", "min_side", "min_quality", "kinds")
 LEAST, MOST = 128, 1024  # records of a shard
+RUN = 16  # clips whose files one thread reads after each other
 BYTES = 2**30  # of a shard with more than LEAST records
 JOBS = {
     "place": pyarrow.string(),  # of the clip, as JSON; see data/sources/places.py
@@ -64,14 +66,19 @@ class SetMaker:
                 f"set {self.latent_set.name!r} has pixels=True, and its clips lie in several "
                 f"buckets, or on disks and in stores; put all of them below one folder"
             )
-        with ThreadPoolExecutor() as pool:
-            keys = list(pool.map(lambda job: self._keys(job, contents, root), jobs))
-        rows = [
-            _row(job, root)
-            | {"keys": [bytes.fromhex(k) for k in own]}
-            | {"texts": [bytes.fromhex(text_key(text)) for text in job.clip.captions]}
-            for job, own in zip(jobs, keys, strict=True)
-        ]
+        runs = [jobs[first : first + RUN] for first in range(0, len(jobs), RUN)]
+        with ThreadPoolExecutor() as pool:  # which waits for the files to be read
+
+            def keys_of(run: Sequence[Job]) -> list[list[str]]:
+                return [self._keys(job, contents, root) for job in run]
+
+            keys = itertools.chain.from_iterable(pool.map(keys_of, runs))
+            rows = [
+                _row(job, root)
+                | {"keys": [bytes.fromhex(k) for k in own]}
+                | {"texts": [bytes.fromhex(text_key(text)) for text in job.clip.captions]}
+                for job, own in zip(jobs, keys, strict=True)
+            ]
         types = {
             n: pyarrow.from_numpy_dtype(t) if t is not str else pyarrow.string()
             for n, t in INDEX_TYPES.items()
