@@ -118,7 +118,7 @@ def main(options: Options) -> None:
 
 def _make_inputs(local: str) -> None:
     """Make clips, VAE and text encoders, unless they are there."""
-    if Path(local, "text", "config.json").is_file():
+    if Path(local, "text", "text.json").is_file():
         return
     sizes = ("--images", "12", "--clips", "36", "--large-clips", "2")
     steps = ("--stages.0.steps", "20", "--stages.1.steps", "2")
