@@ -1,9 +1,11 @@
 """The doctor tells a sound pod from one that is not, on one process and on two."""
 
 import copy
+import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_loop import ROOT
@@ -29,6 +31,7 @@ FACTS = {
     "host": "a",
     "devices": ["TPU v5"] * 4,
     "versions": {"jax": "0.10.2"},
+    "open_files": 1024,
     "files": {"data/latents/medium": "0123"},
 }
 
@@ -72,6 +75,7 @@ def test_two_processes_are_sound(tmp_path):
     [
         ("clock", 1e9 + 3, "3.000 s apart"),
         ("devices", ["TPU v5"] * 3, "3 or 4 in each"),
+        ("open_files", 256, "256 of a process, at least; raise `ulimit -n`"),
         ("versions", {"jax": "0.11.0"}, "0.10.2 on 0 (a); 0.11.0 on 1 (b)"),
         ("files", {"data/latents/medium": None}, "missing on 1 (b)"),
         ("files", {"data/latents/medium": "4567"}, "4567 on 1 (b)"),
@@ -87,3 +91,31 @@ def test_processes_that_see_different_things_are_named(field, value, message):
 def test_arguments_that_make_no_sense_are_refused(capsys):
     assert main(["configs/none.py"]) == 2
     assert "there is no config" in capsys.readouterr().err
+
+
+def test_a_system_without_limits_has_no_finding_of_open_files():
+    found = doctor.compare([FACTS | {"open_files": None}])
+    assert "open files" not in [finding.name for finding in found]
+
+
+@pytest.mark.parametrize("kind", ["gcsfuse", "mountpoint-s3", "rclone"])
+def test_a_bucket_that_is_mounted_is_named(tmp_path, kind):
+    mounts, run = tmp_path / "mounts", tmp_path / "bucket" / "run"
+    run.mkdir(parents=True)
+    line = f"b {tmp_path}/bucket fuse.{kind} rw 0 0\n"
+    mounts.write_text(f"/dev/a / ext4 rw 0 0\n{line}/dev/c {tmp_path}/bucketful ext4 rw 0 0\n")
+    assert f"a bucket that {kind} mounts" in doctor._mount_problem(run, mounts)
+    assert doctor._mount_problem(tmp_path / "other", mounts) == ""
+    assert doctor._mount_problem(run, tmp_path / "none") == ""
+
+
+def test_a_disk_that_cannot_rename_folders_is_named(tmp_path, monkeypatch, capsys):
+    def refuse(self, target):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(self))
+
+    path = write_config(tmp_path, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        assert main([path]) == 1
+    (failed,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("FAIL")]
+    assert "cannot rename a folder" in failed and list((tmp_path / "run").iterdir()) == []

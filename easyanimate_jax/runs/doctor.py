@@ -6,6 +6,7 @@ that the state fits memory and disk, and that all processes see the same files. 
 table. The exit code is 0 if all checks pass, 1 if one fails, and 2 for invalid arguments.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -30,7 +31,6 @@ from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.storage.stores import (
     Place,
     Remote,
-    list_files,
     list_names,
     make_folder,
     place,
@@ -41,6 +41,10 @@ from easyanimate_jax.weights.run_folder import complete_steps
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")
 MAX_CLOCK_SPREAD = 1.0  # seconds; more disturbs logs, heartbeats and certificates
+LEAST_FILES = 1024  # open files of a process
+# File systems that show a bucket as folders: a rename there copies each object of the folder.
+BUCKETS = {f"fuse.{name}" for name in ("gcsfuse", "s3fs", "mountpoint-s3", "goofys", "rclone")}
+BUCKETS |= {"fuse.mount-s3", "fuse.blobfuse2"}
 MESSAGE = 1 << 14  # bytes of facts that a process sends to the others
 REDUCED = 1 << 22  # float32 numbers that each device adds to the sum
 
@@ -73,6 +77,7 @@ def facts_here(config: TrainConfig | None) -> dict:
         "host": socket.gethostname(),
         "devices": [d.device_kind for d in jax.local_devices()],
         "versions": {"python": platform.python_version()} | _versions(),
+        "open_files": _open_files(),
         "files": {str(path): _listing(path) for path in _inputs(config)} if config else {},
     }
 
@@ -105,6 +110,10 @@ def compare(facts: list[dict]) -> list[Finding]:
     clocks = [f["clock"] for f in facts]
     spread = max(clocks) - min(clocks)
     findings.append(Finding("clocks", spread <= MAX_CLOCK_SPREAD, f"{spread:.3f} s apart"))
+    least = min((f["open_files"] for f in facts if f["open_files"]), default=0)
+    if least:
+        what = f"{least:,} of a process, at least" + "; raise `ulimit -n`" * (least < LEAST_FILES)
+        findings.append(Finding("open files", least >= LEAST_FILES, what))
     for path in facts[0]["files"]:
         seen = [f["files"][path] for f in facts]
         good = None not in seen and len(set(seen)) == 1
@@ -137,26 +146,67 @@ def all_reduce() -> Finding:
 def same_run_folder(folder: Place) -> Finding:
     """Check that every process can read what each process writes into the run folder."""
     token = gather({"token": uuid.uuid4().hex})[0]["token"]
-    problem = ""
+    problem, mine = "", folder / f"doctor.{token}.{jax.process_index()}"
     try:
         make_folder(folder, mode=0o700)
-        mine = folder / f"doctor.{token}.{jax.process_index()}"
         replace_text(mine, token)
+        if isinstance(folder, Path):
+            problem = _mount_problem(folder) or _rename_problem(folder / f"{mine.name}.folder")
     except OSError as error:
         problem = f"cannot be written: {error}"
     multihost_utils.sync_global_devices("doctor wrote")
-    seen = [] if problem else [n for n in list_names(folder) if n.startswith(f"doctor.{token}.")]
+    names = {f"doctor.{token}.{i}" for i in range(jax.process_count())}
+    seen = [] if problem else names & set(list_names(folder))
     multihost_utils.sync_global_devices("doctor read")
-    if not problem:
-        mine.unlink()
-        if len(seen) < jax.process_count():
-            problem = f"shows files of {len(seen)} of {jax.process_count()} processes"
+    with contextlib.suppress(OSError):
+        mine.unlink(missing_ok=True)
+    if not problem and len(seen) < jax.process_count():
+        problem = f"shows files of {len(seen)} of {jax.process_count()} processes"
     problems = [
         f"process {i}: {f['problem']}"
         for i, f in enumerate(gather({"problem": problem[:500]}))
         if f["problem"]
     ]
     return Finding(f"run {folder}", not problems, "; ".join(problems) or "shared and writable")
+
+
+def _open_files() -> int | None:
+    """Return how many files this process may open; None if the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _mount_problem(folder: Path, mounts: Path = Path("/proc/mounts")) -> str:
+    """Return what is wrong with the file system of a folder, or ""."""
+    if not mounts.is_file():
+        return ""
+    found = [line.split()[:3] for line in mounts.read_text().splitlines()]
+    inside = [(Path(at), kind) for _, at, kind in found if folder.resolve().is_relative_to(at)]
+    kind = max(inside, key=lambda mount: len(mount[0].parts), default=(None, ""))[1]
+    if kind not in BUCKETS:
+        return ""
+    return (
+        f"is a bucket that {kind.removeprefix('fuse.')} mounts, where a checkpoint cannot be "
+        f"renamed in one step; give its URL: --run gs://... or s3://..."
+    )
+
+
+def _rename_problem(folder: Path) -> str:
+    """Return why a folder with a file cannot be renamed, or ""; a checkpoint gets its name so."""
+    other = folder.with_name(f"{folder.name}.renamed")
+    try:
+        folder.mkdir()
+        (folder / "file").touch()
+        folder.rename(other)
+        return "" if (other / "file").is_file() else "loses a file when a folder is renamed"
+    except OSError as error:
+        return f"cannot rename a folder: {error}"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(other, ignore_errors=True)
 
 
 def fits(config: TrainConfig) -> list[Finding]:
@@ -219,15 +269,20 @@ def _inputs(config: TrainConfig) -> list[Place]:
 
 
 def _listing(folder: Place) -> str | None:
-    """Return a digest of the names and sizes of a folder's files; None if it does not exist."""
+    """Return a digest of what a folder holds; None if it does not exist.
+
+    It is the names that stand in it, with the sizes of local files, and the header of a prepared
+    set; of a run in a store, the complete steps.
+    """
     if not folder.exists():
         return None
-    if isinstance(folder, Remote):  # a run: the same for all who see its commits
-        return hashlib.sha256(repr(complete_steps(folder / "checkpoints")).encode()).hexdigest()[
-            :12
-        ]
-    files = sorted(found[:2] for found in list_files(folder) if "/" not in found.name)
-    return hashlib.sha256(repr(files).encode()).hexdigest()[:12]
+    if isinstance(folder, Remote) and (steps := complete_steps(folder / "checkpoints")):
+        return hashlib.sha256(repr(steps).encode()).hexdigest()[:12]
+    header = folder / "header.json"
+    told = [list_names(folder), header.read_text() if header.is_file() else ""]
+    if isinstance(folder, Path):
+        told += [p.stat().st_size for p in (folder / name for name in told[0]) if p.is_file()]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 
 
 def _differing(facts: list[dict], seen: list[str]) -> str:
