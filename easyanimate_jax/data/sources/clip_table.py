@@ -5,6 +5,8 @@ file; no video is encoded again. Other programs may have edited the table, so ea
 a column at a time.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ COLUMNS = {
 }
 FILM_FRAMES = "film_frames"  # a column that may be missing: frames of the whole file
 TEXTS = ("clip", "file", "kind")
+CHUNK = 2**14  # rows in memory at a time
 NUMBERS = {  # column -> (least value, whether it is a whole number)
     "first": (0, True),
     "frames": (1, True),
@@ -70,12 +73,16 @@ def sizes(path: str | Place) -> tuple[dict[str, np.ndarray], list[Problem]]:
 
     The columns are clip, kind, frames, fps, height, width and quality.
     """
-    names = ["clip", "kind", "frames", "fps", "height", "width"]
-    columns, _, problems, _ = _read(stores.place(path), names)
-    for name in ("clip", "kind"):
-        texts = [text.encode() for text in columns[name].to_pylist()]
-        columns[name] = np.array(texts) if texts else np.zeros(0, "S1")
-    return columns, problems
+    names, parts, problems = ["clip", "kind", "frames", "fps", "height", "width"], [], []
+    with _opened(stores.place(path)) as table:
+        for columns, _, bad in table.rows(names):
+            for name in ("clip", "kind"):
+                texts = [text.encode() for text in columns[name].to_pylist()]
+                columns[name] = np.array(texts) if texts else np.zeros(0, "S1")
+            parts.append(columns)
+            problems += bad
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return columns, sorted(problems)
 
 
 def clips(path: str | Place, links: str | Path | None = None) -> tuple[list[Clip], list[Problem]]:
@@ -84,10 +91,45 @@ def clips(path: str | Place, links: str | Path | None = None) -> tuple[list[Clip
     The second result has a `Problem` for each row that cannot be used. `links` is that of
     `read_clips`. Raises ValueError if there is no clip.
     """
-    path, found = stores.place(path), []
-    columns, rows, problems, told = _read(path, [*TEXTS, *NUMBERS, "captions"])
-    # `root` is the folder of the films, relative to the table's folder.
-    root = beside(path.parent, told.get(b"root", b".").decode())
+    found, problems = [], []
+    for some, bad in chunks(path, links):
+        found += some
+        problems += bad
+    return found, sorted(problems)
+
+
+def chunks(
+    path: str | Place, links: str | Path | None = None
+) -> Iterator[tuple[list[Clip], list[Problem]]]:
+    """Yield what `clips` returns for some rows at a time; memory does not grow with the table."""
+    path, first, shown, count = stores.place(path), None, [], 0
+    with _opened(path) as table:
+        # `root` is the folder of the films, relative to the table's folder.
+        root = beside(path.parent, table.told.get(b"root", b".").decode())
+        for columns, rows, problems in table.rows([*TEXTS, *NUMBERS, "captions"]):
+            found = _clips(columns, rows, root, links, problems)
+            if first is None and found:
+                first = found[0].path
+                if b"root" not in table.told and not first.is_file():
+                    raise ValueError(
+                        f"{path} has lost its metadata `root`, the folder of the films, as pandas "
+                        f"does when it writes a table, and {first} is not there; move the table "
+                        f"into that folder"
+                    )
+            count += len(problems)
+            shown += problems[: 20 - len(shown)]
+            yield found, problems
+    if first is None:
+        listed = "".join(f"\n  row {p.row} {p.file}: {p.reason}" for p in sorted(shown))
+        raise ValueError(
+            f"{path} holds no clip that is captioned and kept ({count} bad rows); curate it again"
+            f"{listed}"
+        )
+
+
+def _clips(columns: dict, rows: np.ndarray, root: Place, links, problems: list) -> list[Clip]:
+    """Return the captioned clips of usable rows; add the others with a reason to `problems`."""
+    found = []
     texts = zip(*(columns[name].to_pylist() for name in (*TEXTS, "captions")), strict=True)
     numbers = zip(*(columns[name].tolist() for name in (*NUMBERS, "quality")), strict=True)
     for number, (name, file, kind, captions), sized in zip(
@@ -106,61 +148,79 @@ def clips(path: str | Place, links: str | Path | None = None) -> tuple[list[Clip
             size = frames, height, width, fps
             captions = tuple(captions)
             found.append(Clip(name, film, kind, captions, *size, first, quality=quality))
-    problems.sort()
-    if not found:
-        listed = "".join(f"\n  row {p.row} {p.file}: {p.reason}" for p in problems[:20])
-        raise ValueError(
-            f"{path} holds no clip that is captioned and kept ({len(problems)} bad rows); curate "
-            f"it again{listed}"
-        )
-    if b"root" not in told and not found[0].path.is_file():
-        raise ValueError(
-            f"{path} has lost its metadata `root`, the folder of the films, as pandas does when it "
-            f"writes a table, and {found[0].path} is not there; move the table into that folder"
-        )
-    return found, problems
+    return found
 
 
-def _read(path: Place, names: list[str]) -> tuple[dict, np.ndarray, list[Problem], dict]:
-    """Return columns of the usable kept rows, the numbers of these rows, and the other kept rows.
-
-    The last result is the table's metadata. Rows are numbered from 0. Numbers are NumPy arrays, and
-    texts and captions pyarrow's. A table without `quality` gives zeros.
-    """
+@contextmanager
+def _opened(path: Place) -> Iterator["_Table"]:
     with open_regular(path) as file, pyarrow.parquet.ParquetFile(file) as parquet:
-        have = parquet.schema_arrow.names
-        more = [name for name in ("quality", FILM_FRAMES, "left_out") if name in have]
-        table = parquet.read([*names, *more])
-        metadata = parquet.schema_arrow.metadata or {}
-    rows = np.flatnonzero(_kept(table, path))
-    table, faults, columns = table.take(rows), {}, {"quality": np.zeros(len(rows))}
-    for name in [*names, *(["quality"] if "quality" in have else [])]:
-        columns[name], bad, repair = _checked(name, table[name])
-        for place in np.flatnonzero(bad).tolist():
-            faults.setdefault(place, f"{name} is {table[name][place].as_py()!r}; {repair}")
-    for place in np.flatnonzero((columns["fps"] == 0) & (columns["frames"] > 1)).tolist():
-        faults.setdefault(place, "fps is 0; give the rate of these frames")
-    if "first" in names and FILM_FRAMES in have and _is_number(table[FILM_FRAMES].type):
-        whole, ends = _floats(table[FILM_FRAMES]), columns["first"] + columns["frames"]
-        for place in np.flatnonzero(ends > whole).tolist():
-            told = f"{ends[place]:g}; the film has {whole[place]:g} frames"
-            faults.setdefault(place, f"first and frames end at {told}")
-    good = np.setdiff1d(np.arange(len(rows)), list(faults))
-    codes = columns["clip"].take(good).combine_chunks().dictionary_encode().indices.to_numpy()
-    _, firsts, of = np.unique(codes, return_index=True, return_inverse=True)
-    for place in np.setdiff1d(np.arange(len(good)), firsts).tolist():
-        first = rows[good[firsts[of[place]]]]
-        faults[int(good[place])] = f"clip has the name of row {first}; give it a name of its own"
-    good = good[np.sort(firsts)]
-    for name, values in columns.items():
-        columns[name] = values.take(good)
-        if name in NUMBERS and NUMBERS[name][1]:
-            columns[name] = columns[name].astype(np.int64)
-    problems = [
-        Problem(int(rows[place]), str(table["clip"][place].as_py()), reason)
-        for place, reason in sorted(faults.items())
-    ]
-    return columns, rows[good], problems, metadata
+        yield _Table(path, parquet)
+
+
+class _Table:
+    """An open table; `told` is its metadata."""
+
+    def __init__(self, path: Place, parquet: pyarrow.parquet.ParquetFile):
+        self.path, self.parquet = path, parquet
+        self.told = parquet.schema_arrow.metadata or {}
+        self.have = parquet.schema_arrow.names
+        self.firsts: dict[str, int] = {}  # of the names that come again: the row of the first
+
+    def rows(self, names: list[str]) -> Iterator[tuple[dict, np.ndarray, list[Problem]]]:
+        """Yield columns of the usable kept rows, the rows' numbers, and the other kept rows.
+
+        Rows are numbered from 0. Numbers are NumPy arrays, and texts and captions pyarrow's. A
+        table without `quality` gives zeros.
+        """
+        more = [name for name in ("quality", FILM_FRAMES, "left_out") if name in self.have]
+        again, first = self._again(), 0
+        for batch in self.parquet.iter_batches(CHUNK, columns=[*names, *more]):
+            yield self._usable(pyarrow.Table.from_batches([batch]), names, first, again)
+            first += len(batch)
+        if not first:
+            yield self._usable(self.parquet.read([*names, *more]), names, 0, again)
+
+    def _again(self) -> set[int]:
+        """Return the hashes of names that come more than once."""
+        if not _is_text(self.parquet.schema_arrow.field("clip").type):
+            return set()
+        parts = [
+            np.fromiter(map(hash, batch["clip"].to_pylist()), np.int64, len(batch))
+            for batch in self.parquet.iter_batches(CHUNK, columns=["clip"])
+        ]
+        hashes, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *parts]), return_counts=1)
+        return set(hashes[counts > 1].tolist())
+
+    def _usable(self, table: pyarrow.Table, names: list[str], number: int, again: set[int]):
+        rows = np.flatnonzero(_kept(table, self.path))
+        table, faults, columns = table.take(rows), {}, {"quality": np.zeros(len(rows))}
+        rows += number
+        for name in [*names, *(["quality"] if "quality" in self.have else [])]:
+            columns[name], bad, repair = _checked(name, table[name])
+            for place in np.flatnonzero(bad).tolist():
+                faults.setdefault(place, f"{name} is {table[name][place].as_py()!r}; {repair}")
+        for place in np.flatnonzero((columns["fps"] == 0) & (columns["frames"] > 1)).tolist():
+            faults.setdefault(place, "fps is 0; give the rate of these frames")
+        if "first" in names and FILM_FRAMES in self.have and _is_number(table[FILM_FRAMES].type):
+            whole, ends = _floats(table[FILM_FRAMES]), columns["first"] + columns["frames"]
+            for place in np.flatnonzero(ends > whole).tolist():
+                told = f"{ends[place]:g}; the film has {whole[place]:g} frames"
+                faults.setdefault(place, f"first and frames end at {told}")
+        for place, name in enumerate(columns["clip"].to_pylist() if again else ()):
+            if place not in faults and hash(name) in again:
+                first = self.firsts.setdefault(name, int(rows[place]))
+                if first != rows[place]:
+                    faults[place] = f"clip has the name of row {first}; give it a name of its own"
+        good = np.setdiff1d(np.arange(len(rows)), list(faults))
+        for name, values in columns.items():
+            columns[name] = values.take(good)
+            if name in NUMBERS and NUMBERS[name][1]:
+                columns[name] = columns[name].astype(np.int64)
+        problems = [
+            Problem(int(rows[place]), str(table["clip"][place].as_py()), reason)
+            for place, reason in sorted(faults.items())
+        ]
+        return columns, rows[good], problems
 
 
 def _kept(table: pyarrow.Table, path: Place) -> np.ndarray:
