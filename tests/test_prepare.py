@@ -51,8 +51,7 @@ class FakeText:
         return len(prompt) > 100
 
 
-@pytest.fixture(scope="module")
-def vae():
+def tiny_vae():
     config = VAEConfig(
         channels=(8, 8, 8),
         layers=1,
@@ -63,6 +62,11 @@ def vae():
         dtype="float32",
     )
     return CausalVAE(config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return tiny_vae()
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ MAX_BAD = 0.05  # share of a set's clips that may be unreadable
 class TooManyUnreadable(ValueError):
     """So many clips of a set cannot be read that something else may be wrong."""
 
+    lines: Sequence[str] = ()  # of those that are not in the quarantine yet
+
 
 class Quarantine:
     """A JSON-lines file of what was left out of rows and clips; no line stands in it twice.
