@@ -62,6 +62,10 @@ def load_strict():
     return tiny_vae(), Strict()
 
 
+def load_never():
+    time.sleep(600)
+
+
 def drive(out: str, loader: str) -> int:
     """Return the exit code of a driver, or of a process without an engine."""
     models = globals()[loader]
@@ -116,12 +120,12 @@ class Drivers:
             code = driver.wait()
         return code, self.log.read_text()
 
-    def workers(self, driver: subprocess.Popen) -> dict[int, str]:
+    def workers(self, driver: subprocess.Popen, tasks=TASKS) -> dict[int, str]:
         """The processes of tasks below a driver, and what they do."""
         return {
             pid: words
             for pid, words in processes().items()
-            if words.startswith(TASKS) and driver.pid in ancestors(pid)
+            if words.startswith(tasks) and driver.pid in ancestors(pid)
         }
 
     def close(self) -> None:
@@ -215,6 +219,20 @@ def test_a_shard_that_always_fails_is_named_and_the_others_are_made(tmp_path, dr
     code, told = drivers.finish(out)
     assert code == 0, told
     assert len(Records(out / "small")) == 4
+
+
+@pytest.mark.slow
+def test_a_driver_that_has_lost_its_ray_stops(tmp_path, drivers):
+    source, out = films(tmp_path / "source", 4), tmp_path / "out"
+    plan_sets(source, out, [LATENTS], 0, weights=WEIGHTS, shard_size=2)
+    driver = drivers.start(out, "load_never")
+    while not (found := drivers.workers(driver, ("ray::Maker.start",))):
+        assert driver.poll() is None, drivers.log.read_text()
+        time.sleep(0.3)
+    (raylet,) = (pid for pid in ancestors(*found) if "raylet" in processes()[pid].split()[0])
+    os.kill(raylet, signal.SIGKILL)
+    assert driver.wait(120) == 1
+    assert "ConnectionError: Ray has ended on this host" in drivers.log.read_text()
 
 
 @pytest.mark.parametrize(
