@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
 def _prepare(arguments: Sequence[str]) -> int:
     own, config = parse.options_and_config(Options, arguments, "prepare", HELP, ("TrainConfig",))
     part, prepared = parse.part_of(own.part), place(config.prepared)
-    _check_engine(own, part)
+    check_engine(own, part)
     if isinstance(prepared, Path):
         for latent_set in config.sets:
             parse.check_folder("--prepared", prepared / latent_set.name)
@@ -110,7 +110,8 @@ def _models(config) -> tuple[Place, Place]:
     return place(config.vae).absolute(), place(config.text).absolute()
 
 
-def _check_engine(own: Options, part: tuple[int, int]) -> None:
+def check_engine(own: Options, part: tuple[int, int]) -> None:
+    """Raise ValueError for options that do not fit the engine, or if Ray is not installed."""
     if own.engine == "ray":
         check_ray()
         if part != (0, 1):

@@ -58,7 +58,8 @@ class Process:
 
 def check_ray() -> None:
     """Raise ValueError if Ray is not installed."""
-    if importlib.util.find_spec("ray") is None or importlib.util.find_spec("ray").origin is None:
+    found = importlib.util.find_spec("ray")
+    if found is None or found.origin is None:  # a folder of this name has no origin
         raise ValueError(
             "--engine ray: ray is not installed; run pip install 'easyanimate_jax[ray]'"
         )
