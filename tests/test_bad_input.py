@@ -25,6 +25,7 @@ from easyanimate_jax.data.records import Records, write_set
 from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.data.sources.rows import MAX_CAPTION
 from easyanimate_jax.prepare import prepare as prepare_module
+from easyanimate_jax.prepare import quarantine
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +183,7 @@ def test_every_bad_media_file_gets_a_reason(tmp_path, canary):
 def test_every_bad_media_file_is_in_the_quarantine(tmp_path, canary, vae, monkeypatch):  # noqa: F811
     (tmp_path / "source").mkdir()
     bad = describe(tmp_path / "source", canary)
-    monkeypatch.setattr(prepare_module, "MAX_BAD", 1.0)  # else the third would stop it
+    monkeypatch.setattr(quarantine, "MAX_BAD", 1.0)  # else the third would stop it
     source, out = tmp_path / "source", tmp_path / "out"
     prepare_module.prepare(source, out, [SET], vae, FakeText(), (), 0, weights={})
     lines = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]

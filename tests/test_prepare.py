@@ -24,7 +24,7 @@ from easyanimate_jax.data.records import LatentSet, Records, read_texts
 from easyanimate_jax.data.sources import places
 from easyanimate_jax.models.mmdit import patchify
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.prepare import clips
+from easyanimate_jax.prepare import clips, reader
 from easyanimate_jax.prepare import curate as curation
 from easyanimate_jax.prepare import prepare as prepare_module
 from easyanimate_jax.prepare.encode import Encoder
@@ -51,8 +51,7 @@ class FakeText:
         return len(prompt) > 100
 
 
-@pytest.fixture(scope="module")
-def vae():
+def tiny_vae():
     config = VAEConfig(
         channels=(8, 8, 8),
         layers=1,
@@ -63,6 +62,11 @@ def vae():
         dtype="float32",
     )
     return CausalVAE(config, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return tiny_vae()
 
 
 @pytest.fixture
@@ -230,14 +234,14 @@ def test_unreadable_files_are_skipped_with_a_reason(source, vae):
 
 
 def test_a_shard_may_lose_all_its_clips(source, vae, monkeypatch):
-    read = prepare_module.read_pixels
+    read = reader.read_pixels
 
     def bad(job, *rngs):
         if job.clip.name == "1.mp4":
             raise ValueError("bad")
         return read(job, *rngs)
 
-    monkeypatch.setattr(prepare_module, "read_pixels", bad)
+    monkeypatch.setattr(reader, "read_pixels", bad)
     records = run(source, vae, shard_size=1)
     assert sorted(records.index["clip"]) == ["0.mp4", "2.mp4", "3.mp4", "4.mp4", "p.png"]
     assert records[4]["text0"].shape[1:] == (3, 4)
@@ -247,7 +251,7 @@ def test_too_many_unreadable_clips_stop_the_run(source, vae, monkeypatch):
     def bad(job, *rngs):
         raise ValueError(f"{job.clip.name} is bad")
 
-    monkeypatch.setattr(prepare_module, "read_pixels", bad)
+    monkeypatch.setattr(reader, "read_pixels", bad)
     with pytest.raises(ValueError, match=r"2 of 6 clips cannot be read"):
         run(source, vae)
 
@@ -347,14 +351,14 @@ def picture(path, seed):
 @pytest.fixture
 def pictures(tmp_path, monkeypatch):
     """A source of six pictures; the names that are decoded are noted."""
-    folder, read = tmp_path / "source", prepare_module.read_pixels
+    folder, read = tmp_path / "source", reader.read_pixels
     folder.mkdir()
     for i in range(6):
         picture(folder / f"{i}.tif", i)
     describe_pictures(folder, range(6))
     decoded = []
     monkeypatch.setattr(
-        prepare_module,
+        reader,
         "read_pixels",
         lambda job, *r: decoded.append(job.clip.name) or read(job, *r),
     )
@@ -398,9 +402,9 @@ def check_change(source, vae, decoded, change, made, told=(), **options):
 
 def test_a_film_of_the_same_size_and_date_is_made_again_and_no_other(source, vae, monkeypatch):
     """The example: found by its content, not by its name, size or date."""
-    decoded, read = [], prepare_module.read_pixels
+    decoded, read = [], reader.read_pixels
     monkeypatch.setattr(
-        prepare_module,
+        reader,
         "read_pixels",
         lambda job, *r: decoded.append(job.clip.name) or read(job, *r),
     )

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow
@@ -38,6 +39,16 @@ JOBS = {
 }
 
 Made = dict[str, np.ndarray] | str  # the arrays of a job's entries, or why it has none
+
+
+class Todo(NamedTuple):
+    """The work of one shard, a list of each of its clips."""
+
+    shard: int
+    rows: list[dict]  # of the manifest
+    wanted: list[list[str]]  # the slots whose entries are missing
+    jobs: list[Job]
+    kinds: list[frozenset[str]]  # of the wanted entries
 
 
 class SetMaker:
@@ -93,21 +104,22 @@ class SetMaker:
         """Return the manifest that was planned last. Raises ValueError if there is none."""
         return latest(self.folder)
 
-    def make(self, manifest: Manifest, shard: int, read: Callable[[Sequence[Job], Sequence], list]):
-        """Make one shard.
-
-        `read` returns for each job the arrays of its wanted kinds of entries, or a line that says
-        why it has none.
-        """
+    def todo(self, manifest: Manifest, shard: int) -> Todo:
+        """Return the work of one shard."""
         rows = manifest.rows(shard)
         wanted = [[s for s, make in zip(self.slots, r["make"], strict=True) if make] for r in rows]
-        jobs = [self._job(row, manifest) for row in rows]
-        if self.latent_set.pixels:
-            found = [{"place": np.frombuffer(row["place"].encode(), np.uint8)} for row in rows]
-        else:
-            found = read(jobs, [frozenset(s.split()[0] for s in slots) for slots in wanted])
+        kinds = [frozenset(slot.split()[0] for slot in slots) for slots in wanted]
+        return Todo(shard, rows, wanted, [self._job(row, manifest) for row in rows], kinds)
+
+    def write_places(self, manifest: Manifest, todo: Todo) -> None:
+        """Create a shard of a set with `pixels`: its records hold where their clips lie."""
+        places = (np.frombuffer(row["place"].encode(), np.uint8) for row in todo.rows)
+        self.write(manifest, todo, [{"place": one} for one in places])
+
+    def write(self, manifest: Manifest, todo: Todo, found: Sequence[Made]) -> None:
+        """Create the shard, unless it exists, of what each of its jobs has become."""
         entries, left_out = [], []
-        for row, slots, made in zip(rows, wanted, found, strict=True):
+        for row, slots, made in zip(todo.rows, todo.wanted, found, strict=True):
             if isinstance(made, str):
                 left_out.append(made)
                 continue
@@ -115,7 +127,7 @@ class SetMaker:
             keys = dict(zip(self.slots, row["keys"], strict=True))
             entries += [(keys[slot].hex(), parts[slot]) for slot in slots]
         notes = {"left_out": left_out}
-        write_shard(self.folder / SHARDS / manifest.shards[shard], entries, notes)
+        write_shard(self.folder / SHARDS / manifest.shards[todo.shard], entries, notes)
 
     def finish(self, manifest: Manifest) -> list[str] | None:
         """Write the index; return the lines of the clips left out, or None if a shard is missing.
