@@ -65,8 +65,10 @@ class Commands:
 
     def __call__(self, step: str, *words: str, where: str, killed: int = 0) -> None:
         """Run a command until it ends by itself, after it was killed `killed` times."""
-        for _ in range(killed):
-            self._kill(step, words, where)
+        wanted = len(self.made) + killed
+        for _ in range(2 * killed):  # some end before their moment
+            if len(self.made) < wanted:
+                self._kill(step, words, where)
         began = time.perf_counter()
         self._wait(step, self._start(words, where), where)
         if not killed:
@@ -78,7 +80,7 @@ class Commands:
 
     def _kill(self, step: str, words, where: str) -> None:
         process = self._start(words, where)
-        moment = self.random.uniform(0, self.seconds[step])
+        moment = self.random.uniform(0, 0.8 * self.seconds[step])
         try:
             self._wait(step, process, where, moment)
         except subprocess.TimeoutExpired:
