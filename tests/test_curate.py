@@ -32,7 +32,7 @@ from easyanimate_jax.prepare.captions import Server
 from easyanimate_jax.prepare.clip_rows import LARGE, SMALL, film_rows
 from easyanimate_jax.prepare.curate import Rules, curate
 from easyanimate_jax.prepare.film_folder import FilmFolder
-from easyanimate_jax.prepare.prepare import select
+from easyanimate_jax.prepare.jobs import select
 from easyanimate_jax.prepare.scores import Score
 from easyanimate_jax.prepare.shots import Span, Splitting, find_cuts, split
 

@@ -20,7 +20,7 @@ from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.evaluation.pairs import Group, summary
 from easyanimate_jax.evaluation.rewards import RewardError, RewardFunction, RewardServer
-from easyanimate_jax.prepare.prepare import select
+from easyanimate_jax.prepare.jobs import select
 from easyanimate_jax.runs.pairs import read_prompts
 
 

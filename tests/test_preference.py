@@ -27,7 +27,8 @@ from easyanimate_jax.diffusion.flow import Flow
 from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.prepare.clips import read_pixels
 from easyanimate_jax.prepare.encode import Encoder
-from easyanimate_jax.prepare.prepare import prepare, select
+from easyanimate_jax.prepare.jobs import select
+from easyanimate_jax.prepare.prepare import prepare
 from easyanimate_jax.runs.batches import make_loaders, place
 from easyanimate_jax.runs.config import from_json, to_json
 from easyanimate_jax.runs.loop import train

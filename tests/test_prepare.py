@@ -22,12 +22,13 @@ from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget, Shape
 from easyanimate_jax.data.records import LatentSet, Records, read_texts
 from easyanimate_jax.data.sources import places
+from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.models.mmdit import patchify
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
 from easyanimate_jax.prepare import clips, reader
 from easyanimate_jax.prepare import curate as curation
-from easyanimate_jax.prepare import prepare as prepare_module
 from easyanimate_jax.prepare.encode import Encoder
+from easyanimate_jax.prepare.jobs import select
 from easyanimate_jax.prepare.prepare import prepare
 from easyanimate_jax.weights.identity import fingerprint
 
@@ -260,17 +261,17 @@ def test_fast_films_are_read_at_eight_frames_a_second(source, vae):
     media.write_video(source / "film.mp4", np.zeros((40, 40, 40, 3), np.uint8), fps=24)
     rows = [{"file_path": "film.mp4", "text": "film", "type": "video"}]
     (source / "metadata.json").write_text(json.dumps(rows))
-    (clip,), _ = prepare_module.read_clips(source)
-    (job,) = prepare_module.select(SET, [clip], seed=0)
+    (clip,), _ = read_clips(source)
+    (job,) = select(SET, [clip], seed=0)
     assert job.stride == 0 and job.shape.frames == 9
     assert 0 <= job.start <= (40 - 1) / 24 - 8 / 8
 
 
 def test_clips_that_a_set_leaves_out_are_counted_by_reason(source, caplog):
-    clips, _ = prepare_module.read_clips(source)
+    clips, _ = read_clips(source)
     clips = [dataclasses.replace(c, quality=1.0) for c in clips if c.kind == "video"]
     caplog.set_level("INFO")
-    prepare_module.select(SET, clips, seed=0)
+    select(SET, clips, seed=0)
     assert not caplog.records
     clip = clips[0]
     odd = [
@@ -284,7 +285,7 @@ def test_clips_that_a_set_leaves_out_are_counted_by_reason(source, caplog):
         dataclasses.replace(clip, kind="image"),
         dataclasses.replace(clip, quality=0.1),
     ]
-    jobs = prepare_module.select(wanted, given, seed=0)
+    jobs = select(wanted, given, seed=0)
     assert [record.message for record in caplog.records] == [
         f"set 'small': {len(jobs)} of {len(given)} clips; left out: "
         "1 that fills no token length to 0.8 (min_fill); "
@@ -521,7 +522,7 @@ def test_odd_names_are_prepared_and_one_that_is_no_text_is_left_out_by_name(tmp_
     rows = curation.curate(folder, out / "a: b" / "table", rules, (), workers=1)
     left_out = {row["clip"]: row["left_out"] for row in rows}
     assert set(ODD) <= set(left_out)
-    kept, _ = prepare_module.read_clips(out / "a: b" / "table" / "clips.parquet")
+    kept, _ = read_clips(out / "a: b" / "table" / "clips.parquet")
     assert {clip.name for clip in kept} == {n for n, why in left_out.items() if not why}
 
 

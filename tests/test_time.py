@@ -333,3 +333,14 @@ def test_the_limit_of_a_decoder_is_its_own_processor_time_and_grows_with_the_wor
         assert workers.probe(long).num_frames == 200
     finally:
         workers.close()
+
+
+def test_closing_ends_all_workers():
+    workers = Decoders(3)
+    started = [workers._start(Path("x")) for _ in range(3)]
+    for _ in started:
+        workers.free.get()
+    for worker in started:
+        workers.free.put(worker)
+    workers.close()
+    assert all(worker.poll() is not None for worker in started)

@@ -107,8 +107,7 @@ class Decoders:
 
     def close(self) -> None:
         """End the workers; a later request starts new ones."""
-        for _ in range(self.workers):
-            worker = self.free.get()
+        for worker in [self.free.get() for _ in range(self.workers)]:
             if worker:
                 _end(worker)
             self.free.put(None)

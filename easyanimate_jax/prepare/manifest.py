@@ -11,10 +11,9 @@ next number.
 """
 
 import hashlib
-import io
-import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow
@@ -37,7 +36,7 @@ class Manifest:
     def __init__(self, file: Place):
         self.file = file
         self.parquet = pyarrow.parquet.ParquetFile(_opened(file))
-        self.about = json.loads(self.parquet.schema_arrow.metadata[b"about"])
+        self.about = json.loads(self.parquet.metadata.metadata[b"about"])
         self.shards: list[str] = self.about["shards"]
 
     def __len__(self) -> int:
@@ -65,28 +64,44 @@ class Manifest:
         return [row for part in parts for row in part.to_pylist()]
 
 
-def plan(folder: Place, rows: pyarrow.Table, weights: np.ndarray, about: dict) -> Manifest:
-    """Return the manifest that makes what is missing of `rows`, written unless there is one.
+def plan(
+    folder: Place,
+    tables: Callable[[], Iterator[pyarrow.Table]],
+    weights: Callable[[pyarrow.Table], np.ndarray],
+    about: dict,
+) -> None:
+    """Write the manifest that makes what is missing of rows, unless there is one; it is the latest.
 
-    `rows` have the column `keys`, a list per row; the shards are in `folder`/shards. A shard is
-    full when the `weights` of its rows reach WHOLE. The manifest becomes the latest.
+    `tables` yields the rows, in order and in chunks, as often as it is called. They have the column
+    `keys`, a list per row; the shards are in `folder`/shards. A shard is full when the `weights` of
+    its rows reach WHOLE.
     """
-    keys = rows["keys"].combine_chunks()
-    number, name = 0, _digest(rows.combine_chunks(), about)
-    while (file := folder / FOLDER / f"{name}-{number}.parquet").is_file():
-        number += 1
     shards = Shards(folder / "shards")
     table, notes = shards.tables()
-    known = np.isin(key_array(keys.flatten()), key_array(table["key"]))
     for damaged in set(shards.sizes) - set(notes):
         (shards.folder / damaged).unlink(missing_ok=True)
+    have = np.sort(key_array(table["key"]))
+    digest = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12)
+    known, counts, heavy = [], [], []
+    for rows in tables():
+        for batch in rows.to_batches():
+            digest.update(batch.serialize())
+        keys = rows["keys"].combine_chunks()
+        known.append(_among(have, key_array(keys.flatten())))
+        counts.append(np.diff(keys.offsets.to_numpy()))
+        heavy.append(weights(rows))
+    known, counts, heavy = map(np.concatenate, (known, counts, heavy))
+    number, name = 0, digest.hexdigest()
+    while (file := folder / FOLDER / f"{name}-{number}.parquet").is_file():
+        number += 1
     before = Manifest(folder / FOLDER / f"{name}-{number - 1}.parquet") if number else None
     if before is not None and np.all(known | before.makes()):
         file = before.file
     else:
-        stores.create(file, _content(rows, keys, ~known, weights, about))
+        shard = _shards(~known, counts, heavy)
+        # Of several writers of one name the first has it.
+        stores.create_file(file, lambda opened: _write(opened, tables(), ~known, shard, about))
     stores.replace_text(folder / LATEST, json.dumps({"file": file.name}))
-    return Manifest(file)  # of whoever was first
 
 
 def latest(folder: Place) -> Manifest:
@@ -99,32 +114,49 @@ def latest(folder: Place) -> Manifest:
     return Manifest(folder / FOLDER / json.loads(file.read_text())["file"])
 
 
-def _content(rows, keys: pyarrow.ListArray, make: np.ndarray, weights, about: dict) -> bytes:
-    """Return the file of a manifest that makes the flagged keys."""
-    row = np.repeat(np.arange(len(keys)), np.diff(keys.offsets.to_numpy()))
-    chosen = np.flatnonzero(np.bincount(row[make], minlength=len(keys)))
-    shard = np.full(len(keys), -1, np.int32)
+def _shards(make: np.ndarray, counts: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the shard of each row, -1 for a row of which nothing is made."""
+    row = np.repeat(np.arange(len(counts)), counts)
+    chosen = np.flatnonzero(np.bincount(row[make], minlength=len(counts)))
+    shard = np.full(len(counts), -1, np.int32)
     shard[chosen] = _numbered((np.cumsum(weights[chosen]) - weights[chosen]) // WHOLE)
-    flat, of_shard = key_array(keys.flatten())[make], shard[row[make]]
-    ends = np.searchsorted(of_shard, np.arange(shard.max(initial=-1) + 2))  # it ascends
-    names = [
-        shard_name([one.ljust(16, b"\0").hex() for one in flat[first:last]])
-        for first, last in itertools.pairwise(ends.tolist())
-    ]
-    flags = pyarrow.ListArray.from_arrays(keys.offsets, pyarrow.array(make, pyarrow.bool_()))
-    table = rows.append_column("make", flags).append_column("shard", pyarrow.array(shard))
-    table = table.replace_schema_metadata({"about": json.dumps(about | {"shards": names})})
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(table, sink, row_group_size=GROUP, compression="zstd")
-    return sink.getvalue()
+    return shard
 
 
-def _digest(rows: pyarrow.Table, about: dict) -> str:
-    """Return a hash of all values of a table, and of more."""
-    digest = hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=12)
-    for batch in rows.to_batches(max_chunksize=GROUP):
-        digest.update(batch.serialize())
-    return digest.hexdigest()
+def _write(
+    file: BinaryIO,
+    tables: Iterator[pyarrow.Table],
+    make: np.ndarray,
+    shard: np.ndarray,
+    about: dict,
+) -> None:
+    """Write the file of a manifest; `make` flags the keys that its shards make."""
+    names, keys, writer, at, row = [], [], None, 0, 0
+    for rows in tables:
+        lists = rows["keys"].combine_chunks()
+        flags, own = make[at : at + len(lists.flatten())], shard[row : row + len(rows)]
+        at, row = at + len(flags), row + len(rows)
+        told = pyarrow.ListArray.from_arrays(lists.offsets, pyarrow.array(flags, pyarrow.bool_()))
+        rows = rows.append_column("make", told).append_column("shard", pyarrow.array(own))
+        if writer is None:
+            writer = pyarrow.parquet.ParquetWriter(file, rows.schema, compression="zstd")
+        writer.write_table(rows, row_group_size=GROUP)
+        of_key = np.repeat(own, np.diff(lists.offsets.to_numpy()))[flags]
+        for number, one in zip(of_key.tolist(), key_array(lists.flatten())[flags], strict=True):
+            if number > len(names):  # the first key of the next shard
+                names.append(shard_name(keys))
+                keys = []
+            keys.append(one.ljust(16, b"\0").hex())
+    names += [shard_name(keys)] if keys else []
+    writer.add_key_value_metadata({"about": json.dumps(about | {"shards": names})})
+    writer.close()
+
+
+def _among(known: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Return which keys are among the known ones, which are sorted."""
+    if not len(known):
+        return np.zeros(len(keys), bool)
+    return known[np.minimum(np.searchsorted(known, keys), len(known) - 1)] == keys
 
 
 def _numbered(values: np.ndarray) -> np.ndarray:

@@ -22,10 +22,8 @@ content.
 
 import itertools
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +32,14 @@ from tqdm import tqdm
 from easyanimate_jax.data.contents import kept_contents, key
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.data.shards import Shards, key_array
-from easyanimate_jax.data.sources.read import read_clips
-from easyanimate_jax.data.sources.rows import Clip
+from easyanimate_jax.data.sources.read import read_chunks
 from easyanimate_jax.models.vae import CausalVAE
-from easyanimate_jax.prepare.clips import Job, frames_of, make_job
 from easyanimate_jax.prepare.device import Device
+from easyanimate_jax.prepare.jobs import Selection
 from easyanimate_jax.prepare.manifest import Manifest
+from easyanimate_jax.prepare.plans import SetPlan, TextPlan
 from easyanimate_jax.prepare.quarantine import LeftOut, Quarantine, file_of, line_of
-from easyanimate_jax.prepare.reader import Threads, draws_of
+from easyanimate_jax.prepare.reader import Threads
 from easyanimate_jax.prepare.sets import SetMaker
 from easyanimate_jax.prepare.texts import TextMaker
 from easyanimate_jax.storage.lock import part_lock
@@ -96,19 +94,22 @@ def plan_sets(
     part: tuple[int, int] = (0, 1),
 ) -> None:
     """Read the source and write the manifests of all sets; no model and no device is needed."""
-    output = place(output)
+    output, lines = place(output), []
     with part_lock(output, "--prepared", part) as lock:
-        clips, problems = read_clips(*source if isinstance(source, tuple) else (source,))
         makers = [SetMaker(output / s.name, s, {"weights": weights, "seed": seed}) for s in sets]
-        jobs = [select(s, clips, seed) for s in sets]
-        lock.begun = True  # all settings are accepted
+        plans = [SetPlan(maker, Selection(maker.latent_set, seed)) for maker in makers]
+        texts = TextPlan(TextMaker(output / "texts", None, weights.get("text")))
         contents = kept_contents(output)
-        lines = [line_of(problem._asdict()) for problem in problems]
-        texts = TextMaker(output / "texts", None, weights.get("text"))
-        captions = {text for some in jobs for job in some for text in job.clip.captions}
-        texts.plan(captions, shard_size, lines)
-        for maker, some in zip(makers, jobs, strict=True):
-            maker.plan(some, contents, texts.key, shard_size)
+        for clips, problems in read_chunks(*source if isinstance(source, tuple) else (source,)):
+            lines += [line_of(problem._asdict()) for problem in problems]
+            for one in plans:
+                texts.add(one.add(clips, contents, texts.maker.key))
+        for one in plans:
+            one.selection.close()
+        lock.begun = True  # all settings are accepted
+        texts.write(shard_size, lines)
+        for one in plans:
+            one.write(shard_size)
         quarantine = Quarantine(output / "quarantine.jsonl")
         for line in lines if part[0] == 0 else ():
             quarantine.add(line)
@@ -240,48 +241,3 @@ class Work:
 def prompts_key(prompts: Sequence[str], weights: dict[str, str]) -> str:
     """Return the key of the text states of sample prompts."""
     return key(list(prompts), weights.get("text"))
-
-
-def select(latent_set: LatentSet, clips: Sequence[Clip], seed: int) -> list[Job]:
-    """Return the set's clips as jobs, sorted by shape; log how many are left out, and why.
-
-    Raises ValueError if no clip fits.
-    """
-    jobs, left_out = [], Counter()
-    for clip in clips:
-        if clip.kind not in latent_set.kinds:
-            left_out[f"of kind {clip.kind}"] += 1
-        elif clip.quality < latent_set.min_quality:
-            left_out[f"of quality below {latent_set.min_quality:g}"] += 1
-        elif min(clip.height, clip.width) < latent_set.min_side:
-            left_out[f"narrower than {latent_set.min_side} pixels"] += 1
-        elif latent_set.pairs and clip.worse is None:
-            left_out["without a worse_file_path"] += 1
-        else:
-            seen = frames_of(latent_set, clip), clip.height, clip.width
-            shape = latent_set.budget.choose(*seen, clip.name)
-            if shape is None:
-                left_out[f"that {latent_set.budget.admissible(*seen)[1]}"] += 1
-                continue
-            clip = clip if latent_set.pairs else replace(clip, worse=None)
-            jobs.append(
-                make_job(latent_set, clip, shape, draws_of(seed, latent_set.name, clip.name))
-            )
-    if left_out:
-        reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.most_common())
-        logger.info(
-            f"set {latent_set.name!r}: {len(jobs)} of {len(clips)} clips; left out: {reasons}"
-        )
-    if not jobs and latent_set.pairs and not any(clip.worse for clip in clips):
-        raise ValueError(
-            f"set {latent_set.name!r} has pairs=True, and none of {len(clips)} clips has a "
-            f"worse_file_path; add this column to the table, or leave pairs out"
-        )
-    if not jobs:
-        raise ValueError(
-            f"set {latent_set.name!r}: none of {len(clips)} clips is of kind "
-            f"{'/'.join(latent_set.kinds)}, at least {latent_set.min_side} pixels wide, of "
-            f"quality {latent_set.min_quality} or more (only curation rates clips), and large "
-            f"enough for {latent_set.budget}; change the set or add clips"
-        )
-    return sorted(jobs, key=lambda job: (job.shape, job.clip.name))

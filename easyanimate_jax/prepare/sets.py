@@ -1,18 +1,14 @@
 """Make the records of one latent set: plan what is missing, encode it, and write the index."""
 
 import dataclasses
-import itertools
 import json
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow
 
-from easyanimate_jax.data.buckets import Shape, grid_of
+from easyanimate_jax.data.buckets import Shape
 from easyanimate_jax.data.contents import Contents, key
 from easyanimate_jax.data.index import INDEX_TYPES
 from easyanimate_jax.data.paths import beside
@@ -21,23 +17,11 @@ from easyanimate_jax.data.shards import Shards, key_array, write_shard
 from easyanimate_jax.data.sources import places
 from easyanimate_jax.facts import FPS
 from easyanimate_jax.prepare.clips import Job
-from easyanimate_jax.prepare.manifest import KEYS, WHOLE, Manifest, latest, plan
-from easyanimate_jax.storage.stores import Place, make_folder, replace_text
+from easyanimate_jax.prepare.manifest import Manifest, latest
+from easyanimate_jax.storage.stores import Place
 
 # What may change in a set: the entries that it asks for are made, and the others stay.
 FREE = ("control", "condition_draws", "random_reference", "min_side", "min_quality", "kinds")
-LEAST, MOST = 128, 1024  # records of a shard
-RUN = 16  # clips whose files one thread reads after each other
-BYTES = 2**30  # of a shard with more than LEAST records
-JOBS = {
-    "place": pyarrow.string(),  # of the clip, as JSON; see data/sources/places.py
-    "captions": pyarrow.list_(pyarrow.string()),
-    "start": pyarrow.float64(),
-    "stride": pyarrow.int32(),
-    "keys": KEYS,  # of its entries, slot by slot
-    "texts": KEYS,  # of its captions' text states
-}
-
 Made = dict[str, np.ndarray] | str  # the arrays of a job's entries, or why it has none
 
 
@@ -64,41 +48,6 @@ class SetMaker:
         self.made_of = json.loads(json.dumps({"set": _told(latent_set), **made_of}))
         self.slots = _slots(latent_set)
         check_identity(folder, self.made_of)
-
-    def plan(
-        self, jobs: Sequence[Job], contents: Contents, text_key: Callable[[str], str], size: int
-    ) -> None:
-        """Write the manifest of these jobs, unless there is one; 0 records a shard: by bytes."""
-        make_folder(self.folder)
-        replace_text(self.folder / "identity.json", json.dumps(self.made_of, indent=1))
-        root = places.root_of(job.clip for job in jobs)
-        if root is None and self.latent_set.pixels:
-            raise ValueError(
-                f"set {self.latent_set.name!r} has pixels=True, and its clips lie in several "
-                f"buckets, or on disks and in stores; put all of them below one folder"
-            )
-        runs = [jobs[first : first + RUN] for first in range(0, len(jobs), RUN)]
-        with ThreadPoolExecutor() as pool:  # which waits for the files to be read
-
-            def keys_of(run: Sequence[Job]) -> list[list[str]]:
-                return [self._keys(job, contents, root) for job in run]
-
-            keys = itertools.chain.from_iterable(pool.map(keys_of, runs))
-            rows = [
-                _row(job, root)
-                | {"keys": [bytes.fromhex(k) for k in own]}
-                | {"texts": [bytes.fromhex(text_key(text)) for text in job.clip.captions]}
-                for job, own in zip(jobs, keys, strict=True)
-            ]
-        types = {
-            n: pyarrow.from_numpy_dtype(t) if t is not str else pyarrow.string()
-            for n, t in INDEX_TYPES.items()
-        }
-        table = pyarrow.table(
-            {n: pyarrow.array([row[n] for row in rows], t) for n, t in (types | JOBS).items()}
-        )
-        weights = self._weights(table["tokens"].to_numpy(), size)
-        plan(self.folder, table, weights, {"root": self._root_text(root), **self.made_of})
 
     def open(self) -> Manifest:
         """Return the manifest that was planned last. Raises ValueError if there is none."""
@@ -154,12 +103,14 @@ class SetMaker:
             )
         return lines
 
-    def _keys(self, job: Job, contents: Contents, root: Place | None) -> list[str]:
-        """Return the keys of a job's entries, slot by slot, from the content that they show."""
+    def keys(self, job: Job, contents: Contents) -> list[str]:
+        """Return the keys of a job's entries, slot by slot, from the content that they show.
+
+        A set with `pixels` has none before its root is known.
+        """
         clip, of_clip = job.clip, (self.made_of["seed"], self.latent_set.name, job.clip.name)
         if self.latent_set.pixels:  # the record has no pixels, but the place of the clip
-            where = places.to_bytes(clip, root).tobytes().decode()
-            return [key("place", self._root_text(root), where)]
+            return []
         content = [contents(clip.path)] + ([contents(clip.worse)] if clip.worse else [])
         sizes = clip.kind, clip.first, clip.num_frames, clip.fps, clip.height, clip.width
         how = job.shape, job.start, job.stride, job.rate, self.latent_set.reference_rate
@@ -187,20 +138,6 @@ class SetMaker:
         shape, latent_set = Shape(*(row[name] for name in Shape._fields)), self.latent_set
         led = latent_set.control, latent_set.random_reference, latent_set.fps
         return Job(clip, shape, row["start"], row["stride"], *led)
-
-    def _weights(self, tokens: np.ndarray, size: int) -> np.ndarray:
-        """Return the weight of each record in a shard that is full at WHOLE."""
-        if size:
-            return np.full(len(tokens), -(-WHOLE // size))
-        record = tokens * 256 * max(1, len(self.slots))  # two float16 of 64 numbers a token
-        return WHOLE // np.clip(BYTES // record, LEAST, MOST)
-
-    def _root_text(self, root: Place | None) -> str | None:
-        """Return the root of the source, relative to the set's folder if both are local."""
-        if root is None:
-            return None
-        both = isinstance(root, Path) and isinstance(self.folder, Path)
-        return os.path.relpath(root, os.path.realpath(self.folder)) if both else str(root)
 
 
 def check_identity(folder: Place, made_of: dict) -> None:
@@ -250,28 +187,6 @@ def _told(latent_set: LatentSet) -> dict:
     unknown += () if latent_set.reference_rate else ("reference_rate",)
     unknown += () if latent_set.fps != FPS else ("fps",)
     return {name: value for name, value in fields.items() if name not in unknown}
-
-
-def _row(job: Job, root: Place | None) -> dict:
-    """Return the row of a job in the manifest, without its keys."""
-    T, gh, gw = grid_of(*job.shape)
-    return {
-        "clip": job.clip.name,
-        "kind": job.clip.kind,
-        **job.shape._asdict(),
-        "T": T,
-        "gh": gh,
-        "gw": gw,
-        "tokens": T * gh * gw,
-        "source_height": job.clip.height,
-        "source_width": job.clip.width,
-        "num_captions": len(job.clip.captions),
-        "source": job.clip.source,
-        "place": places.to_bytes(job.clip, root).tobytes().decode(),
-        "captions": job.clip.captions,
-        "start": job.start,
-        "stride": job.stride,
-    }
 
 
 def _joined(slots: pyarrow.ListArray, texts: pyarrow.ListArray) -> tuple[np.ndarray, np.ndarray]:

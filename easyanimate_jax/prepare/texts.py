@@ -3,18 +3,16 @@
 OUT/texts/shards/ab/NAME.shard    see data/shards.py; its notes name the captions that are cut
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pyarrow
 
 from easyanimate_jax.data.contents import key
 from easyanimate_jax.data.records import Texts, text_entry
 from easyanimate_jax.data.shards import Shards, write_shard
-from easyanimate_jax.prepare.manifest import KEYS, WHOLE, Manifest, latest, plan
+from easyanimate_jax.prepare.manifest import Manifest, latest
 from easyanimate_jax.storage.stores import Place
 
-SHARD = 512  # captions of a shard: V5's states are 2 MB each
 ROWS = 128  # captions encoded at once
 
 
@@ -27,23 +25,6 @@ class TextMaker:
     def key(self, caption: str) -> str:
         """Return the key of a caption's states."""
         return key("text", self.weights, caption)
-
-    def plan(self, captions: Iterable[str], size: int, problems: Sequence[str]) -> None:
-        """Write the manifest of different captions, `size` a shard (0: the usual number).
-
-        `problems` are lines for the rows of the source that cannot be used.
-        """
-        captions = sorted(captions)
-        keys = [[bytes.fromhex(self.key(caption))] for caption in captions]
-        rows = pyarrow.table(
-            {
-                "caption": pyarrow.array(captions, pyarrow.string()),
-                "keys": pyarrow.array(keys, KEYS),
-            }
-        )
-        weights = np.full(len(captions), -(-WHOLE // (size or SHARD)))
-        about = {"weights": self.weights, "problems": list(problems)}
-        plan(self.folder, rows, weights, about)
 
     def open(self) -> Manifest:
         """Return the manifest that was planned last. Raises ValueError if there is none."""

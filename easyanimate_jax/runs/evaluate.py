@@ -39,7 +39,8 @@ from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.generation.pipelines import text_to_video
 from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.prepare.clips import read_pixels
-from easyanimate_jax.prepare.prepare import prepare, select
+from easyanimate_jax.prepare.jobs import select
+from easyanimate_jax.prepare.prepare import prepare
 from easyanimate_jax.runs.batches import held_out_loader
 from easyanimate_jax.runs.config import TrainConfig, ValidationConfig
 from easyanimate_jax.runs.load import Pipeline

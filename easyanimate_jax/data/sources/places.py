@@ -7,7 +7,7 @@ again when they are read (data/paths.py).
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +27,21 @@ def root_of(clips: Iterable[Clip]) -> Place | None:
     Files of several buckets, or of disks and stores, have none.
     """
     files = {f for clip in clips for f in (_on_disk(clip.path), clip.control, clip.worse) if f}
-    buckets = {(f.scheme, f.bucket) if isinstance(f, Remote) else None for f in files}
+    return common(
+        [f.parent if isinstance(f, Remote) else Path(os.path.realpath(f)).parent for f in files]
+    )
+
+
+def common(folders: Sequence[Place | None]) -> Place | None:
+    """Return the deepest folder that contains all of some folders; None if there is none."""
+    if None in folders:
+        return None
+    buckets = {(f.scheme, f.bucket) if isinstance(f, Remote) else None for f in folders}
     if buckets == {None}:
-        return Path(os.path.commonpath({os.path.dirname(os.path.realpath(f)) for f in files}))
+        return Path(os.path.commonpath(set(map(str, folders))))
     if len(buckets) > 1:
         return None
-    folders = {f"/{file.parent.key}" for file in files}
-    return Remote(*buckets.pop(), os.path.commonpath(folders).lstrip("/"))
+    return Remote(*buckets.pop(), os.path.commonpath({f"/{f.key}" for f in folders}).lstrip("/"))
 
 
 def to_bytes(clip: Clip, root: Place | None) -> UInt8[np.ndarray, "_bytes"]:

@@ -51,6 +51,16 @@ class _Mention(NamedTuple):
     caption: str
 
 
+def read_chunks(
+    source: str | Place, links: str | Path | None = None
+) -> Iterator[tuple[list[Clip], list[Problem]]]:
+    """Yield what `read_clips` returns; a table of clips comes some rows at a time."""
+    if clip_table.is_table(place(source)):
+        yield from clip_table.chunks(source, local_path(links) if links else None)
+    else:
+        yield read_clips(source, links)
+
+
 def read_clips(
     source: str | Place, links: str | Path | None = None
 ) -> tuple[list[Clip], list[Problem]]:
