@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
