@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
 .PHONY: setup lock demo demo-long demo-lora demo-distill demo-reward demo-nft demo-preference demo-control demo-real \
-	demo-films test reliability slow browser notebooks bench chaos lint clean
+	demo-films demo-cloud test reliability slow browser notebooks bench chaos lint clean
 
 setup: .venv/ready
 
@@ -138,6 +138,10 @@ demo-films: setup
 	$(BIN)/python -m easyanimate_jax text runs/demo_films/films runs/demo_films/text --steps 100
 	$(BIN)/python -m easyanimate_jax prepare configs/demo_films.py
 	$(BIN)/python train.py configs/demo_films.py
+
+# The whole way with every path on gs:// and on s3://, killed 30 times; see docs/scale.md.
+demo-cloud: setup
+	$(BIN)/python -m demos.cloud
 
 test: setup
 	$(CPU) $(BIN)/pytest -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true

@@ -4,14 +4,17 @@ import base64
 import http.server
 import io
 import json
+import logging
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from easyanimate_jax.prepare import captions
+from easyanimate_jax.prepare import servers
 from easyanimate_jax.prepare.captions import INSTRUCTIONS, Server
 
 STILLS = np.full((3, 32, 48, 3), 200, np.uint8)
@@ -19,15 +22,21 @@ STILLS = np.full((3, 32, 48, 3), 200, np.uint8)
 
 @pytest.fixture
 def pauses(monkeypatch):
-    """The seconds that are waited for a server, without waiting."""
+    """The seconds that are waited for a server, on a clock that does not wait."""
     found = []
-    monkeypatch.setattr(captions.time, "sleep", found.append)
+
+    class Clock:
+        monotonic = staticmethod(lambda: 1000.0 + sum(found))
+        sleep = staticmethod(found.append)
+
+    monkeypatch.setattr(servers, "time", Clock)
     return found
 
 
-@pytest.fixture
-def server(pauses):
-    asked, answers = [], []
+@contextmanager
+def answering(answers):
+    """Yield the URL of a server that gives the answers, and the requests that it got."""
+    asked = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
@@ -43,8 +52,24 @@ def server(pauses):
 
     listening = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=listening.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{listening.server_port}/v1", asked, answers
+    yield f"http://127.0.0.1:{listening.server_port}/v1", asked
     listening.shutdown()
+    listening.server_close()
+
+
+@pytest.fixture
+def server(pauses):
+    answers = []
+    with answering(answers) as (url, asked):
+        yield url, asked, answers
+
+
+@pytest.fixture
+def down():
+    """The URL of a server that is down."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{free.getsockname()[1]}/v1"
 
 
 def says(text):
@@ -55,7 +80,7 @@ def test_a_clip_gets_a_caption_in_each_language(server, monkeypatch):
     url, asked, answers = server
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     answers += [(503, {}), says("  "), says(" a grey wall "), says("灰色的墙")]
-    assert Server(url, "some-model")(STILLS) == ["a grey wall", "灰色的墙"]
+    assert Server((url,), "some-model")(STILLS) == ["a grey wall", "灰色的墙"]
     assert [a[:2] for a in asked] == [("/v1/chat/completions", "Bearer k")] * 4
     *pictures, text = asked[-1][2]["messages"][0]["content"]
     assert text["text"] == INSTRUCTIONS[1] and len(pictures) == 3
@@ -67,28 +92,69 @@ def test_a_server_that_never_answers_well_is_named(server):
     url, _, answers = server
     answers += [(200, {"error": "no"}), (200, []), says(None)]
     with pytest.raises(ValueError, match=r"/v1/chat/completions gave no caption in 3 requests"):
-        Server(url, "m", tries=3)(STILLS)
+        Server((url,), "m", tries=3)(STILLS)
 
 
 def test_a_server_that_is_down_is_asked_after_growing_pauses(server, pauses):
     url, asked, answers = server
     answers += [(503, {}), (429, {}), (500, {}), (502, {}), says("a wall"), (503, {}), says("墙")]
-    assert Server(url, "m")(STILLS) == ["a wall", "墙"]
+    assert Server((url,), "m")(STILLS) == ["a wall", "墙"]
     assert pauses == [1, 4, 16, 60, 1] and len(asked) == 7
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        down = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    pauses.clear()
-    with pytest.raises(ConnectionError, match=r"/v1/chat/completions did not serve 6 requests: .*"):
-        Server(down, "m", tries=6)(STILLS)
+
+
+def test_servers_that_answer_to_nothing_for_a_stated_time_are_named(down, pauses):
+    with pytest.raises(ConnectionError, match=r"no answer for 141 s from .*/completions: .*refus"):
+        Server((down,), "m", patience=141.0)(STILLS)
     assert pauses == [1, 4, 16, 60, 60]
+
+
+def test_another_server_answers_for_one_that_dies(server, pauses, down, caplog):
+    """It is not asked again before its pause is over, and warned of once."""
+    url, asked, answers = server
+    answers += [says("a")] * 6
+    captioner = Server((down, url), "m", ("Describe it.",))
+    assert [captioner(STILLS) for _ in range(6)] == [["a"]] * 6
+    assert len(asked) == 6 and not pauses
+    [record] = caplog.records
+    assert record.message.startswith(f"{down}/chat/completions does not serve: ")
+
+
+def test_a_server_that_comes_back_is_taken_back(server, pauses, caplog):
+    caplog.set_level(logging.INFO)
+    url, _, answers = server
+    answers += [says("a")] * 5
+    with answering([(503, {}), (503, {}), says("b"), says("b")]) as (other, _):
+        captioner = Server((other, url), "m", ("Describe it.",))
+        caption = lambda: captioner(STILLS)[0]  # noqa: E731
+        assert [caption(), caption()] == ["a", "a"]  # the first asks the other one, too
+        pauses.append(1)  # as if that much later
+        assert [caption(), caption()] == ["a", "a"]
+        pauses.append(4)
+        assert [caption(), caption(), caption()] == ["b", "a", "b"]
+    told = [record.message.removeprefix(other) for record in caplog.records]
+    assert told[0].startswith("/chat/completions does not serve: HTTP Error 503")
+    assert told[1:] == ["/chat/completions serves again"]
+
+
+def test_a_server_that_hangs_holds_up_one_request(server, pauses, caplog):
+    url, asked, answers = server
+    answers += [says("a")] * 6
+    with socket.create_server(("127.0.0.1", 0)) as hung, ThreadPoolExecutor(1) as pool:
+        hangs = f"http://127.0.0.1:{hung.getsockname()[1]}"
+        captioner = Server((hangs, url), "m", ("Describe it.",), seconds=30.0)
+        held = pool.submit(captioner, STILLS)
+        connection, _ = hung.accept()
+        assert [captioner(STILLS) for _ in range(5)] == [["a"]] * 5 and len(asked) == 5
+        assert not caplog.records  # nothing was asked of it
+        connection.close()
+        assert held.result() == ["a"]
 
 
 def test_a_server_that_hangs_up_or_is_slow_does_not_serve(pauses):
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        with pytest.raises(ConnectionError, match=r"2 requests: .*timed out"):
-            Server(url, "m", tries=2, seconds=0.1)(STILLS)
+        with pytest.raises(ConnectionError, match=r"no answer for 1 s from .*timed out"):
+            Server((url,), "m", seconds=0.1, patience=1.0)(STILLS)
 
         def answer_nonsense():
             for _ in range(4):  # the two above, which gave up, and two more
@@ -97,8 +163,8 @@ def test_a_server_that_hangs_up_or_is_slow_does_not_serve(pauses):
 
         thread = threading.Thread(target=answer_nonsense, daemon=True)
         thread.start()
-        with pytest.raises(ConnectionError, match="did not serve 2 requests"):
-            Server(url, "m", tries=2)(STILLS)
+        with pytest.raises(ConnectionError, match="no answer for 1 s from"):
+            Server((url,), "m", patience=1.0)(STILLS)
         thread.join(5)
     assert pauses == [1, 1]
 
@@ -115,12 +181,16 @@ def test_a_server_that_hangs_up_or_is_slow_does_not_serve(pauses):
 def test_a_refusal_is_not_asked_again(server, pauses, code, kind, words):
     url, asked, answers = server
     answers += [(code, {})]
+    captioner = Server((url,), "m", ("Describe it.",))
     with pytest.raises(kind, match=f"{words}: .*{code}"):
-        Server(url, "m")(STILLS)
+        captioner(STILLS)
     assert len(asked) == 1 and not pauses
+    if kind is ValueError:  # and the next clip is not kept waiting
+        answers += [says("a")]
+        assert captioner(STILLS) == ["a"] and not pauses
 
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "", "ftp://h/v1", "/v1"])
 def test_an_address_that_is_none_is_refused_at_once(url):
     with pytest.raises(ValueError, match=f"Server.url is {url!r}; begin it with http://"):
-        Server(url, "m")
+        Server((url,), "m")

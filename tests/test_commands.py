@@ -227,7 +227,7 @@ def test_a_url_is_refused_by_every_command_and_leaves_nothing(words, capsys, tmp
 def test_an_option_that_is_a_path_has_the_type_of_one():
     """`parse` makes a local path of it. The file of a config is opened by `runs.config.load`."""
     words = {"config", "operator", "topology", "part", "mesh", "stage", "url", "model"}
-    words |= {"instructions", "features", "reward", "profile"}
+    words |= {"instructions", "features", "reward", "score", "profile"}
     words |= {"models", "lora", "token", "host", "allow_host"}  # of serve; two are NAME=PATH
     for kind in OPTIONS - CONFIGS:
         if kind.__name__ == "SampleRequest":

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image, ImageDraw
 from easyanimate_jax.commands import curate as command
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget
+from easyanimate_jax.data.decode import Decoders
 from easyanimate_jax.data.plan.report import choose
 from easyanimate_jax.data.records import LatentSet, Records
 from easyanimate_jax.data.sources import read
@@ -27,7 +29,9 @@ from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.prepare import curate as curation
 from easyanimate_jax.prepare import scores
 from easyanimate_jax.prepare.captions import Server
+from easyanimate_jax.prepare.clip_rows import LARGE, SMALL, film_rows
 from easyanimate_jax.prepare.curate import Rules, curate
+from easyanimate_jax.prepare.film_folder import FilmFolder
 from easyanimate_jax.prepare.prepare import select
 from easyanimate_jax.prepare.scores import Score
 from easyanimate_jax.prepare.shots import Span, Splitting, find_cuts, split
@@ -77,6 +81,64 @@ def table(films, tmp_path_factory):
 def test_a_film_is_cut_where_it_is_cut(films):
     folder, _ = films
     assert find_cuts(media.read_clip(folder / "four.mp4", 0, 96), 8.0) == [24, 56, 72]
+
+
+@pytest.fixture
+def worker():
+    decoders = Decoders(1)
+    yield decoders
+    decoders.close()
+
+
+def test_a_film_is_scored_frame_by_frame_as_from_all_of_its_frames(films, worker):
+    """Cuts, hashes and scores to the bit, also of clips that begin between frames of motion."""
+    folder, rules = FilmFolder(films[0], None), Splitting(0.8, 1.1)
+    whole = media.read_clip(films[0] / "four.mp4", 0, 96, 1, media.fit_side(64, 96, SMALL))
+    spans, short = split(96, find_cuts(whole, 8.0), 8.0, rules)
+    rows = film_rows(worker, folder, "four.mp4", rules, scores.SCORES, None)
+    assert [(r["first"], r["first"] + r["frames"]) for r in rows] == [*short, *spans]
+    assert len(short) == 1 and len(spans) == 11 and any(span.first % 4 for span in spans)
+    for span, row in zip(spans, rows[1:], strict=True):
+        stills = [span.first, (span.first + span.end - 1) // 2, span.end - 1]
+        frames = media.read_frames(films[0] / "four.mp4", stills, LARGE)
+        assert row["hash"] == scores.picture_hash(frames[1])
+        moving = whole[span.first : span.end : 4], 96 / SMALL
+        for score in scores.SCORES:
+            given = (frames, 1.0) if score.frames == "still" else moving
+            assert row[score.name] == score.measure(*given)
+
+
+def test_a_film_is_never_whole_in_memory(tmp_path, worker):
+    frames, score = (
+        scene(0, 300, 120, 160),
+        Score("mean", lambda frames, _: float(frames.mean()), "motion"),
+    )
+    media.write_video(tmp_path / "long.mp4", frames)
+    folder = FilmFolder(tmp_path, None)
+    worker.probe(tmp_path / "long.mp4")
+    tracemalloc.start()
+    rows = film_rows(worker, folder, "long.mp4", Splitting(1.0, 2.0), [score], None)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    whole = 300 * 120 * 160 * 3  # bytes of all small frames
+    assert len(rows) == 19 and rows[-1]["mean"] > 0 and peak < whole / 2
+
+
+def test_a_score_that_fails_ends_the_run_and_not_only_its_film(films, tmp_path):
+    def measure(frames, scale):
+        raise ZeroDivisionError("of the score")
+
+    with pytest.raises(ZeroDivisionError, match="of the score"):
+        curate(films[0], tmp_path, RULES, [Score("bad", measure)], workers=1)
+
+
+def test_a_film_that_breaks_off_has_one_row(films, tmp_path, worker):
+    """Its first clips do decode."""
+    whole = (films[0] / "four.mp4").read_bytes()
+    (tmp_path / "half.mp4").write_bytes(whole[: len(whole) * 3 // 4])
+    rules, folder = Splitting(0.5, 1.0), FilmFolder(tmp_path, None)
+    [row] = film_rows(worker, folder, "half.mp4", rules, scores.SCORES, lambda stills: ["told"])
+    assert row["frames"] == 96 and row["left_out"].startswith("does not decode: ")
 
 
 def test_spans_follow_the_rules_of_the_reference():
@@ -160,7 +222,7 @@ def test_parts_share_the_films_and_a_second_run_does_nothing(films, tmp_path, mo
     assert curate(folder, tmp_path, part=1, **options) is None
     rows = curate(folder, tmp_path, part=0, **options)
     assert len(rows) == 9 and {row["left_out"] for row in rows} >= {"no caption"}
-    monkeypatch.setattr(curation, "_film", None)  # would fail
+    monkeypatch.setattr(curation, "film_rows", None)  # would fail
     assert curate(folder, tmp_path, part=0, **options) == rows
 
 
@@ -177,14 +239,14 @@ def describe(folder, **captions):
 
 def test_what_changed_is_scored_again_and_nothing_else(tmp_path, monkeypatch):
     """A replaced film, a bad copy that became good, and a new caption, beside one as it was."""
-    folder, film, scored = tmp_path / "stills", curation._film, []
+    folder, film, scored = tmp_path / "stills", curation.film_rows, []
     folder.mkdir()
     for name in "abcd":
         still(folder / f"{name}.tif", ord(name))
     describe(folder, a="a", b="b", c="c", d="d")
     whole = (folder / "b.tif").read_bytes()
     (folder / "b.tif").write_bytes(whole[:300])  # its header is whole
-    monkeypatch.setattr(curation, "_film", lambda *args: scored.append(args[2]) or film(*args))
+    monkeypatch.setattr(curation, "film_rows", lambda *a: scored.append(a[2]) or film(*a))
     options = dict(rules=RULES, scores=scores.SCORES[1:2], workers=1)
     before = {row["clip"]: row for row in curate(folder, tmp_path / "out", **options)}
     still(folder / "a.tif", 99)
@@ -201,7 +263,7 @@ def test_what_changed_is_scored_again_and_nothing_else(tmp_path, monkeypatch):
 
 def test_another_measure_or_captioner_of_the_same_name_is_another_key(tmp_path):
     (tmp_path / "a.mp4").touch()
-    folder = curation.Folder(tmp_path, None)
+    folder = FilmFolder(tmp_path, None)
 
     def settings(value="1.0", captioner=None, rules=RULES):
         module = tmp_path / f"m{value}.py"
@@ -209,8 +271,8 @@ def test_another_measure_or_captioner_of_the_same_name_is_another_key(tmp_path):
         made = [Score("one", runpy.run_path(str(module))["measure"])]
         return curation.Films(tmp_path, folder, rules, made, captioner).settings
 
-    server = Server("http://one", "model")
-    moved = dataclasses.replace(server, url="http://two", tries=1, seconds=1.0)
+    server = Server(("http://one",), "model")
+    moved = dataclasses.replace(server, url=("http://two",), tries=1, seconds=1.0)
     other = [
         settings("2.0"),  # a measure of the same name
         settings(captioner=server),
@@ -220,6 +282,89 @@ def test_another_measure_or_captioner_of_the_same_name_is_another_key(tmp_path):
     ]
     assert settings() == settings() and len({settings(), *other}) == 6
     assert settings(captioner=moved) == settings(captioner=server)  # its captions are the same
+
+
+MINE = """
+from easyanimate_jax.prepare.scores import Score
+from more import FACTOR
+
+def measure(frames, scale):
+    return FACTOR * frames.mean()
+
+BRIGHT = Score("bright", measure, low={low}, better=1)
+TWICE = Score("sharpness", measure)
+COLUMN = Score("quality", measure)
+TEXT = Score("text", lambda frames, scale: "high")
+LOST = Score("lost", lambda frames, scale: float("nan"))
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A function that writes the module of scores `mine`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # and forget what is imported here
+    (tmp_path / "more.py").write_text("FACTOR = 1")
+
+    def write(low, end=""):
+        sys.modules.pop("mine", None)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        (tmp_path / "mine.py").write_text(MINE.format(low=low) + end)
+
+    yield write
+    sys.modules.pop("mine", None), sys.modules.pop("more", None)
+
+
+def test_a_score_of_the_user_has_a_column_and_a_limit(mine, films, tmp_path, monkeypatch):
+    mine(1)
+    words = [str(films[0]), str(tmp_path / "out"), "--min-seconds", "2.5", "--min-pixels", "0"]
+    words += ["--score", "mine:BRIGHT"]
+    assert command.main(words) == 0
+    made = len(list((tmp_path / "out" / "films").iterdir()))
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "clips.parquet").to_pylist()
+    by_name = {row["clip"]: row for row in table}
+    assert 1 < by_name["four.mp4#24-52"]["bright"] < 255
+    mine(300)  # only its limit is another one, but so is its module
+    assert command.main(words) == 0
+    assert len(list((tmp_path / "out" / "films").iterdir())) == 2 * made
+    table = pyarrow.parquet.read_table(tmp_path / "out" / "clips.parquet").to_pylist()
+    assert "bright outside 300 to inf" in {row["left_out"] for row in table}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mine:NONE", "module 'mine' has no attribute 'NONE'"),
+        ("mine", "mine is not the MODULE:NAME of a Score; write NAME = Score("),
+        ("mine:measure", "mine:measure is not the MODULE:NAME of a Score"),
+        ("mine:TWICE", "score sharpness: another score has this name"),
+        ("mine:COLUMN", "score quality: a column of the table has this name"),
+        ("mine:TEXT", "mine:TEXT returns 'high' for two frames of noise; return a finite number"),
+        ("mine:LOST", "mine:LOST returns nan"),
+    ],
+)
+def test_a_score_that_cannot_be_used_is_refused_before_a_film_is_read(
+    mine, films, tmp_path, monkeypatch, capsys, name, message
+):
+    mine(1)
+    monkeypatch.setattr(curation, "film_rows", None)  # would fail
+    assert command.main([str(films[0]), str(tmp_path / "out"), "--score", name]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "my score"}, "Score.name is 'my score'; use letters"),
+        ({"frames": "all"}, "score s: frames is 'all'; use one of 'still', 'motion'"),
+        ({"better": 2}, "score s: better is 2; use one of -1, 0, 1"),
+        ({"low": 2.0, "high": 1.0}, "score s: low is 2.0 and high is 1.0"),
+        ({"low": float("nan")}, "low is nan"),
+    ],
+)
+def test_a_score_has_a_name_a_range_and_known_frames(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Score(**({"name": "s", "measure": max} | fields))
 
 
 def test_captions_of_a_source_go_to_its_clips(films, tmp_path):
@@ -328,7 +473,8 @@ def test_the_command_is_typed_by_the_rules(tmp_path, monkeypatch, capsys):
     words = [str(tmp_path), "out", "--min-seconds", "1", "--min-pixels", "0"]
     words += ["captioner:server", "--captioner.url", "http://u", "--captioner.model", "m"]
     assert command.main(words) == 0
-    ((source, out, rules), more) = seen[0]
+    ((source, out, rules, used), more) = seen[0]
+    assert used == scores.SCORES
     assert (source, str(out)) == (tmp_path, "out") and more["captioner"].model == "m"
     assert rules == Rules(Splitting(min_seconds=1.0), min_pixels=0)
     monkeypatch.undo()

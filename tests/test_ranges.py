@@ -308,7 +308,10 @@ CLASSES = {
         },
     ),
     Rules: ({}, {"min_pixels": FROM_0}),
-    Server: ({"url": "http://127.0.0.1/v1", "model": "m"}, {"tries": COUNT, "seconds": ABOVE}),
+    Server: (
+        {"url": ("http://127.0.0.1/v1",), "model": "m"},
+        {"tries": COUNT, "seconds": ABOVE, "patience": RATE},
+    ),
     Splitting: (
         {"min_seconds": 0.0},
         {"min_seconds": RATE, "max_seconds": ABOVE, "trim_seconds": RATE},

@@ -14,6 +14,7 @@ from easyanimate_jax.commands.parse import NO_ROOM
 from easyanimate_jax.data import index, records
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.index import INDEX_TYPES
+from easyanimate_jax.data.names import file_hashes
 from easyanimate_jax.data.records import LatentSet, Records, write_set
 from easyanimate_jax.storage import stores
 
@@ -129,16 +130,20 @@ def test_a_damaged_index_is_named(folder):
 
 
 def test_a_large_index_is_mapped_and_reads_the_same(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "GROUP", 2)  # so it is converted in two parts
+    write_set(folder, {"vae": "abc"}, [record(i) for i in range(3)], [row(i) for i in range(3)])
     small = Records(folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(index, "MAPPED", 2)
     large, again = Records(folder), Records(folder)
-    assert len(list((tmp_path / "cache").rglob("*.arrow"))) == 1
+    assert len(list((tmp_path / "cache").rglob("index.json"))) == 1
+    np.testing.assert_array_equal(large.index["held"], file_hashes(small.index["clip"]))
     assert large.index["clip"].tolist() == small.index["clip"].tolist()
     for name in INDEX_TYPES:
         np.testing.assert_array_equal(large.index[name], small.index[name])
         np.testing.assert_array_equal(again.index[name], small.index[name])
     for i in range(3):
+        assert isinstance(large.index["tokens"], np.memmap)
         np.testing.assert_array_equal(large[i]["text0"], small[i]["text0"])
 
 

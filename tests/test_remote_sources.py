@@ -331,6 +331,14 @@ def test_no_name_leaves_the_folder_of_a_store(servers, scheme):
         paths.safe_path(Path("films"), f"{scheme}://bucket/films/a")
 
 
+@pytest.mark.parametrize("name", ["odd//a.mp4", "odd/../../a.mp4"])
+def test_a_folder_with_a_key_that_is_no_path_is_refused_by_name(gcs, name):
+    gcs.put("bucket", name, b"x", None)
+    with pytest.raises(ValueError, match=r"gs://bucket/odd: .*odd/.*; rename the object"):
+        read.read_clips(place("gs://bucket/odd"))
+    gcs.remove("bucket", name, None)
+
+
 def test_what_you_name_yourself_may_be_anywhere(clips, tmp_path):
     root, gs, s3 = clips
     (tmp_path / "mix.toml").write_text(

@@ -1,22 +1,27 @@
 """Weights in `gs://` and `s3://` are those of a local folder, copied once to a host."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from fake_stores import fake_stores, upload
-from test_export import MODEL, PROMPT, random_module
+from test_export import MODEL, PROMPT, exported, loaded, random_module
 from test_export import parts as parts  # a fixture: VAE, text encoder and tokenizer
 from test_lora import random_lora
 
 from easyanimate_jax.commands.convert import main as convert
 from easyanimate_jax.commands.parse import run as run_command
+from easyanimate_jax.generation.outputs import Origin, record
+from easyanimate_jax.generation.request import Asked, SampleRequest
 from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.storage import stores
+from easyanimate_jax.storage.copies import local_copy
 from easyanimate_jax.storage.stores import place
 from easyanimate_jax.text.encode import TextEncoder, state_widths
 from easyanimate_jax.training.safety.exits import BAD_INPUT, DONE
@@ -123,13 +128,19 @@ def test_a_copy_that_fails_leaves_no_half_file_and_goes_on(folders, gcs, tmp_pat
     assert set(gcs.reads.values()) == {1}
 
 
-def test_a_file_that_is_overwritten_after_the_listing_is_not_taken(folders, gcs, tmp_path):
-    stores.replace_bytes(place("gs://bucket/racing/a"), b"old")
-    (found,) = stores.list_files(place("gs://bucket/racing"))
-    stores.replace_bytes(place("gs://bucket/racing/a"), b"new")
+def test_a_file_that_is_overwritten_after_the_listing_is_not_taken(gcs):
+    racing = place("gs://bucket/racing")
+    stores.replace_bytes(racing / "a", b"old")
+
+    def overwrite(method: str, path: str) -> None:
+        if method == "GET" and path.endswith("racing%2Fa"):
+            gcs.put("bucket", "racing/a", b"new", None)
+
+    gcs.faults.append(overwrite)
     with pytest.raises(OSError, match="overwritten meanwhile; run the same command again"):
-        stores.download(place("gs://bucket/racing/a"), tmp_path / "a", found.tag)
-    assert not (tmp_path / "a").exists()
+        local_copy(racing)
+    gcs.faults.clear()
+    assert (local_copy(racing) / "a").read_bytes() == b"new"
 
 
 def test_what_is_not_there_is_named(folders, gcs, monkeypatch, tmp_path):
@@ -170,3 +181,20 @@ def test_the_command_converts_weights_of_a_store(folders, gcs, tmp_path, capsys)
     assert run_command(lambda: load_vae(folders[1])) not in (DONE, BAD_INPUT)
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("error: gs://bucket/model/")
+
+
+def test_a_sample_says_from_which_store_it_is(gcs):
+    stores.replace_bytes(place("gs://bucket/given.png"), b"x")
+    request = SampleRequest("x", image="gs://bucket/given.png")
+    told = record(Asked(request), Origin(place("gs://bucket/model"), {}), Path("out"), 1.0)
+    assert told["model"] == "gs://bucket/model"
+    assert told["command"].startswith("python sample.py gs://bucket/model --")
+    assert "--image=gs://bucket/given.png" in told["command"]
+    assert told["files_sha256"] == {"image": hashlib.sha256(b"x").hexdigest()}
+
+
+@pytest.mark.slow
+def test_a_model_in_a_store_makes_the_same_video(parts, gcs, tmp_path):
+    folder = exported(tmp_path, parts, random_module(MMDiT, MODEL))
+    (remote,) = upload(folder, "gs://bucket/pipeline")
+    np.testing.assert_array_equal(loaded(remote)(), loaded(folder)())

@@ -18,7 +18,7 @@ from easyanimate_jax.storage.stores import place
 from easyanimate_jax.training import saving
 from easyanimate_jax.training.checkpoint import Checkpoints, StorageError, damage
 from easyanimate_jax.training.safety.faults import Faults
-from easyanimate_jax.weights import array_item, run_folder, steps
+from easyanimate_jax.weights import array_item, orbax_item, run_folder, steps
 from easyanimate_jax.weights.steps import steps_in
 
 
@@ -220,7 +220,7 @@ def test_an_array_that_is_missing_is_damage_and_a_step_that_is_deleted_is_not(s3
 
     (name,) = (n for n in objects(s3) if n.startswith("4-") and "state/step/0" in n)
     (s3 / "data" / name).unlink()
-    assert damage(s3 / "4") and "state.step" in damage(s3 / "4")[0]
+    assert "state.step cannot be read" in damage(s3 / "4")[0]
     checkpoints = Checkpoints(s3, keep=3)
     assert_is(checkpoints.restore(like), 2)
     assert [n.partition("-")[0] for n in steps_in(s3).damaged()] == ["corrupt/4"]
@@ -309,6 +309,29 @@ def test_a_store_that_does_not_answer_is_no_damage(gs, gcs):
         damage(gs / "4")
     gcs.faults.clear()
     assert_is(read(gs), 4) and steps_in(gs).damaged() == {}
+
+
+@pytest.mark.parametrize("fault", ["UNAVAILABLE: the store is busy", "of a kind nobody has seen"])
+def test_a_reader_that_fails_sets_no_sound_step_aside(folder, monkeypatch, fault):
+    write(folder, steps=(4,))
+
+    def fail(*_):
+        raise ValueError(fault)
+
+    with monkeypatch.context() as patch:
+        for items in (array_item, orbax_item):
+            patch.setattr(items, "load_like", fail)
+        with pytest.raises(StorageError, match=fault):
+            read(folder)
+    assert_is(read(folder), 4)
+
+
+def test_what_orbax_keeps_beside_the_arrays_is_not_needed(gs):
+    write(gs, steps=(4,))
+    for name in objects(gs):
+        if name.endswith(("_sharding", "_CHECKPOINT_METADATA", "commit_success.txt")):
+            stores.replace_bytes(gs / "data" / name, b"?")
+    assert_is(read(gs), 4)
 
 
 def test_a_large_shard_is_several_objects(s3, monkeypatch):

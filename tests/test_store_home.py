@@ -13,6 +13,7 @@ from fake_stores import fake_stores
 from small_runs import DEMO
 
 from easyanimate_jax.__main__ import main
+from easyanimate_jax.runs.doctor import same_run_folder
 from easyanimate_jax.storage import lock as locks
 from easyanimate_jax.storage import mirror as mirrors
 from easyanimate_jax.storage import stores
@@ -161,6 +162,23 @@ def test_an_upload_that_fails_is_logged_and_tried_again(gcs, tmp_path, caplog):
     assert (run / "metrics.jsonl").read_text() == "rows"
 
 
+def test_a_run_whose_lock_was_taken_over_uploads_nothing(run, tmp_path, monkeypatch, quick):
+    from easyanimate_jax.runs.home import StoreHome
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with StoreHome(run, 0) as home:
+        home.begun = True
+        (home.mirror.folder / "metrics.jsonl").write_text("one\n")
+        home.keep()
+        stores.replace_text(run / "lock", json.dumps(locks._myself() | {"id": "other"}))
+        home.lock.thread.join(5)
+        (home.mirror.folder / "metrics.jsonl").write_text("two\n")
+        with pytest.raises(AnotherRunError):
+            home.keep()
+    assert (run / "metrics.jsonl").read_text() == "one\n"
+    assert stores.list_names(run) == ["lock", "metrics.jsonl"]
+
+
 def test_a_run_on_another_machine_has_its_files_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     one, two = (mirrors.work_folder(place(f"gs://bucket/{n}/run")) for n in "ab")
@@ -171,6 +189,11 @@ def test_a_run_on_another_machine_has_its_files_in_the_cache(tmp_path, monkeypat
 def test_a_store_that_takes_everything_is_left_as_it_was(run):
     check_store("--run", run)
     assert stores.list_names(run) == []
+
+
+def test_the_doctor_sees_one_run_folder_in_a_store(run, gcs):
+    found = same_run_folder(run)
+    assert found.good and found.name == f"run {run}" and stores.list_names(run) == []
 
 
 REFUSED = {

@@ -105,13 +105,13 @@ def test_a_finished_run_is_found_finished_and_a_changed_config_refused(stored, c
     before = {f.name: f.changed for f in stores.list_files(place(stored.run) / "checkpoints")}
     with pytest.raises(ValueError, match="belongs to stage 'small_t2v' and seed 42"):
         run_config(replace(stored, seed=7))
-    assert run_config(stored) == 0
+    assert run_config(stored) == 0 and run_config(stored, replay=2) == 0
     after = {f.name: f.changed for f in stores.list_files(place(stored.run) / "checkpoints")}
     assert after.keys() == before.keys()
 
 
-FAULTS = ("writing@2", "uploaded@4", "finalising@6", "written@8", "checked@10", "deleting@4")
-FAULTS += ("restoring@6", "step@11")
+FAULTS = ("writing@2", "uploaded@4", "finalising@6", "step@11")
+FAULTS += ("written", "checked", "deleting", "restoring")  # the first of each
 
 
 def prints(run: str) -> dict:
@@ -144,7 +144,8 @@ def test_r1_kills_in_the_worst_places_of_a_store_change_no_bit(folder, whole, sc
     output = end(start([*SUPERVISED, "--", *words], **faults))
     assert sorted(p.name for p in once.iterdir()) == sorted(FAULTS), output
     assert prints(run) == prints(whole) and losses(run) == losses(whole)
-    assert complete_steps(place(run) / "checkpoints") == [8, 10, 12]
+    steps = complete_steps(place(run) / "checkpoints")
+    assert steps[-3:] == [8, 10, 12] and steps[0] > 2  # what is left goes after the next check
 
 
 @pytest.mark.slow

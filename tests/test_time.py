@@ -275,6 +275,44 @@ def test_a_span_of_a_table_is_not_left(films):
         media.read_at(films["slowing.mp4"], 0, 2, first=12, end=99)
 
 
+def test_samples_are_the_pictures_of_whole_reads(films, tmp_path):
+    """Of several sizes of one frame, too; a worker that is left early serves the next request."""
+    workers, size = Decoders(1), (24, 40)
+    still = np.random.default_rng(0).integers(0, 255, (32, 64, 3), np.uint8)
+    media.write_gif(tmp_path / "a.gif", np.stack([np.roll(still, i, 1) for i in range(12)]))
+    try:
+        for path in (films["slowing.mp4"], tmp_path / "a.gif"):
+            whole, large = media.read_clip(path, 0, 12, 1, size), media.read_frames(path, [3], 48)
+            samples = [(2, size), (3, 48), (3, size), (3, size), (11, size)]
+            for read in (media.read_samples, workers.read_samples):
+                a, b, c, d, e = read(path, samples)
+                np.testing.assert_array_equal(np.stack([a, c, d, e]), whole[[2, 3, 3, 11]])
+                np.testing.assert_array_equal(b, large[0])
+            worker = workers.free.queue[-1]
+            some = workers.read_samples(path, [(i, size) for i in range(12)])
+            for _ in range(12):
+                next(some)
+            some.close()
+            assert workers.free.queue[-1] is worker  # it had sent all
+            some = workers.read_samples(path, [(i, size) for i in range(12)])
+            next(some)
+            some.close()
+            np.testing.assert_array_equal(workers.read_clip(path, 0, 12, 1, size), whole)
+            assert list(workers.read_samples(path, [])) == []
+            with pytest.raises(ValueError, match=rf"{path.name}: .*frame (12|9999) "):
+                list(workers.read_samples(path, [(0, size), (9999, size)]))
+    finally:
+        workers.close()
+
+
+def test_the_bytes_of_a_film_extend_the_limit_of_a_decoder(films):
+    """All packets of a long film are read for its times, before one is decoded."""
+    for name in ("slowing.mp4", "slowing.mkv"):
+        allowed = []
+        media.read_seconds(films[name], allowed.append)
+        assert sum(allowed) == films[name].stat().st_size // 4
+
+
 def test_the_limit_of_a_decoder_is_its_own_processor_time_and_grows_with_the_work(tmp_path):
     still = np.random.default_rng(0).integers(0, 255, (240, 320, 3), np.uint8)
     long = encode(tmp_path / "long.mp4", steady(200, 24), frames=[still] * 200)

@@ -6,36 +6,43 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from easyanimate_jax.commands import parse
 from easyanimate_jax.prepare.captions import Server
 from easyanimate_jax.prepare.curate import Rules
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import DONE, PREEMPTED
 
 HELP = """Cut and score the films of SOURCE into the table OUT/clips.parquet.
 
 No video is rewritten: a clip is a span of a file. Run the same command to resume; finished films
-are kept. OUT/funnel.html shows how many clips each rule removed. To caption clips with a model
+are kept. OUT/funnel.html shows how many clips each rule removed.
+
+--score mine:BEAUTY adds a score of your own: mine.py holds BEAUTY = Score("beauty", function), with
+the class easyanimate_jax.prepare.scores.Score. To caption clips with a model
 behind an OpenAI-compatible server, end the command with
 
   captioner:server --captioner.url http://localhost:8000/v1 --captioner.model NAME
 
-If the server is down for minutes, the exit code is 42: run the same command again later."""
+Several addresses after --captioner.url share the clips. One that goes away is tried again; if none
+answers for 10 minutes, the exit code is 42: run the same command again later."""
 
 
 @dataclass(frozen=True)
 class Options:
     """The arguments of `curate`."""
 
-    source: Positional[Path]
+    source: Positional[Place]
     """Source of clips, or a folder of films without captions."""
-    out: Positional[Path]
+    out: Positional[Place]
     """Folder to write the table to."""
     rules: OmitArgPrefixes[Rules] = Rules()
     """Limits that a clip must meet."""
     captioner: Server | None = None
     """Server that captions clips; by default a clip has the captions of its film."""
+    score: UseAppendAction[tuple[str, ...]] = ()
+    """Your own score MODULE:NAME, beside the built-in ones. Repeat it for several scores."""
     links: Path | None = None
     """Folder that links in the source may lead into, such as the cache of a hub."""
     part: str = "0/1"
@@ -50,13 +57,16 @@ def main(arguments: Sequence[str]) -> int:
 def _curate(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "curate", HELP)
     part, parts = parse.part_of(own.part)
-    parse.check_folder("OUT", own.out)
+    if isinstance(own.out, Path):
+        parse.check_folder("OUT", own.out)
     from easyanimate_jax.prepare import funnel
     from easyanimate_jax.prepare.curate import curate
+    from easyanimate_jax.prepare.scores import SCORES, named_score
 
+    scores = (*SCORES, *map(named_score, own.score))
     options = {"captioner": own.captioner, "part": part, "parts": parts, "links": own.links}
     try:
-        rows = curate(own.source, own.out, own.rules, **options)
+        rows = curate(own.source, own.out, own.rules, scores, **options)
     except ConnectionError as error:
         print(f"error: {error}", file=sys.stderr)
         return PREEMPTED

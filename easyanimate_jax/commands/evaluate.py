@@ -39,7 +39,7 @@ class Options:
 
     model: Positional[Place]
     """Run, or folder with the parts of a model."""
-    clips: Positional[Path]
+    clips: Positional[Place]
     """Folder, table or list of captioned clips."""
     output: Path = Path("evaluation")
     """Folder of the results."""

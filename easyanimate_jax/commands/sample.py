@@ -23,7 +23,7 @@ from easyanimate_jax.generation.request import (
     read_lines,
     without_effect,
 )
-from easyanimate_jax.storage.stores import Place
+from easyanimate_jax.storage.stores import Place, make_folder
 from easyanimate_jax.training.safety.exits import BAD_INPUT, DONE
 
 NAME = "sample.py"
@@ -53,7 +53,7 @@ class Options:
     """JSON lines; keys: options with _."""
     batch: int = 1
     """Lines of --prompts generated at once."""
-    output: Path = Path("samples")
+    output: Place = Path("samples")
     """Folder to write to."""
     gif: bool = False
     """Write a GIF beside each video."""
@@ -109,7 +109,7 @@ def _sample(arguments: Sequence[str]) -> int:
     origin = origin_of(own, opened)
     opened = with_loras(opened, loras)
     todo = examine(todo, opened)
-    own.output.mkdir(parents=True, exist_ok=True)
+    make_folder(own.output)
     for sentence in dict.fromkeys(s for one in todo for s in without_effect(one.request)):
         say(sentence)
     if own.batch > 1 and own.prompts is None:
@@ -172,7 +172,8 @@ def requests(own: Options) -> list[Asked]:
         raise ValueError(
             f"there is no folder {own.model}; give a run, a converted folder or a released one"
         )
-    parse.check_folder("--output", own.output)
+    if isinstance(own.output, Path):
+        parse.check_folder("--output", own.output)
     return todo
 
 

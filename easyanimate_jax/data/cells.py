@@ -89,11 +89,17 @@ def _kept(table: Place, leaf: str, group: int, _: tuple) -> pyarrow.ChunkedArray
     """Return the values of a group of rows, or None if they are too large to be kept."""
     with open_regular(table) as handle, pyarrow.parquet.ParquetFile(handle) as file:
         size = chunk_of(file.metadata, group, leaf).total_uncompressed_size
-    return _group(table, leaf, group) if size <= KEPT_BYTES else None
+        return _values(table, file, leaf, group) if size <= KEPT_BYTES else None
 
 
 def _group(table: Place, leaf: str, group: int) -> pyarrow.ChunkedArray:
     with open_regular(table) as handle, pyarrow.parquet.ParquetFile(handle) as file:
-        check_group(table, file.metadata, group, leaf)
-        column = file.read_row_group(group, columns=[leaf], use_threads=False).column(0)
+        return _values(table, file, leaf, group)
+
+
+def _values(
+    table: Place, file: pyarrow.parquet.ParquetFile, leaf: str, group: int
+) -> pyarrow.ChunkedArray:
+    check_group(table, file.metadata, group, leaf)
+    column = file.read_row_group(group, columns=[leaf], use_threads=False).column(0)
     return pyarrow.compute.struct_field(column, "bytes") if types.is_struct(column.type) else column

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import BinaryIO
 from easyanimate_jax.data.media import Cell, File, Member
 from easyanimate_jax.data.paths import open_regular
 from easyanimate_jax.storage.errors import raise_if_of_the_system
+from easyanimate_jax.storage.local import cache_folder
 from easyanimate_jax.storage.stores import Place, Remote
 
 PIECE = 2**22  # bytes read at a time
@@ -113,6 +115,13 @@ class Contents:
         with self.lock, self.path.open("ab", buffering=0) as file:
             self.known[name] = stat, digest
             file.write(line)
+
+
+def kept_contents(output: Place) -> Contents:
+    """Return the `Contents` that an output folder keeps; for one in a store, this host keeps it."""
+    folder = output if isinstance(output, Path) else cache_folder() or Path(tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    return Contents(folder / "contents.jsonl")
 
 
 def _pieces(file: BinaryIO, offset: int = 0, size: int | None = None) -> Iterator[bytes]:

@@ -1,12 +1,12 @@
 """Decode files in separate processes, with limits of processor time and memory.
 
 A damaged or hostile file can only kill a worker, not the run: the caller gets a `ValueError` with
-the reason, and the next file a new worker. Requests and answers are a line of JSON and raw bytes,
-so an answer cannot run code. The time limit grows with the pixels to decode and counts processor
-time, so a busy machine gives the same result. A worker that uses no processor time is killed as
-stuck; one whose parent has ended exits. A worker opens a local file or an object of a store by its
-name, and gets the bytes of a file inside another one. If the store or the system fails, the caller
-gets that `OSError`, and not a `ValueError` about the file.
+the reason, and the next file a new worker. Requests and answers are JSON and raw bytes, so an
+answer cannot run code. The time limit grows with the bytes to read and the pixels to decode, and
+counts processor time, so a busy machine gives the same result. A worker that uses no processor time
+is killed as stuck; one whose parent has ended exits. A worker opens a local file or an object of a
+store by its name, and gets the bytes of a file inside another one. If the store or the system
+fails, the caller gets that `OSError`, and not a `ValueError` about the file.
 
     python -m easyanimate_jax.data.decode SECONDS BYTES     one worker, on stdin and stdout
 """
@@ -20,12 +20,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from easyanimate_jax.data import media
-from easyanimate_jax.data.media import Content, File, Frames, Picture, Probe
+from easyanimate_jax.data.media import Content, File, Frames, Picture, Probe, Sample
 from easyanimate_jax.facts import FPS
 from easyanimate_jax.storage.errors import is_of_the_system
 from easyanimate_jax.storage.stores import Place, Remote, place
@@ -36,16 +38,17 @@ STUCK = 60.0  # seconds of wall clock without any processor time used
 BYTES = 2 * 2**30  # address space of a worker
 START_SECONDS = 60.0  # limit for the start of a worker on a busy machine
 PIPE = 2**20  # bytes of a pipe's buffer
+LENGTH = 4  # bytes of an answer's length
 MOST_ANSWER = 4 * media.MAX_PIXELS  # bytes
 
 
 class Decoders:
     """`workers` processes that decode for any number of threads; a worker serves one at a time.
 
-    A file may use `seconds` of processor time, and 1 s more for every `PIXELS` that it must decode.
-    `memory` limits a worker's address space in bytes. After `stuck` seconds without processor time
-    a worker is killed. All methods raise ValueError, naming the file, if it cannot be decoded, and
-    OSError if its store does not answer.
+    A file may use `seconds` of processor time, and 1 s more for every `PIXELS` that it must decode;
+    the bytes of a film count, too (data/streams.py). `memory` limits a worker's address space in
+    bytes. After `stuck` seconds without processor time a worker is killed. All methods raise
+    ValueError, naming the file, if it cannot be decoded, and OSError if its store does not answer.
     """
 
     def __init__(
@@ -81,6 +84,15 @@ class Decoders:
         """Return `media.read_seconds(path)`, run in a worker."""
         return self._ask(path, "seconds")["seconds"]
 
+    def read_samples(self, path: File, samples: list[Sample]) -> Iterator[Picture]:
+        """Yield the pictures of `media.read_samples(...)`, run in a worker.
+
+        Close the iterator if you do not read it to its end; its worker serves nothing else before.
+        """
+        if samples:
+            for answer in self._answers(path, len(samples), "samples", samples):
+                yield answer["frames"]
+
     def read_frames(self, path: File, indices: list[int], side: int) -> Frames:
         """Return `media.read_frames(...)`, run in a worker."""
         return self._ask(path, "frames", indices, side)["frames"]
@@ -102,6 +114,11 @@ class Decoders:
             self.free.put(None)
 
     def _ask(self, path: File, *request) -> dict:
+        [answer] = self._answers(path, 1, *request)
+        return answer
+
+    def _answers(self, path: File, count: int, *request) -> Iterator[dict]:
+        """Yield the `count` answers to a request."""
         worker = self.free.get()
         try:
             if worker is None or worker.poll() is not None:  # killed between two files
@@ -112,7 +129,12 @@ class Decoders:
                 worker.stdin.write(json.dumps(head).encode() + b"\n")
                 worker.stdin.write(content)
                 worker.stdin.flush()
-                answer = _receive(worker, self.stuck)
+                for left in reversed(range(count)):
+                    answer = _receive(worker, self.stuck)
+                    if "error" in answer:
+                        break
+                    if left:
+                        yield answer
             except TimeoutError:
                 _end(worker)
                 worker = None
@@ -131,7 +153,7 @@ class Decoders:
                 raise ValueError(
                     f"{path}: the decoder died of it ({name}); replace the file"
                 ) from None
-            except BaseException:  # its answer would be read as the answer for the next file
+            except BaseException:  # also of a caller that has enough: the next would get its answer
                 _end(worker)
                 worker = None
                 raise
@@ -141,7 +163,7 @@ class Decoders:
             raise OSError(answer["errno"], answer["error"], answer["file"])
         if "error" in answer:
             raise ValueError(answer["error"])
-        return answer
+        yield answer  # the last one, when the worker is free
 
     def _start(self, path: File) -> subprocess.Popen:
         command = [sys.executable, "-m", __spec__.name, str(self.seconds), str(self.memory)]
@@ -170,7 +192,7 @@ def decoders() -> Decoders:
 
 
 def _receive(worker: subprocess.Popen, stuck: float) -> dict:
-    """Return the answer: a line of JSON, and the bytes that it announces.
+    """Return the next answer: the length of its JSON, the JSON, and the bytes that it announces.
 
     Raises TimeoutError after `stuck` seconds without processor time, EOFError if the worker ends.
     """
@@ -178,35 +200,31 @@ def _receive(worker: subprocess.Popen, stuck: float) -> dict:
         selector.register(worker.stdout, selectors.EVENT_READ)
 
         def wait() -> None:
+            if selector.select(0):  # as for most frames of a film
+                return
             used = _ticks(worker.pid)
             while not selector.select(stuck):
                 before, used = used, _ticks(worker.pid)
                 if used == before:
                     raise TimeoutError
 
-        line = b""
-        while b"\n" not in line:
-            wait()
-            part = os.read(worker.stdout.fileno(), 2**16)
-            if not part:
-                raise EOFError
-            line += part
-        line, _, rest = line.partition(b"\n")
-        answer = json.loads(line)
+        def read(count: int) -> np.ndarray:
+            content = np.empty(min(count, MOST_ANSWER), np.uint8)
+            view = memoryview(content)
+            while view:
+                wait()
+                part = os.readv(worker.stdout.fileno(), [view])
+                if not part:
+                    raise EOFError
+                view = view[part:]
+            return content
+
+        length = int.from_bytes(read(LENGTH).tobytes(), "big")
+        answer = json.loads(read(length).tobytes())
         shape = answer.get("shape")
         if shape is None:
             return answer
-        content = np.empty(min(int(np.prod(shape, dtype=object)), MOST_ANSWER), np.uint8)
-        view = memoryview(content)
-        view[: len(rest)] = rest
-        view = view[len(rest) :]
-        while view:
-            wait()
-            count = os.readv(worker.stdout.fileno(), [view])
-            if not count:
-                raise EOFError
-            view = view[count:]
-        return {"frames": content.reshape(shape)}
+        return {"frames": read(int(np.prod(shape, dtype=object))).reshape(shape)}
 
 
 def _ticks(pid: int) -> float | str:
@@ -239,11 +257,21 @@ def _kind(path: File) -> str:
     return "remote" if isinstance(path, Remote) else "content"
 
 
+def _made(path: File, kind: str, *arguments, allow) -> Iterator[tuple[dict, np.ndarray | None]]:
+    """Yield the answers to a request, with their frames."""
+    if kind == "samples":
+        samples = [(n, tuple(s) if isinstance(s, list) else s) for n, s in arguments[0]]
+        for picture in media.read_samples(path, samples, allow):
+            yield {"shape": picture.shape}, np.ascontiguousarray(picture)
+    else:
+        yield _answer(path, kind, *arguments, allow=allow)
+
+
 def _answer(path: File, kind: str, *arguments, allow) -> tuple[dict, np.ndarray | None]:
     if kind == "probe":
-        return {"probe": media.probe(path)}, None
+        return {"probe": media.probe(path, allow)}, None
     if kind == "seconds":
-        return {"seconds": media.read_seconds(path)}, None
+        return {"seconds": media.read_seconds(path, allow)}, None
     if kind == "clip":
         start, count, stride, size = arguments
         frames = media.read_clip(path, start, count, stride, size and tuple(size), allow)
@@ -276,7 +304,7 @@ def _work(seconds: float, memory: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     output = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # text that a library prints must not mix with answers
-    output.write(b"{}\n")
+    _send(output, {})
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, seconds)
         name, kind, size, *request = json.loads(line)
@@ -284,21 +312,26 @@ def _work(seconds: float, memory: int) -> None:
             path = Content(sys.stdin.buffer.read(size), name)
         else:
             path = place(name) if kind == "remote" else Path(name)
-        frames = None
         try:
-            answer, frames = _answer(path, *request, allow=_allow)
+            for answer, frames in _made(path, *request, allow=_allow):
+                _send(output, answer, frames)
         except ValueError as error:
-            answer = {"error": str(error)}
+            _send(output, {"error": str(error)})
         except Exception as error:  # a bad file may raise any exception
             answer = {"error": f"{name}: {type(error).__name__}: {error}"}
             if isinstance(error, OSError) and is_of_the_system(error):
                 answer = {"errno": error.errno, "error": error.strerror, "file": name}
+            _send(output, answer)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        output.write(json.dumps(answer).encode() + b"\n")
-        if frames is not None:
-            view = memoryview(frames).cast("B")
-            while view:
-                view = view[output.write(view) :]
+
+
+def _send(output: BinaryIO, answer: dict, frames: np.ndarray | None = None) -> None:
+    line = json.dumps(answer).encode()
+    parts = [len(line).to_bytes(LENGTH, "big") + line]
+    for part in parts if frames is None else [*parts, frames]:
+        view = memoryview(part).cast("B")
+        while view:
+            view = view[output.write(view) :]
 
 
 if __name__ == "__main__":

@@ -4,40 +4,27 @@ Whether a clip is held out is a function of the name of its file alone: of neith
 clips, the split of the work, the seed, nor other clips. All spans of a film are on the same side.
 """
 
-import hashlib
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from easyanimate_jax.data.index import Column
-
-CHUNK = 2**18  # names in memory at a time
-SPAN = re.compile(rb"#\d+-\d+$")  # of a clip in a curated film, as `curate` names it
+from easyanimate_jax.data.names import as_bytes, file_hashes, name_hash
 
 
-def places(clips: Column) -> np.ndarray:
-    """Return a number from 0 to 1 for each clip name, float64; clips below a share are held out."""
-    found = np.empty(len(clips))
-    for first in range(0, len(clips), CHUNK):
-        part = clips[first : first + CHUNK].tolist()
-        files = (SPAN.sub(b"", _bytes(name)) for name in part)
-        found[first : first + CHUNK] = np.array([_hash(f) for f in files], np.uint64) / 2.0**64
-    return found
+def places(index: Mapping[str, Column]) -> np.ndarray:
+    """Return a number from 0 to 1 for each clip, float64; clips below a share are held out.
+
+    A prepared set holds the hashes of its files; those of other columns are computed.
+    """
+    hashes = index["held"] if "held" in index else file_hashes(index["clip"])
+    return hashes / 2.0**64
 
 
 def draw_keys(clips: Column) -> np.ndarray:
     """Return the key of each clip's own random draws, uint32; it follows from its name."""
-    return np.array([_hash(_bytes(name)) >> 32 for name in clips.tolist()], np.uint32)
-
-
-def _hash(name: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8, person=b"held out").digest(), "big")
-
-
-def _bytes(name: str | bytes) -> bytes:
-    return name if isinstance(name, bytes) else name.encode()
+    return np.array([name_hash(as_bytes(name)) >> 32 for name in clips.tolist()], np.uint32)
 
 
 class HeldOut:
@@ -60,7 +47,7 @@ class HeldOut:
         most: int,
     ):
         self.seed, self.name = seed, name
-        place, tokens = places(index["clip"]), index["tokens"]
+        place, tokens = places(index), index["tokens"]
         held = np.flatnonzero((place < share) & (tokens <= lengths[-1]))
         if not len(held):
             least = place[tokens <= lengths[-1]].min(initial=1.0)

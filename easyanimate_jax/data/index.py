@@ -3,22 +3,24 @@
     SET/index.parquet    INDEX_TYPES, and per record lists of file, begin, size and checksum
 
 Numbers are numpy arrays; names and words are decoded when they are asked for. An index of many rows
-is turned once per host into an Arrow file that all its processes map into memory, so that a host
-holds it once and a process starts in seconds.
+is turned once per host into files that all its processes map into memory, so that a host holds it
+once and a process starts in seconds.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow
 import pyarrow.compute
-import pyarrow.ipc
 import pyarrow.parquet
 
+from easyanimate_jax.data.names import Names, file_hashes
 from easyanimate_jax.data.shards import Spot
 from easyanimate_jax.storage import stores, whole
 from easyanimate_jax.storage.stores import Place
@@ -49,58 +51,17 @@ GROUP = 2**16  # rows of a group in the file
 MAPPED = 2**20  # an index of more rows is mapped into memory from a file of this host
 
 
-class Names:
-    """A column of text; values are decoded when they are asked for."""
-
-    def __init__(self, column: pyarrow.ChunkedArray | pyarrow.Array):
-        self.column = column
-
-    def __len__(self) -> int:
-        return len(self.column)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tolist())
-
-    def __getitem__(self, at):
-        """Return the text at a number, or the column of those at numbers, a mask or a slice."""
-        if isinstance(at, int | np.integer):
-            return self.column[int(at)].as_py()
-        if isinstance(at, slice):
-            at = np.arange(len(self))[at]
-        at = np.asarray(at)
-        return Names(self.column.take(np.flatnonzero(at) if at.dtype == bool else at))
-
-    def __eq__(self, other) -> np.ndarray:
-        found = pyarrow.compute.equal(self.column, pyarrow.array([other])[0])
-        return found.to_numpy(zero_copy_only=False)
-
-    def tolist(self) -> list[str]:
-        return self.column.to_pylist()
-
-    def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        return np.array(self.tolist(), dtype or str)
-
-
 Column = np.ndarray | Names | pyarrow.Array | pyarrow.ChunkedArray
 
 
 class Index(Mapping):
     """The columns of an index by name, and the places of its entries.
 
-    Raises ValueError for a file that is no index.
+    Beside INDEX_TYPES there is the column "held" (data/held_out.py: file_hashes).
     """
 
-    def __init__(self, table: pyarrow.Table):
-        self.table = table.unify_dictionaries()
-        self.about = json.loads(table.schema.metadata[b"about"])
-        self.columns = {}
-        for name, kind in INDEX_TYPES.items():
-            column = self.table[name]
-            self.columns[name] = Names(column) if kind is str else _numbers(column)
-        lists = {name: _one(self.table[name]) for name in SPOTS}
-        self.spots = {name: _numbers(column.flatten()) for name, column in lists.items()}
-        self.first = _numbers(lists["file"].offsets)
-        self.first = self.first - self.first[0]
+    def __init__(self, columns: dict, spots: dict[str, np.ndarray], first: np.ndarray, about: dict):
+        self.columns, self.spots, self.first, self.about = columns, spots, first, about
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -114,7 +75,7 @@ class Index(Mapping):
     def spot(self, record: int, number: int) -> Spot:
         """Return the place of an entry of a record."""
         at = int(self.first[record]) + number
-        file, *rest = (int(column[at]) for column in self.spots.values())
+        file, *rest = (int(self.spots[name][at]) for name in SPOTS)
         return Spot(self.about["files"][file][0], *rest)
 
 
@@ -130,6 +91,7 @@ def write_index(
     `about` holds the `files`, (name, bytes) of each shard, and JSON values of the set.
     """
     arrays = {name: _column(name, columns[name]) for name in INDEX_TYPES}
+    arrays["held"] = pyarrow.array(file_hashes(Names(arrays["clip"])))
     offsets = pyarrow.array(np.concatenate([[0], np.cumsum(counts)]), pyarrow.int64())
     for name, kind in SPOTS.items():
         values = pyarrow.array(spots[name], kind)
@@ -144,35 +106,101 @@ def write_index(
 
 
 def read_index(source: Place, cache: Path | None) -> Index:
-    """Return an index. One of many rows is mapped from a file in `cache`, made if it is missing.
+    """Return an index. One of many rows is mapped from files in `cache`, made if they are missing.
 
     Raises ValueError for a file that is damaged, FileNotFoundError if there is none.
     """
     with _opened(source) as file:
         try:
             parquet = pyarrow.parquet.ParquetFile(file)
+            about = parquet.schema_arrow.metadata[b"about"]
             if parquet.metadata.num_rows <= MAPPED or cache is None:
-                return Index(parquet.read(use_threads=False))
-            metadata = parquet.metadata.metadata[b"about"]
-            name = hashlib.blake2b(metadata, digest_size=16).hexdigest()
-            target = cache / "indices" / f"{name}.arrow"
-            if not target.is_file():
-                target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                whole.replace(target, lambda new: _convert(parquet, new))
+                return _of_table(parquet.read(use_threads=False), json.loads(about))
+            name = hashlib.blake2b(about, digest_size=16).hexdigest()
+            target = cache / "indices" / name
+            if not (target / "index.json").is_file():
+                target.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _convert(parquet, target, json.loads(about))
         except (pyarrow.ArrowInvalid, KeyError) as error:
             raise ValueError(f"{source} is damaged ({error}); prepare the set again") from error
-    mapped = pyarrow.memory_map(os.fspath(target))
-    return Index(pyarrow.ipc.open_file(mapped).read_all())
+    return _of_files(target)
 
 
-def _convert(parquet: pyarrow.parquet.ParquetFile, target: Path) -> None:
-    """Write a Parquet file as an Arrow file with one chunk a column."""
-    table = parquet.read(use_threads=False).unify_dictionaries().combine_chunks()
-    with (
-        pyarrow.OSFile(os.fspath(target), "wb") as sink,
-        pyarrow.ipc.new_file(sink, table.schema) as writer,
-    ):
-        writer.write_table(table)
+def _of_table(table: pyarrow.Table, about: dict) -> Index:
+    table = table.unify_dictionaries()
+    columns = {"held": table["held"].to_numpy()}
+    for name, kind in INDEX_TYPES.items():
+        columns[name] = Names(table[name]) if kind is str else table[name].to_numpy()
+    lists = {name: _one(table[name]) for name in SPOTS}
+    spots = {name: column.flatten().to_numpy() for name, column in lists.items()}
+    first = lists["file"].offsets.to_numpy()
+    return Index(columns, spots, first - first[0], about)
+
+
+def _convert(parquet: pyarrow.parquet.ParquetFile, target: Path, about: dict) -> None:
+    """Write the columns of a Parquet file as files that can be mapped, a group at a time.
+
+    NAME.npy holds numbers, the numbers of words, or the ends of texts, whose bytes are NAME.bin.
+    Processes that convert at the same time write the same; index.json is last.
+    """
+    words, ends = {"kind": {}, "source": {}}, {"clip": 0, "first": 0}
+    with contextlib.ExitStack() as stack:
+
+        def writer(name: str) -> BinaryIO:
+            path = target / f"{name}.{os.getpid()}"
+            stack.callback(os.replace, path, target / name)
+            return stack.enter_context(open(path, "wb"))
+
+        files = {name: writer(name) for name in (*INDEX_TYPES, *SPOTS, "held", "first", "clip.bin")}
+        for name in ends:
+            files[name].write(bytes(8))
+        for group in range(parquet.num_row_groups):
+            table = parquet.read_row_group(group)
+            for name in (*INDEX_TYPES, "held"):
+                column = _one(table[name])
+                if name in words:
+                    own = [words[name].setdefault(w, len(words[name])) for w in _words(column)]
+                    files[name].write(np.array(own, np.int32)[column.indices].tobytes())
+                elif name == "clip":
+                    _, ends_of, content = column.buffers()
+                    offsets = np.frombuffer(ends_of, np.int64, len(column) + 1, 8 * column.offset)
+                    files["clip.bin"].write(content[offsets[0] : offsets[-1]])
+                    files[name].write((offsets[1:] - offsets[0] + ends[name]).tobytes())
+                    ends[name] += int(offsets[-1] - offsets[0])
+                else:
+                    files[name].write(column.to_numpy().tobytes())
+            lists = {name: _one(table[name]) for name in SPOTS}
+            for name, column in lists.items():
+                files[name].write(column.flatten().to_numpy().tobytes())
+            offsets = np.asarray(lists["file"].offsets)
+            files["first"].write((offsets[1:] - offsets[0] + ends["first"]).tobytes())
+            ends["first"] += int(offsets[-1] - offsets[0])
+    told = {"about": about, "words": {name: list(known) for name, known in words.items()}}
+    whole.replace_text(target / "index.json", json.dumps(told))
+
+
+def _of_files(folder: Path) -> Index:
+    """Return the index that `_convert` wrote, mapped into memory."""
+    told = json.loads((folder / "index.json").read_text("utf-8"))
+
+    def mapped(name: str, kind) -> np.ndarray:
+        return np.memmap(folder / name, kind, "r")
+
+    columns = {"held": mapped("held", np.uint64)}
+    for name, kind in INDEX_TYPES.items():
+        if name in told["words"]:
+            words = pyarrow.array(told["words"][name], pyarrow.string())
+            codes = pyarrow.array(mapped(name, np.int32))
+            columns[name] = Names(pyarrow.DictionaryArray.from_arrays(codes, words))
+        elif name == "clip":
+            parts = (mapped(name, np.int64), mapped("clip.bin", np.uint8))
+            buffers = [None, *map(pyarrow.py_buffer, parts)]
+            rows = len(columns["held"])
+            columns[name] = Names(pyarrow.Array.from_buffers(pyarrow.large_string(), rows, buffers))
+        else:
+            columns[name] = mapped(name, kind)
+    spots = {name: mapped(name, kind.to_pandas_dtype()) for name, kind in SPOTS.items()}
+    return Index(columns, spots, mapped("first", np.int64), told["about"])
 
 
 def _opened(source: Place):
@@ -184,8 +212,8 @@ def _one(column: pyarrow.ChunkedArray) -> pyarrow.Array:
     return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
-def _numbers(column: pyarrow.ChunkedArray | pyarrow.Array) -> np.ndarray:
-    return column.to_numpy() if isinstance(column, pyarrow.ChunkedArray) else np.asarray(column)
+def _words(column: pyarrow.DictionaryArray) -> list[str]:
+    return column.dictionary.to_pylist()
 
 
 def _column(name: str, values) -> pyarrow.Array | pyarrow.ChunkedArray:

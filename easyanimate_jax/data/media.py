@@ -23,6 +23,7 @@ from PIL import Image
 
 from easyanimate_jax.data.paths import open_regular, read_part
 from easyanimate_jax.data.pictures import (
+    Animation,
     Picture,
     fill,
     fit_side,
@@ -33,7 +34,7 @@ from easyanimate_jax.data.pictures import (
     to_rgb,
 )
 from easyanimate_jax.data.shown import SCALING
-from easyanimate_jax.data.streams import Allow, free, open_film
+from easyanimate_jax.data.streams import Allow, Film, free, open_film
 from easyanimate_jax.data.times import Timeline
 from easyanimate_jax.facts import FPS
 from easyanimate_jax.storage.stores import Place
@@ -61,6 +62,8 @@ BT709 = 1  # FFmpeg's number of BT.709's matrix, primaries and transfer
 LIMITED = 1  # FFmpeg's number of the range from 16 to 235
 
 Frames = UInt8[np.ndarray, "F H W 3"]
+Size = tuple[int, int] | int | None  # crop to (height, width), or scale to at most this long a side
+Sample = tuple[int, Size]  # number of a frame, and the size of its picture
 
 
 class Member(NamedTuple):
@@ -152,17 +155,17 @@ class Probe(NamedTuple):
         return (self.num_frames - 1) / self.fps if self.fps else 0.0
 
 
-def probe(path: File) -> Probe:
-    """Return kind, frame count, size and rate of a file; at most one frame is decoded.
+def probe(path: File, allow: Allow = free) -> Probe:
+    """Return kind, frame count, size and rate of a file; at most one frame of a film is decoded.
 
-    Raises ValueError, naming the file, if it cannot be read.
+    `allow` is that of `read_clip`. Raises ValueError, naming the file, if it cannot be read.
     """
     with _open(path) as (file, demuxer):
         if demuxer == "image":
             with open_picture(path, file) as image:
                 if not is_animated(image):
                     return Probe("image", 1, *size_of(image), 0.0)
-        with open_film(path, file, demuxer) as film:
+        with open_film(path, file, demuxer, allow) as film:
             _, size, _ = next(film.walk(0, 0), (0, None, None))
             if size is None:
                 raise ValueError(f"{path}: no frame could be decoded; replace the file")
@@ -193,7 +196,7 @@ def read_clip(
             )
         return numbers
 
-    return _read(path, choose, size, None, allow)
+    return _read(path, choose, size, allow)
 
 
 def read_at(
@@ -211,7 +214,7 @@ def read_at(
     Raises ValueError if a frame would be shown later than frame `end` - 1. `size` and `allow` are
     those of `read_clip`.
     """
-    return _read(path, lambda line: line.at(start, count, first, end, fps), size, None, allow)
+    return _read(path, lambda line: line.at(start, count, first, end, fps), size, allow)
 
 
 def read_frames(
@@ -227,12 +230,22 @@ def read_frames(
             raise ValueError(f"frame {indices[-1]} does not decode; replace the file")
         return np.array(indices)
 
-    return _read(path, choose, None, side, allow)
+    return _read(path, choose, side, allow)
 
 
-def read_seconds(path: File) -> list[float]:
+def read_samples(path: File, samples: Sequence[Sample], allow: Allow = free) -> Iterator[Picture]:
+    """Yield the picture of each of the ascending `samples` of a video, decoded in one pass.
+
+    Only one picture is held, so a film may be of any length. `allow` is that of `read_clip`. Raises
+    ValueError, naming the file, at the first frame that cannot be read.
+    """
+    with _open(path) as (file, demuxer), open_film(path, file, demuxer, allow) as film:
+        yield from _pictures(path, film, samples)
+
+
+def read_seconds(path: File, allow: Allow = free) -> list[float]:
     """Return the time of each frame of a video, in seconds after the first."""
-    with _open(path) as (file, demuxer), open_film(path, file, demuxer) as film:
+    with _open(path) as (file, demuxer), open_film(path, file, demuxer, allow) as film:
         return film.timeline.seconds.tolist()
 
 
@@ -249,35 +262,40 @@ def read_image(path: File, mask: bool = False) -> Picture:
         raise ValueError(f"{path} is a video, not a picture; give it type 'video'")
 
 
-def _read(path: File, choose: Callable, size, side: int | None, allow: Allow) -> Frames:
-    """Return the frames whose ascending numbers `choose(timeline)` returns; they may repeat.
-
-    Each frame is cropped to `size`, or scaled to at most `side` pixels.
-    """
-    done, clip = 0, None
+def _read(path: File, choose: Callable, size: Size, allow: Allow) -> Frames:
+    """Return the frames whose ascending numbers `choose(timeline)` returns; they may repeat."""
     with _open(path) as (file, demuxer), open_film(path, file, demuxer, allow) as film:
         try:
-            numbers = choose(film.timeline)
+            numbers = choose(film.timeline).tolist()
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        for number, shown, draw in film.walk(int(numbers[0]), int(numbers[-1])):
-            if number < numbers[done]:
-                continue
-            if number > numbers[done]:
-                raise ValueError(f"{path}: frame {numbers[done]} is damaged; replace the file")
-            size = fit_side(*shown, side) if side else size
-            picture = draw(size)
-            if clip is None:
+        for done, picture in enumerate(_pictures(path, film, [(n, size) for n in numbers])):
+            if not done:
                 _check_memory(path, len(numbers), *picture.shape[:2])
                 clip = np.empty((len(numbers), *picture.shape), np.uint8)
-            if picture.shape != clip.shape[1:]:
+            clip[done] = picture
+    return clip
+
+
+def _pictures(path: File, film: Film | Animation, samples: Sequence[Sample]) -> Iterator[Picture]:
+    """Yield the picture of each of the ascending samples; they may repeat."""
+    shapes, drawn, done = {}, None, 0
+    for number, shown, draw in film.walk(samples[0][0], samples[-1][0]):
+        if number > samples[done][0]:
+            raise ValueError(f"{path}: frame {samples[done][0]} is damaged; replace the file")
+        while samples[done][0] == number:
+            size = samples[done][1]
+            if samples[done] != drawn:
+                picture = draw(fit_side(*shown, size) if isinstance(size, int) else size)
+                drawn = samples[done]
+            if picture.shape != shapes.setdefault(size, picture.shape):
                 raise ValueError(f"{path}: frames change their size; encode it again")
-            same = int(np.searchsorted(numbers, number, side="right"))
-            clip[done:same], done = picture, same
-            if done == len(numbers):
-                return clip
+            yield picture
+            done += 1
+            if done == len(samples):
+                return
     raise ValueError(
-        f"{path}: {done} frames decoded of {len(numbers)} wanted, frame {numbers[done]} is "
+        f"{path}: {done} frames decoded of {len(samples)} wanted, frame {samples[done][0]} is "
         f"missing; the file is damaged or shorter than its header says"
     )
 

@@ -8,6 +8,7 @@ that of a file only if this file exists.
 A root may lie in a store. Then a name is a key below that of the root. A store has no links.
 """
 
+import itertools
 import os
 import posixpath
 import stat
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from easyanimate_jax.storage.local import SCHEME, quoted, shown
+from easyanimate_jax.storage.ranges import LARGEST
 from easyanimate_jax.storage.stores import Place, Remote, place, read_ranges
 
 
@@ -108,10 +110,10 @@ def beside(folder: Place, text: str) -> Place:
         return named if isinstance(named, Remote) else folder / named
     if named.is_absolute():
         return named
-    key = posixpath.normpath(posixpath.join("/", folder.key, named.as_posix()))
-    if posixpath.normpath(posixpath.join(folder.key, named.as_posix())).startswith(".."):
+    inside = posixpath.normpath(posixpath.join(folder.key, named.as_posix()))
+    if inside.split("/")[0] == "..":
         raise ValueError(f"{quoted(text)} leaves the bucket of {folder}; give its whole URL")
-    return Remote(folder.scheme, folder.bucket, key.lstrip("/"))
+    return Remote(folder.scheme, folder.bucket, "") / inside
 
 
 @contextmanager
@@ -141,7 +143,8 @@ def read_part(path: Place, offset: int, size: int) -> bytes:
     """Return `size` bytes of a file. Raises ValueError if it has fewer, and as `open_regular`."""
     if isinstance(path, Remote):
         try:
-            return read_ranges(path, [(offset, offset + size)])[0]
+            edges = [*range(offset, offset + size, LARGEST), offset + size]
+            return b"".join(read_ranges(path, [part])[0] for part in itertools.pairwise(edges))
         except FileNotFoundError as error:
             raise ValueError(f"{path}: {error.strerror}") from error
     with _open_local(path) as file:

@@ -232,11 +232,6 @@ def _damaged(path: Place, what: str) -> str:
     return f"{path} is damaged ({what}); remove it and run python -m easyanimate_jax prepare again"
 
 
-def root_of_text(folder: Place, text: str | None) -> Place | None:
-    """Return the root of a set's source, as the set tells it: relative to its folder, or a URL."""
-    return place(text) if text and "://" in text else text and folder / text
-
-
 def split(arrays: Mapping[str, np.ndarray]) -> dict[str, Arrays]:
     """Return the entries of a record without its texts, by slot; `join` undoes it."""
     slots: dict[str, Arrays] = {}

@@ -4,6 +4,7 @@ A film has a `timeline` and a `walk` over its frames. Reading begins at the key 
 first wanted frame. Frames keep their numbers, which are derived from their time stamps.
 """
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,8 @@ CODECS = {
     *("av1", "ffv1", "flv", "h264", "hevc", "libdav1d", "mjpeg", "mpeg1video", "mpeg2video"),
     *("mpeg4", "prores", "vp8", "vp9"),
 }
+
+BYTES = 4  # of a film that take as long as a pixel, at most: the packets of a long film are many
 
 Draw = Callable[[tuple[int, int] | None], Picture]  # return a frame as RGB, cropped to a size
 Allow = Callable[[int], None]  # called with the number of pixels about to be decoded
@@ -57,6 +60,7 @@ class Film:
     def __init__(self, path: object, file: BinaryIO, demuxer: str, allow: Allow):
         self.path, self.file, self.demuxer, self.allow = path, file, demuxer, allow
         self.scaler, timeline = VideoReformatter(), None
+        allow(file.seek(0, io.SEEK_END) // BYTES)
         if demuxer == "mov":
             timeline = header_timeline(file)
         else:

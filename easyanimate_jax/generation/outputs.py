@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import uuid
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -61,11 +62,11 @@ def identity(asked: Asked, origin: Origin) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def finished(folder: Path) -> set[str]:
+def finished(folder: Place) -> set[str]:
     """Return the identities of the samples in `folder`; other JSON files are ignored."""
     found = set()
-    for path in folder.glob("*.json"):
-        if not NUMBERED.fullmatch(path.stem):
+    for path in (folder / name for name in stores.list_names(folder)):
+        if path.suffix != ".json" or not NUMBERED.fullmatch(path.stem):
             continue
         try:
             sidecar = json.loads(path.read_bytes())
@@ -76,7 +77,7 @@ def finished(folder: Path) -> set[str]:
     return found
 
 
-def record(asked: Asked, origin: Origin, output: Path, seconds: float) -> dict:
+def record(asked: Asked, origin: Origin, output: Place, seconds: float) -> dict:
     """Return the sidecar of a sample: its command, seed, options, model and versions."""
     import jax
 
@@ -103,13 +104,13 @@ def record(asked: Asked, origin: Origin, output: Path, seconds: float) -> dict:
 
 
 def write(
-    folder: Path,
+    folder: Place,
     frames: UInt8[np.ndarray, "F H W 3"],
     sidecar: dict,
     *,
     fps: int = FPS,
     gif: bool = False,
-) -> Path:
+) -> Place:
     """Write a video, contact sheet and sidecar under the next free number; return the video's path.
 
     The video has `fps` frames a second. A single frame becomes a picture without a contact sheet.
@@ -124,22 +125,25 @@ def write(
 
 def write_as(
     stem: str,
-    folder: Path,
+    folder: Place,
     frames: UInt8[np.ndarray, "F H W 3"],
     sidecar: dict,
     *,
     fps: int = FPS,
     gif: bool = False,
-) -> Path:
+) -> Place:
     """Write the files of `write` under names that begin with `stem`; return the video's path.
 
     The sidecar comes last. If a file cannot be written, those before it stay.
     """
     part = folder / f".{stem}.part"
 
-    def place(name: str, fill: Callable[[Path], None]) -> Path:
-        fill(part)
-        os.replace(part, folder / name)
+    def place(name: str, fill: Callable[[Path], None]) -> Place:
+        if isinstance(folder, Path):
+            fill(part)
+            os.replace(part, folder / name)
+        else:
+            stores.replace(folder / name, fill)
         return folder / name
 
     name = f"{stem}{'.png' if len(frames) == 1 else '.mp4'}"
@@ -157,7 +161,8 @@ def write_as(
                 place(f"{stem}.gif", lambda p: media.write_gif(p, frames, fps=fps))
         place(f"{stem}.json", lambda p: p.write_text(text, encoding="utf-8"))
     finally:
-        part.unlink(missing_ok=True)
+        if isinstance(part, Path):
+            part.unlink(missing_ok=True)
     return path
 
 
@@ -168,21 +173,30 @@ def _hashes(request: SampleRequest) -> dict[str, str]:
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
 
 
-def _reserve(folder: Path) -> tuple[str, Path]:
+def _reserve(folder: Place) -> tuple[str, Place]:
     """Return the next free number and a lock file that reserves it against other commands."""
     while True:
         stem = f"{max(_taken(folder), default=0) + 1:08d}"
         lock = folder / f".{stem}.lock"
-        try:
-            lock.touch(exist_ok=False)
-        except FileExistsError:
+        if not _made(lock):
             continue  # another command reserved it first
         if _taken(folder).count(int(stem)) <= 1:  # a network file system may list late
             return stem, lock
         lock.unlink()
 
 
-def _taken(folder: Path) -> list[int]:
+def _made(lock: Place) -> bool:
+    """Make a lock file; return whether there was none."""
+    if not isinstance(lock, Path):
+        return stores.create(lock, uuid.uuid4().bytes)
+    try:
+        lock.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _taken(folder: Place) -> list[int]:
     """Return the numbers that names in the folder begin with."""
-    found = (NUMBERED.match(name) for name in os.listdir(folder))
+    found = (NUMBERED.match(name) for name in stores.list_names(folder))
     return [int(match[1]) for match in found if match]

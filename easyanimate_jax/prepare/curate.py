@@ -16,47 +16,38 @@ import inspect
 import itertools
 import json
 import os
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 from tqdm import tqdm
 
-from easyanimate_jax.data import media, paths
-from easyanimate_jax.data.contents import Contents, key
+from easyanimate_jax.data import media
+from easyanimate_jax.data.contents import kept_contents, key
 from easyanimate_jax.data.decode import Decoders
 from easyanimate_jax.data.sources import clip_table
-from easyanimate_jax.data.sources.read import row_fault, rows_of
-from easyanimate_jax.data.sources.rows import NO_TEXT, Problem, caption_of
 from easyanimate_jax.facts import check_fields
 from easyanimate_jax.prepare import funnel
+from easyanimate_jax.prepare.clip_rows import SMALL, Captioner, film_rows
 from easyanimate_jax.prepare.duplicates import find_repeats
-from easyanimate_jax.prepare.scores import SCORES, Score, picture_hash
-from easyanimate_jax.prepare.shots import Span, Splitting, find_cuts, split
-from easyanimate_jax.storage.local import local_path, shown
-from easyanimate_jax.storage.lock import FolderLock
-from easyanimate_jax.storage.whole import replace, replace_text
+from easyanimate_jax.prepare.film_folder import FilmFolder
+from easyanimate_jax.prepare.scores import SCORES, Score, check_names
+from easyanimate_jax.prepare.shots import Splitting
+from easyanimate_jax.storage.lock import part_lock
+from easyanimate_jax.storage.stores import (
+    Place,
+    list_names,
+    make_folder,
+    place,
+    replace,
+    replace_text,
+)
 
-SMALL, LARGE = 160, 512  # pixels of the longer side: for cuts and motion, and for stills
-MAX_FRAMES = 20_000  # frames of a film, at most: all are held in memory at the small size
-SECONDS = 600.0  # time limit for decoding a film
-
-# Still frames of a clip -> its captions. It raises ValueError for a clip that gets none, and
-# ConnectionError if it does not serve any clip now.
-Captioner = Callable[[np.ndarray], Sequence[str]]
-
-
-class Film(NamedTuple):
-    """A film of a source: its captions, and the types that the source gives it."""
-
-    captions: tuple[str, ...]
-    kinds: set[str]
+READERS = 64  # files of finished films that are read at once
 
 
 @dataclass(frozen=True)
@@ -74,8 +65,8 @@ class Rules:
 
 
 def curate(
-    source: Path,
-    out: Path,
+    source: str | Place,
+    out: str | Place,
     rules: Rules = Rules(),
     scores: Sequence[Score] = SCORES,
     captioner: Captioner | None = None,
@@ -93,14 +84,14 @@ def curate(
     if another process makes this part, and ConnectionError if the captioner does not serve; the
     films that are not finished are left.
     """
-    source, out = local_path(source), local_path(out)
-    with FolderLock(out, option="OUT", part=(part, parts)) as lock:
-        folder = Folder(source, links)
+    source, out = place(source), place(out)
+    check_names(scores, {*_fields(())})
+    with part_lock(out, "OUT", (part, parts)) as lock:
+        folder = FilmFolder(source, links)
         lock.begun = True
         films = Films(out, folder, rules, scores, captioner)
         mine = list(folder.films)[part::parts]
-        workers = workers or os.cpu_count()
-        decoders = Decoders(workers, SECONDS, 4 * 2**30)
+        decoders = Decoders(workers or os.cpu_count())
         served = True  # by the captioner
 
         def work(name: str) -> None:
@@ -109,14 +100,14 @@ def curate(
             if not served or films.rows(name) is not None:
                 return
             try:
-                found = _film(decoders, folder, name, rules, scores, captioner)
+                found = film_rows(decoders, folder, name, rules.splitting, scores, captioner)
             except ConnectionError:
                 served = False
                 raise
             films.keep(name, made_of, found)
 
         try:
-            with ThreadPoolExecutor(workers) as pool:
+            with ThreadPoolExecutor(decoders.workers) as pool:
                 list(tqdm(pool.map(work, mine), total=len(mine), desc="films", unit="film"))
         except ConnectionError as error:
             left = f"{sum(films.rows(name) is None for name in mine)} of {len(folder.films)} films"
@@ -130,35 +121,18 @@ def curate(
         rows += folder.unusable_rows()
         _judge(rows, rules, scores)
         _rate(rows, scores)
-        _write(out / "clips.parquet", rows, os.path.relpath(folder.root, out), scores)
+        _write(out / "clips.parquet", rows, _relative(folder.root, out), scores)
         funnel.write(out, rows, _thumbnails(folder, rows))
         return rows
-
-
-class Folder:
-    """The films of a source by the names of their files; `unusable` are its other rows."""
-
-    def __init__(self, source: Path, links: Path | None):
-        self.root, self.links = source if source.is_dir() else source.parent, links
-        self.films, self.unusable = _films(source, links)
-
-    def path(self, name: str) -> Path:
-        """Return the path of a film. Raises ValueError for one that leaves the folder."""
-        return paths.safe_path(self.root, name, self.links)
-
-    def unusable_rows(self) -> list[dict]:
-        """Return a row of the table for each row of the source that cannot be used."""
-        told = ((problem.file, f"not used: {shown(problem.reason)}") for problem in self.unusable)
-        return [_base(name) | {"left_out": reason} for name, reason in told]
 
 
 class Films:
     """The finished films in OUT/films, one JSON file each: the key of its content, and its rows."""
 
-    def __init__(self, out: Path, folder: Folder, rules: Rules, scores, captioner):
+    def __init__(self, out: Place, folder: FilmFolder, rules: Rules, scores, captioner):
         self.out, self.folder = out / "films", folder
-        self.out.mkdir(exist_ok=True)
-        self.contents = Contents(out / "contents.jsonl")
+        make_folder(self.out)
+        self.contents = kept_contents(out)
         measures = [(s.name, s.frames, _told(s.measure)) for s in scores]
         self.settings = key(dataclasses.asdict(rules), measures, _told(captioner))
         self.captioned = captioner is not None
@@ -177,12 +151,14 @@ class Films:
 
     def all_rows(self) -> list[dict] | None:
         """Return the rows of all films; None if one is not finished."""
-        if not all(self._path(name).is_file() for name in self.folder.films):
+        have = set(list_names(self.out))
+        if not all(self._path(name).name in have for name in self.folder.films):
             return None  # and do not hash the films of other parts
-        found = [self.rows(name) for name in self.folder.films]
+        with ThreadPoolExecutor(READERS) as pool:
+            found = list(pool.map(self.rows, self.folder.films))
         return None if None in found else list(itertools.chain.from_iterable(found))
 
-    def _path(self, name: str) -> Path:
+    def _path(self, name: str) -> Place:
         return self.out / f"{key(self.settings, name)}.json"
 
     def key(self, name: str) -> str:
@@ -196,126 +172,27 @@ class Films:
         return key(content, captions, sorted(film.kinds))
 
 
+def _relative(root: Place, out: Place) -> str:
+    """Return the folder of the films as the table names it: relative to the table, or a URL."""
+    local = isinstance(root, Path) and isinstance(out, Path)
+    return os.path.relpath(root, out) if local else str(root)
+
+
 def _told(maker: object) -> object:
-    """Return what the results of a function or a captioner depend on, as JSON values."""
+    """Return what the results of a function or a captioner depend on, as JSON values.
+
+    For a function of this package, this is its source; for another one, the source of its module.
+    """
     if dataclasses.is_dataclass(maker):
         fields = [f.name for f in dataclasses.fields(maker) if f.compare]
         return [type(maker).__qualname__, {f: repr(getattr(maker, f)) for f in fields}]
+    made_by = maker if hasattr(maker, "__qualname__") else type(maker)
     try:
-        return inspect.getsource(maker)
+        if made_by.__module__.startswith(f"{__package__.partition('.')[0]}."):
+            return inspect.getsource(made_by)
+        return [made_by.__qualname__, Path(inspect.getsourcefile(made_by)).read_text("utf-8")]
     except (OSError, TypeError):  # typed at a prompt, or not written in Python
-        return getattr(maker, "__qualname__", type(maker).__qualname__)
-
-
-def _films(source: Path, links: Path | None) -> tuple[dict[str, Film], list[Problem]]:
-    """Return {file name: film} for the files that a source names, and its other rows.
-
-    Raises ValueError for a source whose films are not files, or that names none.
-    """
-    if source.suffix == ".toml" or clip_table.is_table(source):
-        raise ValueError(
-            f"{source} is a {'mixture' if source.suffix == '.toml' else 'table of clips'}; curate "
-            f"its sources one by one"
-        )
-    captions, kinds, problems = defaultdict(list), defaultdict(set), []
-    described, rows = rows_of(source, links)
-    for row in rows:
-        if isinstance(row, Problem):
-            problems.append(row)
-            continue
-        if row.file is not None:
-            raise ValueError(
-                f"{source} holds its films inside other files; extract them and curate their folder"
-            )
-        name, reason = row.name, row_fault(row)
-        if not reason:
-            name = paths.relative_name(described.parent, name)
-            reason = paths.name_fault(name)
-        if reason:
-            problems.append(Problem(row.number, str(name or ""), reason))
-            continue
-        kinds[name] |= {row.kind} - {None}
-        fault = caption_of(row.text)
-        if not fault:
-            captions[name].append(row.text)
-        elif fault != NO_TEXT:
-            problems.append(Problem(row.number, name, fault))
-    if not kinds:
-        listed = "".join(f"\n  row {p.row} {p.file}: {p.reason}" for p in problems[:20])
-        raise ValueError(f"{source} names no film ({len(problems)} bad rows){listed}")
-    return {name: Film(tuple(captions[name]), kinds[name]) for name in kinds}, problems
-
-
-def _base(name: str, captions: Sequence[str] = ()) -> dict:
-    """Return the row of a film before it is probed."""
-    name = shown(name)  # it may hold bytes that are not text
-    base = {"clip": name, "file": name, "kind": "video", "first": 0, "frames": 0, "fps": 0.0}
-    base |= {"height": 0, "width": 0, "captions": list(captions), "left_out": "", "hash": 0}
-    return base
-
-
-def _film(decoders, folder: Folder, name: str, rules: Rules, scores, captioner) -> list[dict]:
-    """Return a scored row for each span of a film.
-
-    A film that does not decode, or has another type, gives a single row with the reason.
-    """
-    film = folder.films[name]
-    base = _base(name, film.captions)
-    try:
-        path = folder.path(name)
-        kind, num_frames, height, width, fps = decoders.probe(path)
-        base |= {"kind": kind, "frames": num_frames, "height": height, "width": width, "fps": fps}
-        base[clip_table.FILM_FRAMES] = num_frames
-        if film.kinds and kind not in film.kinds:
-            told = " and ".join(map(repr, sorted(film.kinds)))
-            return [base | {"left_out": f"not used: type is {told}, but the file holds {kind}"}]
-        if kind == "image":
-            spans, short, small = [Span(0, 1)], [], None
-            stills = decoders.read_still(path, media.fit_side(height, width, LARGE))
-        else:
-            if num_frames > MAX_FRAMES:
-                raise ValueError(f"{num_frames:,} frames; cut films into at most {MAX_FRAMES:,}")
-            size = media.fit_side(height, width, SMALL)
-            small = decoders.read_clip(path, 0, num_frames, 1, size)
-            cuts = find_cuts(small, fps or 25.0)
-            spans, short = split(num_frames, cuts, fps or 25.0, rules.splitting)
-            wanted = sorted({i for span in spans for i in _still_frames(span)})
-            stills = decoders.read_frames(path, wanted, LARGE) if wanted else None
-            seconds = decoders.read_seconds(path)
-    except ValueError as error:
-        return [base | {"left_out": f"does not decode: {error}"}]
-    rows = []
-    for span in short:
-        rows.append(_row(base, span) | {"left_out": "shorter than the shortest clip"})
-    for span in spans:
-        row = _row(base, span)
-        if kind == "video" and (lasts := seconds[span.end - 1] - seconds[span.first]):
-            row["fps"] = (span.end - span.first - 1) / lasts  # the span's own: the rate may vary
-        some = stills if kind == "image" else stills[np.searchsorted(wanted, _still_frames(span))]
-        row["hash"] = picture_hash(some[len(some) // 2])
-        for score in scores:
-            if score.frames == "still":
-                row[score.name] = float(score.measure(some, 1.0))
-            elif kind == "video":
-                step = max(1, round(fps / 2))
-                frames = small[span.first : span.end : step]
-                row[score.name] = float(score.measure(frames, max(height, width) / SMALL))
-        if captioner is not None:
-            try:
-                row["captions"] = list(captioner(some))
-            except ValueError as error:
-                row |= {"captions": [], "left_out": f"no caption: {error}"}
-        rows.append(row)
-    return rows
-
-
-def _row(base: dict, span: Span) -> dict:
-    name = base["file"] if base["kind"] == "image" else f"{base['file']}#{span.first}-{span.end}"
-    return base | {"clip": name, "first": span.first, "frames": span.end - span.first}
-
-
-def _still_frames(span: Span) -> list[int]:
-    return [span.first, (span.first + span.end - 1) // 2, span.end - 1]
+        return made_by.__qualname__
 
 
 def _judge(rows: list[dict], rules: Rules, scores: Sequence[Score]) -> None:
@@ -370,10 +247,15 @@ def _near_duplicates(rows: list[dict]) -> list[dict]:
     return found
 
 
-def _write(path: Path, rows: list[dict], root: str, scores: Sequence[Score]) -> None:
+def _fields(scores: Sequence[Score]) -> dict[str, pyarrow.DataType]:
+    """Return the columns of the table."""
     fields = dict(clip_table.COLUMNS) | {s.name: pyarrow.float64() for s in scores}
     fields |= {clip_table.FILM_FRAMES: pyarrow.int64(), "quality": pyarrow.float64()}
-    fields |= {"left_out": pyarrow.string()}
+    return fields | {"left_out": pyarrow.string()}
+
+
+def _write(path: Place, rows: list[dict], root: str, scores: Sequence[Score]) -> None:
+    fields = _fields(scores)
     columns = {name: [row.get(name) for row in rows] for name in fields}
     schema = pyarrow.schema(fields, metadata={"root": root})
     table = pyarrow.table(columns, schema)
@@ -385,9 +267,9 @@ def _write(path: Path, rows: list[dict], root: str, scores: Sequence[Score]) -> 
     replace(path, write)
 
 
-def _thumbnails(folder: Folder, rows: list[dict]) -> dict[str, np.ndarray]:
+def _thumbnails(folder: FilmFolder, rows: list[dict]) -> dict[str, np.ndarray]:
     """Return {clip name: its middle frame} for the rows that the page shows."""
-    decoders, found = Decoders(1, SECONDS), {}
+    decoders, found = Decoders(1), {}
     for row in funnel.shown(rows):
         try:
             path = folder.path(row["file"])

@@ -16,7 +16,8 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from easyanimate_jax.data.records import LatentSet, root_of_text
+from easyanimate_jax.data.paths import beside
+from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.prepare import cluster
 from easyanimate_jax.prepare.clips import Job
@@ -174,10 +175,11 @@ def check_seen(paths: tuple[Place, ...]) -> None:
 
 def _hosts(work: Work, load: Load, seed: int, devices: Kind) -> Hosts:
     roots = {
-        root_of_text(maker.folder, manifest.about["root"])
+        beside(maker.folder, manifest.about["root"])
         for maker, manifest in zip(work.makers, work.manifests, strict=True)
+        if manifest.about["root"]
     }
-    seen = {work.told.file, *filter(None, roots)}
+    seen = {work.told.file, *roots}
     seen = tuple(sorted((one for one in seen if isinstance(one, Path)), key=str))
     kind = cluster.chosen(devices)
     workers = max(1, cluster.cpus_a_host(kind) // DEEP)

@@ -4,10 +4,11 @@ import base64
 import html
 import io
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from easyanimate_jax.storage.stores import Place, replace_text
 
 PICTURES = 8  # pictures of each step on the page
 
@@ -41,9 +42,9 @@ def shown(rows: list[dict]) -> list[dict]:
     return [row for some in by_step.values() for row in some[:PICTURES]]
 
 
-def write(out: Path, rows: list[dict], thumbnails: dict[str, np.ndarray]) -> None:
+def write(out: Place, rows: list[dict], thumbnails: dict[str, np.ndarray]) -> None:
     """Write `funnel.txt` and `funnel.html` into the folder `out`."""
-    (out / "funnel.txt").write_text(text(rows) + "\n", "utf-8")
+    replace_text(out / "funnel.txt", text(rows) + "\n")
     found = [*steps(rows), ("", len(rows) - sum(n for _, n, _ in steps(rows)), 0)]
     parts = [
         "<!doctype html><meta charset=utf-8><title>Funnel</title><style>body{font:14px sans-serif;"
@@ -66,7 +67,7 @@ def write(out: Path, rows: list[dict], thumbnails: dict[str, np.ndarray]) -> Non
                 f"<figure>{_picture(thumbnails.get(row['clip']))}<figcaption>"
                 f"{html.escape(title)} {html.escape(why)}</figcaption></figure>"
             )
-    (out / "funnel.html").write_text("\n".join(parts), "utf-8")
+    replace_text(out / "funnel.html", "\n".join(parts))
 
 
 def _step(row: dict) -> str:

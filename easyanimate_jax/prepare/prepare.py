@@ -22,18 +22,16 @@ content.
 
 import itertools
 import logging
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 from tqdm import tqdm
 
-from easyanimate_jax.data.contents import Contents, key
+from easyanimate_jax.data.contents import kept_contents, key
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.data.shards import Shards, key_array
 from easyanimate_jax.data.sources.read import read_clips
@@ -46,8 +44,7 @@ from easyanimate_jax.prepare.quarantine import LeftOut, Quarantine, file_of, lin
 from easyanimate_jax.prepare.reader import Threads, draws_of
 from easyanimate_jax.prepare.sets import SetMaker
 from easyanimate_jax.prepare.texts import TextMaker
-from easyanimate_jax.storage.local import cache_folder
-from easyanimate_jax.storage.lock import FolderLock
+from easyanimate_jax.storage.lock import part_lock
 from easyanimate_jax.storage.stores import Place, Remote, place
 
 logger = logging.getLogger(__name__)
@@ -100,14 +97,12 @@ def plan_sets(
 ) -> None:
     """Read the source and write the manifests of all sets; no model and no device is needed."""
     output = place(output)
-    with _locked(output, part) as lock:
+    with part_lock(output, "--prepared", part) as lock:
         clips, problems = read_clips(*source if isinstance(source, tuple) else (source,))
         makers = [SetMaker(output / s.name, s, {"weights": weights, "seed": seed}) for s in sets]
         jobs = [select(s, clips, seed) for s in sets]
         lock.begun = True  # all settings are accepted
-        cache = output if isinstance(output, Path) else cache_folder() or Path(tempfile.mkdtemp())
-        cache.mkdir(parents=True, exist_ok=True)
-        contents = Contents(cache / "contents.jsonl")
+        contents = kept_contents(output)
         lines = [line_of(problem._asdict()) for problem in problems]
         texts = TextMaker(output / "texts", None, weights.get("text"))
         captions = {text for some in jobs for job in some for text in job.clip.captions}
@@ -160,18 +155,11 @@ def opened(
 ) -> Iterator["Work"]:
     """Hold the lock of a part of the work, and give the work."""
     output = place(output)
-    with _locked(output, part) as lock:
+    with part_lock(output, "--prepared", part) as lock:
         makers = [SetMaker(output / s.name, s, {"weights": weights, "seed": seed}) for s in sets]
         work = Work(output, makers, TextMaker(output / "texts", None, weights.get("text")), part)
         lock.begun = True
         yield work
-
-
-def _locked(output: Place, part: tuple[int, int]):
-    """Return a lock of this part; in a store, where a shard has one maker anyway, it is none."""
-    if isinstance(output, Path):
-        return FolderLock(output, option="--prepared", part=part)
-    return nullcontext(SimpleNamespace(begun=False))
 
 
 class Work:

@@ -6,12 +6,14 @@ has the same measure (spec 13); simpler measures of ours have other names.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
+
+from easyanimate_jax.storage.functions import named_object
 
 Pictures = UInt8[np.ndarray, "F H W 3"]
 
@@ -28,9 +30,57 @@ class Score:
     name: str
     measure: Callable[[Pictures, float], float]
     frames: str = "still"
-    low: float = -np.inf
-    high: float = np.inf
+    low: float | int = -np.inf
+    high: float | int = np.inf
     better: int = 0
+
+    def __post_init__(self):
+        if not self.name.isidentifier():
+            raise ValueError(
+                f"Score.name is {self.name!r}; use letters, digits and _, as in text_2"
+            )
+        for field, allowed in (("frames", ("still", "motion")), ("better", (-1, 0, 1))):
+            if (value := getattr(self, field)) not in allowed:
+                one_of = ", ".join(map(repr, allowed))
+                raise ValueError(f"score {self.name}: {field} is {value!r}; use one of {one_of}")
+        if not self.low <= self.high:
+            raise ValueError(
+                f"score {self.name}: low is {self.low} and high is {self.high}; use a low that is "
+                f"not above high"
+            )
+
+
+def named_score(text: str) -> Score:
+    """Return the `Score` MODULE:NAME, after a trial on two frames of noise.
+
+    Raises ValueError if there is none, or if its measure does not return a finite number.
+    """
+    score = named_object(text)
+    if not isinstance(score, Score):
+        raise ValueError(
+            f"{text} is not the MODULE:NAME of a Score; write NAME = Score('name', function) in "
+            f"MODULE, with the class of easyanimate_jax.prepare.scores"
+        )
+    frames = np.random.default_rng(0).integers(0, 256, (2, 90, 160, 3), np.uint8)
+    value = score.measure(frames, 1.0)
+    try:
+        finite = np.isfinite(float(value))
+    except (TypeError, ValueError):
+        finite = False
+    if not finite:
+        raise ValueError(
+            f"{text} returns {value!r} for two frames of noise; return a finite number"
+        )
+    return score
+
+
+def check_names(scores: Sequence[Score], taken: Collection[str]) -> None:
+    """Raise ValueError if two scores have one name, or one has the name of a `taken` column."""
+    names = [score.name for score in scores]
+    for name in names:
+        if names.count(name) > 1 or name in taken:
+            owner = "a column of the table" if name in taken else "another score"
+            raise ValueError(f"score {name}: {owner} has this name; use another one")
 
 
 def motion(frames: Pictures, scale: float) -> float:

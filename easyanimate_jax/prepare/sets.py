@@ -1,6 +1,7 @@
 """Make the records of one latent set: plan what is missing, encode it, and write the index."""
 
 import dataclasses
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ import pyarrow
 from easyanimate_jax.data.buckets import Shape, grid_of
 from easyanimate_jax.data.contents import Contents, key
 from easyanimate_jax.data.index import INDEX_TYPES
-from easyanimate_jax.data.records import SHARDS, LatentSet, finish_set, root_of_text, split
+from easyanimate_jax.data.paths import beside
+from easyanimate_jax.data.records import SHARDS, LatentSet, finish_set, split
 from easyanimate_jax.data.shards import Shards, key_array, write_shard
 from easyanimate_jax.data.sources import places
 from easyanimate_jax.facts import FPS
@@ -25,6 +27,7 @@ from easyanimate_jax.storage.stores import Place, make_folder, replace_text
 # What may change in a set: the entries that it asks for are made, and the others stay.
 FREE = ("control", "condition_draws", "random_reference", "min_side", "min_quality", "kinds")
 LEAST, MOST = 128, 1024  # records of a shard
+RUN = 16  # clips whose files one thread reads after each other
 BYTES = 2**30  # of a shard with more than LEAST records
 JOBS = {
     "place": pyarrow.string(),  # of the clip, as JSON; see data/sources/places.py
@@ -74,14 +77,19 @@ class SetMaker:
                 f"set {self.latent_set.name!r} has pixels=True, and its clips lie in several "
                 f"buckets, or on disks and in stores; put all of them below one folder"
             )
-        with ThreadPoolExecutor() as pool:
-            keys = list(pool.map(lambda job: self._keys(job, contents, root), jobs))
-        rows = [
-            _row(job, root)
-            | {"keys": [bytes.fromhex(k) for k in own]}
-            | {"texts": [bytes.fromhex(text_key(text)) for text in job.clip.captions]}
-            for job, own in zip(jobs, keys, strict=True)
-        ]
+        runs = [jobs[first : first + RUN] for first in range(0, len(jobs), RUN)]
+        with ThreadPoolExecutor() as pool:  # which waits for the files to be read
+
+            def keys_of(run: Sequence[Job]) -> list[list[str]]:
+                return [self._keys(job, contents, root) for job in run]
+
+            keys = itertools.chain.from_iterable(pool.map(keys_of, runs))
+            rows = [
+                _row(job, root)
+                | {"keys": [bytes.fromhex(k) for k in own]}
+                | {"texts": [bytes.fromhex(text_key(text)) for text in job.clip.captions]}
+                for job, own in zip(jobs, keys, strict=True)
+            ]
         types = {
             n: pyarrow.from_numpy_dtype(t) if t is not str else pyarrow.string()
             for n, t in INDEX_TYPES.items()
@@ -173,7 +181,7 @@ class SetMaker:
 
     def _job(self, row: dict, manifest: Manifest) -> Job:
         """Return the job of a row of the manifest."""
-        root = root_of_text(self.folder, manifest.about["root"])
+        root = manifest.about["root"] and beside(self.folder, manifest.about["root"])
         clip = places.from_bytes(np.frombuffer(row["place"].encode(), np.uint8), root)
         clip = dataclasses.replace(clip, captions=tuple(row["captions"]))
         shape, latent_set = Shape(*(row[name] for name in Shape._fields)), self.latent_set

@@ -1,6 +1,7 @@
 """Find the cuts of a film and split it into clips, by the reference's rules (spec 13)."""
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,14 +44,18 @@ class Span(NamedTuple):
     end: int  # one past the last frame
 
 
-def find_cuts(frames: UInt8[np.ndarray, "F H W 3"], fps: float) -> list[int]:
-    """Return the indices of the first frames of all shots except the first shot."""
+def find_cuts(frames: Iterable[UInt8[np.ndarray, "H W 3"]], fps: float) -> list[int]:
+    """Return the indices of the first frames of all shots except the first shot.
+
+    One frame is held at a time, so the film may be of any length.
+    """
     detector = ContentDetector(threshold=THRESHOLD, min_scene_len=MIN_SCENE)
-    cuts = []
-    for number, frame in enumerate(frames):
+    cuts, count = [], 0
+    for frame in frames:
         bgr = np.ascontiguousarray(frame[..., ::-1])
-        cuts += detector.process_frame(FrameTimecode(number, fps), bgr)
-    cuts += detector.post_process(FrameTimecode(len(frames), fps))
+        cuts += detector.process_frame(FrameTimecode(count, fps), bgr)
+        count += 1
+    cuts += detector.post_process(FrameTimecode(count, fps))
     return sorted({int(cut.frame_num) for cut in cuts})
 
 

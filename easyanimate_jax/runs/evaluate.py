@@ -47,6 +47,7 @@ from easyanimate_jax.runs.parts import Opened
 from easyanimate_jax.runs.samples import made_again, rebuilt, rows_of
 from easyanimate_jax.runs.validation import loss_program, losses_of, summary
 from easyanimate_jax.storage import whole
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.identity import fingerprint, weights_print
 
@@ -86,7 +87,7 @@ class Evaluation:
     """
 
     def __init__(
-        self, opened: Opened, run: Pipeline, clips: Path, output: Path, asked: Asked, mesh: Mesh
+        self, opened: Opened, run: Pipeline, clips: Place, output: Path, asked: Asked, mesh: Mesh
     ):
         self.opened, self.run, self.clips = opened, run, clips
         self.output, self.asked, self.mesh = output, asked, mesh
@@ -234,7 +235,7 @@ def begin(output: Path, opened: Opened, asked: Asked, **more) -> dict:
     return now
 
 
-def config_of(opened: Opened, clips: Path, output: Path, asked: Asked) -> TrainConfig:
+def config_of(opened: Opened, clips: Place, output: Path, asked: Asked) -> TrainConfig:
     """Return a config whose only stage reads the clips as the model was trained on its own.
 
     For a run it is the stage of the checkpoint. A folder tells no stage; its clips then have up to

@@ -71,7 +71,9 @@ class StoreHome:
         self.process, folder = process, work_folder(run)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self.lock = StoreLock(run, option="--run") if process == 0 else None
-        self.mirror = Mirror(folder, run, lambda name: process == 0 or self._is_own(name))
+        wanted = lambda name: process == 0 or self._is_own(name)  # noqa: E731
+        held = lambda: self.lock is None or self.lock.taken_by is None  # noqa: E731
+        self.mirror = Mirror(folder, run, wanted, held)
         self._begun = False
 
     def __enter__(self) -> "StoreHome":

@@ -4,7 +4,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -28,6 +27,7 @@ from easyanimate_jax.generation.request import (
 from easyanimate_jax.generation.rows import Request
 from easyanimate_jax.generation.ways import way_of
 from easyanimate_jax.runs.parts import Opened
+from easyanimate_jax.storage.stores import Place
 
 Say = Callable[[str], None]  # takes warnings: of requests that work, but perhaps not as expected
 
@@ -72,13 +72,13 @@ def make(
     asked: Sequence[Asked],
     run,
     origin: Origin,
-    output: Path,
+    output: Place,
     *,
     batch: int,
     tile: int | None,
     gif: bool,
     say: Say,
-) -> Iterator[Path]:
+) -> Iterator[Place]:
     """Sample the requests with a `runs.load.Pipeline`; yield the path of each output file.
 
     `batch` is the number of requests that are sampled at once. With a `tile`, videos are decoded in

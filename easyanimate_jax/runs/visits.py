@@ -16,8 +16,9 @@ import numpy as np
 from easyanimate_jax.data.buckets import Shape, grid_of
 from easyanimate_jax.data.held_out import HeldOut
 from easyanimate_jax.data.loader import Batch, Loader, Pages
+from easyanimate_jax.data.paths import beside
 from easyanimate_jax.data.plan.plan import Plan
-from easyanimate_jax.data.records import Cells, LatentSet, Records, root_of_text, split
+from easyanimate_jax.data.records import Cells, LatentSet, Records, split
 from easyanimate_jax.data.sources import places
 from easyanimate_jax.diffusion.tasks import TASKS
 from easyanimate_jax.prepare.clips import Pixels, frames_of, make_job, read_pixels
@@ -49,7 +50,7 @@ class VisitLoader(Loader):
     ):
         super().__init__(records, plan, **options)
         self.latent_set, self.encoder = latent_set, encoder
-        self.root = root_of_text(records.folder, records.header["root"])
+        self.root = beside(records.folder, records.header["root"])
 
     def batches(self, start: int = 0, workers: int = 0) -> Iterator[tuple[int, Batch]]:
         """Yield (token length, batch) from step `start` on, as `Loader.batches` does.

@@ -1,6 +1,6 @@
 """Local copies of folders and files of a store, for libraries that read local files only.
 
-    CACHE/easyanimate_jax/stores/KEY/files/NAME    KEY: a digest of the URL, its files and ETags
+    CACHE/easyanimate_jax/stores/KEY/gs/BUCKET/NAME    KEY: a digest of the files and their ETags
 
 CACHE is $XDG_CACHE_HOME or ~/.cache. So a file is copied once for all processes of a host, and
 again when it is overwritten. A file is there completely or not at all, and a copy that was stopped
@@ -23,7 +23,7 @@ from easyanimate_jax.storage.stores import Found, Place, Remote, download, list_
 
 logger = logging.getLogger(__name__)
 
-TOGETHER = 8  # files that are copied at once
+TOGETHER = 4  # files that are copied at once
 LARGE = 10**8  # bytes; a larger copy shows its progress
 SINGLE = "."  # name of a single file, relative to itself
 
@@ -41,31 +41,32 @@ def local_copy(source: Place, wanted: Callable[[str], bool] = lambda name: True)
         found = [Found(SINGLE, stamp.size, 0.0, stamp.tag)]
     if not found:
         raise ValueError(f"there is no {source}; give a folder or a file")
-    target = _place(source, found)
+    root = _root(source, found)
+    target = root / source.scheme / source.bucket / source.key
     files = {f: target / f.name for f in found if f.name == SINGLE or wanted(f.name)}
     if not all(path.exists() for path in files.values()):
-        _copy(source, target, files)
+        _copy(source, root, files)
     return target
 
 
-def _place(source: Remote, found: Sequence[Found]) -> Path:
-    """Return the path of a copy."""
+def _root(source: Remote, found: Sequence[Found]) -> Path:
+    """Return the folder of a copy."""
     cache = cache_folder()
     if cache is None:
         raise ValueError(f"{source} needs a folder for its copy; let XDG_CACHE_HOME name one")
     files = [[f.name, f.size, f.tag] for f in found]
     told = json.dumps([source.scheme, source.bucket, source.key, files]).encode()
     key = hashlib.blake2b(told, digest_size=16).hexdigest()
-    return cache / "stores" / key / "files" / (source.name or source.bucket)
+    return cache / "stores" / key
 
 
-def _copy(source: Remote, target: Path, files: Mapping[Found, Path]) -> None:
+def _copy(source: Remote, root: Path, files: Mapping[Found, Path]) -> None:
     """Copy the files that are missing; other processes wait until this one has done it."""
-    with FolderLock(target.parents[1], option="XDG_CACHE_HOME", mode=0o700, wait=math.inf) as lock:
+    with FolderLock(root, option="XDG_CACHE_HOME", mode=0o700, wait=math.inf) as lock:
         lock.begun = True  # keep what is there when the rest fails
         missing = [found for found, path in files.items() if not path.exists()]
         total = sum(found.size for found in missing)
-        logger.info(f"copying {source} to {target}: {len(missing)} files, {total:,} bytes")
+        logger.info(f"copying {source} to {root}: {len(missing)} files, {total:,} bytes")
         bar = tqdm(total=total, unit="B", unit_scale=True, disable=total < LARGE, desc=source.name)
 
         def copy(found: Found) -> None:

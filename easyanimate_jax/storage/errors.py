@@ -11,7 +11,8 @@ OF_THE_SYSTEM = {
     *(errno.EPERM, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN),
 }
 # tensorstore raises ValueError with the status first; JAX's own error is of a device or a process.
-STATUS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED")
+STATUS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "ABORTED")
+STATUS += ("DEADLINE_EXCEEDED",)
 
 
 class AnotherRunError(ValueError):

@@ -22,9 +22,10 @@ import time
 import uuid
 from io import TextIOWrapper
 from pathlib import Path
+from types import SimpleNamespace
 
 from easyanimate_jax.storage.errors import AnotherRunError
-from easyanimate_jax.storage.stores import Remote, create, read_tagged, replace_if
+from easyanimate_jax.storage.stores import Place, Remote, create, read_tagged, replace_if
 
 PATIENCE = 10.0  # seconds to wait for a killed process to end
 FRESH, BEAT = 60.0, 5.0  # seconds; only on file systems without locks
@@ -216,6 +217,16 @@ def _processes() -> str:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {space}"
     except OSError:
         return ""
+
+
+def part_lock(folder: Place, option: str, part: tuple[int, int]):
+    """Return the lock of a part of the work in a folder.
+
+    In a store it is none: what two makers of a part write is equal, and is created once.
+    """
+    if isinstance(folder, Path):
+        return FolderLock(folder, option=option, part=part)
+    return contextlib.nullcontext(SimpleNamespace(begun=False))
 
 
 def _lock(path: Path, mode: str = "a+") -> tuple[TextIOWrapper, bool] | None:

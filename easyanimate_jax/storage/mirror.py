@@ -33,11 +33,18 @@ LOCAL = ("lock", "heartbeats", "checkpoints")  # names in the folder that are no
 class Mirror:
     """Keeps those files of `folder` in `remote` whose relative names are `wanted`.
 
-    A file that cannot be uploaded costs a warning, and is tried again with the next ones.
+    Nothing is uploaded once `held()` is false, because the files are then another process's. A file
+    that cannot be uploaded costs a warning, and is tried again with the next ones.
     """
 
-    def __init__(self, folder: Path, remote: Remote, wanted: Callable[[str], bool]):
-        self.folder, self.remote, self.wanted = folder, remote, wanted
+    def __init__(
+        self,
+        folder: Path,
+        remote: Remote,
+        wanted: Callable[[str], bool],
+        held: Callable[[], bool] = lambda: True,
+    ):
+        self.folder, self.remote, self.wanted, self.held = folder, remote, wanted, held
         self.sent: dict[str, tuple[int, int]] = {}  # size and time of the file that was uploaded
         self.busy, self.ended = threading.Lock(), threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -60,7 +67,7 @@ class Mirror:
         """Upload the files that changed; return the names of those that could not be."""
         failed = []
         with self.busy:
-            for name in self._local():
+            for name in self._local() if self.held() else ():
                 path = self.folder / name
                 try:
                     stamp = _stamp(path)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 FIRST, MOST = 2**18, 2**23  # bytes of a request: the first of a place, and of a long read
+LARGEST = 2**26  # bytes of a request; clients give up an answer after 30 s
 KEPT = 2**25  # bytes in memory of an open object
 BUFFER = 2**16  # bytes that Python's own buffer takes out of them at a time
 
@@ -81,7 +82,7 @@ class Ranges(io.RawIOBase):
             return memoryview(b"")
         goes_on = any(begin + len(part) == self.at for begin, part in self.parts)
         self.ahead = min(2 * self.ahead, MOST) if goes_on else FIRST
-        end = min(self.at + max(wanted, self.ahead), self.size)
+        end = min(self.at + max(min(wanted, LARGEST), self.ahead), self.size)
         try:
             read = self.fetch(self.at, end)
             if (read.size, read.tag) != (self.size, self.tag):

@@ -14,7 +14,9 @@ import os
 import posixpath
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -23,10 +25,11 @@ from easyanimate_jax.storage import whole
 from easyanimate_jax.storage.clients import client_of, endpoint, obstore
 from easyanimate_jax.storage.errors import of_store
 from easyanimate_jax.storage.local import SCHEME, local_path, quoted
-from easyanimate_jax.storage.ranges import BUFFER, Part, Ranges
+from easyanimate_jax.storage.ranges import BUFFER, MOST, Part, Ranges
 
 SCHEMES = {"gs": "Google Cloud Storage", "s3": "S3"}
 TOGETHER = 16  # requests of one call at once, at most
+PIECES = 4  # requests for parts of one file at once
 ALIKE = 64 * 1024  # ranges with at most this many bytes between them are one request
 
 
@@ -78,6 +81,9 @@ class Remote:
     def parent(self) -> "Remote":
         return Remote(self.scheme, self.bucket, self.key.rpartition("/")[0])
 
+    def absolute(self) -> "Remote":
+        return self
+
     def with_name(self, name: str) -> "Remote":
         return self.parent / name
 
@@ -96,9 +102,6 @@ class Remote:
 
     def exists(self) -> bool:
         return self.is_file() or self.is_dir()
-
-    def absolute(self) -> "Remote":
-        return self
 
     def version(self) -> Version | None:
         """Return size and tag of the object; None if there is none."""
@@ -132,10 +135,10 @@ class Remote:
 
     def open(self) -> io.BufferedReader:
         """Return a file to read, with seek and tell; storage/ranges.py says what it asks for."""
-        return io.BufferedReader(Ranges(str(self), self._range), BUFFER)
+        return io.BufferedReader(Ranges(str(self), self.part), BUFFER)
 
-    def _range(self, begin: int, end: int) -> Part:
-        """Return the bytes of a range; its end may lie after the end of the object."""
+    def part(self, begin: int, end: int) -> Part:
+        """Return the bytes of a range, by one request; it may end after the object does."""
         from obstore.exceptions import GenericError
 
         with _told(self):
@@ -309,13 +312,19 @@ def download(
     """
 
     def write(new: Path) -> None:
-        with _told(source), open(new, "wb") as file:
-            found = obstore().get(_client(source), source.key)
-            if tag not in (None, _tag(found.meta)):
-                told = "the object was overwritten meanwhile; run the same command again"
-                raise OSError(errno.ESTALE, told, str(source))
-            for chunk in found.stream(2**23):
-                progress(file.write(chunk))
+        with open(new, "wb") as file, ThreadPoolExecutor(PIECES) as pool:
+            first, lock = source.part(0, MOST), threading.Lock()
+
+            def copy(begin: int) -> None:
+                part = source.part(begin, begin + MOST) if begin else first
+                if part.tag != first.tag or tag not in (None, part.tag):
+                    told = "the object was overwritten meanwhile; run the same command again"
+                    raise OSError(errno.ESTALE, told, str(source))
+                with lock:
+                    file.seek(begin)
+                    progress(file.write(part.content))
+
+            list(pool.map(copy, range(0, first.size, MOST)))
 
     whole.replace(target, write)
 
@@ -396,12 +405,15 @@ def _client(remote: Remote):
 def _told(remote: Remote) -> Iterator[None]:
     """Turn obstore's errors into OSErrors that name the object, as those of a local file do.
 
-    Raises ValueError for a range after the end of the object.
+    Raises ValueError for a range after the end of the object, and for names that are no paths.
     """
-    from obstore.exceptions import BaseError
+    from obstore.exceptions import BaseError, InvalidPathError
 
     try:
         yield
+    except InvalidPathError as error:  # of an object in a listing: a//b, a/../b
+        told = " ".join(str(error).split())[:200]
+        raise ValueError(f"{remote}: {told}; rename the object") from error
     except (BaseError, FileNotFoundError) as error:  # obstore's readers raise the second
         if "416 Range" in str(error):
             raise ValueError(f"{remote} ends before the bytes that are wanted") from error

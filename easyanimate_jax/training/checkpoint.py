@@ -17,12 +17,12 @@ import logging
 import threading
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from jax.experimental import multihost_utils
 
 from easyanimate_jax.storage.errors import AnotherRunError, is_of_jax, is_of_the_system
@@ -30,7 +30,6 @@ from easyanimate_jax.storage.stores import Place, make_folder, place
 from easyanimate_jax.training.retention import Retention
 from easyanimate_jax.training.safety.faults import NO_FAULTS, Faults
 from easyanimate_jax.training.saving import same_for_all, saver_for
-from easyanimate_jax.weights import array_item, orbax_item
 from easyanimate_jax.weights.fingerprint import fingerprint
 from easyanimate_jax.weights.run_folder import reader
 from easyanimate_jax.weights.steps import Steps, steps_in
@@ -164,12 +163,14 @@ class Checkpoints:
             try:
                 state, meta = _load(self.steps, step, like)
             except DamagedError as error:
-                if not (error.unreadable and self.processes > 1):
-                    self._set_aside(step, str(error))
-                    continue
-                if damage(self.folder / str(step)):  # else the reader failed for another reason
-                    self.steps.set_aside(step, str(error))
-                raise StorageError(f"checkpoint {step} {error}") from error  # others may wait
+                if error.unreadable and (self.processes > 1 or self.steps.distant):
+                    bad = damage(self.folder / str(step))  # else the reader has another reason
+                    if bad:
+                        self.steps.set_aside(step, str(error))
+                    if self.processes > 1 or not bad:
+                        raise StorageError(f"checkpoint {step} {error}") from error
+                self._set_aside(step, str(error))
+                continue
             if "arrays" not in meta:
                 logger.warning("checkpoint %d is from before fingerprints: used unverified", step)
             elif self.process == 0:
@@ -375,7 +376,7 @@ def _load(steps: Steps, step: int, like: Callable[[dict], State]) -> tuple[State
     wanted = items_of(abstract)
     _check_fit(step, meta, wanted)
     path = steps.data(step, meta)
-    load = {orbax_item: _from_orbax, array_item: array_item.load}[reader(meta)]
+    load = _from_orbax if isinstance(path, Path) else reader(meta).load
     try:
         parts = {item: _read(load, path / item, part) for item, part in wanted.items()}
     except Exception as error:  # a reader may raise any type for damaged bytes
@@ -398,11 +399,11 @@ def _not_now(path: Place, error: Exception) -> str:
     )
 
 
-def _from_orbax(item: Place, named: dict) -> dict[str, jax.Array]:
+def _from_orbax(item: Path, named: dict) -> dict[str, jax.Array]:
     """Return the arrays of an orbax item, with the shapes and shardings of `named`."""
     args = ocp.checkpoint_utils.construct_restore_args(named)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(epath.Path(str(item)), item=named, restore_args=args)
+        return checkpointer.restore(item, item=named, restore_args=args)
 
 
 def _read(load: Callable, item: Place, like):

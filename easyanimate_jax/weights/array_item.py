@@ -5,8 +5,8 @@ first (of the copies of a replicated one) writes it, and process 0 also writes t
 array. So no process waits for another, and `load` reads the arrays onto any mesh.
 """
 
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,11 +14,9 @@ import numpy as np
 
 from easyanimate_jax.storage.stores import Remote, kvstore, list_names
 from easyanimate_jax.weights.lazy import Tensor
-from easyanimate_jax.weights.stored_array import as_tensor, fingerprint_of
+from easyanimate_jax.weights.stored_array import as_tensor, fingerprint_of, load_like
 
 CHUNK = 2**28  # bytes of a chunk, at most
-CACHE = 2**28  # bytes of chunks to keep, for devices that read different parts of one
-AHEAD = 8  # arrays that are read at once
 
 
 class Held(NamedTuple):
@@ -74,33 +72,7 @@ def load(item: Remote, like: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, ja
 
     Raises ValueError if an array is missing, has another shape, or does not decode.
     """
-    import tensorstore
-
-    context = tensorstore.Context({"cache_pool": {"total_bytes_limit": CACHE}})
-    opened = {name: _open(item, name, context) for name in like}
-    loaded, ahead = {}, deque()
-    for name, leaf in like.items():
-        ahead.append((name, _start(opened[name].result(), leaf)))
-        if len(ahead) > AHEAD:
-            first, finish = ahead.popleft()
-            loaded[first] = finish()
-    return loaded | {name: finish() for name, finish in ahead}
-
-
-def _start(array, leaf: jax.ShapeDtypeStruct) -> Callable[[], jax.Array]:
-    """Start to read an array; return the function that waits and puts it onto the devices."""
-    if array.shape != leaf.shape:
-        raise ValueError(f"shape {array.shape} for {leaf.shape}")
-    boxes = leaf.sharding.addressable_devices_indices_map(leaf.shape)
-    keys = {device: str(box) for device, box in boxes.items()}
-    reads = {keys[device]: box for device, box in boxes.items()}
-    reads = {key: array[box].read() for key, box in reads.items()}
-
-    def finish() -> jax.Array:
-        parts = [jax.device_put(reads[key].result(), device) for device, key in keys.items()]
-        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
-
-    return finish
+    return load_like(partial(_open, item), like)
 
 
 def _held(array: jax.Array) -> Held:

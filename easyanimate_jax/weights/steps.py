@@ -46,6 +46,7 @@ class Steps(Protocol):
     """The checkpoints of a run, by the number of updates made."""
 
     folder: Place
+    distant: bool  # whether a reader may fail because of a network
 
     def complete(self) -> list[int]:
         """Return the steps whose checkpoints are complete, in ascending order."""
@@ -85,6 +86,8 @@ def steps_in(folder: str | os.PathLike | Remote) -> Steps:
 
 class StepFolders:
     """Steps on a disk: `FOLDER/500`, and `FOLDER/500.corrupt` once it was set aside."""
+
+    distant = False
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -155,6 +158,8 @@ class StepFolders:
 
 class StepCommits:
     """Steps in a store: objects `FOLDER/commits/000000500.json`, each created once and last."""
+
+    distant = True
 
     def __init__(self, folder: Remote):
         self.folder = folder

@@ -48,7 +48,7 @@ class Plan:
             )
         bucket, group = _sort(index, lengths, kinds, min_side, self.weights)
         if held_out:
-            bucket[places(index["clip"]) < held_out] = -1
+            bucket[places(index) < held_out] = -1
         used = [b for b in range(len(lengths)) if np.any(bucket == b)]
         if not used:
             raise ValueError(

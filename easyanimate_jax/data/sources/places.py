@@ -38,7 +38,7 @@ def root_of(clips: Iterable[Clip]) -> Place | None:
 
 def to_bytes(clip: Clip, root: Place | None) -> UInt8[np.ndarray, "_bytes"]:
     """Return the clip as JSON bytes, without its captions; without a root, files are absolute."""
-    place = {f.name: getattr(clip, f.name) for f in dataclasses.fields(clip)}
+    place = {name: getattr(clip, name) for name in _FIELDS}
     file = clip.path
     place["path"] = {"file": _below(_on_disk(file), root)}
     if not isinstance(file, Place):
@@ -47,7 +47,6 @@ def to_bytes(clip: Clip, root: Place | None) -> UInt8[np.ndarray, "_bytes"]:
     place["control"] = clip.control and _below(clip.control, root)
     worse = place.pop("worse")  # absent without one, as in sets of earlier versions
     place |= {"worse": _below(worse, root)} if worse else {}
-    del place["captions"]
     return np.frombuffer(json.dumps(place, ensure_ascii=False).encode(), np.uint8)
 
 
@@ -67,6 +66,7 @@ def from_bytes(content: UInt8[np.ndarray, "_bytes"], root: Place | None) -> Clip
     return Clip(path=file, captions=(), **beside, **place)
 
 
+_FIELDS = [field.name for field in dataclasses.fields(Clip) if field.name != "captions"]
 _SHOWN = ("offset", "size", "index", "field", "leaf", "group", "row", "name")
 
 
