@@ -13,6 +13,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -87,29 +88,53 @@ def measure(name: str, source: Path, out: Path) -> np.ndarray:
     """Return the wall and CPU seconds of making all shards of a source, planned before."""
     shutil.rmtree(out / name, ignore_errors=True)
     plan_sets(source, out / name, [CLIPS], 0, weights=WEIGHTS, shard_size=SHARD)
-    began = np.array([time.perf_counter(), cpu_seconds()])
-    if name == "ray":
-        assert engine.make_sets(out / name, [CLIPS], load, (), 0, weights=WEIGHTS)
-    else:
-        assert make_sets(out / name, [CLIPS], *load(), (), 0, weights=WEIGHTS)
-    return np.array([time.perf_counter(), cpu_seconds()]) - began
+    with Processors() as processors:
+        began = time.perf_counter()
+        if name == "ray":
+            assert engine.make_sets(out / name, [CLIPS], load, (), 0, weights=WEIGHTS)
+        else:
+            assert make_sets(out / name, [CLIPS], *load(), (), 0, weights=WEIGHTS)
+        wall = time.perf_counter() - began
+    return np.array([wall, processors.seconds])
 
 
-def cpu_seconds() -> float:
-    """Return the CPU seconds of this process and all below it, also of those that have ended."""
-    parents, ticks = {}, {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = path.read_text().rpartition(")")[2].split()
-            parents[int(path.parent.name)] = int(fields[1])
-            ticks[int(path.parent.name)] = sum(map(int, fields[11:15]))
+class Processors:
+    """Counts the CPU seconds of this process and all below it, also of those that end meanwhile.
 
-    def is_mine(pid: int) -> bool:
-        while pid and pid != os.getpid():
-            pid = parents.get(pid, 0)
-        return bool(pid)
+    A thread looks at the system's counts, because Ray does not wait for processes that it ends.
+    """
 
-    return sum(count for pid, count in ticks.items() if is_mine(pid)) / os.sysconf("SC_CLK_TCK")
+    def __enter__(self) -> "Processors":
+        self.first, self.last, self.ended = self._ticks(), {}, threading.Event()
+        self.thread = threading.Thread(target=self._look)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ended.set()
+        self.thread.join()
+        self.last |= self._ticks()
+        ticks = sum(count - self.first.get(pid, 0) for pid, count in self.last.items())
+        self.seconds = ticks / os.sysconf("SC_CLK_TCK")
+
+    def _look(self) -> None:
+        while not self.ended.wait(0.1):
+            self.last |= self._ticks()
+
+    def _ticks(self) -> dict[int, int]:
+        parents, ticks = {}, {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = path.read_text().rpartition(")")[2].split()
+                parents[int(path.parent.name)] = int(fields[1])
+                ticks[int(path.parent.name)] = int(fields[11]) + int(fields[12])
+
+        def is_mine(pid: int) -> bool:
+            while pid and pid != os.getpid():
+                pid = parents.get(pid, 0)
+            return bool(pid)
+
+        return {pid: count for pid, count in ticks.items() if is_mine(pid)}
 
 
 def files(folder: Path) -> dict[str, bytes]:

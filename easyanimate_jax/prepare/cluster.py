@@ -177,7 +177,10 @@ class Hosts:
             time.sleep(LOOK)
         done, _ = self.ray.wait(list(self.calls), timeout=LOOK) if self.calls else ([], [])
         if not any(process.ready for process in self.processes) and not done:
-            logger.warning(f"waiting for a host with a free {self.kind}")
+            logger.warning(
+                f"waiting for a process with {self.kind}: it needs a host that is free, and loads "
+                f"the models"
+            )
         return done
 
     def _started(self, process: Process, result: object) -> None:
