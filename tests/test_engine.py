@@ -24,7 +24,9 @@ from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget
 from easyanimate_jax.data.records import LatentSet, Records
 from easyanimate_jax.prepare import cluster, engine
+from easyanimate_jax.prepare.curate import Rules, curate
 from easyanimate_jax.prepare.prepare import make_sets, plan_sets
+from easyanimate_jax.prepare.shots import Splitting
 
 LATENTS = LatentSet("small", Budget(12, (12,), (32,), frames=9), condition_draws=1)
 WEIGHTS = {"vae": "v", "text": "t"}
@@ -110,7 +112,10 @@ class Drivers:
 
     def start(self, out: Path, loader: str = "load") -> subprocess.Popen:
         code = f"import sys, test_engine; sys.exit(test_engine.drive({str(out)!r}, {loader!r}))"
-        words = [*INSIDE, sys.executable, "-c", code]
+        return self.run(["-c", code])
+
+    def run(self, words: list[str]) -> subprocess.Popen:
+        words = [*INSIDE, sys.executable, *words]
         with open(self.log, "w") as log:
             return subprocess.Popen(words, env=self.environment, stderr=log)
 
@@ -233,6 +238,27 @@ def test_a_driver_that_has_lost_its_ray_stops(tmp_path, drivers):
     os.kill(raylet, signal.SIGKILL)
     assert driver.wait(120) == 1
     assert "ConnectionError: Ray has ended on this host" in drivers.log.read_text()
+
+
+@pytest.mark.slow
+def test_films_are_cut_on_a_cluster_as_in_one_process(tmp_path, drivers):
+    """Ray's own processes are killed meanwhile."""
+    source, out, alone = films(tmp_path / "source", 60), tmp_path / "out", tmp_path / "alone"
+    rules = Rules(Splitting(min_seconds=0.5), min_pixels=0)
+    assert curate(source, alone, rules)
+    words = [str(source), str(out), "--min-pixels", "0", "--min-seconds", "0.5"]
+    driver = drivers.run(["-m", "easyanimate_jax", "curate", *words, "--engine", "ray"])
+    killed = 0
+    while driver.poll() is None:
+        time.sleep(0.3)
+        if killed < 2 and (workers := drivers.workers(driver, ("ray::finish_films",))):
+            os.kill(min(workers), signal.SIGKILL)
+            killed += 1
+    assert driver.returncode == 0 and killed == 2, drivers.log.read_text()
+    for name in ("clips.parquet", "funnel.txt"):
+        assert (out / name).read_bytes() == (alone / name).read_bytes()
+    names = [sorted(path.name for path in (one / "films").iterdir()) for one in (out, alone)]
+    assert names[0] == names[1] and len(names[0]) == 60
 
 
 @pytest.mark.parametrize(

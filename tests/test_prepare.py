@@ -25,7 +25,7 @@ from easyanimate_jax.data.sources import places
 from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.models.mmdit import patchify
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
-from easyanimate_jax.prepare import clips, reader
+from easyanimate_jax.prepare import clips, device, reader, sets
 from easyanimate_jax.prepare import curate as curation
 from easyanimate_jax.prepare.encode import Encoder
 from easyanimate_jax.prepare.jobs import select
@@ -424,6 +424,23 @@ def test_a_film_of_the_same_size_and_date_is_made_again_and_no_other(source, vae
     assert decoded == [film.name]
     mine, twin = (records[name]["mean"].astype(np.float32) for name in ("2.mp4", "3.mp4"))
     np.testing.assert_allclose(mine, twin, atol=5e-3)  # both hold the same frames now
+
+
+def test_the_next_shard_is_decoded_while_one_is_encoded_and_no_later_one(
+    pictures, vae, monkeypatch
+):
+    begun, at_writing = [], []
+    ask, write = reader.Threads.__call__, sets.write_shard
+    monkeypatch.setattr(reader, "AHEAD", 0)
+    monkeypatch.setattr(device.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(
+        reader.Threads, "__call__", lambda *asked: begun.extend(asked[-1]) or ask(*asked)
+    )
+    monkeypatch.setattr(
+        sets, "write_shard", lambda *shard: at_writing.append(len(begun)) or write(*shard)
+    )
+    run(pictures[0], vae, sets=(PICTURES,))
+    assert at_writing == [4, 6, 6]
 
 
 def test_a_picture_that_changed_is_made_again(pictures, vae):

@@ -23,7 +23,8 @@ def options(command: str):
     words = words[words.index("easyanimate_jax") + 1 :]
     assert words[0] == "prepare"
     read = parse.options_and_config(prepare.Options, words[1:], "prepare", "", ("TrainConfig",))
-    prepare.check_engine(read[0], parse.part_of(read[0].part))
+    parse.part_of(read[0].part)
+    prepare.check_engine(read[0])
     return read
 
 

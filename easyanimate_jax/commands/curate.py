@@ -5,14 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
 
 from easyanimate_jax.commands import parse
 from easyanimate_jax.prepare.captions import Server
+from easyanimate_jax.prepare.cluster import check_ray
 from easyanimate_jax.prepare.curate import Rules
 from easyanimate_jax.storage.stores import Place
-from easyanimate_jax.training.safety.exits import DONE, PREEMPTED
+from easyanimate_jax.training.safety.exits import DONE, FOUND, PREEMPTED
 
 HELP = """Cut and score the films of SOURCE into the table OUT/clips.parquet.
 
@@ -47,6 +49,8 @@ class Options:
     """Folder that links in the source may lead into, such as the cache of a hub."""
     part: str = "0/1"
     """Process only this part of the films: 0/8 to 7/8 share the work between eight hosts."""
+    engine: Literal["process", "ray"] = "process"
+    """"process" cuts films in this process; "ray" on the CPUs of a Ray cluster, as in `prepare`."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,6 +61,9 @@ def main(arguments: Sequence[str]) -> int:
 def _curate(arguments: Sequence[str]) -> int:
     own = parse.options(Options, arguments, "curate", HELP)
     part, parts = parse.part_of(own.part)
+    if own.engine == "ray":
+        check_ray()
+        parse.check_no_part(own.part)
     if isinstance(own.out, Path):
         parse.check_folder("OUT", own.out)
     from easyanimate_jax.prepare import funnel
@@ -65,10 +72,19 @@ def _curate(arguments: Sequence[str]) -> int:
 
     scores = (*SCORES, *map(named_score, own.score))
     options = {"captioner": own.captioner, "part": part, "parts": parts, "links": own.links}
+    source, out = own.source, own.out
+    if own.engine == "ray":
+        from easyanimate_jax.prepare.film_tasks import on_cluster
+
+        source, out = source.absolute(), out.absolute()  # as other processes find them
+        options["finish"] = on_cluster
     try:
-        rows = curate(own.source, own.out, own.rules, scores, **options)
+        rows = curate(source, out, own.rules, scores, **options)
     except ConnectionError as error:
         print(f"error: {error}", file=sys.stderr)
         return PREEMPTED
+    if rows is None and own.engine == "ray":
+        print(f"error: {out} is not complete; run the same command again", file=sys.stderr)
+        return FOUND
     print(f"part {part} of {parts} is done" if rows is None else funnel.text(rows))
     return DONE

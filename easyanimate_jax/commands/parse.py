@@ -159,6 +159,15 @@ def part_of(text: str) -> tuple[int, int]:
     return int(part), int(parts)
 
 
+def check_no_part(text: str) -> None:
+    """Raise ValueError if `--part` is given beside `--engine ray`."""
+    if part_of(text) != (0, 1):
+        raise ValueError(
+            f"--part {text} is for processes without an engine; leave it out: --engine ray shares "
+            f"all of the work"
+        )
+
+
 def load_config(path: str, overrides: Sequence[str] = ()):
     """Return the config of a file with overrides such as `--stages.0.steps 10`.
 

@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
 def _prepare(arguments: Sequence[str]) -> int:
     own, config = parse.options_and_config(Options, arguments, "prepare", HELP, ("TrainConfig",))
     part, prepared = parse.part_of(own.part), place(config.prepared)
-    check_engine(own, part)
+    check_engine(own)
     if isinstance(prepared, Path):
         for latent_set in config.sets:
             parse.check_folder("--prepared", prepared / latent_set.name)
@@ -87,7 +87,7 @@ def _prepare(arguments: Sequence[str]) -> int:
         except ConnectionError as error:
             print(f"error: {error}", file=sys.stderr)
             return PREEMPTED
-        print(f"{prepared} is not complete; run the same command again", file=sys.stderr)
+        print(f"error: {prepared} is not complete; run the same command again", file=sys.stderr)
         return FOUND
     with jax.set_mesh(make_mesh(MeshConfig())):  # all local devices, not the training's mesh
         models, options = load(), {"weights": weights, "part": part}
@@ -110,14 +110,10 @@ def _models(config) -> tuple[Place, Place]:
     return place(config.vae).absolute(), place(config.text).absolute()
 
 
-def check_engine(own: Options, part: tuple[int, int]) -> None:
+def check_engine(own: Options) -> None:
     """Raise ValueError for options that do not fit the engine, or if Ray is not installed."""
     if own.engine == "ray":
         check_ray()
-        if part != (0, 1):
-            raise ValueError(
-                f"--part {own.part} is for processes without an engine; leave it out with "
-                f"--engine ray, which shares all shards"
-            )
+        parse.check_no_part(own.part)
     elif own.devices != "any":
         raise ValueError(f"--devices {own.devices} chooses hosts of a cluster; add --engine ray")

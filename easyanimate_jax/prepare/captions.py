@@ -63,6 +63,11 @@ class Server:
         urls = [f"{url.rstrip('/')}/chat/completions" for url in dict.fromkeys(self.url)]
         object.__setattr__(self, "addresses", Addresses(urls, self.seconds, self.patience))
 
+    def __reduce__(self):
+        """Make it anew in another process, which has its own requests."""
+        made_of = self.url, self.model, self.instructions, self.tries, self.seconds, self.patience
+        return Server, made_of
+
     def __call__(self, stills: UInt8[np.ndarray, "F H W 3"]) -> list[str]:
         pictures = [{"type": "image_url", "image_url": {"url": _data_url(s)}} for s in stills]
         return [self._caption(pictures, instruction) for instruction in self.instructions]

@@ -6,16 +6,20 @@ may come and go. Ray is imported only here and in functions, so nothing else nee
 """
 
 import contextlib
+import functools
 import importlib.util
+import itertools
 import logging
 import os
+import socket
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from easyanimate_jax.storage.errors import is_of_the_system
+from easyanimate_jax.storage.stores import Place
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +177,10 @@ class Hosts:
             time.sleep(LOOK)
         done, _ = self.ray.wait(list(self.calls), timeout=LOOK) if self.calls else ([], [])
         if not any(process.ready for process in self.processes) and not done:
-            logger.warning(f"waiting for a host with a free {self.kind}")
+            logger.warning(
+                f"waiting for a process with {self.kind}: it needs a host that is free, and loads "
+                f"the models"
+            )
         return done
 
     def _started(self, process: Process, result: object) -> None:
@@ -201,6 +208,17 @@ class Hosts:
             return Failure(_line(error), again=True)
 
 
+@functools.cache
+def check_seen(paths: tuple[Place, ...]) -> None:
+    """Raise `Unusable` unless this host sees these files and folders."""
+    for path in paths:
+        if not path.exists():
+            raise Unusable(
+                f"host {socket.gethostname()} does not see {path}: keep source and output in a "
+                f"folder that all hosts see under this name, or in a store (gs://, s3://)"
+            )
+
+
 def on_cpus(function: Callable, **options):
     """Return a function for tasks of one CPU each, tried again if a store does not answer.
 
@@ -213,6 +231,33 @@ def on_cpus(function: Callable, **options):
     return ray.remote(
         num_cpus=1, max_retries=3, retry_exceptions=[OSError], max_calls=1000, **options
     )(function)
+
+
+def on_all_cpus(
+    function: Callable, calls: Iterable[tuple], stops: tuple[type[Exception], ...]
+) -> Iterator[tuple[tuple, object]]:
+    """Yield the arguments of each call of a function with its result, or with a `Failure`.
+
+    Two calls a CPU are in the cluster at once. Raises errors of the types `stops`.
+    """
+    import ray
+
+    task, calls, running = on_cpus(function), iter(calls), {}
+    while True:
+        room = 2 * int(sum(resources.get("CPU", 0) for resources in _nodes())) - len(running)
+        running |= {task.remote(*call): call for call in itertools.islice(calls, max(0, room))}
+        if not running:
+            return
+        done, _ = ray.wait(list(running), timeout=LOOK)
+        for ref in done:
+            try:
+                result = ray.get(ref)
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None) or error
+                if isinstance(cause, stops):
+                    raise cause from None
+                result = Failure(_line(cause), again=False)
+            yield running.pop(ref), result
 
 
 def chosen(kind: Kind) -> Literal["TPU", "GPU", "CPU"]:

@@ -64,6 +64,26 @@ class Rules:
         check_fields(self, min_pixels="[0, inf)")
 
 
+def in_threads(films: "Films", names: Sequence[str], workers: int) -> None:
+    """Make the rows of films in threads. Raises ConnectionError if the captioner does not serve."""
+    decoders, served = Decoders(workers), True
+
+    def work(name: str) -> None:
+        nonlocal served
+        try:
+            if served:
+                films.finish(name, decoders)
+        except ConnectionError:
+            served = False
+            raise
+
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            list(tqdm(pool.map(work, names), total=len(names), desc="films", unit="film"))
+    finally:
+        decoders.close()
+
+
 def curate(
     source: str | Place,
     out: str | Place,
@@ -75,14 +95,16 @@ def curate(
     parts: int = 1,
     workers: int | None = None,
     links: Path | None = None,
+    finish: Callable[["Films", Sequence[str], int], object] = in_threads,
 ) -> list[dict] | None:
     """Make the table of clips and return its rows; return None while other parts are not done.
 
     Captions are those of the source, or those that `captioner` writes for stills of a clip. This
     process takes every `parts`-th film from number `part` on, and decodes with `workers` threads
-    (default: one per CPU). Links of the source may lead into the folder `links`. Raises ValueError
-    if another process makes this part, and ConnectionError if the captioner does not serve; the
-    films that are not finished are left.
+    (default: one per CPU). Links of the source may lead into the folder `links`. `finish` makes the
+    rows of the films; prepare/film_tasks.py has another one. Raises ValueError if another process
+    makes this part, and ConnectionError if the captioner does not serve; the films that are not
+    finished are left.
     """
     source, out = place(source), place(out)
     check_names(scores, {*_fields(())})
@@ -91,30 +113,12 @@ def curate(
         lock.begun = True
         films = Films(out, folder, rules, scores, captioner)
         mine = list(folder.films)[part::parts]
-        decoders = Decoders(workers or os.cpu_count())
-        served = True  # by the captioner
-
-        def work(name: str) -> None:
-            nonlocal served
-            made_of = films.key(name)  # before it is read: it may change meanwhile
-            if not served or films.rows(name) is not None:
-                return
-            try:
-                found = film_rows(decoders, folder, name, rules.splitting, scores, captioner)
-            except ConnectionError:
-                served = False
-                raise
-            films.keep(name, made_of, found)
-
         try:
-            with ThreadPoolExecutor(decoders.workers) as pool:
-                list(tqdm(pool.map(work, mine), total=len(mine), desc="films", unit="film"))
+            finish(films, mine, workers or os.cpu_count())
         except ConnectionError as error:
             left = f"{sum(films.rows(name) is None for name in mine)} of {len(folder.films)} films"
             repair = "are not finished: start the server, then run the same command again"
             raise ConnectionError(f"{error}; {left} {repair}") from error
-        finally:
-            decoders.close()
         rows = films.all_rows()
         if rows is None:
             return None
@@ -131,11 +135,26 @@ class Films:
 
     def __init__(self, out: Place, folder: FilmFolder, rules: Rules, scores, captioner):
         self.out, self.folder = out / "films", folder
+        self.rules, self.scores, self.captioner = rules, scores, captioner
         make_folder(self.out)
         self.contents = kept_contents(out)
         measures = [(s.name, s.frames, _told(s.measure)) for s in scores]
         self.settings = key(dataclasses.asdict(rules), measures, _told(captioner))
-        self.captioned = captioner is not None
+
+    def __reduce__(self):
+        """Make it anew in another process, which keeps its own hashes of files."""
+        made_of = self.out.parent, self.folder, self.rules, self.scores, self.captioner
+        return Films, made_of, {"settings": self.settings}
+
+    def finish(self, name: str, decoders: Decoders) -> None:
+        """Make the rows of a film and keep them, unless they are kept.
+
+        Raises ConnectionError if the captioner does not serve.
+        """
+        made_of = self.key(name)  # before it is read: it may change meanwhile
+        if self.rows(name) is None:
+            how = self.rules.splitting, self.scores, self.captioner
+            self.keep(name, made_of, film_rows(decoders, self.folder, name, *how))
 
     def rows(self, name: str) -> list[dict] | None:
         """Return the rows of a film; None if it has other content now, or is not finished."""
@@ -168,7 +187,7 @@ class Films:
         except ValueError as error:  # the name is refused
             content = str(error)
         film = self.folder.films[name]
-        captions = None if self.captioned else film.captions
+        captions = None if self.captioner else film.captions
         return key(content, captions, sorted(film.kinds))
 
 

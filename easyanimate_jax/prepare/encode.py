@@ -5,6 +5,7 @@ nothing, so they can encode different shapes at the same time. Letters beyond th
 a program, P token width.
 """
 
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 
@@ -33,7 +34,7 @@ class Encoder:
     """The VAE's encoder on `devices`, for at most `most` clips of one shape at once.
 
     Missing rows are padded with the last clip. `announce` is called before and after each
-    compilation, with a line of text.
+    compilation, with a line of text. Several threads may encode; their programs run one by one.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Encoder:
         self.rows_over = batch_sharding(self.mesh, 5)
         self.vae = jax.device_put(vae, NamedSharding(self.mesh, PartitionSpec()))
         self.most, self.announce = most, announce
+        self.lock = threading.Lock()
         self.programs = {}  # (frames, height, width) -> compiled program
 
     def rows(self, shape: Shape) -> int:
@@ -55,12 +57,16 @@ class Encoder:
     def __call__(self, videos: Sequence[Float[np.ndarray, "F H W 3"]]) -> tuple[Tokens, Tokens]:
         """Return mean and log-variance of the normalised latents of videos of one shape."""
         shape = Shape(*videos[0].shape[:3])
-        program, rows = self._program(shape), self.rows(shape)
+        rows = self.rows(shape)
+        with self.lock:
+            program = self._program(shape)
         parts = []
         for first in range(0, len(videos), rows):
             some = list(videos[first : first + rows])
             padded = np.stack(some + some[-1:] * (rows - len(some)))
-            encoded = program(self.vae, jax.device_put(padded, self.rows_over))
+            placed = jax.device_put(padded, self.rows_over)
+            with self.lock:
+                encoded = jax.block_until_ready(program(self.vae, placed))
             parts.append([np.asarray(x)[: len(some)] for x in encoded])
         return tuple(np.concatenate(x) for x in zip(*parts, strict=True))
 

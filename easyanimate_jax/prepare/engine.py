@@ -7,9 +7,7 @@ driver that was killed is started again by the same command. The files are those
 without an engine, to the byte.
 """
 
-import functools
 import logging
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.prepare import cluster
 from easyanimate_jax.prepare.clips import Job
-from easyanimate_jax.prepare.cluster import DEEP, Failure, Hosts, Kind, Task, Unusable
+from easyanimate_jax.prepare.cluster import DEEP, Failure, Hosts, Kind, Task, Unusable, check_seen
 from easyanimate_jax.prepare.device import Device
 from easyanimate_jax.prepare.manifest import Manifest
 from easyanimate_jax.prepare.prepare import Work, opened, prompts_key
@@ -162,24 +160,13 @@ def decode_jobs(
     return [decode(latent_set, seed, job) for job in jobs]
 
 
-@functools.cache
-def check_seen(paths: tuple[Place, ...]) -> None:
-    """Raise `Unusable` unless this host sees these files and folders."""
-    for path in paths:
-        if not path.exists():
-            raise Unusable(
-                f"host {socket.gethostname()} does not see {path}: keep source and output in a "
-                f"folder that all hosts see under this name, or in a store (gs://, s3://)"
-            )
-
-
 def _hosts(work: Work, load: Load, seed: int, devices: Kind) -> Hosts:
     roots = {
-        manifest.about["root"] and beside(maker.folder, manifest.about["root"])
+        beside(maker.folder, manifest.about["root"])
         for maker, manifest in zip(work.makers, work.manifests, strict=True)
+        if manifest.about["root"]
     }
-    seen = {work.told.file, *filter(None, roots)}
-    seen = tuple(sorted((one for one in seen if isinstance(one, Path)), key=str))
+    seen = tuple(path for path in (work.told.file, *roots) if isinstance(path, Path))
     kind = cluster.chosen(devices)
     workers = max(1, cluster.cpus_a_host(kind) // DEEP)
     return Hosts(Maker, (load, work.makers, work.maker_of_texts, seed, workers, seen), kind)
