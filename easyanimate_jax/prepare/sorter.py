@@ -1,7 +1,7 @@
 """Sort tables that are larger than memory: by a group, and in it by a column.
 
-The rows of each group are in one file of a temporary folder until they are read. Memory holds one
-group, so there should be many groups.
+The rows of each group are in one file of a temporary folder until they are read. A large group is
+cut at some of its values into parts, each with a file of its own, and memory holds one part.
 """
 
 import os
@@ -17,6 +17,7 @@ import pyarrow.ipc
 
 from easyanimate_jax.storage.stores import Place
 
+MOST = 2**18  # rows of a part
 ROWS = 4096  # of a group in memory before they are written, and of a table that is returned
 
 
@@ -28,7 +29,7 @@ class Sorter:
     """
 
     def __init__(self, column: str, beside: Place):
-        self.column = column
+        self.column, self.parts = column, {}  # parts of large groups
         where = beside if isinstance(beside, Path) else None
         self.folder = tempfile.TemporaryDirectory(prefix=".sorted-", dir=where)
         self.waiting: dict[Hashable, list[pyarrow.Table]] = defaultdict(list)
@@ -51,15 +52,34 @@ class Sorter:
             self._write(group)
         for writer in self.writers.values():
             try:
-                writer.close()
+                writer.close()  # again is no error
             except OSError as error:
                 raise self._named(error) from error
         for group in sorted(self.writers):
             with pyarrow.memory_map(os.fspath(self._path(group))) as file:
-                table = pyarrow.ipc.open_file(file).read_all().combine_chunks()
-                order = pyarrow.compute.sort_indices(table[self.column])
-                for first in range(0, len(order), ROWS):
-                    yield table.take(order.slice(first, ROWS)).combine_chunks()
+                yield from self._sorted(group, pyarrow.ipc.open_file(file))
+
+    def _sorted(self, group: Hashable, file) -> Iterator[pyarrow.Table]:
+        """Yield the rows of a group in order."""
+        batches = range(file.num_record_batches)
+        names = pyarrow.chunked_array([file.get_batch(i)[self.column] for i in batches])
+        if group not in self.parts and len(names) > MOST:
+            order = pyarrow.compute.sort_indices(names).to_numpy()
+            part = np.empty(len(order), np.int32)
+            part[order] = np.arange(len(order)) // MOST
+            parts, first = Sorter(self.column, Path(self.folder.name)), 0
+            for i in batches:
+                table = pyarrow.Table.from_batches([file.get_batch(i)])
+                parts.add(table, part[first : first + len(table)].tolist())
+                first += len(table)
+            self.parts[group] = parts
+        if group in self.parts:
+            yield from self.parts[group].tables()
+            return
+        table = file.read_all().combine_chunks()
+        order = pyarrow.compute.sort_indices(table[self.column])
+        for first in range(0, len(order), ROWS):
+            yield table.take(order.slice(first, ROWS)).combine_chunks()
 
     def _write(self, group: Hashable) -> None:
         table = pyarrow.concat_tables(self.waiting.pop(group)).combine_chunks()
