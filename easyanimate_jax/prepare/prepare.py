@@ -44,6 +44,7 @@ from easyanimate_jax.prepare.sets import SetMaker
 from easyanimate_jax.prepare.texts import TextMaker
 from easyanimate_jax.storage.lock import part_lock
 from easyanimate_jax.storage.stores import Place, Remote, place
+from easyanimate_jax.storage.whole import remove_left
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ class Work:
         return LeftOut(maker.latent_set.name, clips, self.quarantine.path, self.quarantine.add)
 
     def finish(self, prompts: Sequence[str], cut: Sequence[str], told: bool) -> bool:
-        """Write the indices if all shards exist; return whether they do.
+        """Write the indices if all shards exist, and tidy up; return whether all exist.
 
         `cut` are the sample prompts that are too long. A warning names the texts that are, if
         `told`.
@@ -200,6 +201,10 @@ class Work:
             one.columns(["clip"])["clip"].to_pylist() for one in self.manifests
         )
         self.quarantine.forget({*names, *map(file_of, lines)}, but=lines)
+        for maker in (self.maker_of_texts, *self.makers):
+            if isinstance(maker.folder, Path):
+                for folder in maker.folder.glob("shards/*/"):
+                    remove_left(folder)
         self._note_cut(prompts, cut, told)
         return True
 

@@ -100,10 +100,18 @@ def _remove(left: Path) -> None:
     pid = LEFT.fullmatch(left.name)[1]
     try:
         if left.name.endswith(f".{socket.gethostname()}-{pid}.new") and os.path.isdir("/proc"):
-            dead = not os.path.isdir(f"/proc/{pid}")
+            dead = _is_dead(pid)
         else:
             dead = time.time() - left.stat().st_mtime > OLD
         if dead:
             left.unlink()
     except FileNotFoundError:  # its process has just finished
         pass
+
+
+def _is_dead(pid: str) -> bool:
+    """Return True if a process of this host has ended, also if its parent does not know it yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+    except OSError:
+        return True
