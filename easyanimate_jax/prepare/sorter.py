@@ -56,13 +56,15 @@ class Sorter:
             except OSError as error:
                 raise self._named(error) from error
         for group in sorted(self.writers):
-            with pyarrow.memory_map(os.fspath(self._path(group))) as file:
+            with pyarrow.OSFile(os.fspath(self._path(group)), "rb") as file:
                 yield from self._sorted(group, pyarrow.ipc.open_file(file))
 
     def _sorted(self, group: Hashable, file) -> Iterator[pyarrow.Table]:
         """Yield the rows of a group in order."""
         batches = range(file.num_record_batches)
-        names = pyarrow.chunked_array([file.get_batch(i)[self.column] for i in batches])
+        # `take` copies: a column of a batch would keep the whole batch in memory.
+        columns = (file.get_batch(i)[self.column] for i in batches)
+        names = pyarrow.chunked_array([column.take(np.arange(len(column))) for column in columns])
         if group not in self.parts and len(names) > MOST:
             order = pyarrow.compute.sort_indices(names).to_numpy()
             part = np.empty(len(order), np.int32)
