@@ -369,7 +369,7 @@ CLASSES = {
 NO_CONFIGS = {
     *("Clip", "Chip", "Gpu", "Instruction", "Collective", "Kernel", "Program", "Prediction"),
     *("Choice", "Score", "TextConfig", "Sentence", "Chat", "Change", "StageReport"),
-    *("SampleRequest", "Faults"),  # the first has its ranges in `check`
+    *("Remote", "Process", "SampleRequest", "Faults"),  # the third has its ranges in `check`
 }
 ONE_VALUE = {"patch", "out_channels", "latent_channels"}  # fields that admit no other
 ANY_SIZE = {"latent_mean", "loras"}  # numbers that are only finite

@@ -10,7 +10,7 @@ FILES = sorted([*(ROOT / "easyanimate_jax").rglob("*.py"), ROOT / "train.py", RO
 MODULES = {"marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "urllib", "requests"}
 # The places that reach out: to the captioning or rewarding server that the command line names.
 ALLOWED = {
-    "easyanimate_jax/prepare/captions.py": "urllib.request",
+    "easyanimate_jax/prepare/servers.py": "urllib.request",
     "easyanimate_jax/evaluation/rewards.py": "urllib.request",
 }
 CALLS = {"eval", "exec", "compile", "__import__"}

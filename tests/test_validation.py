@@ -76,9 +76,11 @@ def test_no_held_out_clip_is_in_any_batch_of_three_epochs():
 
 def test_the_side_of_a_clip_does_not_depend_on_the_others():
     names = index(90)["clip"]
-    np.testing.assert_array_equal(places(names)[10:20], places(names[10:20]))
-    np.testing.assert_array_equal(places(names), places(names.astype("S")))
-    assert places(np.array(["a.mp4"]))[0] == places(np.array(["a.mp4#0-49"]))[0]
+    all_of_them = places({"clip": names})
+    np.testing.assert_array_equal(all_of_them[10:20], places({"clip": names[10:20]}))
+    np.testing.assert_array_equal(all_of_them, places({"clip": names.astype("S")}))
+    one, span = (places({"clip": np.array([name])})[0] for name in ("a.mp4", "a.mp4#0-49"))
+    assert one == span
 
 
 def test_a_run_validates_at_the_borders_of_a_stage_and_between(whole):
@@ -94,7 +96,8 @@ def test_a_run_validates_at_the_borders_of_a_stage_and_between(whole):
     assert seconds["validate"] > 0
 
 
-HeldOutNames = [n for n in range(5) if places(np.array([f"{n}.mp4"]))[0] < HELD.share][: HELD.clips]
+SHARES = places({"clip": np.array([f"{n}.mp4" for n in range(5)])})
+HeldOutNames = np.flatnonzero(HELD.share > SHARES).tolist()[: HELD.clips]
 
 
 def test_training_has_the_same_bits_without_validation(whole, tmp_path):

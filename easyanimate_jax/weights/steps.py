@@ -139,9 +139,9 @@ class StepFolders:
         logger.error("checkpoint %d is damaged, set aside as %s: %s", step, target.name, reason)
 
     def damaged(self) -> dict[str, str]:
-        """Return the reasons of the steps that were set aside, by their names."""
-        paths = sorted(self.folder.glob("*.corrupt*"))
-        return {path.name: (path / "reason").read_text().strip() for path in paths}
+        """Return the reasons of the steps that were set aside, by their names, or ""."""
+        reasons = {path.name: path / "reason" for path in sorted(self.folder.glob("*.corrupt*"))}
+        return {n: r.read_text().strip() if r.is_file() else "" for n, r in reasons.items()}
 
     def withdraw(self, step: int) -> list[Place]:
         """Rename a step, so that no partial step has a valid name; return the new folder."""
