@@ -11,12 +11,22 @@ from fake_stores import fake_stores
 from test_loader import record, row
 from test_prepare import PROMPTS, SET, FakeText, source, vae  # noqa: F401
 
+from easyanimate_jax.commands.plan import main as plan_command
 from easyanimate_jax.data.loader import Loader
 from easyanimate_jax.data.plan.plan import Plan
 from easyanimate_jax.data.records import Records, write_set, write_texts
 from easyanimate_jax.prepare.prepare import make_sets, plan_sets, prepare
 from easyanimate_jax.storage.stores import list_files, place
 
+CONFIG = """
+from dataclasses import replace
+from configs.demo import config as demo
+from easyanimate_jax import Budget, LatentSet, Stage
+
+latents = LatentSet("small", Budget(12, (4, 12), (32,), frames=9), condition_draws=3)
+stages = (Stage("one", "small", batch_size=2, steps=10),)
+config = replace(demo, prepared="{prepared}", sets=(latents,), stages=stages)
+"""
 WEIGHTS = {"vae": "v", "text": "t"}
 
 
@@ -35,7 +45,7 @@ def gcs(servers):
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])
-def test_a_set_in_a_store_is_the_set_on_a_disk(source, vae, servers, scheme, request):
+def test_a_set_in_a_store_is_the_set_on_a_disk(source, vae, servers, scheme, capsys):
     local, there = source.parent / "out", place(f"{scheme}://bucket/{source.parent.name}")
     options = {"weights": WEIGHTS, "shard_size": 2}
     for out in (local, there):
@@ -49,6 +59,10 @@ def test_a_set_in_a_store_is_the_set_on_a_disk(source, vae, servers, scheme, req
     assert names[0] == names[1] and len(names[0]) == 3
     line = json.loads((there / "quarantine.jsonl").read_text())
     assert line["file"] == "broken.mp4"
+    config = source.parent / "config.py"
+    config.write_text(CONFIG.format(prepared=there))
+    assert plan_command([str(config)]) == 0
+    assert "6  clips, 83 % of them videos" in capsys.readouterr().out
     text = FakeText()
     assert prepare(source, there, (SET,), vae, text, PROMPTS, 0, **options)
     assert text.asked == list(PROMPTS)  # nothing else is made again

@@ -4,11 +4,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from tyro.conf import Positional
 
 from easyanimate_jax.commands import parse
+from easyanimate_jax.storage.stores import Place, place
 from easyanimate_jax.training.safety.exits import DONE
 
 HELP = """Print the plan of each stage of a config: clips, shapes, token lengths, and their fill.
@@ -22,7 +22,7 @@ class Options:
 
     config: Positional[str]
     """Python file that defines `config`, such as configs/demo.py."""
-    index: Positional[Path | None] = None
+    index: Positional[Place | None] = None
     """Folder that `prepare` wrote, parquet table of clips, or any source of clips. For a table or a
     source, shapes are chosen as `prepare` chooses them. By default the config's `prepared`."""
 
@@ -38,16 +38,16 @@ def _plan(arguments: Sequence[str]) -> int:
     from easyanimate_jax.data.records import Records
     from easyanimate_jax.data.sources import read
 
-    place = own.index or Path(config.prepared)
+    index = own.index or place(config.prepared)
     began = time.perf_counter()
-    prepared = any((place / s.name / "header.json").is_file() for s in config.sets)
-    table = None if prepared else read.table(place, config.links)
+    prepared = any((index / s.name / "header.json").is_file() for s in config.sets)
+    table = None if prepared else read.table(index, config.links)
     if table is not None:
         seconds = time.perf_counter() - began
-        print(f"{len(table['clip']):,} clips of {place}, read in {seconds:.1f} s")
+        print(f"{len(table['clip']):,} clips of {index}, read in {seconds:.1f} s")
     for stage in config.stages:
-        index = Records(place / stage.data).index if prepared else {}
+        rows = Records(index / stage.data).index if prepared else {}
         print()
         latents, share = config.set(stage.data), config.validation.share
-        print(describe_stage(stage, latents, table, index, config.seed, share))
+        print(describe_stage(stage, latents, table, rows, config.seed, share))
     return DONE

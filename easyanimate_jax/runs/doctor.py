@@ -262,7 +262,7 @@ def _versions() -> dict[str, str]:
 def _inputs(config: TrainConfig) -> list[Place]:
     """Return the folders that training reads."""
     names = dict.fromkeys(stage.data for stage in config.stages)
-    folders = [Path(config.prepared) / name for name in names]
+    folders = [place(config.prepared) / name for name in names]
     folders += [place(config.vae)] if config.samples.prompts else []
     folders += [place(config.init)] if config.init else []
     return folders

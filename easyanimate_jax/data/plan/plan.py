@@ -177,19 +177,20 @@ def _sort(index, lengths, kinds, min_side, weights) -> tuple[np.ndarray, np.ndar
     for start in range(0, len(tokens), CHUNK):
         part = slice(start, start + CHUNK)
         side = np.minimum(index["source_height"][part], index["source_width"][part])
-        fits = np.any([_is(kind[part], name) for name in kinds], axis=0)
+        fits = np.any([is_text(kind[part], name) for name in kinds], axis=0)
         fits &= (side >= min_side) & (tokens[part] <= lengths[-1])
         for bit, (name, weight) in enumerate(weights):
-            bears = _is(kind[part], name)
+            bears = is_text(kind[part], name)
             if sources is not None:
-                bears |= _is(sources[part], name)
+                bears |= is_text(sources[part], name)
             group[part] |= (bears << bit).astype(np.uint8)
             fits &= ~bears | (weight > 0)
         bucket[part] = np.where(fits, np.searchsorted(lengths, tokens[part]), -1)
     return bucket, group
 
 
-def _is(column, name: str) -> np.ndarray:
+def is_text(column: Column, name: str) -> np.ndarray:
+    """Return which values of a column of text or bytes are `name`."""
     kind = getattr(column, "dtype", np.dtype(str)).kind
     return column == (name.encode() if kind == "S" else name)
 

@@ -6,6 +6,7 @@ this module chooses the shapes that `prepare` will choose.
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,8 @@ from easyanimate_jax.data.buckets import (
     grid_of,
     num_tokens,
 )
-from easyanimate_jax.data.plan.plan import CYCLE, Plan
+from easyanimate_jax.data.index import Column
+from easyanimate_jax.data.plan.plan import CYCLE, Plan, is_text
 from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.data.times import clip_frames
 from easyanimate_jax.facts import CELL
@@ -74,7 +76,12 @@ def _fitted(budget: Budget, clips: Clips) -> tuple[int, ...]:
 
 
 def describe_stage(
-    stage, latent_set: LatentSet, table: dict | None, index: dict, seed: int, held_out: float = 0.0
+    stage,
+    latent_set: LatentSet,
+    table: dict | None,
+    index: Mapping[str, Column],
+    seed: int,
+    held_out: float = 0.0,
 ) -> str:
     """Return the report of one stage.
 
@@ -104,7 +111,7 @@ def describe_stage(
         )
     lines = [
         head,
-        f"  used     {used:>12,}  clips, {_share(index['kind'], b'video')} of them videos",
+        f"  used     {used:>12,}  clips, {_share(index['kind'], 'video')} of them videos",
         *reasons,
         f"  tokens   {int(index['tokens'].sum(dtype=np.int64)):>12,}  real in an epoch; "
         f"real / computed {plan.token_efficiency:.4f}",
@@ -116,7 +123,7 @@ def describe_stage(
         ids = np.concatenate(bucket.groups)
         often = turns / CYCLE * plan.steps_per_epoch * stage.batch_size / bucket.weight
         lines.append(
-            f"  {length:>6}{len(ids):>12,}{turns:>16,}   {_share(index['kind'][ids], b'video')} "
+            f"  {length:>6}{len(ids):>12,}{turns:>16,}   {_share(index['kind'][ids], 'video')} "
             f"videos" + (f"; seen {often:.1f} times as often as others" if often > 1.5 else "")
         )
     lines += _histogram(index)
@@ -132,19 +139,18 @@ def describe_stage(
     return "\n".join([*lines, f"  built in {time.perf_counter() - began:.1f} s"])
 
 
-def _efficiency(index: dict, lengths) -> float:
+def _efficiency(index: Mapping[str, Column], lengths) -> float:
     """Return real / computed tokens if every clip comes once."""
     tokens = index["tokens"][index["tokens"] <= lengths[-1]]
     padded = np.array(lengths)[np.searchsorted(lengths, tokens)]
     return float(tokens.sum(dtype=np.int64) / padded.sum(dtype=np.int64))
 
 
-def _share(kind: np.ndarray, name: bytes) -> str:
-    is_name = kind == (name if kind.dtype.kind == "S" else name.decode())
-    return f"{100 * is_name.mean():.0f} %"
+def _share(kind: Column, name: str) -> str:
+    return f"{100 * is_text(kind, name).mean():.0f} %"
 
 
-def _histogram(index: dict) -> list[str]:
+def _histogram(index: Mapping[str, Column]) -> list[str]:
     """Return lines of the most frequent (resolution, frames, aspect), with their clip counts."""
     size = np.sqrt(index["height"].astype(float) * index["width"] / CELL**2)
     size = np.round(size / 4).astype(np.int64) * 4 * CELL  # side of a square of equal area
