@@ -29,7 +29,7 @@ from easyanimate_jax.prepare import clips, device, reader, sets
 from easyanimate_jax.prepare import curate as curation
 from easyanimate_jax.prepare.encode import Encoder
 from easyanimate_jax.prepare.jobs import select
-from easyanimate_jax.prepare.prepare import prepare
+from easyanimate_jax.prepare.prepare import make_sets, plan_sets, prepare
 from easyanimate_jax.weights.identity import fingerprint
 
 SET = LatentSet("small", Budget(12, (4, 12), (32,), frames=9), condition_draws=3)
@@ -468,6 +468,33 @@ def test_clips_come_and_go_and_the_others_are_copied(pictures, vae):
 
     _, after = check_change(folder, vae, decoded, change, ["00.tif"], ["first"], sets=(PICTURES,))
     assert sorted(after) == ["0.tif", "00.tif", "1.tif", "2.tif", "4.tif", "5.tif"]
+
+
+def test_a_shard_of_an_earlier_plan_that_is_lost_is_made_again(pictures, vae):
+    folder, decoded = pictures
+    describe_pictures(folder, range(3))
+    before = contents(run(folder, vae, sets=(PICTURES,)))
+    first = set((folder.parent / "out" / "small").rglob("*.shard"))
+    describe_pictures(folder, range(6))
+    run(folder, vae, sets=(PICTURES,))
+    for shard in first:
+        shard.unlink()
+    decoded.clear()
+    records = run(folder, vae, sets=(PICTURES,))
+    assert sorted(decoded) == ["0.tif", "1.tif", "2.tif"] and len(records) == 6
+    for name, record in before.items():
+        np.testing.assert_array_equal(contents(records)[name]["mean"], record["mean"])
+
+
+def test_a_plan_moves_with_its_source(source, vae, tmp_path):
+    weights = {"vae": "v", "text": "t"}
+    plan_sets(source, source.parent / "out", (SET,), 0, weights=weights, shard_size=2)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("source", "out"):
+        shutil.move(source.parent / name, moved / name)
+    assert make_sets(moved / "out", (SET,), vae, FakeText(), PROMPTS, 0, weights=weights)
+    assert len(Records(moved / "out" / "small")) == 6
 
 
 def test_a_bad_copy_that_became_good_is_tried_again(pictures, vae):
