@@ -17,6 +17,7 @@ from test_lora import random_lora
 
 from easyanimate_jax.commands.convert import main as convert
 from easyanimate_jax.commands.parse import run as run_command
+from easyanimate_jax.commands.serve import named
 from easyanimate_jax.generation.outputs import Origin, record
 from easyanimate_jax.generation.request import Asked, SampleRequest
 from easyanimate_jax.models.mmdit import MMDiT
@@ -198,3 +199,10 @@ def test_a_model_in_a_store_makes_the_same_video(parts, gcs, tmp_path):
     folder = exported(tmp_path, parts, random_module(MMDiT, MODEL))
     (remote,) = upload(folder, "gs://bucket/pipeline")
     np.testing.assert_array_equal(loaded(remote)(), loaded(folder)())
+
+
+def test_a_server_takes_models_and_loras_of_a_store(folders, gcs):
+    both = named([f"{folders[1]}", f"other={folders[1]}"], "folder", lambda path: path.is_dir())
+    assert both == {"model": "gs://bucket/model", "other": "gs://bucket/model"}
+    with pytest.raises(ValueError, match="there is no folder gs://bucket/none"):
+        named(["gs://bucket/none"], "folder", lambda path: path.is_dir())

@@ -16,7 +16,7 @@ from easyanimate_jax.commands import parse
 from easyanimate_jax.commands.jax_settings import set_up_jax
 from easyanimate_jax.facts import CELL
 from easyanimate_jax.generation.request import check_range, check_tile
-from easyanimate_jax.storage.local import local_path
+from easyanimate_jax.storage.stores import Place, place
 from easyanimate_jax.training.safety.exits import DONE
 
 if TYPE_CHECKING:
@@ -93,8 +93,8 @@ def _serve(arguments: Sequence[str]) -> int:
     check(own)
     if not own.models:
         raise ValueError("give a model: a run, or a folder with weights")
-    models = named(own.models, "folder", Path.is_dir)
-    files = named(own.lora, "file", Path.is_file)
+    models = named(own.models, "folder", lambda path: path.is_dir())
+    files = named(own.lora, "file", lambda path: path.is_file())
     parse.check_folder("--folder", own.folder)
     try:
         import fastapi  # noqa: F401 the first of the extra's packages
@@ -143,16 +143,17 @@ def check(own: Options) -> None:
         raise ValueError("--token is too easy to guess: use 16 ASCII characters or more")
 
 
-def named(words: Sequence[str], kind: str, is_kind: Callable[[Path], bool]) -> dict[str, str]:
-    """Return the path of each model or LoRA by its name. Raises ValueError.
+def named(words: Sequence[str], kind: str, is_kind: Callable[[Place], bool]) -> dict[str, str]:
+    """Return the path or URL of each model or LoRA by its name. Raises ValueError.
 
     A word is PATH, whose name is that of the file or folder, or NAME=PATH.
     """
     found = {}
     for word in words:
-        name, sign, place = word.partition("=")
-        path = local_path(place if sign else word)
-        name = name if sign else path.resolve().name.removesuffix(".safetensors")
+        name, sign, rest = word.partition("=")
+        path = place(rest if sign else word)
+        own = path.resolve() if isinstance(path, Path) else path
+        name = name if sign else own.name.removesuffix(".safetensors")
         if not is_kind(path):
             raise ValueError(f"there is no {kind} {path}")
         if name in found:

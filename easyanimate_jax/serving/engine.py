@@ -29,6 +29,7 @@ from easyanimate_jax.runs import load
 from easyanimate_jax.runs.parts import Opened, open_parts
 from easyanimate_jax.runs.sample import evaluations, examine, generate, shape_of, warn
 from easyanimate_jax.serving.store import RESERVE, check_room
+from easyanimate_jax.storage.stores import place
 from easyanimate_jax.training.safety.supervisor import die_with_parent
 from easyanimate_jax.weights.adapters import open_loras
 from easyanimate_jax.weights.folder import Weights
@@ -160,7 +161,7 @@ class Engine:
             options["step"] = self.opened.step
         if self.loras:
             options["lora"] = [f"{settings.loras[name]}:{weight}" for name, weight in self.loras]
-        origin = Origin(Path(settings.models[self.name]), options, {}, self.opened.meta)
+        origin = Origin(place(settings.models[self.name]), options, {}, self.opened.meta)
         sidecar = record(one, origin, videos, seconds)
         check_room(self.folder, RESERVE // 2)
         try:
