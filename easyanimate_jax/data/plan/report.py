@@ -25,6 +25,8 @@ from easyanimate_jax.data.records import LatentSet
 from easyanimate_jax.data.times import clip_frames
 from easyanimate_jax.facts import CELL
 
+Rows = Mapping[str, Column]  # of an index
+
 ROWS = 16  # rows of a histogram
 ASPECTS = ((0.8, "wide"), (1.25, "square"), (np.inf, "tall"))  # upper limits of height / width
 
@@ -76,12 +78,7 @@ def _fitted(budget: Budget, clips: Clips) -> tuple[int, ...]:
 
 
 def describe_stage(
-    stage,
-    latent_set: LatentSet,
-    table: dict | None,
-    index: Mapping[str, Column],
-    seed: int,
-    held_out: float = 0.0,
+    stage, latent_set: LatentSet, table: dict | None, index: Rows, seed: int, held_out: float = 0.0
 ) -> str:
     """Return the report of one stage.
 
@@ -139,7 +136,7 @@ def describe_stage(
     return "\n".join([*lines, f"  built in {time.perf_counter() - began:.1f} s"])
 
 
-def _efficiency(index: Mapping[str, Column], lengths) -> float:
+def _efficiency(index: Rows, lengths) -> float:
     """Return real / computed tokens if every clip comes once."""
     tokens = index["tokens"][index["tokens"] <= lengths[-1]]
     padded = np.array(lengths)[np.searchsorted(lengths, tokens)]
@@ -150,7 +147,7 @@ def _share(kind: Column, name: str) -> str:
     return f"{100 * is_text(kind, name).mean():.0f} %"
 
 
-def _histogram(index: Mapping[str, Column]) -> list[str]:
+def _histogram(index: Rows) -> list[str]:
     """Return lines of the most frequent (resolution, frames, aspect), with their clip counts."""
     size = np.sqrt(index["height"].astype(float) * index["width"] / CELL**2)
     size = np.round(size / 4).astype(np.int64) * 4 * CELL  # side of a square of equal area
