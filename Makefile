@@ -166,8 +166,8 @@ notebooks: setup
 	$(BIN)/jupytext --quiet --update --to ipynb docs/notebooks/generate.py
 	$(CPU) $(BIN)/pytest -n 0 -m "slow or not slow" tests/test_notebooks.py
 
-# comfyui.py needs a copy of ComfyUI that runs.
-BENCHMARKS := $(filter-out %/setting.py %/comfyui.py,$(wildcard benchmarks/*.py))
+# comfyui.py needs a copy of ComfyUI that runs, and duplicates.py the package faiss-cpu.
+BENCHMARKS := $(filter-out %/setting.py %/comfyui.py %/duplicates.py,$(wildcard benchmarks/*.py))
 bench: setup
 	for script in $(BENCHMARKS); do $(BIN)/python $$script || exit 1; done
 
