@@ -25,6 +25,13 @@ def fake_stores():
     clients._client.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def servers():
+    """Both stores, for the tests of a file; it is the one of Google."""
+    with fake_stores() as gcs:
+        yield gcs
+
+
 def upload(folder: Path, *targets: str) -> list[Remote]:
     """Copy a folder, or a file, to places in stores, and return these."""
     found = [place(target) for target in targets]

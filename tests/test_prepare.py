@@ -10,6 +10,8 @@ import sys
 import flax.nnx as nnx
 import jax
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from disk import files_of_at_most
 from PIL import Image
@@ -21,7 +23,7 @@ from easyanimate_jax.commands import prepare as command
 from easyanimate_jax.data import media
 from easyanimate_jax.data.buckets import Budget, Shape
 from easyanimate_jax.data.records import LatentSet, Records, read_texts
-from easyanimate_jax.data.sources import places
+from easyanimate_jax.data.sources import clip_table, places
 from easyanimate_jax.data.sources.read import read_clips
 from easyanimate_jax.models.mmdit import patchify
 from easyanimate_jax.models.vae import CausalVAE, VAEConfig
@@ -30,6 +32,7 @@ from easyanimate_jax.prepare import curate as curation
 from easyanimate_jax.prepare.encode import Encoder
 from easyanimate_jax.prepare.jobs import select
 from easyanimate_jax.prepare.prepare import make_sets, plan_sets, prepare
+from easyanimate_jax.prepare.sets import SetMaker
 from easyanimate_jax.weights.identity import fingerprint
 
 SET = LatentSet("small", Budget(12, (4, 12), (32,), frames=9), condition_draws=3)
@@ -339,6 +342,8 @@ def test_a_fingerprint_follows_names_and_contents(tmp_path):
     assert fingerprint(tmp_path) != one
 
 
+ONE = {"kind": "image", "first": 0, "frames": 1, "fps": 0.0, "height": 40, "width": 40}
+ONE |= {"captions": ["text"]}
 PICTURES = LatentSet("small", Budget(4, (4,), (32,), frames=1), kinds=("image",))
 
 
@@ -495,6 +500,23 @@ def test_a_plan_moves_with_its_source(source, vae, tmp_path):
         shutil.move(source.parent / name, moved / name)
     assert make_sets(moved / "out", (SET,), vae, FakeText(), PROMPTS, 0, weights=weights)
     assert len(Records(moved / "out" / "small")) == 6
+
+
+def test_a_clip_keeps_its_name_when_it_is_the_path_of_its_file(pictures, tmp_path):
+    """A table of another tool: absolute paths in the column of names."""
+    folder, _ = pictures
+    columns = {name: [value] * 6 for name, value in ONE.items()}
+    columns |= {"clip": [str(folder / f"{i}.tif") for i in range(6)]}
+    columns |= {"file": [f"source/{i}.tif" for i in range(6)]}
+    schema = pyarrow.schema(clip_table.COLUMNS, metadata={"root": "."})
+    table = pyarrow.table(columns, schema)
+    pyarrow.parquet.write_table(table, tmp_path / "clips.parquet")
+    weights = {"vae": "v", "text": "t"}
+    plan_sets(tmp_path / "clips.parquet", tmp_path / "out", (PICTURES,), 0, weights=weights)
+    maker = SetMaker(tmp_path / "out" / "small", PICTURES, {"weights": weights, "seed": 0})
+    jobs = maker.todo(maker.open(), 0).jobs
+    assert [job.clip.name for job in jobs] == columns["clip"]
+    assert all(job.clip.path.is_file() for job in jobs)
 
 
 def test_a_bad_copy_that_became_good_is_tried_again(pictures, vae):

@@ -1,4 +1,5 @@
 """Clips in `gs://` and `s3://` are those of a local folder, and cost few requests."""
+# ruff: noqa: F811 (pytest finds fixtures by name)
 
 import csv
 import dataclasses
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from fake_stores import fake_stores, upload
+from fake_stores import servers, upload  # noqa: F401
 from fakes import TINY_VAE
 from test_sources import CLIP, write_clips
 
@@ -41,12 +42,6 @@ from easyanimate_jax.training.safety.exits import BAD_INPUT, DONE, STORAGE
 
 POSE = "0 0.5 0.5 0.5 0.5 0 0 1 0 0 0 0 1 0 0 0 0 1 0\n"
 NAMES = ["a.mp4", "deep/b.png", "deep/c.gif", "none.mp4"]
-
-
-@pytest.fixture(scope="module")
-def servers():
-    with fake_stores() as gcs:
-        yield gcs
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 """Weights in `gs://` and `s3://` are those of a local folder, copied once to a host."""
+# ruff: noqa: F811 (pytest finds fixtures by name)
 
 import hashlib
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from fake_stores import fake_stores, upload
+from fake_stores import servers, upload  # noqa: F401
 from test_export import MODEL, PROMPT, exported, loaded, random_module
 from test_export import parts as parts  # a fixture: VAE, text encoder and tokenizer
 from test_lora import random_lora
@@ -32,12 +33,6 @@ from easyanimate_jax.weights.folder import load_mmdit, load_vae, vae_config
 from easyanimate_jax.weights.identity import fingerprint, weights_print
 from easyanimate_jax.weights.module import save_module
 from easyanimate_jax.weights.run_folder import frozen_model
-
-
-@pytest.fixture(scope="module")
-def servers():
-    with fake_stores() as gcs:
-        yield gcs
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,5 @@
 """A checkpoint in a store is a whole step or none: on two servers, which fail where it hurts."""
+# ruff: noqa: F811 (pytest finds fixtures by name)
 
 import json
 import threading
@@ -7,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from fake_stores import fake_stores
+from fake_stores import servers  # noqa: F401
 from jax.sharding import NamedSharding, PartitionSpec
 from test_checkpoint import LIKE, META, assert_is, make_state, read, write
 
@@ -20,12 +21,6 @@ from easyanimate_jax.training.checkpoint import Checkpoints, StorageError, damag
 from easyanimate_jax.training.safety.faults import Faults
 from easyanimate_jax.weights import array_item, orbax_item, run_folder, steps
 from easyanimate_jax.weights.steps import steps_in
-
-
-@pytest.fixture(scope="module")
-def servers():
-    with fake_stores() as gcs:
-        yield gcs
 
 
 @pytest.fixture

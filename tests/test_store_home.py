@@ -1,4 +1,5 @@
 """The lock and the small files of a run in a store, and the refusals before a run begins."""
+# ruff: noqa: F811 (pytest finds fixtures by name)
 
 import json
 import os
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_stores import fake_stores
+from fake_stores import servers  # noqa: F401
 from small_runs import DEMO
 
 from easyanimate_jax.__main__ import main
@@ -24,12 +25,6 @@ from easyanimate_jax.storage.probe import check_store
 from easyanimate_jax.storage.stores import place
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def servers():
-    with fake_stores() as gcs:
-        yield gcs
 
 
 @pytest.fixture

@@ -1,18 +1,14 @@
+# ruff: noqa: F811 (pytest finds fixtures by name)
+
 import errno
 import os
 import threading
 
 import pytest
-from fake_stores import fake_stores
+from fake_stores import servers  # noqa: F401
 
 from easyanimate_jax.storage import stores
 from easyanimate_jax.storage.stores import Remote, place
-
-
-@pytest.fixture(scope="module")
-def servers():
-    with fake_stores() as gcs:
-        yield gcs
 
 
 @pytest.fixture(params=["local", "gs", "s3"])
@@ -189,3 +185,14 @@ def test_tensorstore_writes_where_kvstore_says(folder):
     array = tensorstore.open(spec, create=True, dtype=tensorstore.int32, shape=[4]).result()
     array[...] = 7
     assert stores.list_names(folder / "array") == [".zarray", "0"]
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.ENOTSUP])
+def test_a_disk_without_links_creates_files_all_the_same(tmp_path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert stores.create(tmp_path / "x", b"one") and stores.create(tmp_path / "x", b"one")
+    assert not stores.create(tmp_path / "x", b"other")
+    assert (tmp_path / "x").read_bytes() == b"one" and os.listdir(tmp_path) == ["x"]

@@ -43,7 +43,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Spot(NamedTuple):
-    """Where an entry lies."""
+    """The place of an entry."""
 
     file: str  # relative to the folder of shards
     begin: int

@@ -107,8 +107,11 @@ class SetPlan:
         """Return rows whose places are relative to the root, with the keys of places."""
         if root is not None:
             prefix = json.dumps(str(root), ensure_ascii=False)[1:-1].rstrip("/")
-            below = '": "./'  # no name holds it: JSON escapes its quotes
-            found = pyarrow.compute.replace_substring(rows["place"], f'": "{prefix}/', below)
+            found = rows["place"]
+            for field in places.FILES:  # no other value holds `"FIELD": "`: JSON escapes quotes
+                begin = f'"{field}": "'
+                below = f"{begin}{prefix}/", f"{begin}./"
+                found = pyarrow.compute.replace_substring(found, *below)
             rows = rows.set_column(rows.column_names.index("place"), "place", found)
         if self.maker.latent_set.pixels:
             keys = [[bytes.fromhex(key("place", text, one))] for one in rows["place"].to_pylist()]

@@ -43,7 +43,7 @@ class Found(NamedTuple):
 
 
 class Version(NamedTuple):
-    """What tells one content of an object from another, as the store says."""
+    """The store's mark of an object's content; another content has another mark."""
 
     size: int  # bytes
     tag: str

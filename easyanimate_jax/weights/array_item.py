@@ -20,7 +20,7 @@ CHUNK = 2**28  # bytes of a chunk, at most
 
 
 class Held(NamedTuple):
-    """What this process writes of an array: boxes and their values on the host."""
+    """The part of an array that this process writes: boxes and their values on the host."""
 
     shape: tuple[int, ...]
     dtype: np.dtype

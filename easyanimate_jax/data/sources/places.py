@@ -74,6 +74,7 @@ def from_bytes(content: UInt8[np.ndarray, "_bytes"], root: Place | None) -> Clip
     return Clip(path=file, captions=(), **beside, **place)
 
 
+FILES = ("file", "control", "worse")  # fields of the JSON that hold names of files
 _FIELDS = [field.name for field in dataclasses.fields(Clip) if field.name != "captions"]
 _SHOWN = ("offset", "size", "index", "field", "leaf", "group", "row", "name")
 
