@@ -114,7 +114,7 @@ def test_code_points_of_all_packages_agree(code, point):
 
 def test_without_npm_the_missing_archive_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(ValueError, match="npm is missing: .* put emojibase-data-17.0.0.tgz into"):
+    with pytest.raises(ValueError, match=r"npm is missing: .* put emojibase-data-17\.0\.0\.tgz into"):
         emoji.fetch(emoji.NAMES, tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_what_npm_says_is_shown_when_it_fails(tmp_path, monkeypatch):
     (tmp_path / "npm").write_text("#!/bin/sh\necho 404 no such package >&2\nexit 1\n")
     (tmp_path / "npm").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(ValueError, match="cannot fetch nothing@1.0.0: 404 no such package"):
+    with pytest.raises(ValueError, match=r"cannot fetch nothing@1\.0\.0: 404 no such package"):
         emoji.fetch("nothing@1.0.0", tmp_path / "packages")
 
 
