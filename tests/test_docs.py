@@ -11,6 +11,7 @@ from PIL import Image
 from test_export import MODEL, random_module
 from test_export import parts as parts  # a fixture: VAE, text encoder and tokenizer
 
+from benchmarks.pods import tables
 from easyanimate_jax.models.mmdit import MMDiT
 
 ROOT = Path(__file__).parent.parent
@@ -130,6 +131,18 @@ def test_every_link_leads_somewhere(page):
         if not inside or (anchor and anchor not in anchors(target.read_text())):
             broken.append(link)
     assert broken == []
+
+
+def test_the_pages_on_pods_hold_the_table_of_the_figures(monkeypatch):
+    """In both languages; a star marks figures of earlier code, which only a long trace tells."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(tables, "fingerprint", lambda name: tables.read(name)["made_of"])
+    table = tables.tables()
+    assert len(table.splitlines()) > 40
+    for page in tables.PAGES:
+        text = page.read_text("utf-8").replace(" * |", " |")
+        assert f"{tables.BEGIN}\n{table}\n{tables.END}\n" in text, page
+    assert [page.name for page in tables.PAGES] == ["pods.md", "pods.md"]
 
 
 def test_every_cited_section_exists():
