@@ -3,7 +3,7 @@
 `python benchmarks/pods/tables.py` compiles, one after the other, all stages without figures of the
 current code and config under benchmarks/results/pods. It writes the table into the English and the
 Chinese page after each stage, so you may stop and restart it. `--only-tables` compiles nothing.
-Names of figures as arguments compile only those. A stage takes 5 to 11 minutes on one core and 3 GB.
+Names of figures as arguments compile only those. A stage takes 5 to 11 minutes of a core and 3 GB.
 """
 
 import hashlib
