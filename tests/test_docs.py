@@ -132,6 +132,21 @@ def test_every_link_leads_somewhere(page):
     assert broken == []
 
 
+def test_the_pages_on_pods_hold_the_table_of_the_figures(monkeypatch):
+    """In both languages; a star marks figures of earlier code, which only a long trace tells."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")  # which the script sets for good
+    from benchmarks.pods import tables
+
+    monkeypatch.setattr(tables, "fingerprint", lambda name: tables.read(name)["made_of"])
+    table = tables.tables()
+    assert len(table.splitlines()) > 40
+    for page in tables.PAGES:
+        text = page.read_text("utf-8").replace(" * |", " |")
+        assert f"{tables.BEGIN}\n{table}\n{tables.END}\n" in text, page
+    assert [page.name for page in tables.PAGES] == ["pods.md", "pods.md"]
+
+
 def test_every_cited_section_exists():
     spec = (DOCS / "spec.md").read_text()
     known, rows = headings(spec), re.findall(r"^\| (\d+) \|", spec[spec.index("## 12.") :], re.M)

@@ -41,7 +41,7 @@ config = replace(
 """
 # Commands that need a network, or a pod's compiler for the released size, and what each is.
 LEFT_OUT = {
-    "pip install 'easyanimate_jax[wandb]'": "an installation",
+    "pip install -e '.[wandb]'": "an installation",
     "wandb sync runs/lora_12b/wandb/offline-run-*": "a network",
     "python -m easyanimate_jax aot configs/lora_12b.py --topology h100:1": "tests/test_pods.py",
 }

@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,10 @@ from fast_compiles import FAST_COMPILES
 from easyanimate_jax.diffusion.ddpm import DDPM
 from easyanimate_jax.runs.config import load, to_json
 from easyanimate_jax.runs.position import (
+    FREE_OF_FINISHED,
+    FREE_OF_MODEL,
+    FREE_OF_STAGE,
+    OF_SCHEDULE,
     check_resume,
     check_weights,
     ends_stage,
@@ -59,6 +64,21 @@ def test_the_place_follows_from_the_updates_made():
     assert position_at(CONFIG, 16) is None
     assert [made for made in range(1, 17) if ends_stage(meta_at(made))] == [3, 7, 10, 14, 16]
     assert [made for made in range(16) if position_at(CONFIG, made).last] == [2, 6, 9, 13, 15]
+
+
+@pytest.mark.parametrize(
+    ("page", "title"),
+    [
+        ("docs/reliability.md", "What a resume compares"),
+        ("docs/zh/reliability.md", "恢复训练时比较什么"),
+    ],
+)
+def test_the_pages_name_all_that_is_compared(page, title):
+    (section,) = re.findall(rf"^## {title}\n(.*?)^## ", (ROOT / page).read_text(), re.S | re.M)
+    names = {*FREE_OF_FINISHED, *FREE_OF_MODEL, *FREE_OF_STAGE, *OF_SCHEDULE}
+    names |= {"lora", "train", "frozen", "matrices", "moments", "validation.share"}
+    missing = {name for name in names - {"sets", "stages"} if f"`{name}`" not in section}
+    assert missing == set()
 
 
 def test_the_same_config_goes_on_without_a_word():

@@ -145,9 +145,9 @@ def test_every_choice_splits_the_devices_and_the_batch():
 
 
 def test_the_estimate_is_near_what_the_compiler_said():
-    """13312_t2v on 128 v5p chips takes 85.9 GB and is predicted 29.2 s (docs/pods.md)."""
+    """13312_t2v on 128 v5p chips takes 83.0 GB and is predicted 24.4 s (docs/pods.md)."""
     v5p = next(chip for chip in CHIPS if chip.name == "v5p")
     choice = Choice(v5_12b.mesh, v5_12b.model.save, STAGE.microbatch)
     memory, seconds = estimate(choice, v5_12b, STAGE, TOKENS + TEXT, v5p)
-    assert memory == pytest.approx(85.9e9, rel=0.2)
-    assert seconds == pytest.approx(29.2, rel=0.4)  # without what is element by element
+    assert memory == pytest.approx(83.0e9, rel=0.2)
+    assert seconds == pytest.approx(24.4, rel=0.4)  # without what is element by element

@@ -1,9 +1,9 @@
-"""Compile the 12B stages for pods that are absent, and write the tables of docs/pods.md.
+"""Compile the 12B stages for pods that are absent, and write the tables of the pages on pods.
 
 `python benchmarks/pods/tables.py` compiles, one after the other, all stages without figures of the
-current code and config under benchmarks/results/pods. It writes the tables after each stage, so you
-may stop and restart it. `--only-tables` compiles nothing. Names of figures as arguments compile
-only those. A stage takes 5 to 11 minutes on one core and 3 GB.
+current code and config under benchmarks/results/pods. It writes the table into the English and the
+Chinese page after each stage, so you may stop and restart it. `--only-tables` compiles nothing.
+Names of figures as arguments compile only those. A stage takes 5 to 11 minutes of a core and 3 GB.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from easyanimate_jax.training.compile import StageReport, describe_stage, trace_
 from easyanimate_jax.training.program import COMPILER_OPTIONS
 
 RESULTS = Path("benchmarks/results/pods")
-PAGE = Path("docs/pods.md")
+PAGES = (Path("docs/pods.md"), Path("docs/zh/pods.md"))
 V5, CONTROL = "configs/v5_12b.py", "configs/v5_12b_control.py"
 WIDE = "configs/tpu_12b.py"
 STAGES = {  # part of a figure's name: config, stage
@@ -110,7 +110,10 @@ def tables() -> str:
     for name in RUNS:
         figures = read(name)
         if figures:
-            report = StageReport(**figures["stages"][0])
+            fields = {"save": []} | figures["stages"][0]  # earlier figures do not say it
+            for key in ("save", "predicted_step_seconds_range"):
+                fields[key] = tuple(fields[key])
+            report = StageReport(**fields)
             star = "" if figures["made_of"] == fingerprint(name) else " *"
             model = Path(RUNS[name][0]).stem
             report.name = f"{report.topology} {model} {report.name}{star}"
@@ -123,16 +126,18 @@ def main(arguments: list[str]) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     stale = [n for n in RUNS if (read(n) or {}).get("made_of") != fingerprint(n)]
     chosen = [] if arguments == ["--only-tables"] else arguments or stale
-    _write_page()
+    _write_pages()
     for name in chosen:
         compile_run(name)
-        _write_page()
+        _write_pages()
 
 
-def _write_page() -> None:
-    page = PAGE.read_text("utf-8")
-    before, after = page.split(BEGIN)[0], page.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n{tables()}\n{END}{after}", "utf-8")
+def _write_pages() -> None:
+    table = tables()
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        before, after = text.split(BEGIN)[0], text.split(END)[1]
+        page.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", "utf-8")
 
 
 if __name__ == "__main__":
