@@ -158,7 +158,9 @@ def ranges() -> dict[type, dict[str, str]]:
 def python() -> str:
     """Return the page of the public names, with a line for mkdocstrings for each."""
     text = ["# Python", f"```python\n{_example()}\n```"]
-    text += ["Every name below is imported as `easyanimate_jax.NAME`. Configs: [fields](configs.md)."]
+    text += [
+        "Every name below is imported as `easyanimate_jax.NAME`. Configs: [fields](configs.md)."
+    ]
     known = {kind.__name__ for kind in config_classes()}
     groups = {"Functions": [], "Classes": []}
     for name in _names():
@@ -176,7 +178,9 @@ def python() -> str:
 def _example() -> str:
     """Return the example of the package's docstring."""
     lines = easyanimate_jax.__doc__.splitlines()
-    return textwrap.dedent("\n".join(line for line in lines if line[:4] == "    " or not line))[1:-1]
+    return textwrap.dedent("\n".join(line for line in lines if line[:4] == "    " or not line))[
+        1:-1
+    ]
 
 
 def _names() -> list[str]:
@@ -205,7 +209,9 @@ def http() -> str:
             for kind, body in route.get("requestBody", {}).get("content", {}).items():
                 text.append(f"Fields of the body, as JSON or as `{kind}`:")
                 needed = body["schema"].get("required", ())
-                rows = [_property(n, p, n in needed) for n, p in body["schema"]["properties"].items()]
+                rows = [
+                    _property(n, p, n in needed) for n, p in body["schema"]["properties"].items()
+                ]
                 text.append(_table(("field", "type", "meaning"), rows))
             if len(text[-1].split("\n")) == 1 and text[-1].startswith("## "):
                 text.append("No parameters.")
