@@ -4,6 +4,7 @@ Nothing runs, except in the last test: a command goes to the parser of its verb,
 A name in capitals such as RUN or CONFIG stands for something of yours.
 """
 
+import ast
 import contextlib
 import functools
 import gc
@@ -27,14 +28,16 @@ from easyanimate_jax.__main__ import VERBS
 from easyanimate_jax.commands import parse
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 PAGES = sorted(
     [
         *ROOT.glob("README*.md"),
         ROOT / "CONTRIBUTING.md",
         ROOT / "integrations" / "comfyui" / "README.md",
-        *(ROOT / "docs").rglob("*.md"),
+        *DOCS.rglob("*.md"),
     ]
 )
+CHINESE = [page for page in PAGES if page.is_relative_to(DOCS / "zh")]
 SHELLS = ("", "bash", "sh", "shell", "console")
 INLINE = re.compile(r"`([^`\n]+)`")
 # A sentence may name a verb without its arguments.
@@ -52,17 +55,24 @@ STANDS_FOR["VERB"] = "sources"
 VERB_OF = {"train.py": "train", "sample.py": "sample"}
 
 
+def english_of(page: Path) -> Path:
+    return DOCS / page.relative_to(DOCS / "zh") if page in CHINESE else page
+
+
 class ParsedError(BaseException):
     """Ends a command when its arguments have been parsed."""
 
 
-def commands(text: str) -> list[str]:
-    """The commands of a page that are for us: in its fenced blocks, and between backticks."""
+def commands(text: str, *, fenced: bool = False) -> list[str]:
+    """The commands of a page that are for us: in its fenced blocks, and between backticks.
+
+    `fenced` leaves out those between backticks.
+    """
     lines, inside = [], None
     for line in re.sub(r"\\\n *", "", text).splitlines():
         if line.strip().startswith("```"):
             inside = line.strip()[3:].strip() if inside is None else None
-        elif inside is None:
+        elif inside is None and not fenced:
             lines += [one for one in INLINE.findall(line) if not MENTION.fullmatch(one)]
         elif inside in SHELLS:
             lines.append(line.strip())
@@ -168,8 +178,8 @@ def only_parsed(options):
 def test_every_command_of_a_page_is_one_that_is_there(page, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     text, files = page.read_text("utf-8"), {}
-    english = Path(str(page).replace("/docs/zh/", "/docs/"))
-    for name, code in FILE.findall(text + (english.read_text("utf-8") if english.exists() else "")):
+    english = english_of(page)
+    for name, code in FILE.findall(english.read_text("utf-8")):
         (tmp_path / name).write_text(code)
         files[name] = str(tmp_path / name)
     found = {command: wrong(command, files) for command in commands(text)}
@@ -210,13 +220,39 @@ def test_a_wrong_command_is_seen(command, monkeypatch):
     assert wrong(command)
 
 
+def shown(page: Path) -> list[str]:
+    """The commands in a page's blocks, without remarks, and with any prompt for a prompt."""
+    found = []
+    for command in commands(page.read_text("utf-8"), fenced=True):
+        words = shlex.split(command, comments=True)
+        prompts = {place + 1 for place, word in enumerate(words) if word == "--prompt"}
+        found.append(" ".join("..." if i in prompts else word for i, word in enumerate(words)))
+    return sorted(found)
+
+
+def values(code: str) -> str:
+    """A file of Python without its docstring and remarks."""
+    tree = ast.parse(code)
+    tree.body = tree.body[ast.get_docstring(tree) is not None :]
+    return ast.unparse(tree)
+
+
+@pytest.mark.parametrize("page", CHINESE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_chinese_page_shows_the_commands_of_the_english_one(page):
+    english = english_of(page)
+    assert shown(page) == shown(english)
+    files = [dict(FILE.findall(one.read_text("utf-8"))) for one in (page, english)]
+    one, other = [{name: values(code) for name, code in them.items()} for them in files]
+    assert one == other
+
+
 FEW = {"train.py my_vae.py": "--stages.0.steps 11", "train.py my_config.py": "--stages.0.steps 3"}
 FEW |= {"easyanimate_jax text": "--steps 2", "sample.py": "--steps 2"}
 
 
 @pytest.mark.slow
 def test_the_commands_of_your_clips_make_a_video(tmp_path):
-    text = (ROOT / "docs" / "tutorial" / "your_clips.md").read_text("utf-8")
+    text = (DOCS / "tutorial" / "your_clips.md").read_text("utf-8")
     for name, code in FILE.findall(text):
         (tmp_path / name).write_text(code)
     for name in ("train.py", "sample.py"):
