@@ -149,6 +149,8 @@ def ranges() -> dict[type, dict[str, str]]:
             module.check_fields = check_fields
         for path in sorted((ROOT / "configs").glob("*.py")):
             easyanimate_jax.load_config(str(path))
+        for kind in set(config_classes()) - set(seen):
+            kind()  # no file of configs/ has one; its fields have defaults
     finally:
         for module in homes:
             module.check_fields = real
@@ -169,7 +171,10 @@ def python() -> str:
             groups["Classes" if isinstance(value, type) else "Functions"].append((name, value))
     for title, values in groups.items():
         text.append(f"## {title}")
-        text += [f"::: {value.__module__}.{value.__qualname__}" for _, value in values]
+        text += [
+            f"::: {value.__module__}.{value.__qualname__}\n    options:\n      heading: {name}"
+            for name, value in values
+        ]
     text.append("## Configs")
     text.append(_table(("class", "what it is"), [_summary(name) for name in sorted(known)]))
     return "\n\n".join(text) + "\n"
