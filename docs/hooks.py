@@ -33,7 +33,12 @@ HELD = re.compile(r'((?:href|src)=")site:')
 
 
 def on_config(config):
-    """Let the navigation of the Chinese site show English pages where it has none of its own."""
+    """Let the navigation of the Chinese site show English pages where it has none of its own.
+
+    404.html keeps the addresses that the language switch gets here.
+    """
+    for other in config.extra["alternate"]:
+        other["link"] = f"site:{'zh/' * (other['lang'] == 'zh')}index.html"
     if _is_chinese(config):
         config.nav = [_own_or_english(entry) for entry in config.nav]
     return config
