@@ -258,7 +258,7 @@ def test_the_commands_of_your_clips_make_a_video(tmp_path):
     for name in ("train.py", "sample.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
-    for command in commands(text):
+    for command in commands(text, fenced=True):
         words = shlex.split(command)
         words[0] = sys.executable
         words += [w for part, few in FEW.items() if part in command for w in few.split()]
