@@ -1,7 +1,7 @@
 """The site of the documentation: it builds without a warning, offline, and its links are whole."""
 
+import dataclasses
 import importlib
-import inspect
 import json
 import os
 import re
@@ -210,8 +210,9 @@ def test_the_reference_has_every_field_of_every_config(reference):
         for field, (_, hint, default, span, meaning) in rows.items():
             assert meaning, f"{name}.{field}"
             assert span or not re.search(r"\b(int|float)\b", hint), f"{name}.{field}"
-            bare = kind.__dataclass_fields__[field].default is inspect.Parameter.empty
-            assert default and not bare, f"{name}.{field}"
+            real = kind.__dataclass_fields__[field]
+            required = {real.default, real.default_factory} == {dataclasses.MISSING}
+            assert (default == "required") == required, f"{name}.{field}"
     rows = {row[0]: row for row in reference.fields_of(ea.TrainConfig)}
     assert rows["`keep`"][1:4] == ("`int`", "`3`", "[1, inf)")
     assert rows["`source`"][2] == "required"
