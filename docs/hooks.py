@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 from posixpath import relpath
+from urllib.parse import urlsplit
 
 from mkdocs.structure.files import File
 
@@ -90,8 +91,9 @@ def on_post_page(output, page, config):
 
 
 def on_post_template(output_content, template_name, config):
-    """Return the HTML of 404.html, which may be shown at any address."""
-    return HELD.sub(r"\g<1>/", output_content)
+    """Return the HTML of 404.html, which may be shown at any address: links begin at the root."""
+    root = urlsplit(config.site_url or "/").path.removesuffix("zh/")
+    return HELD.sub(rf"\g<1>{root}", output_content)
 
 
 def made() -> dict[str, str]:

@@ -48,7 +48,10 @@ def commands() -> str:
     ]
     for verb in VERBS:
         text += [f"## {verb}", f"```text\n{help_of(verb)}\n```"]
-    text += ["## Exit codes", _table(("code", "name", "meaning"), _exit_codes())]
+    text += [
+        "## Exit codes",
+        _table(("code", "name", "meaning"), sorted(_exit_codes(), key=lambda row: int(row[0]))),
+    ]
     return "\n\n".join(text) + "\n"
 
 
