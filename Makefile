@@ -7,8 +7,9 @@ unexport PYTHONDONTWRITEBYTECODE
 # Without an accelerator, the installed TPU compiler would make JAX look for a TPU and warn.
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: setup lock demo demo-long demo-lora demo-distill demo-reward demo-nft demo-preference demo-control demo-real \
-	demo-films demo-cloud test reliability slow browser notebooks site site-serve bench chaos lint clean
+.PHONY: setup try emoji-data emoji lock demo demo-long demo-lora demo-distill demo-reward demo-nft demo-preference \
+	demo-control demo-real demo-films demo-cloud test reliability slow browser notebooks site site-serve bench chaos \
+	lint clean
 
 setup: .venv/ready
 
@@ -34,6 +35,25 @@ lock: setup
 	$(BIN)/uv pip compile setup.py --extra dev --universal --python-version 3.11 --upgrade \
 		--generate-hashes --no-annotate --custom-compile-command 'make lock' --quiet \
 		$(addprefix --no-emit-package ,torch $(CUDA)) --output-file requirements.lock
+
+# Eight small films by the model that comes with the repository, and a page that plays them.
+try: setup
+	$(BIN)/python -m demos.gallery runs/try
+
+# The training data of that model: animated emoji, fetched with npm (0.76 GB, once).
+emoji-data: runs/emoji/data/wordings.json
+runs/emoji/data/wordings.json: | setup
+	$(BIN)/python -m demos.emoji runs/emoji/data
+
+# That model, trained anew from its data, and scored. It takes hours on two CPU cores.
+emoji: emoji-data
+	$(BIN)/python train.py configs/emoji_vae.py
+	$(BIN)/python train.py configs/emoji_long_vae.py
+	$(BIN)/python -m easyanimate_jax text runs/emoji/data/texts runs/emoji/text $(EMOJI_TEXT)
+	$(BIN)/python -m easyanimate_jax prepare configs/emoji.py
+	$(BIN)/python train.py configs/emoji.py
+	$(BIN)/python -m demos emoji configs/emoji.py
+EMOJI_TEXT := --width 96 --steps 1500 --places 5 --telling 0.05 --no-second
 
 # The whole staged schedule, small: files -> VAE -> latents -> five stages -> score and report.
 demo: setup

@@ -113,8 +113,10 @@ def test_a_run_its_folders_and_a_lora_say_the_same(parts, tmp_path, objective, p
     assert_alike(open_parts(tmp_path / "run").defaults, found)
     for layout in ("jax", "diffusers"):
         convert(tmp_path / "run", tmp_path / layout, Options(layout))
-        assert (tmp_path / layout / "sampling.json").is_file() == (objective is not None)
-        assert_alike(open_parts(tmp_path / layout).defaults, found)
+        opened = open_parts(tmp_path / layout)
+        assert_alike(opened.defaults, found)
+        size = opened.samples.frames, opened.samples.height, opened.samples.width
+        assert size == (9, 128, 128)  # of the samples that the run makes
     convert(tmp_path / "jax", tmp_path / "twice", Options("original"))
     assert_alike(open_parts(tmp_path / "twice").defaults, found)
 
@@ -151,6 +153,13 @@ def test_a_file_that_says_something_else_is_refused(tmp_path, text):
     (tmp_path / "sampling.json").write_text(text)
     with pytest.raises(ValueError, match=r"is not of the form .* correct it, or remove it"):
         defaults.of_folder(tmp_path)
+
+
+@pytest.mark.parametrize("size", ["[9, 128]", '"9"', "[9, 128, 1.5]", "[true, 16, 16]"])
+def test_a_size_that_is_none_is_refused(tmp_path, size):
+    (tmp_path / "sampling.json").write_text(f'{{"size": {size}}}')
+    with pytest.raises(ValueError, match=r"give \[frames, height, width\] or remove it"):
+        defaults.size_of_folder(tmp_path)
 
 
 def test_a_lora_of_few_steps_says_so_and_others_say_nothing():

@@ -218,7 +218,7 @@ def test_a_run_raises_its_reward_resumes_to_the_bits_and_leaves_the_base(vae, tm
     config = replace(config, stages=stages)
     save_module(tmp_path / "whole" / "vae", vae)
     taught = Defaults(3, 1.0, (1000.0, 700.0, 400.0))
-    (tmp_path / "whole" / "base" / "sampling.json").write_text(taught.text)
+    (tmp_path / "whole" / "base" / "sampling.json").write_text(taught.text())
     with pytest.raises(ValueError, match=r"stage 'small_t2v', reward: .*nothing"):
         replace(config, stages=(replace(stages[0], objective=objective_of("nothing")),))
     assert train(config) == 0

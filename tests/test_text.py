@@ -20,7 +20,15 @@ from easyanimate_jax.storage.lock import FolderLock
 from easyanimate_jax.text.bert import Bert, load_bert, save_bert
 from easyanimate_jax.text.encode import TextConfig, TextEncoder, clean
 from easyanimate_jax.text.t5 import load_t5, relative_buckets, save_t5
-from easyanimate_jax.text.train import Learner, TextTrainConfig, multi_hot, pair_loss, train
+from easyanimate_jax.text.train import (
+    Learner,
+    Pairs,
+    TextTrainConfig,
+    multi_hot,
+    pair_loss,
+    train,
+    word_tokenizer,
+)
 
 IDS = np.random.default_rng(0).integers(0, 90, (3, 40))
 MASK = np.arange(40)[None] < np.array([[40], [7], [23]])
@@ -227,6 +235,42 @@ def test_two_encoders_are_made_from_captions_alone(folder):
         assert 0.7 < states.var(-1).mean() < 1.4
 
 
+def test_one_encoder_is_made_as_in_v51(tmp_path):
+    captions = ["a red fox", "狐狸", "a fox, please", "一只狐狸"]
+    (tmp_path / "metadata.json").write_text(json.dumps(rows("a.mp4", captions)), "utf-8")
+    sizes = {"width": 8, "layers": 1, "heads": 1, "steps": 2, "batch": 2}
+    train(tmp_path, tmp_path / "text", TextTrainConfig(**sizes, places=2, second=False))
+    encoder = TextEncoder.load(tmp_path / "text")
+    assert encoder.config == TextConfig(lengths=(8,), widths=(8,))
+
+
+def test_pairs_are_two_captions_of_one_file():
+    files = [("a", "b"), ("c",), tuple("defgh")]
+    tokenizer = word_tokenizer([caption for file in files for caption in file])
+    ids = Pairs(files, tokenizer, 3, seed=0)
+    words = np.array(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    drawn = [tuple(pair) for _ in range(200) for pair in words[ids.draw(2)[:, :, 1]].tolist()]
+    of_file = {letter: set(file) for file in files for letter in file}
+    assert all(second in of_file[first] for first, second in drawn)
+    assert {pair for pair in drawn if set(pair) & set("abc")} == {("a", "b"), ("c", "c")}
+    others = {pair for pair in drawn if pair[0] in "defgh"}
+    assert others == {(x, y) for x in "defgh" for y in "defgh" if x < y}
+
+
+def test_states_that_are_nearly_equal_are_told_apart():
+    pairs = jnp.arange(8).reshape(4, 2, 1)
+    common = 100 * jnp.ones((8, 4))
+    far = jax.random.normal(jax.random.key(0), (4, 4)).repeat(2, axis=0)
+
+    def loss(states):
+        learner = Learner(Lookup(states), rngs=nnx.Rngs(0))
+        options = {"telling": 0.0, "temperature": 0.1}
+        return pair_loss(learner, pairs, jnp.zeros((4, 8)), jnp.arange(1), **options)
+
+    assert loss(common + far) < 0.1
+    assert loss(common + 1e-3 * far) < 0.1  # the mean of the batch is subtracted
+
+
 def test_two_trainings_of_encoders_do_not_share_a_folder(tmp_path, monkeypatch):
     (tmp_path / "metadata.json").write_text(json.dumps(rows("a.mp4", ["a", "b"])))
     out = tmp_path / "out"
@@ -256,13 +300,14 @@ class Lookup(Bert):
 
 def test_captions_are_asked_to_meet_at_every_place():
     pairs = jnp.array([[[0, 1], [2, 3]], [[4, 5], [6, 7]]])
+    places = jnp.arange(2)
     met = jnp.eye(8)[jnp.array([0, 1, 0, 1, 2, 3, 2, 3])]
     crossed = met[jnp.array([0, 1, 3, 2, 4, 5, 7, 6])]  # right files, places exchanged
 
     def loss(states):
         learner = Learner(Lookup(states), rngs=nnx.Rngs(0))
         learner.head.kernel[...] = jnp.zeros((8, 8))
-        return pair_loss(learner, pairs, jnp.zeros((2, 8)), temperature=0.1)
+        return pair_loss(learner, pairs, jnp.zeros((2, 8)), places, telling=1.0, temperature=0.1)
 
     told_nothing = 8 * np.log(2)
     assert abs(loss(met) - told_nothing) < 1e-3

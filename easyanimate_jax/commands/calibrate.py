@@ -13,6 +13,7 @@ from easyanimate_jax.facts import MAX_SEED
 from easyanimate_jax.generation.request import check_range
 from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import DONE
+from easyanimate_jax.weights.pretrained import model_place
 
 HELP = """Measure how the residual of a model's blocks changes from step to step, for --magcache.
 
@@ -119,6 +120,6 @@ def check(own: Options) -> None:
     ):
         if getattr(own, name) is not None:
             check_range(name, getattr(own, name), low, high)
-    for name, path in (("folder", own.model), ("file", own.prompts)):
+    for name, path in (("folder", model_place(own.model)), ("file", own.prompts)):
         if path is not None and not path.exists():
             raise ValueError(f"there is no {name} {path}")

@@ -16,6 +16,7 @@ from easyanimate_jax.generation.request import check_range
 from easyanimate_jax.storage.local import local_path
 from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import DONE
+from easyanimate_jax.weights.pretrained import model_place
 
 HELP = """Measure a model on captioned clips that it was not trained on.
 
@@ -121,7 +122,7 @@ def check(own: Options) -> None:
     ):
         if getattr(own, name) is not None:
             check_range(name, getattr(own, name), low, high)
-    for name, path in (("folder", own.model), ("source", own.clips)):
+    for name, path in (("folder", model_place(own.model)), ("source", own.clips)):
         if not path.exists():
             raise ValueError(f"there is no {name} {path}")
     if own.features and own.videos < 2:

@@ -16,6 +16,7 @@ from easyanimate_jax.facts import MAX_SEED
 from easyanimate_jax.generation.request import check_range
 from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import DONE, PREEMPTED
+from easyanimate_jax.weights.pretrained import model_place
 
 HELP = """Sample several videos of each prompt, rate them, and pair the best with the worst.
 
@@ -137,7 +138,7 @@ def check(own: Options) -> None:
     ):
         if getattr(own, name) is not None:
             check_range(name, getattr(own, name), low, high)
-    for name, path in (("folder", own.model), ("file", own.prompts)):
+    for name, path in (("folder", model_place(own.model)), ("file", own.prompts)):
         if not path.exists():
             raise ValueError(f"there is no {name} {path}")
     parse.check_folder("--output", own.output)

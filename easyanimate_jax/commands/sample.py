@@ -25,6 +25,7 @@ from easyanimate_jax.generation.request import (
 )
 from easyanimate_jax.storage.stores import Place, make_folder
 from easyanimate_jax.training.safety.exits import BAD_INPUT, DONE
+from easyanimate_jax.weights.pretrained import NAMES, model_place
 
 NAME = "sample.py"
 HELP = """Generate videos and pictures with a run, or with weights in a folder.
@@ -46,7 +47,7 @@ class Options:
     """The arguments of `sample`."""
 
     model: Positional[Place]
-    """Run, converted folder or released folder."""
+    """Run, converted or released folder, or emoji."""
     request: Annotated[SampleRequest, arg(name="")] = SampleRequest()
     """Options of each sample."""
     prompts: Path | None = None
@@ -168,9 +169,10 @@ def requests(own: Options) -> list[Asked]:
     for one in todo:
         with one.named():
             check(one.request)
-    if not own.model.is_dir():
+    if not model_place(own.model).is_dir():
         raise ValueError(
-            f"there is no folder {own.model}; give a run, a converted folder or a released one"
+            f"there is no folder {own.model}; give a run, a converted folder, a released one, or "
+            f"{' or '.join(NAMES)}"
         )
     if isinstance(own.output, Path):
         parse.check_folder("--output", own.output)

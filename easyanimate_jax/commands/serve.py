@@ -16,8 +16,9 @@ from easyanimate_jax.commands import parse
 from easyanimate_jax.commands.jax_settings import set_up_jax
 from easyanimate_jax.facts import CELL
 from easyanimate_jax.generation.request import check_range, check_tile
-from easyanimate_jax.storage.stores import Place, place
+from easyanimate_jax.storage.stores import Place
 from easyanimate_jax.training.safety.exits import DONE
+from easyanimate_jax.weights.pretrained import model_place
 
 if TYPE_CHECKING:
     from easyanimate_jax.runs.parts import Opened
@@ -151,7 +152,7 @@ def named(words: Sequence[str], kind: str, is_kind: Callable[[Place], bool]) -> 
     found = {}
     for word in words:
         name, sign, rest = word.partition("=")
-        path = place(rest if sign else word)
+        path = model_place(rest if sign else word)
         own = path.resolve() if isinstance(path, Path) else path
         name = name if sign else own.name.removesuffix(".safetensors")
         if not is_kind(path):

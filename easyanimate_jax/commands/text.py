@@ -1,4 +1,4 @@
-"""Train two small text encoders on captions."""
+"""Train small text encoders on captions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from easyanimate_jax.commands.jax_settings import set_up_jax
 from easyanimate_jax.text.train_config import TextTrainConfig
 from easyanimate_jax.training.safety.exits import DONE
 
-HELP = """Train two small text encoders on captions, and write them in the released layout."""
+HELP = """Train small text encoders on captions, and write them in the released layout."""
 
 
 @dataclass(frozen=True)

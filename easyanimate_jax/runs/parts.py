@@ -22,7 +22,13 @@ from easyanimate_jax.text.encode import state_widths
 from easyanimate_jax.weights import files, run_folder
 from easyanimate_jax.weights.adapters import Weighted
 from easyanimate_jax.weights.at_hand import at_hand
-from easyanimate_jax.weights.defaults import Defaults, of_metadata, of_run, of_source
+from easyanimate_jax.weights.defaults import (
+    Defaults,
+    of_metadata,
+    of_run,
+    of_source,
+    size_of_folder,
+)
 from easyanimate_jax.weights.folder import Weights, open_model, read_json
 from easyanimate_jax.weights.identity import fingerprint
 from easyanimate_jax.weights.module import CONFIG
@@ -207,10 +213,23 @@ def _open_folder(
     if process is None:
         process = _process_of(folder, model.config, problems)
     files.raise_all(folder, problems)
-    places = folder, source, parts.vae or folder, parts.text or folder
     return Opened(
-        *places, model.config, process, step=step, defaults=defaults_of(folder, parts, step)
+        folder,
+        source,
+        parts.vae or folder,
+        parts.text or folder,
+        model.config,
+        process,
+        _samples_of(folder),
+        step,
+        defaults=defaults_of(folder, parts, step),
     )
+
+
+def _samples_of(folder: Path) -> SampleConfig:
+    """Return the size of a folder's samples: its own, or the released models'."""
+    size = size_of_folder(folder)
+    return SampleConfig(**dict(zip(("frames", "height", "width"), size or (), strict=False)))
 
 
 def _process_of(folder: Path, config: MMDiTConfig, problems: list[str]) -> DDPM | Flow | None:

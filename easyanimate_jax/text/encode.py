@@ -146,9 +146,7 @@ class TextEncoder:
         suffixes = _suffixes(folder)
         folders = [folder / f"text_encoder{suffix}" for suffix in suffixes]
         kinds = [_kind(one) for one in folders]
-        lengths = [kind.length for kind in kinds]
-        if (folder / "text.json").is_file():
-            lengths = json.loads((folder / "text.json").read_text("utf-8"))["lengths"]
+        lengths = _lengths(folder) or [kind.length for kind in kinds]
         if len(lengths) != len(folders):
             raise ValueError(
                 f"{folder}/text.json gives lengths {lengths} to {len(folders)} encoders; give one "
@@ -231,10 +229,20 @@ def state_widths(folder: str | Place) -> tuple[int, ...]:
 
 
 def _suffixes(folder: Path) -> tuple[str, ...]:
-    """Return the suffixes of the names of encoders and tokenizers: V5.1 has one, V5 has two."""
+    """Return the suffixes of the names of encoders and tokenizers: V5.1 has one, V5 has two.
+
+    A folder of our own training may have one of V5's kind; then `text.json` has one length.
+    """
     if not (folder / "text_encoder").is_dir():
         raise ValueError(f"{folder} has no text_encoder; give the folder that holds it")
-    return ("",) if _kind(folder / "text_encoder").reader is Chat else ("", "_2")
+    alone = len(_lengths(folder)) == 1 or _kind(folder / "text_encoder").reader is Chat
+    return ("",) if alone else ("", "_2")
+
+
+def _lengths(folder: Path) -> list[int]:
+    """Return the number of tokens of each encoder in `text.json`; [] without this file."""
+    file = folder / "text.json"
+    return json.loads(file.read_text("utf-8"))["lengths"] if file.is_file() else []
 
 
 def _kind(folder: Path) -> Kind:

@@ -1,4 +1,4 @@
-"""Train two small text encoders on captions alone, and write them in the layout of V5.
+"""Train small text encoders on captions alone, and write them in the layout of V5.
 
     python -m easyanimate_jax text SOURCE OUT
 
@@ -37,7 +37,7 @@ from easyanimate_jax.text.train_config import TextTrainConfig
 logger = logging.getLogger(__name__)
 
 CHARACTERS = string.ascii_lowercase + string.digits + ".,;:!?'-"
-CHINESE = Regex("[\u4e00-\u9fff]")
+SINGLE = Regex("[\u4e00-\u9fff]|[.,:;!?，。：；！？、]")  # each is a piece of its own
 
 
 def read_captions(source: Path) -> list[tuple[str, ...]]:
@@ -76,7 +76,7 @@ def piece_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(CHINESE, "isolated")]
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(SINGLE, "isolated")]
     )
     words = Counter(
         word
@@ -113,27 +113,33 @@ def pair_loss(
     learner: Learner,
     pairs: Int[Array, "B 2 L"],
     words: Float[Array, "B V"],
+    places: Int[Array, "P"],
     *,
+    telling: float,
     temperature: float,
 ) -> Float[Array, ""]:
     """Return the loss: each state predicts the words of both captions, and paired states match.
 
-    `words` comes from `multi_hot`. The contrastive part compares each position with the same
-    position of the other caption. It includes padding, because the diffusion transformer reads
-    padding too. A file's languages then give it the same states. When each state predicted only its
-    own word, the transformer had to learn every word at every position and in every language.
+    `words` comes from `multi_hot`. Only the states at `places` predict words, and `telling` is the
+    weight of this part. The contrastive part compares each position with the same position of the
+    other caption, after it subtracts their mean over the batch: with thousands of words, untrained
+    states are nearly equal, and without this step they stay so. It includes padding, because the
+    diffusion transformer reads padding too. A file's languages then give it the same states. When
+    each state predicted only its own word, the transformer had to learn every word at every
+    position and in every language.
     """
     states = learner.encoder(rearrange(pairs, "B two L -> (B two) L"))
-    logits = rearrange(learner.head(states), "(B two) L V -> B two L V", two=2)
-    telling = optax.sigmoid_binary_cross_entropy(logits, words[:, None, None]).sum(-1).mean()
+    logits = rearrange(learner.head(states[:, places]), "(B two) P V -> B two P V", two=2)
+    told = optax.sigmoid_binary_cross_entropy(logits, words[:, None, None]).sum(-1).mean()
 
+    states = states - states.mean(axis=0, keepdims=True)
     states = states / jnp.linalg.norm(states, axis=-1, keepdims=True)
     first, second = rearrange(states, "(B two) L D -> two L B D", two=2)
     similarity = jnp.einsum("LBD,LCD->LBC", first, second) / temperature
     files = jnp.broadcast_to(jnp.arange(len(pairs)), similarity.shape[:2])
     cross_entropy = optax.softmax_cross_entropy_with_integer_labels
     finding = cross_entropy(similarity, files) + cross_entropy(similarity.swapaxes(1, 2), files)
-    return telling + finding.mean() / 2
+    return telling * told + finding.mean() / 2
 
 
 def multi_hot(
@@ -146,28 +152,49 @@ def multi_hot(
     return words
 
 
-def train_encoder(
-    encoder: Bert | T5, tokenizer, pairs: Int[np.ndarray, "files 2 L"], config: TextTrainConfig
-):
+class Pairs:
+    """Random pairs of captions of the same file, as token ids."""
+
+    def __init__(self, files: Sequence[tuple[str, ...]], tokenizer, length: int, seed: int):
+        captions = [caption for file in files for caption in file]
+        self.ids = token_ids(tokenizer, captions, length)
+        self.counts = np.array([len(file) for file in files])
+        self.begins = np.cumsum(self.counts) - self.counts
+        self.rng, self.captions_rng = np.random.default_rng(seed), np.random.default_rng((seed, 1))
+
+    def draw(self, count: int) -> Int[np.ndarray, "count 2 L"]:
+        """Return pairs of `count` files; a file with one caption gives it twice."""
+        files = len(self.counts)
+        rows = self.rng.choice(files, count, replace=files < count)
+        counts = self.counts[rows]
+        first, step = (self.captions_rng.random((2, count)) * [counts, counts - 1]).astype(int)
+        chosen = np.sort([first, (first + 1 + step) % counts], axis=0)
+        return self.ids[self.begins[rows, None] + chosen.T]
+
+
+def train_encoder(encoder: Bert | T5, tokenizer, pairs: Pairs, config: TextTrainConfig):
     """Train `encoder` for `config.steps` steps of AdamW on random caption pairs; return it."""
     learner = Learner(encoder, rngs=nnx.Rngs(config.seed))
     schedule = optax.warmup_cosine_decay_schedule(
         0, config.learning_rate, config.steps // 10, config.steps
     )
     optimizer = optax.adamw(schedule, weight_decay=0.01)
-    loss = functools.partial(pair_loss, temperature=config.temperature)
-    words = multi_hot(pairs, len(tokenizer), tokenizer.all_special_ids)
+    weights = {"telling": config.telling, "temperature": config.temperature}
+    loss = functools.partial(pair_loss, **weights)
 
     @jax.jit
-    def step(learner, opt_state, pairs, words):
-        value, grads = jax.value_and_grad(loss)(learner, pairs, words)
+    def step(learner, opt_state, pairs, words, places):
+        value, grads = jax.value_and_grad(loss)(learner, pairs, words, places)
         updates, opt_state = optimizer.update(grads, opt_state, learner)
         return optax.apply_updates(learner, updates), opt_state, value
 
-    opt_state, rng = optimizer.init(learner), np.random.default_rng(config.seed)
+    opt_state, rng = optimizer.init(learner), np.random.default_rng((config.seed, 2))
+    length = pairs.ids.shape[1]
     for i in range(config.steps):
-        rows = rng.choice(len(pairs), config.batch, replace=len(pairs) < config.batch)
-        learner, opt_state, value = step(learner, opt_state, pairs[rows], words[rows])
+        drawn = pairs.draw(config.batch)
+        words = multi_hot(drawn, len(tokenizer), tokenizer.all_special_ids)
+        places = np.sort(rng.permutation(length)[: config.places])
+        learner, opt_state, value = step(learner, opt_state, drawn, words, places)
         if (i + 1) % 50 == 0:
             name = type(encoder).__name__
             logger.info(f"{name} step {i + 1}/{config.steps} loss {value:.3f}")
@@ -177,7 +204,7 @@ def train_encoder(
 def train(source: Path, out: Path, config: TextTrainConfig) -> None:
     """Write tokenizer, text_encoder, tokenizer_2, text_encoder_2 and text.json into `out`.
 
-    Nothing is written before both encoders are trained. Raises ValueError if another process
+    Nothing is written before all encoders are trained. Raises ValueError if another process
     writes there.
     """
     source, out = local_path(source), local_path(out)
@@ -195,17 +222,15 @@ def train(source: Path, out: Path, config: TextTrainConfig) -> None:
 def _trained(files: list[tuple[str, ...]], config: TextTrainConfig) -> Iterator[tuple]:
     """Yield (suffix of its folders, tokenizer, encoder, function that saves it) for each."""
     captions = [caption for captions in files for caption in captions]
-    for suffix, make_tokenizer, make_encoder, save in (
-        ("", word_tokenizer, bert, save_bert),
-        ("_2", piece_tokenizer, t5, save_t5),
-    ):
+    first, second = ("", word_tokenizer, bert, save_bert), ("_2", piece_tokenizer, t5, save_t5)
+    for suffix, make_tokenizer, make_encoder, save in (first, second)[: 1 + config.second]:
         tokenizer = make_tokenizer(captions)
         length = max(len(ids) for ids in tokenizer(captions)["input_ids"])
         length = -(-length // 4) * 4
         tokenizer.model_max_length = length
-        ids = token_ids(tokenizer, [text for file in files for text in (file[0], file[-1])], length)
         encoder = make_encoder(len(tokenizer), length, config)
-        encoder = train_encoder(encoder, tokenizer, ids.reshape(-1, 2, length), config)
+        pairs = Pairs(files, tokenizer, length, config.seed)
+        encoder = train_encoder(encoder, tokenizer, pairs, config)
         yield suffix, tokenizer, encoder, save
 
 

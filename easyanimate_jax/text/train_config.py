@@ -1,4 +1,4 @@
-"""Sizes of the two small text encoders, and how they are trained; without JAX."""
+"""Sizes of the small text encoders, and how they are trained; without JAX."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,11 @@ from easyanimate_jax.facts import MAX_STEPS, SEEDS, check_fields
 
 @dataclass(frozen=True)
 class TextTrainConfig:
-    """Sizes and training of both encoders."""
+    """Sizes and training of the encoders."""
+
+    second: bool = True
+    """Train T5's encoder beside BERT's, as V5 has it. With one encoder, as in V5.1, a transformer
+    reads half as many text tokens."""
 
     width: int = 128
     """Width of an encoder's states, a multiple of `heads`."""
@@ -27,6 +31,13 @@ class TextTrainConfig:
     learning_rate: float = 2e-3
     """Highest learning rate; it rises for a tenth of the steps and falls along a cosine to 0."""
 
+    places: int | None = None
+    """States of a caption that predict its words, drawn anew in each step; None is all. With
+    thousands of words, few places make a step several times faster."""
+
+    telling: float = 1.0
+    """Weight of the prediction of words beside the contrastive loss."""
+
     temperature: float = 0.1
     """Divisor of the similarities in the contrastive loss."""
 
@@ -42,6 +53,8 @@ class TextTrainConfig:
             steps=f"[1, {MAX_STEPS}]",
             batch="[1, inf)",
             learning_rate="[0, inf)",
+            places="[1, inf)",
+            telling="[0, inf)",
             temperature="(0, inf)",
             seed=SEEDS,
         )

@@ -162,6 +162,7 @@ class Plan:
         self.models: dict[str, Model] = {}
         self.process = ""  # class name of a run's noise process
         self.defaults = Defaults()  # how the model is sampled
+        self.size = None  # of its samples
         self.memory = files.Memory()
         self.loras = open_loras(options.loras)
 
@@ -202,7 +203,7 @@ class Plan:
             _, meta = run_folder.read_meta(source, self.options.step)
             config = meta["config"]
             self.process = config["process"]["class"]
-            self.defaults = defaults.of_run(meta)
+            self.defaults, self.size = defaults.of_run(meta), defaults.size_of_run(meta)
             vae, text = (
                 at_hand(run_folder.frozen_model(source, config, name)) for name in ("vae", "text")
             )
@@ -210,6 +211,7 @@ class Plan:
             return {"transformer": source, "vae": vae, **texts}
         places = {name: source / name for name in PARTS if (source / name).is_dir()}
         self.defaults = defaults.of_folder(source)
+        self.size = defaults.size_of_folder(source)
         if (source / INDEX).is_file():
             named = read_json(source / INDEX, self.problems)
             self.problems += [
@@ -326,8 +328,9 @@ class Plan:
         if not self.process:  # a run's parts were trained together
             vae = self.models["vae"].config if "vae" in self.models else None
             self.notes += schedulers.strange_parts(num_texts, scheduler.get("_class_name"), vae)
-        if self.defaults != Defaults():
-            self.parts.append(Part("", texts={defaults.FILE: self.defaults.text}))
+        if self.defaults != Defaults() or self.size:
+            text = self.defaults.text(self.size)
+            self.parts.append(Part("", texts={defaults.FILE: text}))
         if self.options.to == "jax":
             return
         if "text_encoder_2" in places and self.options.to == "diffusers":

@@ -25,6 +25,9 @@ UNGUIDED += ("NegativeAwareFinetuning",)
 AS_TEACHER = ("DirectPreference", "RewardBackpropagation")
 
 
+Size = tuple[int, int, int]  # frames, height, width
+
+
 class Defaults(NamedTuple):
     """The steps, guidance and times of a model; no times are those of the sampler."""
 
@@ -54,10 +57,10 @@ class Defaults(NamedTuple):
             times = self.times
         return {"steps": steps, "times": tuple(times), "guidance": guidance}
 
-    @property
-    def text(self) -> str:
-        """Return the content of `FILE`."""
-        return json.dumps(self._asdict(), indent=1) + "\n"
+    def text(self, size: Size | None = None) -> str:
+        """Return the content of `FILE`; `size` is that of the model's samples."""
+        fields = self._asdict() | ({"size": size} if size else {})
+        return json.dumps(fields, indent=1) + "\n"
 
 
 RELEASED = Defaults()
@@ -122,6 +125,28 @@ def of_folder(folder: Path) -> Defaults:
             f'{path} is not of the form {{"steps": 4, "guidance": 1.0, "times": [1000, 891, 731, '
             f"475]}} ({error}); correct it, or remove it to sample in 50 guided steps"
         ) from error
+
+
+def size_of_folder(folder: Place) -> Size | None:
+    """Return the (frames, height, width) of a folder's samples; None if it has no size of its own.
+
+    Raises ValueError for a size that is not three whole numbers.
+    """
+    path = folder / FILE
+    size = json.loads(path.read_text("utf-8-sig")).get("size") if path.is_file() else None
+    if size is None:
+        return None
+    if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int for n in size)):
+        raise ValueError(f"{path}: size is {size}; give [frames, height, width] or remove it")
+    return tuple(size)
+
+
+def size_of_run(meta: Mapping) -> Size | None:
+    """Return the (frames, height, width) of a run's samples; None if it makes none."""
+    samples = meta["config"]["samples"]
+    if not samples["every"] or not samples["prompts"]:
+        return None
+    return samples["frames"], samples["height"], samples["width"]
 
 
 def of_metadata(metadata: Mapping[str, str]) -> Defaults | None:
