@@ -7,8 +7,9 @@ unexport PYTHONDONTWRITEBYTECODE
 # Without an accelerator, the installed TPU compiler would make JAX look for a TPU and warn.
 export JAX_PLATFORMS ?= $(if $(wildcard /dev/nvidia0 /dev/accel0 /dev/vfio/0),,cpu)
 
-.PHONY: setup try emoji-data emoji lock demo demo-long demo-lora demo-distill demo-reward demo-nft demo-preference demo-control demo-real \
-	demo-films demo-cloud test reliability slow browser notebooks bench chaos lint clean
+.PHONY: setup try emoji-data emoji lock demo demo-long demo-lora demo-distill demo-reward demo-nft demo-preference \
+	demo-control demo-real demo-films demo-cloud test reliability slow browser notebooks site site-serve bench chaos \
+	lint clean
 
 setup: .venv/ready
 
@@ -185,6 +186,15 @@ notebooks: setup
 	$(BIN)/jupytext --quiet --update --to ipynb docs/notebooks/generate.py
 	$(CPU) $(BIN)/pytest -n 0 -m "slow or not slow" tests/test_notebooks.py
 
+# The documentation in English, site/, and in Chinese, site/zh/. Any warning is an error.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file
+site: setup
+	$(MKDOCS) mkdocs.yml
+	$(MKDOCS) mkdocs.zh.yml
+
+site-serve: site
+	$(BIN)/python -m http.server --bind 127.0.0.1 --directory site 8001
+
 # comfyui.py needs a copy of ComfyUI that runs, and duplicates.py the package faiss-cpu.
 BENCHMARKS := $(filter-out %/setting.py %/comfyui.py %/duplicates.py,$(wildcard benchmarks/*.py))
 bench: setup
@@ -202,4 +212,4 @@ lint: setup
 	$(BIN)/vulture
 
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv runs build site *.egg-info

@@ -1,6 +1,7 @@
 """Packaging. Extras: `tpu` and `cuda` for accelerators, `curate` to cut films, `serve` for the
 server, `stores` for gs:// and s3://, `ray` to prepare on a Ray cluster, `wandb` and `trackio` to
-show runs, `cloud` for Google's goodput measurement, `dev` for tests.
+show runs, `cloud` for Google's goodput measurement, `docs` to build the site of the documentation,
+`dev` for tests.
 """
 
 import re
@@ -20,6 +21,13 @@ SERVE = [
     "uvicorn>=0.30",
     "python-multipart>=0.0.18",
     "prometheus-client>=0.20",
+]
+
+DOCS = [
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.7",
+    "mkdocstrings-python>=2",
+    "jieba>=0.42",  # words of Chinese pages, for the search
 ]
 
 VERSION = re.search('__version__ = "(.+)"', Path("easyanimate_jax/__init__.py").read_text())[1]
@@ -68,6 +76,7 @@ setup(
         "wandb": ["wandb>=0.19"],
         "trackio": ["trackio>=0.40"],
         "cloud": ["ml-goodput-measurement>=0.2.3,<0.3"],
+        "docs": DOCS,
         # torch 2.13.0 has a build for CPUs alone; any other spec pulls gigabytes of CUDA.
         "dev": [
             "pytest>=8",
@@ -82,6 +91,7 @@ setup(
             *CURATE,
             *SERVE,
             *STORES,
+            *DOCS,
             *("moto[s3]>=5.1", "flask", "flask-cors"),  # an S3 server
             "ray>=2.50",
             "openai>=2",  # a client of the server
