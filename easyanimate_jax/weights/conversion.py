@@ -161,8 +161,7 @@ class Plan:
         self.notes: list[str] = []
         self.models: dict[str, Model] = {}
         self.process = ""  # class name of a run's noise process
-        self.defaults = Defaults()  # how the model is sampled
-        self.size = None  # of its samples
+        self.defaults, self.size = Defaults(), None  # how the model is sampled
         self.memory = files.Memory()
         self.loras = open_loras(options.loras)
 
@@ -210,8 +209,7 @@ class Plan:
             texts = {name: text / name for name in TEXTS if (text / name).is_dir()}
             return {"transformer": source, "vae": vae, **texts}
         places = {name: source / name for name in PARTS if (source / name).is_dir()}
-        self.defaults = defaults.of_folder(source)
-        self.size = defaults.size_of_folder(source)
+        self.defaults, self.size = defaults.of_folder(source), defaults.size_of_folder(source)
         if (source / INDEX).is_file():
             named = read_json(source / INDEX, self.problems)
             self.problems += [
@@ -329,8 +327,7 @@ class Plan:
             vae = self.models["vae"].config if "vae" in self.models else None
             self.notes += schedulers.strange_parts(num_texts, scheduler.get("_class_name"), vae)
         if self.defaults != Defaults() or self.size:
-            text = self.defaults.text(self.size)
-            self.parts.append(Part("", texts={defaults.FILE: text}))
+            self.parts.append(Part("", texts={defaults.FILE: self.defaults.text(self.size)}))
         if self.options.to == "jax":
             return
         if "text_encoder_2" in places and self.options.to == "diffusers":
