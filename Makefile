@@ -52,7 +52,10 @@ emoji: emoji-data
 	$(BIN)/python -m easyanimate_jax text runs/emoji/data/texts runs/emoji/text $(EMOJI_TEXT)
 	$(BIN)/python -m easyanimate_jax prepare configs/emoji.py
 	$(BIN)/python train.py configs/emoji.py
-	$(BIN)/python -m demos emoji configs/emoji.py
+	$(BIN)/python train.py configs/emoji_decoder_vae.py
+	rm -rf $(EMOJI)
+	$(BIN)/python -m demos.emoji_report configs/emoji.py $(EMOJI)
+EMOJI := easyanimate_jax/pretrained/emoji
 EMOJI_TEXT := --width 96 --steps 1500 --places 5 --telling 0.05 --no-second
 
 # The whole staged schedule, small: files -> VAE -> latents -> five stages -> score and report.

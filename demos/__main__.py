@@ -1,6 +1,6 @@
 """Score a finished run and write `report.json` and `report.html` beside it:
 
-python -m demos world|films|ways|concept|distill|preference|emoji CONFIG [--field value ...]
+python -m demos world|films|ways|concept|distill|preference CONFIG [--field value ...]
 
 `ways` needs a control model of the world whose `init` is a run that ends as an inpaint model.
 `concept` needs a LoRA whose `init` is a run of the world, and `distill` a student of such a run.
@@ -15,7 +15,6 @@ from pathlib import Path
 from demos import (
     concept_report,
     distill_report,
-    emoji_report,
     facts,
     films_report,
     preference_report,
@@ -26,8 +25,7 @@ from easyanimate_jax import TextEncoder, load_config, load_pipeline
 
 KINDS = {"world": world_report, "films": films_report, "ways": ways_report}
 KINDS |= {"concept": concept_report, "distill": distill_report}
-KINDS |= {"preference": preference_report, "emoji": emoji_report}
-ALONE = (world_report, films_report, emoji_report)  # reports that look at one model
+KINDS |= {"preference": preference_report}
 
 
 def main(args: list[str]) -> int:
@@ -38,7 +36,7 @@ def main(args: list[str]) -> int:
     kind, config = KINDS[args[0]], load_config(args[1], args[2:])
     began, rows = time.time(), facts.read_metrics(config)
     runs = [load_pipeline(config.run)]
-    if kind not in ALONE:
+    if kind not in (world_report, films_report):
         runs.append(load_pipeline(config.init, step=config.init_step))
     results, shown = kind.evaluate(TextEncoder.load(config.text), *runs)
     results |= facts.training_facts(config, rows)

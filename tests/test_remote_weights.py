@@ -2,6 +2,7 @@
 # ruff: noqa: F811 (pytest finds fixtures by name)
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from easyanimate_jax.text.encode import TextEncoder, state_widths
 from easyanimate_jax.training.safety.exits import BAD_INPUT, DONE
 from easyanimate_jax.weights import lora
 from easyanimate_jax.weights.adapters import named_weight, open_loras
+from easyanimate_jax.weights.defaults import Defaults, of_lora
 from easyanimate_jax.weights.folder import load_mmdit, load_vae, vae_config
 from easyanimate_jax.weights.identity import fingerprint, weights_print
 from easyanimate_jax.weights.module import save_module
@@ -153,13 +155,17 @@ def test_what_is_not_there_is_named(folders, gcs, monkeypatch, tmp_path):
 
 
 def test_a_lora_may_lie_in_a_store(servers, gcs, tmp_path):
-    lora.write(tmp_path / "a.safetensors", random_lora(MODEL), "original")
+    few = Defaults(4, 1.0, (1000.0, 890.0, 731.0, 475.0))
+    told = {"easyanimate_jax": json.dumps({"sampling": few._asdict()})}
+    one = random_lora(MODEL)
+    lora.write(tmp_path / "a.safetensors", one._replace(metadata=told), "original")
     (remote,) = upload(tmp_path / "a.safetensors", "gs://bucket/a.safetensors")
     assert named_weight(f"{remote}:0.5") == (f"{remote}", 0.5)
     (ours,), (local,) = open_loras([(remote, 0.5)]), open_loras([(tmp_path / remote.name, 0.5)])
     assert ours.name == f"{remote}" and ours.lora.pairs.keys() == local.lora.pairs.keys()
     for name in local.lora.pairs:
         same(ours.lora.pairs[name], local.lora.pairs[name])
+    assert of_lora(f"{remote}") == few
 
 
 def test_a_run_finds_the_models_that_it_was_trained_with_in_a_store(folders, gcs, tmp_path):

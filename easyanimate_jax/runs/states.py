@@ -105,11 +105,7 @@ class States:
             for change in check_resume(meta, self.config, self.plans):
                 logger.warning("changed since checkpoint %d: %s", meta["step"], change)
             if meta.get("base") != self.base:
-                raise ValueError(
-                    f"checkpoint {meta['step']} was trained beside weights with fingerprint "
-                    f"{meta['base']}, and those of {self.config.init} have {self.base}; put the "
-                    f"same weights there, or start in a new run folder"
-                )
+                raise ValueError(_other_base(meta, self.config, self.base))
             place = position_at(self.config, meta["step"])
             if place:
                 self.programs.check(place.stage)
@@ -213,3 +209,22 @@ def open_checkpoints(config: TrainConfig, **options) -> Checkpoints:
     keep_if = partial(is_kept, config=config)
     rules = {"keep": config.keep, "keep_every": config.keep_every, "keep_if": keep_if}
     return Checkpoints(config.checkpoints, **rules, **options)
+
+
+def _other_base(meta: Mapping, config: TrainConfig, base: str | None) -> str:
+    """Return why a checkpoint does not belong to the frozen weights of a config."""
+    trained = f"checkpoint {meta['step']} was trained"
+    if meta.get("base") is None:
+        return (
+            f"{trained} without frozen weights beside it, and this config needs those of "
+            f"init, {config.init}, as a teacher or below adapters: start in a new run folder"
+        )
+    if base is None:
+        return (
+            f"{trained} beside frozen weights, and this config has none: set lora, train and the "
+            f"objectives as they were, or start in a new run folder"
+        )
+    return (
+        f"{trained} beside weights with fingerprint {meta['base']}, and those of {config.init} "
+        f"have {base}; put the same weights there, or start in a new run folder"
+    )

@@ -206,7 +206,7 @@ class Api:
     def _as_sampled(self, model: str, loras: list) -> Opened:
         """Return a model with the steps that its LoRAs were trained for, if they say any."""
         opened, files = self.models[model], self.dispatcher.settings.loras
-        own = (of_lora(Path(files[name])) for name, weight in loras if weight and name in files)
+        own = (of_lora(files[name]) for name, weight in loras if weight and name in files)
         return opened._replace(defaults=next(filter(None, own), opened.defaults))
 
     def _limit(self, opened: Opened, request: SampleRequest) -> None:

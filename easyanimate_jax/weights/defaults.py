@@ -157,8 +157,9 @@ def of_metadata(metadata: Mapping[str, str]) -> Defaults | None:
         return None
 
 
-def of_lora(path: Path) -> Defaults | None:
+def of_lora(path: str | Place) -> Defaults | None:
     """Return the defaults of a LoRA file, from its header; None if it asks for none."""
+    path = at_hand(path)
     is_file = path.suffix == ".safetensors" and path.is_file()
     return of_metadata(metadata_of(path)) if is_file else None
 
