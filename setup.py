@@ -39,7 +39,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["easyanimate_jax", "easyanimate_jax.*"]),
-    package_data={"easyanimate_jax": ["py.typed", "serving/page/*"]},
+    package_data={
+        "easyanimate_jax": ["py.typed", "serving/page/*", "pretrained/*/*", "pretrained/*/*/*"]
+    },
     entry_points={"console_scripts": ["easyanimate-jax=easyanimate_jax.__main__:main"]},
     install_requires=[
         "jax>=0.10,<0.13",

@@ -99,7 +99,7 @@ def _page(cards: str, seconds: float) -> str:
     return f"""<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><title>Small films of emoji</title>
 <style>{STYLE}</style><h1>Small films of emoji</h1>
-<p>A transformer with 4 million weights made these films in {seconds:.0f} seconds on this machine.
+<p>A model with 7 million weights made these films in {seconds:.0f} seconds on this machine.
 It comes with the repository, and <code>configs/emoji.py</code> trained it: the same code as for the
 12B model. Reload the page to start all films together.</p>
 <main>{cards}</main>

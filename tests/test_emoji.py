@@ -10,7 +10,9 @@ from PIL import Image
 
 from demos import emoji, gallery
 from demos.emoji_report import ranks
+from easyanimate_jax import load_pipeline
 from easyanimate_jax.data.media import read_clip
+from easyanimate_jax.weights.identity import fingerprint
 from easyanimate_jax.weights.pretrained import FOLDER, model_place
 
 NAMES = {
@@ -148,3 +150,31 @@ def test_a_name_is_the_model_of_the_package_unless_a_folder_has_it(tmp_path, mon
     assert model_place("elsewhere").name == "elsewhere"
     (tmp_path / "emoji").mkdir()
     assert not model_place("emoji").is_absolute()
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    return load_pipeline("emoji")
+
+
+def test_the_model_makes_what_it_is_asked_for_in_both_languages(pipeline):
+    prompts = ["an animated emoji of red heart", "红心的动画表情", "blue heart", "蓝心"]
+    films = pipeline(prompts, steps=8, seed=[1, 2, 3, 4])
+    assert films.shape == (4, 17, 96, 96, 3)
+    drawn = films.min(axis=-1) < 200  # not the white around it
+    red, _, blue = (films[..., c].astype(float) for c in range(3))
+    warmer = [(red - blue)[row][drawn[row]].mean() for row in range(4)]
+    assert min(warmer[:2]) > 60 and max(warmer[2:]) < -60
+
+
+def test_the_model_goes_on_from_a_picture(pipeline):
+    (film,) = pipeline(["red heart"], steps=8)
+    again = pipeline("red heart", steps=8, seed=9, image=film[0])
+    assert np.abs(again[0].astype(int) - film[0]).mean() < 12
+
+
+def test_the_card_names_the_bytes_that_lie_beside_it():
+    card = (FOLDER / "emoji" / "README.md").read_text("utf-8")
+    parts = [path for path in sorted((FOLDER / "emoji").iterdir()) if path.is_dir()]
+    assert parts and all(f"| {part.name} | `{fingerprint(part)}` |" in card for part in parts)
+    assert sum(path.stat().st_size for path in (FOLDER / "emoji").rglob("*.*")) <= 16e6
