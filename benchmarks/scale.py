@@ -9,6 +9,7 @@ was paid or asked. `--write` puts the tables into the pages on scale, which a te
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -57,8 +58,6 @@ class Step(NamedTuple):
 
 def count_vae(frames: int, height: int, width: int) -> float:
     """Return the FLOPs of the convolutions and products that encode a pixel of a video."""
-    import math
-
     import jax
     import jax.numpy as jnp
 
@@ -166,7 +165,12 @@ def steps(o: argparse.Namespace) -> list[Step]:
 WORDS = {
     "en": {
         "head": ("step", "command", "machines", "hours", "TB read", "TB written", "$", "from"),
-        "curate": ("1. curate", "`curate --part k/n`", "{w} x {c} cores", "measured x 2 reads"),
+        "curate": (
+            "1. curate",
+            "`curate --part k/n`",
+            "{w} x {c} cores",
+            "measured, 2 reads a clip",
+        ),
         "duplicates": ("1. near-duplicates", "the last `curate`", "1 core", "measured"),
         "plan": ("2. plan", "`prepare --step plan`", "1 core", "measured"),
         "decode": ("3. decode", "`prepare --step work`", "{w} x {c} cores", "measured"),
@@ -179,7 +183,7 @@ WORDS = {
     },
     "zh": {
         "head": ("步骤", "命令", "机器", "小时", "读取 TB", "写入 TB", "美元", "依据"),
-        "curate": ("1. 切分筛选", "`curate --part k/n`", "{w} x {c} 核", "实测 x 读两遍"),
+        "curate": ("1. 切分筛选", "`curate --part k/n`", "{w} x {c} 核", "实测，每片段读两遍"),
         "duplicates": ("1. 近似去重", "最后一个 `curate`", "1 核", "实测"),
         "plan": ("2. 规划", "`prepare --step plan`", "1 核", "实测"),
         "decode": ("3. 解码", "`prepare --step work`", "{w} x {c} 核", "实测"),
@@ -202,7 +206,7 @@ def cost_table(o: argparse.Namespace, language: str = "en") -> str:
     for step in steps(o):
         name, command, machines, source = (word.format(**about) for word in words[step.name])
         numbers = [_number(x) for x in (step.hours, step.read, step.written)]
-        lines.append(_line((name, command, machines, *numbers, f"{step.cost:,.0f}", source)))
+        lines.append(_line((name, command, machines, *numbers, _money(step.cost), source)))
     return "\n".join(lines)
 
 
@@ -225,6 +229,10 @@ def _line(cells: Sequence[str]) -> str:
 
 def _number(x: float) -> str:
     return "" if not x else f"{x:,.0f}" if x >= 10 else f"{x:.1f}" if x >= 0.1 else f"{x:.2f}"
+
+
+def _money(x: float) -> str:
+    return "< 1" if x < 1 else f"{round(x, 2 - math.floor(math.log10(x))):,.0f}"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -105,3 +105,41 @@ def test_the_reads_of_a_step_are_those_of_the_loader(benchmarks, tmp_path, monke
         host = feeding.Host("", name, stage, "", 4, 1, 12, 4, (0, 2), 2, 1.0)
         wanted = feeding.reads_of_a_step(host, config, tmp_path / name)
         assert (link.requests, link.bytes) == wanted, task
+
+
+@pytest.fixture
+def costs(benchmarks):
+    import scale
+
+    return scale
+
+
+def test_the_pages_hold_the_tables_of_the_script(costs):
+    for language, page in costs.PAGES.items():
+        text = page.read_text("utf-8")
+        assert costs.written(text, language) == text, "run python benchmarks/scale.py --write"
+
+
+def rows(costs, *words: str) -> dict:
+    return {step.name: step for step in costs.steps(costs.parser().parse_args(words))}
+
+
+def test_the_table_follows_the_reader_s_numbers(costs):
+    base, half = rows(costs), rows(costs, "--clips", "13.3e6", "--hosts", "256")
+    for name in ("curate", "decode", "plan"):
+        assert half[name].cost == pytest.approx(base[name].cost / 2)
+    assert half["encode"].hours == pytest.approx(base["encode"].hours / 4)
+    assert half["train"].hours == pytest.approx(base["train"].hours / 2)
+    assert half["train"].cost == pytest.approx(base["train"].cost)
+    parts = [step for name, step in base.items() if name != "sum"]
+    assert base["sum"].cost == pytest.approx(sum(step.cost for step in parts))
+    free = ("chip-hour", "core-hour", "tb-month", "million-reads")
+    prices = {word: rows(costs, f"--price-{word}", "0")["sum"].cost for word in free}
+    assert all(cost < base["sum"].cost for cost in prices.values())
+    words = [word for name in free for word in (f"--price-{name}", "0")]
+    assert rows(costs, *words)["sum"].cost == 0
+
+
+def test_the_flops_of_the_autoencoder_are_those_of_its_program(costs):
+    assert costs.count_vae(49, 512, 512) == pytest.approx(costs.VAE_PIXEL, rel=1e-3)
+    assert costs.count_vae(1, 896, 896) == pytest.approx(costs.VAE_PICTURE, rel=1e-3)
