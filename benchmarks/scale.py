@@ -139,7 +139,7 @@ def preparation(o: argparse.Namespace) -> list[Step]:
     return [
         on_cores("curate", CURATE_READS * READ_CLIP * o.clips, cores, CURATE_READS * o.clips),
         on_cores("duplicates", DUPLICATES * o.clips, 1),
-        on_cores("plan", PLAN_CLIP * sum(counts), 1),
+        on_cores("plan", PLAN_CLIP * captioned * len(config.sets), 1),
         on_cores("decode", READ_CLIP * videos + PICTURE * pictures, cores, videos),
         on_chips("encode", work, latents),
         on_chips("texts", CAPTIONS * captioned * TEXT_CAPTION, texts),
