@@ -6,9 +6,10 @@ draws again and again. The trainer's loader reads them; only below it, in front 
 is a delay, and a link that all reads of the host share. The device is a thread that sleeps: a step
 takes the seconds that `aot` predicts. The main thread copies the rows that the host holds, as their
 transfer to devices would, and its waits are counted as those of a run (`Progress.data_wait`). The
-first step begins with an empty buffer and is not counted. Each row is measured in real time;
-figures are kept in benchmarks/results/feeding.json, and names of rows as arguments measure only
-these. Writes benchmarks/results/feeding.md.
+first step begins with an empty buffer and is not counted. Each row is measured in real time. A row
+during which this process was stopped is not kept: measure it again. Figures are in
+benchmarks/results/feeding.json, and names of rows as arguments measure only these. Writes
+benchmarks/results/feeding.md.
 
     python benchmarks/feeding.py [NAME ...] [--latency 0.05] [--bandwidth 1.5e9] [--lanes 1]
 """
@@ -47,6 +48,7 @@ RESULT = ROOT / "benchmarks" / "results" / "feeding.md"
 CHIPS = (128, 512)
 RECORDS = 4  # different records of a set
 STEPS, FEWEST, SECONDS = 8, 4, 200.0  # steps that are measured; fewer if they take longer than that
+STOPPED = 0.5  # seconds without running after which a process counts as stopped
 LIMIT = 0.01  # share of the time that a host may wait
 LARGE = 5e8  # bytes of a batch in memory from which on a row is measured alone
 
@@ -70,6 +72,22 @@ class Host(NamedTuple):
     def steps(self) -> int:
         """Return the number of steps to measure."""
         return min(STEPS, max(FEWEST, int(SECONDS / self.seconds)))
+
+
+class Stops(threading.Thread):
+    """Adds up the seconds for which this process did not run at all, as when it is stopped."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.seconds, self.over = 0.0, threading.Event()
+
+    def run(self) -> None:
+        """Look ten times a second."""
+        before = time.monotonic()
+        while not self.over.wait(0.1):
+            now = time.monotonic()
+            self.seconds += now - before if now - before > STOPPED else 0.0
+            before = now
 
 
 class Link:
@@ -155,7 +173,8 @@ def feed(
     loader: Loader, link: Link, seconds: float, steps: int, done: Callable[[], object] = int
 ) -> dict:
     """Return how long the host waits while a device takes `seconds` for each of its batches."""
-    progress, read, first = Progress(), loader.batches(), 0.0
+    progress, read, first, cpu, stops = Progress(), loader.batches(), 0.0, 0.0, Stops()
+    stops.start()
     with mock.patch.object(stores, "read_ranges", link):
         for step in range(1 + steps):
             began = time.perf_counter()
@@ -166,11 +185,14 @@ def feed(
             if step:
                 progress.add(time.perf_counter() - began, batch.weight.size * length, waited)
             else:
-                first = waited
+                first, cpu = waited, time.process_time()
             done()
+        cpu = (time.process_time() - cpu) / steps
+        stops.over.set()
         read.close()
     longest = max(waited for *_, waited in progress.window)
-    return {"first": first, "wait": progress.data_wait, "longest": longest, "steps": steps}
+    found = {"first": first, "wait": progress.data_wait, "longest": longest}
+    return found | {"steps": steps, "cpu": cpu, "stopped": stops.seconds}
 
 
 def _transfer(batch: Batch, rows: Sequence[int]) -> None:
@@ -248,10 +270,15 @@ def main() -> None:
         large = [host.held * host.tokens * 512 > LARGE for host in chosen]
         groups = [[t for t, alone in zip(tasks, large, strict=True) if alone == a] for a in (0, 1)]
         for figures in _run(groups, (options.lanes, 1)):
+            if figures["stopped"]:
+                told = f"{figures['name']}: stopped for {figures['stopped']:.1f} s, not kept"
+                print(told, file=sys.stderr)
+                continue
             known[figures["name"]] = figures | {"setting": about}
             kept.write_text(json.dumps(known, indent=1))
     order = [host.name for host in every if host.name in known]
-    RESULT.write_text(page([known[name] for name in order], options))
+    missing = [host.name for host in every if host.name not in known]
+    RESULT.write_text(page([known[name] for name in order], missing, options))
     print(RESULT.read_text())
 
 
@@ -282,7 +309,7 @@ def _run(groups: Sequence[Sequence[tuple]], lanes: Sequence[int]):
         bar.close()
 
 
-def page(rows: Sequence[dict], options: argparse.Namespace) -> str:
+def page(rows: Sequence[dict], missing: Sequence[str], options: argparse.Namespace) -> str:
     """Return the result as Markdown."""
     worst = max(row["wait"] for row in rows)
     lines = [
@@ -295,11 +322,11 @@ def page(rows: Sequence[dict], options: argparse.Namespace) -> str:
         f"predicts. The CPU time of an HTTP client and of TLS is not in it.",
         "",
         "The first batch is the time until a new loader has it; then the device has had nothing "
-        "to do. The steps after it are counted.",
+        "to do. The steps after it are counted. CPU seconds are those of the whole process.",
         "",
         "| config | stage | chips | hosts | rows a host | MB a step a host | reads | step, s "
-        "| first batch, s | steps | wait | longest wait, ms |",
-        f"|{'---|' * 12}",
+        "| CPU, s a step | first batch, s | steps | wait | longest wait, ms |",
+        f"|{'---|' * 13}",
     ]
     for row in rows:
         values = [
@@ -311,12 +338,15 @@ def page(rows: Sequence[dict], options: argparse.Namespace) -> str:
             f"{row['bytes'] / 1e6:,.0f}",
             row["reads"],
             f"{row['seconds']:.1f}",
+            f"{row['cpu']:.2f}" if "cpu" in row else "",
             f"{row['first']:.2f}",
             row["steps"],
             f"{row['wait']:.2%}",
             f"{1000 * row['longest']:.0f}",
         ]
         lines.append(f"| {' | '.join(map(str, values))} |")
+    if missing:
+        lines += ["", f"Not measured: {', '.join(missing)}."]
     return "\n".join([*lines, ""])
 
 

@@ -1,5 +1,10 @@
 """What docs/scale.md promises: a host is fed from a slow store, and its tables are arithmetic."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +65,30 @@ def test_a_host_that_reads_row_after_row_waits(benchmarks, host, monkeypatch):
     monkeypatch.setattr(loader_module, "READERS", 1)
     found = feeding.feed(host, feeding.Link(0.05, 1.5e9), seconds=0.3, steps=2)
     assert found["wait"] > 0.3, found
+
+
+STOPS = """
+import feeding, time
+stops = feeding.Stops()
+stops.start()
+print("begun", flush=True)
+time.sleep(0.5)
+input()
+print(stops.seconds)
+"""
+
+
+def test_a_process_that_was_stopped_knows_it(benchmarks):
+    words = [sys.executable, "-c", STOPS]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT / "benchmarks", ROOT)))}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(words, env=env, **pipes) as child:
+        assert child.stdout.readline() == "begun\n"
+        child.send_signal(signal.SIGSTOP)
+        time.sleep(2)
+        child.send_signal(signal.SIGCONT)
+        time.sleep(0.5)
+        assert float(child.communicate("\n")[0]) > 1.5
 
 
 def test_reads_of_a_host_share_its_link(benchmarks, host):
