@@ -199,7 +199,7 @@ site-serve: site
 	$(BIN)/python -m http.server --bind 127.0.0.1 --directory site 8001
 
 # comfyui.py needs a copy of ComfyUI that runs, and duplicates.py the package faiss-cpu.
-BENCHMARKS := $(filter-out %/setting.py %/comfyui.py %/duplicates.py,$(wildcard benchmarks/*.py))
+BENCHMARKS := $(filter-out %/setting.py %/clip_records.py %/comfyui.py %/duplicates.py,$(wildcard benchmarks/*.py))
 bench: setup
 	for script in $(BENCHMARKS); do $(BIN)/python $$script || exit 1; done
 

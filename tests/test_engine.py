@@ -4,14 +4,17 @@ Ray listens on all addresses of a machine, so the driver runs in a network names
 the loopback address.
 """
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -286,3 +289,84 @@ def test_a_host_that_does_not_see_the_folders_is_named(tmp_path):
     engine.check_seen((tmp_path,))
     with pytest.raises(cluster.Unusable, match=r"does not see .*nowhere: keep source and output"):
         engine.check_seen((tmp_path, tmp_path / "nowhere"))
+
+
+@contextlib.contextmanager
+def listening(answer: bytes | None):
+    """A server that sends `answer` to whoever connects and keeps the line open; its port."""
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # it is closed
+                while True:
+                    line = stack.enter_context(server.accept()[0])
+                    if answer is not None:
+                        line.sendall(answer)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def refused(capsys) -> str:
+    began = time.monotonic()
+    assert command.main(["configs/demo.py", "--engine", "ray"]) == 2
+    assert time.monotonic() - began < 10
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "write HOST:6379 or ray://HOST:10001 of a running" in error
+    return error
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "ray://localhost:{}/names"])
+def test_an_address_at_which_nothing_listens_is_refused_at_once(form, monkeypatch, capsys):
+    with listening(None) as port:
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", form.format(port))
+    error = refused(capsys)
+    assert f"RAY_ADDRESS is {form.format(port)!r}" in error and "Connection refused" in error
+
+
+@pytest.mark.parametrize(
+    "address", ["cluster", "http://127.0.0.1:8265", "host:", "127.0.0.1:99999"]
+)
+def test_what_is_no_address_of_a_cluster_is_refused(address, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert f"RAY_ADDRESS is {address!r}, and no cluster answers there" in refused(capsys)
+
+
+def test_servers_that_are_not_ray_are_refused(monkeypatch, capsys):
+    """One speaks another protocol, and one says nothing."""
+    monkeypatch.setattr(cluster, "ANSWER", 0.5)
+    for answer, told in ((b"HTTP/1.1 400 Bad Request\r\n", "is not Ray"), (None, "timed out")):
+        with listening(answer) as port:
+            monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+            assert told in refused(capsys)
+
+
+def test_a_name_that_takes_minutes_to_resolve_is_not_waited_for(monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "ANSWER", 0.2)
+    monkeypatch.setattr(cluster.socket, "create_connection", lambda *_: time.sleep(60))
+    monkeypatch.setenv("RAY_ADDRESS", "cluster:6379")
+    assert "cluster:6379 did not answer" in refused(capsys)
+
+
+def test_auto_without_a_cluster_or_with_one_that_has_ended_is_refused(
+    tmp_path, monkeypatch, capsys
+):
+    services = pytest.importorskip("ray._private.services")
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: set())
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert "RAY_ADDRESS is 'auto', and no cluster answers there (this host runs" in refused(capsys)
+    with listening(None) as port:
+        pass
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}")
+    assert f":{port}: Connection refused" in refused(capsys)
+
+
+def test_an_address_at_which_grpc_answers_is_taken(monkeypatch):
+    with listening(b"\0\0\0\4\0\0\0\0\0") as port:
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "local", "", "other://x"):
+            monkeypatch.setenv("RAY_ADDRESS", address)
+            cluster.check_ray()

@@ -12,6 +12,8 @@ import itertools
 import logging
 import os
 import socket
+import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,6 +30,10 @@ Kind = Literal["any", "TPU", "GPU", "CPU"]
 TRIES = 4  # of a task, before it counts as failed
 DEEP = 2  # tasks of a process at once: one decodes or writes while another one encodes
 LOOK = 20.0  # seconds after which the driver looks for new hosts, at most
+ANSWER = 8.0  # seconds in which an address must answer
+# How a client of gRPC begins: HTTP/2's preface and a frame of no settings. A server answers with a
+# frame of its settings, whose fourth byte is SETTINGS.
+HELLO, SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0", 4
 
 
 class Unusable(ValueError):
@@ -61,12 +67,70 @@ class Process:
 
 
 def check_ray() -> None:
-    """Raise ValueError if Ray is not installed."""
+    """Raise ValueError if Ray is not installed, or if nothing answers at RAY_ADDRESS."""
     found = importlib.util.find_spec("ray")
     if found is None or found.origin is None:  # a folder of this name has no origin
         raise ValueError(
             "--engine ray: ray is not installed; run pip install 'easyanimate_jax[ray]'"
         )
+    ray = sys.modules.get("ray")
+    if not (ray and ray.is_initialized()):
+        _check_address(os.environ.get("RAY_ADDRESS", ""))
+
+
+def _check_address(address: str) -> None:
+    """Raise ValueError if no cluster answers at an address within ANSWER seconds.
+
+    Ray itself tries for minutes. Addresses of other kinds than HOST:PORT and ray://HOST:PORT are
+    left to Ray.
+    """
+    scheme, _, rest = address.rpartition("://")
+    if address in ("", "local") or scheme not in ("", "ray", "http", "https"):
+        return
+    try:
+        where = _of_this_host() if address == "auto" else rest.partition("/")[0]
+        host, _, port = where.rpartition(":")
+        if not host or not port.isdecimal() or scheme.startswith("http"):
+            raise ConnectionError("that is no address of a cluster")
+        _greet(host.strip("[]"), int(port), where)
+    except ConnectionError as error:
+        raise ValueError(
+            f"RAY_ADDRESS is {address!r}, and no cluster answers there ({error}); write HOST:6379 "
+            f"or ray://HOST:10001 of a running cluster, or unset RAY_ADDRESS to start a local one"
+        ) from error
+
+
+def _of_this_host() -> str:
+    """Return the address that "auto" stands for. Raises ConnectionError if there is none."""
+    from ray._private.services import canonicalize_bootstrap_address  # no public one tells it
+
+    try:
+        return canonicalize_bootstrap_address("auto") or ""
+    except ConnectionError as error:
+        raise ConnectionError("this host runs none") from error
+
+
+def _greet(host: str, port: int, where: str) -> None:
+    """Raise ConnectionError unless a server of gRPC answers within ANSWER seconds."""
+    told = []
+
+    def greet() -> None:
+        try:
+            with socket.create_connection((host, port), ANSWER) as connection:
+                if os.environ.get("RAY_USE_TLS", "0") == "0":  # else it speaks only after TLS
+                    connection.sendall(HELLO)
+                    answer = connection.makefile("rb").read(9)
+                    known = len(answer) == 9 and answer[3] == SETTINGS
+                    told.append("" if known else f"what listens at {where} is not Ray")
+                told.append("")
+        except (OSError, OverflowError) as error:  # the second one for a port above 65535
+            told.append(f"{where}: {getattr(error, 'strerror', None) or error}")
+
+    thread = threading.Thread(target=greet, daemon=True)  # a name may take minutes to resolve
+    thread.start()
+    thread.join(ANSWER + 0.5)
+    if not told or told[0]:
+        raise ConnectionError(told[0] if told else f"{where} did not answer in {ANSWER:.0f} s")
 
 
 @contextlib.contextmanager
