@@ -186,7 +186,7 @@ browser: setup
 # The notebook, made from its source and run with few steps.
 notebooks: setup
 	$(BIN)/pip install --quiet jupytext nbclient ipykernel
-	$(BIN)/jupytext --quiet --update --to ipynb docs/notebooks/generate.py
+	$(BIN)/jupytext --quiet --update --to ipynb docs/notebooks/*.py
 	$(CPU) $(BIN)/pytest -n 0 -m "slow or not slow" tests/test_notebooks.py
 
 # The documentation in English, site/, and in Chinese, site/zh/. Any warning is an error.
