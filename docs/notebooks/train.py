@@ -238,7 +238,7 @@ import numpy as np
 import easyanimate_jax as ea
 
 pipeline = ea.load_pipeline(FOLDER / "run")
-print(jax.devices()[0])
+print(jax.devices())
 
 # %% [markdown]
 # Four captions of the training, and the film that the model makes from each. All films are written

@@ -90,7 +90,7 @@ import numpy as np
 import easyanimate_jax as ea
 
 pipeline = ea.load_pipeline("emoji")
-print(jax.devices()[0])
+print(jax.devices())
 
 # %% [markdown]
 # The next cell defines two helpers. `play` writes frames as a film of 8 frames a second and shows
