@@ -17,7 +17,7 @@ FOLDER = ROOT / "docs" / "notebooks"
 SMALL = {  # parameters with which a notebook ends soon
     "try": {"STEPS": 2},
     "train": {"CLIPS": 24, "VAE_STEPS": 4, "TEXT_STEPS": 4, "STEPS": 2},
-    "lora": {"CLIPS": 6, "STEPS": 2, "SAMPLING_STEPS": 2},
+    "lora": {"CLIPS": 6, "KNOWN": 2, "STEPS": 2, "SAMPLING_STEPS": 2},
 }
 ALL = {"SOURCE", "FOLDER"}  # parameters of every notebook
 EMOJI, TRAINED = (17, 96, 96), (9, 64, 64)  # frames, height, width

@@ -47,8 +47,9 @@ FOLDER = "my_lora"
 MY_CLIPS = ""  # your folder of films and captions; "" draws clips
 PROMPT = "an animated emoji of mimo"  # @param {type:"string"}
 
-CLIPS = 12  # clips to draw
-STEPS = 300  # training steps
+CLIPS = 16  # clips to draw
+KNOWN = 24  # films of known emoji, which the model makes itself
+STEPS = 400  # training steps
 SAMPLING_STEPS = 20  # @param {type:"slider", min:2, max:50, step:1}
 SEED = 7  # @param {type:"slider", min:0, max:100, step:1}
 
@@ -119,11 +120,11 @@ def draw(hop, place=0.0, look=0.0):
     picture = Image.new("RGB", (4 * SIDE, 4 * SIDE), "white")
     pen = ImageDraw.Draw(picture)
     wide, tall = 100 + 16 * (1 - hop), 96 - 14 * (1 - hop)  # flatter on the ground
-    x, y = 192 + 60 * place, 344 - tall - 110 * hop
+    x, y = 192 + 60 * place, 350 - tall - 70 * hop
     for side in (-1, 1):
         foot = x + 48 * side, y + tall - 4
         pen.ellipse((foot[0] - 30, foot[1] - 16, foot[0] + 30, foot[1] + 16), fill=(240, 140, 40))
-    tip = x + 20 * look, y - tall - 44
+    tip = x + 20 * look, y - tall - 40
     pen.line((x, y - tall + 8, *tip), fill=(20, 120, 130), width=10)
     pen.ellipse((tip[0] - 16, tip[1] - 16, tip[0] + 16, tip[1] + 16), fill=(240, 140, 40))
     pen.ellipse((x - wide, y - tall, x + wide, y + tall), fill=(40, 180, 180))
@@ -170,7 +171,41 @@ if not MY_CLIPS:
         rows += [{"file_path": f"{number}.mp4", "type": "video", "text": t} for t in CAPTIONS]
     (clips / "metadata.json").write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
     sheet(drawn[:3], "clips.png")
-run("-m", "easyanimate_jax", "sources", clips)
+
+# %% [markdown]
+# If a training has only the new word, the model forgets the old ones: everything becomes mimo. So
+# the training also gets films of emoji that the model knows. The model makes them itself, with the
+# command for many samples.
+
+# %%
+names = ["cat face", "panda", "red apple", "pizza", "guitar", "alarm clock", "robot", "ghost"]
+names += ["octopus", "bicycle", "turtle", "umbrella", "grinning face", "hamburger", "unicorn"]
+prompts = [f"an animated emoji of {name}" for name in names]
+names = ["企鹅", "狮子", "草莓", "足球", "气球", "闹钟", "火车", "蝴蝶", "青蛙", "向日葵"]
+prompts += [f"{name}的动画表情" for name in names]
+order = np.random.default_rng(1).permutation(len(prompts))[:KNOWN]
+
+known, lines = FOLDER / "known", FOLDER / "known.jsonl"
+wanted = [{"prompt": prompts[i], "seed": int(i)} for i in order]
+lines.write_text("".join(json.dumps(line) + "\n" for line in wanted), "utf-8")
+options = ("--steps", SAMPLING_STEPS, "--batch", 8, "--output", known)
+run("-m", "easyanimate_jax", "sample", "emoji", "--prompts", lines, *options)
+
+# %% [markdown]
+# A data set may be a mixture: a `.toml` file that names other data sets. `sources` prints what it
+# holds, and every clip that cannot be used, with the reason.
+
+# %%
+rows = []
+for path in sorted(known.glob("*.mp4")):
+    told = json.loads(path.with_suffix(".json").read_text("utf-8"))["options"]
+    rows.append({"file_path": path.name, "type": "video", "text": told["prompt"]})
+(known / "metadata.json").write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
+mixture = FOLDER / "mixture.toml"
+places = {"new": clips, "known": known}
+text = "".join(f"{name} = {json.dumps(str(place))}\n" for name, place in places.items())
+mixture.write_text(text, "utf-8")
+run("-m", "easyanimate_jax", "sources", mixture)
 
 # %% [markdown]
 # ## 4. Does the model know the words?
@@ -206,7 +241,7 @@ from easyanimate_jax import Budget, LatentSet, LoRAConfig, OptimizerConfig, Stag
 
 config = replace(
     emoji,
-    source={str(clips)!r},
+    source={str(mixture)!r},
     prepared={str(FOLDER / "latents")!r},
     run={str(FOLDER / "run")!r},
     vae="emoji",
@@ -284,7 +319,8 @@ where = str(FOLDER / "before_after.mp4")
 display(Video(where, embed=True, width=512, html_attributes=attributes))
 
 # %% [markdown]
-# A LoRA should leave other words alone. Each pair of rows shows a prompt without the new word.
+# A LoRA should leave other words alone. Each pair of rows shows a known emoji, which was not among
+# the films of section 3, before and after.
 
 # %%
 others = ["an animated emoji of rocket", "大象的动画表情"]
