@@ -183,7 +183,7 @@ browser: setup
 	-npm install --silent --prefix .venv/axe axe-core@4.14.1
 	$(CPU) $(BIN)/pytest -n 0 -m "slow or not slow" tests/test_page.py
 
-# The notebook, made from its source and run with few steps.
+# The notebooks, made from their sources and run with few steps.
 notebooks: setup
 	$(BIN)/pip install --quiet jupytext nbclient ipykernel
 	$(BIN)/jupytext --quiet --update --to ipynb docs/notebooks/*.py
