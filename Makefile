@@ -185,7 +185,7 @@ browser: setup
 
 # The notebooks, made from their sources and run with few steps.
 notebooks: setup
-	$(BIN)/pip install --quiet jupytext nbclient ipykernel
+	$(BIN)/pip install --quiet -e '.[notebooks]'
 	$(BIN)/jupytext --quiet --update --to ipynb docs/notebooks/*.py
 	$(CPU) $(BIN)/pytest -n 0 -m "slow or not slow" tests/test_notebooks.py
 
