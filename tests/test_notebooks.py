@@ -72,7 +72,7 @@ def test_the_notebooks_install_in_the_same_way():
 @pytest.mark.parametrize("name", SMALL)
 def test_a_notebook_begins_with_its_end_and_its_time_and_explains_its_cells(name):
     cells = source_cells(name)
-    assert re.search(r"At the end\b.*\bminutes\b.*\bnot yet in Colab\b", cells[0][1], re.S)
+    assert re.search(r"At the end\b.*\bminutes?\b.*\bnot yet in Colab\b", cells[0][1], re.S)
     for (before, _), (kind, text) in itertools.pairwise(cells):
         assert before == "markdown" or kind == "markdown", text
 

@@ -25,7 +25,7 @@
 # MP4, GIF and PNG.
 #
 # The model comes with the repository: nothing is trained and no weights are downloaded. On two CPU
-# cores the whole notebook takes about three minutes, mostly to compile. It also runs on a GPU and a
+# cores the whole notebook takes about a minute, mostly to compile. It also runs on a GPU and a
 # TPU. In Colab choose the machine in *Runtime > Change runtime type*. We tested it in Jupyter on a
 # CPU, and **not yet in Colab**.
 
