@@ -21,12 +21,13 @@
 # # Teach the emoji model a character of your own
 #
 # At the end the emoji model knows a new word, `mimo`, and makes films of the character that it
-# names. You also have a LoRA: a small `.safetensors` file that you can add to the model with any
-# weight. The clips are drawn in the notebook, or they are yours.
+# names: its colours, its shape and its feet, with rough outlines. You also have a LoRA: a small
+# `.safetensors` file that you can add to the model with any weight. The clips are drawn in the
+# notebook, or they are yours.
 #
 # A LoRA leaves the weights of the model as they are. It trains pairs of small matrices beside them.
 #
-# On two CPU cores the whole notebook takes about four minutes. It also runs on a GPU and a TPU. In
+# On two CPU cores the whole notebook takes about three minutes. It also runs on a GPU and a TPU. In
 # Colab choose the machine in *Runtime > Change runtime type*. We tested it in Jupyter on a CPU, and
 # **not yet in Colab**.
 
@@ -326,7 +327,8 @@ display(Video(where, embed=True, width=512, html_attributes=attributes))
 
 # %% [markdown]
 # A LoRA should leave other words alone. Each pair of rows shows a known emoji, which was not among
-# the films of section 3, before and after.
+# the films of section 3, before and after. In our run both changed, and the Chinese prompt took
+# mimo's colour. More films of known emoji, or a smaller weight (section 9), help against that.
 
 # %%
 others = ["an animated emoji of rocket", "大象的动画表情"]
