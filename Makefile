@@ -183,10 +183,10 @@ browser: setup
 	-npm install --silent --prefix .venv/axe axe-core@4.14.1
 	$(CPU) $(BIN)/pytest -n 0 -m "slow or not slow" tests/test_page.py
 
-# The notebook, made from its source and run with few steps.
+# The notebooks, made from their sources and run with few steps.
 notebooks: setup
-	$(BIN)/pip install --quiet jupytext nbclient ipykernel
-	$(BIN)/jupytext --quiet --update --to ipynb docs/notebooks/generate.py
+	$(BIN)/pip install --quiet -e '.[notebooks]'
+	$(BIN)/jupytext --quiet --update --to ipynb docs/notebooks/*.py
 	$(CPU) $(BIN)/pytest -n 0 -m "slow or not slow" tests/test_notebooks.py
 
 # The documentation in English, site/, and in Chinese, site/zh/. Any warning is an error.

@@ -1,7 +1,7 @@
 """Packaging. Extras: `tpu` and `cuda` for accelerators, `curate` to cut films, `serve` for the
 server, `stores` for gs:// and s3://, `ray` to prepare on a Ray cluster, `wandb` and `trackio` to
 show runs, `cloud` for Google's goodput measurement, `docs` to build the site of the documentation,
-`dev` for tests.
+`notebooks` to make and run docs/notebooks/, `dev` for tests.
 """
 
 import re
@@ -79,6 +79,7 @@ setup(
         "trackio": ["trackio>=0.40"],
         "cloud": ["ml-goodput-measurement>=0.2.3,<0.3"],
         "docs": DOCS,
+        "notebooks": ["ipykernel>=6.29", "jupytext>=1.16", "nbclient>=0.10"],
         # torch 2.13.0 has a build for CPUs alone; any other spec pulls gigabytes of CUDA.
         "dev": [
             "pytest>=8",

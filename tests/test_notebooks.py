@@ -1,18 +1,26 @@
-"""The notebook: equal to its source, and it runs from the first cell to the last (slow)."""
+"""The notebooks: equal to their sources, without outputs, and each runs to its last cell (slow)."""
 
+import itertools
 import json
 import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from easyanimate_jax.data import media
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "docs" / "notebooks"
-NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
-SMALL = {"CLIPS": 24, "IMAGES": 4, "VAE_STEPS": 4, "TEXT_STEPS": 4, "STEPS": 2}
+SMALL = {  # parameters with which a notebook ends soon
+    "try": {"STEPS": 2},
+    "train": {"CLIPS": 24, "VAE_STEPS": 4, "TEXT_STEPS": 4, "STEPS": 2},
+    "lora": {"CLIPS": 6, "KNOWN": 2, "STEPS": 2, "SAMPLING_STEPS": 2},
+}
+ALL = {"SOURCE", "FOLDER"}  # parameters of every notebook
+EMOJI, TRAINED = (17, 96, 96), (9, 64, 64)  # frames, height, width
 
 
 def source_cells(name):
@@ -33,10 +41,11 @@ def notebook(name):
 
 
 def test_every_source_has_a_notebook():
-    assert NAMES == sorted(path.stem for path in FOLDER.glob("*.py")) != []
+    for suffix in ("py", "ipynb"):
+        assert {path.stem for path in FOLDER.glob(f"*.{suffix}")} == set(SMALL), suffix
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SMALL)
 def test_a_notebook_is_its_source_without_outputs(name):
     """`make notebooks` writes it anew."""
     read = notebook(name)
@@ -47,13 +56,29 @@ def test_a_notebook_is_its_source_without_outputs(name):
             assert cell["outputs"] == [] and cell["execution_count"] is None
     tagged = [cell for cell in read["cells"] if "parameters" in cell["metadata"].get("tags", [])]
     assert len(tagged) == 1
-    assert set(SMALL) <= set(re.findall(r"^(\w+) = ", "".join(tagged[0]["source"]), re.M))
+    assert ALL | set(SMALL[name]) <= set(
+        re.findall(r"^(\w+) = ", "".join(tagged[0]["source"]), re.M)
+    )
     assert read["metadata"]["kernelspec"]["name"] == "python3"
     assert read["metadata"]["accelerator"] == "GPU" and "colab" in read["metadata"]
 
 
+def test_the_notebooks_install_in_the_same_way():
+    """They must stand alone, so each has the cell."""
+    found = [[text for _, text in source_cells(name) if '"pip"' in text] for name in SMALL]
+    assert len(found[0]) == 1 and found == [found[0]] * len(SMALL)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_notebook_begins_with_its_end_and_its_time_and_explains_its_cells(name):
+    cells = source_cells(name)
+    assert re.search(r"At the end\b.*\bminutes?\b.*\bnot yet in Colab\b", cells[0][1], re.S)
+    for (before, _), (kind, text) in itertools.pairwise(cells):
+        assert before == "markdown" or kind == "markdown", text
+
+
 def executed(name, **parameters):
-    """Run a notebook with other parameters in this environment; return it with its outputs."""
+    """Run a notebook where it is, with other parameters; return it with its outputs."""
     nbclient = pytest.importorskip("nbclient", reason="make notebooks installs it")
     pytest.importorskip("ipykernel", reason="make notebooks installs it")
     nbformat = pytest.importorskip("nbformat")
@@ -64,9 +89,7 @@ def executed(name, **parameters):
             read.cells.insert(place + 1, nbformat.v4.new_code_cell(text))
             break
     options = {"timeout": 600, "kernel_name": "python3"}
-    client = nbclient.NotebookClient(
-        read, resources={"metadata": {"path": str(ROOT.parent)}}, **options
-    )
+    client = nbclient.NotebookClient(read, resources={"metadata": {"path": str(FOLDER)}}, **options)
     client.execute(
         env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")}
     )
@@ -81,19 +104,67 @@ def outputs(read):
     return text, kinds
 
 
-@pytest.mark.slow
-def test_the_notebook_trains_a_model_and_makes_videos(tmp_path):
-    first = executed("generate", SOURCE=str(ROOT), FOLDER=str(tmp_path / "first"), **SMALL)
-    text, kinds = outputs(first)
-    assert kinds.count("text/html") == 2 and "CpuDevice" in text and "GB a device" in text
-    for film in ("from_text.mp4", "from_picture.mp4"):
-        seen = media.probe(tmp_path / "first" / film)
-        assert (seen.num_frames, seen.height, seen.width) == (9, 64, 64)
-    assert (tmp_path / "first" / "last.png").is_file()
+def size(path):
+    seen = media.probe(path)
+    return seen.num_frames, seen.height, seen.width
 
-    model = str(tmp_path / "first" / "run")
-    again = executed("generate", SOURCE=str(ROOT), FOLDER=str(tmp_path / "own"), MODEL=model)
-    text, kinds = outputs(again)
-    assert kinds.count("text/html") == 2 and "step" not in text
-    assert (tmp_path / "own" / "from_text.mp4").is_file()
-    assert not (tmp_path / "own" / "vae").exists()
+
+def rows(path, height=96):
+    """The rows of a sheet, as arrays."""
+    picture = np.asarray(Image.open(path))
+    return np.split(picture, len(picture) // height)
+
+
+@pytest.mark.slow
+def test_try_makes_films_of_words_and_of_a_picture(tmp_path):
+    text, kinds = outputs(executed("try", FOLDER=str(tmp_path), **SMALL["try"]))
+    assert "CpuDevice" in text and "(17, 96, 96, 3) uint8" in text
+    assert (kinds.count("text/html"), kinds.count("image/png")) == (4, 5)
+    assert size(tmp_path / "film.mp4") == size(tmp_path / "from_picture.mp4") == EMOJI
+    assert size(tmp_path / "seeds.mp4") == (17, 96, 4 * 96)
+    assert Image.open(tmp_path / "film.gif").n_frames == 17
+    last = np.asarray(Image.open(tmp_path / "last.png"))
+    np.testing.assert_array_equal(last, rows(tmp_path / "film.png")[0][:, -96:])
+    for name, count in {"languages": 4, "guidance": 4, "steps": 2}.items():
+        sheet = rows(tmp_path / f"{name}.png")
+        assert len({row.tobytes() for row in sheet}) == count, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [False, True])
+def test_train_makes_a_model_of_drawn_clips_or_of_a_folder(own, tmp_path):
+    clips = ""
+    if own:
+        clips = tmp_path / "own"
+        clips.mkdir()
+        for number in range(6):
+            frames = np.full((20, 48, 80, 3), 40 * number, np.uint8)
+            media.write_video(clips / f"{number}.mp4", frames, 8)
+            (clips / f"{number}.txt").write_text(f"a grey picture {number}\n")
+        (clips / "notes.txt").write_text("no film has this name")
+    folder = tmp_path / "made"
+    given = SMALL["train"] | {"FOLDER": str(folder), "MY_CLIPS": str(clips)}
+    text, kinds = outputs(executed("train", **given))
+    assert (kinds.count("text/html"), kinds.count("image/png")) == (2, 1)
+    assert "GB a device" in text and "CpuDevice" in text
+    assert size(folder / "0.mp4") == size(folder / "own.mp4") == TRAINED
+    assert len(rows(folder / "sheet.png", 64)) == 8
+    if own:
+        table = json.loads((clips / "metadata.json").read_text("utf-8"))
+        assert [row["text"] for row in table] == [f"a grey picture {n}" for n in range(6)]
+        assert "0.mp4: a grey picture 0" in text and not (folder / "clips").exists()
+
+
+@pytest.mark.slow
+def test_lora_trains_exports_and_compares(tmp_path):
+    text, kinds = outputs(executed("lora", FOLDER=str(tmp_path), **SMALL["lora"]))
+    assert (kinds.count("text/html"), kinds.count("image/png")) == (1, 4)
+    assert "mimo -> m ##i ##m ##o\n" in text and "[UNK]" not in text
+    assert size(tmp_path / "clips" / "0.mp4") == EMOJI
+    assert size(tmp_path / "before_after.mp4") == (17, 96, 2 * 96)
+    before, after = rows(tmp_path / "before_after.png")
+    none, *_, whole = rows(tmp_path / "weights.png")
+    np.testing.assert_array_equal(none, before)  # weight 0 keeps the bits of the model
+    np.testing.assert_array_equal(whole, after)
+    assert (before != after).any()
+    assert 10_000 < (tmp_path / "mimo.safetensors").stat().st_size < 10_000_000

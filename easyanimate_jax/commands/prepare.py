@@ -15,6 +15,7 @@ from easyanimate_jax.prepare.cluster import Kind, check_ray
 from easyanimate_jax.storage.lock import FolderLock
 from easyanimate_jax.storage.stores import Place, place
 from easyanimate_jax.training.safety.exits import DONE, FOUND, PREEMPTED
+from easyanimate_jax.weights.pretrained import model_place
 
 HELP = """Encode the clips of a config to records: latents and text states, for every set.
 
@@ -107,7 +108,7 @@ def load_models(vae: str | Place, text: str | Place) -> tuple:
 
 def _models(config) -> tuple[Place, Place]:
     """Return the folders of the models, as another process finds them."""
-    return place(config.vae).absolute(), place(config.text).absolute()
+    return model_place(config.vae).absolute(), model_place(config.text).absolute()
 
 
 def check_engine(own: Options) -> None:

@@ -20,6 +20,7 @@ from easyanimate_jax.training.program import batch_shardings, microbatch_rows, r
 from easyanimate_jax.training.stages import Stage
 from easyanimate_jax.weights.folder import load_vae
 from easyanimate_jax.weights.identity import fingerprint
+from easyanimate_jax.weights.pretrained import model_place
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def _check(config: TrainConfig, records: dict[str, Records]) -> None:
         return
     for kind, folder in (("vae", config.vae), ("text", config.text)):
         prints = {r.header.get("weights", {}).get(kind) for r in records.values()} - {None}
-        if prints and place_of(folder).is_dir() and prints != {fingerprint(folder)}:
+        if prints and model_place(folder).is_dir() and prints != {fingerprint(folder)}:
             raise ValueError(
                 f"{config.prepared} was prepared with another {kind} than {folder} now holds; "
                 f"restore the model, or prepare again in another folder"

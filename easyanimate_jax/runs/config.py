@@ -146,10 +146,10 @@ class TrainConfig:
     """Folder of the encoded latent sets, which `prepare` makes from `source`."""
 
     vae: str
-    """Folder of the video autoencoder; it is not trained."""
+    """Folder of the video autoencoder, which is not trained; "emoji" names the package's own."""
 
     text: str
-    """Folder of the tokenizers and text encoders; they are not trained."""
+    """Folder of the tokenizers and text encoders, which are not trained; also "emoji"."""
 
     run: str
     """Folder of the run: its checkpoints, metrics and samples; also gs:// or s3://."""
@@ -207,8 +207,8 @@ class TrainConfig:
     released scripts (spec 9.1)."""
 
     init: str = ""
-    """Weights that the transformer starts from: a run folder, a model folder or a file. "" starts
-    from random weights."""
+    """Weights that the transformer starts from: a run folder, a model folder, a file, or "emoji".
+    "" starts from random weights."""
 
     init_step: int | None = None
     """Checkpoint step to load if `init` is a run. None loads the newest."""

@@ -37,6 +37,7 @@ from easyanimate_jax.storage.stores import (
     replace_text,
 )
 from easyanimate_jax.training.program import abstract_state
+from easyanimate_jax.weights.pretrained import model_place
 from easyanimate_jax.weights.run_folder import complete_steps
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")
@@ -263,8 +264,8 @@ def _inputs(config: TrainConfig) -> list[Place]:
     """Return the folders that training reads."""
     names = dict.fromkeys(stage.data for stage in config.stages)
     folders = [place(config.prepared) / name for name in names]
-    folders += [place(config.vae)] if config.samples.prompts else []
-    folders += [place(config.init)] if config.init else []
+    folders += [model_place(config.vae)] if config.samples.prompts else []
+    folders += [model_place(config.init)] if config.init else []
     return folders
 
 

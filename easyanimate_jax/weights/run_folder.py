@@ -16,6 +16,7 @@ from easyanimate_jax.storage.stores import Place, Remote, place
 from easyanimate_jax.weights import array_item, orbax_item
 from easyanimate_jax.weights.lazy import Tensor
 from easyanimate_jax.weights.module import WEIGHTS
+from easyanimate_jax.weights.pretrained import model_place
 from easyanimate_jax.weights.steps import steps_in
 
 logger = logging.getLogger(__name__)
@@ -87,11 +88,12 @@ def frozen_model(folder: str | Place, config: Mapping, name: Frozen) -> Place:
 def frozen_places(folder: str | Place, config: Mapping, name: Frozen) -> list[Place]:
     """Return the paths to search for a run's VAE, text encoders or first weights, in order.
 
-    1. The path that `config` names (the JSON of the run's TrainConfig). 2. The same path relative
-    to the run, for a run that was moved together with it. 3. The folder of that name beside the
-    run. 4. The folder of that name in the run. The second is one of local runs.
+    1. The path that `config` names (the JSON of the run's TrainConfig), or the model of the package
+    that has this name (`weights.pretrained`). 2. The same path relative to the run, for a run that
+    was moved together with it. 3. The folder of that name beside the run. 4. The folder of that
+    name in the run. The second is one of local runs.
     """
-    run, named = place(folder), place(config[name])
+    run, named = place(folder), model_place(config[name])
     places = [named, run.parent / named.name, run / named.name]
     if isinstance(run, Path) and isinstance(named, Path):
         moved = os.path.normpath(run / os.path.relpath(named, config["run"]))
