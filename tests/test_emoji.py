@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from demos.emoji_report import ranks
 from easyanimate_jax import load_pipeline
 from easyanimate_jax.data.media import read_clip
 from easyanimate_jax.weights.identity import fingerprint
-from easyanimate_jax.weights.pretrained import FOLDER, model_place
+from easyanimate_jax.weights.pretrained import FOLDER, lasting_name, model_place
 
 NAMES = {
     "en": [("1F418", "elephant", ["animal"]), ("270B", "raised hand", ["stop", "high"])],
@@ -148,8 +149,11 @@ def test_a_name_is_the_model_of_the_package_unless_a_folder_has_it(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert model_place("emoji") == FOLDER / "emoji"
     assert model_place("elsewhere").name == "elsewhere"
+    assert lasting_name(Path("emoji")) == "emoji"
+    assert lasting_name(Path("elsewhere")) == str(tmp_path / "elsewhere")
     (tmp_path / "emoji").mkdir()
     assert not model_place("emoji").is_absolute()
+    assert lasting_name(Path("emoji")) == str(tmp_path / "emoji")
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ from easyanimate_jax.generation.request import (
 )
 from easyanimate_jax.storage import stores
 from easyanimate_jax.storage.stores import Place
+from easyanimate_jax.weights.pretrained import lasting_name
 
 NUMBERED = re.compile(r"\.?([0-9]{8,})(?![0-9])")  # ASCII digits only: "²³" is no number
 VERSIONS = ("jax", "flax", "numpy", "easyanimate_jax")
@@ -58,7 +59,7 @@ def identity(asked: Asked, origin: Origin) -> str:
     Files of the request and weights count by their content.
     """
     options = options_of(asked.request, origin) | _hashes(asked.request) | dict(origin.prints)
-    parts = [str(origin.path.absolute()), asked.line, options]
+    parts = [lasting_name(origin.path), asked.line, options]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -94,7 +95,7 @@ def record(asked: Asked, origin: Origin, output: Place, seconds: float) -> dict:
         "options": options,
         "files_sha256": _hashes(asked.request),
         "weights_blake2b": dict(origin.prints),
-        "model": str(origin.path.absolute()),
+        "model": lasting_name(origin.path),
         "identity": identity(asked, origin),
         "seconds": round(seconds, 2),
         "device": jax.devices()[0].device_kind,

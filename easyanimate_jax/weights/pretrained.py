@@ -16,6 +16,13 @@ def model_place(path: str | os.PathLike | Remote) -> Place:
     does.
     """
     found = place(path)
-    if isinstance(found, Path) and str(found) in NAMES and not found.exists():
-        return FOLDER / found
-    return found
+    return FOLDER / found if _is_name(found) else found
+
+
+def lasting_name(path: Place) -> str:
+    """Return a name of a model that other folders know too: its own, or its absolute path."""
+    return str(path) if _is_name(path) else str(path.absolute())
+
+
+def _is_name(path: Place) -> bool:
+    return isinstance(path, Path) and str(path) in NAMES and not path.exists()
