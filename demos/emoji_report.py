@@ -172,7 +172,7 @@ def _table(results: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, found in results["retrieval"].items():
         shares = [found[where][f"top-{top}"] for where in ("latents", "pixels") for top in TOP]
-        rows.append([name, *(f"{share:.2f}" for share in (*shares, found["motion"]))])
+        rows.append([name.replace("_", "-"), *(f"{share:.2f}" for share in (*shares, found["motion"]))])
     return header, rows
 
 
@@ -191,8 +191,8 @@ def card(config, results: dict, prints: dict[str, str], size: int) -> str:
         "asked": results["asked"],
         "megabytes": f"{size / 1e6:.1f}",
         "first": f"{results['first_frame_psnr']:.1f}",
-        "vae": f"{results['vae']['psnr']:.1f}",
-        "seconds": f"{results['training_seconds']:,.0f}",
+        "vae": f"{json.loads((Path(DECODER) / 'vae_report.json').read_text())['psnr']:.1f}",
+        "minutes": round(sum(s["seconds"] for s in results["stages"].values()) / 60),
         "prints": "\n".join(f"| {name} | `{value}` |" for name, value in prints.items()),
         "versions": ", ".join(f"{name} {value}" for name, value in results["versions"].items()),
         "steps": config.samples.steps,

@@ -1,6 +1,6 @@
 """Eight small films of emoji by the model that comes with the package, and a page that plays them.
 
-    python -m demos.gallery OUT [--seed 1] [--prompts "a rocket" "火箭"]
+    python -m demos.gallery OUT [--seed 1] [--prompts "a teacher" "老师"]
 
 Seven films are made from English and Chinese words. The eighth one begins with a picture: the
 first frame of the first film. Beside the page are the films, `strip.png` with three frames of each,
@@ -23,13 +23,13 @@ from easyanimate_jax.data.media import write_png, write_video
 
 MODEL = "emoji"
 PROMPTS = (
-    "elephant",
-    "red heart",
-    "woman astronaut, medium skin tone",
-    "clown face",
-    "企鹅",
-    "火箭的动画表情",
-    "男厨师，较深肤色",
+    "woman mountain biking",
+    "teacher",
+    "woman mage",
+    "automobile",
+    "划艇",
+    "程序员的动画表情",
+    "盘腿的女人",
 )
 SCALE = 2  # of the page's films
 STRIP = (0, 6, 12)  # frames of each film in the strip
@@ -104,8 +104,8 @@ It comes with the repository, and <code>configs/emoji.py</code> trained it: the 
 12B model. Reload the page to start all films together.</p>
 <main>{cards}</main>
 <h2>Your own words</h2>
-<pre>{model} "a cat"
-{model} 猫
+<pre>{model} "woman dancing"
+{model} 戴头纱的女人
 python -m easyanimate_jax serve {MODEL}    # the same in a browser</pre>
 <p>The model knows 2,109 animated emoji by their English and Chinese names. It was not trained on
 anything else: other words give emoji that it finds near.</p></html>

@@ -134,7 +134,7 @@ def _page_of(target: Path, docs: Path) -> str | None:
 
 def _is_english(page: str) -> bool:
     """Return True if the English site shows the file: a page or a picture."""
-    return page in COPIES or (page.endswith((".md", ".png", ".svg")) and page[:3] != "zh/")
+    return page in COPIES or (page.endswith((".md", ".png", ".svg", ".webp")) and page[:3] != "zh/")
 
 
 def _is_chinese(config) -> bool:

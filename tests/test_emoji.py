@@ -168,7 +168,7 @@ def test_the_model_makes_what_it_is_asked_for_in_both_languages(pipeline):
     drawn = films.min(axis=-1) < 200  # not the white around it
     red, _, blue = (films[..., c].astype(float) for c in range(3))
     warmer = [(red - blue)[row][drawn[row]].mean() for row in range(4)]
-    assert min(warmer[:2]) > 60 and max(warmer[2:]) < -60
+    assert min(warmer[:2]) > 60 and max(warmer[2:]) < -30
 
 
 def test_the_model_goes_on_from_a_picture(pipeline):

@@ -331,7 +331,7 @@ display(Video(where, embed=True, width=512, html_attributes=attributes))
 # mimo's colour. More films of known emoji, or a smaller weight (section 9), help against that.
 
 # %%
-others = ["an animated emoji of rocket", "大象的动画表情"]
+others = ["an animated emoji of teacher", "大象的动画表情"]
 made = [pipeline(others, **options) for pipeline in (before, after)]
 sheet([made[row][number] for number in range(len(others)) for row in (0, 1)], "others.png")
 

@@ -43,7 +43,7 @@
 SOURCE = "../.."
 FOLDER = "emoji_films"
 
-PROMPT = "an animated emoji of rocket"  # @param {type:"string"}
+PROMPT = "an animated emoji of teacher"  # @param {type:"string"}
 SEED = 7  # @param {type:"slider", min:0, max:100, step:1}
 STEPS = 20  # @param {type:"slider", min:2, max:50, step:1}
 GUIDANCE = 3.0  # @param {type:"slider", min:1.0, max:8.0, step:0.5}
@@ -135,7 +135,7 @@ sheet([film], "film.png")
 # training data.
 
 # %%
-prompts = ["elephant", "an animated emoji of red heart", "企鹅", "火箭的动画表情"]
+prompts = ["woman mage", "an animated emoji of red heart", "划艇", "老师的动画表情"]
 films = pipeline(prompts, seed=SEED, steps=STEPS, guidance=GUIDANCE)
 play(np.concatenate(films, axis=2), "languages.mp4", width=768)  # side by side
 sheet(films, "languages.png")
