@@ -172,7 +172,8 @@ def _table(results: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, found in results["retrieval"].items():
         shares = [found[where][f"top-{top}"] for where in ("latents", "pixels") for top in TOP]
-        rows.append([name.replace("_", "-"), *(f"{share:.2f}" for share in (*shares, found["motion"]))])
+        shares.append(found["motion"])
+        rows.append([name.replace("_", "-"), *(f"{share:.2f}" for share in shares)])
     return header, rows
 
 
