@@ -153,6 +153,7 @@ def test_a_file_that_says_something_else_is_refused(tmp_path, text):
     (tmp_path / "sampling.json").write_text(text)
     with pytest.raises(ValueError, match=r"is not of the form .* correct it, or remove it"):
         defaults.of_folder(tmp_path)
+    assert defaults.size_of_folder(tmp_path) is None
 
 
 @pytest.mark.parametrize("size", ["[9, 128]", '"9"', "[9, 128, 1.5]", "[true, 16, 16]"])

@@ -133,7 +133,10 @@ def size_of_folder(folder: Place) -> Size | None:
     Raises ValueError for a size that is not three whole numbers.
     """
     path = folder / FILE
-    size = json.loads(path.read_text("utf-8-sig")).get("size") if path.is_file() else None
+    try:
+        size = json.loads(path.read_text("utf-8-sig")).get("size") if path.is_file() else None
+    except (ValueError, AttributeError):
+        return None  # `of_folder` refuses the file
     if size is None:
         return None
     if not (isinstance(size, list) and len(size) == 3 and all(type(n) is int for n in size)):
