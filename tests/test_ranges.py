@@ -303,6 +303,8 @@ CLASSES = {
             "steps": STEPS,
             "batch": COUNT,
             "learning_rate": RATE,
+            "places": COUNT,
+            "telling": RATE,
             "temperature": ABOVE,
             "seed": SEED,
         },
@@ -368,7 +370,7 @@ CLASSES = {
 # Dataclasses that the program makes for itself.
 NO_CONFIGS = {
     *("Clip", "Chip", "Gpu", "Instruction", "Collective", "Kernel", "Program", "Prediction"),
-    *("Choice", "Score", "TextConfig", "Sentence", "Chat", "Change", "StageReport"),
+    *("Choice", "Score", "TextConfig", "Sentence", "Chat", "Change", "StageReport", "Emoji"),
     *("Remote", "Process", "SampleRequest", "Faults"),  # the third has its ranges in `check`
 }
 ONE_VALUE = {"patch", "out_channels", "latent_channels"}  # fields that admit no other

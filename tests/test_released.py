@@ -85,7 +85,8 @@ def test_a_folder_of_any_layout_makes_the_frames_of_its_run(run, tmp_path):
     for layout in ("jax", "diffusers", "original"):
         ea.convert(run, tmp_path / layout, ea.ConvertOptions(to=layout))
         pipeline = ea.load_pipeline(tmp_path / layout, dtype="float32", low_memory=True)
-        assert pipeline.step is None and pipeline.samples == ea.SampleConfig()
+        size = {"frames": 9, "height": 128, "width": 128}  # of the run's own samples
+        assert pipeline.step is None and pipeline.samples == ea.SampleConfig(**size)
         np.testing.assert_array_equal(pipeline(PROMPT, **ASKED), expected, err_msg=layout)
 
 

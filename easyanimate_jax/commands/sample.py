@@ -47,7 +47,7 @@ class Options:
     """The arguments of `sample`."""
 
     model: Positional[Place]
-    """Run, converted or released folder, or emoji."""
+    """Run, folder of weights, or emoji."""
     request: Annotated[SampleRequest, arg(name="")] = SampleRequest()
     """Options of each sample."""
     prompts: Path | None = None
