@@ -25,11 +25,14 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from easyanimate_jax.sharding import platform
+from easyanimate_jax.models import heads
+from easyanimate_jax.models.rope import Angles
+from easyanimate_jax.sharding import device_kind, platform
 
 Queries = Float[Array, "B Q heads K"]
 Keys = Float[Array, "B S heads K"]
 Tokens = Float[Array, "B _ heads K"]
+Rows = Float[Array, "B _ D"]
 
 LONG = 1024  # keys; with at most this many, `plain` is cheaper than slices
 SLICE = 128  # queries in a slice of a long sequence: the scores of one head then fit the CPU cache
@@ -53,7 +56,7 @@ def joint_attention(
     num_text: int,
     axis: str | None = None,
 ) -> tuple[Tokens, Tokens]:
-    """Return the attention of (text, video) queries over all tokens, text first.
+    """Return the attention of (text, video) queries over all tokens.
 
     `lengths` counts the real video tokens of each row; `num_text` counts all text tokens.
 
@@ -63,36 +66,60 @@ def joint_attention(
     """
     lengths = num_text + lengths
     if axis is None:
-        return _attend(q, [jnp.concatenate(x, axis=1) for x in (k, v)], lengths)
+        return _attend(q, [_join(*x) for x in (k, v)], lengths, num_text)
 
     def whole(text, video, collect):
-        return jnp.concatenate([collect(text)[:, :num_text], collect(video)], axis=1)
+        return _join(collect(text)[:, :num_text], collect(video))
 
     parts = jax.lax.axis_size(axis)
     if q[1].shape[2] % (parts * jax.sharding.get_abstract_mesh().shape["tensor"]):
         collect = partial(jax.lax.all_gather, axis_name=axis, axis=1, tiled=True)
-        return _attend(q, [whole(*x, collect) for x in (k, v)], lengths)
+        return _attend(q, [whole(*x, collect) for x in (k, v)], lengths, num_text)
 
     exchange = partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
     to_heads = partial(exchange, split_axis=2, concat_axis=1)
-    out = attention(*(whole(*x, to_heads) for x in (q, k, v)), lengths)
+    out = attention(*(whole(*x, to_heads) for x in (q, k, v)), lengths, num_text=num_text)
+    text, video = _part(out, num_text)
     filled = q[0].shape[1] * parts - num_text
-    text = jnp.pad(out[:, :num_text], ((0, 0), (0, filled), (0, 0), (0, 0)))
-    return tuple(exchange(x, split_axis=1, concat_axis=2) for x in (text, out[:, num_text:]))
+    text = jnp.pad(text, ((0, 0), (0, filled), (0, 0), (0, 0)))
+    return tuple(exchange(x, split_axis=1, concat_axis=2) for x in (text, video))
 
 
-def _attend(q: tuple[Tokens, Tokens], kv: list[Keys], lengths) -> tuple[Tokens, Tokens]:
+def _join(text: Tokens, video: Tokens) -> Tokens:
+    """Return all tokens, text first; on TPUs video first.
+
+    Lengths of videos are multiples of 128. So on a TPU, parting the video from tokens that follow
+    it moves no number between the lanes or sublanes of the vector unit.
+    """
+    return jnp.concatenate([video, text] if platform() == "tpu" else [text, video], axis=1)
+
+
+def _part(joined: Tokens, num_text: int) -> tuple[Tokens, Tokens]:
+    """Return (text, video): the inverse of `_join`."""
+    if platform() == "tpu":
+        video = joined.shape[1] - num_text
+        return joined[:, video:], joined[:, :video]
+    return joined[:, :num_text], joined[:, num_text:]
+
+
+def _attend(
+    q: tuple[Tokens, Tokens], kv: list[Keys], lengths, num_text: int
+) -> tuple[Tokens, Tokens]:
     """Attend with text and video queries; joined, except for `plain`, which saves that copy."""
     if kernel(q[0].dtype, kv[0].shape[1]) is plain:
         video = attention(q[1], *kv, lengths)
         return attention(q[0], *kv, lengths), video
-    out = attention(jnp.concatenate(q, axis=1), *kv, lengths)
-    return out[:, : q[0].shape[1]], out[:, q[0].shape[1] :]
+    return _part(attention(_join(*q), *kv, lengths, num_text=num_text), q[0].shape[1])
 
 
-def attention(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
-    """Let every query attend to the first `lengths` keys of its row, with the platform's kernel."""
-    attend, mesh = kernel(q.dtype, k.shape[1]), jax.sharding.get_abstract_mesh()
+def attention(
+    q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"], *, num_text: int = 0
+) -> Queries:
+    """Let every query attend to the real keys of its row, with the platform's kernel.
+
+    They are the first `lengths` keys. On a TPU the last `num_text` of them are the last keys.
+    """
+    attend, mesh = kernel(q.dtype, k.shape[1], num_text), jax.sharding.get_abstract_mesh()
     if attend is plain or mesh.empty or mesh.size == 1:
         return attend(q, k, v, lengths)
     # `by_device` leaves only the axis `tensor` to XLA, and XLA cannot split a kernel over it.
@@ -106,11 +133,10 @@ def attention(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries
     )(q, k, v, lengths)
 
 
-def kernel(dtype, num_keys: int):
+def kernel(dtype, num_keys: int, num_text: int = 0):
     """Return this platform's attention function: `splash`, `cudnn`, `plain` or `sliced`."""
     if platform() == "tpu":
-        device = jax.sharding.get_abstract_mesh().abstract_device
-        return partial(splash, device_kind=getattr(device, "device_kind", None))
+        return partial(splash, num_text=num_text, device_kind=device_kind())
     if platform() == "gpu" and dtype != jnp.float32:  # cuDNN has no float32 kernel
         return cudnn
     return plain if num_keys <= LONG else sliced
@@ -221,22 +247,44 @@ def splash(
     v: Keys,
     lengths: Int[Array, "B"],
     *,
+    num_text: int = 0,
     device_kind: str | None = None,
     interpret: bool = False,
 ) -> Queries:
     """Attend with Splash; padded keys get another segment number than the queries.
 
+    The last `num_text` of the `lengths` real keys of a row are the last keys.
+
     The kernel names its result and its log-sums "attention". If `scan_blocks` saves that name, the
     backward pass does not run the kernel again.
     """
-    num_queries, num_keys, heads = q.shape[1], k.shape[1], q.shape[2]
-    q_rows, k_rows = (n + -n % _granule(n) for n in (num_queries, num_keys))
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    q_rows, k_rows = (n + -n % granule(n) for n in (num_queries, num_keys))
 
     def lay(x, rows):
         x = jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, 0)))
         return rearrange(x, "B S heads K -> B heads S K")
 
-    segments = (jnp.arange(k_rows)[None] >= lengths[:, None]).astype(jnp.int32)
+    heads = lay(q * q.shape[-1] ** -0.5, q_rows), lay(k, k_rows), lay(v, k_rows)
+    out = splash_heads(*heads, lengths, num_keys, num_text, device_kind, interpret)
+    return rearrange(out, "B heads S K -> B S heads K")[:, :num_queries]
+
+
+def splash_heads(
+    q: Float[Array, "B heads Q K"],
+    k: Float[Array, "B heads S K"],
+    v: Float[Array, "B heads S K"],
+    lengths: Int[Array, "B"],
+    num_keys: int,
+    num_text: int,
+    device_kind: str | None,
+    interpret: bool,
+) -> Float[Array, "B heads Q K"]:
+    """Attend as `splash` does, with scaled queries; `num_keys` of the S keys are no filling."""
+    q_rows, k_rows, heads = q.shape[2], k.shape[2], q.shape[1]
+    place = jnp.arange(k_rows)[None]
+    text = (place >= num_keys - num_text) & (place < num_keys)
+    padded = (place >= lengths[:, None] - num_text) & ~text
     call = make_splash_mha(
         MultiHeadMask([FullMask((q_rows, k_rows))] * heads),
         block_sizes=block_sizes(q_rows, k_rows, device_kind),
@@ -245,16 +293,59 @@ def splash(
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
-    out = jax.vmap(call)(
-        lay(q * q.shape[-1] ** -0.5, q_rows),
-        lay(k, k_rows),
-        lay(v, k_rows),
-        SegmentIds(jnp.zeros((q.shape[0], q_rows), jnp.int32), segments),
+    queries = jnp.zeros((q.shape[0], q_rows), jnp.int32)
+    return jax.vmap(call)(q, k, v, SegmentIds(queries, padded.astype(jnp.int32)))
+
+
+def is_fused(num_video: int, axis: str | None) -> bool:
+    """Return whether `fused_attention` can attend: on a TPU that holds all tokens of its rows."""
+    return platform() == "tpu" and axis is None and num_video % min(heads.BLOCKS) == 0
+
+
+def fused_attention(
+    video: tuple[Rows, Rows, Rows],
+    text: tuple[Rows, Rows, Rows],
+    norms: tuple[heads.Norms, heads.Norms],
+    angles: Angles,
+    lengths: Int[Array, "B"],
+    *,
+    eps: float,
+    interpret: bool = False,
+) -> tuple[Rows, Rows]:
+    """Return the attention of (video, text) from their projections (queries, keys, values).
+
+    It normalises the heads of queries and keys and rotates those of the video; see
+    models/heads.py. `norms` are those of queries and keys, each of (video, text).
+    """
+    run = partial(_fused, eps=eps, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return run(video, text, norms, angles, lengths)
+    by_heads, whole = PartitionSpec(None, None, "tensor"), PartitionSpec()
+    return jax.shard_map(
+        run,
+        in_specs=(by_heads, by_heads, whole, whole, whole),
+        out_specs=(by_heads, by_heads),
+        axis_names={"tensor"},
+        check_vma=False,
+    )(video, text, norms, angles, lengths)
+
+
+def _fused(video, text, norms, angles, lengths, *, eps: float, interpret: bool):
+    (_, N, D), L, K = video[0].shape, text[0].shape[1], norms[0][0].scale.shape[0]
+    video, text = (tuple(x.swapaxes(1, 2) for x in projections) for projections in (video, text))
+    place = heads.layout(N, L, D // K, eps, granule(N + L), interpret)
+    turns = heads.signed_angles(angles)
+    q, k = (
+        heads.join_normalised(place, video[n], text[n], norms[n], turns, factor)
+        for n, factor in enumerate((K**-0.5, 1.0))
     )
-    return rearrange(out, "B heads S K -> B S heads K")[:, :num_queries]
+    v = heads.join(place, video[2], text[2])
+    out = splash_heads(q, k, v, L + lengths, N + L, L, device_kind(), interpret)
+    return tuple(x.swapaxes(1, 2) for x in heads.part(place, out))
 
 
-def _granule(length: int) -> int:
+def granule(length: int) -> int:
     """Return the multiple that a length is padded to; larger blocks are faster on long ones."""
     return 512 if length > 2048 else 128
 
