@@ -109,7 +109,7 @@ def _normalised_part(place, first, factor, x, norm, angles, into):
 
     `into` is the sequence so far; without it, all but these tokens is undefined.
     """
-    out = _write_normalised(place, first, factor, x, norm, angles, into)
+    out = _write(place, first, factor, x, norm, angles, into)
     return out.swapaxes(2, 3)  # Splash turns it back, so nothing moves
 
 
@@ -131,9 +131,10 @@ _normalised_part.defvjp(_normalised_part_forward, _normalised_part_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _join(place, video, text):
-    zeros = jnp.zeros((*video.shape[:2], place.total - place.video - place.text), video.dtype)
-    joined = jnp.concatenate([video, text, zeros], axis=2)
-    return joined.reshape(video.shape[0], place.heads, -1, place.total).swapaxes(2, 3)
+    joined = None
+    for first, x in ((0, video), (place.video, text)):
+        joined = _write(place, first, 1.0, x, None, None, joined).swapaxes(2, 3)
+    return joined
 
 
 _join.defvjp(lambda *args: (_join(*args), None), lambda place, _, d: _part(place, d))
@@ -157,32 +158,31 @@ def _part_backward(place, _, gradients):
 _part.defvjp(lambda place, joined: (_part(place, joined), None), _part_backward)
 
 
-def _write_normalised(place, first, factor, x, norm, angles, into):
-    """Return the sequence (B heads K S) with normalised heads at their place."""
+def _write(place, first, factor, x, norm, angles, into):
+    """Return the sequence (B heads K S) with heads at their place; without `norm` as they are."""
     B, D, count = x.shape
     K, call = D // place.heads, _Call(place, first, count, D // place.heads)
     ends = place.total if first else place.video
-    more = [] if angles is None else list(angles)
-    operands = [x, norm.scale[:, None], norm.bias[:, None], *more]
-    specs = [call.tokens, call.weight, call.weight, *[call.angles] * len(more)]
+    weights = [] if norm is None else [norm.scale[:, None], norm.bias[:, None]]
+    turns = [] if angles is None else list(angles)
     return call.run(
-        partial(_write_kernel, place.eps, factor, call, angles is not None),
+        partial(_write_kernel, place.eps, factor, call, norm is not None, angles is not None),
         "heads_fwd",
         (B, (ends - first) // place.block, place.heads // place.grouped),
-        operands,
-        specs,
+        [x, *weights, *turns],
+        [call.tokens, *[call.weight] * len(weights), *[call.angles] * len(turns)],
         jax.ShapeDtypeStruct((B, place.heads, K, place.total), x.dtype),
         call.lanes,
         into=None if into is None else into.swapaxes(2, 3),
     )
 
 
-def _write_kernel(eps, factor, call, rotated, x, scale, bias, *refs):
-    out = refs[-1]
-    n, _ = _normalised(_split(x, call), eps)
-    y = n * scale[...][None] + bias[...][None]
+def _write_kernel(eps, factor, call, normal, rotated, x, *refs):
+    y, out = _split(x, call), refs[-1]
+    if normal:
+        y = _normalised(y, eps)[0] * refs[0][...][None] + refs[1][...][None]
     if rotated:
-        cos, sin = refs[:2]
+        cos, sin = refs[2:4]
         y = y * cos[...] + _swapped(y) * sin[...]
     out[0] = _only_real(call, y * factor).astype(out.dtype)
 

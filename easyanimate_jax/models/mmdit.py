@@ -134,10 +134,14 @@ class AdaLN(nnx.Module):
         self.linear = modulation(config, 6, rngs=rngs)
         self.norm = layer_norm(config.width, eps=config.norm_eps, rngs=rngs)
 
-    def __call__(self, video: Video, text: Text, time: Time) -> tuple[Video, Text, Gate, Gate]:
+    def __call__(
+        self, video: Video, text: Text, time: Time
+    ) -> tuple[tuple[Video, Text], tuple[Video, Text], tuple[Gate, Gate]]:
+        """Return the modulated streams, the streams themselves, and their gates."""
         shift, scale, gate, t_shift, t_scale, t_gate = split_modulation(self.linear(time), 6)
-        video = modulated_norm(self.norm, video, shift, scale)
-        return video, modulated_norm(self.norm, text, t_shift, t_scale), gate, t_gate
+        v, video = modulated_norm(self.norm, video, shift, scale)
+        t, text = modulated_norm(self.norm, text, t_shift, t_scale)
+        return (v, t), (video, text), (gate, t_gate)
 
 
 def modulation(config: MMDiTConfig, parts: int, *, rngs: nnx.Rngs) -> nnx.Linear:
@@ -200,12 +204,12 @@ class MMDiTBlock(nnx.Module):
         axis: str | None,
     ) -> tuple[Video, Text]:
         """Return both streams; with `axis`, of a device's tokens. `num_text` counts all text."""
-        v, t, v_gate, t_gate = self.norm1(video, text, time)
+        (v, t), (video, text), (v_gate, t_gate) = self.norm1(video, text, time)
         weights = self.video.attention, self.text.attention
         v, t = attend(*weights, v, t, angles, lengths, num_text, axis)
         video, text = video + v_gate * v, text + t_gate * t
 
-        v, t, v_gate, t_gate = self.norm2(video, text, time)
+        (v, t), (video, text), (v_gate, t_gate) = self.norm2(video, text, time)
         video = video + v_gate * self.video.mlp(v)
         return video, text + t_gate * self.text.mlp(t)
 

@@ -8,9 +8,10 @@ Pallas kernels hold whole tokens in vector memory and read each array once. They
 and round once, to the dtype of `x`. On other platforms XLA computes `dtype(norm(x)) * (1 + scale) +
 shift`, as the reference does.
 
-The backward pass keeps only `x` and the vectors. With g = dy * factor,
+The backward pass keeps only `x` and the vectors. With g = dy * factor, and d the gradient of `x`
+from the path around the norm,
 
-    dx = rstd * (g - mean(g) - n * mean(g * n))
+    dx = d + rstd * (g - mean(g) - n * mean(g * n))
 
 The gradients of `factor` and `offset` are sums over the tokens of a row: of dy * n and of dy.
 """
@@ -33,13 +34,17 @@ OfRow = Float[Array, "B 1 D"]
 BLOCK = 128  # tokens in vector memory at once, beside those that are read and written meanwhile
 
 
-def modulated_norm(norm: nnx.LayerNorm, x: Tokens, shift: OfRow, scale: OfRow) -> Tokens:
-    """Return `norm(x)` times 1 + `scale`, plus `shift`, in the dtype of `x`.
+def modulated_norm(
+    norm: nnx.LayerNorm, x: Tokens, shift: OfRow, scale: OfRow
+) -> tuple[Tokens, Tokens]:
+    """Return `norm(x)` times 1 + `scale`, plus `shift`, in the dtype of `x`; and `x`.
 
-    `norm` is a float32 LayerNorm with weight and bias. `shift` and `scale` have the dtype of `x`.
+    The path around the norm should use the returned `x`, so that the backward pass adds its
+    gradient in the same kernel. `norm` is a float32 LayerNorm with weight and bias. `shift` and
+    `scale` have the dtype of `x`.
     """
     if platform() != "tpu":
-        return norm(x).astype(x.dtype) * (1 + scale) + shift
+        return norm(x).astype(x.dtype) * (1 + scale) + shift, x
     more = 1 + scale.astype(jnp.float32)
     factor = norm.scale.get_value()[None, None] * more
     offset = norm.bias.get_value()[None, None] * more + shift.astype(jnp.float32)
@@ -48,7 +53,11 @@ def modulated_norm(norm: nnx.LayerNorm, x: Tokens, shift: OfRow, scale: OfRow) -
         # `by_device` leaves only the axis `tensor` to XLA, and XLA cannot split a kernel over it.
         whole = PartitionSpec()
         fused = jax.shard_map(
-            fused, in_specs=(whole,) * 3, out_specs=whole, axis_names={"tensor"}, check_vma=False
+            fused,
+            in_specs=(whole,) * 3,
+            out_specs=(whole, whole),
+            axis_names={"tensor"},
+            check_vma=False,
         )
     return fused(x, factor, offset)
 
@@ -60,13 +69,13 @@ def in_one_pass(
     factor: Float[Array, "B 1 D"],
     offset: Float[Array, "B 1 D"],
     interpret: bool = False,
-) -> Tokens:
-    """Return normalised tokens times `factor`, plus `offset`; both are float32, for each row.
+) -> tuple[Tokens, Tokens]:
+    """Return normalised tokens times `factor`, plus `offset`, both float32 for each row; and `x`.
 
     With `interpret`, the kernel runs on any platform.
     """
     tokens, of_row = _specs(x.shape)
-    return pl.pallas_call(
+    y = pl.pallas_call(
         partial(_forward_kernel, eps),
         grid=_grid(x.shape),
         in_specs=[tokens, of_row, of_row],
@@ -76,27 +85,28 @@ def in_one_pass(
         name="modulated_norm_fwd",
         interpret=interpret,
     )(x, factor, offset)
+    return y, x
 
 
 def _forward(eps, x, factor, offset, interpret):
     return in_one_pass(eps, x, factor, offset, interpret), (x, factor)
 
 
-def _backward(eps, interpret, kept, dy):
-    x, factor = kept
+def _backward(eps, interpret, kept, gradients):
+    (x, factor), (dy, around) = kept, gradients
     tokens, of_row = _specs(x.shape)
     sums = jax.ShapeDtypeStruct(factor.shape, jnp.float32)
     return tuple(
         pl.pallas_call(
             partial(_backward_kernel, eps, x.shape[1]),
             grid=_grid(x.shape),
-            in_specs=[tokens, of_row, tokens],
+            in_specs=[tokens, of_row, tokens, tokens],
             out_specs=[tokens, of_row, of_row],
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), sums, sums],
             compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
             name="modulated_norm_bwd",
             interpret=interpret,
-        )(x, factor, dy)
+        )(x, factor, dy, around)
     )
 
 
@@ -126,7 +136,7 @@ def _forward_kernel(eps, x, factor, offset, y):
     y[0] = (n * factor[0] + offset[0]).astype(y.dtype)
 
 
-def _backward_kernel(eps, num_tokens, x, factor, dy, dx, d_factor, d_offset):
+def _backward_kernel(eps, num_tokens, x, factor, dy, around, dx, d_factor, d_offset):
     @pl.when(pl.program_id(1) == 0)
     def _():
         d_factor[...] = jnp.zeros_like(d_factor)
@@ -142,4 +152,4 @@ def _backward_kernel(eps, num_tokens, x, factor, dy, dx, d_factor, d_offset):
     d_offset[0] += g.sum(axis=0, keepdims=True)
     g = g * factor[0]
     mean, mean_n = (value.mean(axis=-1, keepdims=True) for value in (g, g * n))
-    dx[0] = (rstd * (g - mean - n * mean_n)).astype(dx.dtype)
+    dx[0] = (around[0].astype(jnp.float32) + rstd * (g - mean - n * mean_n)).astype(dx.dtype)

@@ -14,7 +14,7 @@ UNKNOWN = 2**62  # cycles that the compiler writes if it has no estimate
 # Our kernels that are no attention: name -> (rate in `Chip`, arrays of tokens read and written).
 STREAMS = {
     "modulated_norm_fwd": ("norms", 2),
-    "modulated_norm_bwd": ("norms", 3),
+    "modulated_norm_bwd": ("norms", 4),
     "heads_fwd": ("heads", 2),
     "heads_bwd": ("heads", 3),
     "heads_part": ("heads", 2),
