@@ -9,6 +9,7 @@ import pytest
 from einops import rearrange
 from flax import nnx
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from easyanimate_jax.facts import MESH_AXES
 from easyanimate_jax.models import heads
@@ -76,7 +77,7 @@ def test_fused_attention_is_the_formula_with_its_gradients(N, L, num_heads, K):
     real = (jnp.arange(N)[None] < lengths[:, None])[..., None]
     weights = normal(2, N, num_heads * K, seed=20) * real, normal(2, L, num_heads * K, seed=21)
     found = []
-    for attend in (by_formula, partial(fused_attention, eps=EPS, interpret=True)):
+    for attend in (by_formula, partial(fused_attention, num_text=L, eps=EPS, interpret=True)):
 
         def loss(video, text, norms, attend=attend):
             out = attend(video, text, norms, angles, lengths)
@@ -91,25 +92,37 @@ def test_fused_attention_is_the_formula_with_its_gradients(N, L, num_heads, K):
         np.testing.assert_allclose(got, want, atol=2e-5 * float(jnp.abs(want).max()))
 
 
-def test_fused_attention_splits_heads_over_the_axis_tensor():
+@pytest.mark.parametrize(("context", "tensor"), [(1, 2), (2, 1), (2, 2)])
+def test_fused_attention_is_the_same_on_more_devices(context, tensor):
+    """Devices hold parts of the tokens or of the heads; 2 tokens fill the 30 of the text."""
     video, text, norms = inputs(128, 30, 4, 16)
     angles = rotary_angles(jnp.array([[1, 8, 16], [1, 8, 8]]), 128, 16)
-    attend = jax.jit(partial(fused_attention, eps=EPS, interpret=True))
     arguments = video, text, norms, angles, jnp.array([128, 64])
-    want = attend(*arguments)
+    attend = partial(fused_attention, num_text=30, eps=EPS, interpret=True)
+    want = jax.jit(attend)(*arguments)
+
     auto = (AxisType.Auto,) * len(MESH_AXES)
-    with jax.set_mesh(jax.make_mesh((1, 1, 1, 2), MESH_AXES, axis_types=auto)):
-        got = attend(*arguments)
-        assert "tensor" in str(got[0].sharding.spec)
-    for one, two in zip(want, got, strict=True):
-        np.testing.assert_allclose(one, two, atol=1e-6)
+    text = tuple(jnp.pad(x, ((0, 0), (0, 2), (0, 0))) for x in text)
+    axis, tokens = (None, P()) if context == 1 else ("context", P(None, "context"))
+    with jax.set_mesh(jax.make_mesh((1, 1, context, tensor), MESH_AXES, axis_types=auto)):
+        on_devices = jax.shard_map(
+            partial(attend, axis=axis),
+            in_specs=(tokens, tokens, P(), tokens, P()),
+            out_specs=(tokens, tokens),
+            axis_names={"data", "fsdp", "context"},
+            check_vma=False,
+        )
+        text = text if axis else tuple(x[:, :30] for x in text)
+        got = jax.jit(on_devices)(video, text, *arguments[2:])
+    np.testing.assert_allclose(got[0], want[0], atol=1e-6)
+    np.testing.assert_allclose(got[1][:, :30], want[1], atol=1e-6)
 
 
 def test_layouts_have_whole_blocks_of_video():
     assert heads.layout(3584, 333, 48, EPS, 512)[:4] == (3584, 333, 4096, 512)
     assert heads.layout(3328, 333, 48, EPS, 512)[:4] == (3328, 333, 4096, 256)
     assert heads.layout(100, 20, 4, EPS, 128) is None
-    assert not is_fused(3584, None)  # on a CPU
+    assert not is_fused(3584, 48, None)  # on a CPU
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def joint_attention(
     num_text: int,
     axis: str | None = None,
 ) -> tuple[Tokens, Tokens]:
-    """Return the attention of (text, video) queries over all tokens.
+    """Return the attention of (text, video) queries over all tokens, text first.
 
     `lengths` counts the real video tokens of each row; `num_text` counts all text tokens.
 
@@ -66,60 +66,36 @@ def joint_attention(
     """
     lengths = num_text + lengths
     if axis is None:
-        return _attend(q, [_join(*x) for x in (k, v)], lengths, num_text)
+        return _attend(q, [jnp.concatenate(x, axis=1) for x in (k, v)], lengths)
 
     def whole(text, video, collect):
-        return _join(collect(text)[:, :num_text], collect(video))
+        return jnp.concatenate([collect(text)[:, :num_text], collect(video)], axis=1)
 
     parts = jax.lax.axis_size(axis)
     if q[1].shape[2] % (parts * jax.sharding.get_abstract_mesh().shape["tensor"]):
         collect = partial(jax.lax.all_gather, axis_name=axis, axis=1, tiled=True)
-        return _attend(q, [whole(*x, collect) for x in (k, v)], lengths, num_text)
+        return _attend(q, [whole(*x, collect) for x in (k, v)], lengths)
 
     exchange = partial(jax.lax.all_to_all, axis_name=axis, tiled=True)
     to_heads = partial(exchange, split_axis=2, concat_axis=1)
-    out = attention(*(whole(*x, to_heads) for x in (q, k, v)), lengths, num_text=num_text)
-    text, video = _part(out, num_text)
+    out = attention(*(whole(*x, to_heads) for x in (q, k, v)), lengths)
     filled = q[0].shape[1] * parts - num_text
-    text = jnp.pad(text, ((0, 0), (0, filled), (0, 0), (0, 0)))
-    return tuple(exchange(x, split_axis=1, concat_axis=2) for x in (text, video))
+    text = jnp.pad(out[:, :num_text], ((0, 0), (0, filled), (0, 0), (0, 0)))
+    return tuple(exchange(x, split_axis=1, concat_axis=2) for x in (text, out[:, num_text:]))
 
 
-def _join(text: Tokens, video: Tokens) -> Tokens:
-    """Return all tokens, text first; on TPUs video first.
-
-    Lengths of videos are multiples of 128. So on a TPU, parting the video from tokens that follow
-    it moves no number between the lanes or sublanes of the vector unit.
-    """
-    return jnp.concatenate([video, text] if platform() == "tpu" else [text, video], axis=1)
-
-
-def _part(joined: Tokens, num_text: int) -> tuple[Tokens, Tokens]:
-    """Return (text, video): the inverse of `_join`."""
-    if platform() == "tpu":
-        video = joined.shape[1] - num_text
-        return joined[:, video:], joined[:, :video]
-    return joined[:, :num_text], joined[:, num_text:]
-
-
-def _attend(
-    q: tuple[Tokens, Tokens], kv: list[Keys], lengths, num_text: int
-) -> tuple[Tokens, Tokens]:
+def _attend(q: tuple[Tokens, Tokens], kv: list[Keys], lengths) -> tuple[Tokens, Tokens]:
     """Attend with text and video queries; joined, except for `plain`, which saves that copy."""
     if kernel(q[0].dtype, kv[0].shape[1]) is plain:
         video = attention(q[1], *kv, lengths)
         return attention(q[0], *kv, lengths), video
-    return _part(attention(_join(*q), *kv, lengths, num_text=num_text), q[0].shape[1])
+    out = attention(jnp.concatenate(q, axis=1), *kv, lengths)
+    return out[:, : q[0].shape[1]], out[:, q[0].shape[1] :]
 
 
-def attention(
-    q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"], *, num_text: int = 0
-) -> Queries:
-    """Let every query attend to the real keys of its row, with the platform's kernel.
-
-    They are the first `lengths` keys. On a TPU the last `num_text` of them are the last keys.
-    """
-    attend, mesh = kernel(q.dtype, k.shape[1], num_text), jax.sharding.get_abstract_mesh()
+def attention(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
+    """Let every query attend to the first `lengths` keys of its row, with the platform's kernel."""
+    attend, mesh = kernel(q.dtype, k.shape[1]), jax.sharding.get_abstract_mesh()
     if attend is plain or mesh.empty or mesh.size == 1:
         return attend(q, k, v, lengths)
     # `by_device` leaves only the axis `tensor` to XLA, and XLA cannot split a kernel over it.
@@ -133,10 +109,10 @@ def attention(
     )(q, k, v, lengths)
 
 
-def kernel(dtype, num_keys: int, num_text: int = 0):
+def kernel(dtype, num_keys: int):
     """Return this platform's attention function: `splash`, `cudnn`, `plain` or `sliced`."""
     if platform() == "tpu":
-        return partial(splash, num_text=num_text, device_kind=device_kind())
+        return partial(splash, device_kind=device_kind())
     if platform() == "gpu" and dtype != jnp.float32:  # cuDNN has no float32 kernel
         return cudnn
     return plain if num_keys <= LONG else sliced
@@ -247,13 +223,10 @@ def splash(
     v: Keys,
     lengths: Int[Array, "B"],
     *,
-    num_text: int = 0,
     device_kind: str | None = None,
     interpret: bool = False,
 ) -> Queries:
     """Attend with Splash; padded keys get another segment number than the queries.
-
-    The last `num_text` of the `lengths` real keys of a row are the last keys.
 
     The kernel names its result and its log-sums "attention". If `scan_blocks` saves that name, the
     backward pass does not run the kernel again.
@@ -265,8 +238,8 @@ def splash(
         x = jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, 0)))
         return rearrange(x, "B S heads K -> B heads S K")
 
-    heads = lay(q * q.shape[-1] ** -0.5, q_rows), lay(k, k_rows), lay(v, k_rows)
-    out = splash_heads(*heads, lengths, num_keys, num_text, device_kind, interpret)
+    laid = lay(q * q.shape[-1] ** -0.5, q_rows), lay(k, k_rows), lay(v, k_rows)
+    out = splash_heads(*laid, lengths, num_keys, 0, device_kind, interpret)
     return rearrange(out, "B heads S K -> B S heads K")[:, :num_queries]
 
 
@@ -280,13 +253,17 @@ def splash_heads(
     device_kind: str | None,
     interpret: bool,
 ) -> Float[Array, "B heads Q K"]:
-    """Attend as `splash` does, with scaled queries; `num_keys` of the S keys are no filling."""
-    q_rows, k_rows, heads = q.shape[2], k.shape[2], q.shape[1]
+    """Attend as `splash` does, with scaled queries.
+
+    The first `num_keys` keys are no filling. The last `num_text` of these are real; of the others
+    the first, so that `lengths` keys of each row are real.
+    """
+    q_rows, k_rows, num_heads = q.shape[2], k.shape[2], q.shape[1]
     place = jnp.arange(k_rows)[None]
     text = (place >= num_keys - num_text) & (place < num_keys)
     padded = (place >= lengths[:, None] - num_text) & ~text
     call = make_splash_mha(
-        MultiHeadMask([FullMask((q_rows, k_rows))] * heads),
+        MultiHeadMask([FullMask((q_rows, k_rows))] * num_heads),
         block_sizes=block_sizes(q_rows, k_rows, device_kind),
         head_shards=1,
         q_seq_shards=1,
@@ -297,9 +274,20 @@ def splash_heads(
     return jax.vmap(call)(q, k, v, SegmentIds(queries, padded.astype(jnp.int32)))
 
 
-def is_fused(num_video: int, axis: str | None) -> bool:
-    """Return whether `fused_attention` can attend: on a TPU that holds all tokens of its rows."""
-    return platform() == "tpu" and axis is None and num_video % min(heads.BLOCKS) == 0
+def is_fused(num_video: int, num_heads: int, axis: str | None) -> bool:
+    """Return whether `fused_attention` can attend: on a TPU, if devices can exchange whole heads.
+
+    `num_video` counts all video tokens of a row.
+    """
+    parts = _parts(axis)
+    return platform() == "tpu" and num_video % min(heads.BLOCKS) == 0 and num_heads % parts == 0
+
+
+def _parts(axis: str | None) -> int:
+    """Return the number of parts into which the heads of a row are split."""
+    if axis is None:
+        return 1
+    return jax.lax.axis_size(axis) * jax.sharding.get_abstract_mesh().shape["tensor"]
 
 
 def fused_attention(
@@ -309,15 +297,18 @@ def fused_attention(
     angles: Angles,
     lengths: Int[Array, "B"],
     *,
+    num_text: int,
     eps: float,
+    axis: str | None = None,
     interpret: bool = False,
 ) -> tuple[Rows, Rows]:
     """Return the attention of (video, text) from their projections (queries, keys, values).
 
     It normalises the heads of queries and keys and rotates those of the video; see
-    models/heads.py. `norms` are those of queries and keys, each of (video, text).
+    models/heads.py. `norms` are those of queries and keys, each of (video, text). `num_text` and
+    `axis` are those of `joint_attention`.
     """
-    run = partial(_fused, eps=eps, interpret=interpret)
+    run = partial(_fused, num_text=num_text, eps=eps, axis=axis, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return run(video, text, norms, angles, lengths)
@@ -331,18 +322,32 @@ def fused_attention(
     )(video, text, norms, angles, lengths)
 
 
-def _fused(video, text, norms, angles, lengths, *, eps: float, interpret: bool):
-    (_, N, D), L, K = video[0].shape, text[0].shape[1], norms[0][0].scale.shape[0]
+def _fused(video, text, norms, angles, lengths, *, num_text, eps, axis, interpret):
+    filled = text[0].shape[1]
+    if axis is not None:  # devices exchange tokens for heads
+        to_heads = partial(
+            jax.lax.all_to_all, axis_name=axis, split_axis=2, concat_axis=1, tiled=True
+        )
+        video, text = jax.tree.map(to_heads, (video, text))
+        text, filled = tuple(x[:, :num_text] for x in text), text[0].shape[1]
+        angles = tuple(jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in angles)
+    (_, N, D), K = video[0].shape, norms[0][0].scale.shape[0]
     video, text = (tuple(x.swapaxes(1, 2) for x in projections) for projections in (video, text))
-    place = heads.layout(N, L, D // K, eps, granule(N + L), interpret)
+    place = heads.layout(N, num_text, D // K, eps, granule(N + num_text), interpret)
     turns = heads.signed_angles(angles)
     q, k = (
         heads.join_normalised(place, video[n], text[n], norms[n], turns, factor)
         for n, factor in enumerate((K**-0.5, 1.0))
     )
     v = heads.join(place, video[2], text[2])
-    out = splash_heads(q, k, v, L + lengths, N + L, L, device_kind(), interpret)
-    return tuple(x.swapaxes(1, 2) for x in heads.part(place, out))
+    num_keys = N + num_text
+    out = splash_heads(q, k, v, num_text + lengths, num_keys, num_text, device_kind(), interpret)
+    video, text = (x.swapaxes(1, 2) for x in heads.part(place, out))
+    if axis is None:
+        return video, text
+    text = jnp.pad(text, ((0, 0), (0, filled - num_text), (0, 0)))
+    back = partial(jax.lax.all_to_all, axis_name=axis, split_axis=1, concat_axis=2, tiled=True)
+    return back(video), back(text)
 
 
 def granule(length: int) -> int:

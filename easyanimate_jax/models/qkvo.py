@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import jax
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as name
@@ -61,14 +62,17 @@ def attend(
     axis: str | None,
 ) -> tuple[Video, Text]:
     """Let video and text attend to [text, video]; only video has rotary positions."""
-    if is_fused(video.shape[1], axis):
+    parts = 1 if axis is None else jax.lax.axis_size(axis)
+    num_heads = video.shape[-1] // video_weights.head_width
+    if is_fused(video.shape[1] * parts, num_heads, axis):
         weights = video_weights, text_weights
         norms = tuple(
             tuple(HeadNorm(n.scale.get_value(), n.bias.get_value()) for n in norms)
             for norms in zip(*((w.q_norm, w.k_norm) for w in weights), strict=True)
         )
         projections = video_weights.projections(video), text_weights.projections(text)
-        video, text = fused_attention(*projections, norms, angles, lengths, eps=QK_NORM_EPS)
+        options = {"num_text": num_text, "axis": axis, "eps": QK_NORM_EPS}
+        video, text = fused_attention(*projections, norms, angles, lengths, **options)
         return video_weights.project(video), text_weights.project(text)
     q, k, v = video_weights.qkv(video)
     q, k = rotate(q, angles), rotate(k, angles)
