@@ -219,7 +219,6 @@ def _read_kernel(eps, factor, call, rotated, x, d_out, scale, *refs):
         cos, sin = refs[:2]
         g = g * cos[...] - _swapped(g) * sin[...]
     n, rstd = _normalised(_split(x, call), eps)
-    n, g = (_only_real(call, value) for value in (n, g))
     with_n[0] += (g * n).sum(axis=0)
     of_d[0] += g.sum(axis=0)
     g = g * scale[...][None]
@@ -328,7 +327,7 @@ def _swapped(x: Float[Array, "heads K block"]) -> Float[Array, "heads K block"]:
 
 
 def _only_real(call: _Call, x: Float[Array, "heads K block"]) -> Float[Array, "heads K block"]:
-    """Return zeros instead of what lies behind the last token."""
+    """Return zeros instead of what lies behind the last token, where memory is undefined."""
     if call.first == 0:  # the video ends at the end of a block
         return x
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, 1, call.place.block), 2)
