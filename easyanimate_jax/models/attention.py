@@ -42,7 +42,7 @@ SLICE = 128  # queries in a slice of a long sequence: the scores of one head the
 # vector memory. The fused backward kernel writes one partial gradient of the queries per block of
 # keys, and XLA adds these slowly. The last block is therefore as long as the step's raised limit
 # allows (`training/program.py`, COMPILER_OPTIONS).
-BLOCKS = {"TPU v5": (1152, 2048, 768, 7168), "TPU v6 lite": (1152, 2048, 768, 7168)}
+BLOCKS = dict.fromkeys(("TPU v5", "TPU v6 lite", "TPU7x"), (1152, 2048, 768, 7168))
 SAFE_BLOCKS = (512, 1536, 512, 1536)
 MOST_PARTIAL = 16  # partial gradients; with more, a second backward kernel is cheaper
 
