@@ -42,7 +42,11 @@ SLICE = 128  # queries in a slice of a long sequence: the scores of one head the
 # vector memory. The fused backward kernel writes one partial gradient of the queries per block of
 # keys, and XLA adds these slowly. The last block is therefore as long as the step's raised limit
 # allows (`training/program.py`, COMPILER_OPTIONS).
-BLOCKS = dict.fromkeys(("TPU v5", "TPU v6 lite", "TPU7x"), (1152, 2048, 768, 7168))
+BLOCKS = {
+    "TPU v5": (1152, 2048, 768, 7168),
+    "TPU v6 lite": (1152, 2048, 768, 14336),
+    "TPU7x": (1152, 2048, 768, 7168),
+}
 SAFE_BLOCKS = (512, 1536, 512, 1536)
 MOST_PARTIAL = 16  # partial gradients; with more, a second backward kernel is cheaper
 
@@ -325,9 +329,13 @@ def fused_attention(
 def _fused(video, text, norms, angles, lengths, *, num_text, eps, axis, interpret):
     video, text = (tuple(x.swapaxes(1, 2) for x in projections) for projections in (video, text))
     if axis is not None:  # devices exchange tokens for heads
-        to_heads = partial(
-            jax.lax.all_to_all, axis_name=axis, split_axis=1, concat_axis=2, tiled=True
-        )
+        parts = jax.lax.axis_size(axis)
+
+        def to_heads(x):
+            x = rearrange(x, "B (parts D) N -> parts B D N", parts=parts)
+            x = jax.lax.all_to_all(x, axis, 0, 0, tiled=True)
+            return rearrange(x, "parts B D N -> B D (parts N)")
+
         video, text = jax.tree.map(to_heads, (video, text))
         angles = tuple(jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in angles)
         text, filled = tuple(x[..., :num_text] for x in text), text[0].shape[2]
@@ -343,7 +351,12 @@ def _fused(video, text, norms, angles, lengths, *, num_text, eps, axis, interpre
     video, text = heads.part(place, out)
     if axis is not None:
         text = jnp.pad(text, ((0, 0), (0, 0), (0, filled - num_text)))
-        back = partial(jax.lax.all_to_all, axis_name=axis, split_axis=2, concat_axis=1, tiled=True)
+
+        def back(x):
+            x = rearrange(x, "B D (parts N) -> parts B D N", parts=parts)
+            x = jax.lax.all_to_all(x, axis, 0, 0, tiled=True)
+            return rearrange(x, "parts B D N -> B (parts D) N")
+
         video, text = back(video), back(text)
     return video.swapaxes(1, 2), text.swapaxes(1, 2)
 
