@@ -4,8 +4,8 @@ Peaks, memory sizes and link rates are the makers' figures. The attention rates 
 measured on a chip. They come from the bundles (cycles) in the static schedule of the compiled
 Splash kernel, for a block of 512 queries and 1536 keys with head width 64, at the clock that gives
 the peak. Head width 128 takes as many bundles for twice the work. The rates of GPUs were measured
-on an H200 (benchmarks/results/gpu.md), but for that of 8 bits; that of attention with a mask in
-cuDNN, because heads of 64 without a mask (models/zero_keys.py) were never timed. TPUs need none for products: the
+on an H200 (benchmarks/results/gpu.md), but for that of 8 bits. Their attention is cuDNN's with a
+mask; the one without a mask (models/zero_keys.py) was never timed. TPUs need none for products: the
 compiler's cycles are those of the products' own type.
 """
 
