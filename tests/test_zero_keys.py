@@ -147,7 +147,7 @@ def test_the_error_grows_with_the_padding_per_real_key(length):
 
 
 @pytest.mark.parametrize("gain", [1, 4])
-@pytest.mark.parametrize("alike", [0, 0.5, 4])
+@pytest.mark.parametrize("alike", [0, 4])
 def test_bfloat16_loses_no_more_than_its_own_rounding(gain, alike):
     """Errors are those of float64 inputs, so they begin with the rounding of queries and keys."""
     arrays = inputs(433, 433, 2, gain, alike)
@@ -227,7 +227,8 @@ def test_cudnn_gets_every_array_at_its_place(cudnn_there):
     at = dict(zip(operands, call.invars, strict=False))
     assert [at[name] for name in names] == program.jaxpr.invars
     assert program.jaxpr.outvars == call.outvars and call.params["scale"] == K**-0.5
-    assert f"scale={K**-0.5} " in str(jax.make_jaxpr(cudnn.unmasked().forward)(q, k, v))
+    program = jax.make_jaxpr(cudnn.unmasked().forward)(q, k, v)
+    assert f"scale={K**-0.5}" in str(program).split()
 
 
 def test_other_widths_hide_the_padding(cudnn_there):
