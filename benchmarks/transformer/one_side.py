@@ -100,7 +100,6 @@ def ours(a):
     kept = [trained]
     if a.task != "forward":
         kept.append(jax.jit(optimizer.init)(trained))
-    del trained
 
     def run_of(*grid):
         N = math.prod(grid)
