@@ -329,31 +329,29 @@ def fused_attention(
 
 
 def _fused(video, text, norms, angles, lengths, *, num_text, eps, axis, interpret):
-    filled = text[0].shape[1]
+    video, text = (tuple(x.swapaxes(1, 2) for x in projections) for projections in (video, text))
     if axis is not None:  # devices exchange tokens for heads
         to_heads = partial(
-            jax.lax.all_to_all, axis_name=axis, split_axis=2, concat_axis=1, tiled=True
+            jax.lax.all_to_all, axis_name=axis, split_axis=1, concat_axis=2, tiled=True
         )
         video, text = jax.tree.map(to_heads, (video, text))
-        text, filled = tuple(x[:, :num_text] for x in text), text[0].shape[1]
         angles = tuple(jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in angles)
-    (_, N, D), K = video[0].shape, norms[0][0].scale.shape[0]
-    video, text = (tuple(x.swapaxes(1, 2) for x in projections) for projections in (video, text))
+        text, filled = tuple(x[..., :num_text] for x in text), text[0].shape[2]
+    (_, D, N), K = video[0].shape, norms[0][0].scale.shape[0]
     place = heads.layout(N, num_text, D // K, eps, granule(N + num_text), interpret)
     turns = heads.signed_angles(angles)
     q, k = (
         heads.join_normalised(place, video[n], text[n], norms[n], turns, factor)
         for n, factor in enumerate((K**-0.5, 1.0))
     )
-    v = heads.join(place, video[2], text[2])
-    num_keys = N + num_text
+    v, num_keys = heads.join(place, video[2], text[2]), N + num_text
     out = splash_heads(q, k, v, num_text + lengths, num_keys, num_text, device_kind(), interpret)
-    video, text = (x.swapaxes(1, 2) for x in heads.part(place, out))
-    if axis is None:
-        return video, text
-    text = jnp.pad(text, ((0, 0), (0, filled - num_text), (0, 0)))
-    back = partial(jax.lax.all_to_all, axis_name=axis, split_axis=1, concat_axis=2, tiled=True)
-    return back(video), back(text)
+    video, text = heads.part(place, out)
+    if axis is not None:
+        text = jnp.pad(text, ((0, 0), (0, 0), (0, filled - num_text)))
+        back = partial(jax.lax.all_to_all, axis_name=axis, split_axis=2, concat_axis=1, tiled=True)
+        video, text = back(video), back(text)
+    return video.swapaxes(1, 2), text.swapaxes(1, 2)
 
 
 def granule(length: int) -> int:
