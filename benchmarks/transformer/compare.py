@@ -13,16 +13,27 @@ ROOT = Path(__file__).parents[2]
 
 
 def measure(
-    side: str, task: str, grids: list, *, width: int, depth: int, dtype: str, repeats: int
+    side: str,
+    task: str,
+    grids: list,
+    *,
+    width: int,
+    depth: int,
+    dtype: str,
+    repeats: int,
+    limit: float | None = None,
 ) -> list[dict | None]:
-    """Return seconds, peak bytes and device at each grid; None where memory was too small."""
+    """Return seconds, peak bytes and device at each grid; None where memory was too small.
+
+    Raises TimeoutExpired after `limit` seconds, with the process ended.
+    """
     words = [sys.executable, str(ONE_SIDE), side, task, "--dtype", dtype]
     for name, value in (("width", width), ("depth", depth), ("repeats", repeats)):
         words += [f"--{name}", str(value)]
     words += ["--grids", *("x".join(map(str, grid)) for grid in grids)]
     paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    ran = subprocess.run(words, env=environment, capture_output=True, text=True)
+    ran = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=limit)
     if ran.returncode:
         print(ran.stderr[-2000:], file=sys.stderr)
     found = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]

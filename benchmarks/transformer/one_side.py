@@ -1,10 +1,14 @@
 """Run one transformer and one task in this process; print seconds and peak memory as lines of JSON.
 
-`cpu.py` and `gpu.py` start it. Sides: `ours`, `diffusers`, and `compiled`, which is diffusers'
-model with each block under torch.compile. Tasks: `forward`, `step` (loss, gradient and AdamW), and
+`cpu.py` and `gpu.py` start it. Sides: `ours`; `masked`, ours with a mask in cuDNN's attention
+instead of zero keys; `fp8`, ours with 8-bit products; `diffusers`; and `compiled`, which is
+diffusers' model with each block under torch.compile.
+
+Tasks: `forward`; `step` (loss, gradient and AdamW); `lora`, the step of adapters of rank 128;
 `limits`, which measures the framework's own FLOP/s of a matrix product and of attention in these
-shapes. It prints one line per grid, the shortest first, because JAX reports the peak of the
-process. The field `extra` holds the rates of `limits`, or the bytes that our compiled program
+shapes; `same`, which compares our attention with and without a mask to that in float32. It prints
+one line per grid, the shortest first, because JAX reports the peak of the process. The field
+`extra` holds the rates of `limits`, the errors of `same`, or the bytes that our compiled program
 plans.
 """
 
@@ -25,17 +29,18 @@ QUEUED = 5  # calls per wait, so that the time to start a call does not count
 def main() -> None:
     """Run the task at each grid, and print the results."""
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("side", choices=("ours", "diffusers", "compiled"))
-    p.add_argument("task", choices=("forward", "step", "limits"))
+    p.add_argument("side", choices=("ours", "masked", "fp8", "diffusers", "compiled"))
+    p.add_argument("task", choices=("forward", "step", "lora", "limits", "same"))
     for name in ("width", "depth", "repeats"):
         p.add_argument(f"--{name}", type=int, required=True)
     p.add_argument("--grids", type=grid_of, nargs="+", required=True, help="such as 13x32x32")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), required=True)
     a = p.parse_args()
-    make = ours if a.side == "ours" else diffusers
-    if a.task == "limits":
-        make = limits if a.side == "ours" else torch_limits
-    run_of, peak, device = make(a)
+    torch = a.side in ("diffusers", "compiled")
+    if a.side == "masked":
+        hide_padding()
+    make = {"limits": torch_limits if torch else limits, "same": same}.get(a.task)
+    run_of, peak, device = (make or (diffusers if torch else ours))(a)
     for grid in a.grids:
         run = run_of(*grid)
         run()  # compiles
@@ -62,28 +67,39 @@ def ours(a):
     import optax
     from flax import nnx
 
+    from easyanimate_jax.models.lora import LoRAConfig, attach, is_adapter
     from easyanimate_jax.models.mmdit import MMDiT
+    from easyanimate_jax.training.step import whole
 
     baseline, config = resident(), our_config(a)
-    held = a.dtype if a.task == "forward" else "float32"
+    held = "float32" if a.task == "step" else a.dtype
 
     def build(key):
         model = MMDiT(config, rngs=nnx.Rngs(params=key))
-        return jax.tree.map(lambda x: x.astype(held), model)
+        model = jax.tree.map(lambda x: x.astype(held), model)
+        if a.task == "lora":
+            attach(model, LoRAConfig(rank=128), key=key)
+        return model
 
     optimizer = optax.adamw(1e-4)
+    trained, graph, frozen = jax.jit(build)(jax.random.key(0)), None, None
+    if a.task == "lora":
+        graph, trained, frozen = nnx.split(trained, is_adapter, ...)
 
-    def loss(model, inputs):
-        return jnp.mean((model(*inputs).astype(jnp.float32) - inputs[0]) ** 2)
+    def predict(trained, frozen, inputs):
+        return whole(graph, trained, frozen)(*inputs)
 
-    def step(model, state, inputs):
-        gradient = jax.grad(loss)(model, inputs)
-        updates, state = optimizer.update(gradient, state, model)
-        return optax.apply_updates(model, updates), state
+    def loss(trained, frozen, inputs):
+        return jnp.mean((predict(trained, frozen, inputs).astype(jnp.float32) - inputs[0]) ** 2)
 
-    kept = [jax.jit(build)(jax.random.key(0))]
-    if a.task == "step":
-        kept.append(jax.jit(optimizer.init)(kept[0]))
+    def step(trained, state, frozen, inputs):
+        gradient = jax.grad(loss)(trained, frozen, inputs)
+        updates, state = optimizer.update(gradient, state, trained)
+        return optax.apply_updates(trained, updates), state
+
+    kept = [trained]
+    if a.task != "forward":
+        kept.append(jax.jit(optimizer.init)(trained))
 
     def run_of(*grid):
         N = math.prod(grid)
@@ -91,13 +107,13 @@ def ours(a):
         texts = tuple(jax.random.normal(jax.random.key(n), (1, n, w)) for n, w in TEXTS.items())
         inputs = tokens, jnp.array([grid]), jnp.array([N]), jnp.array([500.0]), texts
         if a.task == "forward":
-            program = jax.jit(lambda model, inputs: model(*inputs)).lower(*kept, inputs).compile()
+            program = jax.jit(predict).lower(*kept, frozen, inputs).compile()
         else:
-            program = jax.jit(step, donate_argnums=(0, 1)).lower(*kept, inputs).compile()
+            program = jax.jit(step, donate_argnums=(0, 1)).lower(*kept, frozen, inputs).compile()
 
         def run():
-            out = jax.block_until_ready(program(*kept, inputs))
-            if a.task == "step":
+            out = jax.block_until_ready(program(*kept, frozen, inputs))
+            if a.task != "forward":
                 kept[:] = out
             return planned(program)
 
@@ -120,8 +136,16 @@ def our_config(a):
         text_norm=False,
         round_time=False,
         dtype=a.dtype,
+        products="fp8" if a.side == "fp8" else "full",
         save=tuple(ACTIVATIONS),  # what "auto" takes where the memory allows it
     )
+
+
+def hide_padding() -> None:
+    """Let cuDNN's attention hide padding with a mask for heads of every width."""
+    from easyanimate_jax.models import attention
+
+    attention.UNMASKED = ()
 
 
 def diffusers(a):
@@ -194,7 +218,10 @@ def waited(torch, function):
 
 
 def limits(a):
-    """Return the same of JAX's FLOP/s: up-projection, its weights' gradient, attention."""
+    """Return the same of JAX's FLOP/s: up-projection, its weights' gradient, attention.
+
+    The side `masked` has only the attention, because its products are those of `ours`.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -213,19 +240,69 @@ def limits(a):
         key = jax.random.key(0)
         x, w, dy, q = (jax.random.normal(key, shape, a.dtype) for shape in shapes)
         lengths = jnp.array([S])
-        work = {
+        products = {
             "matmul": timed(jnp.dot, x, w),
             "gradient": timed(lambda x, dy: x.T @ dy, x, dy),
+        }
+        work = {
             "attention": timed(attention, q, q, q, lengths),
             "both": timed(both, q, q, q, lengths, q),
         }
-        return rates(work, S, D)
+        return rates(work if a.side == "masked" else products | work, S, D)
 
     return (
         run_of,
         jax_peak(jax, resident()),
         f"{jax.devices()[0].device_kind}, jax {jax.__version__}",
     )
+
+
+def same(a):
+    """Return the same of the errors of our attention, with and without a mask.
+
+    Errors are relative norms, of the result and of the gradients of queries, keys and values. Two
+    rows of 8 heads are compared, and a third of the second row is padding. Queries and keys are as
+    long as QK-norm leaves them, and the keys have a common part.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    from easyanimate_jax.models import attention as adapter
+
+    def all_of(attend, q, k, v, d_out, lengths):
+        out, pull = jax.vjp(lambda *x: attend(*x, lengths), q, k, v)
+        return out, *pull(d_out)
+
+    def run_of(*grid):
+        S = math.prod(grid) + sum(TEXTS)
+        lengths = jnp.array([S, 2 * S // 3])
+        keys = jax.random.split(jax.random.key(0), 5)
+        q, k, v, d_out = (jax.random.normal(key, (2, S, 8, HEAD)) for key in keys[:4])
+        k = k + 0.5 * jax.random.normal(keys[4], (2, 1, 8, HEAD))
+        q, k = (8 * x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+        real = (jnp.arange(S)[None] < lengths[:, None])[..., None, None]
+        d_out = jnp.where(real, d_out, 0)  # padding is in no loss
+        arrays = [x.astype(a.dtype) for x in (q, k, v, d_out)]
+        with jax.default_matmul_precision("highest"):
+            exact = [x.astype(jnp.float32) for x in arrays]
+            want = jax.jit(all_of, static_argnums=0)(adapter.sliced, *exact, lengths)
+
+        def errors(found):
+            pairs = [(x * real, y * real) for x, y in zip(found, want, strict=True)]
+            return [float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in pairs]
+
+        def run():
+            found, widths = {}, adapter.UNMASKED
+            for name, of_cudnn in (("zero keys", widths), ("mask", ())):
+                adapter.UNMASKED = of_cudnn
+                attend = jax.jit(lambda *x: all_of(adapter.attention, *x))
+                found[name] = errors(attend(*arrays, lengths))
+            adapter.UNMASKED = widths
+            return found
+
+        return run
+
+    return run_of, lambda: 0, f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
 
 
 def torch_limits(a):

@@ -3,6 +3,7 @@
 The choice depends on the platform of the mesh's devices, not on the compiling machine: Splash
 (Pallas) on TPU, cuDNN on GPU in 16 bits, XLA elsewhere. XLA processes long sequences in slices, so
 it never holds the score matrix of a whole sequence. Every kernel computes the softmax in float32.
+Padded keys are hidden, except where cuDNN is faster without a mask (`UNMASKED`, zero_keys.py).
 
 Results are named "attention" for `scan_blocks`, which can save them for the backward pass.
 Letters beyond the legend: Q queries, S keys.
@@ -26,16 +27,17 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from easyanimate_jax.models import heads
+from easyanimate_jax.models.cudnn import unmasked
 from easyanimate_jax.models.rope import Angles
+from easyanimate_jax.models.zero_keys import Keys, Queries, attend_real
 from easyanimate_jax.sharding import device_kind, platform
 
-Queries = Float[Array, "B Q heads K"]
-Keys = Float[Array, "B S heads K"]
 Tokens = Float[Array, "B _ heads K"]
 Rows = Float[Array, "B _ D"]
 
 LONG = 1024  # keys; with at most this many, `plain` is cheaper than slices
 SLICE = 128  # queries in a slice of a long sequence: the scores of one head then fit the CPU cache
+UNMASKED = (64,)  # widths of heads for which cuDNN has a faster kernel without a mask
 
 # Splash: the largest blocks of queries, of keys in vector memory, of keys in one product, and of
 # keys in the backward pass. All are multiples of 128. The first three fit the default limit of
@@ -125,9 +127,13 @@ def kernel(dtype, num_keys: int):
 def cudnn(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries:
     """Attend with cuDNN; `scan_blocks` saves its result and log-sums as "attention".
 
-    The sequence is padded by one or two tokens. JAX's backward pass requires even lengths, and XLA
-    joins text and video three times faster into a padded array than into an unpadded one.
+    With a mask, the sequence is padded by one or two tokens. JAX's backward pass requires even
+    lengths, and XLA joins text and video three times faster into a padded array than into an
+    unpadded one.
     """
+    zero_keys = unmasked() if q.shape[-1] in UNMASKED else None
+    if zero_keys is not None:
+        return attend_real(q, k, v, lengths, kernel=zero_keys)
     rows = q.shape[1]
     q, k, v = (jnp.pad(x, ((0, 0), (0, 2 - x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     out = jax.nn.dot_product_attention(

@@ -134,8 +134,8 @@ def scan_blocks(
     """Apply `carry = block(b, carry)` to each block of the stack; return the last carry.
 
     For the backward pass, activations named in `save` stay in device memory and those named in
-    `offload` wait in host memory. All others are computed again. cuDNN's attention cannot name its
-    log-sums, so the whole operation counts as "attention".
+    `offload` wait in host memory. All others are computed again. JAX's call of cuDNN with a mask
+    does not name its log-sums, so the whole operation counts as "attention".
     """
 
     def body(carry, b):

@@ -2,9 +2,10 @@
 
 The memory between steps is exact. Kept activations follow from the config, and the memory of one
 block's backward pass from a measurement on an H200. Seconds follow from FLOPs and bytes, at rates
-measured on that card (benchmarks/results/gpu.md). Communication between devices was never measured.
-Offloaded activations count no memory and no time. On a machine with GPUs, `train.py` compiles the
-step and reports its exact memory.
+measured on that card (benchmarks/results/gpu.md). The rate of attention is cuDNN's with a mask,
+even for heads of 64, which use none. Communication between devices was never measured. Offloaded
+activations count no memory and no time. On a machine with GPUs, `train.py` compiles the step and
+reports its exact memory.
 """
 
 import math

@@ -6,7 +6,8 @@ Splash kernel, for a block of 512 queries and 1536 keys with head width 64, at t
 the peak. Head width 128 takes as many bundles for twice the work. The rates of the other kernels
 are four fifths of what the memory and their bundles allow, at width 3072: the backward pass of
 models/modulated_norm.py, and the forward pass of models/heads.py. The rates of GPUs were measured
-on an H200 (benchmarks/results/gpu.md), but for that of 8 bits. TPUs need none for products: the
+on an H200 (benchmarks/results/gpu.md), but for that of 8 bits. Their attention is cuDNN's with a
+mask; the one without a mask (models/zero_keys.py) was never timed. TPUs need none for products: the
 compiler's cycles are those of the products' own type.
 """
 
