@@ -110,9 +110,7 @@ def test_on_a_gpu_that_is_modelled_the_fastest_that_fits_is_reported():
     found = model_step(config, stage, "h100:8x8")
     assert found.fits
     for choice in choices(FREE, stage, POD, 3584, 333):
-        model = replace(config.model, save=choice.save)
-        other = replace(stage, microbatch=choice.microbatch)
-        tried = model_step(replace(config, model=model), other, "h100:8x8")
+        tried = model_step(config, choice.apply(stage), "h100:8x8")
         assert not tried.fits or tried.predicted_step_seconds >= 0.97 * found.predicted_step_seconds
 
 

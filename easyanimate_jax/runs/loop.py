@@ -8,7 +8,7 @@ same updates as an uninterrupted one.
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.groups import GroupSampler, check_groups
 from easyanimate_jax.runs.home import open_home
 from easyanimate_jax.runs.journal import Journal
+from easyanimate_jax.runs.meshes import stage_meshes
 from easyanimate_jax.runs.position import Position, check_resume, check_weights, position_at
 from easyanimate_jax.runs.programs import Programs
 from easyanimate_jax.runs.recovery import Recovery
@@ -29,7 +30,6 @@ from easyanimate_jax.runs.samples import Sampler
 from easyanimate_jax.runs.states import States, open_checkpoints
 from easyanimate_jax.runs.validation import Validator
 from easyanimate_jax.runs.visits import VisitLoader
-from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.storage.whole import replace_text
 from easyanimate_jax.training.checkpoint import NotFiniteError, StorageError, named_leaves
 from easyanimate_jax.training.metrics import now, read_rows
@@ -67,9 +67,9 @@ def train(
     """
     folder, called = config.folder, now()
     check_trackers(config.trackers)
-    mesh = make_mesh(config.mesh)
-    loaders = make_loaders(config, mesh)
-    held_out = held_out_loaders(config, mesh, loaders)
+    meshes = stage_meshes(config)
+    loaders = make_loaders(config, meshes)
+    held_out = held_out_loaders(config, meshes, loaders)
     check_newest(config, loaders)
     sink = open_sink(config.goodput_job, process=jax.process_index())
     stop, profiler = Preemption(), Profiler(folder, profile)
@@ -80,9 +80,8 @@ def train(
             setup = now() - called
             monitor = stack.enter_context(open_monitor(config, sink))
             stack.enter_context(profiler)
-            stack.enter_context(jax.set_mesh(mesh))
             run = Run(
-                config, mesh, loaders, monitor, faults, held_out=held_out, before_done=home.keep
+                config, meshes, loaders, monitor, faults, held_out=held_out, before_done=home.keep
             )
             before = {"imports": called - (began or called), "setup": setup}
             run.journal.startup = lambda: before | monitor.spent()
@@ -134,35 +133,38 @@ def plan_hashes(loaders: dict[str, Loader]) -> dict[str, str]:
 
 
 class Run:
-    """A training run with its states, programs, journal and recovery; `stages` is the loop."""
+    """A training run with its states, programs, journal and recovery; `stages` is the loop.
+
+    `meshes` gives the mesh of each stage.
+    """
 
     def __init__(
         self,
         config: TrainConfig,
-        mesh: Mesh,
+        meshes: Mapping[str, Mesh],
         loaders: dict[str, Loader],
         monitor: Monitor,
         faults: Faults = NO_FAULTS,
         held_out: dict[str, Loader] | None = None,
         before_done: Callable[[], None] = lambda: None,
     ):
-        self.config, self.mesh, self.loaders = config, mesh, loaders
+        self.config, self.meshes, self.loaders = config, meshes, loaders
         self.monitor, self.faults = monitor, faults
         self.key = jax.random.key(config.seed)
         self.encoders = {x.encoder for x in loaders.values() if isinstance(x, VisitLoader)}
         for encoder in self.encoders:
             encoder.announce = self._encode_program
         held = held_out or {}
-        self.programs = Programs(config.step, mesh, loaders, monitor, config.folder, held)
+        self.programs = Programs(config.step, meshes, loaders, monitor, config.folder, held)
         checkpoints = open_checkpoints(config, faults=faults, before_done=before_done)
         self.states = States(
-            config, mesh, self.key, plan_hashes(loaders), self.programs, checkpoints, monitor
+            config, meshes, self.key, plan_hashes(loaders), self.programs, checkpoints, monitor
         )
         self.recovery = Recovery(config, loaders)
-        self.journal = Journal(config, mesh)
-        self.sampler = Sampler(config, mesh, held)
-        self.validator = Validator(config, mesh, held)
-        self.groups = GroupSampler(config, mesh, loaders, self.programs, monitor)
+        self.journal = Journal(config, meshes[config.stages[0].name])
+        self.sampler = Sampler(config, meshes, held)
+        self.validator = Validator(config, meshes, held)
+        self.groups = GroupSampler(config, meshes, loaders, self.programs, monitor)
         self.save_clock = SaveClock(config.save_minutes)
 
     def stages(
@@ -175,38 +177,42 @@ class Run:
         self._open(step)
         if step:  # the run may have ended between this checkpoint and its validation
             before = position_at(self.config, step - 1)
-            self._validate(before, state, step, border=before.last)
+            with self._on_mesh(before):
+                self._validate(before, state, step, border=before.last)
         while where := position_at(self.config, step):
-            state = self.states.for_stage(state, where.stage)
-            self._validate(where, state, step, border=where.step == 0)
-            self.recovery.enter()
-            for length, batch, waited in self.batches(where):
-                where = position_at(self.config, step)
-                try:
-                    with profiler.update(where.made + 1, self.monitor):
-                        state = self.update(where, length, batch, waited, state)
-                except RewardError:  # before the step, so the state is whole
-                    self._keep(step, state)
-                    raise
-                profiler.ended(where.made + 1, state.step, self.monitor)
-                stopping = stop.asked()
-                self._save(where, state, due=stopping)
-                if self.recovery.reason:
-                    event = self.recovery.evidence(where, self.journal.row["step"], state)
-                    state = None
-                    step, state = self.recovery.go_back(where, event, self.states)
-                    self._open(step)
-                    self.save_clock.restart()
-                    break
-                step = where.made + 1
-                self._sample(where, state)
-                self._validate(where, state, step, border=where.last)
-                if stopping:
-                    self._close(step)
-                    logger.warning("asked to stop: saved at step %d", step)
-                    return False, step
-                if where.last:
-                    break
+            event = None
+            with self._on_mesh(where):
+                state = self.states.for_stage(state, where.stage)
+                self._validate(where, state, step, border=where.step == 0)
+                self.recovery.enter()
+                for length, batch, waited in self.batches(where):
+                    where = position_at(self.config, step)
+                    try:
+                        with profiler.update(where.made + 1, self.monitor):
+                            state = self.update(where, length, batch, waited, state)
+                    except RewardError:  # before the step, so the state is whole
+                        self._keep(step, state)
+                        raise
+                    profiler.ended(where.made + 1, state.step, self.monitor)
+                    stopping = stop.asked()
+                    self._save(where, state, due=stopping)
+                    if self.recovery.reason:
+                        event = self.recovery.evidence(where, self.journal.row["step"], state)
+                        state = None
+                        break
+                    step = where.made + 1
+                    self._sample(where, state)
+                    self._validate(where, state, step, border=where.last)
+                    if stopping:
+                        self._close(step)
+                        logger.warning("asked to stop: saved at step %d", step)
+                        return False, step
+                    if where.last:
+                        break
+            if event:
+                step, state = self.recovery.go_back(where, event, self.states)
+                self._open(step)
+                self.save_clock.restart()
         self._close(step)
         return True, step
 
@@ -260,7 +266,7 @@ class Run:
 
     def _arrays(self, where: Position, length: int, batch: Batch, state: TrainState) -> Batch:
         """Return a batch on the devices, with sampled videos if the stage's step reads them."""
-        arrays = place(batch, self.mesh)
+        arrays = place(batch, self.meshes[where.stage.name])
         if not samples_groups(where.stage):
             return arrays
         position = where.step + self.recovery.offset(where)
@@ -274,13 +280,18 @@ class Run:
         where = position_at(self.config, step)
         if where is None:
             raise ValueError(f"checkpoint {step} ends the schedule: replay an earlier one")
-        state = self.states.for_stage(state, where.stage)
-        length, batch, _ = next(self.batches(where))
-        rate = jnp.float32(where.stage.learning_rate_at(where.step))
-        arrays = self._arrays(where, length, batch, state)
-        state, metrics = self.programs(where.stage, length)(state, arrays, self.key, rate)
+        with self._on_mesh(where):
+            state = self.states.for_stage(state, where.stage)
+            length, batch, _ = next(self.batches(where))
+            rate = jnp.float32(where.stage.learning_rate_at(where.step))
+            arrays = self._arrays(where, length, batch, state)
+            state, metrics = self.programs(where.stage, length)(state, arrays, self.key, rate)
         prints = {name: int(fingerprint(x)) for name, x in named_leaves(state).items()}
         return prints | {name: float(metrics[name]) for name in ("loss", "grad_norm")}
+
+    def _on_mesh(self, where: Position) -> contextlib.AbstractContextManager:
+        """Return the context in which arrays and programs are those of the mesh of a stage."""
+        return jax.set_mesh(self.meshes[where.stage.name])
 
     def _save(self, where: Position, state: TrainState, *, due: bool) -> None:
         """Save if `due`, at the end of a stage, or by steps or time; report a non-finite state."""
@@ -341,16 +352,15 @@ def replay(config: TrainConfig, step: int) -> int:
     logged; nothing is saved. A difference on the same devices means a silent hardware error; then 1
     is returned. The run must not be in progress. Raises ValueError without such a checkpoint.
     """
-    mesh = make_mesh(config.mesh)
-    loaders = make_loaders(config, mesh)
+    meshes = stage_meshes(config)
+    loaders = make_loaders(config, meshes)
     with open_home(config), open_monitor(config) as monitor:
         rows = read_rows(config.folder)
         logged = next((row for row in rows if row["step"] == step), None)
         if logged is None:
             raise ValueError(f"metrics.jsonl of {config.run} has no step {step}; replay a made one")
-        with jax.set_mesh(mesh):
-            run = Run(config, mesh, loaders, monitor)
-            first, second = (run.replay(step, run.states.at(step)) for _ in range(2))
+        run = Run(config, meshes, loaders, monitor)
+        first, second = (run.replay(step, run.states.at(step)) for _ in range(2))
         run.states.checkpoints.close()
     names = [name for name in first if first[name] != second[name]]
     names += [f"{name}, as logged" for name in ("loss", "grad_norm") if first[name] != logged[name]]
