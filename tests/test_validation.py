@@ -126,8 +126,12 @@ def test_held_out_clips_are_made_again_beside_the_true_ones(whole):
 @pytest.mark.parametrize("mesh", MESHES[:2])
 @pytest.mark.parametrize("task", ["t2v", "control", "camera_ref"])
 def test_what_a_task_gives_reaches_the_samples_on_any_mesh(config, task, mesh, tmp_path):
-    """Videos of the same weights, noise and condition are equal on two meshes."""
-    stage, mesh = replace(config.stages[0], task=task), make_mesh(mesh)
+    """Videos of the same weights, noise and condition are equal on two meshes.
+
+    The run begins on another mesh, so the autoencoder has to move.
+    """
+    stage, mesh = replace(config.stages[0], task=task, name="later"), make_mesh(mesh)
+    meshes = {config.stages[0].name: make_mesh(MESHES[2]), stage.name: mesh}
     rng, extra = np.random.default_rng(0), 4 * sum(TASKS[task].holds.values())
 
     def draw(*shape):
@@ -157,11 +161,7 @@ def test_what_a_task_gives_reaches_the_samples_on_any_mesh(config, task, mesh, t
         step = config.step.with_channels(stage.in_channels)
         make, placed, _ = abstract_state(step, mesh)
         model = jax.jit(make, out_shardings=placed)(jax.random.key(3)).model
-        sampler = Sampler(
-            replace(config, run=str(tmp_path)),
-            {s.name: mesh for s in config.stages},
-            {stage.name: loader},
-        )
+        sampler = Sampler(replace(config, run=str(tmp_path)), meshes, {stage.name: loader})
         sampler.writer = SimpleNamespace(film=lambda *args: None)
         sampler(stage, model, 4)
     found = np.load(tmp_path / "samples" / "0000004_clips.npz")
