@@ -70,6 +70,9 @@ def test_a_setting_that_is_given_is_not_chosen():
         v5_12b.model.save
     }
     assert choices(v5_12b.step, given, POD, 3328, 333) == [Choice(v5_12b.model.save, 256)]
+    own = replace(given, save="auto")  # of the stage, not of the model
+    assert is_auto(v5_12b.step, own) and not is_auto(FREE, replace(given, save=()))
+    assert choices(v5_12b.step, own, POD, 3328, 333) == choices(FREE, given, POD, 3328, 333)
     assert not is_auto(v5_12b.step, given) and is_auto(v5_12b.step, STAGE) and is_auto(FREE, given)
     offloaded = FREE._replace(model=replace(FREE.model, offload=("mlp",)))
     assert all("mlp" not in choice.save for choice in choices(offloaded, STAGE, POD, 3328, 333))

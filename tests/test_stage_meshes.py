@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from small_runs import losses, rows, small_run
 
 from easyanimate_jax import sharding
-from easyanimate_jax.runs import doctor, loop
+from easyanimate_jax.runs import doctor, loop, programs
 from easyanimate_jax.runs.config import ValidationConfig
 from easyanimate_jax.runs.meshes import stage_meshes
 from easyanimate_jax.sharding import MeshConfig, make_mesh, moved
@@ -63,8 +63,30 @@ def result(config):
 
 
 @pytest.fixture(scope="module")
-def whole(config):
-    return go(config, "whole")
+def reports():
+    """What was compiled for the run without a stop."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def whole(config, reports):
+    compiles = programs.compile_stage
+
+    def compile_stage(*args, **options):
+        report, program = compiles(*args, **options)
+        reports.append(report)
+        return report, program
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "compile_stage", compile_stage)
+        return go(config, "whole")
+
+
+def test_each_stage_is_compiled_once_for_its_own_mesh_and_with_its_own_kept_activations(
+    whole, reports
+):
+    found = [(report.name, MeshConfig(**report.mesh), report.save) for report in reports]
+    assert found == [(stage.name, stage.mesh, stage.save) for stage in whole.stages]
 
 
 def test_the_bits_are_those_of_a_run_that_is_stopped_between_the_stages_and_gets_the_other_mesh(
@@ -80,7 +102,7 @@ def test_the_bits_are_those_of_a_run_that_is_stopped_between_the_stages_and_gets
     assert result(stopped) == result(whole)
 
 
-@pytest.mark.parametrize("kept", [3, 2])
+@pytest.mark.parametrize("kept", [pytest.param(3, marks=pytest.mark.slow), 2])
 def test_a_run_that_is_killed_in_the_second_stage_or_at_its_start_ends_in_the_same_bits(
     config, whole, kept
 ):
@@ -93,6 +115,7 @@ def test_a_run_that_is_killed_in_the_second_stage_or_at_its_start_ends_in_the_sa
     assert result(go(config, name)) == result(whole)
 
 
+@pytest.mark.slow
 def test_a_step_of_each_stage_is_made_again_by_a_replay(whole):
     for step in (1, 2, 3):
         assert loop.replay(whole, step) == 0
