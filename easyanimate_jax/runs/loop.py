@@ -3,6 +3,8 @@
 The position in the schedule is one integer, the number of updates made. The stage, the batch, all
 random draws and the learning rate follow from it. So a run that was stopped and resumed makes the
 same updates as an uninterrupted one.
+
+Each stage has its own mesh. Only the code that traces a program sets it.
 """
 
 import contextlib
@@ -133,10 +135,7 @@ def plan_hashes(loaders: dict[str, Loader]) -> dict[str, str]:
 
 
 class Run:
-    """A training run with its states, programs, journal and recovery; `stages` is the loop.
-
-    `meshes` gives the mesh of each stage.
-    """
+    """A training run with its states, programs, journal and recovery; `stages` is the loop."""
 
     def __init__(
         self,
@@ -177,42 +176,38 @@ class Run:
         self._open(step)
         if step:  # the run may have ended between this checkpoint and its validation
             before = position_at(self.config, step - 1)
-            with self._on_mesh(before):
-                self._validate(before, state, step, border=before.last)
+            self._validate(before, state, step, border=before.last)
         while where := position_at(self.config, step):
-            event = None
-            with self._on_mesh(where):
-                state = self.states.for_stage(state, where.stage)
-                self._validate(where, state, step, border=where.step == 0)
-                self.recovery.enter()
-                for length, batch, waited in self.batches(where):
-                    where = position_at(self.config, step)
-                    try:
-                        with profiler.update(where.made + 1, self.monitor):
-                            state = self.update(where, length, batch, waited, state)
-                    except RewardError:  # before the step, so the state is whole
-                        self._keep(step, state)
-                        raise
-                    profiler.ended(where.made + 1, state.step, self.monitor)
-                    stopping = stop.asked()
-                    self._save(where, state, due=stopping)
-                    if self.recovery.reason:
-                        event = self.recovery.evidence(where, self.journal.row["step"], state)
-                        state = None
-                        break
-                    step = where.made + 1
-                    self._sample(where, state)
-                    self._validate(where, state, step, border=where.last)
-                    if stopping:
-                        self._close(step)
-                        logger.warning("asked to stop: saved at step %d", step)
-                        return False, step
-                    if where.last:
-                        break
-            if event:
-                step, state = self.recovery.go_back(where, event, self.states)
-                self._open(step)
-                self.save_clock.restart()
+            state = self.states.for_stage(state, where.stage)
+            self._validate(where, state, step, border=where.step == 0)
+            self.recovery.enter()
+            for length, batch, waited in self.batches(where):
+                where = position_at(self.config, step)
+                try:
+                    with profiler.update(where.made + 1, self.monitor):
+                        state = self.update(where, length, batch, waited, state)
+                except RewardError:  # before the step, so the state is whole
+                    self._keep(step, state)
+                    raise
+                profiler.ended(where.made + 1, state.step, self.monitor)
+                stopping = stop.asked()
+                self._save(where, state, due=stopping)
+                if self.recovery.reason:
+                    event = self.recovery.evidence(where, self.journal.row["step"], state)
+                    state = None
+                    step, state = self.recovery.go_back(where, event, self.states)
+                    self._open(step)
+                    self.save_clock.restart()
+                    break
+                step = where.made + 1
+                self._sample(where, state)
+                self._validate(where, state, step, border=where.last)
+                if stopping:
+                    self._close(step)
+                    logger.warning("asked to stop: saved at step %d", step)
+                    return False, step
+                if where.last:
+                    break
         self._close(step)
         return True, step
 
@@ -280,18 +275,13 @@ class Run:
         where = position_at(self.config, step)
         if where is None:
             raise ValueError(f"checkpoint {step} ends the schedule: replay an earlier one")
-        with self._on_mesh(where):
-            state = self.states.for_stage(state, where.stage)
-            length, batch, _ = next(self.batches(where))
-            rate = jnp.float32(where.stage.learning_rate_at(where.step))
-            arrays = self._arrays(where, length, batch, state)
-            state, metrics = self.programs(where.stage, length)(state, arrays, self.key, rate)
+        state = self.states.for_stage(state, where.stage)
+        length, batch, _ = next(self.batches(where))
+        rate = jnp.float32(where.stage.learning_rate_at(where.step))
+        arrays = self._arrays(where, length, batch, state)
+        state, metrics = self.programs(where.stage, length)(state, arrays, self.key, rate)
         prints = {name: int(fingerprint(x)) for name, x in named_leaves(state).items()}
         return prints | {name: float(metrics[name]) for name in ("loss", "grad_norm")}
-
-    def _on_mesh(self, where: Position) -> contextlib.AbstractContextManager:
-        """Return the context in which arrays and programs are those of the mesh of a stage."""
-        return jax.set_mesh(self.meshes[where.stage.name])
 
     def _save(self, where: Position, state: TrainState, *, due: bool) -> None:
         """Save if `due`, at the end of a stage, or by steps or time; report a non-finite state."""

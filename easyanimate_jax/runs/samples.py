@@ -100,6 +100,10 @@ class Sampler:
         """Sample what the model of a stage can show, after `step` updates."""
         if not self.wanted:
             return
+        with jax.set_mesh(self.meshes[stage.name]):
+            self._sample(stage, model, step)
+
+    def _sample(self, stage: Stage, model: MMDiT, step: int) -> None:
         self.vae = moved(self.vae, shardings(self.meshes[stage.name], self.vae))
         diffusion = LatentDiffusion(model, self.vae, self.config.process)
         if self.config.samples.prompts and not TASKS[stage.task].is_control:

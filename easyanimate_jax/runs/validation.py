@@ -74,7 +74,8 @@ class Validator:
             weights["averaged"] = state.ema
         program = self._program(stage)
         programs = {name: partial(program, part, state.frozen) for name, part in weights.items()}
-        losses, lengths = losses_of(loader, self.meshes[stage.name], programs)
+        with jax.set_mesh(self.meshes[stage.name]):
+            losses, lengths = losses_of(loader, self.meshes[stage.name], programs)
         about = {"step": made, "stage": stage.name, "task": stage.task}
         rows = [
             about | {"weights": name} | summary(found, lengths) for name, found in losses.items()
