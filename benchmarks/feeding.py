@@ -124,7 +124,7 @@ def hosts_of_pods() -> list[Host]:
         config = load_config(path, overrides)
         stage = next(s for s in config.stages if s.name == stage_name)
         stage = dataclasses.replace(stage, microbatch=report["microbatch"])
-        mesh, _ = pod_mesh(config, topology)
+        mesh, _ = pod_mesh(config, stage, topology)
         hosts = sorted({device.process_index for device in mesh.devices.flat})
         rows = max((held_rows(stage, mesh, host) for host in hosts), key=len)
         found.append(

@@ -49,13 +49,13 @@ class Case:
     def compile(self, choice: Choice) -> None:
         """Compile the step of a choice, without a limit of memory."""
         options = {"tokens": self.tokens, "text_lengths": TEXTS, "memory": sys.maxsize}
-        settled = choice.apply(self.config, self.stage)
-        report, program = compile_stage(*settled, self.mesh, **options)
+        report, program = compile_stage(self.config, choice.apply(self.stage), self.mesh, **options)
         self.reports[choice], self.programs[choice] = report, program
 
     def seconds(self, choice: Choice) -> float:
         """Return the seconds of one step, of a state that is made for it."""
-        settled, stage = choice.apply(self.config, self.stage)
+        stage = choice.apply(self.stage)
+        settled = self.config.of_stage(stage)
         with jax.set_mesh(self.mesh):
             make, placed, _ = abstract_state(settled, self.mesh)
             state = jax.jit(make, out_shardings=placed)(jax.random.key(0))

@@ -11,6 +11,7 @@ not divide one. Flax's `nnx.get_named_sharding(model, mesh)` returns the same wi
 """
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -220,6 +221,36 @@ def _manual(names: str | tuple[str, ...]) -> str | None:
     """Return the one of a weight's mesh axes that `by_device` gathers, or None."""
     names = (names,) if isinstance(names, str) else names
     return next((name for name in names if name in ALL_ROWS), None)
+
+
+def moved(tree, placed):
+    """Return a tree of arrays with other shardings, over the same devices; its arrays are deleted.
+
+    One array moves after the other, from device to device, so memory holds one tree and one array.
+    The meshes of a TPU order its devices differently, which `jax.device_put` can do, and no program
+    that takes one order and returns another. With equal orders `jax.device_put` would pass through
+    the host if one process has all devices, and a program does not.
+    """
+
+    def move(x: jax.Array, to: NamedSharding) -> jax.Array:
+        if x.sharding == to:
+            return x
+        if x.sharding.mesh.devices.ravel().tolist() == to.mesh.devices.ravel().tolist():
+            there = jax.jit(_same, out_shardings=to, donate_argnums=0)(x)
+        else:
+            there = jax.device_put(x, to, donate=True)
+        there = jax.block_until_ready(there)
+        if not x.is_deleted():  # its part of a device has another size, so it was not donated
+            x.delete()
+        return there
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+        return jax.tree.map(move, tree, placed)
+
+
+def _same(x):
+    return x
 
 
 def is_variable(x) -> bool:

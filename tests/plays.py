@@ -205,7 +205,7 @@ class Plays:
     def __init__(self, folder: Path):
         random_latents(folder / "latents", SETS, (8, 12))
         self.folder, self.mesh = folder, make_mesh(FIRST.mesh)
-        self.loaders = cache(lambda c: make_loaders(c, self.mesh))
+        self.loaders = cache(lambda c: make_loaders(c, {s.name: self.mesh for s in c.stages}))
         self.first = cache(self._first)
 
     def place(self, config: TrainConfig, run: str) -> TrainConfig:
@@ -328,7 +328,7 @@ def share_programs() -> None:
     compiled, compile_stage = {}, programs.compile_stage
 
     def once(config, stage, mesh, **options):
-        rows = stage.in_channels, stage.batch_size, microbatch_rows(stage, mesh)
+        rows = stage.in_channels, stage.batch_size, microbatch_rows(stage, mesh), stage.save
         key = config, rows, options["tokens"], options["text_lengths"]
         if key not in compiled:
             compiled[key] = compile_stage(config, stage, mesh, **options)

@@ -70,6 +70,9 @@ def test_a_setting_that_is_given_is_not_chosen():
         v5_12b.model.save
     }
     assert choices(v5_12b.step, given, POD, 3328, 333) == [Choice(v5_12b.model.save, 256)]
+    own = replace(given, save="auto")  # of the stage, not of the model
+    assert is_auto(v5_12b.step, own) and not is_auto(FREE, replace(given, save=()))
+    assert choices(v5_12b.step, own, POD, 3328, 333) == choices(FREE, given, POD, 3328, 333)
     assert not is_auto(v5_12b.step, given) and is_auto(v5_12b.step, STAGE) and is_auto(FREE, given)
     offloaded = FREE._replace(model=replace(FREE.model, offload=("mlp",)))
     assert all("mlp" not in choice.save for choice in choices(offloaded, STAGE, POD, 3328, 333))
@@ -110,9 +113,7 @@ def test_on_a_gpu_that_is_modelled_the_fastest_that_fits_is_reported():
     found = model_step(config, stage, "h100:8x8")
     assert found.fits
     for choice in choices(FREE, stage, POD, 3584, 333):
-        model = replace(config.model, save=choice.save)
-        other = replace(stage, microbatch=choice.microbatch)
-        tried = model_step(replace(config, model=model), other, "h100:8x8")
+        tried = model_step(config, choice.apply(stage), "h100:8x8")
         assert not tried.fits or tried.predicted_step_seconds >= 0.97 * found.predicted_step_seconds
 
 

@@ -14,7 +14,8 @@ from easyanimate_jax.prepare.prepare import prompts_key
 from easyanimate_jax.runs.batches import held_rows, make_loaders
 from easyanimate_jax.runs.config import load
 from easyanimate_jax.runs.loop import train
-from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.runs.meshes import stage_meshes
+from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.training.program import abstract_batch, batch_shardings, microbatch_rows
 
 PODS = {  # topology -> the mesh of the config that docs/pods.md has for it
@@ -46,7 +47,7 @@ def mesh_of(config, topology: str):
         count = math.prod(map(int, size.split("x")))
         devices = [GPU(number, number // 8) for number in range(count)]
         return make_mesh(suggest_mesh(config.mesh, count), devices)
-    return pod_mesh(config, name, int(slices or 1))[0]
+    return pod_mesh(config, config.stages[0], name, int(slices or 1))[0]
 
 
 @pytest.mark.parametrize("topology", PODS)
@@ -55,7 +56,8 @@ def test_a_host_reads_the_rows_that_it_holds(topology):
     for path in CONFIGS:
         config = load(path)
         own = dataclasses.replace(config.mesh, **PODS[topology])
-        config = dataclasses.replace(config, mesh=own)
+        shared = tuple(dataclasses.replace(stage, mesh=None) for stage in config.stages)
+        config = dataclasses.replace(config, mesh=own, stages=shared)
         mesh = mesh_of(config, topology)
         hosts = {device.process_index for device in mesh.devices.flat}
         for stage in config.stages:
@@ -107,19 +109,19 @@ def test_a_run_starts_with_the_sample_prompts_that_were_prepared(prepared, encod
     if encoded:
         write_texts(path, (np.zeros((2, 4, 8)),), prompts_key(encoded, weights))
     if message is None:
-        make_loaders(prepared, make_mesh(MeshConfig()))
+        make_loaders(prepared, stage_meshes(prepared))
         return
     with pytest.raises(ValueError, match=rf"{message}.*'one', 'two'; run .* prepare"):
         train(prepared)
     assert not Path(prepared.run).exists()
     silent = dataclasses.replace(prepared.samples, every=0)
-    make_loaders(dataclasses.replace(prepared, samples=silent), make_mesh(MeshConfig()))
+    make_loaders(dataclasses.replace(prepared, samples=silent), stage_meshes(prepared))
 
 
 def test_sample_prompts_of_another_text_encoder_or_of_an_earlier_version(prepared):
     path = Path(prepared.prepared) / "prompts.safetensors"
     write_texts(path, (np.zeros((2, 4, 8)),), prompts_key(("one", "two"), {"text": "other"}))
     with pytest.raises(ValueError, match="holds other sample prompts"):
-        make_loaders(prepared, make_mesh(MeshConfig()))
+        make_loaders(prepared, stage_meshes(prepared))
     write_texts(path, (np.zeros((2, 4, 8)),))  # they have no key
-    make_loaders(prepared, make_mesh(MeshConfig()))
+    make_loaders(prepared, stage_meshes(prepared))

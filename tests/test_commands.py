@@ -18,6 +18,7 @@ import pytest
 from easyanimate_jax.__main__ import VERBS, main
 from easyanimate_jax.commands import parse
 from easyanimate_jax.runs.config import TrainConfig, VAETrainConfig
+from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.storage.stores import Remote
 
 ROOT = Path(__file__).parent.parent
@@ -64,6 +65,8 @@ def flat(config, prefix=""):
         elif some and dataclasses.is_dataclass(some[0]):
             for i, one in enumerate(some):
                 yield from flat(one, f"{name}.{i}.")
+        elif name.endswith(".mesh") and value is None:
+            yield from flat(MeshConfig(), f"{name}.")
         elif name.endswith(".objective") and value is None:
             continue  # an objective is chosen in the file; its fields are then options
         else:
@@ -115,6 +118,15 @@ def test_a_reader_that_closes_the_output_ends_the_verb_without_a_word():
             "perhaps you meant --stages.0.steps",
         ),
         (["train", "configs/demo.py", "--stages.0.steps", "many"], "--stages.0.steps: .*'many'"),
+        (
+            ["train", "configs/demo.py", "--stages.0.mesh.fdsp", "2"],
+            "perhaps you meant --stages.0.mesh.fsdp",
+        ),
+        (
+            ["train", "configs/demo.py", "--stages.0.mesh.fsdp", "0"],
+            r"MeshConfig.fsdp is 0; use -1 or a whole number of 1 or more",
+        ),
+        (["train", "configs/demo.py", "--stages.9.mesh.fsdp", "2"], "--stages.9.mesh.fsdp"),
         (["train", "configs/demo.py", "--stages.0.data", "x"], "reads latent set 'x'"),
         (
             ["train", "configs/demo.py", "--process.train-shift", "x"],

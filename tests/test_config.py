@@ -8,6 +8,7 @@ import pytest
 from easyanimate_jax.commands.parse import load_config
 from easyanimate_jax.runs import config as configs
 from easyanimate_jax.runs.describe import describe_run
+from easyanimate_jax.sharding import MeshConfig
 
 TRAIN_CONFIGS = ("v5_12b", "v5_12b_control", "v51_12b", "v5_7b", "v51_7b", "tpu_12b", "demo")
 
@@ -82,6 +83,34 @@ def test_overrides_reach_nested_fields():
     config = load("v5_12b", "--stages.0.steps", "7", "--mesh.fsdp", "8", "--seed", "3")
     assert (config.stages[0].steps, config.mesh.fsdp, config.seed) == (7, 8, 3)
     assert config.stages[1:] == load("v5_12b").stages[1:]
+
+
+def test_a_stage_gets_its_own_mesh_and_kept_activations_by_options():
+    """An axis that is not given has the default of the class, and the others stages stay."""
+    base = load("demo")
+    words = ("--stages.2.mesh.fsdp", "32", "--stages.2.mesh.context=4", "--stages.0.mesh.tensor")
+    config = load("demo", *words, "2", "--stages.1.save", "attention", "mlp out")
+    first, second, third, *others = config.stages
+    assert (first.mesh, third.mesh) == (MeshConfig(tensor=2), MeshConfig(fsdp=32, context=4))
+    assert second.save == ("attention", "mlp out") and (*others,) == base.stages[3:]
+    assert [config.mesh_of(stage) for stage in (first, second)] == [first.mesh, config.mesh]
+    assert config.step.of_stage(second).model.kept == second.save
+    assert config.step.of_stage(first).model.save == config.model.save
+    assert configs.from_json(configs.to_json(config)) == config
+    saves = [load("demo", "--stages.1.save", *s).stages[1].save for s in ((), ("auto",), ("None",))]
+    assert saves == [(), "auto", None]
+    text = describe_run(config)
+    assert re.search(r"1 x fsdp 32 x context 4 x tensor 1 = 128 devices in medium_t2v\n", text)
+    assert "tensor=2) in image: fsdp takes the devices" in text
+
+
+@pytest.mark.parametrize("save", [("mpl",), ("mlp", "qkv")])
+def test_activations_that_a_stage_cannot_keep_are_refused_with_its_name(save):
+    base = load("demo")
+    stages = (base.stages[0], dataclasses.replace(base.stages[1], save=save), *base.stages[2:])
+    model = dataclasses.replace(base.model, save=(), offload=("qkv",))
+    with pytest.raises(ValueError, match=r"stage 'small_t2v': MMDiTConfig: save=.*takes names of"):
+        dataclasses.replace(base, model=model, stages=stages)
 
 
 def test_configs_of_a_folder_import_one_another_from_anywhere(tmp_path):

@@ -21,7 +21,8 @@ from easyanimate_jax.models.mmdit import MMDiT
 from easyanimate_jax.runs import doctor
 from easyanimate_jax.runs.batches import make_loaders
 from easyanimate_jax.runs.loop import train
-from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.runs.meshes import stage_meshes
+from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.storage.stores import place
 from easyanimate_jax.weights import pretrained
 
@@ -77,4 +78,4 @@ def test_the_doctor_and_the_loop_look_at_the_model_of_that_name(folder, tmp_path
     assert prepare(["config.py"]) == 0
     (model / "vae" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="prepared with another vae than emoji now holds"):
-        make_loaders(CONFIG, make_mesh(CONFIG.mesh))
+        make_loaders(CONFIG, stage_meshes(CONFIG))

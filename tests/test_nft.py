@@ -22,7 +22,8 @@ from test_rewards import server as server
 from easyanimate_jax.data.loader import Group, captions
 from easyanimate_jax.runs import batches
 from easyanimate_jax.runs.loop import train
-from easyanimate_jax.sharding import MeshConfig, make_mesh
+from easyanimate_jax.runs.meshes import stage_meshes
+from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.post import nft
 from easyanimate_jax.training.post.nft import advantages, nft_loss, sample_groups
 from easyanimate_jax.training.post.objectives import NegativeAwareFinetuning
@@ -336,7 +337,7 @@ def test_a_server_that_is_not_there_ends_a_run_before_it_begins(finished, server
 
 def test_captions_are_those_of_the_states(finished):
     config = replace(finished, text_drop=0.3)
-    loader = batches.make_loaders(config, make_mesh(config.mesh))["small_t2v"]
+    loader = batches.make_loaders(config, stage_meshes(config))["small_t2v"]
     seen = set()
     for step in range(6):
         _, batch = loader.batch(step)

@@ -27,6 +27,7 @@ from easyanimate_jax.runs.position import (
     is_kept,
     position_at,
 )
+from easyanimate_jax.sharding import MeshConfig
 
 ROOT = Path(__file__).parent.parent
 DEMO = load("configs/demo.py")
@@ -34,6 +35,7 @@ STEPS = (3, 4, 3, 4, 2)
 CONFIG = replace(
     DEMO, stages=tuple(replace(s, steps=n) for s, n in zip(DEMO.stages, STEPS, strict=True))
 )
+MESH = MeshConfig(fsdp=4)
 PLANS = {stage.name: f"plan of {stage.name}" for stage in CONFIG.stages}
 
 
@@ -93,6 +95,8 @@ def test_the_same_config_goes_on_without_a_word():
         (5, stage(1, steps=2), "steps of stage 'small_t2v', which has begun: 4 -> 2"),
         (7, stage(1, steps=9), "steps of stage 'small_t2v', which has begun: 4 -> 9"),
         (5, stage(1, learning_rate=1e-4), "learning_rate of stage 'small_t2v'"),
+        (5, stage(1, mesh=MESH), "mesh of stage 'small_t2v', which has begun: None -> MeshConfig("),
+        (5, stage(1, save=("mlp",)), "save of stage 'small_t2v', which has begun: None -> ('mlp"),
         (
             5,
             replace(CONFIG, model=replace(CONFIG.model, products="int8")),
@@ -115,6 +119,8 @@ def test_stages_that_have_not_begun_and_the_mesh_may_change_without_a_word():
         replace(CONFIG, mesh=replace(CONFIG.mesh, fsdp=4)),
         replace(CONFIG, save_every=1, keep=9, log_every=1, run="elsewhere"),
         stage(0, microbatch=1),
+        stage(0, mesh=MESH, save=()),
+        stage(3, mesh=MESH, save=()),
     ):
         assert check_resume(meta_at(9), config, PLANS) == []
 
@@ -207,7 +213,8 @@ def test_data_of_other_models_is_refused():
 
 def test_what_another_schedule_made_is_kept():
     """Also after the next restart, when the newest checkpoint is of the new schedule."""
-    for config in (CONFIG, replace(CONFIG, save_every=1, keep=9, save_minutes=0.0, run="other")):
+    others = {"save_every": 1, "keep": 9, "save_minutes": 0.0, "run": "other"}
+    for config in (CONFIG, replace(CONFIG, mesh=MESH, **others), stage(1, mesh=MESH)):
         kept = [made for made in range(1, 17) if is_kept(meta_at(made), config)]
         assert kept == [3, 7, 10, 14, 16]
     for config in (stage(4, steps=9), stage(1, learning_rate=1.0), replace(CONFIG, ema_decay=0.5)):

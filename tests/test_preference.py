@@ -411,7 +411,7 @@ def test_eight_devices_prefer_as_one(finished, tmp_path):
 
 def test_the_batch_of_a_stage_is_the_one_it_is_compiled_for(config):
     mesh, stage = make_mesh(config.mesh), config.stages[0]
-    _, batch = make_loaders(config, mesh)[stage.name].batch(0)
+    _, batch = make_loaders(config, {stage.name: mesh})[stage.name].batch(0)
     widths = config.step.with_channels(33).model
     shapes = abstract_batch(
         widths,

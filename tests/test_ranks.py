@@ -171,6 +171,46 @@ def test_adapters_outlive_kills_and_train_on_two_processes_as_on_one(folder, pai
     np.testing.assert_allclose(two, one, rtol=1e-6)
 
 
+STAGES = """
+from easyanimate_jax.sharding import MeshConfig
+
+meshes = MeshConfig(data=2, fsdp=2), MeshConfig(fsdp=2, context=2)
+config = replace(
+    config,
+    stages=tuple(
+        replace(stage, steps=6, batch_size=4, microbatch=rows, mesh=mesh, save=save)
+        for stage, rows, mesh, save in zip(
+            stages, (4, 2), meshes, (("attention",), ()), strict=False
+        )
+    ),
+)
+"""
+
+
+@pytest.mark.slow
+def test_stages_with_their_own_meshes_train_on_two_processes_as_on_one_and_outlive_kills(folder):
+    """A rank is killed just after the first stage, and the other one in the second stage."""
+    once = {
+        "EASYANIMATE_FAULTS": "step@6/0,step@9/1",
+        "EASYANIMATE_FAULTS_ONCE": str(folder / "stages_once"),
+    }
+    for run, processes, devices, faults in (
+        ("stages2", 2, 2, {}),
+        ("stages1", 1, 4, {}),
+        ("stages_killed", 2, 2, once),
+    ):
+        words = ranks(processes, folder, run)
+        with (folder / f"{run}.py").open("a") as config:
+            config.write(STAGES)
+        output = end(start(words, devices, **faults))
+        assert "is now on the mesh data 1 x fsdp 2 x context 2 x tensor 1" in output
+    assert output.count("starting again") == 2, output
+    assert prints(folder, "stages_killed") == prints(folder, "stages2")
+    two, one = ([row["loss"] for row in rows(folder, name)] for name in ("stages2", "stages1"))
+    assert len(one) == STEPS
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_two_processes_validate_like_one(folder):
     """Each reads the held-out clips of its own rows; losses and videos are those of one process."""

@@ -59,10 +59,16 @@ def report(peak, seconds, mesh=(1, 32, 8, 1)):
     )
 
 
+def way_of(config, stage):
+    """How a stage of a config runs."""
+    save = config.step.of_stage(stage).model.save
+    return Choice(config.mesh_of(stage), save, stage.microbatch)
+
+
 def of_choice(config, stage):
     """What a compiler would say, were the estimate true."""
-    choice = Choice(config.mesh, config.model.save, stage.microbatch)
-    return report(*estimate(choice, config, stage, TOKENS + TEXT, V6E))
+    estimated = estimate(way_of(config, stage), config, stage, TOKENS + TEXT, V6E)
+    return dataclasses.replace(report(*estimated), name=stage.name)
 
 
 def test_changes_lead_from_what_does_not_fit_to_what_was_compiled():
@@ -71,7 +77,7 @@ def test_changes_lead_from_what_does_not_fit_to_what_was_compiled():
     tried = []
 
     def compile_choice(config, stage):
-        tried.append((config, stage))
+        tried.append(way_of(config, stage))
         return of_choice(config, stage)
 
     refused = report(estimate(now, v5_12b, STAGE, TOKENS + TEXT, V6E)[0], None)
@@ -84,25 +90,32 @@ def test_changes_lead_from_what_does_not_fit_to_what_was_compiled():
         assert change.peak_bytes_per_chip <= V6E.memory
         config = load_config("configs/v5_12b.py", shlex.split(change.overrides))
         stage = next(s for s in config.stages if s.name == STAGE.name)
-        mesh = config.mesh if "--mesh" in change.overrides else now.mesh
-        assert (dataclasses.replace(config, mesh=mesh).model, mesh, stage.microbatch) in [
-            (c.model, c.mesh, s.microbatch) for c, s in tried
-        ]
+        way = way_of(config, stage)
+        if "mesh" not in change.overrides:  # the config's is that of another pod
+            way = dataclasses.replace(way, mesh=now.mesh)
+        assert way in tried
+        others = [s for s in config.stages if s.name != STAGE.name]
+        assert others == [s for s in v5_12b.stages if s.name != STAGE.name]
+        assert dataclasses.replace(config, stages=v5_12b.stages) == v5_12b
     shown = dataclasses.replace(refused, changes=changes)
     for text in (table([shown]), html.unescape(page("v6e:16x16", [shown]))):
         assert all(change.overrides in text for change in changes)
 
 
 def test_the_fastest_that_fits_becomes_a_config(tmp_path):
-    refused = report(2 * V6E.memory, None)
-    choice, found = fastest(v5_12b, STAGE, V6E, refused, of_choice)
+    """Only the stages that were asked for change, each in its own way."""
+    choice, found = fastest(v5_12b, STAGE, V6E, report(2 * V6E.memory, None), of_choice)
     assert found.fits
-    path = tmp_path / "found.py"
-    path.write_text(variant("configs/v5_12b.py", STAGE, choice, found))
+    other, path = Choice(MeshConfig(1, 64, 4, 1), (), 64), tmp_path / "found.py"
+    ways = {STAGE.name: choice, v5_12b.stages[-1].name: other}
+    stages = [stage for stage in v5_12b.stages if stage.name in ways]
+    path.write_text(variant("configs/v5_12b.py", [(s, ways[s.name], found) for s in stages]))
     config = load(str(path))
-    assert (config.mesh, config.model.save) == (choice.mesh, choice.save)
-    rows = {s.name: s.microbatch for s in config.stages}
-    assert rows == {s.name: s.microbatch for s in v5_12b.stages} | {STAGE.name: choice.microbatch}
+    assert dataclasses.replace(config, stages=v5_12b.stages) == v5_12b
+    for before, stage in zip(v5_12b.stages, config.stages, strict=True):
+        way = ways.get(stage.name)
+        assert stage == (way.apply(before) if way else before)
+        assert way is None or way_of(config, stage) == way
 
 
 def test_the_command_searches_where_a_stage_does_not_fit(tmp_path, monkeypatch, capsys):
@@ -123,7 +136,24 @@ def test_the_command_searches_where_a_stage_does_not_fit(tmp_path, monkeypatch, 
     assert not stage["fits"] and stage["changes"][0]["overrides"] in capsys.readouterr().out
     assert command.main([*words, "--suggest", str(found)]) == 0
     assert json.loads(figures.read_text())["stages"][0]["fits"]
-    assert load(str(found)).mesh != v5_12b.mesh
+    config = load(str(found))
+    (changed,) = (s for s in config.stages if s not in v5_12b.stages)
+    assert changed.name == STAGE.name and way_of(config, changed).mesh.shape(256)
+
+
+def test_all_stages_of_a_config_are_suggested_at_once_in_one_file(tmp_path, monkeypatch):
+    found, device = tmp_path / "found.py", SimpleNamespace(device_kind=V6E.device_kind)
+    monkeypatch.setattr(stages, "topology_devices", lambda *_: [device])
+    monkeypatch.setattr(stages, "compile_step", lambda *at, **_: (of_choice(*at[:2]), ""))
+    words = ["configs/v5_12b.py", "--topology", "v6e:16x16", "--suggest", str(found)]
+    assert command.main(words) == 0
+    config, text = load(str(found)), found.read_text()
+    for before, stage in zip(v5_12b.stages, config.stages, strict=True):
+        assert f"Stage {stage.name!r}: " in text
+        way = Choice(stage.mesh, stage.save, stage.microbatch)
+        assert stage == way.apply(before) and way == way_of(config, stage)
+        assert way.mesh.shape(256)
+    assert len({stage.microbatch for stage in config.stages}) > 1
 
 
 def test_a_pod_that_nothing_fits_is_too_small():
@@ -139,15 +169,13 @@ def test_every_choice_splits_the_devices_and_the_batch():
     for choice in found:
         assert choice.mesh.data * choice.mesh.fsdp * choice.mesh.context == 128
         assert choice.microbatch <= STAGE.batch_size
-        config, stage = choice.apply(v5_12b, STAGE)
-        assert (config.mesh, config.model.save) == (choice.mesh, choice.save)
-        assert stage.microbatch == choice.microbatch
+        assert way_of(v5_12b, choice.apply(STAGE)) == choice
 
 
 def test_the_estimate_is_near_what_the_compiler_said():
     """13312_t2v on 128 v5p chips takes 83.0 GB and is predicted 24.4 s (docs/pods.md)."""
     v5p = next(chip for chip in CHIPS if chip.name == "v5p")
-    choice = Choice(v5_12b.mesh, v5_12b.model.save, STAGE.microbatch)
+    choice = Choice(MeshConfig(1, 16, 8, 1), v5_12b.model.save, STAGE.microbatch)
     memory, seconds = estimate(choice, v5_12b, STAGE, TOKENS + TEXT, v5p)
     assert memory == pytest.approx(83.0e9, rel=0.2)
     assert seconds == pytest.approx(24.4, rel=0.4)  # without what is element by element

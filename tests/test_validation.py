@@ -23,6 +23,7 @@ from easyanimate_jax.models.vae import CausalVAE
 from easyanimate_jax.runs.batches import held_out_loaders, make_loaders
 from easyanimate_jax.runs.config import SampleConfig, ValidationConfig
 from easyanimate_jax.runs.loop import train
+from easyanimate_jax.runs.meshes import stage_meshes
 from easyanimate_jax.runs.samples import Sampler
 from easyanimate_jax.runs.validation import loss_program, losses_of
 from easyanimate_jax.sharding import MeshConfig, make_mesh
@@ -125,8 +126,12 @@ def test_held_out_clips_are_made_again_beside_the_true_ones(whole):
 @pytest.mark.parametrize("mesh", MESHES[:2])
 @pytest.mark.parametrize("task", ["t2v", "control", "camera_ref"])
 def test_what_a_task_gives_reaches_the_samples_on_any_mesh(config, task, mesh, tmp_path):
-    """Videos of the same weights, noise and condition are equal on two meshes."""
-    stage, mesh = replace(config.stages[0], task=task), make_mesh(mesh)
+    """Videos of the same weights, noise and condition are equal on two meshes.
+
+    The run begins on another mesh, so the autoencoder has to move.
+    """
+    stage, mesh = replace(config.stages[0], task=task, name="later"), make_mesh(mesh)
+    meshes = {config.stages[0].name: make_mesh(MESHES[2]), stage.name: mesh}
     rng, extra = np.random.default_rng(0), 4 * sum(TASKS[task].holds.values())
 
     def draw(*shape):
@@ -156,7 +161,7 @@ def test_what_a_task_gives_reaches_the_samples_on_any_mesh(config, task, mesh, t
         step = config.step.with_channels(stage.in_channels)
         make, placed, _ = abstract_state(step, mesh)
         model = jax.jit(make, out_shardings=placed)(jax.random.key(3)).model
-        sampler = Sampler(replace(config, run=str(tmp_path)), mesh, {stage.name: loader})
+        sampler = Sampler(replace(config, run=str(tmp_path)), meshes, {stage.name: loader})
         sampler.writer = SimpleNamespace(film=lambda *args: None)
         sampler(stage, model, 4)
     found = np.load(tmp_path / "samples" / "0000004_clips.npz")
@@ -191,7 +196,8 @@ def test_the_loss_is_the_same_on_any_mesh(config, meshes):
         step = config.step.with_channels(stage.in_channels)
         step = step._replace(model=replace(step.model, dtype="float32"))
         make, placed, _ = abstract_state(step, mesh)
-        loaders = held_out_loaders(config, mesh, make_loaders(config, mesh))
+        own = {one.name: mesh for one in config.stages}
+        loaders = held_out_loaders(config, own, make_loaders(config, own))
         exact = replace(config, model=step.model)
         with jax.set_mesh(mesh):
             state = jax.jit(make, out_shardings=placed)(jax.random.key(3))
@@ -216,8 +222,8 @@ def test_a_share_without_a_clip_is_refused_before_anything_is_written(config, tm
     assert not (tmp_path / "run").exists()
     share = float(re.search(r"use ([\d.]+) or more", str(told.value))[1])
     validation = replace(none.validation, share=share)
-    mesh = make_mesh(config.mesh)
+    meshes = stage_meshes(config)
     loaders = held_out_loaders(
-        replace(config, validation=validation), mesh, make_loaders(config, mesh)
+        replace(config, validation=validation), meshes, make_loaders(config, meshes)
     )
     assert all(len(loader.plan.ids) == 1 for loader in loaders.values())

@@ -22,8 +22,8 @@ from easyanimate_jax.prepare.encode import Encoder
 from easyanimate_jax.prepare.prepare import prepare
 from easyanimate_jax.runs.batches import make_loaders
 from easyanimate_jax.runs.config import load
+from easyanimate_jax.runs.meshes import stage_meshes
 from easyanimate_jax.runs.visits import VisitLoader
-from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.weights.identity import fingerprint
 from easyanimate_jax.weights.module import save_module
 
@@ -210,14 +210,14 @@ def folder(films, vae):  # noqa: F811
 
 def test_sets_of_another_kind_or_of_other_models_are_refused(folder):
     config = load(str(folder / "whole.py"))
-    mesh = make_mesh(config.mesh)
-    assert list(make_loaders(config, mesh)) == ["first", "second"]
+    meshes = stage_meshes(config)
+    assert list(make_loaders(config, meshes)) == ["first", "second"]
     cached = dataclasses.replace(config.sets[0], pixels=False, condition_draws=1)
     with pytest.raises(ValueError, match="prepared with pixels=True, and the config says False"):
-        make_loaders(dataclasses.replace(config, sets=(cached,)), mesh)
+        make_loaders(dataclasses.replace(config, sets=(cached,)), meshes)
     (folder / "text" / "config.json").write_text('{"other": 1}')
     with pytest.raises(ValueError, match=r"prepared with another text .* restore the model"):
-        make_loaders(config, mesh)
+        make_loaders(config, meshes)
 
 
 @pytest.mark.slow

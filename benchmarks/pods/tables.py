@@ -126,7 +126,7 @@ def fingerprint(name: str) -> str:
     path, topology, stage, overrides = RUNS[name]
     config = load_config(path, overrides)
     stage = next(s for s in config.stages if s.name == stage)
-    mesh, chip = pod_mesh(config, topology)
+    mesh, chip = pod_mesh(config, stage, topology)
     with jax.set_mesh(mesh):
         sizes = longest(config, stage)
         _, placed, arguments = describe_stage(config.step, stage, mesh, **sizes, memory=0)

@@ -27,7 +27,7 @@ START = os.environ.get("JAX_COORDINATOR_ADDRESS", str(os.getpid()))  # the same 
 def watched_update(run, where, length, batch, waited, state):
     rows, stage = {}, where.stage
     count = len(run.loaders[stage.name].records)  # the numbers in the tokens are divided by it
-    for shard in loop.place(batch, run.mesh).mean.addressable_shards:
+    for shard in loop.place(batch, run.meshes[stage.name]).mean.addressable_shards:
         numbers = np.asarray(shard.data)[0, :, 0, 0] * count
         first = shard.index[1].start or 0
         rows |= {first + i: int(number) for i, number in enumerate(numbers)}

@@ -39,7 +39,7 @@ class Options:
     html: Path | None = None
     """Write the report to this web page."""
     suggest: Path | None = None
-    """Search the fastest way to run one stage, and write it to this file as a config."""
+    """Search the fastest way to run each stage, and write them to this file as a config."""
 
 
 def main(arguments: Sequence[str]) -> int:

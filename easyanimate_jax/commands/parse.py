@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import tyro
 
@@ -118,7 +118,7 @@ def options_and_config(
         path = options(kind, arguments, verb, description).config
     if path is None:
         return options(kind, arguments, verb, description), None
-    default = _read(path)
+    default = _opened(_read(path), arguments)
     if type(default).__name__ not in configs:
         other = "a VAE" if type(default).__name__ == "VAETrainConfig" else "a transformer"
         wanted = "stages and sets" if "TrainConfig" in configs else "the stages of a VAE"
@@ -176,7 +176,7 @@ def load_config(path: str, overrides: Sequence[str] = ()):
 
     Raises ValueError for a missing file, an unknown field, and a value that does not fit.
     """
-    default = _read(path)
+    default = _opened(_read(path), overrides)
     kind = dataclasses.make_dataclass(
         "Overrides", [("fields", _fields_of(default), dataclasses.field(default=default))]
     )
@@ -187,6 +187,29 @@ def _read(path: str):
     from easyanimate_jax.runs.config import load
 
     return load(path)
+
+
+def _opened(value, arguments: Sequence[str], place: str = "--"):
+    """Return a config in which a part that is None has its defaults, if an argument names it.
+
+    Such a part is the mesh of a stage. Tyro has no options for the fields of None. `--help` lists
+    the fields of all parts. `place` is the beginning of the options of `value`.
+    """
+    if isinstance(value, tuple):
+        return tuple(_opened(one, arguments, f"{place}{i}.") for i, one in enumerate(value))
+    if not dataclasses.is_dataclass(value):
+        return value
+    changed = {}
+    for field in dataclasses.fields(value):
+        before, inside = getattr(value, field.name), f"{place}{field.name}."
+        kinds = [kind for kind in get_args(field.type) if dataclasses.is_dataclass(kind)]
+        start = inside.replace("-", "_")
+        named = any(w in HELP or w.replace("-", "_").startswith(start) for w in arguments)
+        part = kinds[0]() if before is None and len(kinds) == 1 and named else before
+        part = _opened(part, arguments, inside)
+        if part != before:
+            changed[field.name] = part
+    return dataclasses.replace(value, **changed) if changed else value
 
 
 def _fields_of(config):

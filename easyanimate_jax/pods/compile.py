@@ -98,6 +98,7 @@ def stage_reports(
     for stage in stages:
         longest = config.set(stage.data).budget.lengths[-1]
         program = longest, stage.batch_size, stage.microbatch, stage.in_channels, stage.objective
+        program += config.mesh_of(stage), config.step.of_stage(stage).model.save
         if program not in known:
             known[program] = report_of(config, stage)
         report = dataclasses.replace(
@@ -122,13 +123,13 @@ def compile_step(
     added; at `tokens` it is the step alone. What is "auto" is chosen as in a run. Raises ValueError
     if config, mesh and topology do not match.
     """
-    mesh, chip = pod_mesh(config, topology, num_slices)
+    mesh, chip = pod_mesh(config, stage, topology, num_slices)
     sizes = longest(config, stage) | ({"tokens": tokens} if tokens else {})
     made = {}
 
     def compiles(choice: Choice) -> StageReport:
-        settled = choice.apply(config.step, stage)
-        made[choice] = compile_stage(*settled, mesh, **sizes, memory=int(chip.memory))
+        settled = choice.apply(stage)
+        made[choice] = compile_stage(config.step, settled, mesh, **sizes, memory=int(chip.memory))
         if not made[choice][0].fits:
             logger.info("too large: %s", memory_line(made[choice][0]))
         return made[choice][0]
@@ -136,7 +137,7 @@ def compile_step(
     with jax.set_mesh(mesh):
         texts = sum(sizes["text_lengths"])
         choice, report = choose(config.step, stage, mesh, sizes["tokens"], texts, compiles)
-    compiled, stage = made[choice][1], choice.apply(config.step, stage)[1]
+    compiled, stage = made[choice][1], choice.apply(stage)
     report.chips = mesh.size // chip.devices
     report.topology = topology if num_slices == 1 else f"{num_slices} x {topology}"
     if compiled is None:
@@ -170,10 +171,12 @@ def _with_sampling(
     return report
 
 
-def pod_mesh(config: TrainConfig, topology: str, num_slices: int = 1) -> tuple[Mesh, Chip]:
-    """Return (mesh over the devices of a topology, their chip); see `suggest_mesh`."""
+def pod_mesh(
+    config: TrainConfig, stage: Stage, topology: str, num_slices: int = 1
+) -> tuple[Mesh, Chip]:
+    """Return (mesh of a stage over the devices of a topology, their chip); see `suggest_mesh`."""
     devices = topology_devices(topology, num_slices)
-    mesh = make_mesh(suggest_mesh(config.mesh, len(devices)), devices)
+    mesh = make_mesh(suggest_mesh(config.mesh_of(stage), len(devices)), devices)
     return mesh, chip_of(devices[0].device_kind)
 
 

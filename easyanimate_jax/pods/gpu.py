@@ -60,7 +60,7 @@ def model_step(
     Raises ValueError as `parse` does.
     """
     gpu, hosts, per_host = parse(topology)
-    shape = suggest_mesh(config.mesh, hosts * per_host).shape(hosts * per_host)
+    shape = suggest_mesh(config.mesh_of(stage), hosts * per_host).shape(hosts * per_host)
     device = jax.sharding.AbstractDevice(gpu.device_kind, gpu.cores, "gpu")
     mesh = AbstractMesh(
         shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), abstract_device=device
@@ -68,10 +68,9 @@ def model_step(
     sizes = longest(config, stage) | ({"tokens": tokens} if tokens else {})
 
     def modelled(choice: Choice) -> StageReport:
-        settings, settled = choice.apply(config.step, stage)
-        report, *_ = describe_stage(settings, settled, mesh, **sizes, memory=int(gpu.memory))
-        model = settings.with_channels(stage.in_channels).model
-        report.memory[TEMPORARIES] = _temporaries(report, model)
+        settled = choice.apply(stage)
+        report, *_ = describe_stage(config.step, settled, mesh, **sizes, memory=int(gpu.memory))
+        report.memory[TEMPORARIES] = _temporaries(report, config.step.of_stage(settled).model)
         report.peak_bytes_per_chip = sum(report.memory.values())
         report.fits = report.peak_bytes_per_chip <= report.hbm_bytes
         return report
@@ -80,7 +79,7 @@ def model_step(
         texts = sum(sizes["text_lengths"])
         choice, report = choose(config.step, stage, mesh, sizes["tokens"], texts, modelled)
     report.topology, report.chips, report.modelled = topology, hosts * per_host, True
-    model = choice.apply(config.step, stage)[0].with_channels(stage.in_channels).model
+    model = config.step.of_stage(choice.apply(stage)).model
     exchanged = token_axis(mesh, report.microbatch) is not None
     describe_time(report, _seconds(report, model, gpu, hosts, per_host, exchanged), gpu)
     return report

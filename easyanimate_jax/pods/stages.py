@@ -32,22 +32,23 @@ def predict(
     """Yield the list of reports so far, after each stage and after each search.
 
     `path` is the config's file. `stages` are the names of the stages to report; none means all.
-    `suggest` is a file for the fastest way to run a single stage, written as a config that imports
-    `path` and changes it. Raises ValueError for an unknown topology or stage.
+    `suggest` is a file for the fastest way to run each of them, written as a config that imports
+    `path` and changes it. It has the stages so far after each search. Raises ValueError for an
+    unknown topology or stage, and for a stage that no way fits.
     """
     chosen = _chosen(config, stages)
-    if suggest and len(chosen) > 1:
-        raise ValueError("--suggest looks for the best way to run one stage; give --stage NAME")
     chip, report_of = _means(topology, slices, ", ".join(stage.name for stage in chosen))
-    reports = []
+    reports, found = [], []
     for report in stage_reports(config, chosen, report_of):
         reports.append(report)
         yield reports
+        stage = _stage(config, report)
         if suggest:
-            reports[-1] = _fastest(config, path, suggest, report, chip, report_of)
+            choice, reports[-1] = fastest(config, stage, chip, report, _spoken(report_of))
+            found.append((stage, choice, reports[-1]))
+            suggest.write_text(variant(path, found), "utf-8")
             yield reports
         elif not report.fits:
-            stage = _stage(config, report)
             changes = changes_that_fit(config, stage, chip, report, _spoken(report_of))
             reports[-1] = dataclasses.replace(report, changes=changes)
             yield reports
@@ -98,21 +99,6 @@ def _means(topology: str, slices: int, names: str) -> tuple[Chip, ReportOf]:
         return compile_step(config, stage, topology, num_slices=slices, tokens=tokens)[0]
 
     return chip_of(devices[0].device_kind), compiled
-
-
-def _fastest(
-    config: TrainConfig,
-    path: str,
-    target: Path,
-    report: StageReport,
-    chip: Chip,
-    report_of: ReportOf,
-) -> StageReport:
-    """Write the fastest way to run a stage to `target`, as a config; return its report."""
-    stage = _stage(config, report)
-    choice, report = fastest(config, stage, chip, report, _spoken(report_of))
-    target.write_text(variant(path, stage, choice, report), "utf-8")
-    return report
 
 
 def _spoken(report_of: ReportOf) -> ReportOf:

@@ -1,14 +1,14 @@
 """Find meshes, kept activations and microbatches with which a stage fits a pod.
 
 An estimate orders the choices and excludes those that are far too large, so that few are compiled.
-All returned choices have been compiled. `microbatch` belongs to one stage; mesh and kept
-activations are settings of the whole run.
+All returned choices have been compiled. They change the one stage: its mesh, its kept activations
+and its microbatch.
 """
 
 import dataclasses
 import math
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from easyanimate_jax.facts import ACTIVATIONS, BLOCK_MATRICES
@@ -32,28 +32,32 @@ class Choice:
     save: tuple[str, ...]
     microbatch: int  # rows that go through the network at once
 
-    def apply(self, config: TrainConfig, stage: Stage) -> tuple[TrainConfig, Stage]:
-        """Return config and stage with this choice."""
-        model = dataclasses.replace(config.model, save=self.save)
-        stage = dataclasses.replace(stage, microbatch=self.microbatch)
-        return dataclasses.replace(config, mesh=self.mesh, model=model), stage
+    def apply(self, stage: Stage) -> Stage:
+        """Return the stage with this choice."""
+        return dataclasses.replace(
+            stage, mesh=self.mesh, save=self.save, microbatch=self.microbatch
+        )
+
+    def words(self) -> str:
+        """Return the choice as the keywords of `dataclasses.replace` on a stage."""
+        return f"mesh={self.mesh}, save={self.save}, microbatch={self.microbatch}"
 
     def differences(self, other: "Choice", stage_index: int) -> list[str]:
         """Return the overrides of `train.py` that change `other` to this choice."""
-        words = []
+        words, option = [], f"--stages.{stage_index}"
         if self.mesh != other.mesh:
             for axis, size in dataclasses.asdict(self.mesh).items():
-                words += [f"--mesh.{axis}", str(size)]
+                words += [f"{option}.mesh.{axis}", str(size)]
         if self.save != other.save:
-            words += ["--model.save", *self.save]
+            words += [f"{option}.save", *self.save]
         if self.microbatch != other.microbatch:
-            words += [f"--stages.{stage_index}.microbatch", str(self.microbatch)]
+            words += [f"{option}.microbatch", str(self.microbatch)]
         return words
 
 
 def present(config: TrainConfig, stage: Stage, report: StageReport) -> Choice:
     """Return the choice that `report` describes; it also holds what is "auto" in the config."""
-    mesh = suggest_mesh(config.mesh, math.prod(report.mesh.values()))
+    mesh = suggest_mesh(config.mesh_of(stage), math.prod(report.mesh.values()))
     return Choice(mesh, report.save, min(report.microbatch, stage.batch_size))
 
 
@@ -63,7 +67,7 @@ def choices(config: TrainConfig, stage: Stage, num_devices: int) -> Iterator[Cho
     They keep the first n rows of `facts.ACTIVATIONS`, for each n, and split the batch into equal
     microbatches.
     """
-    now = suggest_mesh(config.mesh, num_devices)
+    now = suggest_mesh(config.mesh_of(stage), num_devices)
     free = [name for name in ACTIVATIONS if name not in config.model.offload]
     inner = num_devices // (now.data * now.tensor)
     for context in (2**n for n in range(int(math.log2(inner)) + 1)):
@@ -155,7 +159,7 @@ def changes_that_fit(
             if needed >= refused or tries == TRIES:
                 continue
             tries += 1
-            tried = compile_choice(*choice.apply(config, stage))
+            tried = compile_choice(config, choice.apply(stage))
             if tried.fits:
                 words = shlex.join(choice.differences(now, index))
                 seconds = tried.predicted_step_seconds
@@ -184,7 +188,7 @@ def fastest(
     now = present(config, stage, report)
     tried = [(now, report)]
     for choice in ordered(config, stage, chip, report, one_change=False)[:TRIES]:
-        tried.append((choice, compile_choice(*choice.apply(config, stage))))
+        tried.append((choice, compile_choice(config, choice.apply(stage))))
     fitting = [(choice, result) for choice, result in tried if result.fits]
     if not fitting:
         raise ValueError(
@@ -194,13 +198,14 @@ def fastest(
     return min(fitting, key=lambda found: found[1].predicted_step_seconds)
 
 
-def variant(path: str, stage: Stage, choice: Choice, report: StageReport) -> str:
-    """Return the text of a config file for `train.py`: the config at `path` with a choice."""
-    used, given = report.peak_bytes_per_chip / 1e9, report.hbm_bytes / 1e9
-    return f'''"""{path} for {report.topology}, found by `python -m easyanimate_jax aot --suggest`.
+def variant(path: str, found: Sequence[tuple[Stage, Choice, StageReport]]) -> str:
+    """Return the text of a config file for `train.py`: that at `path`, with choices for stages."""
+    topology = found[0][2].topology
+    lines = "\n".join(_line(stage, report) for stage, _, report in found)
+    ways = "\n".join(f"    {stage.name!r}: dict({way.words()})," for stage, way, _ in found)
+    return f'''"""{path} for {topology}, found by `python -m easyanimate_jax aot --suggest`.
 
-Stage {stage.name!r}: {used:.1f} of {given:.1f} GB a chip, predicted \
-{report.predicted_step_seconds:.1f} s a step.
+{lines}
 """
 
 from dataclasses import replace
@@ -209,13 +214,16 @@ from easyanimate_jax.runs.config import load
 from easyanimate_jax.sharding import MeshConfig
 
 base = load({path!r})
+ways = {{
+{ways}
+}}
 config = replace(
-    base,
-    mesh={choice.mesh},
-    model=replace(base.model, save={choice.save}),
-    stages=tuple(
-        replace(s, microbatch={choice.microbatch}) if s.name == {stage.name!r} else s
-        for s in base.stages
-    ),
+    base, stages=tuple(replace(stage, **ways.get(stage.name, {{}})) for stage in base.stages)
 )
 '''
+
+
+def _line(stage: Stage, report: StageReport) -> str:
+    used, given = report.peak_bytes_per_chip / 1e9, report.hbm_bytes / 1e9
+    memory, seconds = f"{used:.1f} of {given:.1f} GB a chip", report.predicted_step_seconds
+    return f"Stage {stage.name!r}: {memory}, predicted {seconds:.1f} s a step."

@@ -1,6 +1,7 @@
-"""Loaders of a config's stages, and their batches as global arrays on its mesh."""
+"""Loaders of a config's stages, and their batches as global arrays on their meshes."""
 
 import logging
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -25,21 +26,27 @@ from easyanimate_jax.weights.pretrained import model_place
 logger = logging.getLogger(__name__)
 
 
-def make_loaders(config: TrainConfig, mesh) -> dict[str, Loader]:
+def make_loaders(config: TrainConfig, meshes: Mapping[str, Mesh]) -> dict[str, Loader]:
     """Return {stage name: loader}; a loader reads prepared latents, or decodes the clips itself.
 
-    Raises ValueError for latent sets that are missing or were prepared with other models.
+    `meshes` gives the mesh of each stage. Raises ValueError for latent sets that are missing or
+    were prepared with other models.
     """
     records = {s.name: Records(place_of(config.prepared) / s.name) for s in _used(config)}
     _check(config, records)
     encoder = None
     if any(latents.pixels for latents in _used(config)):
-        own = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+        devices = meshes[config.stages[0].name].devices.flat
+        own = [d for d in devices if d.process_index == jax.process_index()]
         encoder = Encoder(load_vae(config.vae), own, most=1, announce=logger.info)
-    return {s.name: _loader(config, s, mesh, records[s.data], encoder) for s in config.stages}
+    return {
+        s.name: _loader(config, s, meshes[s.name], records[s.data], encoder) for s in config.stages
+    }
 
 
-def held_out_loaders(config: TrainConfig, mesh, loaders: dict[str, Loader]) -> dict[str, Loader]:
+def held_out_loaders(
+    config: TrainConfig, meshes: Mapping[str, Mesh], loaders: Mapping[str, Loader]
+) -> dict[str, Loader]:
     """Return {stage name: loader of its held-out clips} beside the loaders of the training clips.
 
     Nothing of a row is dropped, and its draws follow from its clip. Empty without a share to hold
@@ -50,7 +57,7 @@ def held_out_loaders(config: TrainConfig, mesh, loaders: dict[str, Loader]) -> d
         stage.name: held_out_loader(
             config,
             stage,
-            mesh,
+            meshes[stage.name],
             loaders[stage.name].records,
             share,
             getattr(loaders[stage.name], "encoder", None),

@@ -186,7 +186,7 @@ class TrainConfig:
     bits."""
 
     mesh: MeshConfig = MeshConfig()
-    """Devices along each mesh axis."""
+    """Devices along each mesh axis, in all stages that have no mesh of their own."""
 
     samples: SampleConfig = SampleConfig()
     """Samples that the run makes while it trains."""
@@ -313,6 +313,10 @@ class TrainConfig:
     def adapters(self) -> LoRAConfig | None:
         """Return the adapters that the run trains; None without any."""
         return self.lora if self.lora.rank else None
+
+    def mesh_of(self, stage: Stage) -> MeshConfig:
+        """Return the mesh of a stage: its own, or that of the config."""
+        return self.mesh if stage.mesh is None else stage.mesh
 
     def set(self, name: str) -> LatentSet:
         """Return the latent set with this name."""

@@ -38,7 +38,7 @@ def describe_run(config: TrainConfig) -> str:
         *_optimizer_lines(config),
         f"process  {config.process}",
         *_time_lines(config),
-        *_mesh_lines(config.mesh, state),
+        *_mesh_lines(config, state),
         "",
         f"{'stage':<16}{'task':<12}{'set':<12}{'batch':>7}{'steps':>9}{'samples':>14}"
         f"{'tokens':>16}{'learning rate':>15}",
@@ -128,11 +128,24 @@ def _optimizer_lines(config: TrainConfig) -> list[str]:
     ]
 
 
-def _mesh_lines(mesh: MeshConfig, state: TrainState) -> list[str]:
-    """Return lines with the mesh and the bytes of training state per device, without gradients."""
+def _mesh_lines(config: TrainConfig, state: TrainState) -> list[str]:
+    """Return lines about the meshes of the stages."""
+    stages = {}
+    for stage in config.stages:
+        stages.setdefault(config.mesh_of(stage), []).append(stage.name)
+    lines = []
+    for mesh, names in stages.items():
+        whose = f" in {', '.join(names)}" if len(stages) > 1 else ""
+        lines += _lines_of_mesh(mesh, whose, state)
+    return lines
+
+
+def _lines_of_mesh(mesh: MeshConfig, whose: str, state: TrainState) -> list[str]:
+    """Return lines with a mesh and the bytes of training state per device, without gradients."""
     sizes = dataclasses.asdict(mesh)
     if sizes["fsdp"] == -1:
-        return [f"mesh     {mesh}: fsdp takes the devices it finds; give a number to see bytes"]
+        what = f"{mesh}{whose}: fsdp takes the devices it finds; give a number to see bytes"
+        return [f"mesh     {what}"]
 
     def bytes_of(tree) -> float:
         total = 0.0
@@ -151,6 +164,6 @@ def _mesh_lines(mesh: MeshConfig, state: TrainState) -> list[str]:
     parts = ", ".join(f"{name} {size:.2f}" for name, size in held.items())
     return [
         f"mesh     {' x '.join(f'{k} {v}' for k, v in sizes.items())} = "
-        f"{math.prod(sizes.values())} devices",
+        f"{math.prod(sizes.values())} devices{whose}",
         f"state    {sum(held.values()):.2f} GB a device: {parts}",
     ]

@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from easyanimate_jax.memory import device_memory
 from easyanimate_jax.runs.config import TrainConfig
-from easyanimate_jax.sharding import make_mesh
+from easyanimate_jax.runs.meshes import stage_meshes
 from easyanimate_jax.storage.stores import (
     Place,
     Remote,
@@ -37,6 +37,7 @@ from easyanimate_jax.storage.stores import (
     replace_text,
 )
 from easyanimate_jax.training.program import abstract_state
+from easyanimate_jax.training.step import TrainState
 from easyanimate_jax.weights.pretrained import model_place
 from easyanimate_jax.weights.run_folder import complete_steps
 
@@ -211,17 +212,18 @@ def _rename_problem(folder: Path) -> str:
 
 
 def fits(config: TrainConfig) -> list[Finding]:
-    """Check that the mesh suits devices and weights, and that the state fits memory and disk."""
+    """Check that the meshes suit devices and weights, and that the state fits memory and disk."""
     try:
-        mesh = make_mesh(config.mesh)
-        channels = max(stage.in_channels for stage in config.stages)
-        _, _, state = abstract_state(config.step.with_channels(channels), mesh)
+        meshes = stage_meshes(config)
     except ValueError as error:
         return [Finding("mesh", False, str(error))]
-    leaves = jax.tree.leaves(state)
-    local = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    states = [
+        abstract_state(config.step.with_channels(stage.in_channels), meshes[stage.name])[2]
+        for stage in config.stages
+    ]
+    local = max(map(_bytes_of_device, states))
     memory = device_memory()
-    saved = jax.tree.leaves(state._replace(frozen=None))
+    saved = jax.tree.leaves(states[-1]._replace(frozen=None))
     needed = (max(2, config.keep) + 1) * sum(x.size * x.dtype.itemsize for x in saved)
     run, disk = place(config.run), []
     if isinstance(run, Path):
@@ -229,9 +231,13 @@ def fits(config: TrainConfig) -> list[Finding]:
         free = shutil.disk_usage(nearest).free
         what = f"{free / 1e9:.1f} GB free, {config.keep} + 1 checkpoints take {needed / 1e9:.1f} GB"
         disk = [Finding("disk", free > needed, what)]
-    shape = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    found = {}  # the axes of a mesh -> its stages
+    for stage, mesh in meshes.items():
+        axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        found.setdefault(axes, []).append(stage)
+    parts = [f"{axes} in {', '.join(names)}" for axes, names in found.items()]
     return [
-        Finding("mesh", True, shape),
+        Finding("mesh", True, "; ".join(parts if len(found) > 1 else found)),
         Finding(
             "memory",
             local < memory,
@@ -240,6 +246,11 @@ def fits(config: TrainConfig) -> list[Finding]:
         ),
         *disk,
     ]
+
+
+def _bytes_of_device(state: TrainState) -> int:
+    leaves = jax.tree.leaves(state)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def table(findings: list[Finding]) -> str:

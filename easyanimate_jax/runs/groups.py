@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 
 from easyanimate_jax.data.contents import key
@@ -61,12 +62,12 @@ class GroupSampler:
     def __init__(
         self,
         config: TrainConfig,
-        mesh,
+        meshes: Mapping[str, Mesh],
         loaders: Mapping[str, Loader],
         programs: Programs,
         monitor: Monitor,
     ):
-        self.mesh, self.loaders = mesh, loaders
+        self.meshes, self.loaders = meshes, loaders
         self.programs, self.monitor = programs, monitor
         self.rewards = {s.name: _open(config, s) for s in config.stages if samples_groups(s)}
         self.dropped = deque(maxlen=WINDOW)  # True for a caption without rewards
@@ -96,7 +97,7 @@ class GroupSampler:
         placed = batch._replace(
             weight=(weight & good).astype(np.float32), group=Group(latents, *numbers)
         )
-        return jax.tree.map(_placed, placed, batch_shardings(self.mesh, placed))
+        return jax.tree.map(_placed, placed, batch_shardings(self.meshes[stage.name], placed))
 
     def _count(self, good: np.ndarray, stage: Stage) -> None:
         """Note which captions have rewards. Raises `RewardError` if too many have none."""

@@ -3,12 +3,14 @@
 The position in the schedule is one integer, the number of updates made. The stage, the batch, all
 random draws and the learning rate follow from it. So a run that was stopped and resumed makes the
 same updates as an uninterrupted one.
+
+Each stage has its own mesh. Only the code that traces a program sets it.
 """
 
 import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,7 @@ from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.groups import GroupSampler, check_groups
 from easyanimate_jax.runs.home import open_home
 from easyanimate_jax.runs.journal import Journal
+from easyanimate_jax.runs.meshes import stage_meshes
 from easyanimate_jax.runs.position import Position, check_resume, check_weights, position_at
 from easyanimate_jax.runs.programs import Programs
 from easyanimate_jax.runs.recovery import Recovery
@@ -29,7 +32,6 @@ from easyanimate_jax.runs.samples import Sampler
 from easyanimate_jax.runs.states import States, open_checkpoints
 from easyanimate_jax.runs.validation import Validator
 from easyanimate_jax.runs.visits import VisitLoader
-from easyanimate_jax.sharding import make_mesh
 from easyanimate_jax.storage.whole import replace_text
 from easyanimate_jax.training.checkpoint import NotFiniteError, StorageError, named_leaves
 from easyanimate_jax.training.metrics import now, read_rows
@@ -67,9 +69,9 @@ def train(
     """
     folder, called = config.folder, now()
     check_trackers(config.trackers)
-    mesh = make_mesh(config.mesh)
-    loaders = make_loaders(config, mesh)
-    held_out = held_out_loaders(config, mesh, loaders)
+    meshes = stage_meshes(config)
+    loaders = make_loaders(config, meshes)
+    held_out = held_out_loaders(config, meshes, loaders)
     check_newest(config, loaders)
     sink = open_sink(config.goodput_job, process=jax.process_index())
     stop, profiler = Preemption(), Profiler(folder, profile)
@@ -80,9 +82,8 @@ def train(
             setup = now() - called
             monitor = stack.enter_context(open_monitor(config, sink))
             stack.enter_context(profiler)
-            stack.enter_context(jax.set_mesh(mesh))
             run = Run(
-                config, mesh, loaders, monitor, faults, held_out=held_out, before_done=home.keep
+                config, meshes, loaders, monitor, faults, held_out=held_out, before_done=home.keep
             )
             before = {"imports": called - (began or called), "setup": setup}
             run.journal.startup = lambda: before | monitor.spent()
@@ -139,30 +140,30 @@ class Run:
     def __init__(
         self,
         config: TrainConfig,
-        mesh: Mesh,
+        meshes: Mapping[str, Mesh],
         loaders: dict[str, Loader],
         monitor: Monitor,
         faults: Faults = NO_FAULTS,
         held_out: dict[str, Loader] | None = None,
         before_done: Callable[[], None] = lambda: None,
     ):
-        self.config, self.mesh, self.loaders = config, mesh, loaders
+        self.config, self.meshes, self.loaders = config, meshes, loaders
         self.monitor, self.faults = monitor, faults
         self.key = jax.random.key(config.seed)
         self.encoders = {x.encoder for x in loaders.values() if isinstance(x, VisitLoader)}
         for encoder in self.encoders:
             encoder.announce = self._encode_program
         held = held_out or {}
-        self.programs = Programs(config.step, mesh, loaders, monitor, config.folder, held)
+        self.programs = Programs(config.step, meshes, loaders, monitor, config.folder, held)
         checkpoints = open_checkpoints(config, faults=faults, before_done=before_done)
         self.states = States(
-            config, mesh, self.key, plan_hashes(loaders), self.programs, checkpoints, monitor
+            config, meshes, self.key, plan_hashes(loaders), self.programs, checkpoints, monitor
         )
         self.recovery = Recovery(config, loaders)
-        self.journal = Journal(config, mesh)
-        self.sampler = Sampler(config, mesh, held)
-        self.validator = Validator(config, mesh, held)
-        self.groups = GroupSampler(config, mesh, loaders, self.programs, monitor)
+        self.journal = Journal(config, meshes[config.stages[0].name])
+        self.sampler = Sampler(config, meshes, held)
+        self.validator = Validator(config, meshes, held)
+        self.groups = GroupSampler(config, meshes, loaders, self.programs, monitor)
         self.save_clock = SaveClock(config.save_minutes)
 
     def stages(
@@ -260,7 +261,7 @@ class Run:
 
     def _arrays(self, where: Position, length: int, batch: Batch, state: TrainState) -> Batch:
         """Return a batch on the devices, with sampled videos if the stage's step reads them."""
-        arrays = place(batch, self.mesh)
+        arrays = place(batch, self.meshes[where.stage.name])
         if not samples_groups(where.stage):
             return arrays
         position = where.step + self.recovery.offset(where)
@@ -341,16 +342,15 @@ def replay(config: TrainConfig, step: int) -> int:
     logged; nothing is saved. A difference on the same devices means a silent hardware error; then 1
     is returned. The run must not be in progress. Raises ValueError without such a checkpoint.
     """
-    mesh = make_mesh(config.mesh)
-    loaders = make_loaders(config, mesh)
+    meshes = stage_meshes(config)
+    loaders = make_loaders(config, meshes)
     with open_home(config), open_monitor(config) as monitor:
         rows = read_rows(config.folder)
         logged = next((row for row in rows if row["step"] == step), None)
         if logged is None:
             raise ValueError(f"metrics.jsonl of {config.run} has no step {step}; replay a made one")
-        with jax.set_mesh(mesh):
-            run = Run(config, mesh, loaders, monitor)
-            first, second = (run.replay(step, run.states.at(step)) for _ in range(2))
+        run = Run(config, meshes, loaders, monitor)
+        first, second = (run.replay(step, run.states.at(step)) for _ in range(2))
         run.states.checkpoints.close()
     names = [name for name in first if first[name] != second[name]]
     names += [f"{name}, as logged" for name in ("loss", "grad_norm") if first[name] != logged[name]]

@@ -1,9 +1,9 @@
 """The position of a run in its schedule, and the check that a checkpoint fits a config.
 
 A checkpoint stores the number of updates made, the stage, and the config that made it. Finished
-stages cannot change. The current stage can get more or fewer steps, another learning rate or
-another microbatch. Stages that have not begun can change freely. A checkpoint that another schedule
-made is never deleted.
+stages cannot change. The current stage can get more or fewer steps, another learning rate or mesh,
+other kept activations or another microbatch. Stages that have not begun can change freely. A
+checkpoint that another schedule made is never deleted.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from easyanimate_jax.runs.config import TrainConfig, from_json
 from easyanimate_jax.training.stages import Stage, stage_at
 
 # Fields that may change in a stage that has begun: they concern only its later steps.
-FREE_OF_STAGE = ("steps", "microbatch", "learning_rate", "end_learning_rate", "warmup", "decay")
-FREE_OF_STAGE += ("decay_power", "control_drop", "reference_drop")
+FREE_OF_STAGE = ("steps", "microbatch", "mesh", "save", "learning_rate", "end_learning_rate")
+FREE_OF_STAGE += ("warmup", "decay", "decay_power", "control_drop", "reference_drop")
 # How the model computes, and the channels of a stage.
 FREE_OF_MODEL = ("save", "offload", "dtype", "products", "in_channels")
-FREE_OF_FINISHED = ("microbatch",)  # changes no number
+FREE_OF_FINISHED = ("microbatch", "mesh", "save")  # nothing is computed by them again
 # Fields of a config that decide its updates; the others say where and how a run computes and saves.
 OF_SCHEDULE = ("model", "process", "sets", "stages", "optimizer", "ema_decay", "text_drop", "seed")
 OF_SCHEDULE += ("init", "init_step")
@@ -61,8 +61,7 @@ def is_kept(meta: Mapping, config: TrainConfig) -> bool:
     """
     if ends_stage(meta):
         return True
-    saved = saved_config(meta)
-    return any(getattr(saved, name) != getattr(config, name) for name in OF_SCHEDULE)
+    return _schedule(saved_config(meta)) != _schedule(config)
 
 
 def check_resume(meta: Mapping, config: TrainConfig, plans: Mapping[str, str]) -> list[str]:
@@ -134,6 +133,12 @@ def position_at(config: TrainConfig, made: int) -> Position | None:
     """Return the position of the update after `made` updates; None at the end of the schedule."""
     index, step = stage_at(config.stages, made)
     return Position(config.stages[index], step, made) if index < len(config.stages) else None
+
+
+def _schedule(config: TrainConfig) -> list:
+    """Return the values `OF_SCHEDULE` of a config, without the meshes of its stages."""
+    stages = tuple(dataclasses.replace(stage, mesh=None) for stage in config.stages)
+    return [getattr(dataclasses.replace(config, stages=stages), name) for name in OF_SCHEDULE]
 
 
 def _check_order(step: int, saved: TrainConfig, config: TrainConfig, index: int) -> None:

@@ -1,4 +1,4 @@
-"""The compiled train steps of a run: one for each input width, batch and token length."""
+"""The compiled train steps of a run: one for each mesh, input width, batch and token length."""
 
 import json
 import logging
@@ -32,21 +32,22 @@ CHOSEN = "chosen.json"  # file of a run with the choices for what is "auto" in i
 class Programs:
     """Compiles the step of a stage at its first use, and keeps the program.
 
-    Stages of equal shapes share a program. `loaders` give each stage's token lengths and texts, and
-    `held_out` those of its held-out clips. What is "auto" in the config is chosen when a stage
-    begins, and kept in the file `CHOSEN` of `folder`: a resumed run makes the same bits.
+    Stages of equal shapes and meshes share a program. `meshes` give each stage's mesh, `loaders`
+    its token lengths and texts, and `held_out` those of its held-out clips. What is "auto" in the
+    config is chosen when a stage begins, and kept in the file `CHOSEN` of `folder`: a resumed run
+    makes the same bits.
     """
 
     def __init__(
         self,
         config: StepConfig,
-        mesh: Mesh,
+        meshes: Mapping[str, Mesh],
         loaders: Mapping[str, Loader],
         monitor: Monitor,
         folder: Path,
         held_out: Mapping[str, Loader],
     ):
-        self.config, self.mesh, self.loaders, self.monitor = config, mesh, loaders, monitor
+        self.config, self.meshes, self.loaders, self.monitor = config, meshes, loaders, monitor
         self.held_out, self.path = held_out, folder / CHOSEN
         self.compiled: dict[tuple, jax.stages.Compiled] = {}
         self.model_flops: dict[tuple, float] = {}
@@ -62,24 +63,24 @@ class Programs:
 
         Raises ValueError if it does not fit a device's memory; the message lists what takes it.
         """
-        return self._compiled(*self.settled(stage), length)
+        return self._compiled(self.settled(stage), length)
 
     def groups(self, stage: Stage, length: int) -> jax.stages.Compiled:
         """Return the compiled sampler (state, batch, key) of a stage that samples its videos.
 
         Raises ValueError as a call does.
         """
-        return self._compiled(*self.settled(stage), length, sampler=True)
+        return self._compiled(self.settled(stage), length, sampler=True)
 
-    def settled(self, stage: Stage) -> tuple[StepConfig, Stage]:
-        """Return the settings of a stage without "auto"; `check` has made the choice."""
+    def settled(self, stage: Stage) -> Stage:
+        """Return a stage without "auto"; `check` has made the choice."""
         if not is_auto(self.config, stage):
-            return self.config, stage
-        return self.chosen[self._name(stage)].apply(self.config, stage)
+            return stage
+        return self.chosen[self._name(stage)].apply(stage)
 
     def flops(self, stage: Stage, length: int) -> float:
         """Return the model FLOPs of a compiled step, without the sampling of its videos."""
-        return self.model_flops[*self._key(*self.settled(stage), length), False]
+        return self.model_flops[*self._key(self.settled(stage), length), False]
 
     def check(self, stage: Stage) -> None:
         """Compile the stage at its longest bucket, which decides whether it fits the devices.
@@ -93,40 +94,36 @@ class Programs:
         settled = self.settled(stage)
         for loaders in (self.loaders, self.held_out):
             if stage.name in loaders:
-                split(loaders[stage.name], settled[1], self.mesh)
-        self._compiled(*settled, longest)
+                split(loaders[stage.name], settled, self.meshes[stage.name])
+        self._compiled(settled, longest)
         if samples_groups(stage):
-            self._compiled(*settled, longest, sampler=True)
+            self._compiled(settled, longest, sampler=True)
 
     def first_run(self, stage: Stage, length: int) -> bool:
         """Return whether the program runs for the first time, and remember that it ran.
 
         The first run waits for processes that compile more slowly.
         """
-        key = self._key(*self.settled(stage), length)
+        key = self._key(self.settled(stage), length)
         first = key not in self.ran
         self.ran.add(key)
         return first
 
-    def _compiled(
-        self, config: StepConfig, stage: Stage, length: int, *, sampler: bool = False
-    ) -> jax.stages.Compiled:
-        key = (*self._key(config, stage, length), sampler)
+    def _compiled(self, stage: Stage, length: int, *, sampler: bool = False) -> jax.stages.Compiled:
+        key = (*self._key(stage, length), sampler)
         if key not in self.compiled:
-            report = self._compile(config, stage, length, sampler=sampler)
+            report = self._compile(stage, length, sampler=sampler)
             if not report.fits:
                 raise ValueError(refusal(report))
         return self.compiled[key]
 
-    def _compile(
-        self, config: StepConfig, stage: Stage, length: int, *, sampler: bool = False
-    ) -> StageReport:
+    def _compile(self, stage: Stage, length: int, *, sampler: bool = False) -> StageReport:
         """Compile a step or a sampler, keep the program if it fits, and return the report."""
         self.monitor.enter("compile")
         report, program = compile_stage(
-            config,
+            self.config,
             stage,
-            self.mesh,
+            self.meshes[stage.name],
             tokens=length,
             text_lengths=self._text_lengths(stage),
             memory=self._memory(),
@@ -134,7 +131,7 @@ class Programs:
         )
         if report.fits:
             logger.info(memory_line(report))
-            key = (*self._key(config, stage, length), sampler)
+            key = (*self._key(stage, length), sampler)
             self.compiled[key], self.model_flops[key] = program, report.model_flops
             processes.wait(f"program {len(self.compiled)}")
         return report
@@ -143,10 +140,10 @@ class Programs:
         """Choose what is "auto" in a stage: as remembered if that fits, else the fastest."""
 
         def compiles(choice: Choice) -> StageReport:
-            settled = choice.apply(self.config, stage)
-            report = self._compile(*settled, length)
+            settled = choice.apply(stage)
+            report = self._compile(settled, length)
             if report.fits and samples_groups(stage):
-                sampler = self._compile(*settled, length, sampler=True)
+                sampler = self._compile(settled, length, sampler=True)
                 return report if sampler.fits else sampler
             return report
 
@@ -155,7 +152,8 @@ class Programs:
             self.chosen[name] = known[name]
             return
         texts = sum(self._text_lengths(stage))
-        choice, report = choose(self.config, stage, self.mesh, length, texts, compiles)
+        mesh = self.meshes[stage.name]
+        choice, report = choose(self.config, stage, mesh, length, texts, compiles)
         if not report.fits:
             raise ValueError(refusal(report))
         self.chosen[name] = choice
@@ -192,15 +190,21 @@ class Programs:
     def _text_lengths(self, stage: Stage) -> tuple[int, ...]:
         return tuple(len(text) for text in self.loaders[stage.name].empty)
 
-    def _key(self, config: StepConfig, stage: Stage, length: int) -> tuple:
-        rows = microbatch_rows(stage, self.mesh)
-        save = config.model.kept
+    def _key(self, stage: Stage, length: int) -> tuple:
+        """Return what the program of a stage without "auto" depends on."""
+        return self.meshes[stage.name], *self._shape(stage, length)
+
+    def _shape(self, stage: Stage, length: int) -> tuple:
+        rows = microbatch_rows(stage, self.meshes[stage.name])
+        save = self.config.of_stage(stage).model.kept
         return stage.in_channels, stage.batch_size, rows, save, length, stage.objective
 
     def _name(self, stage: Stage) -> str:
         """Return the key under which the choice for a stage is remembered: what it depends on."""
         longest = max(self.loaders[stage.name].plan.lengths)
-        device = self.mesh.devices.flat[0].device_kind
-        key = self._key(self.config, stage, longest), self.config, stage.microbatch
-        text = repr((*key, self._text_lengths(stage), dict(self.mesh.shape), device))
+        mesh = self.meshes[stage.name]
+        device = mesh.devices.flat[0].device_kind
+        own = () if stage.save is None else (stage.save,)
+        key = self._shape(stage, longest), self.config, stage.microbatch, *own
+        text = repr((*key, self._text_lengths(stage), dict(mesh.shape), device))
         return f"{stage.name} {blake2b(text.encode(), digest_size=8).hexdigest()}"

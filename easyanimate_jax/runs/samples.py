@@ -10,6 +10,7 @@ writes.
 
 import logging
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -31,6 +32,7 @@ from easyanimate_jax.generation.pixels import decode
 from easyanimate_jax.models.mmdit import MMDiT, unpatchify
 from easyanimate_jax.runs.batches import place
 from easyanimate_jax.runs.config import TrainConfig
+from easyanimate_jax.sharding import moved, shardings
 from easyanimate_jax.storage.stores import place as place_of
 from easyanimate_jax.training.metrics import MetricsWriter
 from easyanimate_jax.training.stages import Stage
@@ -74,12 +76,14 @@ def made_again(
 class Sampler:
     """Samples the config's prompts and held-out clips with the averaged weights.
 
-    `held_out` has a loader for each stage, or none. `writer` is None in all processes but the
-    first, which write nothing.
+    `meshes` has the mesh of each stage, `held_out` a loader for each stage, or none. `writer` is
+    None in all processes but the first, which write nothing.
     """
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, held_out: dict[str, Loader]):
-        self.config, self.mesh = config, mesh
+    def __init__(
+        self, config: TrainConfig, meshes: Mapping[str, Mesh], held_out: dict[str, Loader]
+    ):
+        self.config, self.meshes = config, meshes
         self.held_out = held_out if config.samples.clips else {}
         self.folder = config.folder / "samples"
         self.writer: MetricsWriter | None = None
@@ -87,7 +91,7 @@ class Sampler:
         init = config.init if config.step.taught else ""
         self.teacher = of_source(init, config.init_step) if init else RELEASED
         if self.wanted:
-            self.vae = load_vae(config.vae, mesh=mesh)
+            self.vae = load_vae(config.vae, mesh=meshes[config.stages[0].name])
             self.empty = records.read_texts(place_of(config.prepared) / "empty.safetensors")
         if self.wanted and config.samples.prompts:
             self.texts = records.read_texts(place_of(config.prepared) / "prompts.safetensors")
@@ -96,6 +100,11 @@ class Sampler:
         """Sample what the model of a stage can show, after `step` updates."""
         if not self.wanted:
             return
+        with jax.set_mesh(self.meshes[stage.name]):
+            self._sample(stage, model, step)
+
+    def _sample(self, stage: Stage, model: MMDiT, step: int) -> None:
+        self.vae = moved(self.vae, shardings(self.meshes[stage.name], self.vae))
         diffusion = LatentDiffusion(model, self.vae, self.config.process)
         if self.config.samples.prompts and not TASKS[stage.task].is_control:
             self._write(f"{step:07d}", videos=self._prompts(stage, diffusion))
@@ -117,7 +126,7 @@ class Sampler:
     def _clips(self, stage: Stage, diffusion: LatentDiffusion) -> tuple[np.ndarray, np.ndarray]:
         """Return the true and the new videos of held-out clips, uint8 (B, F, H, W, 3) each."""
         loader = self.held_out[stage.name]
-        batch, ids = self._batch(loader)
+        batch, ids = self._batch(loader, self.meshes[stage.name])
         grids = [tuple(grid.tolist()) for grid in batch.grid]
         grid = max(dict.fromkeys(grids), key=grids.count)  # one size, so one program
         rows = [i for i, one in enumerate(grids) if one == grid][: self.config.samples.clips]
@@ -128,10 +137,10 @@ class Sampler:
         request = self._request(stage, texts, true.shape[1:4], seeds)
         return true, made_again(diffusion, stage.task, request, batch, true)
 
-    def _batch(self, loader: Loader) -> tuple[Batch, list[int]]:
+    def _batch(self, loader: Loader, mesh: Mesh) -> tuple[Batch, list[int]]:
         """Return the largest held-out batch on the host, without padding rows, and its records."""
         number = max(range(len(loader.plan)), key=lambda i: len(loader.plan(i)[1]))
-        return rows_of(loader, number, self.mesh), loader.plan(number)[1].tolist()
+        return rows_of(loader, number, mesh), loader.plan(number)[1].tolist()
 
     def _request(self, stage: Stage, texts, size: tuple[int, int, int], seeds) -> Request:
         samples = self.config.samples

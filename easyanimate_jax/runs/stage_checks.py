@@ -28,6 +28,10 @@ def check_stages(config) -> None:
                 f"{names}. Add the set, or correct the stage's `data`."
             )
         _check_data(stage, config.set(stage.data))
+        try:
+            config.step.of_stage(stage)
+        except ValueError as error:
+            raise ValueError(f"stage {stage.name!r}: {error}") from error
         _check_reward(config, stage)
     for before, stage in itertools.pairwise(config.stages):
         if stage.in_channels < before.in_channels:

@@ -14,6 +14,7 @@ from easyanimate_jax.models.storage import Kernels
 from easyanimate_jax.runs.config import TrainConfig, to_json
 from easyanimate_jax.runs.position import Position, check_resume, is_kept, position_at
 from easyanimate_jax.runs.programs import Programs
+from easyanimate_jax.sharding import moved
 from easyanimate_jax.training.checkpoint import Checkpoints
 from easyanimate_jax.training.post.reward import reward_weights
 from easyanimate_jax.training.program import abstract_state, graph_of, make_state, with_adapters
@@ -39,8 +40,9 @@ GIVEN = dict.fromkeys(("frozen", "teacher", "judge"))  # fields that no checkpoi
 
 
 class States:
-    """Makes, restores and saves the states of a run, sharded over its mesh.
+    """Makes, restores and saves the states of a run, sharded over the mesh of their stage.
 
+    The state after an update is on the mesh of that update's stage, until the next stage begins.
     The step is compiled and compared with a device's memory before any array is made, so a run that
     does not fit fails at once.
     """
@@ -48,14 +50,14 @@ class States:
     def __init__(
         self,
         config: TrainConfig,
-        mesh: Mesh,
+        meshes: Mapping[str, Mesh],
         key: PRNGKeyArray,
         plans: Mapping[str, str],
         programs: Programs,
         checkpoints: Checkpoints,
         monitor: Monitor,
     ):
-        self.config, self.mesh, self.key, self.plans = config, mesh, key, plans
+        self.config, self.meshes, self.key, self.plans = config, meshes, key, plans
         self.programs, self.checkpoints, self.monitor = programs, checkpoints, monitor
         # The identity of the frozen weights, which no checkpoint holds.
         frozen = config.step.partial or config.step.taught
@@ -71,19 +73,22 @@ class States:
         start = {}
         if path := self.config.init_lora:
             start = to_continue(path, self.config.step.model, self.config.lora)
-        self.programs.check(self.config.stages[0])
+        stage = self.config.stages[0]
+        self.programs.check(stage)
         self.monitor.enter("start")
-        return self._start(start)._replace(judge=self._judge())
+        with jax.set_mesh(self.meshes[stage.name]):
+            return self._start(stage, start)._replace(judge=self._judge(stage))
 
-    def _start(self, start: Mapping) -> TrainState:
-        stage, settings = self.config.stages[0], self.config.step
-        make, placed, _ = self._abstract(stage.in_channels)
+    def _start(self, stage: Stage, start: Mapping) -> TrainState:
+        """Return the first state on the mesh of a stage, with the first stage's input channels."""
+        settings = self.config.step
+        make, placed, _ = self._abstract(stage, self.config.stages[0].in_channels)
         placed = placed._replace(judge=None)
         key = jax.random.fold_in(self.key, 1)
         if not self.config.init:
             return jax.jit(make, out_shardings=placed)(key)
         logger.info("starting from the weights of %s", self.config.init)
-        model = self._init(settings.frozen if settings.partial else "float32")
+        model = self._init(stage, settings.frozen if settings.partial else "float32")
 
         def around(model, key, start):
             def make(config, key):
@@ -110,46 +115,52 @@ class States:
             if place:
                 self.programs.check(place.stage)
                 self.monitor.enter("restore")
-            return self._abstract(meta["in_channels"])[2]._replace(**GIVEN)
+            return self._abstract(self._made_in(meta), meta["in_channels"])[2]._replace(**GIVEN)
 
         found = self.checkpoints.restore(like, before=before)
         if found is None:
             return None
         step, state, meta = found
         if self.base is not None:
-            given = self._given(meta["in_channels"])
-            state = state._replace(**given, judge=self._judge())
+            stage = self._made_in(meta)
+            with jax.set_mesh(self.meshes[stage.name]):
+                given = self._given(stage, meta["in_channels"])
+                state = state._replace(**given, judge=self._judge(stage))
         logger.info("resuming at step %d (stage %r)", step, meta["stage"])
         return step, state
 
-    def _given(self, in_channels: int) -> dict:
-        """Return what no checkpoint holds, {field: weights}, with so many input channels."""
+    def _made_in(self, meta: Mapping) -> Stage:
+        """Return the stage of a checkpoint's last update."""
+        return next(stage for stage in self.config.stages if stage.name == meta["stage"])
+
+    def _given(self, stage: Stage, in_channels: int) -> dict:
+        """Return what no checkpoint of a stage holds, {field: weights}, with so many channels."""
         settings = self.config.step
         if settings.partial:
-            name, weights = "frozen", self._start({}).frozen
+            name, weights = "frozen", self._start(stage, {}).frozen
         else:
-            name, weights = "teacher", self._init(settings.frozen)
+            name, weights = "teacher", self._init(stage, settings.frozen)
         if in_channels != self.config.stages[0].in_channels:
-            placed = getattr(self._abstract(in_channels)[1], name)
+            placed = getattr(self._abstract(stage, in_channels)[1], name)
             widen = jax.jit(widen_state, static_argnums=1, out_shardings=placed)
             weights = widen(weights, in_channels)
         return {name: weights}
 
-    def _judge(self) -> Judge | None:
+    def _judge(self, stage: Stage) -> Judge | None:
         """Return the autoencoder and the weights of the run's reward, if it has one."""
         if self.config.step.reward is None:
             return None
         names, vae = self.config.step.reward
         judge = Judge(load_vae(vae), {name: reward_weights(name) for name in names})
-        return jax.device_put(judge, self._abstract(self.config.stages[0].in_channels)[1].judge)
+        return jax.device_put(judge, self._abstract(stage, stage.in_channels)[1].judge)
 
-    def _init(self, kernels: Kernels) -> MMDiT:
+    def _init(self, stage: Stage, kernels: Kernels) -> MMDiT:
         """Return the model of `config.init` with the first stage's input channels."""
         settings = self.config.step
         return load_start(
             self.config.init,
             settings.with_channels(self.config.stages[0].in_channels).model,
-            mesh=self.mesh,
+            mesh=self.meshes[stage.name],
             step=self.config.init_step,
             kernels=kernels,
             exact=settings.exact,
@@ -168,16 +179,25 @@ class States:
         return found[1]
 
     def for_stage(self, state: TrainState, stage: Stage) -> TrainState:
-        """Return the state with the input channels and the kept activations of a stage."""
+        """Return the state with mesh, input channels and kept activations of a stage.
+
+        Its arrays are donated.
+        """
         state = keeping(state, self.config.step.model.save)
         have = input_channels(state)
+        _, placed, _ = self._abstract(stage, have)
+        if state.step.sharding != placed.step:
+            state = moved(state, placed)
+            axes = " x ".join(f"{n} {size}" for n, size in self.meshes[stage.name].shape.items())
+            logger.info("stage %r: the state is now on the mesh %s", stage.name, axes)
         if have != stage.in_channels:
-            _, placed, _ = self._abstract(stage.in_channels)
+            _, placed, _ = self._abstract(stage, stage.in_channels)
             widen = jax.jit(widen_state, static_argnums=1, out_shardings=placed)
             state = widen(state, stage.in_channels)
             logger.info("stage %r: input channels %d -> %d", stage.name, have, stage.in_channels)
         self.programs.check(stage)
-        return keeping(state, self.programs.settled(stage)[0].model.save)
+        settled = self.config.step.of_stage(self.programs.settled(stage))
+        return keeping(state, settled.model.save)
 
     def save(self, place: Position, state: TrainState) -> None:
         """Start to write the state after the update at `place`.
@@ -199,9 +219,9 @@ class States:
         }
         self.checkpoints.save(step, state._replace(**GIVEN), meta)
 
-    def _abstract(self, in_channels: int):
-        """Return (function key -> state, the state's shardings, the state as shapes)."""
-        return abstract_state(self.config.step.with_channels(in_channels), self.mesh)
+    def _abstract(self, stage: Stage, in_channels: int):
+        """Return (function key -> state, its shardings on the mesh of a stage, it as shapes)."""
+        return abstract_state(self.config.step.with_channels(in_channels), self.meshes[stage.name])
 
 
 def open_checkpoints(config: TrainConfig, **options) -> Checkpoints:

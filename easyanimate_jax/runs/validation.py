@@ -31,14 +31,14 @@ logger = logging.getLogger(__name__)
 
 
 class Validator:
-    """Computes the loss on the held-out clips of a stage; `loaders` has one for each stage.
+    """Computes the loss on the held-out clips of a stage, with its loader and on its mesh.
 
     Without loaders it does nothing.
     """
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, loaders: dict[str, Loader]):
-        self.config, self.mesh, self.loaders = config, mesh, loaders
-        self.programs = {}  # number of input channels -> jitted function
+    def __init__(self, config: TrainConfig, meshes: Mapping[str, Mesh], loaders: dict[str, Loader]):
+        self.config, self.meshes, self.loaders = config, meshes, loaders
+        self.programs = {}  # (mesh, number of input channels) -> jitted function
         self.path = config.folder / "validation.jsonl"
         self.done: set[tuple[int, str]] = set()  # (updates made, stage) of the file's lines
         self.writer: MetricsWriter | None = None
@@ -74,7 +74,8 @@ class Validator:
             weights["averaged"] = state.ema
         program = self._program(stage)
         programs = {name: partial(program, part, state.frozen) for name, part in weights.items()}
-        losses, lengths = losses_of(loader, self.mesh, programs)
+        with jax.set_mesh(self.meshes[stage.name]):
+            losses, lengths = losses_of(loader, self.meshes[stage.name], programs)
         about = {"step": made, "stage": stage.name, "task": stage.task}
         rows = [
             about | {"weights": name} | summary(found, lengths) for name, found in losses.items()
@@ -92,11 +93,13 @@ class Validator:
                 self._show(row)
 
     def _program(self, stage: Stage):
-        if stage.in_channels not in self.programs:
+        mesh = self.meshes[stage.name]
+        key = mesh, stage.in_channels
+        if key not in self.programs:
             config = self.config.step.with_channels(stage.in_channels)
             graph = graph_of(config) if config.partial else None
-            self.programs[stage.in_channels] = loss_program(self.config, self.mesh, graph)
-        return self.programs[stage.in_channels]
+            self.programs[key] = loss_program(self.config, mesh, graph)
+        return self.programs[key]
 
     def _show(self, row: dict) -> None:
         name, made = f"validation {row['weights']}", row["step"]

@@ -1,9 +1,10 @@
 """Choose what a step keeps for its backward pass, and how many rows it computes at once.
 
-`MMDiTConfig.save` and `Stage.microbatch` may be "auto". All ways to run a stage are then sorted by
-an estimate of their time, and compiled in this order until one fits the memory. The first is the
-whole batch with every activation kept; where it fits, nothing else is compiled. An estimate of the
-memory, scaled by the compiler's figures, passes over ways that are far too large.
+`save` (of the stage, or of the model for stages without their own) and `Stage.microbatch` may be
+"auto". All ways to run a stage are then sorted by an estimate of their time, and compiled in this
+order until one fits the memory. The first is the whole batch with every activation kept; where it
+fits, nothing else is compiled. An estimate of the memory, scaled by the compiler's figures, passes
+over ways that are far too large.
 """
 
 import dataclasses
@@ -42,10 +43,9 @@ class Choice(NamedTuple):
             raise ValueError(f"{fields} is no choice")
         return cls(save, microbatch)
 
-    def apply(self, config: StepConfig, stage: Stage) -> tuple[StepConfig, Stage]:
-        """Return the settings and the stage with this choice."""
-        model = dataclasses.replace(config.model, save=self.save)
-        return config._replace(model=model), dataclasses.replace(stage, microbatch=self.microbatch)
+    def apply(self, stage: Stage) -> Stage:
+        """Return the stage with this choice."""
+        return dataclasses.replace(stage, save=self.save, microbatch=self.microbatch)
 
     def __str__(self) -> str:
         return f"{self.microbatch} rows at once, keeping {', '.join(self.save) or 'nothing'}"
@@ -53,7 +53,7 @@ class Choice(NamedTuple):
 
 def is_auto(config: StepConfig, stage: Stage) -> bool:
     """Return whether something of a stage is to be chosen."""
-    return AUTO in (config.model.save, stage.microbatch)
+    return AUTO in (config.of_stage(stage).model.save, stage.microbatch)
 
 
 def choices(
@@ -64,7 +64,7 @@ def choices(
     They keep the first n rows of `ACTIVATIONS`, for each n, and split the batch into equal
     microbatches. A setting that is not "auto" is the same in all of them.
     """
-    model, groups = config.model, mesh.shape["data"] * mesh.shape["fsdp"]
+    model, groups = config.of_stage(stage).model, mesh.shape["data"] * mesh.shape["fsdp"]
     saves: list[tuple[str, ...]] = [model.kept]
     if model.save == AUTO:
         free = [name for name in ACTIVATIONS if name not in model.offload]

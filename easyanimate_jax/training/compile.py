@@ -141,7 +141,7 @@ def describe_stage(
     memory: int,
 ) -> tuple[StageReport, TrainState, tuple[TrainState, Batch]]:
     """Return (report, the state's shardings, (state, batch) as placed shapes) before compiling."""
-    config = config.with_channels(stage.in_channels)
+    config = config.of_stage(stage)
     rows = microbatch_rows(stage, mesh)
     _, placed, state = abstract_state(config, mesh)
     batch = abstract_batch(

@@ -91,6 +91,13 @@ class StepConfig(NamedTuple):
         """Return the settings of a model with so many input channels."""
         return self._replace(model=dataclasses.replace(self.model, in_channels=in_channels))
 
+    def of_stage(self, stage: Stage) -> "StepConfig":
+        """Return the settings of a stage: with its input channels and its kept activations."""
+        if stage.save is None:
+            return self.with_channels(stage.in_channels)
+        model = dataclasses.replace(self.model, save=stage.save)
+        return self._replace(model=model).with_channels(stage.in_channels)
+
 
 def make_model(config: StepConfig, key: PRNGKeyArray) -> MMDiT:
     """Return a new model; its frozen kernels are stored as `config` says, with adapters beside.
@@ -336,7 +343,7 @@ def groups_program(config: StepConfig, mesh: AnyMesh, stage: Stage):
         sample_groups,
         process=config.process,
         objective=stage.objective,
-        part=part_of(config.with_channels(stage.in_channels)),
+        part=part_of(config.of_stage(stage)),
     )
     rows = microbatch_rows(stage, mesh)
     shape = -(-stage.batch_size // rows), stage.objective.count, rows
@@ -365,7 +372,7 @@ def step_program(config: StepConfig, placed: TrainState, stage: Stage):
         process=config.process,
         ema_decay=config.ema_decay,
         batch_size=stage.batch_size,
-        part=part_of(config.with_channels(stage.in_channels)),
+        part=part_of(config.of_stage(stage)),
     )
     return jax.jit(
         step,

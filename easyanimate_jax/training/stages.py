@@ -7,6 +7,7 @@ from typing import Literal
 
 from easyanimate_jax.diffusion.tasks import TASKS, TaskName
 from easyanimate_jax.facts import MAX_STEPS, check_fields
+from easyanimate_jax.sharding import MeshConfig
 from easyanimate_jax.training.post.objectives import Objective
 
 Decay = Literal["polynomial", "cosine"]
@@ -34,6 +35,13 @@ class Stage:
     microbatch: int | Literal["auto"] | None = "auto"
     """Clips that go through the network at once; gradients are summed over the microbatches of a
     batch. None is the whole batch, "auto" the fastest number that fits the memory."""
+
+    mesh: MeshConfig | None = None
+    """Devices along each mesh axis in this stage. None takes the mesh of the config. An axis that
+    the command line leaves out is that of `MeshConfig`."""
+
+    save: Literal["auto"] | tuple[str, ...] | None = None
+    """Activations that this stage keeps for its backward pass. None takes `save` of the model."""
 
     learning_rate: float = 2e-5
     """Learning rate after warm-up; the default is that of the released scripts (spec 9.1)."""
