@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction
+from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, subcommand
 
 from easyanimate_jax.commands import parse
-from easyanimate_jax.prepare.captions import Server
+from easyanimate_jax.prepare.captions import AlignmentServer, RewritingServer, Server
 from easyanimate_jax.prepare.cluster import check_ray
 from easyanimate_jax.prepare.curate import Rules
 from easyanimate_jax.storage.stores import Place
@@ -22,10 +22,12 @@ No video is rewritten: a clip is a span of a file. Run the same command to resum
 are kept. OUT/funnel.html shows how many clips each rule removed.
 
 --score mine:BEAUTY adds a score of your own: mine.py holds BEAUTY = Score("beauty", function), with
-the class easyanimate_jax.prepare.scores.Score. To caption clips with a model
-behind an OpenAI-compatible server, end the command with
+the class easyanimate_jax.prepare.scores.Score. Models behind OpenAI-compatible servers may caption
+clips, rewrite captions, and compare captions with frames. End the command with one or more of
 
   captioner:server --captioner.url http://localhost:8000/v1 --captioner.model NAME
+  rewriter:server --rewriter.url http://localhost:8001/v1 --rewriter.model NAME
+  aligner:server --aligner.url http://localhost:8002/v1 --aligner.model NAME --aligner.low 0.2
 
 Several addresses after --captioner.url share the clips. One that goes away is tried again; if none
 answers for 10 minutes, the exit code is 42: run the same command again later."""
@@ -43,6 +45,10 @@ class Options:
     """Limits that a clip must meet."""
     captioner: Server | None = None
     """Server that captions clips; by default a clip has the captions of its film."""
+    rewriter: Annotated[RewritingServer, subcommand("server")] | None = None
+    """Server that rewrites captions; by default captions stay as they are."""
+    aligner: Annotated[AlignmentServer, subcommand("server")] | None = None
+    """Server that compares the final captions with frames; its score is `alignment`."""
     score: UseAppendAction[tuple[str, ...]] = ()
     """Your own score MODULE:NAME, beside the built-in ones. Repeat it for several scores."""
     links: Path | None = None
@@ -67,11 +73,14 @@ def _curate(arguments: Sequence[str]) -> int:
     if isinstance(own.out, Path):
         parse.check_folder("OUT", own.out)
     from easyanimate_jax.prepare import funnel
+    from easyanimate_jax.prepare.captions import alignment_score
     from easyanimate_jax.prepare.curate import curate
     from easyanimate_jax.prepare.scores import SCORES, named_score
 
     scores = (*SCORES, *map(named_score, own.score))
-    options = {"captioner": own.captioner, "part": part, "parts": parts, "links": own.links}
+    scores += (alignment_score(own.aligner),) if own.aligner else ()
+    models = own.captioner, own.rewriter
+    options = {"part": (part, parts), "links": own.links}
     source, out = own.source, own.out
     if own.engine == "ray":
         from easyanimate_jax.prepare.film_tasks import on_cluster
@@ -79,7 +88,7 @@ def _curate(arguments: Sequence[str]) -> int:
         source, out = source.absolute(), out.absolute()  # as other processes find them
         options["finish"] = on_cluster
     try:
-        rows = curate(source, out, own.rules, scores, **options)
+        rows = curate(source, out, own.rules, scores, *models, **options)
     except ConnectionError as error:
         print(f"error: {error}", file=sys.stderr)
         return PREEMPTED

@@ -6,13 +6,12 @@
 rewritten: a clip is a span of a file. OUT/clips.parquet has one row per clip with its scores, and
 the reason if it was left out; a config can use it as `source`. Rows of the source that name no
 usable film are rows of it too. OUT/films/ has one file per finished film, so that a stopped run can
-resume; a film is cut again if its content, its captions or types, or the rules are others than
-those in that file. `--part 2/8` shares the films between 8 processes. OUT/funnel.txt and
-OUT/funnel.html list what was left out at each step.
+resume; a film is cut again if its content, its types, or the rules are others than those in that
+file, and asks for captions again if these, or the models, are others. `--part 2/8` shares the films
+between 8 processes. OUT/funnel.txt and OUT/funnel.html list what was left out at each step.
 """
 
 import dataclasses
-import inspect
 import itertools
 import json
 import os
@@ -32,10 +31,12 @@ from easyanimate_jax.data.decode import Decoders
 from easyanimate_jax.data.sources import clip_table
 from easyanimate_jax.facts import check_fields
 from easyanimate_jax.prepare import funnel
-from easyanimate_jax.prepare.clip_rows import SMALL, Captioner, film_rows
+from easyanimate_jax.prepare.clip_captions import ORIGINAL, Captioner, Captions, Rewriter
+from easyanimate_jax.prepare.clip_rows import SMALL, film_rows, told_again
 from easyanimate_jax.prepare.duplicates import find_repeats
 from easyanimate_jax.prepare.film_folder import FilmFolder
 from easyanimate_jax.prepare.scores import SCORES, Score, check_names
+from easyanimate_jax.prepare.settings import told
 from easyanimate_jax.prepare.shots import Splitting
 from easyanimate_jax.storage.lock import part_lock
 from easyanimate_jax.storage.stores import (
@@ -90,29 +91,30 @@ def curate(
     rules: Rules = Rules(),
     scores: Sequence[Score] = SCORES,
     captioner: Captioner | None = None,
+    rewriter: Rewriter | None = None,
     *,
-    part: int = 0,
-    parts: int = 1,
+    part: tuple[int, int] = (0, 1),
     workers: int | None = None,
     links: Path | None = None,
     finish: Callable[["Films", Sequence[str], int], object] = in_threads,
 ) -> list[dict] | None:
     """Make the table of clips and return its rows; return None while other parts are not done.
 
-    Captions are those of the source, or those that `captioner` writes for stills of a clip. This
-    process takes every `parts`-th film from number `part` on, and decodes with `workers` threads
-    (default: one per CPU). Links of the source may lead into the folder `links`. `finish` makes the
-    rows of the films; prepare/film_tasks.py has another one. Raises ValueError if another process
-    makes this part, and ConnectionError if the captioner does not serve; the films that are not
-    finished are left.
+    Captions are those of the source, or those that `captioner` writes for stills of a clip.
+    `rewriter` writes them anew. `part` (k, n) takes every n-th film from the k-th on, and decodes
+    with `workers` threads (default: one per CPU). Links of the source may lead into the folder
+    `links`. `finish` makes the rows of the films; prepare/film_tasks.py has another one. Raises
+    ValueError if another process makes this part, and ConnectionError if a model does not serve;
+    the films that are not finished are left.
     """
     source, out = place(source), place(out)
-    check_names(scores, {*_fields(())})
-    with part_lock(out, "OUT", (part, parts)) as lock:
+    captions = Captions(captioner, rewriter, scores, rules.min_pixels)
+    check_names(scores, {*_fields((), ORIGINAL)})
+    with part_lock(out, "OUT", part) as lock:
         folder = FilmFolder(source, links)
         lock.begun = True
-        films = Films(out, folder, rules, scores, captioner)
-        mine = list(folder.films)[part::parts]
+        films = Films(out, folder, rules, scores, captions)
+        mine = list(folder.films)[part[0] :: part[1]]
         try:
             finish(films, mine, workers or os.cpu_count())
         except ConnectionError as error:
@@ -125,7 +127,8 @@ def curate(
         rows += folder.unusable_rows()
         _judge(rows, rules, scores)
         _rate(rows, scores)
-        _write(out / "clips.parquet", rows, _relative(folder.root, out), scores)
+        fields = _fields(scores, *([ORIGINAL] if rewriter else []))
+        _write(out / "clips.parquet", rows, _relative(folder.root, out), fields)
         funnel.write(out, rows, _thumbnails(folder, rows))
         return rows
 
@@ -133,36 +136,58 @@ def curate(
 class Films:
     """The finished films in OUT/films, one JSON file each: the key of its content, and its rows."""
 
-    def __init__(self, out: Place, folder: FilmFolder, rules: Rules, scores, captioner):
+    def __init__(
+        self,
+        out: Place,
+        folder: FilmFolder,
+        rules: Rules,
+        scores: Sequence[Score],
+        captions: Captions,
+    ):
         self.out, self.folder = out / "films", folder
-        self.rules, self.scores, self.captioner = rules, scores, captioner
+        self.rules, self.scores, self.captions = rules, scores, captions
         make_folder(self.out)
         self.contents = kept_contents(out)
-        measures = [(s.name, s.frames, _told(s.measure)) for s in scores]
-        self.settings = key(dataclasses.asdict(rules), measures, _told(captioner))
+        measures = [(s.name, s.frames, told(s.measure)) for s in scores if not s.of_captions]
+        self.settings = key(dataclasses.asdict(rules), measures)
 
     def __reduce__(self):
         """Make it anew in another process, which keeps its own hashes of files."""
-        made_of = self.out.parent, self.folder, self.rules, self.scores, self.captioner
+        made_of = self.out.parent, self.folder, self.rules, self.scores, self.captions
         return Films, made_of, {"settings": self.settings}
 
     def finish(self, name: str, decoders: Decoders) -> None:
         """Make the rows of a film and keep them, unless they are kept.
 
-        Raises ConnectionError if the captioner does not serve.
+        Raises ConnectionError if a model does not serve.
         """
         made_of = self.key(name)  # before it is read: it may change meanwhile
-        if self.rows(name) is None:
-            how = self.rules.splitting, self.scores, self.captioner
+        rows = self.kept(name)
+        if rows is None:
+            how = self.rules.splitting, self.scores, self.captions
             self.keep(name, made_of, film_rows(decoders, self.folder, name, *how))
+        elif self._lacks(name, rows):
+            rows = told_again(decoders, self.folder, name, rows, self.captions)
+            self.keep(name, made_of, rows)
 
     def rows(self, name: str) -> list[dict] | None:
-        """Return the rows of a film; None if it has other content now, or is not finished."""
+        """Return the rows of a film for the table; None if it is not finished."""
+        rows = self.kept(name)
+        if rows is None or self._lacks(name, rows):
+            return None
+        return [self.captions.shown(row, self.folder.films[name]) for row in rows]
+
+    def kept(self, name: str) -> list[dict] | None:
+        """Return the rows of a film that are kept; None if they are of another content."""
         path = self._path(name)
         made = json.loads(path.read_text("utf-8")) if path.is_file() else None
-        if not isinstance(made, dict) or made["key"] != self.key(name):
-            return None  # a list was written by an earlier version
+        if made is None or made["key"] != self.key(name):
+            return None
         return made["rows"]
+
+    def _lacks(self, name: str, rows: list[dict]) -> bool:
+        """Return whether a clip of a film wants captions that it does not have."""
+        return any(self.captions.lacks(row, self.folder.films[name]) for row in rows)
 
     def keep(self, name: str, made_of: str, rows: list[dict]) -> None:
         """Write the rows of a film, and the key of what they were made of."""
@@ -181,37 +206,18 @@ class Films:
         return self.out / f"{key(self.settings, name)}.json"
 
     def key(self, name: str) -> str:
-        """Return the key of a film's content, captions and types."""
+        """Return the key of a film's content and types."""
         try:
             content = self.contents(self.folder.path(name))
         except ValueError as error:  # the name is refused
             content = str(error)
-        film = self.folder.films[name]
-        captions = None if self.captioner else film.captions
-        return key(content, captions, sorted(film.kinds))
+        return key(content, sorted(self.folder.films[name].kinds))
 
 
 def _relative(root: Place, out: Place) -> str:
     """Return the folder of the films as the table names it: relative to the table, or a URL."""
     local = isinstance(root, Path) and isinstance(out, Path)
     return os.path.relpath(root, out) if local else str(root)
-
-
-def _told(maker: object) -> object:
-    """Return what the results of a function or a captioner depend on, as JSON values.
-
-    For a function of this package, this is its source; for another one, the source of its module.
-    """
-    if dataclasses.is_dataclass(maker):
-        fields = [f.name for f in dataclasses.fields(maker) if f.compare]
-        return [type(maker).__qualname__, {f: repr(getattr(maker, f)) for f in fields}]
-    made_by = maker if hasattr(maker, "__qualname__") else type(maker)
-    try:
-        if made_by.__module__.startswith(f"{__package__.partition('.')[0]}."):
-            return inspect.getsource(made_by)
-        return [made_by.__qualname__, Path(inspect.getsourcefile(made_by)).read_text("utf-8")]
-    except (OSError, TypeError):  # typed at a prompt, or not written in Python
-        return made_by.__qualname__
 
 
 def _judge(rows: list[dict], rules: Rules, scores: Sequence[Score]) -> None:
@@ -227,10 +233,8 @@ def _judge(rows: list[dict], rules: Rules, scores: Sequence[Score]) -> None:
     for row in _near_duplicates([row for row in rows if not row["left_out"]]):
         row["left_out"] = "near-duplicate of another clip"
     for score in scores:
-        drop(
-            f"{score.name} outside {score.low:g} to {score.high:g}",
-            lambda row, s=score: s.name in row and not s.low <= row[s.name] <= s.high,
-        )
+        for row in rows:
+            row["left_out"] = row["left_out"] or score.fault(row)
     drop("no caption", lambda row: not row["captions"])
 
 
@@ -266,15 +270,15 @@ def _near_duplicates(rows: list[dict]) -> list[dict]:
     return found
 
 
-def _fields(scores: Sequence[Score]) -> dict[str, pyarrow.DataType]:
-    """Return the columns of the table."""
+def _fields(scores: Sequence[Score], *captions: str) -> dict[str, pyarrow.DataType]:
+    """Return the columns of the table; `captions` are further ones of captions."""
     fields = dict(clip_table.COLUMNS) | {s.name: pyarrow.float64() for s in scores}
+    fields |= dict.fromkeys(captions, clip_table.COLUMNS["captions"])
     fields |= {clip_table.FILM_FRAMES: pyarrow.int64(), "quality": pyarrow.float64()}
     return fields | {"left_out": pyarrow.string()}
 
 
-def _write(path: Place, rows: list[dict], root: str, scores: Sequence[Score]) -> None:
-    fields = _fields(scores)
+def _write(path: Place, rows: list[dict], root: str, fields: dict[str, pyarrow.DataType]) -> None:
     columns = {name: [row.get(name) for row in rows] for name in fields}
     schema = pyarrow.schema(fields, metadata={"root": root})
     table = pyarrow.table(columns, schema)

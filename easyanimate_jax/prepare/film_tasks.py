@@ -24,8 +24,8 @@ FILMS = 8  # of a task
 def on_cluster(films: Films, names: Sequence[str], _workers: int) -> None:
     """Make the rows of films on the cluster, with all its CPUs; log those that cannot be made.
 
-    Raises ValueError if a host does not see the films, and ConnectionError if the captioner does
-    not serve.
+    Raises ValueError if a host does not see the films, and ConnectionError if a model does not
+    serve.
     """
     places = films.folder.root, films.out
     seen = tuple(path for path in places if isinstance(path, Path))
@@ -42,7 +42,7 @@ def on_cluster(films: Films, names: Sequence[str], _workers: int) -> None:
 
 
 def finish_films(films: Films, seen: tuple[Place, ...]) -> ConnectionError | None:
-    """Make the rows of films; return an error if the captioner does not serve.
+    """Make the rows of films; return an error if a model does not serve.
 
     Raises `Unusable` as `check_seen` does.
     """
@@ -59,4 +59,4 @@ def _only(films: Films, names: Sequence[str]) -> Films:
     folder = copy.copy(films.folder)
     folder.films = {name: films.folder.films[name] for name in names}
     folder.unusable = []
-    return Films(films.out.parent, folder, films.rules, films.scores, films.captioner)
+    return Films(films.out.parent, folder, films.rules, films.scores, films.captions)

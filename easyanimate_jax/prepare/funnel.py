@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
+from easyanimate_jax.prepare.clip_captions import ORIGINAL
 from easyanimate_jax.storage.stores import Place, replace_text
 
 PICTURES = 8  # pictures of each step on the page
@@ -31,7 +32,11 @@ def text(rows: list[dict]) -> str:
     found = steps(rows)
     lines = [" -> ".join(f"{n:,}" for n in (len(rows), *(left for *_, left in found)))]
     lines += [f"  {lost:>10,} left out: {reason}" for reason, lost, _ in found]
-    return "\n".join([*lines, f"  {len(rows) - sum(n for _, n, _ in found):>10,} kept"])
+    lines += [f"  {len(rows) - sum(n for _, n, _ in found):>10,} kept"]
+    kept = [row for row in rows if not row["left_out"] and ORIGINAL in row]
+    if rewritten := sum(row["captions"] != row[ORIGINAL] for row in kept):
+        lines += [f"  {rewritten:>10,} of them with rewritten captions"]
+    return "\n".join(lines)
 
 
 def shown(rows: list[dict]) -> list[dict]:
@@ -63,6 +68,9 @@ def write(out: Place, rows: list[dict], thumbnails: dict[str, np.ndarray]) -> No
                 f"{row['clip']} {row['height']}x{row['width']}, {row['frames']} frames; {scores}"
             )
             why = row["left_out"] if row["left_out"] != reason else ""
+            why = "; ".join(filter(None, (why, *row["captions"])))
+            if row["captions"] != (before := row.get(ORIGINAL, row["captions"])):
+                why += f" (before: {'; '.join(before)})"
             parts.append(
                 f"<figure>{_picture(thumbnails.get(row['clip']))}<figcaption>"
                 f"{html.escape(title)} {html.escape(why)}</figcaption></figure>"
