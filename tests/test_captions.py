@@ -16,13 +16,12 @@ import pytest
 from PIL import Image
 
 from easyanimate_jax.prepare import servers
-from easyanimate_jax.prepare.captions import (
-    INSTRUCTIONS,
-    REWRITE,
+from easyanimate_jax.prepare.captions import INSTRUCTIONS, REWRITE, RewritingServer, Server
+from easyanimate_jax.prepare.embeddings import (
     AlignmentServer,
-    RewritingServer,
-    Server,
+    EmbeddingServer,
     alignment_score,
+    server_embedding,
 )
 
 STILLS = np.full((3, 32, 48, 3), 200, np.uint8)
@@ -264,3 +263,12 @@ def test_embeddings_of_different_lengths_are_of_no_use(server):
     answers += [is_at(1.0, 0.0), is_at(1.0, 0.0, 0.0)]
     with pytest.raises(ValueError, match="m gives frames and captions vectors of different len"):
         AlignmentServer((url,), "m")(STILLS[:1], ["a"])
+
+
+def test_the_vector_of_a_clip_is_the_mean_direction_of_its_frames(server):
+    url, asked, answers = server
+    answers += [is_at(2.0, 0.0), is_at(0.0, 0.5)]
+    embedding = server_embedding(EmbeddingServer((url,), "clip", similarity=0.9))
+    vector = embedding.vector(STILLS[:2])
+    np.testing.assert_allclose(vector, [0.5**0.5] * 2, atol=1e-3)
+    assert vector.dtype == np.float16 and embedding.similarity == 0.9 and len(asked) == 2

@@ -27,8 +27,9 @@ from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.models.vae import VAEConfig
-from easyanimate_jax.prepare.captions import AlignmentServer, RewritingServer, Server
-from easyanimate_jax.prepare.curate import Rules
+from easyanimate_jax.prepare.captions import RewritingServer, Server
+from easyanimate_jax.prepare.embeddings import AlignmentServer, EmbeddingServer
+from easyanimate_jax.prepare.films import Rules
 from easyanimate_jax.prepare.servers import ModelServer
 from easyanimate_jax.prepare.shots import Splitting, split
 from easyanimate_jax.runs.config import SampleConfig, TrainConfig, ValidationConfig
@@ -315,6 +316,7 @@ CLASSES = {
     ModelServer: (SERVER, {"tries": COUNT, "seconds": ABOVE, "patience": RATE}),
     Server: (SERVER, {"tries": COUNT}),
     RewritingServer: (SERVER, {"tries": COUNT}),
+    EmbeddingServer: (SERVER, {"similarity": ((ABOVE_0, 1.0), (0.0, 1.01))}),
     AlignmentServer: (SERVER, {"low": (((-1.0), 1.0), (-1.01, 1.01))}),
     Splitting: (
         {"min_seconds": 0.0},
@@ -372,8 +374,19 @@ CLASSES = {
 # Dataclasses that the program makes for itself.
 NO_CONFIGS = {
     *("Clip", "Chip", "Gpu", "Instruction", "Collective", "Kernel", "Program", "Prediction"),
-    *("Choice", "Score", "TextConfig", "Sentence", "Chat", "Change", "StageReport", "Emoji"),
+    *(
+        "Choice",
+        "Score",
+        "Embedding",
+        "TextConfig",
+        "Sentence",
+        "Chat",
+        "Change",
+        "StageReport",
+        "Emoji",
+    ),
     *("Remote", "Process", "SampleRequest", "Faults"),  # the third has its ranges in `check`
+    "Embedding",
 }
 ONE_VALUE = {"patch", "out_channels", "latent_channels"}  # fields that admit no other
 ANY_SIZE = {"latent_mean", "loras"}  # numbers that are only finite

@@ -1,14 +1,12 @@
-"""Captions from models on servers: written for frames, rewritten, and compared with the frames."""
+"""Captions from models on servers: written for frames, and rewritten."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
 from easyanimate_jax.data.sources.rows import caption_of
-from easyanimate_jax.prepare.scores import Score
 from easyanimate_jax.prepare.servers import ModelServer, picture_part
 
 INSTRUCTIONS = (
@@ -63,41 +61,6 @@ class RewritingServer(ModelServer):
         return _written(self, "rewritten caption", content)
 
 
-@dataclass(frozen=True)
-class AlignmentServer(ModelServer):
-    """A measure for `curate` of how well captions tell what frames show.
-
-    A call returns for each caption the cosine of two embeddings: its own, and the mean of those of
-    the frames. It sends one request for each frame and each caption.
-    """
-
-    low: float = field(default=0.2, compare=False)  # the reference's for VideoCLIP-XL (spec 13)
-    """Least cosine; clips with a caption below it are left out. The scale is the model's own."""
-
-    path = "embeddings"
-    ranges = ModelServer.ranges | {"low": "[-1, 1]"}
-
-    def __call__(
-        self, frames: UInt8[np.ndarray, "F H W 3"], captions: Sequence[str]
-    ) -> list[float]:
-        shown = np.mean([_unit(self._embedding(frame)) for frame in frames], axis=0)
-        told = [_unit(self._embedding(caption)) for caption in captions]
-        if any(one.shape != shown.shape for one in told):
-            raise ValueError(f"{self.model} gives frames and captions vectors of different lengths")
-        return [float(one @ _unit(shown)) for one in told]
-
-    def _embedding(self, of: np.ndarray | str) -> np.ndarray:
-        body = {"input": of}
-        if not isinstance(of, str):  # vLLM takes pictures as the messages of a chat
-            body = {"messages": [{"role": "user", "content": [picture_part(of)]}]}
-        return self.ask("embedding", body | {"encoding_format": "float"}, _vector)
-
-
-def alignment_score(server: AlignmentServer) -> Score:
-    """Return the score `alignment` of a server's measure."""
-    return Score("alignment", server, "captioned", low=server.low)
-
-
 def _written(server: ModelServer, wanted: str, content: str | list[dict]) -> str:
     """Return the text that a model writes for the content of a message."""
 
@@ -109,15 +72,3 @@ def _written(server: ModelServer, wanted: str, content: str | list[dict]) -> str
 
     messages = [{"role": "user", "content": content}]
     return server.ask(wanted, {"messages": messages, "temperature": 0, "max_tokens": 512}, read)
-
-
-def _vector(answer: Any) -> np.ndarray:
-    """Return the vector of an answer; raise ValueError if it has no length or no direction."""
-    vector = np.array(answer["data"][0]["embedding"], np.float64)
-    if vector.ndim != 1 or not np.isfinite(vector).all() or not vector.any():
-        raise ValueError("the embedding is no list of finite numbers, or all are 0")
-    return vector
-
-
-def _unit(vector: np.ndarray) -> np.ndarray:
-    return vector / np.linalg.norm(vector)

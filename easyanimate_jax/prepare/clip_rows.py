@@ -17,8 +17,8 @@ import numpy as np
 from easyanimate_jax.data import media
 from easyanimate_jax.data.decode import Decoders
 from easyanimate_jax.data.sources import clip_table
-from easyanimate_jax.prepare.clip_captions import Captions
 from easyanimate_jax.prepare.film_folder import FilmFolder, base_row
+from easyanimate_jax.prepare.model_steps import ModelSteps
 from easyanimate_jax.prepare.scores import Score, picture_hash
 from easyanimate_jax.prepare.shots import Span, Splitting, find_cuts, split
 
@@ -41,33 +41,37 @@ def film_rows(
     name: str,
     splitting: Splitting,
     scores: Sequence[Score],
-    captions: Captions,
-) -> list[dict]:
-    """Return a scored row for each span of a film, with captions if none of its scores is bad.
+    steps: ModelSteps,
+) -> tuple[list[dict], ConnectionError | None]:
+    """Return a scored row for each span of a film, and the error of a model that does not serve.
 
-    A film that does not decode, or has another type, gives a single row with the reason.
+    After an error, models are asked no more; `told_again` does the rest. A film that does not
+    decode, or has another type, gives a single row with the reason.
     """
-    base, rows, film = base_row(name), [], folder.films[name]
-    views = bool(captions.scores)
+    base, rows, film, away = base_row(name), [], folder.films[name], None
+    views = bool(steps.scores)
     with closing(_clips(decoders, folder, name, base, splitting, views)) as clips:
         while True:
             try:
                 clip = next(clips, None)
             except ValueError as error:
-                return [base | {"left_out": f"does not decode: {error}"}]
+                return [base | {"left_out": f"does not decode: {error}"}], away
             if clip is None:
-                return rows
+                return rows, away
             row = clip.row if clip.stills is None else _scored(clip, scores)
-            if captions.wants(row):
-                row = captions.tell(row, film, partial(_frames, clip))
+            if away is None and steps.wants(row):
+                try:
+                    row = steps.tell(row, film, partial(_frames, clip))
+                except ConnectionError as error:
+                    away = error
             rows.append(row)
 
 
 def told_again(
-    decoders: Decoders, folder: FilmFolder, name: str, rows: list[dict], captions: Captions
-) -> list[dict]:
-    """Return the rows of a film with the captions and scores of captions that they lack."""
-    path, film, found = folder.path(name), folder.films[name], []
+    decoders: Decoders, folder: FilmFolder, name: str, rows: list[dict], steps: ModelSteps
+) -> tuple[list[dict], ConnectionError | None]:
+    """Return the rows of a film with what they lack of models, and an error as `film_rows` does."""
+    path, film, found, away = folder.path(name), folder.films[name], [], None
 
     def read(row: dict) -> tuple[np.ndarray, np.ndarray]:
         if row["kind"] == "image":
@@ -80,14 +84,16 @@ def told_again(
         return np.stack([pictures[i] for i in stills]), np.stack([pictures[i] for i in views])
 
     for row in rows:
-        if captions.lacks(row, film):
+        if away is None and steps.lacks(row, film):
             try:
-                frames = read(row) if captions.looks(row, film) else None
+                frames = read(row) if steps.looks(row, film) else None
+                row = steps.tell(row, film, lambda frames=frames: frames)
             except ValueError as error:
-                return [base_row(name) | {"left_out": f"does not decode: {error}"}]
-            row = captions.tell(row, film, lambda frames=frames: frames)
+                return [base_row(name) | {"left_out": f"does not decode: {error}"}], away
+            except ConnectionError as error:
+                away = error
         found.append(row)
-    return found
+    return found, away
 
 
 def _frames(clip: _Clip) -> tuple[np.ndarray, np.ndarray]:

@@ -63,7 +63,12 @@ class Score:
     def fault(self, row: dict) -> str:
         """Return why a row is left out; "" if its value is in the range, or missing."""
         bad = self.name in row and not self.low <= row[self.name] <= self.high
-        return f"{self.name} outside {self.low:g} to {self.high:g}" if bad else ""
+        return self.reason if bad else ""
+
+    @property
+    def reason(self) -> str:
+        """The reason of a clip whose value is outside the range."""
+        return f"{self.name} outside {self.low:g} to {self.high:g}"
 
 
 def named_score(text: str) -> Score:
