@@ -44,7 +44,7 @@ def main() -> None:
         "|---|---|---|---|---|---|---|",
     ]
     for clips in (own.clips // 10, own.clips):
-        with tempfile.TemporaryDirectory(dir=".") as folder:
+        with tempfile.TemporaryDirectory() as folder:
             make(Path(folder), clips // CLIPS)
             command = [sys.executable, __file__, "--folder", folder]
             ran = subprocess.run(command, capture_output=True, text=True)
