@@ -34,13 +34,13 @@ class Activation(NamedTuple):
 
 
 # The names that a block gives to its activations, sorted by the computation saved per byte. Saving
-# "attention" saves the attention itself, which is not one of the block's matrices.
+# "attention" saves the attention itself, which is not one of these matrices.
 ACTIVATIONS = {
     "attention": Activation(1, 0),
     "mlp out": Activation(1, 4),
     "attention out": Activation(1, 1),
-    "mlp": Activation(4, 4),
     "qkv": Activation(3, 3),
+    "mlp": Activation(4, 4),
 }
 BLOCK_MATRICES = 12  # q, k, v and out; up and down of the MLP, four each
 

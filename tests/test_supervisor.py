@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from easyanimate_jax.commands import parse
+from easyanimate_jax.storage.errors import is_of_jax
+
 ROOT = Path(__file__).parent.parent
 # A rank that beats, and whose steps go on from start to start.
 RANK = """
@@ -73,6 +76,19 @@ def gone(pid: int) -> bool:
     return not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
+def test_an_error_of_the_runtime_is_no_wrong_input(capsys):
+    """JAX raises a lost process as a ValueError where it copies an array to the host."""
+    for text in ("UNKNOWN: Gloo all-reduce failed: Read error", "INTERNAL: NCCL operation failed"):
+
+        def work(text=text):
+            raise ValueError(text)
+
+        with pytest.raises(ValueError, match=text):  # `ending` makes it the code of lost peers
+            parse.run(work)
+        assert is_of_jax(ValueError(text)) and not is_of_jax(ValueError("UNKNOWN field"))
+    assert "error" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("code", [0, 2, 3, 42])
 def test_what_a_restart_cannot_change_is_not_restarted(tmp_path, code):
     end(supervise(tmp_path, f"beat(1); sys.exit({code})"), code)
@@ -97,6 +113,21 @@ if number == 1:
     assert time.monotonic() - died < 3
     output = end(process, 0)
     assert "exit code -9" in output and "rank.py" in output and "most recent call first" in output
+    assert starts(tmp_path, 0) == starts(tmp_path, 1) == 2
+
+
+def test_a_rank_that_failed_because_another_was_killed_is_started_again(tmp_path):
+    body = """
+beat(10 * number)
+if number == 1:
+    if rank == "0":
+        while not (folder / "killed").exists():
+            time.sleep(0.01)
+        os._exit(2)
+    (folder / "killed").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    end(supervise(tmp_path, body, ranks=2), 0)
     assert starts(tmp_path, 0) == starts(tmp_path, 1) == 2
 
 

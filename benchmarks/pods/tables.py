@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -35,27 +34,84 @@ STAGES = {  # part of a figure's name: config, stage
     **{s: (CONTROL, s) for s in ("13312_control", "53248_control")},
     **{f"tpu_{s}": (WIDE, s) for s in ("image", "3328_t2v", "13312_t2v", "13312_i2v", "53248_i2v")},
 }
-# A batch of 53248 has few rows, so each row uses more chips.
-LONG = ("--mesh.fsdp", "32", "--mesh.context", "16")
-# For chips with 32 GB in a 16x16 torus: its two axes are fsdp and context.
-LEAN = ("--mesh.fsdp", "16", "--mesh.context", "16", "--model.save", "attention")
-PODS = {  # part of a figure's name: topology, overrides per token length
-    "v5p-128": ("v5p:4x4x8", lambda tokens: ()),
-    "v5p-512": ("v5p:8x8x8", lambda tokens: LONG if tokens > 13312 else ()),
-    "v6e-256": ("v6e:16x16", lambda tokens: LEAN),
-    "tpu7x-64": ("tpu7x:4x4x4", lambda tokens: ()),
+# How each pod runs a stage: fsdp x context, rows of a microbatch, and what is kept. These are the
+# choices that `aot --suggest` expects to be fastest, as far as they fit.
+SOME = ("attention", "mlp out", "attention out")
+MOST = (*SOME, "qkv")
+ALL = (*MOST, "mlp")
+LEAN = ("attention", "mlp out", "qkv")
+PODS = {  # part of a figure's name: topology, choices
+    "v5p-128": (
+        "v5p:4x4x8",
+        {
+            "image": (16, 8, 768, ALL),
+            "3328_t2v": (16, 8, 768, ALL),
+            "13312_t2v": (16, 8, 256, MOST),
+            "13312_i2v": (16, 8, 192, ALL),
+            "53248_i2v": (16, 8, 16, ALL),
+            "13312_control": (16, 8, 128, ALL),
+            "53248_control": (16, 8, 48, ALL),
+        },
+    ),
+    "v5p-512": (
+        "v5p:8x8x8",
+        {
+            "image": (64, 8, 1536, ALL),
+            "3328_t2v": (64, 8, 1536, ALL),
+            "13312_t2v": (64, 8, 768, ALL),
+            "13312_i2v": (64, 8, 384, ALL),
+            "53248_i2v": (32, 16, 196, ALL),
+            "13312_control": (64, 8, 128, ALL),
+            "53248_control": (32, 16, 96, ALL),
+        },
+    ),
+    "v6e-256": (
+        "v6e:16x16",
+        {
+            "image": (16, 16, 768, LEAN),
+            "3328_t2v": (16, 16, 768, LEAN),
+            "13312_t2v": (16, 16, 256, SOME),
+            "13312_i2v": (16, 16, 128, ALL),
+            "53248_i2v": (16, 16, 16, ALL),
+            "13312_control": (16, 16, 128, ALL),
+            "53248_control": (16, 16, 32, MOST),
+            # 24 heads do not divide among 16 devices.
+            "tpu_image": (32, 8, 768, MOST),
+            "tpu_3328_t2v": (32, 8, 768, MOST),
+            "tpu_13312_t2v": (32, 8, 256, SOME),
+            "tpu_13312_i2v": (32, 8, 128, ALL),
+            "tpu_53248_i2v": (32, 8, 32, MOST),
+        },
+    ),
+    "tpu7x-64": (
+        "tpu7x:4x4x4",
+        {
+            "image": (16, 8, 768, ALL),
+            "3328_t2v": (16, 8, 768, ALL),
+            "13312_t2v": (16, 8, 256, MOST),
+            "13312_i2v": (16, 8, 192, ALL),
+            "53248_i2v": (16, 8, 16, ALL),
+            "13312_control": (16, 8, 128, ALL),
+            "53248_control": (16, 8, 32, ALL),
+        },
+    ),
 }
 
 
-def overrides(more: Callable[[int], tuple[str, ...]], stage: str) -> tuple[str, ...]:
-    digits = stage.split("_")[0]
-    return more(int(digits) if digits.isdigit() else 3328)
+def overrides(pod: str, name: str) -> tuple[str, ...]:
+    """Return the options with which a pod runs a stage."""
+    config, stage = STAGES[name]
+    index = [s.name for s in load_config(config, ()).stages].index(stage)
+    choices = PODS[pod][1]
+    fsdp, context, rows, kept = choices.get(name) or choices[stage]
+    mesh = ("--mesh.fsdp", str(fsdp), "--mesh.context", str(context))
+    return (*mesh, f"--stages.{index}.microbatch", str(rows), "--model.save", *kept)
 
 
 RUNS = {  # name of the figures: config, topology, stage, overrides
-    f"{pod}_{name}": (config, topology, stage, overrides(more, stage))
-    for pod, (topology, more) in PODS.items()
-    for name, (config, stage) in STAGES.items()
+    f"{pod}_{name}": (STAGES[name][0], topology, STAGES[name][1], overrides(pod, name))
+    for pod, (topology, _) in PODS.items()
+    for name in STAGES
 }
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 

@@ -25,11 +25,14 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from easyanimate_jax.sharding import platform
+from easyanimate_jax.models import heads
+from easyanimate_jax.models.rope import Angles
+from easyanimate_jax.sharding import device_kind, platform
 
 Queries = Float[Array, "B Q heads K"]
 Keys = Float[Array, "B S heads K"]
 Tokens = Float[Array, "B _ heads K"]
+Rows = Float[Array, "B _ D"]
 
 LONG = 1024  # keys; with at most this many, `plain` is cheaper than slices
 SLICE = 128  # queries in a slice of a long sequence: the scores of one head then fit the CPU cache
@@ -39,7 +42,7 @@ SLICE = 128  # queries in a slice of a long sequence: the scores of one head the
 # vector memory. The fused backward kernel writes one partial gradient of the queries per block of
 # keys, and XLA adds these slowly. The last block is therefore as long as the step's raised limit
 # allows (`training/program.py`, COMPILER_OPTIONS).
-BLOCKS = {"TPU v5": (1152, 2048, 768, 7168), "TPU v6 lite": (1152, 2048, 768, 7168)}
+BLOCKS = dict.fromkeys(("TPU v5", "TPU v6 lite", "TPU7x"), (1152, 2048, 768, 7168))
 SAFE_BLOCKS = (512, 1536, 512, 1536)
 MOST_PARTIAL = 16  # partial gradients; with more, a second backward kernel is cheaper
 
@@ -109,8 +112,7 @@ def attention(q: Queries, k: Keys, v: Keys, lengths: Int[Array, "B"]) -> Queries
 def kernel(dtype, num_keys: int):
     """Return this platform's attention function: `splash`, `cudnn`, `plain` or `sliced`."""
     if platform() == "tpu":
-        device = jax.sharding.get_abstract_mesh().abstract_device
-        return partial(splash, device_kind=getattr(device, "device_kind", None))
+        return partial(splash, device_kind=device_kind())
     if platform() == "gpu" and dtype != jnp.float32:  # cuDNN has no float32 kernel
         return cudnn
     return plain if num_keys <= LONG else sliced
@@ -229,32 +231,124 @@ def splash(
     The kernel names its result and its log-sums "attention". If `scan_blocks` saves that name, the
     backward pass does not run the kernel again.
     """
-    num_queries, num_keys, heads = q.shape[1], k.shape[1], q.shape[2]
-    q_rows, k_rows = (n + -n % _granule(n) for n in (num_queries, num_keys))
+    num_queries, num_keys = q.shape[1], k.shape[1]
+    q_rows, k_rows = (n + -n % granule(n) for n in (num_queries, num_keys))
 
     def lay(x, rows):
         x = jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, 0)))
         return rearrange(x, "B S heads K -> B heads S K")
 
-    segments = (jnp.arange(k_rows)[None] >= lengths[:, None]).astype(jnp.int32)
+    laid = lay(q * q.shape[-1] ** -0.5, q_rows), lay(k, k_rows), lay(v, k_rows)
+    out = splash_heads(*laid, lengths, num_keys, 0, device_kind, interpret)
+    return rearrange(out, "B heads S K -> B S heads K")[:, :num_queries]
+
+
+def splash_heads(
+    q: Float[Array, "B heads Q K"],
+    k: Float[Array, "B heads S K"],
+    v: Float[Array, "B heads S K"],
+    lengths: Int[Array, "B"],
+    num_keys: int,
+    num_text: int,
+    device_kind: str | None,
+    interpret: bool,
+) -> Float[Array, "B heads Q K"]:
+    """Attend as `splash` does, with scaled queries.
+
+    The first `num_keys` keys are no filling. The last `num_text` of these are real; of the others
+    the first, so that `lengths` keys of each row are real.
+    """
+    q_rows, k_rows, num_heads = q.shape[2], k.shape[2], q.shape[1]
+    place = jnp.arange(k_rows)[None]
+    text = (place >= num_keys - num_text) & (place < num_keys)
+    padded = (place >= lengths[:, None] - num_text) & ~text
     call = make_splash_mha(
-        MultiHeadMask([FullMask((q_rows, k_rows))] * heads),
+        MultiHeadMask([FullMask((q_rows, k_rows))] * num_heads),
         block_sizes=block_sizes(q_rows, k_rows, device_kind),
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name="attention",
         interpret=interpret,
     )
-    out = jax.vmap(call)(
-        lay(q * q.shape[-1] ** -0.5, q_rows),
-        lay(k, k_rows),
-        lay(v, k_rows),
-        SegmentIds(jnp.zeros((q.shape[0], q_rows), jnp.int32), segments),
+    queries = jnp.zeros((q.shape[0], q_rows), jnp.int32)
+    return jax.vmap(call)(q, k, v, SegmentIds(queries, padded.astype(jnp.int32)))
+
+
+def is_fused(num_video: int, num_heads: int, axis: str | None) -> bool:
+    """Return whether `fused_attention` can attend: on a TPU, if devices can exchange whole heads.
+
+    `num_video` counts all video tokens of a row.
+    """
+    parts = _parts(axis)
+    return platform() == "tpu" and num_video % min(heads.BLOCKS) == 0 and num_heads % parts == 0
+
+
+def _parts(axis: str | None) -> int:
+    """Return the number of parts into which the heads of a row are split."""
+    if axis is None:
+        return 1
+    return jax.lax.axis_size(axis) * jax.sharding.get_abstract_mesh().shape["tensor"]
+
+
+def fused_attention(
+    video: tuple[Rows, Rows, Rows],
+    text: tuple[Rows, Rows, Rows],
+    norms: tuple[heads.Norms, heads.Norms],
+    angles: Angles,
+    lengths: Int[Array, "B"],
+    *,
+    num_text: int,
+    eps: float,
+    axis: str | None = None,
+    interpret: bool = False,
+) -> tuple[Rows, Rows]:
+    """Return the attention of (video, text) from their projections (queries, keys, values).
+
+    It normalises the heads of queries and keys and rotates those of the video; see
+    models/heads.py. `norms` are those of queries and keys, each of (video, text). `num_text` and
+    `axis` are those of `joint_attention`.
+    """
+    run = partial(_fused, num_text=num_text, eps=eps, axis=axis, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return run(video, text, norms, angles, lengths)
+    by_heads, whole = PartitionSpec(None, None, "tensor"), PartitionSpec()
+    return jax.shard_map(
+        run,
+        in_specs=(by_heads, by_heads, whole, whole, whole),
+        out_specs=(by_heads, by_heads),
+        axis_names={"tensor"},
+        check_vma=False,
+    )(video, text, norms, angles, lengths)
+
+
+def _fused(video, text, norms, angles, lengths, *, num_text, eps, axis, interpret):
+    video, text = (tuple(x.swapaxes(1, 2) for x in projections) for projections in (video, text))
+    if axis is not None:  # devices exchange tokens for heads
+        to_heads = partial(
+            jax.lax.all_to_all, axis_name=axis, split_axis=1, concat_axis=2, tiled=True
+        )
+        video, text = jax.tree.map(to_heads, (video, text))
+        angles = tuple(jax.lax.all_gather(a, axis, axis=1, tiled=True) for a in angles)
+        text, filled = tuple(x[..., :num_text] for x in text), text[0].shape[2]
+    (_, D, N), K = video[0].shape, norms[0][0].scale.shape[0]
+    place = heads.layout(N, num_text, D // K, eps, granule(N + num_text), interpret)
+    turns = heads.signed_angles(angles)
+    q, k = (
+        heads.join_normalised(place, video[n], text[n], norms[n], turns, factor)
+        for n, factor in enumerate((K**-0.5, 1.0))
     )
-    return rearrange(out, "B heads S K -> B S heads K")[:, :num_queries]
+    v, num_keys = heads.join(place, video[2], text[2]), N + num_text
+    out = splash_heads(q, k, v, num_text + lengths, num_keys, num_text, device_kind(), interpret)
+    video, text = heads.part(place, out)
+    if axis is not None:
+        text = jnp.pad(text, ((0, 0), (0, 0), (0, filled - num_text)))
+        back = partial(jax.lax.all_to_all, axis_name=axis, split_axis=2, concat_axis=1, tiled=True)
+        video, text = back(video), back(text)
+    return video.swapaxes(1, 2), text.swapaxes(1, 2)
 
 
-def _granule(length: int) -> int:
+def granule(length: int) -> int:
     """Return the multiple that a length is padded to; larger blocks are faster on long ones."""
     return 512 if length > 2048 else 128
 

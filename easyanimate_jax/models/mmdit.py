@@ -20,11 +20,12 @@ from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
 from easyanimate_jax.facts import ACTIVATIONS, AUTO, LATENT_CHANNELS, PATCH, DTypes, check_fields
-from easyanimate_jax.models.attention import joint_attention
 from easyanimate_jax.models.borders import check_mesh, check_rows, check_tokens
 from easyanimate_jax.models.layers import layer_norm, linear, rms_norm, scan_blocks, sinusoid, stack
+from easyanimate_jax.models.modulated_norm import modulated_norm
 from easyanimate_jax.models.products import Products
-from easyanimate_jax.models.rope import Angles, rotary_angles, rotate
+from easyanimate_jax.models.qkvo import QKVO, attend
+from easyanimate_jax.models.rope import Angles, rotary_angles
 from easyanimate_jax.sharding import by_device, token_axis
 
 Video = Float[Array, "B N D"]
@@ -32,7 +33,6 @@ Text = Float[Array, "B L D"]
 Gate = Float[Array, "B 1 D"]
 Time = Float[Array, "B E"]
 
-QK_NORM_EPS = 1e-6  # independent of the config's norm_eps (spec 2.4)
 TEXT_NORM_EPS = 1e-6
 STREAM = ("batch", "tokens", None)
 
@@ -134,11 +134,14 @@ class AdaLN(nnx.Module):
         self.linear = modulation(config, 6, rngs=rngs)
         self.norm = layer_norm(config.width, eps=config.norm_eps, rngs=rngs)
 
-    def __call__(self, video: Video, text: Text, time: Time) -> tuple[Video, Text, Gate, Gate]:
+    def __call__(
+        self, video: Video, text: Text, time: Time
+    ) -> tuple[tuple[Video, Text], tuple[Video, Text], tuple[Gate, Gate]]:
+        """Return the modulated streams, the streams themselves, and their gates."""
         shift, scale, gate, t_shift, t_scale, t_gate = split_modulation(self.linear(time), 6)
-        video = self.norm(video).astype(self.dtype) * (1 + scale) + shift
-        text = self.norm(text).astype(self.dtype) * (1 + t_scale) + t_shift
-        return video, text, gate, t_gate
+        v, video = modulated_norm(self.norm, video, shift, scale)
+        t, text = modulated_norm(self.norm, text, t_shift, t_scale)
+        return (v, t), (video, text), (gate, t_gate)
 
 
 def modulation(config: MMDiTConfig, parts: int, *, rngs: nnx.Rngs) -> nnx.Linear:
@@ -156,51 +159,6 @@ def modulation(config: MMDiTConfig, parts: int, *, rngs: nnx.Rngs) -> nnx.Linear
 def split_modulation(x: Float[Array, "B parts_D"], parts: int) -> Float[Array, "parts B 1 D"]:
     """Split the result of `modulation` into vectors that broadcast over tokens."""
     return rearrange(x, "B (parts D) -> parts B 1 D", parts=parts)
-
-
-class QKVO(nnx.Module):
-    """The four projections of an attention, and the norms of queries and keys (spec 2.4)."""
-
-    def __init__(self, config: MMDiTConfig, *, rngs: nnx.Rngs):
-        D, K = config.width, config.head_width
-        dense = partial(linear, dtype=config.dtype, products=config.products, rngs=rngs)
-        self.head_width = K
-        self.q, self.k, self.v = (dense(D, D, ("embed", "heads")) for _ in range(3))
-        self.out = dense(D, D, ("heads", "embed"))
-        self.q_norm = layer_norm(K, eps=QK_NORM_EPS, rngs=rngs)
-        self.k_norm = layer_norm(K, eps=QK_NORM_EPS, rngs=rngs)
-
-    def qkv(self, x: Float[Array, "B S D"]) -> tuple[Float[Array, "B S heads K"], ...]:
-        """Return normalised queries, normalised keys and values."""
-        q, k, v = (
-            rearrange(f(x), "B S (heads K) -> B S heads K", K=self.head_width)
-            for f in (self.q, self.k, self.v)
-        )
-        return self.q_norm(q).astype(q.dtype), self.k_norm(k).astype(k.dtype), v
-
-    def project(self, x: Float[Array, "B S heads K"]) -> Float[Array, "B S D"]:
-        """Join the heads and apply the output projection."""
-        return name(self.out(rearrange(x, "B S heads K -> B S (heads K)")), "attention out")
-
-
-def attend(
-    video_weights: QKVO,
-    text_weights: QKVO,
-    video: Video,
-    text: Text,
-    angles: Angles,
-    lengths: Int[Array, "B"],
-    num_text: int,
-    axis: str | None,
-) -> tuple[Video, Text]:
-    """Let video and text attend to [text, video]; only video has rotary positions."""
-    q, k, v = video_weights.qkv(video)
-    q, k, v = (name(x, "qkv") for x in (rotate(q, angles), rotate(k, angles), v))
-    t_q, t_k, t_v = text_weights.qkv(text)
-    text, video = joint_attention(
-        (t_q, q), (t_k, k), (t_v, v), lengths, num_text=num_text, axis=axis
-    )
-    return video_weights.project(video), text_weights.project(text)
 
 
 class MLP(nnx.Module):
@@ -246,12 +204,12 @@ class MMDiTBlock(nnx.Module):
         axis: str | None,
     ) -> tuple[Video, Text]:
         """Return both streams; with `axis`, of a device's tokens. `num_text` counts all text."""
-        v, t, v_gate, t_gate = self.norm1(video, text, time)
+        (v, t), (video, text), (v_gate, t_gate) = self.norm1(video, text, time)
         weights = self.video.attention, self.text.attention
         v, t = attend(*weights, v, t, angles, lengths, num_text, axis)
         video, text = video + v_gate * v, text + t_gate * t
 
-        v, t, v_gate, t_gate = self.norm2(video, text, time)
+        (v, t), (video, text), (v_gate, t_gate) = self.norm2(video, text, time)
         video = video + v_gate * self.video.mlp(v)
         return video, text + t_gate * self.text.mlp(t)
 

@@ -7,10 +7,19 @@ module walks the scheduled program from its entry, and counts each instruction a
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 UNKNOWN = 2**62  # cycles that the compiler writes if it has no estimate
+# Our kernels that are no attention: name -> (rate in `Chip`, arrays of tokens read and written).
+STREAMS = {
+    "modulated_norm_fwd": ("norms", 2),
+    "modulated_norm_bwd": ("norms", 4),
+    "heads_fwd": ("heads", 2),
+    "heads_bwd": ("heads", 3),
+    "heads_part": ("heads", 2),
+    "heads_join": ("heads", 2),
+}
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
@@ -30,10 +39,7 @@ class Instruction:
     @property
     def sizes(self) -> list[int]:
         """Return the bytes of each array of the result, without the padding of its layout."""
-        return [
-            BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
-            for kind, dims in _ARRAY.findall(self.shape)
-        ]
+        return _sizes(self.shape)
 
     def called(self, attribute: str) -> str | None:
         """Return the computation that an attribute such as `body` names, or None."""
@@ -69,9 +75,11 @@ class Program:
     """The work of one step on one device."""
 
     collectives: list[Collective]
-    kernels: list[Kernel]
+    kernels: list[Kernel]  # of attention
     matmul_cycles: int = 0
     other_cycles: int = 0
+    # Bytes that other kernels read and write, by the name of their rate.
+    streamed: dict[str, int] = field(default_factory=dict)
 
 
 def read_program(text: str) -> Program:
@@ -84,7 +92,13 @@ def read_program(text: str) -> Program:
             what = opcode, _group(instruction.rest), beside or opcode != instruction.opcode
             if len(what[1]) > 1:
                 _add(collectives.setdefault(what, Collective(*what)), instruction, times)
-        elif 'custom_call_target="tpu_custom_call"' in instruction.rest:
+        elif 'custom_call_target="tpu_custom_call"' not in instruction.rest:
+            pass
+        elif known := next((name for name in STREAMS if name in instruction.name), None):
+            rate, arrays = STREAMS[known]
+            moved = arrays * min(instruction.sizes[0], _sizes(_operands(instruction))[0])
+            program.streamed[rate] = program.streamed.get(rate, 0) + times * moved
+        else:
             program.kernels.append(Kernel(instruction.name, *_attention(instruction), times))
         cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
         if cycles and int(cycles[1]) < UNKNOWN:
@@ -149,6 +163,19 @@ def _trips(computations: dict, loop: Instruction) -> int:
     return max(limits, default=1)
 
 
+def _sizes(shapes: str) -> list[int]:
+    """Return the bytes of all arrays in a text."""
+    return [
+        BYTES.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
+        for kind, dims in _ARRAY.findall(shapes)
+    ]
+
+
+def _operands(kernel: Instruction) -> str:
+    """Return the shapes of the operands of a kernel."""
+    return re.search(r"operand_layout_constraints=\{(.*?\})\}", kernel.rest)[1]
+
+
 def _attention(kernel: Instruction) -> tuple[tuple[int, int, int, int], int]:
     """Return ((B, heads, queries, K), number of keys) of an attention kernel.
 
@@ -157,8 +184,8 @@ def _attention(kernel: Instruction) -> tuple[tuple[int, int, int, int], int]:
     """
     *batch, heads, _, K = _bfloat16_arrays(kernel.shape)[-1]
     B = math.prod(batch)
-    operands = re.search(r"operand_layout_constraints=\{(.*?\})\}", kernel.rest)[1]
-    queries, keys = (math.prod(dims) // (B * heads * K) for dims in _bfloat16_arrays(operands)[:2])
+    operands = _bfloat16_arrays(_operands(kernel))[:2]
+    queries, keys = (math.prod(dims) // (B * heads * K) for dims in operands)
     return (B, heads, queries, K), keys
 
 

@@ -40,7 +40,8 @@ def predict(program: Program, chip: Chip, devices: list, head_width: int) -> Pre
     return Prediction(
         matmul=program.matmul_cycles / chip.clock,
         attention=sum(_kernel_seconds(k, chip, head_width, fused) for k in program.kernels),
-        elementwise=program.other_cycles / chip.clock,
+        elementwise=program.other_cycles / chip.clock
+        + sum(moved / getattr(chip, rate) for rate, moved in program.streamed.items()),
         collectives=sum((_collective_seconds(c, chip, devices) for c in program.collectives), 0.0),
     )
 

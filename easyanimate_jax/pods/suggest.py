@@ -60,8 +60,8 @@ def present(config: TrainConfig, stage: Stage, report: StageReport) -> Choice:
 def choices(config: TrainConfig, stage: Stage, num_devices: int) -> Iterator[Choice]:
     """Yield all choices: splits of the devices into `fsdp` and `context` that the heads allow.
 
-    They keep the first n rows of `facts.ACTIVATIONS`, for each n. Microbatches have a power of two
-    rows per group of devices.
+    They keep the first n rows of `facts.ACTIVATIONS`, for each n, and split the batch into equal
+    microbatches.
     """
     now = suggest_mesh(config.mesh, num_devices)
     free = [name for name in ACTIVATIONS if name not in config.model.offload]
@@ -73,11 +73,10 @@ def choices(config: TrainConfig, stage: Stage, num_devices: int) -> Iterator[Cho
         groups = mesh.data * mesh.fsdp
         if config.model.width % mesh.fsdp or groups > stage.batch_size:
             continue
-        rows = groups
-        while rows < 2 * stage.batch_size:
+        most = -(-stage.batch_size // groups)  # rows of a group
+        for rows in sorted({-(-most // parts) for parts in range(1, most + 1)}):
             for kept in range(len(free) + 1):
-                yield Choice(mesh, tuple(free[:kept]), min(rows, stage.batch_size))
-            rows *= 2
+                yield Choice(mesh, tuple(free[:kept]), min(groups * rows, stage.batch_size))
 
 
 def estimate(
@@ -143,18 +142,26 @@ def changes_that_fit(
 ) -> list[Change]:
     """Return at most three changes with which a stage fits, the fastest first.
 
-    Each changes one setting; if no such change fits, several.
+    Each changes one setting; if no such change fits, several. A choice whose estimate is not
+    smaller than that of a refused one is not compiled.
     """
     index = [s.name for s in config.stages].index(stage.name)
-    now = present(config, stage, report)
+    now, tokens = present(config, stage, report), report.tokens + report.text_tokens
     fitting = []
     for one_change in (True, False):
-        for choice in ordered(config, stage, chip, report, one_change=one_change)[:TRIES]:
+        tries, refused = 0, math.inf
+        for choice in ordered(config, stage, chip, report, one_change=one_change):
+            needed = estimate(choice, config, stage, tokens, chip)[0]
+            if needed >= refused or tries == TRIES:
+                continue
+            tries += 1
             tried = compile_choice(*choice.apply(config, stage))
             if tried.fits:
                 words = shlex.join(choice.differences(now, index))
                 seconds = tried.predicted_step_seconds
                 fitting.append(Change(words, tried.peak_bytes_per_chip, seconds))
+            else:
+                refused = needed
             if len(fitting) == CHANGES:
                 break
         if fitting:

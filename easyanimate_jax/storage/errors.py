@@ -13,6 +13,9 @@ OF_THE_SYSTEM = {
 # tensorstore raises ValueError with the status first; JAX's own error is of a device or a process.
 STATUS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "ABORTED")
 STATUS += ("DEADLINE_EXCEEDED",)
+# How the text of such an error begins where JAX copies an array to the host: a ValueError, too.
+OF_RUNTIME = ("UNKNOWN: ", "INTERNAL: ", "UNAVAILABLE: ", "ABORTED: ", "CANCELLED: ")
+OF_RUNTIME += ("DEADLINE_EXCEEDED: ",)
 
 
 class AnotherRunError(ValueError):
@@ -62,5 +65,7 @@ def of_store(error: Exception, name: str) -> OSError:
 def is_of_jax(error: BaseException | None) -> bool:
     """Return True if the cause is a device without memory, or a process of the run that is gone."""
     while error is not None and type(error).__name__ != "JaxRuntimeError":
+        if isinstance(error, ValueError) and str(error).startswith(OF_RUNTIME):
+            return True
         error = error.__cause__ or error.__context__
     return error is not None

@@ -3,7 +3,9 @@
 Peaks, memory sizes and link rates are the makers' figures. The attention rates of TPUs are not
 measured on a chip. They come from the bundles (cycles) in the static schedule of the compiled
 Splash kernel, for a block of 512 queries and 1536 keys with head width 64, at the clock that gives
-the peak. Head width 128 takes as many bundles for twice the work. The rates of GPUs were measured
+the peak. Head width 128 takes as many bundles for twice the work. The rates of the other kernels
+are four fifths of what the memory and their bundles allow, at width 3072: the backward pass of
+models/modulated_norm.py, and the forward pass of models/heads.py. The rates of GPUs were measured
 on an H200 (benchmarks/results/gpu.md), but for that of 8 bits. TPUs need none for products: the
 compiler's cycles are those of the products' own type.
 """
@@ -25,6 +27,8 @@ class Chip:
     attention_forward: float  # useful FLOP/s of Splash at head width 64
     attention_backward: float
     attention_split_backward: float
+    norms: float  # bytes a second that the kernels of norms read and write
+    heads: float  # and those that prepare heads for attention
     devices: int = 1  # JAX devices of one chip, which share its links
 
 
@@ -38,12 +42,19 @@ class Gpu(Chip):
     network: float  # bytes a second that each device sends to other hosts
 
 
+# Attention forward, backward and split backward; norms; heads (see `Chip`).
+KERNELS = {
+    "v5p": (190e12, 196e12, 140e12, 1.9e12, 0.83e12),
+    "v6e": (140e12, 165e12, 122e12, 1.3e12, 0.58e12),
+    "v5e": (80e12, 80e12, 57e12, 0.66e12, 0.35e12),
+    "tpu7x": (157e12, 175e12, 130e12, 1.6e12, 0.75e12),
+}
 CHIPS = (
-    Chip("v5p", "TPU v5", 459e12, 95.74 * 2**30, 1.75e9, 2, 90e9, 190e12, 196e12, 140e12),
-    Chip("v6e", "TPU v6 lite", 918e12, 31.25 * 2**30, 1.75e9, 1, 90e9, 140e12, 165e12, 122e12),
-    Chip("v5e", "TPU v5 lite", 197e12, 15.75 * 2**30, 1.5e9, 1, 45e9, 80e12, 80e12, 57e12),
+    Chip("v5p", "TPU v5", 459e12, 95.74 * 2**30, 1.75e9, 2, 90e9, *KERNELS["v5p"]),
+    Chip("v6e", "TPU v6 lite", 918e12, 31.25 * 2**30, 1.75e9, 1, 90e9, *KERNELS["v6e"]),
+    Chip("v5e", "TPU v5 lite", 197e12, 15.75 * 2**30, 1.5e9, 1, 45e9, *KERNELS["v5e"]),
     # Ironwood; a device is half a chip. Its clock is not published: 2.2 GHz is an assumption.
-    Chip("tpu7x", "TPU7x", 1153.5e12, 94.75 * 2**30, 2.2e9, 1, 50e9, 157e12, 175e12, 130e12, 2),
+    Chip("tpu7x", "TPU7x", 1153.5e12, 94.75 * 2**30, 2.2e9, 1, 50e9, *KERNELS["tpu7x"], devices=2),
 )
 
 GPUS = tuple(
@@ -56,6 +67,8 @@ GPUS = tuple(
         1,
         112.5e9,
         *(430e12, 334e12, 334e12),  # the backward pass as useful FLOPs, twice the forward pass's
+        norms=bandwidth,
+        heads=bandwidth,
         matmul=800e12,
         matmul_8_bits=1600e12,  # not measured: the same share of the data sheet's 1,979e12
         bandwidth=bandwidth,

@@ -52,13 +52,14 @@ from easyanimate_jax.training.step import (
 from easyanimate_jax.weights.folder import vae_config
 from easyanimate_jax.weights.module import abstract, named_weights
 
-# Vector memory that one operation may use, by device kind; the default is 16 MiB. v5p has 64 MiB
-# per core, v6e has 128 MiB; other trainers for these chips use the same limits. Larger tiles make
-# matrix products a sixth faster by the compiler's estimate, and the backward pass of Splash needs
-# the memory for its long blocks of keys.
+# Vector memory that one operation may use, by device kind; the default is 16 MiB. v5p and Ironwood
+# have 64 MiB per core, v6e has 128 MiB; other trainers for these chips use the same limits. Larger
+# tiles make matrix products a sixth faster by the compiler's estimate, and the backward pass of
+# Splash needs the memory for its long blocks of keys.
 COMPILER_OPTIONS = {
     "TPU v5": {"xla_tpu_scoped_vmem_limit_kib": "65536"},
     "TPU v6 lite": {"xla_tpu_scoped_vmem_limit_kib": "98304"},
+    "TPU7x": {"xla_tpu_scoped_vmem_limit_kib": "65536"},
 }
 
 

@@ -93,10 +93,14 @@ class Supervisor:
             self._signal(signal.SIGTERM)
 
     def _watch(self) -> int:
-        """Wait for the ranks; return the code of the first that failed, or the largest code."""
+        """Wait for the ranks; return the code of one that failed, or the largest code.
+
+        One that a signal ended counts first: others may have failed because it was gone.
+        """
         while True:
             codes = [rank.poll() for rank in self.ranks]
-            failed = next((code for code in codes if code not in (None, DONE, PREEMPTED)), None)
+            failures = [code for code in codes if code not in (None, DONE, PREEMPTED)]
+            failed = min(failures, key=lambda code: code > 0, default=None)
             silent = self._silent()
             if failed is None and not silent:
                 if None not in codes:
