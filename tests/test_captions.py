@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import logging
+import pickle
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,13 @@ import pytest
 from PIL import Image
 
 from easyanimate_jax.prepare import servers
-from easyanimate_jax.prepare.captions import INSTRUCTIONS, Server
+from easyanimate_jax.prepare.captions import INSTRUCTIONS, REWRITE, RewritingServer, Server
+from easyanimate_jax.prepare.embeddings import (
+    AlignmentServer,
+    EmbeddingServer,
+    alignment_score,
+    server_embedding,
+)
 
 STILLS = np.full((3, 32, 48, 3), 200, np.uint8)
 
@@ -194,3 +201,74 @@ def test_a_refusal_is_not_asked_again(server, pauses, code, kind, words):
 def test_an_address_that_is_none_is_refused_at_once(url):
     with pytest.raises(ValueError, match=f"Server.url is {url!r}; begin it with http://"):
         Server((url,), "m")
+
+
+def test_a_caption_is_rewritten_by_a_model_that_reads_it_and_its_kind(server, pauses):
+    url, asked, answers = server
+    answers += [(503, {}), says(""), says(" A fox {runs}. ")]
+    rewriter = pickle.loads(pickle.dumps(RewritingServer((url,), "some-model")))
+    assert rewriter("In the video {kind} a fox runs", "video") == "A fox {runs}."
+    path, _, body = asked[-1]
+    assert path == "/v1/chat/completions" and body["model"] == "some-model" and pauses == [1]
+    wanted = REWRITE.replace("{kind}", "video").replace(
+        "{caption}", "In the video {kind} a fox runs"
+    )
+    assert body["messages"] == [{"role": "user", "content": wanted}]
+    answers += [says(None)] * 2
+    with pytest.raises(ValueError, match=r"completions gave no rewritten caption in 2 requests"):
+        RewritingServer((url,), "m", tries=2)("a", "image")
+
+
+def test_an_instruction_without_the_caption_is_refused():
+    with pytest.raises(ValueError, match=r"instruction is 'Rewrite it\.'; write \{caption\} where"):
+        RewritingServer(("http://h",), "m", "Rewrite it.")
+
+
+def is_at(*vector):
+    return 200, {"data": [{"embedding": list(vector)}]}
+
+
+def test_the_alignment_is_the_cosine_of_frames_and_caption(server):
+    url, asked, answers = server
+    answers += [is_at(2.0, 0.0), is_at(0.0, 0.5), (503, {}), is_at(3.0, 0.0), is_at(-1.0, -1.0)]
+    score = alignment_score(AlignmentServer((url,), "clip", low=0.25))
+    assert (score.name, score.low, score.frames) == ("alignment", 0.25, "captioned")
+    found = score.measure(STILLS[:2], ["east", "south west"])
+    np.testing.assert_allclose(found, [0.5**0.5, -1.0])
+    assert {path for path, _, _ in asked} == {"/v1/embeddings"}
+    [message] = asked[0][2]["messages"]
+    [picture] = message["content"]
+    assert picture["image_url"]["url"].startswith("data:image/jpeg;base64,")
+    assert (asked[-1][2]["input"], asked[-1][2]["model"]) == ("south west", "clip")
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ((200, {"data": []}), "gave no embedding in 2 requests"),
+        (is_at(0.0, 0.0), "gave no embedding in 2 requests: .* all are 0"),
+        (is_at(float("nan"), 1.0), "gave no embedding in 2 requests: .*finite"),
+        ((400, {}), "refuses the clip: .*400"),
+    ],
+)
+def test_an_embedding_that_cannot_be_used_is_the_clip_s_reason(server, answer, words):
+    url, _, answers = server
+    answers += [is_at(1.0, 0.0), answer, answer]
+    with pytest.raises(ValueError, match=f"/v1/embeddings {words}"):
+        AlignmentServer((url,), "m", tries=2)(STILLS[:1], ["a"])
+
+
+def test_embeddings_of_different_lengths_are_of_no_use(server):
+    url, _, answers = server
+    answers += [is_at(1.0, 0.0), is_at(1.0, 0.0, 0.0)]
+    with pytest.raises(ValueError, match="m gives frames and captions vectors of different len"):
+        AlignmentServer((url,), "m")(STILLS[:1], ["a"])
+
+
+def test_the_vector_of_a_clip_is_the_mean_direction_of_its_frames(server):
+    url, asked, answers = server
+    answers += [is_at(2.0, 0.0), is_at(0.0, 0.5)]
+    embedding = server_embedding(EmbeddingServer((url,), "clip", similarity=0.9))
+    vector = embedding.vector(STILLS[:2])
+    np.testing.assert_allclose(vector, [0.5**0.5] * 2, atol=1e-3)
+    assert vector.dtype == np.float16 and embedding.similarity == 0.9 and len(asked) == 2

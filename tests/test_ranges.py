@@ -27,8 +27,10 @@ from easyanimate_jax.generation.denoising import Sampling
 from easyanimate_jax.models.lora import LoRAConfig
 from easyanimate_jax.models.mmdit import MMDiTConfig
 from easyanimate_jax.models.vae import VAEConfig
-from easyanimate_jax.prepare.captions import Server
-from easyanimate_jax.prepare.curate import Rules
+from easyanimate_jax.prepare.captions import RewritingServer, Server
+from easyanimate_jax.prepare.embeddings import AlignmentServer, EmbeddingServer
+from easyanimate_jax.prepare.films import Rules
+from easyanimate_jax.prepare.servers import ModelServer
 from easyanimate_jax.prepare.shots import Splitting, split
 from easyanimate_jax.runs.config import SampleConfig, TrainConfig, ValidationConfig
 from easyanimate_jax.sharding import MeshConfig
@@ -75,6 +77,7 @@ MODEL = {f.name: getattr(DEMO.model, f.name) for f in dataclasses.fields(DEMO.mo
 BERT = dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"), 1)
 BERT |= {"intermediate_size": 1, "max_position_embeddings": 1}
 T5 = dict.fromkeys(("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads"), 1)
+SERVER = {"url": ("http://127.0.0.1/v1",), "model": "m"}
 QWEN2 = {"vocab_size": 1, "hidden_size": 2, "intermediate_size": 1, "num_hidden_layers": 2}
 QWEN2 |= {
     "num_attention_heads": 1,
@@ -310,10 +313,11 @@ CLASSES = {
         },
     ),
     Rules: ({}, {"min_pixels": FROM_0}),
-    Server: (
-        {"url": ("http://127.0.0.1/v1",), "model": "m"},
-        {"tries": COUNT, "seconds": ABOVE, "patience": RATE},
-    ),
+    ModelServer: (SERVER, {"tries": COUNT, "seconds": ABOVE, "patience": RATE}),
+    Server: (SERVER, {"tries": COUNT}),
+    RewritingServer: (SERVER, {"tries": COUNT}),
+    EmbeddingServer: (SERVER, {"similarity": ((ABOVE_0, 1.0), (0.0, 1.01))}),
+    AlignmentServer: (SERVER, {"low": (((-1.0), 1.0), (-1.01, 1.01))}),
     Splitting: (
         {"min_seconds": 0.0},
         {"min_seconds": RATE, "max_seconds": ABOVE, "trim_seconds": RATE},
@@ -370,8 +374,19 @@ CLASSES = {
 # Dataclasses that the program makes for itself.
 NO_CONFIGS = {
     *("Clip", "Chip", "Gpu", "Instruction", "Collective", "Kernel", "Program", "Prediction"),
-    *("Choice", "Score", "TextConfig", "Sentence", "Chat", "Change", "StageReport", "Emoji"),
+    *(
+        "Choice",
+        "Score",
+        "Embedding",
+        "TextConfig",
+        "Sentence",
+        "Chat",
+        "Change",
+        "StageReport",
+        "Emoji",
+    ),
     *("Remote", "Process", "SampleRequest", "Faults"),  # the third has its ranges in `check`
+    "Embedding",
 }
 ONE_VALUE = {"patch", "out_channels", "latent_channels"}  # fields that admit no other
 ANY_SIZE = {"latent_mean", "loras"}  # numbers that are only finite

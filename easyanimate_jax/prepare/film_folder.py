@@ -1,7 +1,6 @@
 """The films that a source names, with their captions and types, and its rows that name none."""
 
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,15 +33,14 @@ class FilmFolder:
     def unusable_rows(self) -> list[dict]:
         """Return a row of the table for each row of the source that cannot be used."""
         told = ((problem.file, f"not used: {shown(problem.reason)}") for problem in self.unusable)
-        return [base_row(name) | {"left_out": reason} for name, reason in told]
+        return [base_row(name) | {"left_out": reason, "captions": []} for name, reason in told]
 
 
-def base_row(name: str, captions: Sequence[str] = ()) -> dict:
+def base_row(name: str) -> dict:
     """Return the row of a film before it is probed."""
     name = shown(name)  # it may hold bytes that are not text
     base = {"clip": name, "file": name, "kind": "video", "first": 0, "frames": 0, "fps": 0.0}
-    base |= {"height": 0, "width": 0, "captions": list(captions), "left_out": "", "hash": 0}
-    return base
+    return base | {"height": 0, "width": 0, "left_out": "", "hash": 0}
 
 
 def _films(source: Place, links: Path | None) -> tuple[dict[str, Film], list[Problem]]:

@@ -1,10 +1,9 @@
 """Cut and score films on a Ray cluster: `curate --engine ray`.
 
-A task is a few films, on one CPU anywhere. It writes the file of each film, as the threads of one
-process do, so a driver that was killed is started again by the same command.
+A task is a few films, on one CPU anywhere. It writes their records, as the threads of one process
+do, so a driver that was killed is started again by the same command.
 """
 
-import copy
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from tqdm import tqdm
 
 from easyanimate_jax.data.decode import decoders
 from easyanimate_jax.prepare.cluster import Failure, Unusable, check_seen, connected, on_all_cpus
-from easyanimate_jax.prepare.curate import Films
-from easyanimate_jax.storage.stores import Place
+from easyanimate_jax.prepare.films import Films
+from easyanimate_jax.storage.stores import Place, make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +23,14 @@ FILMS = 8  # of a task
 def on_cluster(films: Films, names: Sequence[str], _workers: int) -> None:
     """Make the rows of films on the cluster, with all its CPUs; log those that cannot be made.
 
-    Raises ValueError if a host does not see the films, and ConnectionError if the captioner does
-    not serve.
+    Raises ValueError if a host does not see the films, and ConnectionError if a model does not
+    serve.
     """
-    places = films.folder.root, films.out
+    places = films.folder.root, films.out / "films"
+    make_folder(films.out / "films")
     seen = tuple(path for path in places if isinstance(path, Path))
     some = (names[first : first + FILMS] for first in range(0, len(names), FILMS))
-    calls = ((_only(films, part), seen) for part in some)
+    calls = ((films.only(part), seen) for part in some)
     with connected(), tqdm(total=len(names), desc="films", unit="film") as progress:
         for (part, _), result in on_all_cpus(finish_films, calls, (Unusable,)):
             if isinstance(result, Failure):
@@ -42,7 +42,7 @@ def on_cluster(films: Films, names: Sequence[str], _workers: int) -> None:
 
 
 def finish_films(films: Films, seen: tuple[Place, ...]) -> ConnectionError | None:
-    """Make the rows of films; return an error if the captioner does not serve.
+    """Make the rows of films; return an error if a model does not serve.
 
     Raises `Unusable` as `check_seen` does.
     """
@@ -52,11 +52,5 @@ def finish_films(films: Films, seen: tuple[Place, ...]) -> ConnectionError | Non
             films.finish(name, decoders())
     except ConnectionError as error:
         return error
-
-
-def _only(films: Films, names: Sequence[str]) -> Films:
-    """Return these films of all, to send to another process."""
-    folder = copy.copy(films.folder)
-    folder.films = {name: films.folder.films[name] for name in names}
-    folder.unusable = []
-    return Films(films.out.parent, folder, films.rules, films.scores, films.captioner)
+    finally:
+        films.store.flush()

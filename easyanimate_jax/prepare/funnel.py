@@ -8,66 +8,87 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
+from easyanimate_jax.prepare.model_steps import ORIGINAL
 from easyanimate_jax.storage.stores import Place, replace_text
 
 PICTURES = 8  # pictures of each step on the page
 
 
-def steps(rows: list[dict]) -> list[tuple[str, int, int]]:
-    """Return (reason, clips left out for it, clips left after it) of each step, in order."""
-    reasons = Counter(_step(row) for row in rows if row["left_out"])
-    left, found = len(rows), []
-    for reason in dict.fromkeys(sorted(reasons, key=lambda r: _ORDER.get(r.split()[0], 5))):
-        left -= reasons[reason]
-        found.append((reason, reasons[reason], left))
-    return found
-
-
 _ORDER = {"not": 0, "does": 0, "shorter": 1, "fewer": 2, "near-duplicate": 3, "no": 9}
+_ORDER |= {"similar": 10}
 
 
-def text(rows: list[dict]) -> str:
-    """Return the funnel as text, one line for each step."""
-    found = steps(rows)
-    lines = [" -> ".join(f"{n:,}" for n in (len(rows), *(left for *_, left in found)))]
-    lines += [f"  {lost:>10,} left out: {reason}" for reason, lost, _ in found]
-    return "\n".join([*lines, f"  {len(rows) - sum(n for _, n, _ in found):>10,} kept"])
+class Funnel:
+    """The counts of all rows by their reasons, and some rows of each."""
 
+    def __init__(self):
+        self.reasons, self.rewritten = Counter(), 0  # the reason of rows that are kept is ""
+        self.shown: dict[str, list[dict]] = {}
 
-def shown(rows: list[dict]) -> list[dict]:
-    """Return at most `PICTURES` rows of each step, and of the rows that are kept."""
-    by_step = {}
-    for row in rows:
-        by_step.setdefault(_step(row), []).append(row)
-    return [row for some in by_step.values() for row in some[:PICTURES]]
+    def add(self, row: dict) -> None:
+        """Count a row."""
+        reason = _step(row)
+        self.reasons[reason] += 1
+        if not reason and row["captions"] != row.get(ORIGINAL, row["captions"]):
+            self.rewritten += 1
+        some = self.shown.setdefault(reason, [])
+        if len(some) < PICTURES:
+            some.append(row)
 
+    def steps(self) -> list[tuple[str, int, int]]:
+        """Return (reason, clips left out for it, clips left after it) of each step, in order."""
+        left, found = self.reasons.total(), []
+        for reason in sorted(self.reasons.keys() - {""}, key=_place):
+            left -= self.reasons[reason]
+            found.append((reason, self.reasons[reason], left))
+        return found
 
-def write(out: Place, rows: list[dict], thumbnails: dict[str, np.ndarray]) -> None:
-    """Write `funnel.txt` and `funnel.html` into the folder `out`."""
-    replace_text(out / "funnel.txt", text(rows) + "\n")
-    found = [*steps(rows), ("", len(rows) - sum(n for _, n, _ in steps(rows)), 0)]
-    parts = [
-        "<!doctype html><meta charset=utf-8><title>Funnel</title><style>body{font:14px sans-serif;"
-        "margin:2em}figure{display:inline-block;margin:4px;width:170px}figcaption{font-size:11px;"
-        "overflow-wrap:anywhere}.bar{background:#48c;height:8px}</style><h1>Funnel</h1>"
-        f"<pre>{html.escape(text(rows))}</pre>"
-    ]
-    for reason, count, _ in found:
-        parts.append(f"<h2>{html.escape(reason or 'kept')}: {count:,}</h2>")
-        parts.append(f"<div class=bar style='width:{100 * count / max(1, len(rows)):.1f}%'></div>")
-        for row in shown(rows):
-            if _step(row) != reason:
-                continue
-            scores = ", ".join(f"{k} {v:.2f}" for k, v in row.items() if _is_score(k, v))
-            title = (
-                f"{row['clip']} {row['height']}x{row['width']}, {row['frames']} frames; {scores}"
-            )
-            why = row["left_out"] if row["left_out"] != reason else ""
-            parts.append(
+    def text(self) -> str:
+        """Return the funnel as text, one line for each step."""
+        found, total = self.steps(), self.reasons.total()
+        lines = [" -> ".join(f"{n:,}" for n in (total, *(left for *_, left in found)))]
+        lines += [f"  {lost:>10,} left out: {reason}" for reason, lost, _ in found]
+        lines += [f"  {self.reasons['']:>10,} kept"]
+        if self.rewritten:
+            lines += [f"  {self.rewritten:>10,} of them with rewritten captions"]
+        return "\n".join(lines)
+
+    def write(self, out: Place, thumbnails: dict[str, np.ndarray]) -> None:
+        """Write `funnel.txt` and `funnel.html` into the folder `out`."""
+        replace_text(out / "funnel.txt", self.text() + "\n")
+        total, parts = (
+            self.reasons.total(),
+            [
+                "<!doctype html><meta charset=utf-8><title>Funnel</title><style>body{font:14px "
+                "sans-serif;margin:2em}figure{display:inline-block;margin:4px;width:170px}figcaption"
+                "{font-size:11px;overflow-wrap:anywhere}.bar{background:#48c;height:8px}</style>"
+                f"<h1>Funnel</h1><pre>{html.escape(self.text())}</pre>"
+            ],
+        )
+        for reason, count, _ in [*self.steps(), ("", self.reasons[""], 0)]:
+            parts.append(f"<h2>{html.escape(reason or 'kept')}: {count:,}</h2>")
+            parts.append(f"<div class=bar style='width:{100 * count / max(1, total):.1f}%'></div>")
+            parts += [
                 f"<figure>{_picture(thumbnails.get(row['clip']))}<figcaption>"
-                f"{html.escape(title)} {html.escape(why)}</figcaption></figure>"
-            )
-    replace_text(out / "funnel.html", "\n".join(parts))
+                f"{html.escape(_title(row))}</figcaption></figure>"
+                for row in self.shown.get(reason, ())
+            ]
+        replace_text(out / "funnel.html", "\n".join(parts))
+
+
+def _place(reason: str) -> tuple[int, str]:
+    return _ORDER.get(reason.split()[0], 5), reason
+
+
+def _title(row: dict) -> str:
+    """Return what the page tells of a row."""
+    scores = ", ".join(f"{k} {v:.2f}" for k, v in row.items() if _is_score(k, v))
+    told = [f"{row['clip']} {row['height']}x{row['width']}, {row['frames']} frames", scores]
+    told += [row["left_out"]] if row["left_out"] != _step(row) else []
+    told += row["captions"]
+    before = row.get(ORIGINAL, row["captions"])
+    told += [f"(before: {'; '.join(before)})"] if row["captions"] != before else []
+    return "; ".join(filter(None, told))
 
 
 def _step(row: dict) -> str:

@@ -25,6 +25,7 @@ from easyanimate_jax.storage import stores
 from easyanimate_jax.storage.stores import Place
 
 GROUP = 4096  # rows of a group
+CHUNK = 2**16  # rows that are read at a time
 KEYS = pyarrow.list_(pyarrow.binary(16))
 FOLDER, LATEST = "manifests", "manifest.json"
 WHOLE = 2**20  # the weight of a full shard
@@ -45,6 +46,11 @@ class Manifest:
     def columns(self, names: Sequence[str]) -> pyarrow.Table:
         """Return columns of all rows."""
         return self.parquet.read(list(names))
+
+    def chunks(self, names: Sequence[str]) -> Iterator[pyarrow.Table]:
+        """Yield columns of some rows at a time, each column in one piece."""
+        for batch in self.parquet.iter_batches(CHUNK, columns=list(names)):
+            yield pyarrow.Table.from_batches([batch])
 
     def makes(self) -> np.ndarray:
         """Return for the keys of all rows whether a shard of this manifest makes them."""

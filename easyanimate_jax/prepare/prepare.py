@@ -197,10 +197,8 @@ class Work:
         if None in lines:
             return False
         lines = [*self.told.about["problems"], *itertools.chain.from_iterable(lines)]
-        names = itertools.chain.from_iterable(
-            one.columns(["clip"])["clip"].to_pylist() for one in self.manifests
-        )
-        self.quarantine.forget({*names, *map(file_of, lines)}, but=lines)
+        again = self._among(self.quarantine.files())
+        self.quarantine.forget({*again, *map(file_of, lines)}, but=lines)
         for maker in (self.maker_of_texts, *self.makers):
             if isinstance(maker.folder, Path):
                 for folder in maker.folder.glob("shards/*/"):
@@ -216,24 +214,27 @@ class Work:
         rows = np.bincount(shards[shards >= 0], minlength=len(manifest.shards)).tolist()
         return {shard: rows[shard] for shard in mine if manifest.shards[shard] not in have}
 
+    def _among(self, files: set[str | None]) -> set[str]:
+        """Return those of the files that are clips of a set; memory does not grow with the sets."""
+        chunks = itertools.chain.from_iterable(one.chunks(["clip"]) for one in self.manifests)
+        return set().union(*(files.intersection(table["clip"].to_pylist()) for table in chunks))
+
     def _note_cut(self, prompts: Sequence[str], cut_prompts: Sequence[str], told: bool) -> None:
         """Write the captions whose end no encoder reads; say so if `told`."""
-        cut = self.maker_of_texts.cut()
-        count, names = 0, set()
-        pairs = {("sample prompt", p): None for p in cut_prompts}
-        for manifest in self.manifests:
-            table = manifest.columns(["clip", "captions", "texts"])
+        cut = np.array(sorted(self.maker_of_texts.cut()), "S16")
+        count, pairs = 0, {("sample prompt", p): None for p in cut_prompts}
+        names = ["clip", "captions", "texts"]
+        for table in itertools.chain.from_iterable(one.chunks(names) for one in self.manifests):
             lists, captions = table["texts"].combine_chunks(), table["captions"].combine_chunks()
             keys = key_array(lists.flatten())
             row = np.repeat(np.arange(len(table)), np.diff(lists.offsets.to_numpy()))
             count += len(keys)
-            names |= set(table["clip"].to_pylist())
-            at = np.flatnonzero(np.isin(keys, np.array(sorted(cut), "S16")))
+            at = np.flatnonzero(np.isin(keys, cut))
             words, clips = captions.flatten().take(at), table["clip"].take(row[at])
             pairs |= dict.fromkeys(zip(clips.to_pylist(), words.to_pylist(), strict=True))
         file = Quarantine(self.output / "cut.jsonl")
         lines = [line_of({"file": clip, "caption": text}) for clip, text in pairs]
-        file.forget(names | {"sample prompt"}, but=lines)
+        file.forget(self._among(file.files()) | {"sample prompt"}, but=lines)
         if pairs and told:
             some = ", ".join(list(dict.fromkeys(clip for clip, _ in pairs))[:SHOWN])
             logger.warning(

@@ -43,6 +43,10 @@ class Quarantine:
                 error.filename = str(self.path)
                 raise
 
+    def files(self) -> set[str | None]:
+        """Return the files that have a line."""
+        return set(map(file_of, self.lines))
+
     def forget(self, files: Collection[str], *, but: Sequence[str]) -> None:
         """Remove the lines of these files, except the lines `but`, which the file then has.
 

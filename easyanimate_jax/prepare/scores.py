@@ -1,8 +1,8 @@
 """Scores of a clip's quality, computed from its pixels by classical measures.
 
-A `Score` is a function of a few frames, uint8 (F, H, W, 3), and a scale, with the range of values
-to keep. A large model can be used as another `Score`. Names and ranges are the reference's if it
-has the same measure (spec 13); simpler measures of ours have other names.
+A `Score` is a function of a few frames, uint8 (F, H, W, 3), and a scale or captions, with the range
+of values to keep. A large model can be used as another `Score`. Names and ranges are the
+reference's if it has the same measure (spec 13); simpler measures of ours have other names.
 """
 
 import itertools
@@ -23,12 +23,15 @@ class Score:
     """A measure of clips; clips whose value is outside [low, high] are left out.
 
     `frames` chooses the input of `measure`. "motion" gives small frames, two a second. "still"
-    gives the first, middle and last frame, with up to 512 pixels on the longer side. `better` is 1
-    if high values are better, -1 if low ones are, and 0 if the value does not rank clips.
+    gives the first, middle and last frame, with up to 512 pixels on the longer side. A measure gets
+    them with the scale, in pixels of the source, and returns a number. "captioned" gives 8 frames
+    of that size, spread over the clip, with its captions, and the measure returns a number for each
+    caption; the worst of them counts, since training draws any of them. `better` is 1 if high
+    values are better, -1 if low ones are, and 0 if the value does not rank clips.
     """
 
     name: str
-    measure: Callable[[Pictures, float], float]
+    measure: Callable[[Pictures, float], float] | Callable[[Pictures, list[str]], Sequence[float]]
     frames: str = "still"
     low: float | int = -np.inf
     high: float | int = np.inf
@@ -39,7 +42,10 @@ class Score:
             raise ValueError(
                 f"Score.name is {self.name!r}; use letters, digits and _, as in text_2"
             )
-        for field, allowed in (("frames", ("still", "motion")), ("better", (-1, 0, 1))):
+        for field, allowed in (
+            ("frames", ("still", "motion", "captioned")),
+            ("better", (-1, 0, 1)),
+        ):
             if (value := getattr(self, field)) not in allowed:
                 one_of = ", ".join(map(repr, allowed))
                 raise ValueError(f"score {self.name}: {field} is {value!r}; use one of {one_of}")
@@ -48,6 +54,21 @@ class Score:
                 f"score {self.name}: low is {self.low} and high is {self.high}; use a low that is "
                 f"not above high"
             )
+
+    @property
+    def of_captions(self) -> bool:
+        """Whether the measure gets the captions of a clip beside its frames."""
+        return self.frames == "captioned"
+
+    def fault(self, row: dict) -> str:
+        """Return why a row is left out; "" if its value is in the range, or missing."""
+        bad = self.name in row and not self.low <= row[self.name] <= self.high
+        return self.reason if bad else ""
+
+    @property
+    def reason(self) -> str:
+        """The reason of a clip whose value is outside the range."""
+        return f"{self.name} outside {self.low:g} to {self.high:g}"
 
 
 def named_score(text: str) -> Score:
@@ -62,15 +83,16 @@ def named_score(text: str) -> Score:
             f"MODULE, with the class of easyanimate_jax.prepare.scores"
         )
     frames = np.random.default_rng(0).integers(0, 256, (2, 90, 160, 3), np.uint8)
-    value = score.measure(frames, 1.0)
+    value = score.measure(frames, ["Noise."] if score.of_captions else 1.0)
     try:
-        finite = np.isfinite(float(value))
+        [number] = value if score.of_captions else [value]
+        finite = np.isfinite(float(number))
     except (TypeError, ValueError):
         finite = False
     if not finite:
-        raise ValueError(
-            f"{text} returns {value!r} for two frames of noise; return a finite number"
-        )
+        wanted = "a list of one finite number for one caption"
+        wanted = wanted if score.of_captions else "a finite number"
+        raise ValueError(f"{text} returns {value!r} for two frames of noise; return {wanted}")
     return score
 
 

@@ -1,17 +1,30 @@
-"""Several addresses of one model server, which may go away and come back.
+"""A model behind several addresses of a server, which may go away and come back.
 
 A request goes to the address with the fewest open requests. An address that fails is left alone for
 1 s, 4 s, 16 s, then 60 s at a time; then one request tries it, and after an answer it is as the
 others. Only when no address has answered for a stated time is the service given up.
 """
 
+import base64
+import dataclasses
+import functools
 import http.client
+import io
+import json
 import logging
 import os
 import threading
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from easyanimate_jax.facts import check_fields
 
 logger = logging.getLogger(__name__)
 
@@ -114,3 +127,73 @@ class Addresses:
 def _is_due(address: _Address, now: float) -> bool:
     """Return True if a failed address may be tried: by one request, as it may take long to fail."""
     return address.due <= now and not address.open
+
+
+@dataclass(frozen=True)
+class ModelServer:
+    """A model on OpenAI-compatible servers, such as vLLM.
+
+    Its calls raise ValueError if the server has no usable answer for a clip, and ConnectionError if
+    no address serves: all are down, busy for too long, or one refuses key or model. The environment
+    variable OPENAI_API_KEY holds the key, if the server needs one.
+    """
+
+    url: tuple[str, ...] = field(compare=False)  # where it answers does not change its answers
+    """Addresses of the server, http:// or https://, without `/chat/completions` or `/embeddings`.
+    Requests are spread over those that serve."""
+
+    model: str
+    """Name of the model, as the server knows it."""
+
+    tries: int = field(default=5, compare=False, kw_only=True)
+    """Largest number of answers without what was asked for, for one request."""
+
+    seconds: float = field(default=120.0, compare=False, kw_only=True)
+    """Timeout of a request in seconds."""
+
+    patience: float = field(default=600.0, compare=False, kw_only=True)
+    """Seconds without an answer from any address, after which the run stops."""
+
+    addresses: Addresses = field(init=False, compare=False, repr=False)
+    """The addresses with their state, for all threads; made of the fields above."""
+
+    path = "chat/completions"  # of the requests, below an address
+    ranges = {"tries": "[1, inf)", "seconds": "(0, inf)", "patience": "[0, inf)"}  # noqa: RUF012
+
+    def __post_init__(self):
+        check_fields(self, **self.ranges)
+        for url in self.url or ("",):
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(
+                    f"{type(self).__name__}.url is {url!r}; begin it with http:// or https://, as "
+                    f"in http://localhost:8000/v1"
+                )
+        urls = [f"{url.rstrip('/')}/{self.path}" for url in dict.fromkeys(self.url)]
+        object.__setattr__(self, "addresses", Addresses(urls, self.seconds, self.patience))
+
+    def __reduce__(self):
+        """Make it anew in another process, which has its own requests."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return functools.partial(type(self), **fields), ()
+
+    def ask(self, wanted: str, body: dict, read: Callable[[Any], Any]) -> Any:
+        """Return what `read` finds in the JSON of an answer to a request; ask again if it raises.
+
+        `wanted` names it. Raises as the class says.
+        """
+        content = json.dumps({"model": self.model} | body).encode()
+        for _ in range(self.tries):
+            url, answer = self.addresses.post(content)
+            try:
+                return read(json.loads(answer))
+            except (ValueError, LookupError, TypeError) as error:
+                reason = str(error)
+        raise ValueError(f"{url} gave no {wanted} in {self.tries} requests: {reason}")
+
+
+def picture_part(picture: UInt8[np.ndarray, "H W 3"]) -> dict:
+    """Return the part of a message that holds a picture, as JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=90)
+    url = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
