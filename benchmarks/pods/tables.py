@@ -104,8 +104,9 @@ def overrides(pod: str, name: str) -> tuple[str, ...]:
     index = [s.name for s in load_config(config, ()).stages].index(stage)
     choices = PODS[pod][1]
     fsdp, context, rows, kept = choices.get(name) or choices[stage]
-    mesh = ("--mesh.fsdp", str(fsdp), "--mesh.context", str(context))
-    return (*mesh, f"--stages.{index}.microbatch", str(rows), "--model.save", *kept)
+    option = f"--stages.{index}"
+    mesh = (f"{option}.mesh.fsdp", str(fsdp), f"{option}.mesh.context", str(context))
+    return (*mesh, f"{option}.microbatch", str(rows), f"{option}.save", *kept)
 
 
 RUNS = {  # name of the figures: config, topology, stage, overrides
