@@ -4,24 +4,30 @@ import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+from fake_stores import servers  # noqa: F401
+
 from easyanimate_jax.data.contents import key
 from easyanimate_jax.prepare import film_store
 from easyanimate_jax.prepare.film_store import FilmStore, slot_of
+from easyanimate_jax.storage.stores import list_names, place
 
 
-def test_a_newer_record_counts_for_all_who_read_later(tmp_path):
-    store, other = FilmStore(tmp_path), FilmStore(tmp_path)
+@pytest.mark.parametrize("where", ["file", "gs://bucket/films", "s3://bucket/films"])
+def test_a_newer_record_counts_for_all_who_read_later(where, tmp_path, servers):  # noqa: F811
+    folder = tmp_path if where == "file" else place(where)
+    store, other = FilmStore(folder), FilmStore(folder)
     assert store.read("a/bc", "f") is None
     store.write("a/bc", "f", {"key": "1", "rows": []})
     assert store.read("a/bc", "f") == {"key": "1", "rows": []}
-    assert FilmStore(tmp_path).read("a/bc", "f") is None  # it is in memory only
+    assert FilmStore(folder).read("a/bc", "f") is None  # it is in memory only
     store.flush()
     assert other.read("a/bc", "f")["key"] == "1"
     other.write("a/bc", "f", {"key": "2", "rows": [{"clip": "f\u2028", "x": float("nan")}]})
     other.flush()
-    assert FilmStore(tmp_path).read("a/bc", "f")["rows"][0]["clip"] == "f\u2028"
-    assert FilmStore(tmp_path).read("a/bc", "g") is None
-    names = [path.name.partition("-")[0] for path in sorted((tmp_path / "a" / "bc").iterdir())]
+    assert FilmStore(folder).read("a/bc", "f")["rows"][0]["clip"] == "f\u2028"
+    assert FilmStore(folder).read("a/bc", "g") is None
+    names = [name.partition("-")[0] for name in list_names(folder / "a/bc")]
     assert names == ["000001", "000002"]
 
 
