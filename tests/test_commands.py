@@ -239,7 +239,7 @@ def test_a_url_is_refused_by_every_command_and_leaves_nothing(words, capsys, tmp
 def test_an_option_that_is_a_path_has_the_type_of_one():
     """`parse` makes a local path of it. The file of a config is opened by `runs.config.load`."""
     words = {"config", "operator", "topology", "part", "mesh", "stage", "url", "model"}
-    words |= {"instructions", "features", "reward", "score", "profile"}
+    words |= {"instructions", "features", "reward", "score", "embed", "profile", "instruction"}
     words |= {"models", "lora", "token", "host", "allow_host"}  # of serve; two are NAME=PATH
     for kind in OPTIONS - CONFIGS:
         if kind.__name__ == "SampleRequest":
@@ -264,12 +264,13 @@ def classes_below(kind) -> set:
 
 def sentences(kind) -> dict[str, str]:
     """The string below each field of a class, where tyro reads the help of an option from."""
-    (tree,) = ast.parse(inspect.getsource(kind)).body
     found = {}
-    for line, below in zip(tree.body, [*tree.body[1:], None], strict=True):
-        if isinstance(line, ast.AnnAssign):
-            is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            found[line.target.id] = str(below.value.value) if is_text else ""
+    for base in reversed([base for base in kind.__mro__ if dataclasses.is_dataclass(base)]):
+        (tree,) = ast.parse(inspect.getsource(base)).body
+        for line, below in zip(tree.body, [*tree.body[1:], None], strict=True):
+            if isinstance(line, ast.AnnAssign):
+                is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                found[line.target.id] = str(below.value.value) if is_text else ""
     return found
 
 

@@ -154,7 +154,6 @@ def test_long_blocks_of_keys_fit_the_vector_memory_that_the_step_asks_for(topolo
         (["configs/none.py", "--topology", "v5p:4x4x8"], "there is no config"),
         (["configs/demo_vae.py", "--topology", "v5p:4x4x8"], "trains a VAE"),
         (["configs/demo.py", "--topology", "v5p:4x4x8", "--stage", "last"], "no stage 'last'"),
-        (["configs/demo.py", "--topology", "v5p:4x4x8", "--suggest", "x.py"], "give --stage"),
         (["configs/demo.py", "--topology", "h200:0x8"], "use h200:8, or h200:16x8"),
         (["configs/demo.py", "--topology", "h200:8", "--slices", "2"], "--slices is for TPUs"),
         pytest.param(

@@ -44,7 +44,8 @@ def forbidden(source: str) -> list[str]:
             found += [(node.lineno, "torch.load")] * (constants.get("weights_only") is not True)
         if method in ("extractall", "extract") and constants.get("filter") != "data":
             found.append((node.lineno, method))
-        if method == "bind" and "127.0.0.1" not in ast.unparse(node):
+        # A socket's takes no keywords, that of a primitive of JAX has some.
+        if method == "bind" and not keywords and "127.0.0.1" not in ast.unparse(node):
             found.append((node.lineno, "bind"))
         if ast.unparse(node.func) == "av.open" and isinstance(
             node.args[0], ast.Constant | ast.Call

@@ -22,7 +22,7 @@ from typing import Annotated, get_args
 import tyro
 
 from easyanimate_jax import processes
-from easyanimate_jax.storage.errors import is_of_jax
+from easyanimate_jax.storage.errors import says_jax
 from easyanimate_jax.storage.local import local_path
 from easyanimate_jax.storage.probe import check_store
 from easyanimate_jax.storage.stores import SCHEMES, Place, Remote, place
@@ -71,7 +71,7 @@ def run(work: Callable[[], int], prefix: str = "error") -> int:
     try:
         return work()
     except ValueError as error:
-        if is_of_jax(error):
+        if says_jax(error):
             raise
         print(f"{prefix}: {error}", file=sys.stderr)
         return BAD_INPUT

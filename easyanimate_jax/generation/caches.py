@@ -138,7 +138,7 @@ def features(
     run = whole
     if threshold is not None:
         norm = jax.tree.map(lambda x: x[0], model.blocks[0].norm1)
-        before, modulated = modulated, norm(video, text, time)[0]
+        before, modulated = modulated, norm(video, text, time)[0][0]
         size = lambda x: jnp.sum(jnp.abs(x.astype(jnp.float32)), where=real)  # noqa: E731
         change = size(modulated - before) / jnp.maximum(size(before), 1e-12)
         distance += jnp.polyval(jnp.array(polynomial(model.config)), change)

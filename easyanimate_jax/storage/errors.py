@@ -14,8 +14,7 @@ OF_THE_SYSTEM = {
 STATUS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "ABORTED")
 STATUS += ("DEADLINE_EXCEEDED",)
 # How the text of such an error begins where JAX copies an array to the host: a ValueError, too.
-OF_RUNTIME = ("UNKNOWN: ", "INTERNAL: ", "UNAVAILABLE: ", "ABORTED: ", "CANCELLED: ")
-OF_RUNTIME += ("DEADLINE_EXCEEDED: ",)
+OF_RUNTIME = ("UNKNOWN: ", "INTERNAL: ", "CANCELLED: ")
 
 
 class AnotherRunError(ValueError):
@@ -65,7 +64,12 @@ def of_store(error: Exception, name: str) -> OSError:
 def is_of_jax(error: BaseException | None) -> bool:
     """Return True if the cause is a device without memory, or a process of the run that is gone."""
     while error is not None and type(error).__name__ != "JaxRuntimeError":
-        if isinstance(error, ValueError) and str(error).startswith(OF_RUNTIME):
+        if says_jax(error):
             return True
         error = error.__cause__ or error.__context__
     return error is not None
+
+
+def says_jax(error: BaseException) -> bool:
+    """Return True for a ValueError with the text of JAX's runtime: no wrong input."""
+    return isinstance(error, ValueError) and str(error).startswith(OF_RUNTIME)

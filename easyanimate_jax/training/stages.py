@@ -36,13 +36,6 @@ class Stage:
     """Clips that go through the network at once; gradients are summed over the microbatches of a
     batch. None is the whole batch, "auto" the fastest number that fits the memory."""
 
-    mesh: MeshConfig | None = None
-    """Devices along each mesh axis in this stage. None takes the mesh of the config. An axis that
-    the command line leaves out is that of `MeshConfig`."""
-
-    save: Literal["auto"] | tuple[str, ...] | None = None
-    """Activations that this stage keeps for its backward pass. None takes `save` of the model."""
-
     learning_rate: float = 2e-5
     """Learning rate after warm-up; the default is that of the released scripts (spec 9.1)."""
 
@@ -78,6 +71,13 @@ class Stage:
     objective: Objective | None = None
     """What the stage trains for; None is to predict noise from data. The others teach a student of
     fewer evaluations; their teacher is `TrainConfig.init`."""
+
+    mesh: MeshConfig | None = None
+    """Devices along each mesh axis in this stage. None takes the mesh of the config. An axis that
+    the command line leaves out is that of `MeshConfig`."""
+
+    save: Literal["auto"] | tuple[str, ...] | None = None
+    """Activations that this stage keeps for its backward pass. None takes `save` of the model."""
 
     def __post_init__(self):
         check_fields(
