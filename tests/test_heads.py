@@ -1,5 +1,6 @@
 """The kernels of TPUs between products: they equal the formulas that other platforms compute."""
 
+import importlib.util
 from functools import partial
 
 import jax
@@ -18,6 +19,7 @@ from easyanimate_jax.models.heads import HeadNorm
 from easyanimate_jax.models.layers import layer_norm
 from easyanimate_jax.models.modulated_norm import in_one_pass, modulated_norm
 from easyanimate_jax.models.rope import rotary_angles, rotate
+from easyanimate_jax.pods.compile import topology_devices
 
 EPS = 1e-6
 
@@ -152,3 +154,36 @@ def test_the_norm_in_one_pass_is_the_formula_with_its_gradients(tokens, dtype):
         assert a.dtype == b.dtype
         a, b = (np.asarray(value, np.float32) for value in (a, b))
         np.testing.assert_allclose(b, a, atol=atol * np.abs(a).max())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_kernels_compile_for_every_chip_with_its_default_vector_memory(topology, dtype):
+    """At the width of the 12B; a program that samples does not raise the limit."""
+    device = jax.sharding.SingleDeviceSharding(topology_devices(topology)[0])
+    N, L, num_heads, K = 3584, 333, 48, 64
+    place = heads.layout(N, L, num_heads, EPS, 512)
+
+    def array(*shape, dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+
+    def step(x, factor, offset, text, norm, angles, d_joined):
+        (y, _), pull = jax.vjp(partial(in_one_pass, EPS), x, factor, offset)
+        d_norm = pull((y, y))
+
+        def joined(x, text, norm):
+            tokens = x.swapaxes(1, 2), text.swapaxes(1, 2)
+            out = heads.join_normalised(place, *tokens, (norm, norm), angles, K**-0.5)
+            return out, heads.join(place, *tokens)
+
+        out, pull = jax.vjp(joined, x, text, norm)
+        return d_norm, heads.part(place, out[0]), pull((d_joined, d_joined))
+
+    D, of_row = num_heads * K, array(2, 1, num_heads * K, dtype="float32")
+    norm = HeadNorm(array(K, dtype="float32"), array(K, dtype="float32"))
+    angles = (array(2, K, N, dtype="float32"),) * 2
+    joined = array(2, num_heads, place.total, K)
+    arguments = array(2, N, D), of_row, of_row, array(2, L, D), norm, angles, joined
+    assert "heads_bwd" in jax.jit(step).lower(*arguments).compile().as_text()

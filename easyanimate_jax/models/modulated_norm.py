@@ -31,7 +31,9 @@ from easyanimate_jax.sharding import platform
 Tokens = Float[Array, "B S D"]
 OfRow = Float[Array, "B 1 D"]
 
-BLOCK = 128  # tokens in vector memory at once, beside those that are read and written meanwhile
+# Tokens in vector memory at once, beside those that are read and written meanwhile, and the bytes
+# that they may have: with these the backward kernel fits the 16 MiB of the compiler's default.
+BLOCKS, MOST_BYTES = (128, 64, 32, 16), 2**20
 
 
 def modulated_norm(
@@ -74,10 +76,10 @@ def in_one_pass(
 
     With `interpret`, the kernel runs on any platform.
     """
-    tokens, of_row = _specs(x.shape)
+    tokens, of_row = _specs(x)
     y = pl.pallas_call(
         partial(_forward_kernel, eps),
-        grid=_grid(x.shape),
+        grid=_grid(x),
         in_specs=[tokens, of_row, of_row],
         out_specs=tokens,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -94,12 +96,12 @@ def _forward(eps, x, factor, offset, interpret):
 
 def _backward(eps, interpret, kept, gradients):
     (x, factor), (dy, around) = kept, gradients
-    tokens, of_row = _specs(x.shape)
+    tokens, of_row = _specs(x)
     sums = jax.ShapeDtypeStruct(factor.shape, jnp.float32)
     return tuple(
         pl.pallas_call(
             partial(_backward_kernel, eps, x.shape[1]),
-            grid=_grid(x.shape),
+            grid=_grid(x),
             in_specs=[tokens, of_row, tokens, tokens],
             out_specs=[tokens, of_row, of_row],
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), sums, sums],
@@ -113,14 +115,19 @@ def _backward(eps, interpret, kept, gradients):
 in_one_pass.defvjp(_forward, _backward)
 
 
-def _specs(shape: tuple[int, int, int]) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+def _specs(x: Tokens) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     """Return the blocks of tokens, and of one vector for each row."""
-    tokens = pl.BlockSpec((1, BLOCK, shape[-1]), lambda row, block: (row, block, 0))
-    return tokens, pl.BlockSpec((1, 1, shape[-1]), lambda row, block: (row, 0, 0))
+    tokens = pl.BlockSpec((1, _block(x), x.shape[-1]), lambda row, block: (row, block, 0))
+    return tokens, pl.BlockSpec((1, 1, x.shape[-1]), lambda row, block: (row, 0, 0))
 
 
-def _grid(shape: tuple[int, int, int]) -> tuple[int, int]:
-    return shape[0], pl.cdiv(shape[1], BLOCK)
+def _grid(x: Tokens) -> tuple[int, int]:
+    return x.shape[0], pl.cdiv(x.shape[1], _block(x))
+
+
+def _block(x: Tokens) -> int:
+    token = x.shape[-1] * x.dtype.itemsize
+    return next((n for n in BLOCKS if n * token <= MOST_BYTES), BLOCKS[-1])
 
 
 def _normalised(x: Float[Array, "block D"], eps: float):
@@ -144,9 +151,10 @@ def _backward_kernel(eps, num_tokens, x, factor, dy, around, dx, d_factor, d_off
 
     n, rstd = _normalised(x[0], eps)
     g = dy[0].astype(jnp.float32)
-    if num_tokens % BLOCK:  # what lies behind the last token is undefined
-        place = jax.lax.broadcasted_iota(jnp.int32, (BLOCK, 1), 0)
-        real = pl.program_id(1) * BLOCK + place < num_tokens
+    block = n.shape[0]
+    if num_tokens % block:  # what lies behind the last token is undefined
+        place = jax.lax.broadcasted_iota(jnp.int32, (block, 1), 0)
+        real = pl.program_id(1) * block + place < num_tokens
         n, g = (jnp.where(real, value, 0) for value in (n, g))
     d_factor[0] += (g * n).sum(axis=0, keepdims=True)
     d_offset[0] += g.sum(axis=0, keepdims=True)
