@@ -63,11 +63,14 @@ class HeadNorm(NamedTuple):
     bias: Array
 
 
+Norms = tuple[HeadNorm, HeadNorm]  # of video and text
+
+
 def join_normalised(
     place: Layout,
     video: Float[Array, "B D N"],
     text: Float[Array, "B D L"],
-    norms: "Norms",
+    norms: Norms,
     angles: tuple[Float[Array, "B K N"], Float[Array, "B K N"]],
     factor: float,
 ) -> Joined:
@@ -98,9 +101,6 @@ def signed_angles(angles) -> tuple[Float[Array, "B K N"], Float[Array, "B K N"]]
     cos, sin = (jnp.repeat(a.swapaxes(1, 2), 2, axis=1) for a in angles)
     sign = jnp.where(jnp.arange(sin.shape[1]) % 2 == 0, -1.0, 1.0)
     return cos, sin * sign[None, :, None]
-
-
-Norms = tuple[HeadNorm, HeadNorm]  # of video and text
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
