@@ -21,7 +21,7 @@ from easyanimate_jax.training import auto
 from easyanimate_jax.training.auto import Choice, choices, choose, is_auto
 from easyanimate_jax.training.compile import StageReport
 
-STAGE = replace(v5_12b.stages[1], microbatch="auto")
+STAGE = replace(v5_12b.stages[1], microbatch="auto", save=None)
 FREE = v5_12b.step._replace(model=replace(v5_12b.model, save="auto"))
 POD = AbstractMesh((1, 16, 8, 1), MESH_AXES)
 EVERYTHING = tuple(ACTIVATIONS)
