@@ -13,6 +13,7 @@ from diffusers import EasyAnimateTransformer3DModel
 from einops import rearrange
 from flax import nnx
 
+from easyanimate_jax.facts import ACTIVATIONS
 from easyanimate_jax.models.mmdit import (
     MMDiT,
     MMDiTConfig,
@@ -311,6 +312,20 @@ def test_gradients_are_finite_with_an_empty_row_and_the_same_whatever_is_saved()
         for a, b in zip(jax.tree.leaves(gradient(**kept)), none, strict=True):
             assert np.isfinite(a).all()
             np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize(("left_out", "again"), [("qkv", 3), ("mlp", 1)])
+def test_a_kept_activation_saves_its_products_in_the_backward_pass(left_out, again):
+    """ "qkv" must be what the norms of heads read: of what they write, the products come again."""
+    batch = inputs([(1, 5, 4)], padded=24)
+
+    def products(save):
+        model = random_model(dataclasses.replace(TINY, depth=1, mmdit_depth=1, save=save))
+        step = jax.jit(jax.grad(lambda m, *args: jnp.mean(m(*args) ** 2)))
+        return step.lower(model, *batch).as_text().count("stablehlo.dot_general")
+
+    fewer = tuple(name for name in ACTIVATIONS if name != left_out)
+    assert products(fewer) - products(tuple(ACTIVATIONS)) == 2 * again  # text and video
 
 
 def test_a_widened_model_ignores_its_new_channels_until_trained():
