@@ -95,6 +95,15 @@ def test_a_clip_gets_a_caption_in_each_language(server, monkeypatch):
     assert Image.open(io.BytesIO(sent)).size == (48, 32)
 
 
+def test_the_reasoning_of_a_model_is_no_caption(server):
+    url, _, answers = server
+    answers += [says("<think>A wall? Yes.</think>\n\na wall"), says("Grau? 灰色.</think>墙")]
+    assert Server((url,), "m")(STILLS) == ["a wall", "墙"]
+    answers += [says("<think>It could be a wall, or")] * 2
+    with pytest.raises(ValueError, match=r"gave no caption in 2 requests: .*turn off"):
+        Server((url,), "m", tries=2)(STILLS)
+
+
 def test_a_server_that_never_answers_well_is_named(server):
     url, _, answers = server
     answers += [(200, {"error": "no"}), (200, []), says(None)]

@@ -40,61 +40,46 @@ SOME = ("attention", "mlp out", "attention out")
 MOST = (*SOME, "qkv")
 ALL = (*MOST, "mlp")
 LEAN = ("attention", "mlp out", "qkv")
+# 128 devices of about 100 GB: the mesh of the configs.
+SMALL = {
+    "image": (16, 8, 768, ALL),
+    "3328_t2v": (16, 8, 768, ALL),
+    "13312_t2v": (16, 8, 256, MOST),
+    "13312_i2v": (16, 8, 192, ALL),
+    "53248_i2v": (16, 8, 16, ALL),
+    "13312_control": (16, 8, 128, ALL),
+    "53248_control": (16, 8, 48, ALL),
+}
+# 512 of them: the whole batch at once. A batch of 53248 has few rows, so each uses more devices.
+LARGE = {
+    "image": (64, 8, 1536, ALL),
+    "3328_t2v": (64, 8, 1536, ALL),
+    "13312_t2v": (64, 8, 768, ALL),
+    "13312_i2v": (64, 8, 384, ALL),
+    "53248_i2v": (32, 16, 196, ALL),
+    "13312_control": (64, 8, 128, ALL),
+    "53248_control": (32, 16, 96, ALL),
+}
+# 256 devices of 32 GB in a torus of 16x16, for 48 heads; 24 do not divide among 16 devices.
+TORUS = {
+    "image": (16, 16, 768, LEAN),
+    "3328_t2v": (16, 16, 768, LEAN),
+    "13312_t2v": (16, 16, 256, SOME),
+    "13312_i2v": (16, 16, 128, ALL),
+    "53248_i2v": (16, 16, 16, ALL),
+    "13312_control": (16, 16, 128, ALL),
+    "53248_control": (16, 16, 32, MOST),
+    "tpu_image": (32, 8, 768, MOST),
+    "tpu_3328_t2v": (32, 8, 768, MOST),
+    "tpu_13312_t2v": (32, 8, 256, SOME),
+    "tpu_13312_i2v": (32, 8, 128, ALL),
+    "tpu_53248_i2v": (32, 8, 32, MOST),
+}
 PODS = {  # part of a figure's name: topology, choices
-    "v5p-128": (
-        "v5p:4x4x8",
-        {
-            "image": (16, 8, 768, ALL),
-            "3328_t2v": (16, 8, 768, ALL),
-            "13312_t2v": (16, 8, 256, MOST),
-            "13312_i2v": (16, 8, 192, ALL),
-            "53248_i2v": (16, 8, 16, ALL),
-            "13312_control": (16, 8, 128, ALL),
-            "53248_control": (16, 8, 48, ALL),
-        },
-    ),
-    "v5p-512": (
-        "v5p:8x8x8",
-        {
-            "image": (64, 8, 1536, ALL),
-            "3328_t2v": (64, 8, 1536, ALL),
-            "13312_t2v": (64, 8, 768, ALL),
-            "13312_i2v": (64, 8, 384, ALL),
-            "53248_i2v": (32, 16, 196, ALL),
-            "13312_control": (64, 8, 128, ALL),
-            "53248_control": (32, 16, 96, ALL),
-        },
-    ),
-    "v6e-256": (
-        "v6e:16x16",
-        {
-            "image": (16, 16, 768, LEAN),
-            "3328_t2v": (16, 16, 768, LEAN),
-            "13312_t2v": (16, 16, 256, SOME),
-            "13312_i2v": (16, 16, 128, ALL),
-            "53248_i2v": (16, 16, 16, ALL),
-            "13312_control": (16, 16, 128, ALL),
-            "53248_control": (16, 16, 32, MOST),
-            # 24 heads do not divide among 16 devices.
-            "tpu_image": (32, 8, 768, MOST),
-            "tpu_3328_t2v": (32, 8, 768, MOST),
-            "tpu_13312_t2v": (32, 8, 256, SOME),
-            "tpu_13312_i2v": (32, 8, 128, ALL),
-            "tpu_53248_i2v": (32, 8, 32, MOST),
-        },
-    ),
-    "tpu7x-64": (
-        "tpu7x:4x4x4",
-        {
-            "image": (16, 8, 768, ALL),
-            "3328_t2v": (16, 8, 768, ALL),
-            "13312_t2v": (16, 8, 256, MOST),
-            "13312_i2v": (16, 8, 192, ALL),
-            "53248_i2v": (16, 8, 16, ALL),
-            "13312_control": (16, 8, 128, ALL),
-            "53248_control": (16, 8, 32, ALL),
-        },
-    ),
+    "v5p-128": ("v5p:4x4x8", SMALL),
+    "v5p-512": ("v5p:8x8x8", LARGE),
+    "v6e-256": ("v6e:16x16", TORUS),
+    "tpu7x-64": ("tpu7x:4x4x4", SMALL),
 }
 
 

@@ -287,17 +287,15 @@ def splash_heads(
 def is_fused(num_video: int, num_heads: int, axis: str | None) -> bool:
     """Return whether `fused_attention` can attend: on a TPU, if devices can exchange whole heads.
 
-    `num_video` counts all video tokens of a row.
+    `num_video` counts the video tokens of a row that a device holds.
     """
-    parts = _parts(axis)
-    return platform() == "tpu" and num_video % min(heads.BLOCKS) == 0 and num_heads % parts == 0
-
-
-def _parts(axis: str | None) -> int:
-    """Return the number of parts into which the heads of a row are split."""
-    if axis is None:
-        return 1
-    return jax.lax.axis_size(axis) * jax.sharding.get_abstract_mesh().shape["tensor"]
+    if platform() != "tpu":
+        return False
+    parts = sharing = 1  # of a row's tokens, and of its heads
+    if axis is not None:
+        parts = jax.lax.axis_size(axis)
+        sharing = parts * jax.sharding.get_abstract_mesh().shape["tensor"]
+    return num_video * parts % min(heads.BLOCKS) == 0 and num_heads % sharing == 0
 
 
 def fused_attention(

@@ -30,7 +30,7 @@ Joined = Float[Array, "B heads S K"]
 
 
 class Layout(NamedTuple):
-    """Where video and text lie in a joined sequence."""
+    """The places of video and text in a joined sequence, and how kernels read it."""
 
     video: int  # tokens, a multiple of `block`
     text: int  # tokens, right behind the video

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import jax
 from einops import rearrange
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as name
@@ -62,9 +61,7 @@ def attend(
     axis: str | None,
 ) -> tuple[Video, Text]:
     """Let video and text attend to [text, video]; only video has rotary positions."""
-    parts = 1 if axis is None else jax.lax.axis_size(axis)
-    num_heads = video.shape[-1] // video_weights.head_width
-    if is_fused(video.shape[1] * parts, num_heads, axis):
+    if is_fused(video.shape[1], video.shape[2] // video_weights.head_width, axis):
         weights = video_weights, text_weights
         norms = tuple(
             tuple(HeadNorm(n.scale.get_value(), n.bias.get_value()) for n in norms)

@@ -6,6 +6,7 @@ and its microbatch.
 """
 
 import dataclasses
+import itertools
 import math
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from easyanimate_jax.training.stages import Stage
 
 HOPELESS = 1.1  # choices with an estimate above this multiple of the memory are not compiled
 CHANGES, TRIES = 3, 8  # changes to find, and programs to compile for them, at most
+CompileChoice = Callable[[TrainConfig, Stage], StageReport]
 
 
 @dataclass(frozen=True)
@@ -137,37 +139,49 @@ def ordered(
     return sorted(found, key=lambda choice: rough(choice)[1])
 
 
+def _compiled(
+    config: TrainConfig,
+    stage: Stage,
+    chip: Chip,
+    report: StageReport,
+    compile_choice: CompileChoice,
+    *,
+    one_change: bool,
+) -> Iterator[tuple[Choice, StageReport]]:
+    """Compile at most `TRIES` of the `ordered` choices; yield each with its report.
+
+    A choice whose estimate is not smaller than that of a refused one is not compiled.
+    """
+    tokens, tries, refused = report.tokens + report.text_tokens, 0, math.inf
+    for choice in ordered(config, stage, chip, report, one_change=one_change):
+        needed = estimate(choice, config, stage, tokens, chip)[0]
+        if needed >= refused or tries == TRIES:
+            continue
+        tries += 1
+        found = compile_choice(config, choice.apply(stage))
+        refused = refused if found.fits else needed
+        yield choice, found
+
+
 def changes_that_fit(
     config: TrainConfig,
     stage: Stage,
     chip: Chip,
     report: StageReport,
-    compile_choice: Callable[[TrainConfig, Stage], StageReport],
+    compile_choice: CompileChoice,
 ) -> list[Change]:
     """Return at most three changes with which a stage fits, the fastest first.
 
-    Each changes one setting; if no such change fits, several. A choice whose estimate is not
-    smaller than that of a refused one is not compiled.
+    Each changes one setting; if no such change fits, several.
     """
     index = [s.name for s in config.stages].index(stage.name)
-    now, tokens = present(config, stage, report), report.tokens + report.text_tokens
-    fitting = []
+    now, fitting = present(config, stage, report), []
     for one_change in (True, False):
-        tries, refused = 0, math.inf
-        for choice in ordered(config, stage, chip, report, one_change=one_change):
-            needed = estimate(choice, config, stage, tokens, chip)[0]
-            if needed >= refused or tries == TRIES:
-                continue
-            tries += 1
-            tried = compile_choice(config, choice.apply(stage))
-            if tried.fits:
-                words = shlex.join(choice.differences(now, index))
-                seconds = tried.predicted_step_seconds
-                fitting.append(Change(words, tried.peak_bytes_per_chip, seconds))
-            else:
-                refused = needed
-            if len(fitting) == CHANGES:
-                break
+        tried = _compiled(config, stage, chip, report, compile_choice, one_change=one_change)
+        for choice, found in itertools.islice((one for one in tried if one[1].fits), CHANGES):
+            words = shlex.join(choice.differences(now, index))
+            seconds = found.predicted_step_seconds
+            fitting.append(Change(words, found.peak_bytes_per_chip, seconds))
         if fitting:
             break
     return sorted(fitting, key=lambda change: change.predicted_step_seconds)
@@ -178,17 +192,17 @@ def fastest(
     stage: Stage,
     chip: Chip,
     report: StageReport,
-    compile_choice: Callable[[TrainConfig, Stage], StageReport],
+    compile_choice: CompileChoice,
 ) -> tuple[Choice, StageReport]:
     """Return (choice, report) of the fastest choice that fits, by predicted seconds.
 
     It compiles the first choices of the estimate; the present choice is also compared. Raises
     ValueError if none of them fits.
     """
-    now = present(config, stage, report)
-    tried = [(now, report)]
-    for choice in ordered(config, stage, chip, report, one_change=False)[:TRIES]:
-        tried.append((choice, compile_choice(config, choice.apply(stage))))
+    tried = [
+        (present(config, stage, report), report),
+        *_compiled(config, stage, chip, report, compile_choice, one_change=False),
+    ]
     fitting = [(choice, result) for choice, result in tried if result.fits]
     if not fitting:
         raise ValueError(

@@ -20,6 +20,7 @@ REWRITE = (
     "out repetitions, guesses, and words about frames or about the description itself, such as "
     '"the video shows". Answer with the new description only.\n\n{caption}'
 )
+REASONED = "</think>"  # what a reasoning model writes before its answer
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,13 @@ def _written(server: ModelServer, wanted: str, content: str | list[dict]) -> str
 
     def read(answer: Any) -> str:
         text = answer["choices"][0]["message"]["content"]
+        if isinstance(text, str):  # some chat templates begin the reasoning themselves
+            text = text.rpartition(REASONED)[2].strip()
         if reason := caption_of(text):
             raise ValueError(reason)
-        return text.strip()
+        if text.startswith("<think>"):
+            raise ValueError("the answer is reasoning without an end; turn off reasoning")
+        return text
 
     messages = [{"role": "user", "content": content}]
     return server.ask(wanted, {"messages": messages, "temperature": 0, "max_tokens": 512}, read)

@@ -57,7 +57,7 @@ class Score:
 
     @property
     def of_captions(self) -> bool:
-        """Whether the measure gets the captions of a clip beside its frames."""
+        """Return whether the measure gets the captions of a clip beside its frames."""
         return self.frames == "captioned"
 
     def fault(self, row: dict) -> str:
@@ -67,7 +67,7 @@ class Score:
 
     @property
     def reason(self) -> str:
-        """The reason of a clip whose value is outside the range."""
+        """Return the reason of a clip whose value is outside the range."""
         return f"{self.name} outside {self.low:g} to {self.high:g}"
 
 
