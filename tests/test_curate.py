@@ -589,6 +589,8 @@ def test_of_near_duplicates_of_a_kind_the_largest_stays_then_the_first(tmp_path)
     found = [name for name, reason in zip(rows, verdict.reason, strict=True) if reason]
     assert found == ["small", "as large"]
     assert verdict.reasons[verdict.reason[0]] == "similar to another clip by turn"
+    rows["large"]["left_out"] = "bright"  # a clip that is left out drops no other
+    assert not judged(rows.values(), (), tmp_path, Embedding("turn", max, 0.97)).reason.any()
     rows["large"][VECTOR] = base64.b64encode(np.zeros(3, np.float16).tobytes()).decode()
     with pytest.raises(ValueError, match=r"turn gives vectors of 2 and of 3 numbers; return eq"):
         judged(rows.values(), (), tmp_path, Embedding("turn", max))
